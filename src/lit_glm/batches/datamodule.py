@@ -1,0 +1,114 @@
+"""HDF5 files to batches of the chosen scoring, for training and evaluation."""
+
+from functools import partial
+from typing import Any, Callable, Iterator, List, Optional, Union
+
+import pytorch_lightning as pl
+from torch.utils.data import DataLoader, Dataset
+
+from lit_glm.batches.collate import flat_batch, padded_batch
+from lit_glm.batches.compact import CompactSplit, Progress, open_split
+from lit_glm.batches.sampler import EndlessBatches
+from lit_glm.batches.types import FlatBatch, PaddedBatch
+from lit_glm.config.schema import TrainConfig
+
+Collate = Callable[[CompactSplit, List[int]], Union[FlatBatch, PaddedBatch]]
+
+
+class _Batches(Dataset):  # type: ignore[type-arg]
+    """Batches by the indices of their examples; a loader with `batch_size=None` asks for one at a time."""
+
+    def __init__(self, split: CompactSplit, collate: Collate) -> None:
+        self._split, self._collate = split, collate
+
+    def __getitem__(self, indices: List[int]) -> Union[FlatBatch, PaddedBatch]:
+        return self._collate(self._split, indices)
+
+
+def open_splits(config: TrainConfig, progress: Optional[Progress] = None) -> "tuple[CompactSplit, CompactSplit]":
+    """Open training and evaluation data and check that the model can take them.
+
+    Raises:
+        InputError: names the file and the place of what is wrong.
+    """
+    splits = []
+    for source, needs_answers in ((config.data.train_file, False), (config.data.eval_file, True)):
+        split = open_split(source, needs_answers, config.data.cache_dir, progress)
+        split.check_fits(config.model.vocab_size, config.model.max_sequence_length, config.data.max_seq_length)
+        splits.append(split)
+    return splits[0], splits[1]
+
+
+def collate_for(config: TrainConfig) -> Collate:
+    """What turns examples into a batch of the chosen scoring."""
+    if config.scoring.name == "published":
+        return partial(_padded, num_tokens=config.data.max_seq_length)
+    return flat_batch
+
+
+def _padded(split: CompactSplit, indices: List[int], num_tokens: int) -> PaddedBatch:
+    return padded_batch(split, indices, num_tokens)
+
+
+def evaluation_batches(
+    split: CompactSplit, config: TrainConfig, rank: int = 0, world_size: int = 1
+) -> "DataLoader[Any]":
+    """This rank's share of the evaluation set in file order; every example belongs to exactly one rank."""
+    mine = list(range(rank, len(split), world_size))
+    batches = [mine[start : start + config.eval_bs] for start in range(0, len(mine), config.eval_bs)]
+    return DataLoader(
+        _Batches(split, collate_for(config)), sampler=batches, batch_size=None, num_workers=config.data.num_workers
+    )
+
+
+class RecordData(pl.LightningDataModule):
+    """Training batches of this rank, from any step on."""
+
+    def __init__(self, config: TrainConfig, split: CompactSplit, steps_done: Callable[[], int], pin_memory: bool) -> None:
+        """Describe the batches.
+
+        Args:
+            config: batch size, topology, order.
+            split: the training examples.
+            steps_done: asked when the loader is built, after a checkpoint has been restored.
+            pin_memory: whether copies to the device go through page-locked memory.
+        """
+        super().__init__()
+        self._config, self._split = config, split
+        self._steps_done = steps_done
+        self._pin_memory = pin_memory
+
+    def sampler(self, start: int, rank: int) -> EndlessBatches:
+        """The order of this run's batches for a rank."""
+        config = self._config
+        return EndlessBatches(
+            len(self._split),
+            config.bs,
+            rank,
+            config.topology.world_size,
+            config.data.shuffle_seed,
+            start,
+            self._split.example_rows if config.data.balance_ranks else None,
+        )
+
+    def train_dataloader(self) -> "DataLoader[Any]":
+        """Endless; the run ends by its own rules."""
+        assert self.trainer is not None
+        return DataLoader(
+            _Batches(self._split, collate_for(self._config)),
+            sampler=self.sampler(self._steps_done(), self.trainer.global_rank),
+            batch_size=None,
+            num_workers=self._config.data.num_workers,
+            persistent_workers=False,
+            pin_memory=self._pin_memory,
+        )
+
+    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        """Called by Lightning before each step."""
+        return batch.to(device, non_blocking=self._pin_memory)
+
+
+def device_batches(loader: "DataLoader[Any]", device: Any) -> Iterator[Any]:
+    """The batches of a loader on a device."""
+    for batch in loader:
+        yield batch.to(device)

@@ -1,0 +1,96 @@
+"""Which examples a rank trains on in step k, as a pure function of (seed, k): resuming needs nothing but k.
+
+The order is that of torch's DistributedSampler (shuffle, `set_epoch(0, 1, 2, ...)`, last short batch kept), as in the
+published implementation.
+"""
+
+import heapq
+from typing import Any, Iterator, List, Optional
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+
+class EndlessBatches(Sampler):  # type: ignore[type-arg]
+    """The batches of one rank, epoch after epoch without end."""
+
+    def __init__(
+        self,
+        num_examples: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        start: int = 0,
+        lengths: Optional[Any] = None,
+    ) -> None:
+        """Describe the order.
+
+        Args:
+            num_examples: N.
+            batch_size: examples a rank and step.
+            rank: this rank.
+            world_size: number of ranks.
+            seed: of the shuffles, together with the epoch.
+            start: steps that are done already.
+            lengths: [N] rows of each example, to give every rank of a global batch an equal share; None: as published.
+        """
+        self._num_examples = num_examples
+        self._batch_size = batch_size
+        self._rank, self._world_size = rank, world_size
+        self._seed = seed
+        self._start = start
+        self._lengths = lengths if world_size > 1 else None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of an epoch, the last short one included."""
+        per_rank = -(-self._num_examples // self._world_size)
+        return -(-per_rank // self._batch_size)
+
+    def epoch_of(self, step: int) -> int:
+        """Epoch, from 0, of a step counted from 1."""
+        return (step - 1) // self.steps_per_epoch
+
+    def __iter__(self) -> Iterator[List[int]]:
+        epoch, first = divmod(self._start, self.steps_per_epoch)
+        while True:
+            order = self._order(epoch)
+            width = self._batch_size * self._world_size
+            for k in range(first, self.steps_per_epoch):
+                yield self._share(order[k * width : (k + 1) * width])
+            epoch, first = epoch + 1, 0
+
+    def _order(self, epoch: int) -> Any:
+        generator = torch.Generator()
+        generator.manual_seed(self._seed + epoch)
+        order = torch.randperm(self._num_examples, generator=generator).numpy()
+        total = -(-self._num_examples // self._world_size) * self._world_size
+        return np.resize(order, total)  # wraps round to the start to give every rank the same number
+
+    def _share(self, batch: Any) -> List[int]:
+        if self._lengths is None:
+            return [int(i) for i in batch[self._rank :: self._world_size]]
+        return balanced(batch, self._lengths[batch], self._world_size)[self._rank]
+
+
+def balanced(examples: Any, lengths: Any, world_size: int) -> List[List[int]]:
+    """Deal examples to ranks: the same number each, and as nearly as that allows the same total length.
+
+    Longest first, always to the rank with the least so far that still has room. Every rank computes the same.
+
+    Args:
+        examples: a multiple of `world_size`.
+        lengths: of each example.
+        world_size: number of ranks.
+    """
+    room = len(examples) // world_size
+    shares: List[List[int]] = [[] for _ in range(world_size)]
+    heap = [(0, rank) for rank in range(world_size)]
+    for place in np.argsort(-np.asarray(lengths), kind="stable"):
+        load, rank = heapq.heappop(heap)
+        shares[rank].append(int(examples[place]))
+        if len(shares[rank]) < room:
+            heapq.heappush(heap, (load + int(lengths[place]), rank))
+    return shares

@@ -1,0 +1,50 @@
+"""Event lines as FlagPerf writes them, so that tools which read FlagPerf's logs read these.
+
+    [PerfLog] {"event": "STEP_END", "value": {...}, "metadata": {"file": F, "lineno": N, "time_ms": T, "rank": 0}}
+"""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any, Optional
+
+
+class PerfLog:
+    """perf.log of a run folder, appended to line by line."""
+
+    def __init__(self, path: Path, rank: int = 0) -> None:
+        self._file = path.open("a", encoding="utf-8")
+        self._rank = rank
+
+    def event(self, name: str, value: Optional[Any] = None, **keys: Any) -> None:
+        """Write one event.
+
+        Args:
+            name: STEP_END, EVALUATE, ...
+            value: a dict goes under "value", a plain text under "other".
+            keys: step, epoch or loss.
+        """
+        caller = sys._getframe(1)
+        line = {"event": name}
+        if value is not None:
+            line["other" if isinstance(value, str) else "value"] = value
+        line.update(keys)
+        line["metadata"] = {  # type: ignore[assignment]
+            "file": caller.f_code.co_filename,
+            "lineno": caller.f_lineno,
+            "time_ms": int(time.time() * 1e3),
+            "rank": self._rank,
+        }
+        self._file.write(f"[PerfLog] {json.dumps(_finite(line))}\n")
+        self._file.flush()
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: what is not a number becomes null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return value

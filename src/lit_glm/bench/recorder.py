@@ -1,0 +1,377 @@
+"""The phase callback: measures every step, evaluates and saves when due, and keeps the run folder up to date.
+
+| Lightning hook        | phase                    | FlagPerf event              | figure            |
+| --------------------- | ------------------------ | --------------------------- | ----------------- |
+| before fit            | init                     | INIT_START                  | init_time         |
+| on_train_start        | init, first evaluation   | INIT_EVALUATION, INIT_END   | init_time         |
+| on_train_start, end   | training begins          | TRAIN_START, EPOCH_BEGIN    | raw_train_time    |
+| on_train_batch_start  | data waited for          | STEP_BEGIN                  | no_eval_time      |
+| on_train_batch_end    | step computed            | STEP_END                    | pure_compute_time |
+| on_train_batch_end    | evaluation, checkpoint   | EVALUATE                    | raw_train_time    |
+| on_train_end          | training ends            | EPOCH_END, TRAIN_END        | raw_train_time    |
+| after fit             | result                   | FINISHED                    | e2e_time          |
+"""
+
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, Optional, Sequence
+
+import pytorch_lightning as pl
+
+from lit_glm.bench.clock import PhaseClock
+from lit_glm.bench.figures import Seconds, figures
+from lit_glm.bench.perflog import PerfLog
+from lit_glm.bench.result import SCHEMA_VERSION, read_result, write_json
+from lit_glm.bench.tables import EVALS, STEPS, Table
+from lit_glm.config.schema import TrainConfig
+from lit_glm.hardware.runtimes.base import Runtime
+from lit_glm.training.evaluation import evaluate
+from lit_glm.training.module import RecordModule
+from lit_glm.training.schedule import converged, evaluation_due, reached_limit
+
+_RESULT_EVERY_S = 1.0
+
+
+class RunFolder:
+    """The files of a run, written by rank 0 as the run goes; a run that goes on continues them."""
+
+    def __init__(self, run_dir: Path, config: TrainConfig, runtime: Runtime, steps_done: int, resumes: bool) -> None:
+        """Open the files.
+
+        Args:
+            run_dir: the run folder.
+            config: the run's.
+            runtime: whether figures are simulated, whose memory counts.
+            steps_done: steps that stand; later lines of an interrupted run are cut off.
+            resumes: whether the folder holds an earlier part of this run.
+        """
+        self._path = run_dir
+        self._config = config
+        self._runtime = runtime
+        keep = steps_done if resumes else None
+        self.steps = Table(run_dir / "steps.csv", STEPS, keep)
+        self.evals = Table(run_dir / "evals.csv", EVALS, keep)
+        self.perf = PerfLog(run_dir / "perf.log")
+        self._before = (read_result(run_dir) or {}) if resumes else {}
+        self._interruptions = int(self._before.get("interruptions", 0)) + int(resumes)
+        self._written = 0.0
+        self.accuracy: Optional[float] = float(self.evals.rows[-1]["acc"]) if self.evals.rows else None
+        self.evaluated_step = int(self.evals.rows[-1]["step"]) if self.evals.rows else -1
+
+    def earlier(self) -> Seconds:
+        """Time before the interruption: of steps that stand, and all of initialisation and training."""
+        return Seconds(
+            pure_compute=self.steps.total("compute_s"),
+            no_eval=self.steps.total("step_s"),
+            raw_train=float(self._before.get("raw_train_time") or 0.0),
+            init=float(self._before.get("init_time") or 0.0),
+        )
+
+    def write(self, status: str, step: int, skipped: int, seconds: Seconds, e2e: float, **more: Any) -> Dict[str, Any]:
+        """Write result.json.
+
+        Args:
+            status: running, success, finished, interrupted or failed.
+            step: steps done.
+            skipped: of these, with a loss that is not finite.
+            seconds: of this process; what was measured before an interruption is added here.
+            e2e: seconds since the entry of `train` of this process.
+            more: further entries.
+        """
+        config = self._config
+        samples = step * config.global_batch
+        memory = [bytes_ / 2**30 for bytes_ in (more.pop("memory", None), self._runtime.total_memory(0)) if bytes_]
+        peak = memory[0] if len(memory) == 2 else None
+        result = {
+            "status": status,
+            "hardware": config.hardware.name,
+            "topology": config.topology.name,
+            "precision": config.precision.name,
+            "scoring": config.scoring.name,
+            "fix_hp": config.fix_hp,
+            "bs": config.bs,
+            "lr": config.lr,
+            "e2e_time": e2e + float(self._before.get("e2e_time") or 0.0),
+            **figures(samples, seconds + self.earlier()),
+            "acc": self.accuracy,
+            "mem_actual_gib": peak if peak is None else max(peak, float(self._before.get("mem_actual_gib") or 0.0)),
+            "mem_total_gib": memory[-1] if memory else None,
+            "mfu": None,
+            "converged": converged(self.accuracy, config.run),
+            "num_trained_samples": samples,
+            "global_steps": step,
+            "skipped_steps": skipped,
+            "interruptions": self._interruptions,
+            "seed": config.seed,
+            "model": config.model.name,
+            "gelu": config.model.gelu,
+            "tuned_for": config.tuned_for,
+            "runtime": self._runtime.name,
+            "simulated": self._runtime.simulated,
+            "tf32": config.precision.tf32,
+            **more,
+            "schema_version": SCHEMA_VERSION,
+        }
+        write_json(self._path / "result.json", result)
+        self._written = time.monotonic()
+        return result
+
+    def stale(self) -> bool:
+        """Whether result.json is old enough to be written again."""
+        return time.monotonic() - self._written > _RESULT_EVERY_S
+
+
+class Recorder(pl.Callback):
+    """Drives evaluation, stopping and saving, and measures; on every rank, with files on rank 0."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        runtime: Runtime,
+        entry: float,
+        open_folder: Callable[[int], Optional[RunFolder]],
+        eval_loader: Callable[[int, int], Any],
+        epoch_of: Callable[[int], int],
+        save: Callable[[Any, int], None],
+    ) -> None:
+        """Get ready.
+
+        Args:
+            config: the run's.
+            runtime: to synchronise.
+            entry: `time.monotonic()` at the entry of `train`.
+            open_folder: steps done -> the run folder, on rank 0; None elsewhere.
+            eval_loader: (rank, world size) -> batches to evaluate on.
+            epoch_of: step -> epoch.
+            save: (trainer, step) writes a checkpoint.
+        """
+        self._config, self._runtime, self._entry = config, runtime, entry
+        self._open_folder, self._eval_loader, self._epoch_of, self._save = open_folder, eval_loader, epoch_of, save
+        self.clock = PhaseClock()
+        self.folder: Optional[RunFolder] = None
+        self.accuracy: Optional[float] = None
+        self.interrupted = False
+        self._init = 0.0
+        self._epoch = -1
+        self._saved_step = -1
+        self._evaluated_step = -1
+        self._steps_here = 0
+
+    # -- Lightning's hooks ---------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """End of initialisation: the first evaluation, or the place where an interrupted run goes on."""
+        module = self._module(pl_module)
+        module.train()
+        step = module.steps_done
+        if trainer.is_global_zero:
+            self.folder = self._open_folder(step)
+        told = (self.folder.accuracy, self.folder.evaluated_step) if self.folder else None
+        self.accuracy, self._evaluated_step = trainer.strategy.broadcast(told)
+        self._event("INIT_START")
+        if step == 0 and self._evaluated_step < 0:
+            self._evaluate(trainer, module, "INIT_EVALUATION")
+        self._init = time.monotonic() - self._entry
+        self._event("INIT_END")
+        self._event("TRAIN_START")
+        self.clock.training_starts()
+        if step > 0:
+            # The run may have been stopped between a step and what follows it.
+            self._after_step(trainer, module, trained=False)
+        self.clock.waits_for_data()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """The batch is here."""
+        step = self._module(pl_module).steps_done + 1
+        epoch = self._epoch_of(step)
+        if epoch != self._epoch:
+            if self._epoch >= 0:
+                self._event("EPOCH_END", {"epoch": self._epoch})
+            self._event("EPOCH_BEGIN", {"epoch": epoch})
+            self._epoch = epoch
+        self._event("STEP_BEGIN", step=step)
+        self._runtime.synchronize()
+        self.clock.batch_ready()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """The step is done: write it down, then do what is due after it."""
+        self._runtime.after_step()
+        self._runtime.synchronize()
+        times = self.clock.step_computed()
+        module = self._module(pl_module)
+        outcome, step = module.outcome, module.steps_done
+        assert outcome is not None
+        self._steps_here += 1
+        if self.folder is not None:
+            self.folder.steps.add(
+                step=step,
+                epoch=self._epoch,
+                samples=step * self._config.global_batch,
+                loss=float(outcome.loss),
+                lr=outcome.lr,
+                grad_norm=None if outcome.grad_norm is None else float(outcome.grad_norm),
+                data_s=round(times.data, 7),
+                compute_s=round(times.compute, 7),
+                step_s=round(times.step, 7),
+                loss_scale=outcome.loss_scale,
+            )
+        self._after_step(trainer, module, trained=True, step_seconds=times.step)
+        self.clock.waits_for_data()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Training is over; figures follow in `finish`."""
+        self._event("EPOCH_END", {"epoch": self._epoch})
+        self._event("TRAIN_END")
+
+    # -- after a step ------------------------------------------------------------------------------------------
+
+    def _after_step(self, trainer: pl.Trainer, module: RecordModule, trained: bool, step_seconds: float = 0.0) -> None:
+        config, step = self._config, module.steps_done
+        stop = bool(module.outcome and module.outcome.stop_requested)
+        limit = reached_limit(step, config.global_batch, config.run)
+        due = evaluation_due(step, config.global_batch, config.run) or limit
+        evaluated = None
+        if due and self._evaluated_step < step and not stop:
+            with self.clock.outside_steps():
+                evaluated = self._evaluate(trainer, module, None)
+                stop = evaluated is None
+        ends = limit or converged(self.accuracy, config.run)
+        if trained:
+            self._log_step(module, step_seconds, ends)
+        if evaluated is not None:
+            self._event("EVALUATE", evaluated)
+        if stop or ends:
+            trainer.should_stop = True
+            self.interrupted = stop and not ends
+        due_to_save = step % config.run.checkpoint_interval_steps == 0 or stop or ends
+        if trained and due_to_save and self._saved_step < step:
+            self._saved_step = step
+            with self.clock.outside_steps():
+                self._save(trainer, step)
+        if self.folder is not None and (self.folder.stale() or evaluated is not None):
+            self.folder.write(
+                "running", step, module.steps_skipped, self.seconds(), self.e2e(), memory=self._runtime.peak_memory(0)
+            )
+
+    def _evaluate(self, trainer: pl.Trainer, module: RecordModule, event: Optional[str]) -> Optional[Dict[str, Any]]:
+        """Evaluate; None if a stop was asked for meanwhile (one rank alone: several decide at the next step)."""
+        start = time.perf_counter()
+        loader = self._eval_loader(trainer.global_rank, trainer.world_size)
+        alone = trainer.world_size == 1
+        accuracy, _ = evaluate(
+            module, loader, module.device, (lambda: module.stop_requested) if alone else None
+        )
+        if accuracy is None:
+            return None
+        self._runtime.synchronize()
+        seconds = time.perf_counter() - start
+        self.accuracy = accuracy
+        self._evaluated_step = module.steps_done
+        if event is not None:
+            self._event(event, {"eval_accuracy": accuracy, "time": seconds})
+        if self.folder is not None:
+            samples = module.steps_done * self._config.global_batch
+            self.folder.evals.add(step=module.steps_done, samples=samples, acc=accuracy, seconds=round(seconds, 6))
+            self.folder.accuracy = accuracy
+        return {"global_steps": module.steps_done, "eval_accuracy": accuracy, "time": seconds}
+
+    def _log_step(self, module: RecordModule, step_seconds: float, ends: bool) -> None:
+        if self.folder is None:
+            return
+        outcome, seconds = module.outcome, self.clock.seconds()
+        assert outcome is not None
+        loss = float(outcome.own_loss) / self._config.optimizer.accumulate
+        schedule: Any = module.lr_schedulers()
+        step = module.steps_done
+        value = {
+            "global_steps": step,
+            "num_trained_samples": step * self._config.global_batch,
+            "epoch": self._epoch,
+            "loss": loss,
+            "eval_accuracy": self.accuracy,
+            "no_eval_time": seconds.no_eval,
+            "pure_compute_time": seconds.pure_compute,
+            "learning_rate": schedule.rate,
+            "seq/s": self._config.global_batch / step_seconds if step_seconds else None,
+            "end_training": ends,
+        }
+        if outcome.loss_scale is not None:
+            value["loss_scale"] = outcome.loss_scale
+        self._event("STEP_END", value, step=step, loss=loss)
+
+    # -- figures -----------------------------------------------------------------------------------------------
+
+    def seconds(self) -> Seconds:
+        """Measured by this rank in this process."""
+        seconds = self.clock.seconds()
+        seconds.init = self._init
+        return seconds
+
+    def samples_here(self) -> int:
+        """Samples of the steps that this process has done."""
+        return self._steps_here * self._config.global_batch
+
+    def total_steps(self) -> int:
+        """Steps of the run if the target is not reached before."""
+        run = self._config.run
+        by_samples = run.max_samples // self._config.global_batch + 1
+        return by_samples if run.max_steps is None else min(run.max_steps, by_samples)
+
+    def e2e(self) -> float:
+        """Seconds since the entry of `train`."""
+        return time.monotonic() - self._entry
+
+    def finish(
+        self, status: str, module: RecordModule, seconds: Seconds, e2e: float, memory: Optional[float], **more: Any
+    ) -> Dict[str, Any]:
+        """Write the final result (rank 0).
+
+        Args:
+            status: how the run ended.
+            module: for its counters.
+            seconds: of the slowest rank in each phase.
+            e2e: seconds since the entry of `train`.
+            memory: highest memory in use, bytes.
+            more: further entries.
+        """
+        assert self.folder is not None
+        result = self.folder.write(
+            status, module.steps_done, module.steps_skipped, seconds, e2e, memory=memory, **more
+        )
+        self._event(
+            "FINISHED",
+            {
+                "e2e_time": result["e2e_time"],
+                "global_steps": module.steps_done,
+                "num_trained_samples": result["num_trained_samples"],
+                "training_sequences_per_second": result["p_whole"],
+                "converged": result["converged"],
+                "final_accuracy": self.accuracy,
+                "raw_train_time": result["raw_train_time"],
+                "init_time": result["init_time"],
+                "pure_training_computing_time": result["pure_compute_time"],
+                "throughput(ips)_raw": result["p_whole"],
+                "throughput(ips)_no_eval": result["p_train"],
+                "throughput(ips)_pure_compute": result["p_core"],
+            },
+        )
+        return result
+
+    def _event(self, name: str, value: Optional[Any] = None, **keys: Any) -> None:
+        if self.folder is not None:
+            self.folder.perf.event(name, value, **keys)
+
+    @staticmethod
+    def _module(pl_module: Any) -> RecordModule:
+        assert isinstance(pl_module, RecordModule)
+        return pl_module
+
+
+def slowest(ranks: Sequence[Seconds]) -> Seconds:
+    """The longest time of any rank, phase by phase: each phase stays contained in the next."""
+    return Seconds(
+        max(rank.pure_compute for rank in ranks),
+        max(rank.no_eval for rank in ranks),
+        max(rank.raw_train for rank in ranks),
+        max(rank.init for rank in ranks),
+    )

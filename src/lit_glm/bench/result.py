@@ -1,0 +1,70 @@
+"""result.json: one row of the published table and what stands behind it; and that row as text."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+SCHEMA_VERSION = 1
+COLUMNS = ("config", "precision", "fix_hp", "e2e_time", "p_whole", "p_train", "p_core", "acc", "mem")
+"""The published table's, in its order (its first column is named 配置 there)."""
+COMPLETE = ("success", "finished")
+"""States of a run that needs no going on."""
+
+
+def write_json(path: Path, content: Dict[str, Any]) -> None:
+    """Write a file that is at any moment either the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_result(run_dir: Path) -> Optional[Dict[str, Any]]:
+    """The result of a run folder; None if there is none or it cannot be read."""
+    try:
+        content: Dict[str, Any] = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
+        return content
+    except (OSError, ValueError):
+        return None
+
+
+def amend_result(run_dir: Path, **changes: Any) -> None:
+    """Change entries of an existing result."""
+    result = read_result(run_dir)
+    if result is not None:
+        write_json(run_dir / "result.json", {**result, **changes})
+
+
+def cells(result: Dict[str, Any]) -> List[str]:
+    """A result in the published formats, one text a column; empty where nothing was measured."""
+
+    def number(name: str, digits: int) -> str:
+        return "" if result.get(name) is None else f"{result[name]:.{digits}f}"
+
+    marks = []
+    if result.get("simulated"):
+        marks.append("simulated")
+    if result.get("status") not in COMPLETE:
+        marks.append(str(result.get("status")))
+    mark = f" ({', '.join(marks)})" if marks else ""
+    actual, total = number("mem_actual_gib", 1), number("mem_total_gib", 1)
+    return [
+        f"{result['hardware']} {result['topology']}{mark}",
+        str(result["precision"]),
+        str(result["fix_hp"]),
+        number("e2e_time", 2),
+        number("p_whole", 2),
+        number("p_train", 2),
+        number("p_core", 2),
+        "" if result.get("acc") is None else f"{100 * result['acc']:.2f}%",
+        f"{actual}/{total}" if actual and total else "",
+    ]
+
+
+def table(results: List[Dict[str, Any]]) -> str:
+    """Results as a Markdown table, columns and order as published."""
+    rows = [list(COLUMNS), *(cells(result) for result in results)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)

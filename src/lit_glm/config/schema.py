@@ -1,0 +1,291 @@
+"""Every key that can be set, with its type and its range; conf/ holds the values.
+
+Dataclasses rather than a list of names, so that OmegaConf checks types and mypy checks their use.
+Python 3.8 and OmegaConf both need the `typing` spellings here.
+"""
+
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+
+@dataclass
+class HardwareConfig:
+    """One chip: what runs it, what it can do, what reports call it."""
+
+    name: str = "cpu"
+    vendor: str = ""
+    card: str = ""
+    server: str = ""
+    accelerator: str = "cpu"
+    runtime: str = "auto"
+    runtimes: List[str] = field(default_factory=list)
+    env: Dict[str, str] = field(default_factory=dict)
+    memory_gib: Optional[float] = None
+    peak_tflops: Dict[str, Optional[float]] = field(default_factory=dict)
+    source: str = ""
+    gelu: str = "tanh"
+    network: str = ""
+
+
+@dataclass
+class TopologyConfig:
+    """Nodes x devices a node."""
+
+    num_nodes: int = 1
+    devices_per_node: int = 1
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks of the job."""
+        return self.num_nodes * self.devices_per_node
+
+    @property
+    def name(self) -> str:
+        """As in the published table: `2x8`."""
+        return f"{self.num_nodes}x{self.devices_per_node}"
+
+
+@dataclass
+class LossScaleConfig:
+    """Dynamic loss scaling as published (FlagPerf's DynamicLossScaler)."""
+
+    initial: float = 65536.0
+    window: int = 1000
+    hysteresis: int = 2
+    minimum: float = 1.0
+
+
+@dataclass
+class PrecisionConfig:
+    """In which arithmetic the model is computed."""
+
+    name: str = "fp32"
+    tf32: bool = False
+    loss_scale: Optional[LossScaleConfig] = None
+
+
+@dataclass
+class ModelConfig:
+    """Shape of GLM."""
+
+    name: str = "glm_large"
+    num_layers: int = 24
+    hidden_size: int = 1024
+    num_attention_heads: int = 16
+    vocab_size: int = 30592
+    max_sequence_length: int = 512
+    hidden_dropout: float = 0.1
+    attention_dropout: float = 0.1
+    gelu: str = "tanh"
+    init_std: float = 0.02
+    activation_checkpointing: bool = False
+    init_checkpoint: Optional[str] = None
+
+
+@dataclass
+class SyntheticConfig:
+    """Size and seed of the generated corpus."""
+
+    seed: int = 0
+    num_train: int = 6000
+    num_eval: int = 500
+
+
+@dataclass
+class DataConfig:
+    """Which examples, and how they reach the model."""
+
+    name: str = "record"
+    raw_dir: Optional[str] = None
+    vocab_file: Optional[str] = None
+    out_dir: str = "data/record"
+    train_file: str = ""
+    eval_file: str = ""
+    max_seq_length: int = 512
+    num_workers: int = 0
+    cache_dir: Optional[str] = None
+    balance_ranks: bool = False
+    shuffle_seed: int = 0
+    synthetic: Optional[SyntheticConfig] = None
+
+
+@dataclass
+class ScoringConfig:
+    """How the candidates of an example are scored."""
+
+    name: str = "shared_context"
+    activation_checkpointing: bool = False
+    balance_ranks: bool = True
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = 1e-5
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip_grad: float = 1.0
+    warmup: float = 0.1
+    lr_decay_iters: int = 4338
+    lr_decay_ratio: float = 0.1
+    lr_decay_style: str = "linear"
+    accumulate: int = 1
+
+
+@dataclass
+class RunConfig:
+    """When the run evaluates, saves and ends."""
+
+    max_samples: int = 5553080
+    max_steps: Optional[int] = None
+    target_accuracy: float = 0.8
+    eval_interval_samples: int = 19200
+    eval_start_samples: int = 100
+    resume: Optional[str] = None
+    checkpoint_interval_steps: int = 1000
+    stall_timeout_s: float = 1800.0
+
+
+@dataclass
+class SweepConfig:
+    """How a multirun goes on."""
+
+    skip_done: bool = True
+
+
+@dataclass
+class TrainConfig:
+    """The whole configuration of `train` and `evaluate`."""
+
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    topology: TopologyConfig = field(default_factory=TopologyConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    logger: Dict[str, Any] = field(default_factory=dict)
+    callbacks: Dict[str, Any] = field(default_factory=dict)
+    bs: int = 4
+    eval_bs: int = 4
+    lr: float = 1e-5
+    seed: int = 4096
+    tuned_for: str = "none"
+
+    @property
+    def global_batch(self) -> int:
+        """Examples a step, over all ranks."""
+        return self.bs * self.topology.world_size
+
+    @property
+    def fix_hp(self) -> str:
+        """The column `fix_hp` of the published table."""
+        return f"bs={self.bs},lr={self.lr:g}"
+
+
+@dataclass
+class PrepareConfig:
+    """The configuration of `prepare`."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    scoring: Dict[str, Any] = field(default_factory=dict)
+
+
+_INF = math.inf
+# key -> (lowest, highest); a bound in the second tuple is excluded
+_CLOSED: Dict[str, Tuple[float, float]] = {
+    "bs": (1, _INF),
+    "eval_bs": (1, _INF),
+    "seed": (0, 2**32 - 1),
+    "topology.num_nodes": (1, _INF),
+    "topology.devices_per_node": (1, _INF),
+    "model.num_layers": (1, _INF),
+    "model.hidden_size": (1, _INF),
+    "model.num_attention_heads": (1, _INF),
+    "model.vocab_size": (1, _INF),
+    "model.max_sequence_length": (1, _INF),
+    "data.max_seq_length": (8, _INF),
+    "data.num_workers": (0, _INF),
+    "data.shuffle_seed": (0, 2**32 - 1),
+    "data.synthetic.seed": (0, 2**32 - 1),
+    "data.synthetic.num_train": (1, _INF),
+    "data.synthetic.num_eval": (1, _INF),
+    "optimizer.lr_decay_iters": (1, _INF),
+    "optimizer.lr_decay_ratio": (0, 1),
+    "optimizer.warmup": (0, 1),
+    "optimizer.accumulate": (1, _INF),
+    "run.max_samples": (1, _INF),
+    "run.max_steps": (1, _INF),
+    "run.eval_interval_samples": (1, _INF),
+    "run.eval_start_samples": (0, _INF),
+    "run.checkpoint_interval_steps": (1, _INF),
+    "precision.loss_scale.window": (1, _INF),
+    "precision.loss_scale.hysteresis": (1, _INF),
+}
+_FINITE: Dict[str, Tuple[float, float]] = {
+    "lr": (0, _INF),
+    "optimizer.lr": (0, _INF),
+    "optimizer.weight_decay": (0, _INF),
+    "run.target_accuracy": (0, _INF),
+}
+_OPEN: Dict[str, Tuple[float, float]] = {
+    "model.init_std": (0, _INF),
+    "optimizer.eps": (0, _INF),
+    "optimizer.clip_grad": (0, _INF),
+    "run.stall_timeout_s": (0, _INF),
+    "hardware.memory_gib": (0, _INF),
+    "precision.loss_scale.initial": (0, _INF),
+    "precision.loss_scale.minimum": (0, _INF),
+}
+_BELOW_ONE = ("model.hidden_dropout", "model.attention_dropout", "optimizer.beta1", "optimizer.beta2")
+_CHOICES: Dict[str, Tuple[str, ...]] = {
+    "model.gelu": ("tanh", "erf"),
+    "precision.name": ("fp32", "amp", "fp16", "bf16"),
+    "scoring.name": ("shared_context", "published"),
+    "optimizer.lr_decay_style": ("linear",),
+    "hardware.runtime": ("auto", "cpu", "cuda", "xmlir", "xpytorch", "simulated"),
+}
+
+
+def walk(node: Any, prefix: str = "") -> Iterator[Tuple[str, Any]]:
+    """Yield (dotted key, value) of every leaf below a configuration dataclass."""
+    for entry in fields(node):
+        value = getattr(node, entry.name)
+        if is_dataclass(value):
+            yield from walk(value, f"{prefix}{entry.name}.")
+        else:
+            yield prefix + entry.name, value
+
+
+def out_of_range(config: Any) -> List[str]:
+    """Say of each value outside its range what it is and what it may be, one sentence a value."""
+    complaints = []
+    values = dict(walk(config))
+    for key, value in values.items():
+        if value is None or (key == "optimizer.lr" and str(value) == str(values.get("lr"))):
+            continue  # optimizer.lr follows lr unless it is set: say it once
+        if key in _CLOSED:
+            low, high = _CLOSED[key]
+            if not low <= value <= high:
+                upper = "" if high == _INF else f" and at most {high:g}"
+                complaints.append(f"{key}={value}: must be at least {low:g}{upper}")
+        elif key in _FINITE and not (math.isfinite(value) and value >= 0):
+            complaints.append(f"{key}={value}: must be a finite number, at least 0")
+        elif key in _OPEN and not (math.isfinite(value) and value > 0):
+            complaints.append(f"{key}={value}: must be a finite number above 0")
+        elif key in _BELOW_ONE and not 0 <= value < 1:
+            complaints.append(f"{key}={value}: must be at least 0 and below 1")
+        elif key in _CHOICES and value not in _CHOICES[key]:
+            complaints.append(f"{key}={value}: must be one of {', '.join(_CHOICES[key])}")
+    heads, hidden = values.get("model.num_attention_heads"), values.get("model.hidden_size")
+    if heads and hidden and hidden % heads:
+        complaints.append(
+            f"model.hidden_size={hidden}: must be a multiple of model.num_attention_heads={heads}"
+        )
+    return complaints

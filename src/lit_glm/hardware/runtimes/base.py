@@ -1,0 +1,65 @@
+"""What a chip's runtime must offer: the one interface between this project and any vendor's software."""
+
+from typing import Any, Callable, Optional
+
+import torch
+
+
+class Runtime:
+    """Devices of one kind. Subclasses say how; what a vendor lacks stays None or does nothing.
+
+    The class is asked whether it is there; only then is it made, which imports the vendor's package.
+    """
+
+    name = ""
+    simulated = False
+    """Whether its devices are pretended: such figures are no measurements of the chip."""
+    backend = "gloo"
+    """Collective backend for torch.distributed."""
+
+    @staticmethod
+    def missing() -> Optional[str]:
+        """Why this runtime cannot be used here; None if it can. Must not import the vendor's package."""
+        return None
+
+    def device_count(self) -> int:
+        """Devices that this process can see."""
+        raise NotImplementedError
+
+    def device(self, index: int) -> torch.device:
+        """The device that tensors live on."""
+        raise NotImplementedError
+
+    def set_device(self, index: int) -> None:
+        """Make a device the current one of this process."""
+
+    def synchronize(self) -> None:
+        """Wait until the current device has nothing left to do."""
+
+    def after_step(self) -> None:
+        """What the vendor asks for after each step."""
+
+    def manual_seed(self, seed: int) -> None:
+        """Seed the devices' generators."""
+        torch.manual_seed(seed)
+
+    def checkpoint(self) -> Callable[..., Any]:
+        """`fn(f, *args)` that recomputes f in the backward pass."""
+        from torch.utils.checkpoint import checkpoint
+
+        def recompute(function: Callable[..., Any], *args: Any) -> Any:
+            return checkpoint(function, *args, use_reentrant=False)
+
+        return recompute
+
+    def device_name(self, index: int) -> str:
+        """What the device calls itself."""
+        return ""
+
+    def peak_memory(self, index: int) -> Optional[float]:
+        """Highest memory in use by this process on a device so far, bytes; None where the runtime cannot say."""
+        return None
+
+    def total_memory(self, index: int) -> Optional[float]:
+        """Memory of a device, bytes; None where the runtime cannot say."""
+        return None

@@ -1,0 +1,40 @@
+"""The processor: every rank is a process on the same machine."""
+
+import os
+import resource
+from typing import Optional
+
+import psutil
+import torch
+
+from lit_glm.hardware.runtimes.base import Runtime
+
+
+class CPURuntime(Runtime):
+    """Ranks share the cores; memory in use is the resident memory of the processes."""
+
+    name = "cpu"
+
+    def device_count(self) -> int:
+        """As many ranks as there are cores."""
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+    def device(self, index: int) -> torch.device:
+        """All ranks compute on the same device."""
+        return torch.device("cpu")
+
+    def device_name(self, index: int) -> str:
+        """Model name as the kernel reports it."""
+        try:
+            with open("/proc/cpuinfo") as file:
+                return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+        except (OSError, StopIteration):
+            return ""
+
+    def peak_memory(self, index: int) -> Optional[float]:
+        """The kernel's high-water mark of this process's resident memory."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0  # Linux counts in KiB
+
+    def total_memory(self, index: int) -> Optional[float]:
+        """Memory of the machine."""
+        return float(psutil.virtual_memory().total)

@@ -1,0 +1,50 @@
+"""NVIDIA cards, and the cards of other vendors whose torch answers as torch.cuda."""
+
+from typing import Optional
+
+import torch
+
+from lit_glm.hardware.runtimes.base import Runtime
+
+
+class CUDARuntime(Runtime):
+    """torch.cuda."""
+
+    name = "cuda"
+    backend = "nccl"
+
+    @staticmethod
+    def missing() -> Optional[str]:
+        """Asks torch; a build without CUDA says no."""
+        if torch.cuda.is_available():
+            return None
+        build = "a build of torch with CUDA" if torch.version.cuda is None else "a working driver (see nvidia-smi)"
+        return f"torch {torch.__version__} sees no CUDA device: {build} is missing"
+
+    def device_count(self) -> int:
+        """Visible cards."""
+        return torch.cuda.device_count()
+
+    def device(self, index: int) -> torch.device:
+        """cuda:N."""
+        return torch.device("cuda", index)
+
+    def set_device(self, index: int) -> None:
+        """torch.cuda.set_device."""
+        torch.cuda.set_device(index)
+
+    def synchronize(self) -> None:
+        """torch.cuda.synchronize."""
+        torch.cuda.synchronize()
+
+    def device_name(self, index: int) -> str:
+        """As torch reports it."""
+        return str(torch.cuda.get_device_name(index))
+
+    def peak_memory(self, index: int) -> Optional[float]:
+        """What the allocator has reserved at most: the share of the card that this process kept from others."""
+        return float(torch.cuda.max_memory_reserved(index))
+
+    def total_memory(self, index: int) -> Optional[float]:
+        """As the driver reports it."""
+        return float(torch.cuda.get_device_properties(index).total_memory)

@@ -1,0 +1,77 @@
+"""Kunlunxin's native runtime: Python 3.8, torch 1.12.1+cpu, package torch_xmlir; tensors live on "xpu".
+
+Never ask torch itself for "xpu" or "xccl": in today's torch these are Intel's names.
+"""
+
+import importlib.util
+from typing import Any, Callable, Optional
+
+import torch
+
+from lit_glm.hardware.runtimes.base import Runtime
+
+
+class XMLIRRuntime(Runtime):
+    """torch_xmlir.xpu."""
+
+    name = "xmlir"
+    backend = "xccl"
+
+    @staticmethod
+    def missing() -> Optional[str]:
+        """Looks for the package without importing it: its switches are read at import."""
+        if importlib.util.find_spec("torch_xmlir") is None:
+            return "the package torch_xmlir is not installed (xmlir and xacc wheels from Kunlunxin, Python 3.8, torch 1.12.1+cpu)"
+        if torch.version.cuda is not None or not torch.__version__.startswith("1."):
+            return f"torch_xmlir is installed, but torch {torch.__version__} is not the 1.12.1+cpu of the native runtime"
+        return None
+
+    def __init__(self) -> None:
+        import torch_xmlir
+
+        self._vendor: Any = torch_xmlir
+        if not self._vendor.xpu.is_available():
+            raise RuntimeError("torch_xmlir sees no XPU: check the driver (xpu_smi) and XPU_VISIBLE_DEVICES")
+
+    def device_count(self) -> int:
+        """Visible cards."""
+        return int(self._vendor.xpu.device_count())
+
+    def device(self, index: int) -> torch.device:
+        """xpu:N, made by the vendor's own function."""
+        device: torch.device = self._vendor.device(f"xpu:{index}")
+        return device
+
+    def set_device(self, index: int) -> None:
+        """torch_xmlir.xpu.set_device."""
+        self._vendor.xpu.set_device(index)
+
+    def synchronize(self) -> None:
+        """Two spellings are in use."""
+        xpu = self._vendor.xpu
+        (xpu.synchronize if hasattr(xpu, "synchronize") else xpu.xpu_synchronize)()
+
+    def after_step(self) -> None:
+        """The published run empties the cache after every step."""
+        self._vendor.xpu.empty_cache()
+
+    def manual_seed(self, seed: int) -> None:
+        """The vendor's generators are not torch's."""
+        torch.manual_seed(seed)
+        self._vendor.xpu.manual_seed_all(seed)
+
+    def checkpoint(self) -> Callable[..., Any]:
+        """The vendor's own: torch's saves the state of CUDA's generators."""
+        function: Callable[..., Any] = self._vendor.nn.checkpoint.checkpoint
+        return function
+
+    def device_name(self, index: int) -> str:
+        """As the runtime reports it."""
+        return str(self._vendor.xpu.get_device_name(index))
+
+    def total_memory(self, index: int) -> Optional[float]:
+        """From the device's properties, where they have it."""
+        try:
+            return float(self._vendor.xpu.get_device_properties(index).total_memory)
+        except (AttributeError, RuntimeError, TypeError):
+            return None

@@ -1,0 +1,33 @@
+"""Kunlunxin's CUDA-compatible runtime: torch is patched at import, tensors live on "cuda", nccl is rerouted."""
+
+import importlib.util
+from typing import Optional
+
+import torch
+
+from lit_glm.hardware.runtimes.cuda import CUDARuntime
+
+
+class XPyTorchRuntime(CUDARuntime):
+    """torch.cuda as the vendor patches it; told from NVIDIA by the presence of torch_xmlir."""
+
+    name = "xpytorch"
+
+    @staticmethod
+    def missing() -> Optional[str]:
+        """Looks for the package without importing it: its switches are read at import."""
+        if importlib.util.find_spec("torch_xmlir") is None:
+            return "the package torch_xmlir is not installed (XPyTorch from Kunlunxin, for its own builds of torch 2)"
+        if torch.__version__.startswith("1."):
+            return f"torch {torch.__version__} is too old for the CUDA-compatible runtime"
+        return None
+
+    def __init__(self) -> None:
+        import torch_xmlir  # noqa: F401
+
+        if not torch.cuda.is_available():
+            raise RuntimeError("torch_xmlir is installed but no XPU answers: check the driver (xpu-smi -m)")
+
+    def device_name(self, index: int) -> str:
+        """Not asked of torch: it says "GPU" for every card."""
+        return ""

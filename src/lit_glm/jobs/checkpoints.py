@@ -1,0 +1,95 @@
+"""Checkpoints of a run that goes on: written whole or not at all, the newest good one found again."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+from pytorch_lightning.plugins.io import CheckpointIO
+
+_KEEP = 2
+_NAME = re.compile(r"step-(\d+)\.ckpt")
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Writes to a temporary name, flushes to the disk, renames."""
+
+    def save_checkpoint(self, checkpoint: Dict[str, Any], path: Any, storage_options: Optional[Any] = None) -> None:
+        """Write one."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.part")
+        with temporary.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def load_checkpoint(self, path: Any, map_location: Optional[Any] = None, **_: Any) -> Dict[str, Any]:
+        """Read one; never executes code from it."""
+        return load(Path(path))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Delete one."""
+        Path(path).unlink()
+
+
+def load(path: Path) -> Dict[str, Any]:
+    """Read a checkpoint of ours onto the CPU."""
+    if torch.__version__.startswith("1."):  # no weights_only there
+        from lit_glm.model.unpickle import restricted_load
+
+        content: Dict[str, Any] = restricted_load(path)
+    else:
+        content = torch.load(str(path), map_location="cpu", weights_only=True)
+    return content
+
+
+def path_of(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step stands."""
+    return run_dir / "checkpoints" / f"step-{step:08d}.ckpt"
+
+
+def all_of(run_dir: Path) -> List[Tuple[int, Path]]:
+    """(step, path) of all checkpoints, newest first."""
+    found = []
+    for path in (run_dir / "checkpoints").glob("step-*.ckpt"):
+        match = _NAME.fullmatch(path.name)
+        if match:
+            found.append((int(match.group(1)), path))
+    return sorted(found, reverse=True)
+
+
+def tidy(run_dir: Path) -> None:
+    """Delete all but the newest few."""
+    for _, path in all_of(run_dir)[_KEEP:]:
+        path.unlink()
+
+
+def newest_usable(run_dir: Path, identity: str) -> Tuple[Optional[Path], List[str]]:
+    """The newest checkpoint that is whole and belongs to this run.
+
+    Args:
+        run_dir: the run folder.
+        identity: of the run's configuration.
+
+    Returns:
+        Its path, or None; and a line for each that was passed over.
+    """
+    passed_over = []
+    for _, path in all_of(run_dir):
+        try:
+            content = load(path)
+            if content["lit_glm"]["identity"] != identity:
+                raise ValueError("it belongs to another configuration")
+            return path, passed_over
+        except Exception as error:  # torn files fail in many ways
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            passed_over.append(f"{path}: passed over ({reason})")
+    return None, passed_over

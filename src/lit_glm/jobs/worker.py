@@ -1,0 +1,296 @@
+"""One rank of one job, from its configuration to its result. `python -m lit_glm.jobs.worker RUN_DIR` under torchrun."""
+
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+from lit_glm.bench.result import COMPLETE, amend_result, table, write_json
+from lit_glm.config.schema import TrainConfig
+from lit_glm.errors import InputError, RunError
+from lit_glm.hardware.runtimes import make_runtime, set_environment
+from lit_glm.jobs.spec import Job, identity
+
+EXIT_STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved what it had."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+        self.exit_status = EXIT_STATUS.get(signal.Signals(signal_number), 128 + signal_number)
+
+
+class _Signals:
+    """Turns SIGINT and SIGTERM into a request that the training loop takes up; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.received: Optional[int] = None
+        self.module: Any = None
+        self._before = {number: signal.getsignal(number) for number in EXIT_STATUS}
+        for number in EXIT_STATUS:
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _frame: Any) -> None:
+        again = self.received is not None and number == signal.SIGINT
+        self.received = number
+        if self.module is None or again:
+            raise Interrupted(number)  # nothing to save yet, or no patience left
+        self.module.stop_requested = True
+
+    def restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def run_rank(job: Job, run_dir: Path) -> Dict[str, Any]:
+    """Run this process's part of a job.
+
+    Args:
+        job: what to do.
+        run_dir: the run folder.
+
+    Returns:
+        The result (rank 0), else an empty dict.
+
+    Raises:
+        InputError, RunError: what the user should read.
+        Interrupted: after a signal; what was done is saved.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    signals = _Signals() if in_main_thread else None
+    try:
+        return _run(job, run_dir, signals)
+    finally:
+        if signals is not None:
+            signals.restore()
+
+
+def _run(job: Job, run_dir: Path, signals: Optional[_Signals]) -> Dict[str, Any]:
+    config = job.config
+    rank = int(os.environ.get("RANK", 0))
+    kept = set_environment(config.hardware)
+    _quiet()
+
+    import pytorch_lightning as pl
+    import torch
+
+    from lit_glm.batches.datamodule import RecordData, evaluation_batches, open_splits
+    from lit_glm.bench.environment import describe
+    from lit_glm.bench.recorder import Recorder, RunFolder, slowest
+    from lit_glm.hardware.accelerator import make_accelerator, make_strategy
+    from lit_glm.hardware.precision import make_precision
+    from lit_glm.jobs import checkpoints
+    from lit_glm.model.build import build_glm
+    from lit_glm.training.module import RecordModule
+
+    runtime = make_runtime(config.hardware, config.topology)
+    world_size = config.topology.world_size
+    if rank == 0:
+        for line in kept:
+            print(f"lit_glm: {line}", file=sys.stderr)
+        write_json(
+            run_dir / "environment.json",
+            describe(config.hardware, runtime, config.topology.devices_per_node, job.command),
+        )
+        print(_opening(config, runtime.simulated, run_dir), flush=True)
+    strategy = make_strategy(runtime, config.topology, config.run.stall_timeout_s)
+    precision = make_precision(config, runtime)
+    train_split, eval_split = open_splits(config)
+
+    runtime.manual_seed(config.seed)
+    glm, done = build_glm(config.model, runtime.checkpoint())
+    if rank == 0:
+        for line in done:
+            print(f"lit_glm: {config.model.init_checkpoint}: {line}")
+    module = RecordModule(glm, config)
+    data = RecordData(config, train_split, lambda: module.steps_done, pin_memory=runtime.backend == "nccl")
+
+    resume_from: Optional[Path] = None
+    if job.resumes:
+        resume_from, passed_over = checkpoints.newest_usable(run_dir, identity(config))
+        if rank == 0:
+            for line in passed_over:
+                print(f"lit_glm: {line}", file=sys.stderr)
+            where = f"after step {int(resume_from.stem[5:])}" if resume_from else "from the start: there is no checkpoint"
+            print(f"lit_glm: the run goes on {where}", flush=True)
+
+    def open_folder(steps_done: int) -> RunFolder:
+        return RunFolder(run_dir, config, runtime, steps_done, job.resumes)
+
+    def save(trainer: pl.Trainer, step: int) -> None:
+        trainer.save_checkpoint(checkpoints.path_of(run_dir, step))
+        if trainer.is_global_zero:
+            checkpoints.tidy(run_dir)
+
+    module.identity = identity(config)
+    recorder = Recorder(
+        config,
+        runtime,
+        job.entry,
+        open_folder,
+        lambda rank, world: evaluation_batches(eval_split, config, rank, world),
+        data.sampler(0, 0).epoch_of,
+        save,
+    )
+    trainer = pl.Trainer(
+        accelerator=make_accelerator(runtime, config.hardware.accelerator),
+        strategy=strategy,
+        devices=config.topology.devices_per_node,
+        num_nodes=config.topology.num_nodes,
+        plugins=[precision, checkpoints.AtomicCheckpointIO()],
+        callbacks=[recorder, *_instantiate(config.callbacks, None)],
+        logger=_instantiate(config.logger, run_dir) or False,
+        max_epochs=-1,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=str(run_dir),
+        detect_anomaly=False,
+    )
+    # Signals are ours (Lightning ends with status 0 after one), and no collective a step for them.
+    connector: Any = trainer._signal_connector
+    connector.register_signal_handlers = lambda: None
+    loop: Any = trainer.fit_loop.epoch_loop
+    loop._broadcast_sigterm_tensor = lambda: None
+    if signals is not None:
+        signals.module = module
+        module.stop_requested = signals.received is not None
+
+    trainer.fit(module, datamodule=data, ckpt_path=str(resume_from) if resume_from else None)
+
+    if signals is not None:
+        signals.module = None
+    seconds, e2e = recorder.seconds(), recorder.e2e()
+    per_rank: List[Any] = [(seconds, runtime.peak_memory(strategy.root_device.index or 0))]
+    if world_size > 1:
+        per_rank = [None] * world_size
+        torch.distributed.all_gather_object(per_rank, (seconds, runtime.peak_memory(strategy.root_device.index or 0)))
+    memory = [peak for _, peak in per_rank if peak is not None]
+    result: Dict[str, Any] = {}
+    if trainer.is_global_zero:
+        if recorder.interrupted:
+            status = "interrupted"
+        else:
+            status = "success" if (recorder.accuracy or 0.0) >= config.run.target_accuracy else "finished"
+        # Ranks on the processor share its memory; cards have each their own.
+        shared = runtime.device(0).type == "cpu" and not runtime.simulated
+        peak = (sum(memory) if shared else max(memory)) if memory else None
+        result = recorder.finish(status, module, slowest([entry for entry, _ in per_rank]), e2e, peak)
+        print(table([result]), flush=True)
+    if world_size > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    if recorder.interrupted:
+        raise Interrupted((signals.received if signals else None) or signal.SIGTERM)
+    return result
+
+
+def _opening(config: TrainConfig, simulated: bool, run_dir: Path) -> str:
+    what = "SIMULATED, no figure of the chip: " if simulated else ""
+    return (
+        f"lit_glm: {what}{config.model.name} on {config.hardware.name} {config.topology.name}, {config.precision.name}, "
+        f"{config.fix_hp}, global batch {config.global_batch}, "
+        f"values for the pair: {config.tuned_for}\n"
+        f"lit_glm: scoring={config.scoring.name}"
+        + (
+            ": the published workload, comparable with published rows"
+            if config.scoring.name == "published"
+            else ": one pass a context; same scores as published, other speed (not comparable with published rows)"
+        )
+        + f"\nlit_glm: run folder {run_dir}"
+    )
+
+
+def _instantiate(entries: Dict[str, Any], run_dir: Optional[Path]) -> List[Any]:
+    """Make the objects that a group of `_target_`s describes; loggers get the run folder as their place."""
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    made = []
+    for name, entry in entries.items():
+        place: Dict[str, Any] = {}
+        if run_dir is not None:
+            place = {"tracking_uri": f"file:{run_dir}/mlruns"} if "MLFlow" in entry["_target_"] else {"save_dir": str(run_dir)}
+        try:
+            made.append(instantiate({**place, **entry}))
+        except (InstantiationException, ImportError) as error:
+            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            raise InputError(
+                f"{'logger' if run_dir else 'callbacks'}.{name}: cannot be made ({reason}); "
+                f"its package may be missing: pip install 'lit-glm[{name}]'"
+            ) from error
+    return made
+
+
+def _quiet() -> None:
+    """Lightning's hints are for its own users; ours read what this project prints."""
+    for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    os.environ.setdefault("POSSIBLE_USER_WARNINGS", "off")
+    for module in ("pytorch_lightning", "lightning_fabric", "torch.jit", "torch.utils.data"):
+        warnings.filterwarnings("ignore", module=module)
+    warnings.filterwarnings("ignore", message=".*barrier\\(\\).*|.*pkg_resources.*|.*isinstance.treespec.*")
+
+
+def main(run_dir: Path) -> int:
+    """Run under torchrun: errors become messages and exit statuses."""
+    _die_with_parent()
+    job = Job.read(run_dir)
+    rank = os.environ.get("RANK", "0")
+    try:
+        import torch
+        from datetime import timedelta
+
+        runtime = make_runtime(job.config.hardware, job.config.topology)
+        if runtime.device_count() >= job.config.topology.devices_per_node:
+            runtime.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group(
+            runtime.backend, timeout=timedelta(seconds=job.config.run.stall_timeout_s)
+        )
+        run_rank(job, run_dir)
+    except Interrupted as stop:
+        return stop.exit_status
+    except (InputError, RunError) as error:
+        print(f"lit_glm: rank {rank}: {error}", file=sys.stderr, flush=True)
+        return error.exit_status
+    except BaseException:
+        print(f"lit_glm: rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def _die_with_parent() -> None:
+    """No rank outlives the agent that started it, however that ended (Linux: prctl PR_SET_PDEATHSIG)."""
+    import ctypes
+
+    try:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    except (AttributeError, OSError):
+        pass
+
+
+def fail(run_dir: Path, message: str) -> None:
+    """Say in the result that the run failed, unless it ended well."""
+    from lit_glm.bench.result import read_result
+
+    result = read_result(run_dir)
+    if result is not None and result.get("status") not in COMPLETE:
+        amend_result(run_dir, status="failed", error=message)
+
+
+if __name__ == "__main__":
+    status = main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    # Skip the interpreter's teardown after a failure: a peer that is gone must not hold this process up.
+    if status:
+        os._exit(status)

@@ -1,0 +1,36 @@
+"""From the model's configuration to a GLM with its first weights."""
+
+from typing import Any, Callable, List, Tuple
+
+from lit_glm.config.schema import ModelConfig
+from lit_glm.model.checkpoint import load_checkpoint
+from lit_glm.model.glm import GLM, GLMShape
+
+
+def build_glm(config: ModelConfig, checkpoint: Callable[..., Any]) -> Tuple[GLM, List[str]]:
+    """Build a model and load its checkpoint, if one is given.
+
+    Args:
+        config: shape and `init_checkpoint`.
+        checkpoint: activation checkpointing of the runtime.
+
+    Returns:
+        The model, and what loading did besides copying.
+    """
+    glm = GLM(
+        GLMShape(
+            num_layers=config.num_layers,
+            hidden_size=config.hidden_size,
+            num_attention_heads=config.num_attention_heads,
+            vocab_size=config.vocab_size,
+            max_sequence_length=config.max_sequence_length,
+            hidden_dropout=config.hidden_dropout,
+            attention_dropout=config.attention_dropout,
+            gelu=config.gelu,
+            init_std=config.init_std,
+            activation_checkpointing=config.activation_checkpointing,
+        ),
+        checkpoint,
+    )
+    done = load_checkpoint(glm, config.init_checkpoint) if config.init_checkpoint else []
+    return glm, done

@@ -1,0 +1,203 @@
+"""Published checkpoints in and out, and safetensors.
+
+The published layout (THUDM/GLM) is a torch file with the weights under "module"; a folder holds it under
+ITERATION/mp_rank_00_model_states.pt and names ITERATION in latest_checkpointed_iteration.txt. Only "module" is used.
+"""
+
+import pickle
+import re
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional
+
+import torch
+from torch import Tensor
+
+from lit_glm.errors import InputError
+from lit_glm.model.glm import GLM
+from lit_glm.model.unpickle import numpy_globals, restricted_load
+
+_POSITION = "transformer.position_embeddings.weight"
+_BLOCK_POSITION = "transformer.block_position_embeddings.weight"
+_LATEST = "latest_checkpointed_iteration.txt"
+
+
+def load_checkpoint(glm: GLM, path: "str | Path") -> List[str]:
+    """Load weights into a model, by the published rule.
+
+    Position tables that are shorter than the model's fill its first rows, the rest stays freshly initialised, if the
+    file has a block-position table. Values are converted to the model's types.
+
+    Args:
+        glm: freshly initialised.
+        path: a published file or folder, or a safetensors file.
+
+    Returns:
+        What was done besides copying, a line each.
+
+    Raises:
+        InputError: if the file is missing, broken or hostile, or a name or shape does not fit.
+    """
+    weights = read_weights(Path(path))
+    own = glm.state_dict()
+    done = []
+    if _BLOCK_POSITION in weights:
+        for name in (_POSITION, _BLOCK_POSITION):
+            if name in weights and weights[name].dim() == 2 and len(weights[name]) < len(own[name]):
+                if weights[name].shape[1] != own[name].shape[1]:
+                    continue  # said below, with all that does not fit
+                rows = len(weights[name])
+                extended = own[name].clone()
+                extended[:rows] = weights[name].to(extended.dtype)
+                weights[name] = extended
+                done.append(f"{name}: {rows} rows from the file, {len(extended) - rows} freshly initialised")
+    wrong = [f"missing: {name} {list(own[name].shape)}" for name in own if name not in weights]
+    wrong += [f"unexpected: {name} {list(weights[name].shape)}" for name in weights if name not in own]
+    wrong += [
+        f"{name}: the file has {list(weights[name].shape)}, the model {list(own[name].shape)}"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    if wrong:
+        shown = "\n  ".join(wrong[:12] + ([f"and {len(wrong) - 12} more"] if len(wrong) > 12 else []))
+        raise InputError(
+            f"model.init_checkpoint={path}: does not fit the model (model.num_layers, hidden_size, vocab_size, "
+            f"max_sequence_length):\n  {shown}"
+        )
+    glm.load_state_dict(weights)
+    return done
+
+
+def read_weights(path: Path) -> Dict[str, Tensor]:
+    """Names and tensors of a checkpoint, on the CPU; files of a model-parallel set are merged.
+
+    Raises:
+        InputError: if it cannot be read.
+    """
+    if not path.exists():
+        raise InputError(f"model.init_checkpoint={path}: there is no such file or folder")
+    if path.is_dir():
+        path = _file_in(path)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    parts = [_read_module(file) for file in _model_parallel_set(path)]
+    return parts[0] if len(parts) == 1 else _merge(parts, path)
+
+
+def save_published(weights: Dict[str, Tensor], path: Path, iteration: int) -> None:
+    """Write weights in the published layout."""
+    torch.save({"iteration": iteration, "module": weights}, str(path))
+
+
+def save_safetensors(weights: Dict[str, Tensor], path: Path) -> None:
+    """Write weights as safetensors."""
+    _safetensors().save_file({name: tensor.contiguous() for name, tensor in weights.items()}, str(path))
+
+
+def _file_in(folder: Path) -> Path:
+    latest = folder / _LATEST
+    if not latest.is_file():
+        direct = folder / "mp_rank_00_model_states.pt"
+        if direct.is_file():
+            return direct
+        raise InputError(f"model.init_checkpoint={folder}: the folder holds no {_LATEST}")
+    iteration = latest.read_text(encoding="utf-8").strip()
+    if not re.fullmatch(r"[\w.-]+", iteration) or iteration in (".", ".."):
+        raise InputError(f"{latest}: names {iteration!r}, which is no name of a subfolder")
+    file = folder / iteration / "mp_rank_00_model_states.pt"
+    if not file.is_file():
+        raise InputError(f"{latest}: names {iteration!r}, but there is no {file}")
+    return file
+
+
+def _model_parallel_set(path: Path) -> List[Path]:
+    """The file itself, or all of mp_rank_00, mp_rank_01, ... beside it."""
+    match = re.fullmatch(r"mp_rank_(\d\d)(.*)", path.name)
+    if match is None:
+        return [path]
+    siblings = sorted(path.parent.glob(f"mp_rank_[0-9][0-9]{match.group(2)}"))
+    for number, file in enumerate(siblings):
+        if file.name != f"mp_rank_{number:02d}{match.group(2)}":
+            raise InputError(f"{path.parent}: mp_rank_{number:02d}{match.group(2)} is missing from the set")
+    return siblings
+
+
+@contextmanager
+def _numpy_allowed() -> Iterator[None]:
+    """Lets torch's reader take a saved numpy random state, where torch can be told so."""
+    with_globals = getattr(torch.serialization, "safe_globals", None)
+    if with_globals is None:
+        yield
+        return
+    with with_globals(list(numpy_globals())):
+        yield
+
+
+def _read_module(path: Path) -> Dict[str, Tensor]:
+    try:
+        if torch.__version__.startswith("1."):
+            content: Any = restricted_load(path)
+        else:
+            with _numpy_allowed():
+                content = torch.load(str(path), map_location="cpu", weights_only=True)
+    except InputError as error:
+        raise InputError(f"{path}: refused: {error}") from error
+    except pickle.UnpicklingError as error:
+        found = re.search(r"(?:GLOBAL|global) `?([\w.]+)`?", str(error))
+        what = f"it names {found.group(1)}" if found else str(error).strip().splitlines()[0]
+        raise InputError(f"{path}: refused: {what}; a checkpoint may hold tensors and plain values only, nothing was executed") from error
+    except Exception as error:  # a broken file fails in many ways inside torch
+        whole = "is no torch file" if not zipfile.is_zipfile(path) else "is damaged"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: {whole} or cut short ({reason})") from error
+    if not isinstance(content, dict) or not isinstance(content.get("module"), dict):
+        held = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise InputError(f'{path}: has no "module" with the weights; it holds {held}')
+    weights = content["module"]
+    for name, tensor in weights.items():
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"{path}: module[{name!r}] is no tensor but {type(tensor).__name__}")
+    return dict(weights)
+
+
+def _merge(parts: List[Dict[str, Tensor]], path: Path) -> Dict[str, Tensor]:
+    """Join weights that THUDM's model parallelism has split.
+
+    As its change_mp.py: column-parallel weights (MLP up, word embedding) along rows, row-parallel ones (attention and
+    MLP output) along columns, query_key_value block by block; what every part holds whole comes from the first.
+    """
+    merged: Dict[str, Tensor] = {}
+    for name, first in parts[0].items():
+        try:
+            tensors = [part[name] for part in parts]
+        except KeyError as error:
+            raise InputError(f"{path}: {name} is not in every file of the set") from error
+        if "query_key_value" in name:
+            blocks = [tensor.chunk(3, dim=0) for tensor in tensors]
+            merged[name] = torch.cat([block[kind] for kind in range(3) for block in blocks], dim=0)
+        elif "dense_h_to_4h" in name or name == "word_embeddings.weight":
+            merged[name] = torch.cat(tensors, dim=0)
+        elif name.endswith(("attention.dense.weight", "dense_4h_to_h.weight")):
+            merged[name] = torch.cat(tensors, dim=1)
+        else:
+            merged[name] = first
+    return merged
+
+
+def _safetensors(error_at: Optional[Path] = None) -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        where = f"{error_at}: " if error_at else ""
+        raise InputError(f"{where}needs the package safetensors: pip install 'lit-glm[safetensors]'") from error
+    return safetensors.torch
+
+
+def _read_safetensors(path: Path) -> Dict[str, Tensor]:
+    library = _safetensors(path)
+    try:
+        weights: Dict[str, Tensor] = library.load_file(str(path))
+    except Exception as error:
+        raise InputError(f"{path}: is no whole safetensors file ({error})") from error
+    return weights

@@ -1,0 +1,170 @@
+"""GLM in plain torch: embeddings with two-dimensional positions, pre-norm layers, a head tied to the word embedding.
+
+Du et al., "GLM: General Language Model Pretraining with Autoregressive Blank Infilling" (ACL 2022). Parameter names
+and shapes are those of the published checkpoint. Shapes: T rows, D hidden, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Callable, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+
+@dataclass(frozen=True)
+class GLMShape:
+    """What decides the parameters and the arithmetic of a GLM."""
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    vocab_size: int
+    max_sequence_length: int
+    hidden_dropout: float = 0.1
+    attention_dropout: float = 0.1
+    gelu: str = "tanh"
+    init_std: float = 0.02
+    activation_checkpointing: bool = False
+
+
+class AttentionPlan(Protocol):
+    """How rows attend to each other; see `lit_glm.model.attention`."""
+
+    def __call__(self, qkv: Tensor, heads: int, dropout: float, candidates_only: bool) -> Tensor:
+        """Attention of one layer, [T, 3 D] -> [T, D]."""
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by its tanh approximation (Hendrycks and Gimpel 2016, section 2)."""
+    try:
+        return F.gelu(x, approximate="tanh")
+    except TypeError:  # torch 1.11 and older; 1.12 has it
+        return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
+def gelu_erf(x: Tensor) -> Tensor:
+    """GELU, exact."""
+    return F.gelu(x)
+
+
+class Attention(nn.Module):
+    """Self-attention with one linear for queries, keys and values: three blocks of D rows, head after head."""
+
+    def __init__(self, shape: GLMShape) -> None:
+        super().__init__()
+        self.query_key_value = nn.Linear(shape.hidden_size, 3 * shape.hidden_size)
+        self.dense = nn.Linear(shape.hidden_size, shape.hidden_size)
+        self.heads = shape.num_attention_heads
+        self.dropout = shape.attention_dropout
+
+    def forward(self, x: Tensor, plan: AttentionPlan, candidates_only: bool) -> Tensor:
+        """[T, D] -> [T, D], or [R, D] with `candidates_only`."""
+        dropout = self.dropout if self.training else 0.0
+        return self.dense(plan(self.query_key_value(x), self.heads, dropout, candidates_only))
+
+
+class MLP(nn.Module):
+    """D -> 4 D -> D."""
+
+    def __init__(self, shape: GLMShape) -> None:
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(shape.hidden_size, 4 * shape.hidden_size)
+        self.dense_4h_to_h = nn.Linear(4 * shape.hidden_size, shape.hidden_size)
+        self.activation: Callable[[Tensor], Tensor] = {"tanh": gelu_tanh, "erf": gelu_erf}[shape.gelu]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, D] -> [T, D]."""
+        return self.dense_4h_to_h(self.activation(self.dense_h_to_4h(x)))
+
+
+class Layer(nn.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, shape: GLMShape) -> None:
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(shape.hidden_size, eps=1e-5)
+        self.attention = Attention(shape)
+        self.post_attention_layernorm = nn.LayerNorm(shape.hidden_size, eps=1e-5)
+        self.mlp = MLP(shape)
+        self.dropout = nn.Dropout(shape.hidden_dropout)
+
+    def forward(self, h: Tensor, plan: AttentionPlan, first_row: int) -> Tensor:
+        """[T, D] -> [T - first_row, D]; with `first_row` > 0 only rows from there on leave the layer."""
+        attended = self.attention(self.input_layernorm(h), plan, first_row > 0)
+        x = h[first_row:] + self.dropout(attended)
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+
+
+class Transformer(nn.Module):
+    """Position tables, layers, final norm."""
+
+    def __init__(self, shape: GLMShape) -> None:
+        super().__init__()
+        self.position_embeddings = nn.Embedding(shape.max_sequence_length + 1, shape.hidden_size)
+        self.block_position_embeddings = nn.Embedding(shape.max_sequence_length + 1, shape.hidden_size)
+        self.dropout = nn.Dropout(shape.hidden_dropout)
+        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.num_layers))
+        self.final_layernorm = nn.LayerNorm(shape.hidden_size, eps=1e-5)
+
+
+class GLM(nn.Module):
+    """The model; what a batch looks like and how candidates are scored is `lit_glm.model.scoring`'s."""
+
+    def __init__(self, shape: GLMShape, checkpoint: Callable[..., Any] = torch_checkpoint) -> None:
+        """Build a freshly initialised model.
+
+        Args:
+            shape: layers, width, vocabulary, dropout, activation.
+            checkpoint: `fn(f, *args)` that recomputes f in the backward pass; a chip's runtime may bring its own.
+        """
+        super().__init__()
+        self.shape = shape
+        self.word_embeddings = nn.Embedding(shape.vocab_size, shape.hidden_size)
+        self.transformer = Transformer(shape)
+        self._checkpoint = checkpoint
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw fresh weights: N(0, init_std), output linears N(0, init_std / sqrt(2 L)), norms 1 and 0, biases 0."""
+        std = self.shape.init_std
+        output_std = std / math.sqrt(2.0 * self.shape.num_layers)
+        for name, parameter in self.named_parameters():
+            if "layernorm" in name:
+                nn.init.constant_(parameter, 1.0 if name.endswith("weight") else 0.0)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                is_output = name.endswith(("attention.dense.weight", "mlp.dense_4h_to_h.weight"))
+                nn.init.normal_(parameter, 0.0, output_std if is_output else std)
+
+    def embed(self, tokens: Tensor, positions: Tensor, blocks: Tensor) -> Tensor:
+        """Sum of word, position and block-position embedding, [T] each -> [T, D], with embedding dropout."""
+        transformer = self.transformer
+        h = self.word_embeddings(tokens)
+        h = h + transformer.position_embeddings(positions) + transformer.block_position_embeddings(blocks)
+        return transformer.dropout(h)
+
+    def encode(self, h: Tensor, plan: AttentionPlan, first_row: int = 0) -> Tensor:
+        """Run all layers and the final norm.
+
+        Args:
+            h: [T, D] embeddings.
+            plan: how rows attend to each other.
+            first_row: the rows before it serve only as keys and values: they do not leave the last layer.
+
+        Returns:
+            [T - first_row, D].
+        """
+        last = len(self.transformer.layers) - 1
+        recompute = self.shape.activation_checkpointing and self.training and torch.is_grad_enabled()
+        for number, layer in enumerate(self.transformer.layers):
+            skip = first_row if number == last else 0
+            h = self._checkpoint(layer, h, plan, skip) if recompute else layer(h, plan, skip)
+        return self.transformer.final_layernorm(h)
+
+    def vocabulary_logits(self, h: Tensor) -> Tensor:
+        """[..., D] -> [..., V] by the word embedding, no bias."""
+        return F.linear(h, self.word_embeddings.weight)

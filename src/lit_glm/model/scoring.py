@@ -1,0 +1,90 @@
+"""Candidate scores: the sum of the log-probabilities of a candidate's tokens, filled in at the [MASK].
+
+Two ways to the same numbers: `shared_context` computes a context once for all its candidates, `published` does what
+the published implementation does. Shapes: B examples, C candidate slots, S tokens, R candidate rows, V vocabulary.
+"""
+
+from typing import Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_glm.batches.types import FlatBatch, PaddedBatch
+from lit_glm.model.attention import FlatPlan, GatheredPlan, PaddedPlan
+from lit_glm.model.glm import GLM
+
+TRAIN_MASK = -1e4
+"""Score of an empty candidate slot in training, as published."""
+EVAL_MASK = -1e9
+"""The same in evaluation, as published. Far enough below any real score that the choice is never an empty slot."""
+
+
+def score_shared_context(glm: GLM, batch: FlatBatch) -> Tensor:
+    """Score all candidates with one pass over each context.
+
+    Returns:
+        [N] scores, candidates in the order of the batch.
+    """
+    import os
+    plan = (GatheredPlan if os.environ.get('GA') else FlatPlan).of(batch.context_lengths, batch.candidate_rows, batch.row_candidate)
+    h = glm.embed(batch.tokens, batch.positions, batch.blocks)
+    h = glm.encode(h, plan, first_row=sum(batch.context_lengths))
+    # Only candidate rows reach the head: one row for each token to be predicted.
+    log_probability = -F.cross_entropy(glm.vocabulary_logits(h).float(), batch.targets, reduction="none")
+    return log_probability.new_zeros(len(batch.slot)).index_add(0, batch.row_candidate, log_probability)
+
+
+def score_published(glm: GLM, batch: PaddedBatch) -> Tensor:
+    """Score every candidate slot in a sequence of its own, log-softmax over the vocabulary at every position.
+
+    Returns:
+        [B, C] scores, of padding slots too.
+    """
+    B, C, S = batch.text.shape
+    plan = PaddedPlan.of(batch.separator.reshape(B * C), S)
+    position = batch.position.reshape(B * C, 2, S)
+    h = glm.embed(batch.text.reshape(-1), position[:, 0].reshape(-1), position[:, 1].reshape(-1))
+    h = glm.encode(h, plan)
+    log_probability = F.log_softmax(glm.vocabulary_logits(h).float(), dim=-1)
+    target = batch.target.reshape(-1, 1)
+    return (log_probability.gather(1, target).view(B, C, S) * batch.logit_mask).sum(-1)
+
+
+def score_table(glm: GLM, batch: Union[FlatBatch, PaddedBatch], empty: float, slice_size: int = 0) -> Tensor:
+    """Scores of a batch as a table.
+
+    Args:
+        glm: the model.
+        batch: decides by its type which scoring runs.
+        empty: value of the slots without a candidate, `TRAIN_MASK` or `EVAL_MASK`.
+        slice_size: score so many slots at a time (published evaluation: 10); 0 all at once.
+
+    Returns:
+        [B, C] float32.
+    """
+    if isinstance(batch, FlatBatch):
+        scores = score_shared_context(glm, batch)
+        B, C = batch.table
+        return scores.new_full((B * C,), empty).scatter(0, batch.slot, scores).view(B, C)
+    slots = batch.table[1]
+    step = slice_size or slots
+    parts = [score_published(glm, _slots(batch, start, start + step)) for start in range(0, slots, step)]
+    table = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    return table * batch.loss_mask + empty * (1 - batch.loss_mask)
+
+
+def _slots(batch: PaddedBatch, start: int, stop: int) -> PaddedBatch:
+    return PaddedBatch(
+        text=batch.text[:, start:stop],
+        position=batch.position[:, start:stop],
+        separator=batch.separator[:, start:stop],
+        target=batch.target[:, start:stop],
+        logit_mask=batch.logit_mask[:, start:stop],
+        loss_mask=batch.loss_mask[:, start:stop],
+    )
+
+
+def choice_loss(table: Tensor) -> Tensor:
+    """Cross entropy of choosing candidate 0, the right one in training; mean over the examples. [B, C] -> []."""
+    return F.cross_entropy(table, torch.zeros(len(table), dtype=torch.long, device=table.device))

@@ -1,0 +1,41 @@
+"""`python -m lit_glm.prepare`: raw ReCoRD to the HDF5 files that `train` reads."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from lit_glm.config.app import run_app
+from lit_glm.config.schema import PrepareConfig
+from lit_glm.errors import InputError
+
+
+def prepare(config: PrepareConfig, _composed: Any) -> int:
+    """Run the conversion and say what became of each file."""
+    data = config.data
+    if data.name == "synthetic":
+        from lit_glm.record.synthetic import ensure
+
+        ensure(data)
+        print(f"{data.train_file}\n{data.eval_file}")
+        return 0
+    for key in ("raw_dir", "vocab_file"):
+        if getattr(data, key) is None:
+            raise InputError(
+                f"data.{key} is not set: python -m lit_glm.prepare data.raw_dir=DIR data.vocab_file=FILE data.out_dir=DIR"
+            )
+    from lit_glm.record.build import build
+
+    assert data.raw_dir is not None
+    assert data.vocab_file is not None
+    for built in build(Path(data.raw_dir), Path(data.out_dir), data.vocab_file, data.max_seq_length, data.num_workers):
+        print(built.report())
+    return 0
+
+
+def main() -> int:
+    """Compose, check and run; returns the exit status."""
+    return run_app("prepare", PrepareConfig, prepare)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,261 @@
+"""The published HDF5 layout: eight sparse matrices a file, one row a candidate. Reader and writer, h5py alone.
+
+A group holds one CSR matrix as h5sparse 0.1 writes it: datasets `data`, `indices`, `indptr`, attributes
+`h5sparse_format` and `h5sparse_shape`. Shapes: C candidates of all examples together, N examples, A answers, S tokens.
+"""
+
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Dict, List, Optional, Tuple, Type
+
+import h5py
+import numpy as np
+
+from lit_glm.errors import InputError
+
+WIDE = ("text", "target", "logit_mask", "position")
+"""[C, S] each; position [2 C, S]: positions and block positions in turn."""
+TRAIN_GROUPS = WIDE + ("mask", "choice_start_end")
+EVAL_GROUPS = TRAIN_GROUPS + ("answer_idx", "answer_start_end")
+
+
+class SparseReader:
+    """One HDF5 file of the published layout, read piece by piece."""
+
+    def __init__(self, path: "str | os.PathLike[str]", needs_answers: bool) -> None:
+        """Open a file and check its layout.
+
+        Args:
+            path: the file.
+            needs_answers: whether the two answer groups must be there (evaluation).
+
+        Raises:
+            InputError: if the file is missing, is no HDF5 file, is cut short, or lacks a group.
+        """
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise InputError(
+                f"{self.path}: there is no such file; make it with `python -m lit_glm.prepare` "
+                "or take generated data with data=synthetic"
+            )
+        try:
+            self._file = h5py.File(self.path, "r")
+        except OSError as error:
+            raise InputError(f"{self.path}: not a readable HDF5 file, or cut short ({error})") from error
+        self._shapes: Dict[str, Tuple[int, int]] = {}
+        try:
+            for name in EVAL_GROUPS if needs_answers else TRAIN_GROUPS:
+                self._check(name)
+            self._check_sizes(needs_answers)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> "SparseReader":
+        return self
+
+    def __exit__(
+        self, kind: Optional[Type[BaseException]], value: Optional[BaseException], trace: Optional[TracebackType]
+    ) -> None:
+        self._file.close()
+
+    @property
+    def num_candidates(self) -> int:
+        """C."""
+        return self._shapes["text"][0]
+
+    @property
+    def num_tokens(self) -> int:
+        """S, the width of the file."""
+        return self._shapes["text"][1]
+
+    @property
+    def num_examples(self) -> int:
+        """N."""
+        return self._shapes["choice_start_end"][0]
+
+    def rows(self, name: str, start: int, stop: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
+        """Rows start..stop-1 of a matrix, dense, int64."""
+        group = self._file[name]
+        try:
+            bounds = np.asarray(group["indptr"][start : stop + 1], dtype=np.int64)
+            columns = np.asarray(group["indices"][bounds[0] : bounds[-1]], dtype=np.int64)
+            values = np.asarray(group["data"][bounds[0] : bounds[-1]], dtype=np.int64)
+        except OSError as error:
+            raise InputError(f"{self.path}: group {name}, rows {start} to {stop - 1}: cannot be read ({error})") from error
+        width = self._shapes[name][1]
+        lengths = np.diff(bounds)
+        total = int(bounds[-1] - bounds[0])
+        if (lengths < 0).any() or len(columns) != total or len(values) != total:
+            raise InputError(f"{self.path}: group {name}: indptr does not fit indices and data")
+        if total and (columns.min() < 0 or columns.max() >= width):
+            raise InputError(f"{self.path}: group {name}: a column index outside 0..{width - 1}")
+        dense = np.zeros((stop - start, width), dtype=np.int64)
+        dense[np.repeat(np.arange(stop - start), lengths), columns] = values
+        return dense
+
+    def vector(self, name: str) -> "np.ndarray[Any, np.dtype[np.int64]]":
+        """A matrix with one row or one column, as a vector: both orientations occur."""
+        return self.rows(name, 0, self._shapes[name][0]).reshape(-1)
+
+    def pairs(self, name: str) -> "np.ndarray[Any, np.dtype[np.int64]]":
+        """A matrix of (start, end) pairs, [N, 2], checked to be consecutive ranges."""
+        pairs = self.rows(name, 0, self._shapes[name][0])
+        wrong = np.flatnonzero((pairs[:, 0] > pairs[:, 1]) | (pairs[:, 0] != np.r_[0, pairs[:-1, 1]]))
+        if len(wrong):
+            raise InputError(
+                f"{self.path}: group {name}, example {wrong[0]}: range {pairs[wrong[0]].tolist()} does not start where "
+                "the one before it ends"
+            )
+        return pairs
+
+    def _check(self, name: str) -> None:
+        group = self._file.get(name)
+        if group is None:
+            there = ", ".join(sorted(self._file)) or "nothing"
+            raise InputError(f"{self.path}: group {name} is missing; the file holds {there}")
+        try:
+            layout = group.attrs["h5sparse_format"]
+            shape = tuple(int(n) for n in group.attrs["h5sparse_shape"])
+            lengths = [len(group[part]) for part in ("data", "indices", "indptr")]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{self.path}: group {name} is not a sparse matrix as h5sparse writes it") from error
+        layout = layout.decode() if isinstance(layout, bytes) else str(layout)
+        if layout != "csr":
+            raise InputError(f"{self.path}: group {name} has sparse format {layout!r}; csr is what can be read")
+        if len(shape) != 2 or lengths[0] != lengths[1] or lengths[2] != shape[0] + 1:
+            raise InputError(f"{self.path}: group {name}: shape {shape} does not fit its datasets of lengths {lengths}")
+        self._shapes[name] = shape
+
+    def _check_sizes(self, needs_answers: bool) -> None:
+        candidates, tokens = self._shapes["text"]
+        for name, expected in (
+            ("target", (candidates, tokens)),
+            ("logit_mask", (candidates, tokens)),
+            ("position", (2 * candidates, tokens)),
+        ):
+            if self._shapes[name] != expected:
+                raise InputError(f"{self.path}: group {name} has shape {self._shapes[name]}; text asks for {expected}")
+        if sorted(self._shapes["mask"]) != sorted((1, candidates)):
+            raise InputError(
+                f"{self.path}: group mask has shape {self._shapes['mask']}; text asks for {(1, candidates)} or "
+                f"{(candidates, 1)}"
+            )
+        for name in ("choice_start_end", "answer_start_end") if needs_answers else ("choice_start_end",):
+            if self._shapes[name] != (self.num_examples, 2):
+                raise InputError(f"{self.path}: group {name} has shape {self._shapes[name]}, not [examples, 2]")
+        if self.num_examples == 0 or candidates == 0:
+            raise InputError(f"{self.path}: the file holds no examples")
+
+
+class SparseWriter:
+    """Writes a file of the published layout as a stream: memory use does not grow with the number of examples."""
+
+    def __init__(self, path: "str | os.PathLike[str]", num_tokens: int) -> None:
+        """Begin a file under a temporary name; `close` gives it its own.
+
+        Args:
+            path: where the finished file will stand.
+            num_tokens: S.
+        """
+        self.path = Path(path)
+        self._num_tokens = num_tokens
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+        self._file = h5py.File(self._temporary, "w")
+        self._wide = {name: _Growing(self._file.create_group(name)) for name in WIDE}
+        self._separators: List[Any] = []
+        self._ranges: List[Tuple[int, int]] = []
+        self._answers: List[int] = []
+        self._answer_ranges: List[Tuple[int, int]] = []
+        self._candidates = 0
+
+    def add(
+        self,
+        columns: Dict[str, Tuple[Any, Any, Any]],
+        separators: Any,
+        candidate_counts: List[int],
+        answers: List[List[int]],
+    ) -> None:
+        """Append examples.
+
+        Args:
+            columns: of each wide matrix (row lengths, column indices, values) without zeros.
+            separators: length of the context of each candidate.
+            candidate_counts: candidates of each example.
+            answers: right candidates of each example.
+        """
+        for name, (lengths, indices, values) in columns.items():
+            self._wide[name].add(lengths, indices, values)
+        self._separators.append(np.asarray(separators, dtype=np.int64))
+        for count, right in zip(candidate_counts, answers):
+            self._ranges.append((self._candidates, self._candidates + count))
+            self._candidates += count
+            self._answer_ranges.append((len(self._answers), len(self._answers) + len(right)))
+            self._answers.extend(right)
+
+    def close(self) -> None:
+        """Write what is small and comes last, and put the file under its name in one step."""
+        for name, growing in self._wide.items():
+            growing.finish((2 if name == "position" else 1) * self._candidates, self._num_tokens)
+        separators = np.concatenate(self._separators) if self._separators else np.zeros(0, np.int64)
+        for name, dense in (
+            ("mask", separators.reshape(1, -1)),
+            ("choice_start_end", np.asarray(self._ranges, dtype=np.int64).reshape(-1, 2)),
+            ("answer_idx", np.asarray(self._answers, dtype=np.int64).reshape(1, -1)),
+            ("answer_start_end", np.asarray(self._answer_ranges, dtype=np.int64).reshape(-1, 2)),
+        ):
+            growing = _Growing(self._file.create_group(name))
+            rows, indices = np.nonzero(dense)
+            growing.add(np.bincount(rows, minlength=len(dense)), indices, dense[rows, indices])
+            growing.finish(*dense.shape)
+        self._file.flush()
+        self._file.close()
+        os.replace(self._temporary, self.path)
+
+    def abandon(self) -> None:
+        """Leave nothing behind: after an error, or when there is nothing to write."""
+        self._file.close()
+        self._temporary.unlink()
+
+
+class _Growing:
+    """One CSR matrix that rows are appended to."""
+
+    _BUFFER = 1 << 18  # entries kept in memory before they are written
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+        self._entries = 0
+        self._lengths: List[Any] = []
+        self._waiting: List[Tuple[Any, Any]] = []
+        self._waiting_entries = 0
+        for name, dtype in (("data", np.int64), ("indices", np.int32)):
+            group.create_dataset(
+                name, (0,), dtype, maxshape=(None,), chunks=(65536,), compression="gzip", compression_opts=1, shuffle=True
+            )
+
+    def add(self, lengths: Any, indices: Any, values: Any) -> None:
+        self._lengths.append(np.asarray(lengths, dtype=np.int32))
+        self._waiting.append((indices, values))
+        self._waiting_entries += len(indices)
+        if self._waiting_entries >= self._BUFFER:
+            self._write()
+
+    def _write(self) -> None:
+        stop = self._entries + self._waiting_entries
+        for position, name in enumerate(("indices", "data")):
+            dataset = self._group[name]
+            dataset.resize((stop,))
+            if self._waiting:
+                dataset[self._entries :] = np.concatenate([pair[position] for pair in self._waiting])
+        self._entries, self._waiting, self._waiting_entries = stop, [], 0
+
+    def finish(self, rows: int, columns: int) -> None:
+        self._write()
+        lengths = np.concatenate(self._lengths) if self._lengths else np.zeros(0, np.int64)
+        indptr = np.r_[0, np.cumsum(lengths, dtype=np.int64)]
+        self._group.create_dataset("indptr", data=indptr.astype(np.int64), compression="gzip")
+        self._group.attrs["h5sparse_format"] = "csr"
+        self._group.attrs["h5sparse_shape"] = np.asarray([rows, columns], dtype=np.int64)

@@ -1,0 +1,60 @@
+"""Exact match as published, and ReCoRD's official EM and F1 on text."""
+
+import re
+import string
+from collections import Counter
+from typing import Any, List, Sequence, Tuple
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class ExactMatch(Metric):
+    """Share of examples whose chosen candidate is one of the right answers, over all ranks."""
+
+    full_state_update = False
+    correct: Tensor
+    total: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("correct", default=torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("total", default=torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, chosen: Tensor, answers: List[Tuple[int, ...]]) -> None:
+        """Count a batch.
+
+        Args:
+            chosen: [B] index of the best candidate.
+            answers: right candidates of each example.
+        """
+        self.correct += sum(int(choice) in right for choice, right in zip(chosen.tolist(), answers))
+        self.total += len(answers)
+
+    def compute(self) -> Tensor:
+        """The share; not a number without examples."""
+        return self.correct.double() / self.total.double()
+
+
+def normalise(text: str) -> str:
+    """ReCoRD's (SQuAD's) normalisation: lower case, no punctuation, no articles, single spaces."""
+    text = "".join(char for char in text.lower() if char not in set(string.punctuation))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def text_scores(prediction: str, answers: Sequence[str]) -> Tuple[float, float]:
+    """EM and token-level F1 of a predicted text, the best over the right answers.
+
+    As in ReCoRD's official evaluation script (Zhang et al. 2018, https://sheng-z.github.io/ReCoRD-explorer).
+    """
+    exact, best = 0.0, 0.0
+    predicted = normalise(prediction).split()
+    for answer in answers:
+        tokens = normalise(answer).split()
+        exact = max(exact, float(predicted == tokens))
+        common = sum((Counter(predicted) & Counter(tokens)).values())
+        if common:
+            precision, recall = common / len(predicted), common / len(tokens)
+            best = max(best, 2 * precision * recall / (precision + recall))
+    return exact, best

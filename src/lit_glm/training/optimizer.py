@@ -1,0 +1,84 @@
+"""AdamW in two groups and the published learning-rate schedule."""
+
+import inspect
+from typing import Any, Dict, List
+
+import torch
+from torch import nn
+
+from lit_glm.config.schema import OptimizerConfig
+
+
+def learning_rate(step: int, highest: float, warmup: float, decay_iters: float, decay_ratio: float) -> float:
+    """Learning rate after `step` updates: linear warm-up, then linear decay to `decay_ratio` times the highest.
+
+    Args:
+        step: updates done; the first update uses step 0, so a rate of 0.
+        highest: the peak.
+        warmup: share of `decay_iters`; not rounded to whole steps.
+        decay_iters: updates after which the rate stays at its lowest.
+        decay_ratio: lowest rate / highest.
+    """
+    warmup_steps = warmup * decay_iters
+    if step <= warmup_steps and warmup_steps > 0:
+        return highest * step / warmup_steps
+    done = min(1.0, (step - warmup_steps) / (decay_iters - warmup_steps)) if decay_iters > warmup_steps else 1.0
+    return highest - highest * (1.0 - decay_ratio) * done
+
+
+class LearningRateSchedule:
+    """Sets the learning rate of an optimizer, update by update; Lightning saves and restores it."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> None:
+        self.optimizer = optimizer
+        self._config = config
+        self._updates = 0
+        self._apply()
+
+    def _apply(self) -> None:
+        config = self._config
+        rate = learning_rate(
+            self._updates, config.lr, config.warmup, config.lr_decay_iters // config.accumulate, config.lr_decay_ratio
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    @property
+    def rate(self) -> float:
+        """What the next update uses."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def step(self, metrics: Any = None) -> None:
+        """Count an update."""
+        self._updates += 1
+        self._apply()
+
+    def state_dict(self) -> Dict[str, int]:
+        """For a checkpoint."""
+        return {"updates": self._updates}
+
+    def load_state_dict(self, state: Dict[str, int]) -> None:
+        """From a checkpoint."""
+        self._updates = state["updates"]
+        self._apply()
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> List[Dict[str, Any]]:
+    """Two groups as published: decay on all weights, embeddings too; none on layer norms and biases."""
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        is_plain = name.endswith("bias") or "layernorm" in name
+        (plain if is_plain else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019), fused where torch has it for the device of the parameters."""
+    groups = parameter_groups(model, config.weight_decay)
+    arguments: Dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    if "fused" in inspect.signature(torch.optim.AdamW).parameters:
+        try:
+            return torch.optim.AdamW(groups, fused=True, **arguments)
+        except (RuntimeError, TypeError, ValueError):  # has it, but not for this device
+            groups = parameter_groups(model, config.weight_decay)
+    return torch.optim.AdamW(groups, **arguments)

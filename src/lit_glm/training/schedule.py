@@ -1,0 +1,31 @@
+"""When a run evaluates and when it ends, as pure functions of its counters; as published."""
+
+import math
+from typing import Optional
+
+from lit_glm.config.schema import RunConfig
+
+
+def evaluation_due(step: int, global_batch: int, run: RunConfig) -> bool:
+    """Whether an evaluation follows this step by the interval rule.
+
+    Args:
+        step: counted from 1.
+        global_batch: examples a step, all ranks; samples = step x global_batch.
+        run: interval, start and limit.
+    """
+    samples = step * global_batch
+    if samples >= run.max_samples:
+        return True
+    every = math.ceil(run.eval_interval_samples / global_batch)
+    return step > 1 and samples >= run.eval_start_samples and step % every == 0
+
+
+def reached_limit(step: int, global_batch: int, run: RunConfig) -> bool:
+    """Whether training ends after this step for its length: above max_samples, or exactly max_steps."""
+    return step * global_batch > run.max_samples or (run.max_steps is not None and step >= run.max_steps)
+
+
+def converged(accuracy: Optional[float], run: RunConfig) -> bool:
+    """Whether the last evaluation reached the target."""
+    return accuracy is not None and accuracy >= run.target_accuracy
