@@ -125,7 +125,7 @@ def _run(job: Job, run_dir: Path, signals: Optional[_Signals]) -> Dict[str, Any]
         return RunFolder(run_dir, config, runtime, steps_done, job.resumes)
 
     def save(trainer: pl.Trainer, step: int) -> None:
-        trainer.save_checkpoint(checkpoints.path_of(run_dir, step))
+        trainer.save_checkpoint(checkpoints.path_of(run_dir, step), weights_only=False)
         if trainer.is_global_zero:
             checkpoints.tidy(run_dir)
 
@@ -236,7 +236,6 @@ def _quiet() -> None:
     """Lightning's hints are for its own users; ours read what this project prints."""
     for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    os.environ.setdefault("POSSIBLE_USER_WARNINGS", "off")
     for module in ("pytorch_lightning", "lightning_fabric", "torch.jit", "torch.utils.data"):
         warnings.filterwarnings("ignore", module=module)
     warnings.filterwarnings("ignore", message=".*barrier\\(\\).*|.*pkg_resources.*|.*isinstance.treespec.*")

@@ -7,11 +7,13 @@ own candidate (GLM, section 2.1).
 
 import math
 from dataclasses import dataclass
-from typing import List, Optional, Tuple
+from typing import List, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_SMALL_GROUP = 128 * 256  # rows x width of a group up to which one padded call beats a call a group
 
 FUSED = hasattr(F, "scaled_dot_product_attention")  # torch 2.0 and later
 
@@ -147,11 +149,9 @@ class GatheredPlan:
         owner[rows] = -2
         key = owner[gather]
         allowed = ((key[:, :, None] == key[:, None, :]) & _causal(places, device)) | (key == -1)[:, None, :]
-        is_context = key == -1
         candidate_place = scatter[context_rows:]
         group = torch.div(candidate_place, places, rounding_mode="floor")
         own_place = candidate_place - group * places - most_n + group * most_m
-        del is_context
         return cls(context_rows, gather, scatter, allowed[:, None], most_n, own_place)
 
     def __call__(self, qkv: Tensor, heads: int, dropout: float, candidates_only: bool) -> Tensor:
@@ -166,6 +166,25 @@ class GatheredPlan:
             return out.transpose(1, 2).reshape(-1, width).index_select(0, self.scatter_candidates)
         out = attend(q, k, v, self.allowed, dropout)
         return out.transpose(1, 2).reshape(-1, width).index_select(0, self.scatter)
+
+
+def plan_for(
+    context_lengths: List[int], candidate_rows: List[int], row_candidate: Tensor, width: int
+) -> Union["FlatPlan", "GatheredPlan"]:
+    """Choose how the flat layout attends: one call a group, or all groups in one padded call.
+
+    A call costs some tens of microseconds whatever it computes; padding costs arithmetic. On the processor one padded
+    call is ahead while a group is small (`benchmarks/attention.py` has the measurement).
+
+    Args:
+        context_lengths: rows of each group's context.
+        candidate_rows: rows of each group's candidates.
+        row_candidate: [R] which candidate each candidate row belongs to.
+        width: D.
+    """
+    longest = max(context_lengths) + max(candidate_rows)
+    plan = GatheredPlan if longest * width <= _SMALL_GROUP else FlatPlan
+    return plan.of(context_lengths, candidate_rows, row_candidate)
 
 
 def _causal(size: int, device: torch.device) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_glm.batches.types import FlatBatch, PaddedBatch
-from lit_glm.model.attention import FlatPlan, GatheredPlan, PaddedPlan
+from lit_glm.model.attention import PaddedPlan, plan_for
 from lit_glm.model.glm import GLM
 
 TRAIN_MASK = -1e4
@@ -26,8 +26,9 @@ def score_shared_context(glm: GLM, batch: FlatBatch) -> Tensor:
     Returns:
         [N] scores, candidates in the order of the batch.
     """
-    import os
-    plan = (GatheredPlan if os.environ.get('GA') else FlatPlan).of(batch.context_lengths, batch.candidate_rows, batch.row_candidate)
+    plan = plan_for(
+        batch.context_lengths, batch.candidate_rows, batch.row_candidate, glm.shape.hidden_size
+    )
     h = glm.embed(batch.tokens, batch.positions, batch.blocks)
     h = glm.encode(h, plan, first_row=sum(batch.context_lengths))
     # Only candidate rows reach the head: one row for each token to be predicted.

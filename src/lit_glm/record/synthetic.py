@@ -1,8 +1,8 @@
 """Generated news in ReCoRD's format: learnable from scratch, and only by reading the passage.
 
-Each passage reports what some people did, one sentence a person; a query asks who did one of these things in other
-words. Names, deeds and their order are drawn anew for every passage and everybody is named once, so neither how often
-nor where a name stands gives the answer away.
+Each passage reports how a race ended, one sentence a runner; a query asks who came in at one of the places. Names and
+the place asked for are drawn anew for every passage and everybody is named once, so neither how often nor where a
+name stands gives the answer away: who ignores the passage is right as often as chance.
 """
 
 import hashlib
@@ -23,51 +23,46 @@ _NAMES = (
     "Quinn Rivera Sutton Turner Ueda Vargas Weber Xavier Young Zeller Archer Bishop Carver Draper Ericson Forster "
     "Granger Hooper Irving Jacobs Kramer Lambert Mercer Nolan"
 ).split()
-_ROLES = "chair deputy treasurer secretary speaker auditor".split()
-_BODIES = (
-    "council committee board club union museum theatre hospital university museum library orchestra party bank society "
-    "festival academy college chamber federation"
+_RANKS = "first second third fourth fifth".split()
+_PLACES = (
+    "Bergen Lisbon Vienna Prague Dublin Geneva Naples Porto Malmo Krakow Bilbao Zagreb Turku Leipzig Utrecht Cork Lille Turin"
 ).split()
-_OPENINGS = (  # of one length: a small model learns where names stand before it learns what is said of them
-    "Members of the {body} met on {day} .",
-    "Elections at the {body} ended on {day} .",
-    "The {body} announced its officers on {day} .",
-)
 _DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-_VERBS = "became was is".split()
-_HIGHLIGHTS = ("New officers at the {body}", "Change at the local {body}")
+_VERBS = "came finished was".split()
+# Sentences have one length each: a small model learns where names stand before it learns what is said of them.
+_OPENINGS = (
+    "The race in {place} ended on {day} .",
+    "Runners met in {place} again on {day} .",
+    "Rain fell in {place} all through {day} .",
+)
+_HIGHLIGHTS = ("Five runners in {place}", "A race through {place}")
 _QUERIES = (
-    "The {body} has a new {role} , @placeholder .",
-    "Many congratulated the new {role} , @placeholder .",
-    "The work of {role} goes to @placeholder .",
+    "Reports say @placeholder came {rank} .",
+    "All agree @placeholder finished {rank} .",
+    "In {place} @placeholder was {rank} .",
 )
 _VERSION = 1  # of what is generated; a new one gives new folders
 
 
 def vocabulary() -> List[str]:
     """The word pieces that cover the corpus, command tokens first."""
-    texts = [*_NAMES, *_ROLES, *_BODIES, *_OPENINGS, *_DAYS, *_VERBS, *_HIGHLIGHTS, *_QUERIES, "- ."]
+    texts = [*_NAMES, *_RANKS, *_PLACES, *_DAYS, *_VERBS, *_OPENINGS, *_HIGHLIGHTS, *_QUERIES, "- ."]
     words = {word.lower() for text in texts for word in text.replace("@placeholder", "").split() if "{" not in word}
     return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(words)]
 
 
 def _record(generator: random.Random, number: int) -> Dict[str, Any]:
-    people = generator.randint(4, len(_ROLES))
-    names = generator.sample(_NAMES, people)
-    roles = list(_ROLES[:people])
-    import os
-    if generator.random() < float(os.environ.get("PERM", "0")):
-        generator.shuffle(roles)
-    words = {"body": generator.choice(_BODIES), "day": generator.choice(_DAYS)}
+    names = generator.sample(_NAMES, len(_RANKS))
+    words = {"place": generator.choice(_PLACES), "day": generator.choice(_DAYS)}
     text = generator.choice(_OPENINGS).format(**words)
     entities = []
-    for name, role in zip(names, roles):
+    for name, rank in zip(names, _RANKS):
         text += " "
         entities.append({"start": len(text), "end": len(text) + len(name) - 1})
-        text += f"{name} {generator.choice(_VERBS)} {role} ."
+        text += f"{name} {generator.choice(_VERBS)} {rank} ."
     text += "\n@highlight\n" + generator.choice(_HIGHLIGHTS).format(**words)
-    asked = generator.randrange(people)
-    query = generator.choice(_QUERIES).format(role=roles[asked], **words)
+    asked = generator.randrange(len(_RANKS))
+    query = generator.choice(_QUERIES).format(rank=_RANKS[asked], **words)
     answer = dict(entities[asked], text=names[asked])
     return {
         "idx": number,

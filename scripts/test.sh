@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Lint, types and all tests. Further arguments go to pytest, and then nothing but pytest runs.
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+setup dev
+export PATH="$PWD/.venv/bin:$PATH"
+if [ $# -eq 0 ]; then
+  ruff check src tests
+  ruff format --check src tests
+  mypy
+fi
+exec .venv/bin/python -m pytest "$@"

@@ -1,0 +1,29 @@
+"""`lit-glm COMMAND ...`, the same as `python -m lit_glm.COMMAND ...`."""
+
+import importlib
+import sys
+
+_COMMANDS = {
+    "train": "one benchmark run, or with -m a sweep",
+    "prepare": "raw ReCoRD to the HDF5 files that train reads",
+    "evaluate": "score a checkpoint: EM, F1, predictions",
+    "export": "the fine-tuned weights of a run as a file",
+}
+
+
+def main() -> int:
+    """Hand over to the command; returns its exit status."""
+    if len(sys.argv) < 2 or sys.argv[1] not in _COMMANDS:
+        asked = len(sys.argv) > 1 and sys.argv[1] not in ("-h", "--help")
+        if asked:
+            print(f"lit_glm: {sys.argv[1]}: there is no such command", file=sys.stderr)
+        print("\n".join(f"  lit-glm {name:9} {text}" for name, text in _COMMANDS.items()))
+        return 2 if asked else 0
+    command = sys.argv.pop(1)
+    sys.argv[0] = f"lit-glm {command}"
+    status: int = importlib.import_module(f"lit_glm.{command}").main()
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""`python -m lit_glm.evaluate`: score a checkpoint on the evaluation set; EM and F1, predictions to a file."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+from lit_glm.config.app import run_app
+from lit_glm.config.schema import TrainConfig
+from lit_glm.errors import InputError
+
+
+def read_names(eval_file: Path, num_examples: int) -> Optional[List[Dict[str, Any]]]:
+    """What `prepare` left beside an evaluation file: idx, candidates and answers of each example as text.
+
+    Returns:
+        None if there is no such file (the published data has none).
+
+    Raises:
+        InputError: if it belongs to another evaluation file.
+    """
+    from lit_glm.record.build import NAMES_FILE
+
+    path = eval_file.parent / NAMES_FILE
+    if not path.is_file():
+        return None
+    names = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    if len(names) != num_examples:
+        raise InputError(f"{path}: has {len(names)} lines, {eval_file} has {num_examples} examples; prepare both anew")
+    return names
+
+
+def summarise(names: List[Dict[str, Any]], chosen: List[Tuple[int, int]]) -> Tuple[List[Dict[str, Any]], Dict[str, float]]:
+    """Predictions in SuperGLUE's submission format, and the official scores.
+
+    Args:
+        names: of all examples, in the order of the evaluation file.
+        chosen: (example, candidate) of all examples.
+
+    Returns:
+        A prediction an example, and em, f1 and the shares that were cut to length.
+    """
+    from lit_glm.training.metrics import text_scores
+
+    predictions, exact, overlap = [], 0.0, 0.0
+    for example, candidate in chosen:
+        name = names[example]
+        label = name["candidates"][candidate]
+        predictions.append({"idx": name["idx"], "label": label})
+        em, f1 = text_scores(label, name["answers"])
+        exact, overlap = exact + em, overlap + f1
+    removed = [name["tokens_removed"] for name in names]
+    candidates = sum(map(len, removed))
+    return predictions, {
+        "em": exact / len(chosen),
+        "f1": overlap / len(chosen),
+        "truncated_candidates": sum(cut > 0 for cuts in removed for cut in cuts) / candidates,
+        "truncated_contexts": sum(any(cuts) for cuts in removed) / len(removed),
+    }
+
+
+def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
+    """Score one checkpoint on one device."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from lit_glm.hardware.runtimes import make_runtime
+    from lit_glm.record.synthetic import ensure
+
+    if config.topology.world_size > 1:
+        raise InputError(f"topology={config.topology.name}: evaluate runs on one device; leave topology out")
+    if config.model.init_checkpoint is None:
+        raise InputError("model.init_checkpoint is not set: which checkpoint is to be scored?")
+    if config.data.synthetic is not None:
+        ensure(config.data)
+    runtime = make_runtime(config.hardware, config.topology)
+
+    from lit_glm.batches.compact import open_split
+    from lit_glm.batches.datamodule import evaluation_batches
+    from lit_glm.bench.result import write_json
+    from lit_glm.hardware.precision import make_precision
+    from lit_glm.model.build import build_glm
+    from lit_glm.training.evaluation import evaluate
+    from lit_glm.training.module import RecordModule
+
+    split = open_split(config.data.eval_file, True, config.data.cache_dir)
+    split.check_fits(config.model.vocab_size, config.model.max_sequence_length, config.data.max_seq_length)
+    names = read_names(Path(config.data.eval_file), len(split))
+    glm, done = build_glm(config.model, runtime.checkpoint())
+    for line in done:
+        print(f"lit_glm: {config.model.init_checkpoint}: {line}")
+    device = runtime.device(0)
+    module = RecordModule(glm, config).to(device).eval()
+    with make_precision(config, runtime).forward_context():
+        accuracy, chosen = evaluate(module, evaluation_batches(split, config), device)
+
+    report: Dict[str, Any] = {"acc": accuracy, "em": None, "f1": None, "num_examples": len(split)}
+    predictions = [{"idx": example, "label": candidate} for example, candidate in chosen]
+    if names is not None:
+        predictions, scores = summarise(names, chosen)
+        report.update(scores)
+    out = Path(HydraConfig.get().runtime.output_dir)
+    (out / "predictions.jsonl").write_text(
+        "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in predictions), encoding="utf-8"
+    )
+    write_json(out / "evaluation.json", {**report, "checkpoint": config.model.init_checkpoint, "eval_file": config.data.eval_file})
+    for key, value in report.items():
+        if key == "num_examples":
+            print(f"examples  {value}")
+        elif value is not None:
+            print(f"{key}  {100 * value:.2f}%")
+    if names is None:
+        print("em, f1 and texts of the predictions need eval_examples.jsonl, which prepare writes beside the HDF5 file;")
+        print("predictions are numbered instead: idx = example, label = candidate")
+    print(f"predictions  {out / 'predictions.jsonl'}")
+    return 0
+
+
+def main() -> int:
+    """Compose, check and run; returns the exit status."""
+    return run_app("evaluate", TrainConfig, evaluate_checkpoint)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""`python -m lit_glm.export RUN_DIR --to published|safetensors --out FILE`: the fine-tuned weights of a run."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import List, Optional
+
+from lit_glm.errors import InputError
+
+
+def export(run_dir: Path, layout: str, out: Path) -> str:
+    """Write the weights of a run's newest checkpoint.
+
+    Args:
+        run_dir: a run folder.
+        layout: published or safetensors.
+        out: the file; appears complete or not at all.
+
+    Returns:
+        What was written, for people.
+
+    Raises:
+        InputError: if the folder holds no usable checkpoint or the file cannot be written.
+    """
+    from lit_glm.jobs import checkpoints
+    from lit_glm.jobs.spec import FILE, Job, identity
+    from lit_glm.model.checkpoint import save_published, save_safetensors
+
+    if not (run_dir / FILE).is_file():
+        raise InputError(f"{run_dir}: is no run folder (it has no {FILE})")
+    path, passed_over = checkpoints.newest_usable(run_dir, identity(Job.read(run_dir).config))
+    if path is None:
+        raise InputError("\n".join([f"{run_dir}: holds no checkpoint that can be used", *passed_over]))
+    content = checkpoints.load(path)
+    weights = {name[len("glm.") :]: tensor for name, tensor in content["state_dict"].items()}
+    step = content["lit_glm"]["steps_done"]
+    temporary = out.with_name(f".{out.name}.part")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if layout == "published":
+            save_published(weights, temporary, step)
+        else:
+            save_safetensors(weights, temporary)
+        os.replace(temporary, out)
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written ({error})") from error
+    finally:
+        if temporary.exists():
+            temporary.unlink()
+    count = sum(tensor.numel() for tensor in weights.values())
+    return f"{out}: {len(weights)} tensors, {count} parameters, after step {step}"
+
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    """Parse, export; returns the exit status."""
+    parser = argparse.ArgumentParser("lit_glm.export", description="Write the fine-tuned weights of a run.")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run folder of train")
+    parser.add_argument("--to", required=True, choices=("published", "safetensors"), help="layout of the file")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="where it goes")
+    given = parser.parse_args(arguments)
+    try:
+        print(export(given.run_dir, given.to, given.out))
+    except InputError as error:
+        print(f"lit_glm: {error}", file=sys.stderr)
+        return error.exit_status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
