@@ -23,24 +23,16 @@ _NAMES = (
     "Quinn Rivera Sutton Turner Ueda Vargas Weber Xavier Young Zeller Archer Bishop Carver Draper Ericson Forster "
     "Granger Hooper Irving Jacobs Kramer Lambert Mercer Nolan"
 ).split()
-_RANKS = "first second third fourth fifth".split()
+_RANKS = "first second third fourth".split()
 _PLACES = (
     "Bergen Lisbon Vienna Prague Dublin Geneva Naples Porto Malmo Krakow Bilbao Zagreb Turku Leipzig Utrecht Cork Lille Turin"
 ).split()
 _DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 _VERBS = "came finished was".split()
 # Sentences have one length each: a small model learns where names stand before it learns what is said of them.
-_OPENINGS = (
-    "The race in {place} ended on {day} .",
-    "Runners met in {place} again on {day} .",
-    "Rain fell in {place} all through {day} .",
-)
-_HIGHLIGHTS = ("Five runners in {place}", "A race through {place}")
-_QUERIES = (
-    "Reports say @placeholder came {rank} .",
-    "All agree @placeholder finished {rank} .",
-    "In {place} @placeholder was {rank} .",
-)
+_OPENINGS = ("The {place} race ended {day} .", "Rain stopped in {place} {day} .", "Runners met in {place} {day} .")
+_HIGHLIGHTS = ("Race in {place}", "Results from {place}")
+_QUERIES = ("Reports say @placeholder came {rank} .", "All agree @placeholder was {rank} .", "So @placeholder finished {rank} .")
 _VERSION = 1  # of what is generated; a new one gives new folders
 
 

@@ -1,0 +1,134 @@
+"""Every shipped file composes and fits the schema; wrong names, keys, types and ranges are said in one message."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import lit_glm_here
+
+from lit_glm.config.app import CONF, checked, compose
+from lit_glm.config.schema import TrainConfig
+
+GROUPS = {
+    "hardware": ["cpu", "r300", "cuda", "a100", "h100", "h200", "bi_v100", "k100", "c500"],
+    "topology": ["1x1", "1x2", "1x4", "1x8", "2x8", "4x8"],
+    "precision": ["fp32", "amp", "fp16", "bf16"],
+    "model": ["glm_large", "glm_base", "glm_tiny"],
+    "data": ["record", "synthetic"],
+    "scoring": ["shared_context", "published"],
+    "experiment": ["quickstart", "flagperf", "debug"],
+    "logger": ["csv", "tensorboard", "mlflow", "wandb"],
+    "callbacks": ["default", "none"],
+    "optimizer": ["adamw"],
+}
+FILES = [(file.parent.name, file.stem) for file in sorted(CONF.glob("*/*.yaml")) if file.parent.name in GROUPS]
+
+
+def configuration(*overrides: str) -> TrainConfig:
+    return checked(compose("train", overrides), TrainConfig)
+
+
+def test_the_names_of_the_contract_exist_and_no_file_is_forgotten() -> None:
+    assert sorted(FILES) == sorted((group, name) for group, names in GROUPS.items() for name in names)
+
+
+@pytest.mark.parametrize(("group", "name"), FILES)
+def test_every_file_composes(group: str, name: str) -> None:
+    configuration(f"{group}={name}")
+
+
+@pytest.mark.parametrize("hardware", GROUPS["hardware"])
+def test_hardware_says_where_its_figures_come_from(hardware: str) -> None:
+    config = configuration(f"hardware={hardware}")
+    assert set(config.hardware.peak_tflops) == {"fp32", "tf32", "amp", "fp16", "bf16"}
+    if any(config.hardware.peak_tflops.values()):
+        assert config.hardware.source
+
+
+def test_r300_1x8_is_as_published() -> None:
+    config = configuration("hardware=r300", "topology=1x8")
+    assert (config.bs, config.eval_bs, config.lr, config.precision.name, config.model.gelu) == (5, 5, 1e-5, "fp32", "erf")
+    assert (config.model.num_layers, config.model.hidden_size, config.model.num_attention_heads) == (24, 1024, 16)
+    assert (config.model.vocab_size, config.model.max_sequence_length, config.data.max_seq_length) == (30592, 512, 512)
+    assert (config.model.hidden_dropout, config.model.attention_dropout) == (0.1, 0.1)
+    assert config.model.activation_checkpointing
+    optimizer = config.optimizer
+    assert (optimizer.weight_decay, optimizer.beta1, optimizer.beta2, optimizer.eps) == (0.1, 0.9, 0.999, 1e-8)
+    assert (optimizer.clip_grad, optimizer.warmup, optimizer.lr_decay_ratio) == (1.0, 0.1, 0.1)
+    assert (optimizer.lr_decay_iters, optimizer.lr_decay_style, optimizer.accumulate) == (4338, "linear", 1)
+    run = config.run
+    assert (run.target_accuracy, run.eval_interval_samples, run.eval_start_samples) == (0.8, 19200, 100)
+    assert (run.max_samples, config.seed, config.tuned_for) == (5553080, 4096, "r300_1x8")
+
+
+@pytest.mark.parametrize(("topology", "bs", "samples"), [("1x1", 4, 4000), ("1x8", 5, 5553080), ("2x8", 4, 20000)])
+def test_values_of_a_pair_are_picked_up(topology: str, bs: int, samples: int) -> None:
+    for overrides in (
+        ["hardware=r300", f"topology={topology}"],
+        ["experiment=flagperf", f"topology={topology}", "hardware=r300"],
+    ):
+        config = configuration(*overrides)
+        assert (config.bs, config.run.max_samples, config.tuned_for) == (bs, samples, f"r300_{topology}")
+    assert configuration("hardware=r300", f"topology={topology}", "bs=2", "lr=3e-5").fix_hp == "bs=2,lr=3e-05"
+    assert configuration("hardware=h100", f"topology={topology}").tuned_for == "none"
+
+
+def test_values_of_a_pair_chosen_in_an_experiment(tmp_path: Path) -> None:
+    folder = tmp_path / "experiment"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /hardware: r300\n  - override /topology: 2x8\n"
+    )
+    config = configuration(f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine")
+    assert (config.bs, config.run.max_samples) == (4, 20000)
+
+
+def test_first_comment_of_an_experiment_is_its_command() -> None:
+    for name in GROUPS["experiment"]:
+        lines = (CONF / "experiment" / f"{name}.yaml").read_text().splitlines()
+        assert lines[0] == "# @package _global_"  # Hydra reads it nowhere else
+        assert lines[1].startswith(f"# python -m lit_glm.train experiment={name}")
+
+
+def test_gelu_and_checkpointing_follow_hardware_and_scoring() -> None:
+    assert configuration("hardware=cpu").model.gelu == "tanh"
+    assert not configuration("hardware=h100").model.activation_checkpointing
+    assert configuration("hardware=h100", "scoring=published").model.activation_checkpointing
+    assert configuration("scoring=shared_context").data.balance_ranks
+    assert not configuration("scoring=published").data.balance_ranks
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("+typo=1", "typo: there is no such key"),
+        ("++typo=1", "typo: there is no such key"),
+        ("+typo=1 --cfg job", "typo: there is no such key"),
+        ("bss=4", "did you mean bs"),
+        ("model.hiden_size=4", "model.hidden_size"),
+        ("hardware=r3000", "nearest: r300"),
+        ("topology=3x3", "1x1, 1x2, 1x4, 1x8, 2x8, 4x8"),
+        ("modle=glm_tiny", "did you mean model"),
+        ("bs=abc", "bs=abc: must be a whole number"),
+        ("bs=abc --cfg job", "bs=abc: must be a whole number"),
+        ("lr=fast", "lr=fast: must be a number"),
+        ("bs=0", "bs=0: must be at least 1"),
+        ("lr=nan", "lr=nan: must be a finite number"),
+        ("optimizer.beta1=1", "below 1"),
+        ("model.gelu=relu", "must be one of tanh, erf"),
+        ("model.hidden_size=65", "multiple of model.num_attention_heads"),
+        ("precision.tf32=maybe", "precision.tf32=maybe"),
+        ("bs==", "bs=="),
+        ("-m bs=1,x hydra.sweep.dir=sweep", "bs=x: must be a whole number"),
+    ],
+)
+def test_wrong_input_is_one_message_and_status_2(
+    arguments: str, said: str, capfd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "-m" in arguments:
+        arguments += " data.train_file=nowhere"
+    assert lit_glm_here("train", *arguments.split()) == 2
+    output = capfd.readouterr()
+    assert said in output.err
+    assert "Traceback" not in output.err + output.out

@@ -1,0 +1,82 @@
+"""What several tests need: the golden files, a small corpus, and commands as users type them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+GOLDEN = Path(__file__).parent / "parity" / "golden"
+HDF5 = GOLDEN / "ReCoRD" / "glm_train_eval_hdf5_sparse"
+TRAIN_FILE = HDF5 / "train_hdf5" / "train_sparse.hdf5"
+EVAL_FILE = HDF5 / "eval_hdf5" / "eval_sparse.hdf5"
+CHECKPOINT = GOLDEN / "blocklm-large-blank"
+
+SHAPE = [
+    "model.num_layers=3",
+    "model.hidden_size=64",
+    "model.num_attention_heads=4",
+    "model.vocab_size=160",
+    "model.max_sequence_length=96",
+    "data.max_seq_length=96",
+    "model.hidden_dropout=0",
+    "model.attention_dropout=0",
+]
+GOLDEN_RUN = [
+    *SHAPE,
+    f"data.train_file={TRAIN_FILE}",
+    f"data.eval_file={EVAL_FILE}",
+    f"model.init_checkpoint={CHECKPOINT}",
+    "bs=4",
+    "eval_bs=5",
+    "lr=1e-3",
+    "optimizer.lr_decay_iters=22",
+    "run.max_steps=25",
+]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+def command(name: str, *arguments: str) -> List[str]:
+    return [sys.executable, "-m", f"lit_glm.{name}", *arguments]
+
+
+def lit_glm(
+    name: str, *arguments: str, cwd: Path, env: Optional[Dict[str, str]] = None, timeout: float = 300
+) -> "subprocess.CompletedProcess[str]":
+    """Run a command in a process of its own, as a user does."""
+    return subprocess.run(
+        command(name, *arguments),
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def lit_glm_here(name: str, *arguments: str) -> int:
+    """Run a command in this process: the same entry, without a second import of torch."""
+    import importlib
+
+    before = list(sys.argv)
+    sys.argv = [f"lit_glm.{name}", *arguments]
+    try:
+        status: int = importlib.import_module(f"lit_glm.{name}").main()
+        return status
+    finally:
+        sys.argv = before
+
+
+def rows(path: Path) -> List[Dict[str, Any]]:
+    import csv
+
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))

@@ -1,0 +1,140 @@
+"""Both scorings give the same scores on any batch; the ways of attending are equal, gradients too."""
+
+from pathlib import Path
+from typing import Any, List
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lit_glm.batches.collate import flat_batch, padded_batch
+from lit_glm.batches.compact import CompactSplit, open_split
+from lit_glm.model.attention import FlatPlan, GatheredPlan
+from lit_glm.model.glm import GLM, GLMShape
+from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, choice_loss, score_table
+from lit_glm.record.cloze import encode
+from lit_glm.record.raw import Question
+from lit_glm.record.store import SparseWriter
+
+LIMIT = 48
+
+
+class Letters:
+    """A tokenizer for tests: every letter a token."""
+
+    eos, cls, mask, sop, eop = 0, 1, 2, 3, 4
+
+    def encode(self, text: str) -> List[int]:
+        return [5 + ord(char) % 40 for char in text]
+
+
+def split_of(questions: List[Question], tmp_path: Path) -> CompactSplit:
+    encoded = encode(questions, Letters(), LIMIT)  # type: ignore[arg-type]
+    assert not encoded.too_long
+    writer = SparseWriter(tmp_path / "some.hdf5", LIMIT)
+    writer.add(encoded.columns, encoded.separators, encoded.counts, encoded.right)
+    writer.close()
+    return open_split(tmp_path / "some.hdf5", True, None)
+
+
+def question(passage: str, before: str, after: str, candidates: List[str]) -> Question:
+    return Question(1, "g", 1, passage, before, after, candidates, candidates[:1], [0])
+
+
+words = st.text("abcdefgh", min_size=1, max_size=7)
+questions = st.builds(
+    question,
+    passage=st.text("abcdefgh", min_size=0, max_size=60).filter(lambda text: not 0 < len(text) < 8),
+    before=st.text("abc", max_size=6),
+    after=st.text("abc", max_size=6),
+    candidates=st.lists(words, min_size=1, max_size=6),
+)
+
+
+def fits(entry: Question) -> bool:
+    cut = 1 + len(entry.passage) + len(entry.before) + 1 + len(entry.after) + 1 + 8 - LIMIT
+    return cut <= len(entry.passage)
+
+
+def model(gelu: str = "tanh") -> GLM:
+    torch.manual_seed(1)
+    return GLM(GLMShape(2, 32, 4, 64, LIMIT, 0.0, 0.0, gelu, init_std=0.2))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(batch=st.lists(questions.filter(fits), min_size=1, max_size=4))
+def test_both_scorings_give_the_same_scores(batch: List[Question], tmp_path: Path) -> None:
+    split, glm = split_of(batch, tmp_path), model()
+    indices = list(range(len(batch)))
+    for empty in (TRAIN_MASK, EVAL_MASK):
+        flat = score_table(glm, flat_batch(split, indices), empty)
+        published = score_table(glm, padded_batch(split, indices, LIMIT), empty, slice_size=2)
+        assert flat.shape == published.shape
+        torch.testing.assert_close(flat, published, atol=1e-4, rtol=0)
+
+
+SPECIAL = {
+    "contexts that differ": question("abcdefgh" * 6, "a", "b", ["a", "abcd", "abcdefg", "hgf", "b"]),
+    "one candidate": question("abcdef", "ab", "", ["a"]),
+    "equal candidates": question("abcdef", "", "c", ["abc", "abc", "abc"]),
+    "longest context": question("h" * (LIMIT - 5), "", "", ["a", "b"]),
+    "no passage left": question("abcdefgh", "a" * 20, "b" * 17, ["abcdefg"]),
+}
+
+
+@pytest.mark.parametrize("case", sorted(SPECIAL))
+@pytest.mark.parametrize("gelu", ["tanh", "erf"])
+def test_special_batches_with_gradients(case: str, gelu: str, tmp_path: Path) -> None:
+    split, glm = split_of([SPECIAL[case], SPECIAL["one candidate"]], tmp_path), model(gelu)
+    gradients: List[Any] = []
+    for batch in (flat_batch(split, [0, 1]), padded_batch(split, [0, 1], LIMIT)):
+        glm.zero_grad()
+        table = score_table(glm, batch, TRAIN_MASK)
+        (table * (table > TRAIN_MASK)).sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in glm.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        if "query_key_value.bias" not in name:
+            torch.testing.assert_close(gradient, gradients[1][name], atol=2e-3, rtol=1e-4, msg=name)
+
+
+def test_contexts_that_differ_make_groups(tmp_path: Path) -> None:
+    batch = flat_batch(split_of([SPECIAL["contexts that differ"]], tmp_path), [0])
+    assert len(batch.context_lengths) > 1
+    assert sum(batch.context_lengths) + sum(batch.candidate_rows) == len(batch.tokens)
+
+
+@pytest.mark.parametrize("candidates_only", [False, True])
+def test_ways_of_attending_are_equal(candidates_only: bool) -> None:
+    torch.manual_seed(0)
+    contexts, rows = [5, 9, 1], [4, 2, 6]
+    owner = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3, 3, 4, 4, 4])
+    qkv = torch.randn(27, 3 * 16)
+    outputs, gradients = [], []
+    for plan in (FlatPlan.of(contexts, rows, owner), GatheredPlan.of(contexts, rows, owner)):
+        x = qkv.clone().requires_grad_()
+        out = plan(x, 4, 0.0, candidates_only)
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        outputs.append(out)
+        gradients.append(x.grad)
+    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("scoring", ["flat", "padded"])
+def test_activation_checkpointing_changes_nothing(scoring: str, tmp_path: Path) -> None:
+    from lit_glm.hardware.runtimes.cpu import CPURuntime
+
+    split = split_of([SPECIAL["contexts that differ"]], tmp_path)
+    batch = flat_batch(split, [0]) if scoring == "flat" else padded_batch(split, [0], LIMIT)
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(1)
+        shape = GLMShape(2, 32, 4, 64, LIMIT, 0.1, 0.1, init_std=0.2, activation_checkpointing=recompute)
+        glm = GLM(shape, CPURuntime().checkpoint()).train()
+        torch.manual_seed(2)
+        choice_loss(score_table(glm, batch, TRAIN_MASK)).backward()
+        gradients.append([p.grad for p in glm.parameters()])
+    for plain, recomputed in zip(*gradients):
+        np.testing.assert_array_equal(plain, recomputed)
