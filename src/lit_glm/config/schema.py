@@ -88,7 +88,7 @@ class SyntheticConfig:
     """Size and seed of the generated corpus."""
 
     seed: int = 0
-    num_train: int = 12000
+    num_train: int = 20000
     num_eval: int = 500
 
 

@@ -18,10 +18,9 @@ from lit_glm.config.schema import DataConfig
 from lit_glm.errors import InputError
 from lit_glm.record.build import EVAL_FILE, TRAIN_FILE, build
 
-_NAMES = (
-    "Abbott Bergen Castle Dalton Engel Fischer Gibson Hansen Ibsen Jensen Keller Larsen Moreau Norris Olsen Palmer "
-    "Quinn Rivera Sutton Turner Ueda Vargas Weber Xavier Young Zeller Archer Bishop Carver Draper Ericson Forster "
-    "Granger Hooper Irving Jacobs Kramer Lambert Mercer Nolan"
+_NAMES = (  # few, so that each is seen often and none goes with a place
+    "Abbott Bergman Castle Dalton Engel Fischer Gibson Hansen Ibsen Jensen Keller Larsen Moreau Norris Olsen Palmer "
+    "Quinn Rivera Sutton Turner"
 ).split()
 _RANKS = "first second third fourth".split()
 _PLACES = (
@@ -30,9 +29,9 @@ _PLACES = (
 _DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 _VERBS = "came finished was".split()
 # Sentences have one length each: a small model learns where names stand before it learns what is said of them.
-_OPENINGS = ("The {place} race ended {day} .", "Rain stopped in {place} {day} .", "Runners met in {place} {day} .")
-_HIGHLIGHTS = ("Race in {place}", "Results from {place}")
-_QUERIES = ("Reports say @placeholder came {rank} .", "All agree @placeholder was {rank} .", "So @placeholder finished {rank} .")
+_OPENINGS = ("Race in {place} .", "Rain in {place} .", "{day} in {place} .")
+_HIGHLIGHTS = ("{place} race", "{place} results")
+_QUERIES = ("Here @placeholder came {rank} .", "So @placeholder was {rank} .", "Again @placeholder finished {rank} .")
 _VERSION = 1  # of what is generated; a new one gives new folders
 
 
