@@ -32,7 +32,8 @@ class Progress(pl.Callback):
             return
         recorder = _recorder(trainer)
         self._accuracy = recorder.accuracy
-        print(f"lit_glm: accuracy before training {_percent(recorder.accuracy)}", flush=True)
+        when = f"after step {pl_module.steps_done}" if pl_module.steps_done else "before training"
+        print(f"lit_glm: accuracy {when} {_percent(recorder.accuracy)}", flush=True)
         if self._terminal:
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -1,0 +1,243 @@
+"""Real processes: what a run leaves, however it ends, and that it goes on as if it had never been stopped."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, List
+
+import psutil
+import pytest
+import torch
+from conftest import command, lit_glm, lit_glm_here, rows
+
+FILES = ("result.json", "steps.csv", "evals.csv", "perf.log", "environment.json", ".hydra/config.yaml", ".hydra/overrides.yaml")
+DEBUG = [
+    "experiment=debug",
+    "run.max_steps=40",
+    "run.max_samples=100000",
+    "run.eval_interval_samples=40",
+    "run.checkpoint_interval_steps=7",
+    "model.hidden_dropout=0.1",
+    "model.attention_dropout=0.1",
+    "data.num_workers=1",
+]
+
+
+def result(run: Path) -> Dict[str, Any]:
+    content: Dict[str, Any] = json.loads((run / "result.json").read_text())
+    return content
+
+
+def columns(path: Path, *names: str) -> List[List[str]]:
+    return [[row[name] for name in names] for row in rows(path)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module", params=["1x1", "1x2"])
+def whole(request: Any, folder: Path) -> Any:
+    """A run that was never stopped."""
+    run = folder / f"whole_{request.param}"
+    done = lit_glm("train", *DEBUG, f"topology={request.param}", f"hydra.run.dir={run}", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return request.param, run, done
+
+
+def test_what_a_run_leaves(whole: Any) -> None:
+    topology, run, done = whole
+    assert all((run / name).is_file() for name in FILES)
+    final = result(run)
+    assert (final["status"], final["global_steps"], final["topology"]) == ("finished", 40, topology)
+    ranks = int(topology[-1])
+    assert final["num_trained_samples"] == 40 * 4 * ranks
+    steps = rows(run / "steps.csv")
+    assert [int(row["step"]) for row in steps] == list(range(1, 41))
+    assert final["p_core"] >= final["p_train"] >= final["p_whole"] > 0
+    assert final["e2e_time"] >= final["init_time"] + final["raw_train_time"] > 0
+    if ranks == 1:
+        assert final["no_eval_time"] == pytest.approx(sum(float(row["step_s"]) for row in steps), rel=1e-3)
+        assert final["pure_compute_time"] == pytest.approx(sum(float(row["compute_s"]) for row in steps), rel=1e-3)
+    evaluated = [int(row["step"]) for row in rows(run / "evals.csv")]
+    every = -(-40 // (4 * ranks))
+    assert evaluated == sorted({0, 40, *range(every, 41, every)})
+    assert final["acc"] == float(rows(run / "evals.csv")[-1]["acc"])
+    assert final["mem_actual_gib"] < final["mem_total_gib"]
+    assert final["mfu"] is None  # no peak is known of a processor
+    row = done.stdout.strip().splitlines()[-1]
+    assert f"cpu {topology}" in row
+    assert "scoring=shared_context" in done.stdout
+
+
+def test_events_are_those_of_flagperf(whole: Any) -> None:
+    _, run, _ = whole
+    lines = (run / "perf.log").read_text().splitlines()
+    assert all(line.startswith("[PerfLog] {") for line in lines)
+    events = [json.loads(line.split(" ", 1)[1]) for line in lines]
+    names = [event["event"] for event in events]
+    assert names[:6] == ["SUBMIT_INFO", "INIT_START", "INIT_EVALUATION", "INIT_END", "TRAIN_START", "EPOCH_BEGIN"]
+    assert names[-3:] == ["EPOCH_END", "TRAIN_END", "FINISHED"]
+    assert names.count("STEP_END") == names.count("STEP_BEGIN") == 40
+    assert {"file", "lineno", "time_ms", "rank"} <= set(events[0]["metadata"])
+    assert events[-1]["value"]["global_steps"] == 40
+
+
+def _wait_for_steps(run: Path, process: "subprocess.Popen[str]", steps: int) -> None:
+    limit = time.monotonic() + 120
+    while time.monotonic() < limit and process.poll() is None:
+        if (run / "steps.csv").is_file() and (run / "steps.csv").read_bytes().count(b"\n") > steps:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"the run did not reach step {steps}: {process.communicate()}")
+
+
+def _start(folder: Path, run: Path, topology: str, *more: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        command("train", *DEBUG, f"topology={topology}", f"hydra.run.dir={run}", *more),
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def _same(run: Path, whole: Path, folder: Path) -> None:
+    names = ("step", "epoch", "samples", "loss", "lr", "grad_norm")
+    assert columns(run / "steps.csv", *names) == columns(whole / "steps.csv", *names)
+    assert columns(run / "evals.csv", "step", "samples", "acc") == columns(whole / "evals.csv", "step", "samples", "acc")
+    weights = []
+    for path in (run, whole):
+        assert lit_glm_here("export", str(path), "--to", "published", "--out", str(folder / "w.pt")) == 0
+        weights.append(torch.load(str(folder / "w.pt"))["module"])
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+@pytest.mark.parametrize(
+    ("number", "exit_status", "status"),
+    [(signal.SIGKILL, -9, "running"), (signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "interrupted")],
+)
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(
+    number: int, exit_status: int, status: str, whole: Any, folder: Path
+) -> None:
+    topology, unbroken, _ = whole
+    run = folder / f"stopped_{topology}_{number}"
+    process = _start(folder, run, topology)
+    _wait_for_steps(run, process, random.Random(number).randint(9, 25))
+    process.send_signal(number)
+    output = process.communicate(timeout=90)
+    assert process.returncode == exit_status, output
+    assert "Traceback" not in output[1]
+    stopped = result(run)
+    assert stopped["status"] == status
+    assert stopped["global_steps"] > 0
+    _nothing_left(run)
+    how = str(run) if number == signal.SIGKILL else "auto"
+    done = lit_glm("train", *DEBUG, f"topology={topology}", f"run.resume={how}", f"hydra.run.dir={folder / 'other'}", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "goes on after step" in done.stdout
+    assert not (folder / "other").exists()
+    final = result(run)
+    assert (final["status"], final["interruptions"]) == ("finished", 1)
+    assert final["e2e_time"] > stopped["e2e_time"]
+    _same(run, unbroken, folder)
+
+
+def _nothing_left(run: Path) -> None:
+    limit = time.monotonic() + 20
+    left: List[Any] = []
+    while time.monotonic() < limit:
+        left = [p for p in psutil.process_iter(["cmdline"]) if str(run) in " ".join(p.info["cmdline"] or [])]
+        if not left:
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"still running: {left}")
+
+
+def test_a_torn_checkpoint_is_passed_over(whole: Any, folder: Path) -> None:
+    topology, unbroken, _ = whole
+    run = folder / f"torn_{topology}"
+    process = _start(folder, run, topology)
+    _wait_for_steps(run, process, 15)
+    process.kill()
+    process.communicate()
+    _nothing_left(run)
+    newest = sorted((run / "checkpoints").glob("*.ckpt"))[-1]
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    (run / "checkpoints" / "step-00000999.ckpt").write_bytes(b"foreign")
+    done = lit_glm("train", *DEBUG, f"topology={topology}", f"run.resume={run}", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "step-00000999.ckpt: passed over" in done.stderr
+    assert f"{newest.name}: passed over" in done.stderr
+    _same(run, unbroken, folder)
+
+
+def test_going_on_under_another_configuration_is_refused(whole: Any, folder: Path, capfd: Any) -> None:
+    topology, run, _ = whole
+    before = (run / "steps.csv").read_bytes(), (run / "job.json").read_bytes()
+    status = lit_glm_here("train", *DEBUG, f"topology={topology}", f"run.resume={run}", "lr=5e-4", "bs=2")
+    said = capfd.readouterr().err
+    assert status == 2
+    assert "lr: 0.001 there, 0.0005 here" in said
+    assert "bs: 4 there, 2 here" in said
+    assert before == ((run / "steps.csv").read_bytes(), (run / "job.json").read_bytes())
+
+
+def test_a_complete_run_is_not_run_again(whole: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    topology, run, _ = whole
+    before = (run / "result.json").read_bytes()
+    monkeypatch.chdir(folder)
+    assert lit_glm_here("train", *DEBUG, f"topology={topology}", f"run.resume={run}") == 0
+    assert (run / "result.json").read_bytes() == before
+
+
+def test_reaching_the_target_ends_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    run = folder / "target"
+    assert lit_glm_here("train", *DEBUG, "run.target_accuracy=0.05", f"hydra.run.dir={run}") == 0
+    final = result(run)
+    assert (final["status"], final["converged"], final["global_steps"]) == ("success", True, 1)
+
+
+def test_evaluate_names_its_predictions(whole: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, run, _ = whole
+    monkeypatch.chdir(folder)
+    assert lit_glm_here("export", str(run), "--to", "safetensors", "--out", str(folder / "w.safetensors")) == 0
+    out = folder / "scored"
+    checkpoint = f"model.init_checkpoint={folder / 'w.safetensors'}"
+    assert lit_glm_here("evaluate", "experiment=debug", checkpoint, f"hydra.run.dir={out}", "eval_bs=3") == 0
+    report = json.loads((out / "evaluation.json").read_text())
+    assert report["acc"] == pytest.approx(result(run)["acc"])
+    assert report["em"] == pytest.approx(report["acc"])
+    assert report["em"] <= report["f1"] <= 1
+    assert report["truncated_candidates"] == 0
+    predictions = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert len(predictions) == 16
+    assert set(predictions[0]) == {"idx", "label"}
+
+
+@pytest.mark.parametrize("arguments", [["train", "--help"], ["train", "--cfg", "job"], ["prepare", "--help"], ["export", "--help"]])
+def test_commands_answer_without_torch(arguments: List[str], tmp_path: Path) -> None:
+    code = (
+        "import sys, runpy; sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_module('lit_glm.cli', run_name='__main__')\n"
+        "finally: print('torch' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "lit-glm", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.strip().endswith("False")
+    assert os.listdir(tmp_path) == []
+
+
+def test_unknown_command(tmp_path: Path) -> None:
+    done = lit_glm("cli", "trian", cwd=tmp_path)
+    assert (done.returncode, "trian: there is no such command" in done.stderr) == (2, True)

@@ -1,0 +1,82 @@
+"""The step's own rules: skipped steps, accumulation, parameter groups."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, List
+
+import pytest
+import torch
+from conftest import GOLDEN, GOLDEN_RUN, lit_glm_here, rows
+
+from lit_glm.model.glm import GLM, GLMShape
+from lit_glm.training import module as module_file
+from lit_glm.training.metrics import ExactMatch, normalise, text_scores
+from lit_glm.training.optimizer import parameter_groups
+
+
+def run(tmp_path: Path, *overrides: str) -> Path:
+    folder = tmp_path / "run"
+    assert lit_glm_here("train", *GOLDEN_RUN, *overrides, f"hydra.run.dir={folder}") == 0
+    return folder
+
+
+def test_a_loss_that_is_not_finite_skips_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: List[int] = []
+    real = module_file.choice_loss
+
+    def sometimes_infinite(table: Any) -> Any:
+        calls.append(1)
+        loss = real(table)
+        return loss * float("inf") if len(calls) == 3 else loss
+
+    monkeypatch.setattr(module_file, "choice_loss", sometimes_infinite)
+    folder = run(tmp_path, "run.max_steps=5")
+    steps = rows(folder / "steps.csv")
+    assert [row["step"] for row in steps] == ["1", "2", "3", "4", "5"]
+    assert math.isinf(float(steps[2]["loss"]))
+    assert (steps[2]["lr"], steps[2]["grad_norm"]) == ("", "")
+    # The schedule did not move in step 3: step 4 uses the rate that step 3 would have used.
+    assert float(steps[3]["lr"]) == pytest.approx(1e-3 * 2 / 2.2)
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["skipped_steps"], result["global_steps"], result["num_trained_samples"]) == (1, 5, 20)
+
+
+def test_accumulation_updates_every_nth_step(tmp_path: Path) -> None:
+    steps = rows(run(tmp_path, "optimizer.accumulate=2", "run.max_steps=8", "bs=2") / "steps.csv")
+    rates = [float(row["lr"]) for row in steps]
+    assert rates[0] == rates[1] == 0.0
+    assert rates[2] == rates[3] > 0
+    assert rates[4] == rates[5] != rates[2]
+
+
+def test_parameter_groups_are_the_published_ones() -> None:
+    stats = json.loads((GOLDEN / "stats.json").read_text())["optimizer"]
+    groups = parameter_groups(GLM(GLMShape(24, 64, 4, 100, 16)), 0.1)
+    for group, name in zip(groups, ("decayed", "not_decayed")):
+        assert len(group["params"]) == stats[name]["tensors"]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+
+
+def test_exact_match_counts_examples() -> None:
+    metric = ExactMatch()
+    metric.update(torch.tensor([0, 2, 1]), [(0,), (1, 2), (0, 3)])
+    metric.update(torch.tensor([3]), [(3,)])
+    assert float(metric.compute()) == pytest.approx(3 / 4)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "em", "f1"),
+    [
+        ("The White House", ["white house."], 1.0, 1.0),
+        ("White House", ["House of Lords"], 0.0, 0.4),
+        ("Paris", ["London", "paris"], 1.0, 1.0),
+        ("Paris", ["London"], 0.0, 0.0),
+    ],
+)
+def test_official_scores(prediction: str, answers: List[str], em: float, f1: float) -> None:
+    assert text_scores(prediction, answers) == pytest.approx((em, f1))
+
+
+def test_normalisation() -> None:
+    assert normalise(" The  U.S. - an  Answer!") == "us answer"
