@@ -30,7 +30,9 @@ def read_names(eval_file: Path, num_examples: int) -> Optional[List[Dict[str, An
     return names
 
 
-def summarise(names: List[Dict[str, Any]], chosen: List[Tuple[int, int]]) -> Tuple[List[Dict[str, Any]], Dict[str, float]]:
+def summarise(
+    names: List[Dict[str, Any]], chosen: List[Tuple[int, int]]
+) -> Tuple[List[Dict[str, Any]], Dict[str, float]]:
     """Predictions in SuperGLUE's submission format, and the official scores.
 
     Args:
@@ -102,14 +104,19 @@ def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
     (out / "predictions.jsonl").write_text(
         "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in predictions), encoding="utf-8"
     )
-    write_json(out / "evaluation.json", {**report, "checkpoint": config.model.init_checkpoint, "eval_file": config.data.eval_file})
+    write_json(
+        out / "evaluation.json",
+        {**report, "checkpoint": config.model.init_checkpoint, "eval_file": config.data.eval_file},
+    )
     for key, value in report.items():
         if key == "num_examples":
             print(f"examples  {value}")
         elif value is not None:
             print(f"{key}  {100 * value:.2f}%")
     if names is None:
-        print("em, f1 and texts of the predictions need eval_examples.jsonl, which prepare writes beside the HDF5 file;")
+        print(
+            "em, f1 and texts of the predictions need eval_examples.jsonl, which prepare writes beside the HDF5 file;"
+        )
         print("predictions are numbered instead: idx = example, label = candidate")
     print(f"predictions  {out / 'predictions.jsonl'}")
     return 0

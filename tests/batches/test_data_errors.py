@@ -7,8 +7,8 @@ from typing import Any, Callable
 import h5py
 import numpy as np
 import pytest
-from conftest import EVAL_FILE, GOLDEN_RUN, TRAIN_FILE, lit_glm_here
 
+from conftest import EVAL_FILE, GOLDEN_RUN, TRAIN_FILE, lit_glm_here
 from lit_glm.batches.compact import open_split
 from lit_glm.errors import InputError
 
@@ -53,7 +53,11 @@ def rewrite(group: str, dense: Any) -> Callable[[Any], None]:
         (TRAIN_FILE, set_value("text", 40, -1), "group text, row 0: token ids must not be negative"),
         (TRAIN_FILE, set_value("position", 3, 77), "group position, row 0"),
         (TRAIN_FILE, rewrite("choice_start_end", np.zeros((0, 2), int)), "holds no examples"),
-        (TRAIN_FILE, rewrite("choice_start_end", [[0, 0], [0, 231]]), "example 0 has no candidates, so none that is right"),
+        (
+            TRAIN_FILE,
+            rewrite("choice_start_end", [[0, 0], [0, 231]]),
+            "example 0 has no candidates, so none that is right",
+        ),
         (TRAIN_FILE, rewrite("choice_start_end", [[0, 3], [4, 231]]), "example 1: range [4, 231]"),
         (EVAL_FILE, rewrite("answer_start_end", [[0, 0]] * 22 + [[0, 35]]), "example 0 has no right answer"),
         (EVAL_FILE, rewrite("answer_idx", np.full((35, 1), 99)), "has no candidate 99"),
@@ -102,7 +106,11 @@ def test_other_integer_widths_and_unsorted_columns(tmp_path: Path) -> None:
             for row in range(len(indptr) - 1):
                 span = slice(indptr[row], indptr[row + 1])
                 data[span], indices[span] = data[span][::-1].copy(), indices[span][::-1].copy()
-            for part, array, dtype in (("data", data, np.uint16), ("indices", indices, np.int64), ("indptr", indptr, np.int32)):
+            for part, array, dtype in (
+                ("data", data, np.uint16),
+                ("indices", indices, np.int64),
+                ("indptr", indptr, np.int32),
+            ):
                 del group[part]
                 group[part] = array.astype(dtype)
             group.attrs["h5sparse_format"] = np.bytes_(b"csr")

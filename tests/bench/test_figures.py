@@ -72,7 +72,17 @@ def test_slowest_rank_of_each_phase() -> None:
 
 
 def test_published_formats() -> None:
-    assert cells(RESULT) == ["r300 1x8", "fp32", "bs=5,lr=1e-05", "100.00", "3.47", "3.90", "3.95", "80.52%", "31.8/32.0"]
+    assert cells(RESULT) == [
+        "r300 1x8",
+        "fp32",
+        "bs=5,lr=1e-05",
+        "100.00",
+        "3.47",
+        "3.90",
+        "3.95",
+        "80.52%",
+        "31.8/32.0",
+    ]
     empty = {**RESULT, "p_core": None, "acc": None, "mem_actual_gib": None}
     assert cells(empty)[6:] == ["", "", ""]
     head = table([RESULT]).splitlines()[0].split("|")
@@ -80,6 +90,8 @@ def test_published_formats() -> None:
     assert [name.strip() for name in head[1:-1]] == names
 
 
-@pytest.mark.parametrize(("change", "mark"), [({"simulated": True}, "simulated"), ({"status": "interrupted"}, "interrupted")])
+@pytest.mark.parametrize(
+    ("change", "mark"), [({"simulated": True}, "simulated"), ({"status": "interrupted"}, "interrupted")]
+)
 def test_what_is_no_measurement_is_marked(change: "dict[str, object]", mark: str) -> None:
     assert f"({mark})" in cells({**RESULT, **change})[0]

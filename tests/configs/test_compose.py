@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import lit_glm_here
 
+from conftest import lit_glm_here
 from lit_glm.config.app import CONF, checked, compose
 from lit_glm.config.schema import TrainConfig
 
@@ -47,7 +47,13 @@ def test_hardware_says_where_its_figures_come_from(hardware: str) -> None:
 
 def test_r300_1x8_is_as_published() -> None:
     config = configuration("hardware=r300", "topology=1x8")
-    assert (config.bs, config.eval_bs, config.lr, config.precision.name, config.model.gelu) == (5, 5, 1e-5, "fp32", "erf")
+    assert (config.bs, config.eval_bs, config.lr, config.precision.name, config.model.gelu) == (
+        5,
+        5,
+        1e-5,
+        "fp32",
+        "erf",
+    )
     assert (config.model.num_layers, config.model.hidden_size, config.model.num_attention_heads) == (24, 1024, 16)
     assert (config.model.vocab_size, config.model.max_sequence_length, config.data.max_seq_length) == (30592, 512, 512)
     assert (config.model.hidden_dropout, config.model.attention_dropout) == (0.1, 0.1)

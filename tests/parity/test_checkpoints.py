@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CHECKPOINT, GOLDEN, lit_glm_here
-from parity.test_model import Z, golden_model, padded
 
+from conftest import CHECKPOINT, GOLDEN, lit_glm_here
 from lit_glm.errors import InputError
 from lit_glm.model.checkpoint import load_checkpoint, read_weights, save_published, save_safetensors
 from lit_glm.model.glm import GLM, GLMShape
 from lit_glm.model.scoring import score_published
+from parity.test_model import Z, golden_model, padded
 
 STATS = json.loads((GOLDEN / "stats.json").read_text())
 SHORT = GOLDEN / "blocklm-short-positions"
@@ -149,7 +149,7 @@ def test_round_trips_are_exact(tmp_path: Path) -> None:
     save_safetensors(weights, tmp_path / "a.safetensors")
     for name in ("a.pt", "a.safetensors"):
         again = read_weights(tmp_path / name)
-        assert list(sorted(again)) == sorted(weights)
+        assert sorted(again) == sorted(weights)
         assert all(torch.equal(again[key], weights[key]) for key in weights)
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CHECKPOINT, GOLDEN
 
+from conftest import CHECKPOINT, GOLDEN
 from lit_glm.batches.collate import flat_batch
 from lit_glm.batches.compact import open_split
 from lit_glm.batches.types import PaddedBatch

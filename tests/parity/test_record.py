@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import EVAL_FILE, GOLDEN, TRAIN_FILE, lit_glm_here
 
+from conftest import EVAL_FILE, GOLDEN, TRAIN_FILE, lit_glm_here
 from lit_glm.batches.collate import padded_batch
 from lit_glm.batches.compact import open_split
 from lit_glm.record.store import SparseReader
@@ -77,10 +77,18 @@ def test_the_golden_files_through_our_reader(scoring_batch: str) -> None:
     for number in range(2):
         indices = order[number] if scoring_batch == "train" else range(5 * number, 5 * number + 5)
         batch = padded_batch(split, [int(index) for index in indices], 96)
-        golden = {key[len(f"{scoring_batch}.{number}.") :]: z[key] for key in z.files if key.startswith(f"{scoring_batch}.{number}.")}
+        golden = {
+            key[len(f"{scoring_batch}.{number}.") :]: z[key]
+            for key in z.files
+            if key.startswith(f"{scoring_batch}.{number}.")
+        }
         for key, ours in (
-            ("text", batch.text), ("position", batch.position), ("mask", batch.separator), ("target", batch.target),
-            ("logit_mask", batch.logit_mask), ("loss_mask", batch.loss_mask),
+            ("text", batch.text),
+            ("position", batch.position),
+            ("mask", batch.separator),
+            ("target", batch.target),
+            ("logit_mask", batch.logit_mask),
+            ("loss_mask", batch.loss_mask),
         ):
             np.testing.assert_array_equal(ours, golden[key], err_msg=key)
         if scoring_batch == "eval":
@@ -103,6 +111,8 @@ def test_prepare_leaves_nothing_behind_when_it_fails(tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     raw.mkdir()
     (raw / "val.jsonl").write_text("not json\n")
-    status = lit_glm_here("prepare", f"data.raw_dir={raw}", f"data.vocab_file={VOCAB}", f"data.out_dir={tmp_path / 'out'}")
+    status = lit_glm_here(
+        "prepare", f"data.raw_dir={raw}", f"data.vocab_file={VOCAB}", f"data.out_dir={tmp_path / 'out'}"
+    )
     assert status == 2
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import GOLDEN, lit_glm_here
 
+from conftest import GOLDEN, lit_glm_here
 from lit_glm.record.raw import Skipped, read_questions
 from lit_glm.record.store import SparseReader
 
@@ -56,11 +56,16 @@ def test_prepare_reports_them(workers: int, tmp_path: Path, capfd: Any) -> None:
     raw.mkdir()
     (raw / "val.jsonl").write_text("\n".join(LINES) + "\n")
     out = tmp_path / "out"
-    arguments = [f"data.raw_dir={raw}", f"data.vocab_file={VOCAB}", f"data.out_dir={out}", f"data.num_workers={workers}"]
+    arguments = [
+        f"data.raw_dir={raw}",
+        f"data.vocab_file={VOCAB}",
+        f"data.out_dir={out}",
+        f"data.num_workers={workers}",
+    ]
     assert lit_glm_here("prepare", *arguments) == 0
     said = capfd.readouterr().out
     assert "1 examples" in said
-    assert "left out 7" in said
+    assert "left out 8" in said
     assert "1 x query longer than data.max_seq_length=512: line 8" in said
     assert not (out / "train_hdf5").exists()
     with SparseReader(out / "eval_hdf5" / "eval_sparse.hdf5", needs_answers=True) as reader:

@@ -13,9 +13,18 @@ from typing import Any, Dict, List
 import psutil
 import pytest
 import torch
+
 from conftest import command, lit_glm, lit_glm_here, rows
 
-FILES = ("result.json", "steps.csv", "evals.csv", "perf.log", "environment.json", ".hydra/config.yaml", ".hydra/overrides.yaml")
+FILES = (
+    "result.json",
+    "steps.csv",
+    "evals.csv",
+    "perf.log",
+    "environment.json",
+    ".hydra/config.yaml",
+    ".hydra/overrides.yaml",
+)
 DEBUG = [
     "experiment=debug",
     "run.max_steps=40",
@@ -61,7 +70,8 @@ def test_what_a_run_leaves(whole: Any) -> None:
     steps = rows(run / "steps.csv")
     assert [int(row["step"]) for row in steps] == list(range(1, 41))
     assert final["p_core"] >= final["p_train"] >= final["p_whole"] > 0
-    assert final["e2e_time"] >= final["init_time"] + final["raw_train_time"] > 0
+    # Of several ranks the slowest counts in each phase, so their sum may pass the whole by a little.
+    assert final["e2e_time"] * (1 if ranks == 1 else 1.05) >= final["init_time"] + final["raw_train_time"] > 0
     if ranks == 1:
         assert final["no_eval_time"] == pytest.approx(sum(float(row["step_s"]) for row in steps), rel=1e-3)
         assert final["pure_compute_time"] == pytest.approx(sum(float(row["compute_s"]) for row in steps), rel=1e-3)
@@ -112,7 +122,9 @@ def _start(folder: Path, run: Path, topology: str, *more: str) -> "subprocess.Po
 def _same(run: Path, whole: Path, folder: Path) -> None:
     names = ("step", "epoch", "samples", "loss", "lr", "grad_norm")
     assert columns(run / "steps.csv", *names) == columns(whole / "steps.csv", *names)
-    assert columns(run / "evals.csv", "step", "samples", "acc") == columns(whole / "evals.csv", "step", "samples", "acc")
+    assert columns(run / "evals.csv", "step", "samples", "acc") == columns(
+        whole / "evals.csv", "step", "samples", "acc"
+    )
     weights = []
     for path in (run, whole):
         assert lit_glm_here("export", str(path), "--to", "published", "--out", str(folder / "w.pt")) == 0
@@ -134,13 +146,16 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     process.send_signal(number)
     output = process.communicate(timeout=90)
     assert process.returncode == exit_status, output
-    assert "Traceback" not in output[1]
+    if number != signal.SIGKILL:  # ranks that lose their agent may say so
+        assert "Traceback" not in output[1], output[1]
     stopped = result(run)
     assert stopped["status"] == status
     assert stopped["global_steps"] > 0
     _nothing_left(run)
     how = str(run) if number == signal.SIGKILL else "auto"
-    done = lit_glm("train", *DEBUG, f"topology={topology}", f"run.resume={how}", f"hydra.run.dir={folder / 'other'}", cwd=folder)
+    done = lit_glm(
+        "train", *DEBUG, f"topology={topology}", f"run.resume={how}", f"hydra.run.dir={folder / 'other'}", cwd=folder
+    )
     assert done.returncode == 0, done.stderr
     assert "goes on after step" in done.stdout
     assert not (folder / "other").exists()
@@ -223,7 +238,9 @@ def test_evaluate_names_its_predictions(whole: Any, folder: Path, monkeypatch: p
     assert set(predictions[0]) == {"idx", "label"}
 
 
-@pytest.mark.parametrize("arguments", [["train", "--help"], ["train", "--cfg", "job"], ["prepare", "--help"], ["export", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["train", "--help"], ["train", "--cfg", "job"], ["prepare", "--help"], ["export", "--help"]]
+)
 def test_commands_answer_without_torch(arguments: List[str], tmp_path: Path) -> None:
     code = (
         "import sys, runpy; sys.argv = sys.argv[1:]\n"

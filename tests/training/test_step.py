@@ -7,8 +7,8 @@ from typing import Any, List
 
 import pytest
 import torch
-from conftest import GOLDEN, GOLDEN_RUN, lit_glm_here, rows
 
+from conftest import GOLDEN, GOLDEN_RUN, lit_glm_here, rows
 from lit_glm.model.glm import GLM, GLMShape
 from lit_glm.training import module as module_file
 from lit_glm.training.metrics import ExactMatch, normalise, text_scores

@@ -234,7 +234,11 @@ class _Rows:
                 row = start + int(np.flatnonzero(wrong)[0])
                 raise InputError(f"{reader.path}: group {group}, row {row}: {rule}")
 
-        refuse("mask", (self.separator < 1) | (ends > reader.num_tokens), f"context and candidate must fit {reader.num_tokens} tokens")
+        refuse(
+            "mask",
+            (self.separator < 1) | (ends > reader.num_tokens),
+            f"context and candidate must fit {reader.num_tokens} tokens",
+        )
         refuse("logit_mask", self.length < 1, "a candidate must have at least one token to predict")
         in_context = column < self.separator[:, None]
         in_candidate = ~in_context & (column < ends[:, None])
@@ -243,8 +247,16 @@ class _Rows:
         self.blank = position[np.arange(len(ends)), 0, self.separator]
         expected = np.where(in_context, column, np.where(in_candidate, self.blank[:, None], 0))
         within = in_context | in_candidate
-        refuse("position", ((position[:, 0] != expected) & within).any(1), "positions must count the context, then repeat the [MASK]'s")
-        refuse("position", (self.blank < 0) | (self.blank >= self.separator), "a candidate must stand at a position of its context")
+        refuse(
+            "position",
+            ((position[:, 0] != expected) & within).any(1),
+            "positions must count the context, then repeat the [MASK]'s",
+        )
+        refuse(
+            "position",
+            (self.blank < 0) | (self.blank >= self.separator),
+            "a candidate must stand at a position of its context",
+        )
         expected = np.where(in_candidate, column - self.separator[:, None] + 1, 0)
         refuse("position", ((position[:, 1] != expected) & within).any(1), "block positions must be 0, then 1, 2, ...")
 

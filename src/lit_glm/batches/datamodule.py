@@ -1,7 +1,8 @@
 """HDF5 files to batches of the chosen scoring, for training and evaluation."""
 
+import signal
 from functools import partial
-from typing import Any, Callable, Iterator, List, Optional, Union
+from typing import Any, Callable, List, Optional, Union
 
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader, Dataset
@@ -50,6 +51,12 @@ def _padded(split: CompactSplit, indices: List[int], num_tokens: int) -> PaddedB
     return padded_batch(split, indices, num_tokens)
 
 
+def _leave_signals_to_the_rank(_worker: int) -> None:
+    """Ctrl-C and torchrun signal the whole process group; the rank decides what stops, and its workers with it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def evaluation_batches(
     split: CompactSplit, config: TrainConfig, rank: int = 0, world_size: int = 1
 ) -> "DataLoader[Any]":
@@ -57,14 +64,20 @@ def evaluation_batches(
     mine = list(range(rank, len(split), world_size))
     batches = [mine[start : start + config.eval_bs] for start in range(0, len(mine), config.eval_bs)]
     return DataLoader(
-        _Batches(split, collate_for(config)), sampler=batches, batch_size=None, num_workers=config.data.num_workers
+        _Batches(split, collate_for(config)),
+        sampler=batches,
+        batch_size=None,
+        num_workers=config.data.num_workers,
+        worker_init_fn=_leave_signals_to_the_rank,
     )
 
 
 class RecordData(pl.LightningDataModule):
     """Training batches of this rank, from any step on."""
 
-    def __init__(self, config: TrainConfig, split: CompactSplit, steps_done: Callable[[], int], pin_memory: bool) -> None:
+    def __init__(
+        self, config: TrainConfig, split: CompactSplit, steps_done: Callable[[], int], pin_memory: bool
+    ) -> None:
         """Describe the batches.
 
         Args:
@@ -99,16 +112,10 @@ class RecordData(pl.LightningDataModule):
             sampler=self.sampler(self._steps_done(), self.trainer.global_rank),
             batch_size=None,
             num_workers=self._config.data.num_workers,
-            persistent_workers=False,
+            worker_init_fn=_leave_signals_to_the_rank,
             pin_memory=self._pin_memory,
         )
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
         """Called by Lightning before each step."""
         return batch.to(device, non_blocking=self._pin_memory)
-
-
-def device_batches(loader: "DataLoader[Any]", device: Any) -> Iterator[Any]:
-    """The batches of a loader on a device."""
-    for batch in loader:
-        yield batch.to(device)

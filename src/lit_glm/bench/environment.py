@@ -15,20 +15,35 @@ from lit_glm.config.schema import HardwareConfig
 from lit_glm.hardware.runtimes.base import Runtime
 
 _PACKAGES = (
-    "torch", "pytorch-lightning", "torchmetrics", "hydra-core", "omegaconf", "numpy", "h5py", "scipy", "tokenizers",
-    "safetensors", "xmlir", "xacc", "torch-xmlir",
+    "torch",
+    "pytorch-lightning",
+    "torchmetrics",
+    "hydra-core",
+    "omegaconf",
+    "numpy",
+    "h5py",
+    "scipy",
+    "tokenizers",
+    "safetensors",
+    "xmlir",
+    "xacc",
+    "torch-xmlir",
 )
 _VARIABLES = (
-    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "XPU_VISIBLE_DEVICES", "NCCL_DEBUG",
-    "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "CUDART_DUMMY_REGISTER",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "XPU_VISIBLE_DEVICES",
+    "NCCL_DEBUG",
+    "NCCL_SOCKET_IFNAME",
+    "GLOO_SOCKET_IFNAME",
+    "CUDART_DUMMY_REGISTER",
 )
 
 
 def _output(*command: str, folder: Optional[Path] = None) -> Optional[str]:
     try:
-        return subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, timeout=5, check=True
-        ).stdout.strip()
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -1,6 +1,6 @@
 """Event lines as FlagPerf writes them, so that tools which read FlagPerf's logs read these.
 
-    [PerfLog] {"event": "STEP_END", "value": {...}, "metadata": {"file": F, "lineno": N, "time_ms": T, "rank": 0}}
+[PerfLog] {"event": "STEP_END", "value": {...}, "metadata": {"file": F, "lineno": N, "time_ms": T, "rank": 0}}
 """
 
 import json

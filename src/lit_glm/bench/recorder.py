@@ -260,9 +260,7 @@ class Recorder(pl.Callback):
         start = time.perf_counter()
         loader = self._eval_loader(trainer.global_rank, trainer.world_size)
         alone = trainer.world_size == 1
-        accuracy, _ = evaluate(
-            module, loader, module.device, (lambda: module.stop_requested) if alone else None
-        )
+        accuracy, _ = evaluate(module, loader, module.device, (lambda: module.stop_requested) if alone else None)
         if accuracy is None:
             return None
         self._runtime.synchronize()
@@ -337,9 +335,7 @@ class Recorder(pl.Callback):
             more: further entries.
         """
         assert self.folder is not None
-        result = self.folder.write(
-            status, module.steps_done, module.steps_skipped, seconds, e2e, memory=memory, **more
-        )
+        result = self.folder.write(status, module.steps_done, module.steps_skipped, seconds, e2e, memory=memory, **more)
         self._event(
             "FINISHED",
             {

@@ -285,7 +285,5 @@ def out_of_range(config: Any) -> List[str]:
             complaints.append(f"{key}={value}: must be one of {', '.join(_CHOICES[key])}")
     heads, hidden = values.get("model.num_attention_heads"), values.get("model.hidden_size")
     if heads and hidden and hidden % heads:
-        complaints.append(
-            f"model.hidden_size={hidden}: must be a multiple of model.num_attention_heads={heads}"
-        )
+        complaints.append(f"model.hidden_size={hidden}: must be a multiple of model.num_attention_heads={heads}")
     return complaints

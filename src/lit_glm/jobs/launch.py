@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List
 
 from lit_glm.bench.result import amend_result, read_result
 from lit_glm.errors import InputError, RunError
@@ -16,8 +16,17 @@ from lit_glm.jobs.worker import EXIT_STATUS, Interrupted, fail, run_rank
 
 _GRACE_S = 40.0
 _LEAK = (
-    "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "RANK", "GROUP_RANK", "LOCAL_WORLD_SIZE",
-    "PL_GLOBAL_SEED", "PL_SEED_WORKERS", "HYDRA_FULL_ERROR",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "LOCAL_RANK",
+    "NODE_RANK",
+    "WORLD_SIZE",
+    "RANK",
+    "GROUP_RANK",
+    "LOCAL_WORLD_SIZE",
+    "PL_GLOBAL_SEED",
+    "PL_SEED_WORKERS",
+    "HYDRA_FULL_ERROR",
 )
 """Variables of one job that must not reach another."""
 
@@ -167,5 +176,3 @@ def _end(agent: "subprocess.Popen[bytes]") -> None:
     except (ProcessLookupError, PermissionError):
         pass
     agent.wait()
-
-

@@ -66,7 +66,13 @@ def _identity_of(folder: Path) -> Optional[str]:
 def _run_folders(run_dir: Path) -> Iterator[Path]:
     """Run folders near a run folder: itself, its siblings, and all below outputs/ and multirun/."""
     seen: List[Path] = []
-    places = [(run_dir, 0), (run_dir.parent, 1), (run_dir.parent.parent, 2), (Path("outputs"), 3), (Path("multirun"), 3)]
+    places = [
+        (run_dir, 0),
+        (run_dir.parent, 1),
+        (run_dir.parent.parent, 2),
+        (Path("outputs"), 3),
+        (Path("multirun"), 3),
+    ]
     for place, depth in places:
         for root, folders, files in os.walk(place):
             if FILE in files and Path(root).resolve() not in seen:

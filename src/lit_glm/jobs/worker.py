@@ -118,7 +118,9 @@ def _run(job: Job, run_dir: Path, signals: Optional[_Signals]) -> Dict[str, Any]
         if rank == 0:
             for line in passed_over:
                 print(f"lit_glm: {line}", file=sys.stderr)
-            where = f"after step {int(resume_from.stem[5:])}" if resume_from else "from the start: there is no checkpoint"
+            where = (
+                f"after step {int(resume_from.stem[5:])}" if resume_from else "from the start: there is no checkpoint"
+            )
             print(f"lit_glm: the run goes on {where}", flush=True)
 
     def open_folder(steps_done: int) -> RunFolder:
@@ -220,7 +222,11 @@ def _instantiate(entries: Dict[str, Any], run_dir: Optional[Path]) -> List[Any]:
     for name, entry in entries.items():
         place: Dict[str, Any] = {}
         if run_dir is not None:
-            place = {"tracking_uri": f"file:{run_dir}/mlruns"} if "MLFlow" in entry["_target_"] else {"save_dir": str(run_dir)}
+            place = (
+                {"tracking_uri": f"file:{run_dir}/mlruns"}
+                if "MLFlow" in entry["_target_"]
+                else {"save_dir": str(run_dir)}
+            )
         try:
             made.append(instantiate({**place, **entry}))
         except (InstantiationException, ImportError) as error:
@@ -247,15 +253,14 @@ def main(run_dir: Path) -> int:
     job = Job.read(run_dir)
     rank = os.environ.get("RANK", "0")
     try:
-        import torch
         from datetime import timedelta
+
+        import torch
 
         runtime = make_runtime(job.config.hardware, job.config.topology)
         if runtime.device_count() >= job.config.topology.devices_per_node:
             runtime.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group(
-            runtime.backend, timeout=timedelta(seconds=job.config.run.stall_timeout_s)
-        )
+        torch.distributed.init_process_group(runtime.backend, timeout=timedelta(seconds=job.config.run.stall_timeout_s))
         run_rank(job, run_dir)
     except Interrupted as stop:
         return stop.exit_status

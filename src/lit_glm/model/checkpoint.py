@@ -146,7 +146,9 @@ def _read_module(path: Path) -> Dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|global) `?([\w.]+)`?", str(error))
         what = f"it names {found.group(1)}" if found else str(error).strip().splitlines()[0]
-        raise InputError(f"{path}: refused: {what}; a checkpoint may hold tensors and plain values only, nothing was executed") from error
+        raise InputError(
+            f"{path}: refused: {what}; a checkpoint may hold tensors and plain values only, nothing was executed"
+        ) from error
     except Exception as error:  # a broken file fails in many ways inside torch
         whole = "is no torch file" if not zipfile.is_zipfile(path) else "is damaged"
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

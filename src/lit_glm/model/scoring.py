@@ -26,9 +26,7 @@ def score_shared_context(glm: GLM, batch: FlatBatch) -> Tensor:
     Returns:
         [N] scores, candidates in the order of the batch.
     """
-    plan = plan_for(
-        batch.context_lengths, batch.candidate_rows, batch.row_candidate, glm.shape.hidden_size
-    )
+    plan = plan_for(batch.context_lengths, batch.candidate_rows, batch.row_candidate, glm.shape.hidden_size)
     h = glm.embed(batch.tokens, batch.positions, batch.blocks)
     h = glm.encode(h, plan, first_row=sum(batch.context_lengths))
     # Only candidate rows reach the head: one row for each token to be predicted.

@@ -37,7 +37,9 @@ class Built:
 
     def report(self) -> str:
         """What was written and what was left out, for people."""
-        lines = [f"{self.path}: {self.examples} examples, {self.candidates} candidates, {self.cut} of them cut to length"]
+        lines = [
+            f"{self.path}: {self.examples} examples, {self.candidates} candidates, {self.cut} of them cut to length"
+        ]
         if len(self.skipped):
             lines += [f"left out {len(self.skipped)}:", self.skipped.report()]
         return "\n".join(lines)
@@ -106,8 +108,12 @@ def build_file(raw: Path, out: Path, train: bool, vocab_file: str, max_seq_lengt
     names = out.parent / NAMES_FILE
     temporary = names.with_name(f".{names.name}.{os.getpid()}.part")
     bar = Progress(
-        TextColumn(raw.name), BarColumn(), DownloadColumn(), TimeRemainingColumn(),
-        console=Console(file=sys.stderr), disable=not sys.stderr.isatty(),
+        TextColumn(raw.name),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+        console=Console(file=sys.stderr),
+        disable=not sys.stderr.isatty(),
     )
     try:
         with bar, temporary.open("w", encoding="utf-8") as index:

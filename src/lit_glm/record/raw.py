@@ -91,9 +91,7 @@ def read_questions(path: Path, train: bool, skipped: Skipped) -> Iterator[Tuple[
             yield read, questions
 
 
-def _questions(
-    record: Any, line: int, train: bool, generator: random.Random, skipped: Skipped
-) -> List[Question]:
+def _questions(record: Any, line: int, train: bool, generator: random.Random, skipped: Skipped) -> List[Question]:
     text = standardise(record["passage"]["text"])
     spans = record["passage"]["entities"]
     entities = sorted({text[int(span["start"]) : int(span["end"]) + 1] for span in spans})

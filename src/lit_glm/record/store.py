@@ -83,7 +83,9 @@ class SparseReader:
             columns = np.asarray(group["indices"][bounds[0] : bounds[-1]], dtype=np.int64)
             values = np.asarray(group["data"][bounds[0] : bounds[-1]], dtype=np.int64)
         except OSError as error:
-            raise InputError(f"{self.path}: group {name}, rows {start} to {stop - 1}: cannot be read ({error})") from error
+            raise InputError(
+                f"{self.path}: group {name}, rows {start} to {stop - 1}: cannot be read ({error})"
+            ) from error
         width = self._shapes[name][1]
         lengths = np.diff(bounds)
         total = int(bounds[-1] - bounds[0])
@@ -233,7 +235,14 @@ class _Growing:
         self._waiting_entries = 0
         for name, dtype in (("data", np.int64), ("indices", np.int32)):
             group.create_dataset(
-                name, (0,), dtype, maxshape=(None,), chunks=(65536,), compression="gzip", compression_opts=1, shuffle=True
+                name,
+                (0,),
+                dtype,
+                maxshape=(None,),
+                chunks=(65536,),
+                compression="gzip",
+                compression_opts=1,
+                shuffle=True,
             )
 
     def add(self, lengths: Any, indices: Any, values: Any) -> None:

@@ -22,12 +22,29 @@ _NAMES = (  # few, so that each is seen often and none goes with a place
     "Abbott Bergman Castle Dalton Engel Fischer Gibson Hansen Ibsen Jensen Keller Larsen Moreau Norris Olsen Palmer "
     "Quinn Rivera Sutton Turner"
 ).split()
-_RANKS = "first second third fourth".split()
-_PLACES = (
-    "Bergen Lisbon Vienna Prague Dublin Geneva Naples Porto Malmo Krakow Bilbao Zagreb Turku Leipzig Utrecht Cork Lille Turin"
-).split()
-_DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-_VERBS = "came finished was".split()
+_RANKS = ["first", "second", "third", "fourth"]
+_PLACES = [
+    "Bergen",
+    "Lisbon",
+    "Vienna",
+    "Prague",
+    "Dublin",
+    "Geneva",
+    "Naples",
+    "Porto",
+    "Malmo",
+    "Krakow",
+    "Bilbao",
+    "Zagreb",
+    "Turku",
+    "Leipzig",
+    "Utrecht",
+    "Cork",
+    "Lille",
+    "Turin",
+]
+_DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+_VERBS = ["came", "finished", "was"]
 # Sentences have one length each: a small model learns where names stand before it learns what is said of them.
 _OPENINGS = ("Race in {place} .", "Rain in {place} .", "{day} in {place} .")
 _HIGHLIGHTS = ("{place} race", "{place} results")

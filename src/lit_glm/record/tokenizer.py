@@ -55,9 +55,7 @@ class WordPieces:
         self.size = len(tokens) + 2
         vocabulary.update({"<|startofpiece|>": self.sop, "<|endofpiece|>": self.eop})
 
-        self._tokenizer = Tokenizer(
-            models.WordPiece(vocab=vocabulary, unk_token="[UNK]", max_input_chars_per_word=100)
-        )
+        self._tokenizer = Tokenizer(models.WordPiece(vocab=vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
         self._tokenizer.normalizer = normalizers.BertNormalizer(
             clean_text=True, handle_chinese_chars=True, strip_accents=True, lowercase=True
         )

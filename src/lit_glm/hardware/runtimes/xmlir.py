@@ -23,7 +23,9 @@ class XMLIRRuntime(Runtime):
         if importlib.util.find_spec("torch_xmlir") is None:
             return "the package torch_xmlir is not installed (xmlir and xacc wheels from Kunlunxin, Python 3.8, torch 1.12.1+cpu)"
         if torch.version.cuda is not None or not torch.__version__.startswith("1."):
-            return f"torch_xmlir is installed, but torch {torch.__version__} is not the 1.12.1+cpu of the native runtime"
+            return (
+                f"torch_xmlir is installed, but torch {torch.__version__} is not the 1.12.1+cpu of the native runtime"
+            )
         return None
 
     def __init__(self) -> None:
