@@ -21,7 +21,8 @@ def prepare(config: PrepareConfig, _composed: Any) -> int:
     for key in ("raw_dir", "vocab_file"):
         if getattr(data, key) is None:
             raise InputError(
-                f"data.{key} is not set: python -m lit_glm.prepare data.raw_dir=DIR data.vocab_file=FILE data.out_dir=DIR"
+                f"data.{key} is not set: python -m lit_glm.prepare data.raw_dir=DIR data.vocab_file=FILE "
+                "data.out_dir=DIR"
             )
     from lit_glm.record.build import build
 

@@ -30,7 +30,7 @@ def test_wheel_works_from_another_folder(tmp_path: Path) -> None:
         wheel.extractall(tmp_path / "site")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); import lit_glm.train as t; print(t.__file__); sys.exit(t.main())"
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); import lit_glm.train as t; print(t); sys.exit(t.main())"
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "site"), "experiment=debug", "run.max_steps=2"],
         cwd=elsewhere,

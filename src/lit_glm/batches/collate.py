@@ -110,7 +110,12 @@ def padded_batch(split: CompactSplit, indices: Sequence[int], num_tokens: int) -
         for array in (text, target, logit_mask, position, separator):
             array[b, counts[b] :] = array[b, 0]  # empty slots hold copies of candidate 0
     return PaddedBatch(
-        *(_tensor(array) for array in (text, position, separator, target, logit_mask, loss_mask)),
+        text=_tensor(text),
+        position=_tensor(position),
+        separator=_tensor(separator),
+        target=_tensor(target),
+        logit_mask=_tensor(logit_mask),
+        loss_mask=_tensor(loss_mask),
         answers=_answers(split, indices),
         indices=tuple(int(i) for i in indices),
     )

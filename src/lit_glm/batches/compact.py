@@ -102,8 +102,8 @@ class CompactSplit:
         if position > max_sequence_length:
             raise InputError(
                 f"{self.source}: group position, row {row}: position {position} is beyond the model's "
-                f"(model.max_sequence_length={max_sequence_length}); prepare the data with a smaller data.max_seq_length "
-                "or raise model.max_sequence_length"
+                f"(model.max_sequence_length={max_sequence_length}); prepare the data with a smaller "
+                "data.max_seq_length or raise model.max_sequence_length"
             )
         length, row = self.meta["max_length"]
         if length > max_seq_length:

@@ -16,7 +16,7 @@ from lit_glm.config.schema import TrainConfig
 Collate = Callable[[CompactSplit, List[int]], Union[FlatBatch, PaddedBatch]]
 
 
-class _Batches(Dataset):  # type: ignore[type-arg]
+class _Batches(Dataset):
     """Batches by the indices of their examples; a loader with `batch_size=None` asks for one at a time."""
 
     def __init__(self, split: CompactSplit, collate: Collate) -> None:

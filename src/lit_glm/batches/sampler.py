@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Sampler
 
 
-class EndlessBatches(Sampler):  # type: ignore[type-arg]
+class EndlessBatches(Sampler):
     """The batches of one rank, epoch after epoch without end."""
 
     def __init__(

@@ -26,7 +26,7 @@ class _Movable:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self: Batch, change: Any) -> Batch:
-        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}  # type: ignore[arg-type]
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return type(self)(**{k: change(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()})
 
 

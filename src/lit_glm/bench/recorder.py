@@ -166,7 +166,7 @@ class Recorder(pl.Callback):
         step = module.steps_done
         if trainer.is_global_zero:
             self.folder = self._open_folder(step)
-        told = (self.folder.accuracy, self.folder.evaluated_step) if self.folder else None
+        told: Any = (self.folder.accuracy, self.folder.evaluated_step) if self.folder else None
         self.accuracy, self._evaluated_step = trainer.strategy.broadcast(told)
         if step == 0 and self._evaluated_step < 0:
             self._event("SUBMIT_INFO", {"model": self._config.model.name, "config": self._config.fix_hp})

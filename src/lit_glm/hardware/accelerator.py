@@ -1,7 +1,7 @@
 """Lightning's view of a chip: an accelerator and two strategies, over any runtime."""
 
 from datetime import timedelta
-from typing import Any, Dict, List, Optional, Union
+from typing import Any, Dict, List, Optional
 
 import torch
 from pytorch_lightning.accelerators import Accelerator
@@ -26,7 +26,7 @@ class ChipAccelerator(Accelerator):
     def teardown(self) -> None:
         """Nothing to undo."""
 
-    def get_device_stats(self, device: Union[str, torch.device]) -> Dict[str, Any]:
+    def get_device_stats(self, device: Any) -> Dict[str, Any]:
         """Recorded elsewhere (`lit_glm.bench`)."""
         return {}
 

@@ -31,7 +31,9 @@ class AtomicCheckpointIO(CheckpointIO):
         finally:
             os.close(folder)
 
-    def load_checkpoint(self, path: Any, map_location: Optional[Any] = None, **_: Any) -> Dict[str, Any]:
+    def load_checkpoint(
+        self, path: Any, map_location: Optional[Any] = None, weights_only: Optional[bool] = None
+    ) -> Dict[str, Any]:
         """Read one; never executes code from it."""
         return load(Path(path))
 
@@ -82,7 +84,7 @@ def newest_usable(run_dir: Path, identity: str) -> Tuple[Optional[Path], List[st
     Returns:
         Its path, or None; and a line for each that was passed over.
     """
-    passed_over = []
+    passed_over: List[str] = []
     for _, path in all_of(run_dir):
         try:
             content = load(path)

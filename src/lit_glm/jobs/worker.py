@@ -200,8 +200,8 @@ def _run(job: Job, run_dir: Path, signals: Optional[_Signals]) -> Dict[str, Any]
 def _opening(config: TrainConfig, simulated: bool, run_dir: Path) -> str:
     what = "SIMULATED, no figure of the chip: " if simulated else ""
     return (
-        f"lit_glm: {what}{config.model.name} on {config.hardware.name} {config.topology.name}, {config.precision.name}, "
-        f"{config.fix_hp}, global batch {config.global_batch}, "
+        f"lit_glm: {what}{config.model.name} on {config.hardware.name} {config.topology.name}, "
+        f"{config.precision.name}, {config.fix_hp}, global batch {config.global_batch}, "
         f"values for the pair: {config.tuned_for}\n"
         f"lit_glm: scoring={config.scoring.name}"
         + (

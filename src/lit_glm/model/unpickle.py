@@ -81,9 +81,7 @@ def numpy_globals() -> Tuple[Callable[..., Any], ...]:
     """The numpy types of a saved random state, for torch's own `weights_only` reader."""
     import numpy as np
 
-    try:
-        from numpy._core.multiarray import _reconstruct, scalar  # numpy 2
-    except ImportError:
-        from numpy.core.multiarray import _reconstruct, scalar
+    core: Any = np._core if hasattr(np, "_core") else np.core  # numpy 2, numpy 1
+    _reconstruct, scalar = core.multiarray._reconstruct, core.multiarray.scalar
     kinds: Dict[type, None] = {type(np.dtype(kind)): None for kind in "?bBhHiIlLfdU"}
     return (_reconstruct, scalar, np.ndarray, np.dtype, *kinds)

@@ -107,7 +107,13 @@ def _questions(record: Any, line: int, train: bool, generator: random.Random, sk
         if not answers:
             skipped.add("no right answer", line)
             continue
-        common = {"line": line, "passage": passage, "before": pieces[0], "after": pieces[1], "answers": answers}
+        common: Dict[str, Any] = {
+            "line": line,
+            "passage": passage,
+            "before": pieces[0],
+            "after": pieces[1],
+            "answers": answers,
+        }
         if not train:
             right = [place for place, entity in enumerate(entities) if entity in answers]
             if not right:

@@ -65,7 +65,8 @@ class LearningRateSchedule:
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> List[Dict[str, Any]]:
     """Two groups as published: decay on all weights, embeddings too; none on layer norms and biases."""
-    decayed, plain = [], []
+    decayed: List[Any] = []
+    plain: List[Any] = []
     for name, parameter in model.named_parameters():
         is_plain = name.endswith("bias") or "layernorm" in name
         (plain if is_plain else decayed).append(parameter)

@@ -21,7 +21,7 @@ class XMLIRRuntime(Runtime):
     def missing() -> Optional[str]:
         """Looks for the package without importing it: its switches are read at import."""
         if importlib.util.find_spec("torch_xmlir") is None:
-            return "the package torch_xmlir is not installed (xmlir and xacc wheels from Kunlunxin, Python 3.8, torch 1.12.1+cpu)"
+            return "the package torch_xmlir is not installed (Kunlunxin's xmlir and xacc, Python 3.8, torch 1.12.1+cpu)"
         if torch.version.cuda is not None or not torch.__version__.startswith("1."):
             return (
                 f"torch_xmlir is installed, but torch {torch.__version__} is not the 1.12.1+cpu of the native runtime"
