@@ -16,6 +16,7 @@ def train(config: TrainConfig, composed: Any) -> int:
     """Run one job in the folder that Hydra has made for it."""
     from hydra.core.hydra_config import HydraConfig
 
+    from lit_glm.batches.compact import open_data
     from lit_glm.bench.result import COMPLETE, read_result, table
     from lit_glm.jobs.launch import run_job
     from lit_glm.jobs.resume import check_same, resolve
@@ -38,6 +39,7 @@ def train(config: TrainConfig, composed: Any) -> int:
             run_dir, resumes = folder.resolve(), True
     if config.data.synthetic is not None:
         ensure(config.data)
+    open_data(config.data, config.model)
     single = hydra.mode is None or hydra.mode.name == "RUN"
     try:
         run_job(Job(config, _ENTRY if single else time.monotonic(), sys.argv, resumes), run_dir, in_process=single)

@@ -149,7 +149,9 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     if number != signal.SIGKILL:  # ranks that lose their agent may say so
         assert "Traceback" not in output[1], output[1]
     stopped = result(run)
-    assert stopped["status"] == status
+    # A parent that is killed takes its agent with it, and the ranks of an agent may still stop in order.
+    in_order = number == signal.SIGKILL and topology == "1x2"
+    assert stopped["status"] in ({status, "interrupted"} if in_order else {status})
     assert stopped["global_steps"] > 0
     _nothing_left(run)
     how = str(run) if number == signal.SIGKILL else "auto"

@@ -9,12 +9,17 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
 
+from lit_glm.config.schema import DataConfig, ModelConfig
 from lit_glm.errors import InputError
 from lit_glm.record.store import SparseReader
 
@@ -110,6 +115,37 @@ class CompactSplit:
             raise InputError(
                 f"{self.source}: group text, row {row}: {length} tokens, more than data.max_seq_length={max_seq_length}"
             )
+
+
+def open_data(data: DataConfig, model: ModelConfig) -> Tuple[CompactSplit, CompactSplit]:
+    """Open training and evaluation data and check that the model can take them.
+
+    Called once before any rank starts, so that errors are said once and the compact form is made once; then by each
+    rank, which finds it made.
+
+    Raises:
+        InputError: names the file and the place of what is wrong.
+    """
+    splits = []
+    for source, needs_answers in ((data.train_file, False), (data.eval_file, True)):
+        with RichProgress(
+            TextColumn(f"reading {Path(source).name}"),
+            BarColumn(),
+            TimeRemainingColumn(),
+            console=Console(file=sys.stderr),
+            disable=not sys.stderr.isatty(),
+            transient=True,
+        ) as bar:
+            task = bar.add_task("")
+            split = open_split(
+                source,
+                needs_answers,
+                data.cache_dir,
+                lambda done, total, bar=bar, task=task: bar.update(task, completed=done, total=total),  # type: ignore[misc]
+            )
+        split.check_fits(model.vocab_size, model.max_sequence_length, data.max_seq_length)
+        splits.append(split)
+    return splits[0], splits[1]
 
 
 def open_split(

@@ -2,13 +2,13 @@
 
 import signal
 from functools import partial
-from typing import Any, Callable, List, Optional, Union
+from typing import Any, Callable, List, Union
 
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader, Dataset
 
 from lit_glm.batches.collate import flat_batch, padded_batch
-from lit_glm.batches.compact import CompactSplit, Progress, open_split
+from lit_glm.batches.compact import CompactSplit
 from lit_glm.batches.sampler import EndlessBatches
 from lit_glm.batches.types import FlatBatch, PaddedBatch
 from lit_glm.config.schema import TrainConfig
@@ -24,20 +24,6 @@ class _Batches(Dataset):
 
     def __getitem__(self, indices: List[int]) -> Union[FlatBatch, PaddedBatch]:
         return self._collate(self._split, indices)
-
-
-def open_splits(config: TrainConfig, progress: Optional[Progress] = None) -> "tuple[CompactSplit, CompactSplit]":
-    """Open training and evaluation data and check that the model can take them.
-
-    Raises:
-        InputError: names the file and the place of what is wrong.
-    """
-    splits = []
-    for source, needs_answers in ((config.data.train_file, False), (config.data.eval_file, True)):
-        split = open_split(source, needs_answers, config.data.cache_dir, progress)
-        split.check_fits(config.model.vocab_size, config.model.max_sequence_length, config.data.max_seq_length)
-        splits.append(split)
-    return splits[0], splits[1]
 
 
 def collate_for(config: TrainConfig) -> Collate:

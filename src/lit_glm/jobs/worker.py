@@ -81,7 +81,8 @@ def _run(job: Job, run_dir: Path, signals: Optional[_Signals]) -> Dict[str, Any]
     import pytorch_lightning as pl
     import torch
 
-    from lit_glm.batches.datamodule import RecordData, evaluation_batches, open_splits
+    from lit_glm.batches.compact import open_data
+    from lit_glm.batches.datamodule import RecordData, evaluation_batches
     from lit_glm.bench.environment import describe
     from lit_glm.bench.recorder import Recorder, RunFolder, slowest
     from lit_glm.hardware.accelerator import make_accelerator, make_strategy
@@ -102,7 +103,7 @@ def _run(job: Job, run_dir: Path, signals: Optional[_Signals]) -> Dict[str, Any]
         print(_opening(config, runtime.simulated, run_dir), flush=True)
     strategy = make_strategy(runtime, config.topology, config.run.stall_timeout_s)
     precision = make_precision(config, runtime)
-    train_split, eval_split = open_splits(config)
+    train_split, eval_split = open_data(config.data, config.model)
 
     runtime.manual_seed(config.seed)
     glm, done = build_glm(config.model, runtime.checkpoint())
