@@ -6,10 +6,13 @@ _ENTRY = time.monotonic()  # e2e_time counts from here
 
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
-from typing import Any, List  # noqa: E402
+from typing import Any, Dict, List  # noqa: E402
 
 from lit_glm.config.app import checked, compose, run_app  # noqa: E402
 from lit_glm.config.schema import TrainConfig  # noqa: E402
+
+_sweep: Dict[Path, Path] = {}
+"""Run folders of this sweep, in its order, and the folder of the sweep."""
 
 
 def train(config: TrainConfig, composed: Any) -> int:
@@ -20,31 +23,41 @@ def train(config: TrainConfig, composed: Any) -> int:
     from lit_glm.bench.result import COMPLETE, read_result, table
     from lit_glm.jobs.launch import run_job
     from lit_glm.jobs.resume import check_same, resolve
-    from lit_glm.jobs.spec import Job
+    from lit_glm.jobs.spec import FILE, Job
+    from lit_glm.jobs.sweep import earlier_run
     from lit_glm.jobs.worker import Interrupted
     from lit_glm.record.synthetic import ensure
 
     hydra = HydraConfig.get()
     run_dir = Path(hydra.runtime.output_dir)
-    resumes = False
+    single = hydra.mode is None or hydra.mode.name == "RUN"
+    folder = None
     if config.run.resume is not None:
         folder = resolve(config.run.resume, config, run_dir)
-        if folder is not None:
-            check_same(config, folder)
-            result = read_result(folder)
-            if result is not None and result.get("status") in COMPLETE:
-                print(f"lit_glm: {folder}: the run is complete, there is nothing to go on with")
-                print(table([result]))
-                return 0
-            run_dir, resumes = folder.resolve(), True
+    elif not single and config.sweep.skip_done:
+        folder = earlier_run(config, run_dir)
+    if folder is not None:
+        check_same(config, folder)
+        run_dir = folder.resolve()
+    if not single:
+        _sweep[run_dir] = Path(hydra.sweep.dir)
+    result = read_result(run_dir) if folder is not None else None
+    if result is not None and result.get("status") in COMPLETE:
+        print(f"lit_glm: {run_dir}: the run is complete, there is nothing to do")
+        print(table([result]))
+        return 0
+    if folder is None and (run_dir / FILE).exists():
+        print(f"lit_glm: {run_dir} held another run, which is overwritten", file=sys.stderr)
     if config.data.synthetic is not None:
         ensure(config.data)
     open_data(config.data, config.model)
-    single = hydra.mode is None or hydra.mode.name == "RUN"
+    entry = _ENTRY if single else time.monotonic()
     try:
-        run_job(Job(config, _ENTRY if single else time.monotonic(), sys.argv, resumes), run_dir, in_process=single)
+        run_job(Job(config, entry, sys.argv, folder is not None), run_dir, in_process=single)
     except Interrupted as stop:
         print(f"lit_glm: {stop}; go on with run.resume={run_dir}", file=sys.stderr)
+        if not single:
+            raise KeyboardInterrupt from None  # the rest of the sweep is not wanted either
         return stop.exit_status
     return 0
 
@@ -64,7 +77,16 @@ def _resume_in_place(overrides: List[str]) -> List[str]:
 
 def main() -> int:
     """Compose, check and run; returns the exit status."""
-    return run_app("train", TrainConfig, train, _resume_in_place)
+    _sweep.clear()
+    try:
+        return run_app("train", TrainConfig, train, _resume_in_place)
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        if _sweep:
+            from lit_glm.jobs.sweep import summarise
+
+            print(summarise(list(_sweep), next(iter(_sweep.values()))))
 
 
 if __name__ == "__main__":

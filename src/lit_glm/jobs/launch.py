@@ -1,6 +1,7 @@
 """Runs a job: in this process for one device, as one torchrun for several, and says how it ended."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -46,6 +47,8 @@ def run_job(job: Job, run_dir: Path, in_process: bool = True) -> Dict[str, Any]:
         InputError, RunError, Interrupted: how it ended otherwise; result.json says so too.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
+    if not job.resumes:
+        _clear(run_dir)
     job.write(run_dir)
     world_size = job.config.topology.world_size
     try:
@@ -70,6 +73,14 @@ def run_job(job: Job, run_dir: Path, in_process: bool = True) -> Dict[str, Any]:
     if result is None:
         raise RunError(f"{run_dir}: the job ended without a result")
     return result
+
+
+def _clear(run_dir: Path) -> None:
+    """Take away what another run has left in the folder: its checkpoints must not be taken for this one's."""
+    for name in ("result.json", "steps.csv", "evals.csv", "perf.log", "environment.json"):
+        if (run_dir / name).exists():
+            (run_dir / name).unlink()
+    shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
 
 
 def clean_environment() -> Dict[str, str]:

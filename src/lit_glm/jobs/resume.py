@@ -29,13 +29,14 @@ def resolve(resume: str, config: TrainConfig, run_dir: Path) -> Optional[Path]:
         if not (folder / FILE).is_file():
             raise InputError(f"run.resume={resume}: is no run folder (it has no {FILE})")
         return folder
-    wanted = identity(config)
-    unfinished = [
-        folder
-        for folder in _run_folders(run_dir)
-        if (read_result(folder) or {}).get("status") not in COMPLETE and _identity_of(folder) == wanted
-    ]
+    runs = runs_of(identity(config), run_dir)
+    unfinished = [folder for folder in runs if (read_result(folder) or {}).get("status") not in COMPLETE]
     return max(unfinished, key=lambda folder: (folder / FILE).stat().st_mtime, default=None)
+
+
+def runs_of(wanted: str, run_dir: Path) -> List[Path]:
+    """Run folders of a configuration, near a run folder."""
+    return [folder for folder in _run_folders(run_dir) if _identity_of(folder) == wanted]
 
 
 def check_same(config: TrainConfig, run_dir: Path) -> None:

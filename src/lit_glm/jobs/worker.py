@@ -261,7 +261,10 @@ def main(run_dir: Path) -> int:
         runtime = make_runtime(job.config.hardware, job.config.topology)
         if runtime.device_count() >= job.config.topology.devices_per_node:
             runtime.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group(runtime.backend, timeout=timedelta(seconds=job.config.run.stall_timeout_s))
+        if job.config.topology.world_size > 1:
+            torch.distributed.init_process_group(
+                runtime.backend, timeout=timedelta(seconds=job.config.run.stall_timeout_s)
+            )
         run_rank(job, run_dir)
     except Interrupted as stop:
         return stop.exit_status
