@@ -4,8 +4,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 setup dev
 export PATH="$PWD/.venv/bin:$PATH"
 if [ $# -eq 0 ]; then
-  ruff check src tests
-  ruff format --check src tests
+  ruff check src tests benchmarks
+  ruff format --check src tests benchmarks
   mypy
 fi
 exec .venv/bin/python -m pytest "$@"

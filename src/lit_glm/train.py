@@ -21,6 +21,7 @@ def train(config: TrainConfig, composed: Any) -> int:
 
     from lit_glm.batches.compact import open_data
     from lit_glm.bench.result import COMPLETE, read_result, table
+    from lit_glm.hardware.runtimes import check_runtime
     from lit_glm.jobs.launch import run_job
     from lit_glm.jobs.resume import check_same, resolve
     from lit_glm.jobs.spec import FILE, Job
@@ -48,6 +49,7 @@ def train(config: TrainConfig, composed: Any) -> int:
         return 0
     if folder is None and (run_dir / FILE).exists():
         print(f"lit_glm: {run_dir} held another run, which is overwritten", file=sys.stderr)
+    check_runtime(config.hardware)
     if config.data.synthetic is not None:
         ensure(config.data)
     open_data(config.data, config.model)

@@ -154,7 +154,7 @@ class Recorder(pl.Callback):
         self._init = 0.0
         self._epoch = -1
         self._saved_step = -1
-        self._evaluated_step = -1
+        self.evaluated_step = -1
         self._steps_here = 0
 
     # -- Lightning's hooks ---------------------------------------------------------------------------------------
@@ -167,11 +167,11 @@ class Recorder(pl.Callback):
         if trainer.is_global_zero:
             self.folder = self._open_folder(step)
         told: Any = (self.folder.accuracy, self.folder.evaluated_step) if self.folder else None
-        self.accuracy, self._evaluated_step = trainer.strategy.broadcast(told)
-        if step == 0 and self._evaluated_step < 0:
+        self.accuracy, self.evaluated_step = trainer.strategy.broadcast(told)
+        if step == 0 and self.evaluated_step < 0:
             self._event("SUBMIT_INFO", {"model": self._config.model.name, "config": self._config.fix_hp})
         self._event("INIT_START")
-        if step == 0 and self._evaluated_step < 0:
+        if step == 0 and self.evaluated_step < 0:
             self._evaluate(trainer, module, "INIT_EVALUATION")
         self._init = time.monotonic() - self._entry
         self._event("INIT_END")
@@ -233,7 +233,7 @@ class Recorder(pl.Callback):
         limit = reached_limit(step, config.global_batch, config.run)
         due = evaluation_due(step, config.global_batch, config.run) or limit
         evaluated = None
-        if due and self._evaluated_step < step and not stop:
+        if due and self.evaluated_step < step and not stop:
             with self.clock.outside_steps():
                 evaluated = self._evaluate(trainer, module, None)
                 stop = evaluated is None
@@ -266,7 +266,7 @@ class Recorder(pl.Callback):
         self._runtime.synchronize()
         seconds = time.perf_counter() - start
         self.accuracy = accuracy
-        self._evaluated_step = module.steps_done
+        self.evaluated_step = module.steps_done
         if event is not None:
             self._event(event, {"eval_accuracy": accuracy, "time": seconds})
         if self.folder is not None:
@@ -310,6 +310,10 @@ class Recorder(pl.Callback):
     def samples_here(self) -> int:
         """Samples of the steps that this process has done."""
         return self._steps_here * self._config.global_batch
+
+    def peak_memory(self) -> Optional[float]:
+        """Highest memory in use by this rank, bytes."""
+        return self._runtime.peak_memory(0)
 
     def total_steps(self) -> int:
         """Steps of the run if the target is not reached before."""

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 import warnings
 from pathlib import Path
@@ -16,6 +17,7 @@ from lit_glm.errors import InputError, RunError
 from lit_glm.hardware.runtimes import make_runtime, set_environment
 from lit_glm.jobs.spec import Job, identity
 
+_FIRST_RANK_SPEAKS_S = 15.0
 EXIT_STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
@@ -83,6 +85,7 @@ def _run(job: Job, run_dir: Path, signals: Optional[_Signals]) -> Dict[str, Any]
 
     from lit_glm.batches.compact import open_data
     from lit_glm.batches.datamodule import RecordData, evaluation_batches
+    from lit_glm.bench.curves import Curves
     from lit_glm.bench.environment import describe
     from lit_glm.bench.recorder import Recorder, RunFolder, slowest
     from lit_glm.hardware.accelerator import make_accelerator, make_strategy
@@ -148,7 +151,7 @@ def _run(job: Job, run_dir: Path, signals: Optional[_Signals]) -> Dict[str, Any]
         devices=config.topology.devices_per_node,
         num_nodes=config.topology.num_nodes,
         plugins=[precision, checkpoints.AtomicCheckpointIO()],
-        callbacks=[recorder, *_instantiate(config.callbacks, None)],
+        callbacks=[recorder, Curves(recorder), *_instantiate(config.callbacks, None)],
         logger=_instantiate(config.logger, run_dir) or False,
         max_epochs=-1,
         limit_val_batches=0,
@@ -269,6 +272,8 @@ def main(run_dir: Path) -> int:
     except Interrupted as stop:
         return stop.exit_status
     except (InputError, RunError) as error:
+        if isinstance(error, InputError) and os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(_FIRST_RANK_SPEAKS_S)  # wrong input is wrong for all ranks: the first says it, its end ends all
         print(f"lit_glm: rank {rank}: {error}", file=sys.stderr, flush=True)
         return error.exit_status
     except BaseException:

@@ -40,6 +40,30 @@ def _classes() -> Dict[str, "type[Runtime]"]:
     }
 
 
+def check_runtime(hardware: HardwareConfig) -> None:
+    """Say that a chip's runtime is missing before anything is started; the processor's never is.
+
+    Raises:
+        InputError: what is missing, and how to rehearse without it.
+    """
+    names = list(hardware.runtimes) if hardware.runtime == "auto" else [hardware.runtime]
+    if {"cpu", "simulated"} & set(names):
+        return  # without importing torch
+    classes = _classes()
+    reasons = [(name, classes[name].missing()) for name in names]
+    if all(reason for _, reason in reasons):
+        raise InputError(_unusable(hardware, [f"  {name}: {reason}" for name, reason in reasons]))
+
+
+def _unusable(hardware: HardwareConfig, reasons: List[str]) -> str:
+    return (
+        f"hardware={hardware.name}: none of its runtimes can be used here\n"
+        + "\n".join(reasons)
+        + "\nInstall one (docs/hardware.md), or rehearse without the chip: "
+        f"hardware={hardware.name} hardware.runtime=simulated"
+    )
+
+
 def make_runtime(hardware: HardwareConfig, topology: TopologyConfig) -> Runtime:
     """Make the runtime that a hardware file asks for.
 
@@ -62,9 +86,4 @@ def make_runtime(hardware: HardwareConfig, topology: TopologyConfig) -> Runtime:
             except (RuntimeError, ImportError, OSError) as error:
                 reason = str(error)
         reasons.append(f"  {name}: {reason}")
-    raise InputError(
-        f"hardware={hardware.name}: none of its runtimes can be used here\n"
-        + "\n".join(reasons)
-        + "\nInstall one (docs/hardware.md), or rehearse without the chip: "
-        f"hardware={hardware.name} hardware.runtime=simulated"
-    )
+    raise InputError(_unusable(hardware, reasons))

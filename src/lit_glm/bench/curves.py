@@ -1,0 +1,53 @@
+"""Hands the curves to Lightning's loggers, all under the same names; now and then, off the step path."""
+
+from typing import Any, Dict, Optional
+
+import pytorch_lightning as pl
+
+from lit_glm.bench.figures import rate
+from lit_glm.bench.recorder import Recorder
+
+
+class Curves(pl.Callback):
+    """train/loss, train/lr, train/grad_norm, perf/p_core, perf/p_train, perf/p_whole, val/acc, mem/gib over steps."""
+
+    def __init__(self, recorder: Recorder, every_steps: int = 10) -> None:
+        """Choose how often.
+
+        Args:
+            recorder: knows the figures.
+            every_steps: steps between points; an evaluation is always one.
+        """
+        self._recorder = recorder
+        self._every = every_steps
+        self._evaluated_step = -1
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """The evaluation before training is the first point."""
+        self._log(trainer, pl_module.steps_done, {})
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """A point every few steps."""
+        recorder, step = self._recorder, pl_module.steps_done
+        if not trainer.loggers or (step % self._every and recorder.evaluated_step == self._evaluated_step):
+            return
+        outcome, seconds, samples = pl_module.outcome, recorder.seconds(), recorder.samples_here()
+        memory = recorder.peak_memory()
+        point: Dict[str, Optional[float]] = {
+            "train/loss": float(outcome.loss),
+            "train/lr": outcome.lr,
+            "train/grad_norm": None if outcome.grad_norm is None else float(outcome.grad_norm),
+            "perf/p_core": rate(samples, seconds.pure_compute),
+            "perf/p_train": rate(samples, seconds.no_eval),
+            "perf/p_whole": rate(samples, seconds.raw_train),
+            "mem/gib": None if memory is None else memory / 2**30,
+        }
+        self._log(trainer, step, point)
+
+    def _log(self, trainer: pl.Trainer, step: int, point: Dict[str, Optional[float]]) -> None:
+        if self._recorder.evaluated_step != self._evaluated_step:
+            self._evaluated_step = self._recorder.evaluated_step
+            point["val/acc"] = self._recorder.accuracy
+        known = {name: value for name, value in point.items() if value is not None}
+        for logger in trainer.loggers if known else []:
+            logger.log_metrics(known, step=step)

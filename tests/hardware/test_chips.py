@@ -1,0 +1,82 @@
+"""Chips without the chip: the rehearsal gives the processor's numbers and says what it is; a missing runtime is said."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import GOLDEN_RUN, lit_glm, lit_glm_here
+from lit_glm.config.schema import HardwareConfig, TopologyConfig
+from lit_glm.errors import InputError
+from lit_glm.hardware.runtimes import make_runtime, set_environment
+from parity.test_training import check_trajectory
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_golden_steps_on_two_simulated_cards(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    chip = ["hardware=r300", "hardware.runtime=simulated", "topology=1x2"]
+    done = lit_glm("train", *chip, *GOLDEN_RUN, f"hydra.run.dir={run}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    check_trajectory(run, "erf", 2)
+    result = json.loads((run / "result.json").read_text())
+    assert (result["simulated"], result["runtime"], result["mem_total_gib"]) == (True, "simulated", 32.0)
+    assert "SIMULATED" in done.stdout
+    assert "r300 1x2 (simulated)" in done.stdout
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["variables"]["BKCL_PCIE_RING"] == "1"
+    assert environment["cards"] == ["simulated", "simulated"]
+
+
+def test_a_missing_runtime_is_said_with_the_way_out(tmp_path: Path, capfd: Any) -> None:
+    assert lit_glm_here("train", *GOLDEN_RUN, "hardware=r300", f"hydra.run.dir={tmp_path}") == 2
+    said = capfd.readouterr().err
+    assert "torch_xmlir is not installed" in said
+    assert "hardware.runtime=simulated" in said
+    assert "Traceback" not in said
+
+
+def test_more_devices_than_there_are(tmp_path: Path) -> None:
+    done = lit_glm("train", *GOLDEN_RUN, "topology=1x8", "bs=1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("topology=1x8 asks for 8 devices a node") == 1
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("precision", ["amp", "fp16"])
+def test_a_precision_that_is_not_there_is_refused(precision: str, tmp_path: Path, capfd: Any) -> None:
+    assert lit_glm_here("train", *GOLDEN_RUN, f"precision={precision}", f"hydra.run.dir={tmp_path}") == 2
+    assert f"precision={precision}: not available" in capfd.readouterr().err
+
+
+def test_variables_of_a_chip_never_replace_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIT_GLM_A", "mine")
+    monkeypatch.delenv("LIT_GLM_B", raising=False)
+    said = set_environment(HardwareConfig(name="chip", env={"LIT_GLM_A": "theirs", "LIT_GLM_B": "theirs"}))
+    assert (os.environ["LIT_GLM_A"], os.environ.pop("LIT_GLM_B")) == ("mine", "theirs")
+    assert len(said) == 1
+    assert "LIT_GLM_A=mine is set and stays" in said[0]
+
+
+def test_simulated_cards_have_indices() -> None:
+    runtime = make_runtime(HardwareConfig(runtime="simulated", memory_gib=32.0), TopologyConfig(1, 2))
+    assert (runtime.device_count(), runtime.total_memory(0)) == (2, 32 * 2**30)
+    with pytest.raises(InputError, match="card 2 does not exist"):
+        runtime.device(2)
+
+
+def test_no_vendor_outside_its_places() -> None:
+    names = "kunlunxin|xmlir|xpytorch|iluvatar|metax|hygon|r300|bkcl"
+    found = subprocess.run(
+        ["grep", "-rliE", names, "--include=*.py", str(ROOT / "src" / "lit_glm")],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.split()
+    allowed = {"config/schema.py", "bench/environment.py"}  # names of runtimes and of packages to look for
+    outside = {str(Path(path).relative_to(ROOT / "src" / "lit_glm")) for path in found} - allowed
+    assert all(path.startswith("hardware/") for path in outside), outside
