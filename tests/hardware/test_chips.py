@@ -1,4 +1,4 @@
-"""Chips without the chip: the rehearsal gives the processor's numbers and says what it is; a missing runtime is said."""
+"""Chips without the chip: a rehearsal gives the processor's numbers and says so; a missing runtime is said."""
 
 import json
 import os
