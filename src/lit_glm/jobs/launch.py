@@ -80,7 +80,8 @@ def _clear(run_dir: Path) -> None:
     for name in ("result.json", "steps.csv", "evals.csv", "perf.log", "environment.json"):
         if (run_dir / name).exists():
             (run_dir / name).unlink()
-    shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+    for name in ("checkpoints", "csv"):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
 
 
 def clean_environment() -> Dict[str, str]:

@@ -225,12 +225,14 @@ def _instantiate(entries: Dict[str, Any], run_dir: Optional[Path]) -> List[Any]:
     made = []
     for name, entry in entries.items():
         place: Dict[str, Any] = {}
-        if run_dir is not None:
-            place = (
-                {"tracking_uri": f"file:{run_dir}/mlruns"}
-                if "MLFlow" in entry["_target_"]
-                else {"save_dir": str(run_dir)}
-            )
+        if run_dir is not None and "MLFlow" in entry["_target_"]:
+            place = {"tracking_uri": f"file:{run_dir}/mlruns"}
+        elif run_dir is not None:
+            place = {"save_dir": str(run_dir)}
+            if entry["_target_"].endswith("CSVLogger") and (run_dir / entry["name"] / "metrics.csv").exists():
+                # Lightning's CSV logger cannot go on with a table: a run that goes on begins another beside it.
+                parts = len(list((run_dir / entry["name"]).glob("**/metrics.csv")))
+                entry = {**entry, "version": f"part{parts + 1}"}
         try:
             made.append(instantiate({**place, **entry}))
         except (InstantiationException, ImportError) as error:
