@@ -11,7 +11,8 @@ import pytest
 from conftest import GOLDEN_RUN, lit_glm, lit_glm_here
 from lit_glm.config.schema import HardwareConfig, TopologyConfig
 from lit_glm.errors import InputError
-from lit_glm.hardware.runtimes import make_runtime, set_environment
+from lit_glm.hardware.runtimes import check_cards, make_runtime, set_environment
+from lit_glm.hardware.runtimes.cpu import CPURuntime
 from parity.test_training import check_trajectory
 
 ROOT = Path(__file__).parent.parent.parent
@@ -47,12 +48,6 @@ def test_more_devices_than_there_are(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("precision", ["amp", "fp16"])
-def test_a_precision_that_is_not_there_is_refused(precision: str, tmp_path: Path, capfd: Any) -> None:
-    assert lit_glm_here("train", *GOLDEN_RUN, f"precision={precision}", f"hydra.run.dir={tmp_path}") == 2
-    assert f"precision={precision}: not available" in capfd.readouterr().err
-
-
 def test_variables_of_a_chip_never_replace_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIT_GLM_A", "mine")
     monkeypatch.delenv("LIT_GLM_B", raising=False)
@@ -67,6 +62,52 @@ def test_simulated_cards_have_indices() -> None:
     assert (runtime.device_count(), runtime.total_memory(0)) == (2, 32 * 2**30)
     with pytest.raises(InputError, match="card 2 does not exist"):
         runtime.device(2)
+
+
+def test_a_chip_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """docs/hardware.md: copy a file, change it, run; here in a copy of the checkout."""
+    import shutil
+
+    shutil.copytree(str(ROOT / "conf"), str(tmp_path / "conf"))
+    shutil.copytree(str(ROOT / "src"), str(tmp_path / "src"))
+    chip = (ROOT / "conf" / "hardware" / "cpu.yaml").read_text()
+    chip = chip.replace("name: cpu", "name: newchip").replace("env: {}", "env: {NEWCHIP_RING: '1'}")
+    (tmp_path / "conf" / "hardware" / "newchip.yaml").write_text(chip)
+    run = tmp_path / "run"
+    done = lit_glm(
+        "train",
+        *GOLDEN_RUN,
+        "hardware=newchip",
+        "run.max_steps=2",
+        f"hydra.run.dir={run}",
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path / "src")},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "newchip 1x1" in done.stdout
+    assert json.loads((run / "environment.json").read_text())["variables"]["NEWCHIP_RING"] == "1"
+
+
+class _Card(CPURuntime):
+    """A double of a card that calls itself what a test wants."""
+
+    def device_name(self, index: int) -> str:
+        return "NVIDIA H100 80GB HBM3"
+
+    def total_memory(self, index: int) -> float:
+        return 79.1 * 2**30
+
+
+def test_a_card_is_checked_against_its_file() -> None:
+    folder = ROOT / "conf" / "hardware"
+    wrong = HardwareConfig(name="a100", detect="A100", memory_gib=40.0)
+    with pytest.raises(InputError, match="'NVIDIA H100 80GB HBM3'; take hardware=h100"):
+        check_cards(wrong, _Card(), 1, folder)
+    assert check_cards(HardwareConfig(name="h100", detect="H100", memory_gib=80.0), _Card(), 1, folder) == []
+    hints = check_cards(HardwareConfig(name="cuda"), _Card(), 1, folder)
+    assert "hardware=h100 knows its peak" in hints[0]
+    other = check_cards(HardwareConfig(name="h100", detect="H100", memory_gib=40.0), _Card(), 1, folder)
+    assert "card 0 has 79.1 GiB" in other[0]
 
 
 def test_no_vendor_outside_its_places() -> None:

@@ -133,6 +133,7 @@ class Recorder(pl.Callback):
         eval_loader: Callable[[int, int], Any],
         epoch_of: Callable[[int], int],
         save: Callable[[Any, int], None],
+        beat: Callable[[], None],
     ) -> None:
         """Get ready.
 
@@ -144,9 +145,11 @@ class Recorder(pl.Callback):
             eval_loader: (rank, world size) -> batches to evaluate on.
             epoch_of: step -> epoch.
             save: (trainer, step) writes a checkpoint.
+            beat: called at every step and every batch of an evaluation: a sign of life.
         """
         self._config, self._runtime, self._entry = config, runtime, entry
         self._open_folder, self._eval_loader, self._epoch_of, self._save = open_folder, eval_loader, epoch_of, save
+        self._beat = beat
         self.clock = PhaseClock()
         self.folder: Optional[RunFolder] = None
         self.accuracy: Optional[float] = None
@@ -204,6 +207,7 @@ class Recorder(pl.Callback):
         outcome, step = module.outcome, module.steps_done
         assert outcome is not None
         self._steps_here += 1
+        self._beat()
         if self.folder is not None:
             self.folder.steps.add(
                 step=step,
@@ -260,7 +264,13 @@ class Recorder(pl.Callback):
         start = time.perf_counter()
         loader = self._eval_loader(trainer.global_rank, trainer.world_size)
         alone = trainer.world_size == 1
-        accuracy, _ = evaluate(module, loader, module.device, (lambda: module.stop_requested) if alone else None)
+
+        def stops() -> bool:
+            self._beat()
+            return alone and module.stop_requested
+
+        with trainer.precision_plugin.forward_context():
+            accuracy, _ = evaluate(module, loader, module.device, stops)
         if accuracy is None:
             return None
         self._runtime.synchronize()

@@ -16,12 +16,14 @@ class HardwareConfig:
     name: str = "cpu"
     vendor: str = ""
     card: str = ""
+    detect: str = ""
     server: str = ""
     accelerator: str = "cpu"
     runtime: str = "auto"
     runtimes: List[str] = field(default_factory=list)
     env: Dict[str, str] = field(default_factory=dict)
     memory_gib: Optional[float] = None
+    precisions: List[str] = field(default_factory=lambda: ["fp32", "amp", "fp16", "bf16"])
     peak_tflops: Dict[str, Optional[float]] = field(default_factory=dict)
     source: str = ""
     gelu: str = "tanh"
@@ -148,6 +150,7 @@ class RunConfig:
     resume: Optional[str] = None
     checkpoint_interval_steps: int = 1000
     stall_timeout_s: float = 1800.0
+    rendezvous_timeout_s: float = 300.0
 
 
 @dataclass
@@ -155,6 +158,7 @@ class SweepConfig:
     """How a multirun goes on."""
 
     skip_done: bool = True
+    objective: str = "acc"
 
 
 @dataclass
@@ -239,6 +243,7 @@ _OPEN: Dict[str, Tuple[float, float]] = {
     "optimizer.eps": (0, _INF),
     "optimizer.clip_grad": (0, _INF),
     "run.stall_timeout_s": (0, _INF),
+    "run.rendezvous_timeout_s": (0, _INF),
     "hardware.memory_gib": (0, _INF),
     "precision.loss_scale.initial": (0, _INF),
     "precision.loss_scale.minimum": (0, _INF),

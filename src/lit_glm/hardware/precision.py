@@ -1,33 +1,173 @@
 """The arithmetic of a run, as Lightning plugins of our own.
 
-Lightning's precision strings train in fp32 without an error on a device that Lightning does not know.
+Lightning's precision strings train in fp32 without an error on a device that Lightning does not know. These plugins
+say what they do, and `check_arithmetic` computes a small product on the device before the run believes them.
 """
 
 from contextlib import contextmanager
-from typing import Any, Iterator
+from typing import Any, ContextManager, Dict, Iterator, List, Optional
 
 import torch
 from pytorch_lightning.plugins.precision import Precision
+from torch import Tensor, nn
 
-from lit_glm.config.schema import TrainConfig
+from lit_glm.config.schema import LossScaleConfig, TrainConfig
 from lit_glm.errors import InputError
+from lit_glm.hardware.loss_scale import DynamicLossScale
 from lit_glm.hardware.runtimes.base import Runtime
 
 
-class BF16Mixed(Precision):
-    """fp32 weights, matrix products in bfloat16."""
+class FP32(Precision):
+    """Single precision."""
 
-    precision: Any = "bf16-mixed"
+    computes_in = torch.float32
 
-    def __init__(self, device_type: str) -> None:
+
+class Mixed(Precision):
+    """fp32 weights, matrix products in a half precision."""
+
+    def __init__(self, runtime: Runtime, dtype: torch.dtype) -> None:
         super().__init__()
-        self._device_type = device_type
+        self.precision = "bf16-mixed" if dtype is torch.bfloat16 else "16-mixed"
+        self.computes_in = dtype
+        self._runtime = runtime
 
-    @contextmanager
-    def forward_context(self) -> Iterator[None]:
-        """Autocast around each step."""
-        with torch.autocast(self._device_type, dtype=torch.bfloat16):
-            yield
+    def forward_context(self) -> ContextManager[Any]:
+        """Autocast around each step and each evaluation."""
+        return self._runtime.autocast(self.computes_in)
+
+
+class _Scaled(Precision):
+    """What amp and fp16 share: the loss is multiplied, gradients are divided, steps that overflow are left out."""
+
+    scaler: Any
+    """A `DynamicLossScale`, or a runtime's own."""
+
+    @property
+    def loss_scale(self) -> float:
+        """What the next loss is multiplied with."""
+        return float(self.scaler.scale)
+
+    def pre_backward(self, tensor: Tensor, module: Any) -> Any:
+        """Multiply the loss."""
+        self._before_backward(module)
+        return super().pre_backward(self.scaler.multiply(tensor.float()), module)
+
+    def _before_backward(self, module: Any) -> None:
+        """Get gradients of an earlier micro-batch ready to be added to."""
+
+    def _divide(self, optimizer: Any) -> None:
+        """Leave unscaled fp32 gradients where the optimizer looks for them."""
+        self.scaler.divide(optimizer)
+
+    def unscale(self, optimizer: Any) -> bool:
+        """Divide the gradients by the scale, and adapt it.
+
+        Returns:
+            Whether all are finite: with `False`, the step is to be left out. After averaging over the ranks all
+            ranks hold the same gradients, so they agree.
+        """
+        self._divide(optimizer)
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        finite = bool(torch.isfinite(torch.stack([gradient.sum() for gradient in gradients])).all())
+        self.scaler.update(not finite)
+        return finite
+
+    def state_dict(self) -> Dict[str, Any]:
+        """For a checkpoint."""
+        return dict(self.scaler.state_dict())
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """From a checkpoint."""
+        self.scaler.load_state_dict(state_dict)
+
+
+class AMP(_Scaled):
+    """fp32 weights, matrix products in fp16, loss scaling by the runtime's own scaler where it has one."""
+
+    precision: Any = "16-mixed"
+    computes_in = torch.float16
+
+    def __init__(self, runtime: Runtime, config: LossScaleConfig) -> None:
+        super().__init__()
+        self._runtime = runtime
+        self.scaler = runtime.loss_scaler(config) or DynamicLossScale(config)
+
+    def forward_context(self) -> ContextManager[Any]:
+        """Autocast around each step and each evaluation."""
+        return self._runtime.autocast(torch.float16)
+
+    def _before_backward(self, module: Any) -> None:
+        for parameter in module.parameters():
+            if parameter.grad is not None:  # of an earlier micro-batch, divided already
+                parameter.grad.mul_(self.loss_scale)
+
+
+class FP16(_Scaled):
+    """fp16 weights, activations and gradients; fp32 master weights in the optimizer."""
+
+    precision: Any = "16-true"
+    computes_in = torch.float16
+
+    def __init__(self, config: LossScaleConfig) -> None:
+        super().__init__()
+        self.scaler = DynamicLossScale(config)
+        self._weights: List[Tensor] = []
+        self._masters: List[Tensor] = []
+        self._restored: Optional[List[Tensor]] = None
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Round the weights."""
+        return module.half()
+
+    def wrap_optimizers(self, optimizers: List[Any]) -> None:
+        """Give the optimizer fp32 copies of the weights; called after the model has moved to its device."""
+        self._weights, self._masters = [], []
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                masters = [nn.Parameter(weight.detach().float()) for weight in group["params"]]
+                self._weights += group["params"]
+                self._masters += masters
+                group["params"] = masters
+        if self._restored is not None:  # Lightning restores plugins before or after, by version
+            self._put_back(self._restored)
+
+    def _divide(self, optimizer: Any) -> None:
+        for weight, master in zip(self._weights, self._masters):
+            if weight.grad is None:
+                continue
+            gradient = weight.grad.float().div_(self.loss_scale)
+            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+            weight.grad = None  # the optimizer's zero_grad sees the masters alone
+
+    def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Update the masters, round them into the weights."""
+        outcome = super().optimizer_step(optimizer, **kwargs)
+        self._round()
+        return outcome
+
+    def _round(self) -> None:
+        with torch.no_grad():
+            for weight, master in zip(self._weights, self._masters):
+                weight.copy_(master)
+
+    def state_dict(self) -> Dict[str, Any]:
+        """The scale and the masters: the weights alone have lost what rounding took."""
+        return {**super().state_dict(), "masters": [master.detach() for master in self._masters]}
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """From a checkpoint."""
+        super().load_state_dict(state_dict)
+        self._restored = state_dict["masters"]
+        if self._masters:
+            self._put_back(self._restored)
+
+    def _put_back(self, masters: List[Tensor]) -> None:
+        with torch.no_grad():
+            for master, saved in zip(self._masters, masters):
+                master.copy_(saved)
+        self._round()
+        self._restored = None
 
 
 def make_precision(config: TrainConfig, runtime: Runtime) -> Precision:
@@ -36,12 +176,50 @@ def make_precision(config: TrainConfig, runtime: Runtime) -> Precision:
     Raises:
         InputError: if the chip or its runtime lacks it.
     """
-    name = config.precision.name
-    if name == "fp32":
-        if runtime.backend == "nccl":
-            torch.backends.cuda.matmul.allow_tf32 = config.precision.tf32
-            torch.backends.cudnn.allow_tf32 = config.precision.tf32
-        return Precision()
-    if name == "bf16":
-        return BF16Mixed(runtime.device(0).type)
-    raise InputError(f"precision={name}: not available yet on runtime {runtime.name}; take precision=fp32 or bf16")
+    name, hardware = config.precision.name, config.hardware
+    if name not in hardware.precisions:
+        raise InputError(
+            f"precision={name}: {hardware.card or hardware.name} has no such arithmetic; it has "
+            f"{', '.join(hardware.precisions)} (conf/hardware/{hardware.name}.yaml)"
+        )
+    runtime.allow_tf32(config.precision.tf32)
+    scaling = config.precision.loss_scale or LossScaleConfig()
+    plugin: Any = {
+        "fp32": lambda: FP32(),
+        "amp": lambda: AMP(runtime, scaling),
+        "fp16": lambda: FP16(scaling),
+        "bf16": lambda: Mixed(runtime, torch.bfloat16),
+    }[name]()
+    try:
+        check_arithmetic(plugin, runtime.device(0))
+    except (RuntimeError, TypeError, AttributeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"precision={name}: runtime {runtime.name} on torch {torch.__version__} cannot compute in it ({reason}); "
+            "take precision=fp32, or another of the chip's on another runtime"
+        ) from error
+    return plugin
+
+
+def check_arithmetic(plugin: Any, device: torch.device) -> None:
+    """Compute what a layer is made of, forward and backward, and look at the type it comes out in.
+
+    Raises:
+        RuntimeError: if it came out in another one; or whatever torch says to a product that it lacks.
+    """
+    layer = plugin.convert_module(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU()).to(device))
+    x = torch.ones(2, 8, device=device, dtype=next(layer.parameters()).dtype)
+    with _warnings_off(), plugin.forward_context():
+        out = layer(x)
+        torch.softmax(out @ out.transpose(0, 1), dim=-1).float().sum().backward()
+    if out.dtype is not plugin.computes_in:
+        raise RuntimeError(f"a product came out in {out.dtype}, not in {plugin.computes_in}")
+
+
+@contextmanager
+def _warnings_off() -> Iterator[None]:
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,7 +1,10 @@
 """The runtimes that exist, and the choice between them."""
 
 import os
-from typing import Dict, List
+from pathlib import Path
+from typing import Any, Dict, List
+
+from omegaconf import OmegaConf
 
 from lit_glm.config.schema import HardwareConfig, TopologyConfig
 from lit_glm.errors import InputError
@@ -87,3 +90,42 @@ def make_runtime(hardware: HardwareConfig, topology: TopologyConfig) -> Runtime:
                 reason = str(error)
         reasons.append(f"  {name}: {reason}")
     raise InputError(_unusable(hardware, reasons))
+
+
+def check_cards(hardware: HardwareConfig, runtime: Runtime, devices: int, folder: Path) -> List[str]:
+    """Compare what the cards call themselves with the hardware file: another card's peak makes a wrong mfu.
+
+    Args:
+        hardware: the file that was chosen.
+        runtime: asked for names and memory.
+        devices: cards of this node in use.
+        folder: conf/hardware/, where a better file may be.
+
+    Returns:
+        Lines worth reading.
+
+    Raises:
+        InputError: if a card is another than the file's.
+    """
+    said = []
+    known: Dict[str, Any] = {entry.stem: OmegaConf.load(entry) for entry in sorted(folder.glob("*.yaml"))}
+    patterns = {name: str(entry.get("detect") or "") for name, entry in known.items()}
+    for index in range(devices):
+        name = runtime.device_name(index)
+        better = [file for file, pattern in patterns.items() if pattern and pattern in name]
+        if runtime.simulated or not name:
+            continue
+        if hardware.detect and hardware.detect not in name:
+            raise InputError(
+                f"hardware={hardware.name}, but card {index} calls itself {name!r}; "
+                f"take hardware={better[0] if better else 'cuda (any card, no peak)'}"
+            )
+        total = runtime.total_memory(index)
+        if hardware.memory_gib and total and abs(total / 2**30 / hardware.memory_gib - 1) > 0.1:
+            said.append(
+                f"card {index} has {total / 2**30:.1f} GiB, conf/hardware/{hardware.name}.yaml says "
+                f"{hardware.memory_gib:g}: the card's own figure counts"
+            )
+        if not hardware.detect and better and index == 0:
+            said.append(f"{name}: hardware={better[0]} knows its peak, hardware={hardware.name} gives no mfu")
+    return said

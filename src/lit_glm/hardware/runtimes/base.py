@@ -1,8 +1,10 @@
 """What a chip's runtime must offer: the one interface between this project and any vendor's software."""
 
-from typing import Any, Callable, Optional
+from typing import Any, Callable, ContextManager, Optional
 
 import torch
+
+from lit_glm.config.schema import LossScaleConfig
 
 
 class Runtime:
@@ -52,12 +54,26 @@ class Runtime:
 
         return recompute
 
+    def autocast(self, dtype: torch.dtype) -> ContextManager[Any]:
+        """A context in which matrix products are computed in a half precision."""
+        return torch.autocast(self.device(0).type, dtype=dtype)
+
+    def loss_scaler(self, config: LossScaleConfig) -> Optional[Any]:
+        """The vendor's own scaler for mixed fp16, as `DynamicLossScale` has it; None: ours."""
+        return None
+
+    def allow_tf32(self, allowed: bool) -> None:
+        """Let fp32 products round their inputs to 10 bits of mantissa, where the chip has that."""
+
     def device_name(self, index: int) -> str:
         """What the device calls itself."""
         return ""
 
+    def watch_memory(self, index: int) -> None:
+        """Begin to watch a device's memory, where that takes more than asking the runtime in the end."""
+
     def peak_memory(self, index: int) -> Optional[float]:
-        """Highest memory in use by this process on a device so far, bytes; None where the runtime cannot say."""
+        """Highest memory in use on a device so far, bytes; None where nothing can say."""
         return None
 
     def total_memory(self, index: int) -> Optional[float]:

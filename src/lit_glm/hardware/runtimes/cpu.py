@@ -14,6 +14,7 @@ class CPURuntime(Runtime):
     """Ranks share the cores; memory in use is the resident memory of the processes."""
 
     name = "cpu"
+    _children = 0.0
 
     def device_count(self) -> int:
         """As many ranks as there are cores."""
@@ -32,9 +33,24 @@ class CPURuntime(Runtime):
             return ""
 
     def peak_memory(self, index: int) -> Optional[float]:
-        """The kernel's high-water mark of this process's resident memory."""
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0  # Linux counts in KiB
+        """Resident memory of this process and its children (data loaders): the kernel's high-water mark of each.
+
+        A data loader's pages that it shares with this process are counted there as well.
+        """
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0  # Linux counts in KiB
+        children = sum(_high_water(process.pid) for process in psutil.Process().children(recursive=True))
+        self._children = max(self._children, children)
+        return own + self._children
 
     def total_memory(self, index: int) -> Optional[float]:
         """Memory of the machine."""
         return float(psutil.virtual_memory().total)
+
+
+def _high_water(pid: int) -> float:
+    """Largest resident memory of a process so far, bytes; 0 if it has ended or the kernel does not say."""
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            return next(float(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return 0.0

@@ -4,6 +4,7 @@ from typing import Optional
 
 import torch
 
+from lit_glm.hardware.monitors import MemoryWatch, nvml_memory
 from lit_glm.hardware.runtimes.base import Runtime
 
 
@@ -12,6 +13,9 @@ class CUDARuntime(Runtime):
 
     name = "cuda"
     backend = "nccl"
+
+    def __init__(self) -> None:
+        self._watch = MemoryWatch(nvml_memory)
 
     @staticmethod
     def missing() -> Optional[str]:
@@ -37,13 +41,22 @@ class CUDARuntime(Runtime):
         """torch.cuda.synchronize."""
         torch.cuda.synchronize()
 
+    def allow_tf32(self, allowed: bool) -> None:
+        """Both switches; torch's own default for products differs by version."""
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+        torch.backends.cudnn.allow_tf32 = allowed
+
     def device_name(self, index: int) -> str:
         """As torch reports it."""
         return str(torch.cuda.get_device_name(index))
 
+    def watch_memory(self, index: int) -> None:
+        """NVML counts what the allocator does not see: the context, the collectives' buffers."""
+        self._watch.start(index, "CUDA_VISIBLE_DEVICES")
+
     def peak_memory(self, index: int) -> Optional[float]:
-        """What the allocator has reserved at most: the share of the card that this process kept from others."""
-        return float(torch.cuda.max_memory_reserved(index))
+        """The largest reading of the monitor, and at least what torch's allocator has reserved at most."""
+        return max(self._watch.peak(index) or 0.0, float(torch.cuda.max_memory_reserved(index)))
 
     def total_memory(self, index: int) -> Optional[float]:
         """As the driver reports it."""

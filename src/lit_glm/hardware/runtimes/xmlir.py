@@ -4,10 +4,13 @@ Never ask torch itself for "xpu" or "xccl": in today's torch these are Intel's n
 """
 
 import importlib.util
-from typing import Any, Callable, Optional
+from typing import Any, Callable, ContextManager, Optional
 
 import torch
 
+from lit_glm.config.schema import LossScaleConfig
+from lit_glm.hardware.loss_scale import VendorLossScale
+from lit_glm.hardware.monitors import MemoryWatch, xpu_memory
 from lit_glm.hardware.runtimes.base import Runtime
 
 
@@ -32,6 +35,7 @@ class XMLIRRuntime(Runtime):
         import torch_xmlir
 
         self._vendor: Any = torch_xmlir
+        self._memory = MemoryWatch(xpu_memory)
         if not self._vendor.xpu.is_available():
             raise RuntimeError("torch_xmlir sees no XPU: check the driver (xpu_smi) and XPU_VISIBLE_DEVICES")
 
@@ -67,13 +71,33 @@ class XMLIRRuntime(Runtime):
         function: Callable[..., Any] = self._vendor.nn.checkpoint.checkpoint
         return function
 
+    def autocast(self, dtype: torch.dtype) -> ContextManager[Any]:
+        """The vendor's own, where the package has one."""
+        own = getattr(getattr(self._vendor, "amp", None), "autocast", None)
+        return own(dtype=dtype) if own is not None else super().autocast(dtype)
+
+    def loss_scaler(self, config: LossScaleConfig) -> Optional[VendorLossScale]:
+        """torch_xmlir.amp.GradScaler; it knows no hysteresis and no minimum."""
+        scaler = getattr(getattr(self._vendor, "amp", None), "GradScaler", None)
+        if scaler is None:
+            return None
+        return VendorLossScale(scaler(init_scale=config.initial, growth_interval=config.window))
+
     def device_name(self, index: int) -> str:
         """As the runtime reports it."""
         return str(self._vendor.xpu.get_device_name(index))
 
     def total_memory(self, index: int) -> Optional[float]:
-        """From the device's properties, where they have it."""
+        """From the device's properties where they have it, else from the vendor's monitor."""
         try:
             return float(self._vendor.xpu.get_device_properties(index).total_memory)
         except (AttributeError, RuntimeError, TypeError):
-            return None
+            return self._memory.total(index)
+
+    def watch_memory(self, index: int) -> None:
+        """The runtime keeps no statistics: the vendor's command-line tool is asked, as in the published runs."""
+        self._memory.start(index, "XPU_VISIBLE_DEVICES")
+
+    def peak_memory(self, index: int) -> Optional[float]:
+        """The largest reading of the monitor."""
+        return self._memory.peak(index)

@@ -5,6 +5,7 @@ from typing import Optional
 
 import torch
 
+from lit_glm.hardware.monitors import MemoryWatch, xpu_memory
 from lit_glm.hardware.runtimes.cuda import CUDARuntime
 
 
@@ -25,6 +26,7 @@ class XPyTorchRuntime(CUDARuntime):
     def __init__(self) -> None:
         import torch_xmlir  # noqa: F401
 
+        self._watch = MemoryWatch(xpu_memory)
         if not torch.cuda.is_available():
             raise RuntimeError("torch_xmlir is installed but no XPU answers: check the driver (xpu-smi -m)")
 

@@ -1,0 +1,66 @@
+"""The rule of the loss scale, against a second statement of it."""
+
+from typing import List
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lit_glm.config.schema import LossScaleConfig
+from lit_glm.hardware.loss_scale import DynamicLossScale
+
+
+def scales(overflows: List[bool], config: LossScaleConfig) -> List[float]:
+    scale = DynamicLossScale(config)
+    found = []
+    for overflow in overflows:
+        scale.update(overflow)
+        found.append(scale.scale)
+    return found
+
+
+def test_the_first_overflow_is_forgiven_the_second_halves() -> None:
+    config = LossScaleConfig(initial=64, window=3, hysteresis=2, minimum=1)
+    assert scales([True, True, True], config) == [64, 32, 16]
+    # The allowance is renewed when the scale doubles, not by a single good step.
+    assert scales([True, False, True, False, False, False, True, True], config) == [64, 64, 32, 32, 32, 64, 64, 32]
+
+
+def test_it_never_falls_below_the_minimum() -> None:
+    assert scales([True] * 9, LossScaleConfig(initial=8, window=1000, hysteresis=2, minimum=2))[-3:] == [2, 2, 2]
+
+
+@given(
+    overflows=st.lists(st.booleans(), max_size=60),
+    window=st.integers(1, 6),
+    hysteresis=st.integers(1, 4),
+)
+def test_the_published_rule(overflows: List[bool], window: int, hysteresis: int) -> None:
+    """Megatron's counters, as its code states them: iterations since the last overflow, and an allowance."""
+    scale, allowance, iteration, last_overflow, expected = 256.0, hysteresis, 0, -1, []
+    for overflow in overflows:
+        if overflow:
+            if hysteresis == 1 or allowance == 1:
+                scale = max(scale / 2, 1.0)
+            else:
+                allowance -= 1
+            last_overflow = iteration
+        elif (iteration - last_overflow) % window == 0:
+            allowance = hysteresis
+            scale *= 2
+        iteration += 1
+        expected.append(scale)
+    config = LossScaleConfig(initial=256, window=window, hysteresis=hysteresis, minimum=1)
+    assert scales(overflows, config) == expected
+
+
+def test_a_restored_scale_goes_on_alike() -> None:
+    config = LossScaleConfig(initial=64, window=3, hysteresis=2, minimum=1)
+    one, other = DynamicLossScale(config), DynamicLossScale(config)
+    for overflow in (True, False, False):
+        one.update(overflow)
+    other.load_state_dict(one.state_dict())
+    for overflow in (False, True, True, False):
+        one.update(overflow)
+        other.update(overflow)
+        assert one.scale == pytest.approx(other.scale)

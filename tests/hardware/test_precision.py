@@ -1,0 +1,99 @@
+"""Each precision by the type of what is computed, through the command that users type."""
+
+import signal
+from pathlib import Path
+from typing import Any, Set
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import GOLDEN_RUN, lit_glm, lit_glm_here, rows
+from runs.test_runs import DEBUG, _same, _start, _wait_for_steps, result
+
+NEW = not torch.__version__.startswith("1.")
+needs_half = pytest.mark.skipif(not NEW, reason="torch 1.12 has no fp16 products on the processor")
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "amp": torch.float16, "fp16": torch.float16}
+WEIGHTS = {"fp32": torch.float32, "bf16": torch.float32, "amp": torch.float32, "fp16": torch.float16}
+
+
+@pytest.mark.parametrize(
+    "precision",
+    ["fp32", "bf16", pytest.param("amp", marks=needs_half), pytest.param("fp16", marks=needs_half)],
+)
+def test_what_is_computed(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    products: Set[Any] = set()
+    weights: Set[Any] = set()
+    moments: Set[Any] = set()
+    forward, step = nn.Linear.forward, torch.optim.AdamW.step
+
+    def spy(self: nn.Linear, x: Any) -> Any:
+        out = forward(self, x)
+        products.add(out.dtype)
+        weights.add(self.weight.dtype)
+        return out
+
+    def spy_step(self: Any, *arguments: Any, **keys: Any) -> Any:
+        done = step(self, *arguments, **keys)
+        moments.update(state["exp_avg"].dtype for state in self.state.values())
+        return done
+
+    monkeypatch.setattr(nn.Linear, "forward", spy)
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy_step)
+    run = tmp_path / "run"
+    overrides = [f"precision={precision}", "run.max_steps=3", f"hydra.run.dir={run}"]
+    assert lit_glm_here("train", *GOLDEN_RUN, *overrides) == 0
+    assert products == {TYPES[precision]}
+    assert weights == {WEIGHTS[precision]}
+    assert moments == {torch.float32}
+    scales = {row["loss_scale"] for row in rows(run / "steps.csv")}
+    assert scales == ({"65536.0"} if precision in ("amp", "fp16") else {""})
+    assert list(rows(run / "steps.csv")[0])[-1] == "loss_scale"
+
+
+@pytest.mark.skipif(NEW, reason="today's torch computes fp16 on the processor")
+@pytest.mark.parametrize("precision", ["amp", "fp16"])
+def test_a_processor_without_fp16_is_refused_at_start(precision: str, tmp_path: Path, capfd: Any) -> None:
+    assert lit_glm_here("train", *GOLDEN_RUN, f"precision={precision}", f"hydra.run.dir={tmp_path}") == 2
+    assert f"precision={precision}: runtime cpu on torch" in capfd.readouterr().err
+
+
+def test_a_precision_that_a_chip_lacks_is_refused(tmp_path: Path, capfd: Any) -> None:
+    chip = ["hardware=r300", "hardware.runtime=simulated", "precision=bf16"]
+    assert lit_glm_here("train", *GOLDEN_RUN, *chip, f"hydra.run.dir={tmp_path}") == 2
+    assert "precision=bf16: R300 has no such arithmetic; it has fp32, amp, fp16" in capfd.readouterr().err
+
+
+@needs_half
+@pytest.mark.parametrize("precision", ["amp", "fp16"])
+def test_an_overflow_is_left_out_and_the_scale_halves(precision: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    scaling = ["precision.loss_scale.initial=1e9", "precision.loss_scale.hysteresis=1", "run.max_steps=12"]
+    assert lit_glm_here("train", *GOLDEN_RUN, f"precision={precision}", *scaling, f"hydra.run.dir={run}") == 0
+    steps = rows(run / "steps.csv")
+    left_out = [row for row in steps if row["grad_norm"] == ""]
+    assert 0 < len(left_out) < 12
+    assert result(run)["skipped_steps"] == len(left_out)
+    scales = [float(row["loss_scale"]) for row in steps]
+    for before, after, row in zip(scales, scales[1:], steps):
+        assert after == (before / 2 if row["grad_norm"] == "" else before)
+    # A step that is left out does not move the schedule.
+    assert float(next(row["lr"] for row in steps if row["lr"])) == 0.0
+
+
+@needs_half
+def test_fp16_goes_on_as_if_it_had_not_been_stopped(tmp_path: Path) -> None:
+    """The masters and the scale are in the checkpoint."""
+    how = ["precision=fp16", "precision.loss_scale.initial=1e8", "data.num_workers=0"]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert lit_glm("train", *DEBUG, *how, f"hydra.run.dir={whole}", cwd=tmp_path).returncode == 0
+    process = _start(tmp_path, run, "1x1", *how)
+    _wait_for_steps(run, process, 11)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    again = lit_glm("train", *DEBUG, *how, f"run.resume={run}", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert [row["loss_scale"] for row in rows(run / "steps.csv")] == [
+        row["loss_scale"] for row in rows(whole / "steps.csv")
+    ]
+    _same(run, whole, tmp_path)
