@@ -4,68 +4,88 @@ import time
 
 _ENTRY = time.monotonic()  # e2e_time counts from here
 
+import os  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
-from typing import Any, Dict, List  # noqa: E402
+from typing import Any, Callable, List, Tuple  # noqa: E402
 
-from lit_glm.config.app import checked, compose, run_app  # noqa: E402
+from lit_glm.config.app import Outcome, checked, compose, run_app  # noqa: E402
 from lit_glm.config.schema import TrainConfig  # noqa: E402
-
-_sweep: Dict[Path, Path] = {}
-"""Run folders of this sweep, in its order, and the folder of the sweep."""
+from lit_glm.errors import InputError  # noqa: E402
 
 
-def train(config: TrainConfig, composed: Any) -> int:
+def train(config: TrainConfig, composed: Any) -> Outcome:
     """Run one job in the folder that Hydra has made for it."""
     from hydra.core.hydra_config import HydraConfig
 
     from lit_glm.batches.compact import open_data
-    from lit_glm.bench.result import COMPLETE, read_result, table
     from lit_glm.hardware.runtimes import check_runtime
-    from lit_glm.jobs.launch import run_job
-    from lit_glm.jobs.resume import check_same, resolve
-    from lit_glm.jobs.spec import FILE, Job
-    from lit_glm.jobs.sweep import earlier_run
-    from lit_glm.jobs.worker import Interrupted
+    from lit_glm.jobs.nodes import outer_rank
+    from lit_glm.jobs.sweep import run_combination
     from lit_glm.record.synthetic import ensure
 
     hydra = HydraConfig.get()
     run_dir = Path(hydra.runtime.output_dir)
-    single = hydra.mode is None or hydra.mode.name == "RUN"
-    folder = None
-    if config.run.resume is not None:
-        folder = resolve(config.run.resume, config, run_dir)
-    elif not single and config.sweep.skip_done:
-        folder = earlier_run(config, run_dir)
+
+    def prepare_data() -> None:
+        if config.data.synthetic is not None:
+            ensure(config.data)
+        open_data(config.data, config.model)
+
+    check_runtime(config.hardware)
+    outer = outer_rank(config.topology)
+    sweeps = hydra.mode is not None and hydra.mode.name != "RUN"
+    if sweeps:
+        if outer is not None:
+            raise InputError("-m under torchrun: a sweep starts the ranks of its jobs itself; leave torchrun out")
+        return run_combination(config, run_dir, Path(hydra.sweep.dir), int(hydra.job.num), prepare_data)
+    if outer is not None:
+        from lit_glm.jobs.outer import run_outer
+
+        return Outcome(run_outer(config, outer, _ENTRY, lambda: _folder(config, run_dir), prepare_data))
+    run_dir, resumes = _folder(config, run_dir)
+    return Outcome(run(config, run_dir, resumes, _ENTRY, prepare_data))
+
+
+def _folder(config: TrainConfig, run_dir: Path) -> Tuple[Path, bool]:
+    """The run folder, and whether it holds a run that goes on."""
+    from lit_glm.jobs.resume import check_same, resolve
+    from lit_glm.jobs.spec import FILE
+
+    folder = None if config.run.resume is None else resolve(config.run.resume, config, run_dir)
     if folder is not None:
         check_same(config, folder)
-        run_dir = folder.resolve()
-    if not single:
-        _sweep[run_dir] = Path(hydra.sweep.dir)
-    result = read_result(run_dir) if folder is not None else None
+        return folder.resolve(), True
+    if (run_dir / FILE).exists():
+        print(f"lit_glm: {run_dir} held another run, which is overwritten", file=sys.stderr)
+    return run_dir, False
+
+
+def run(config: TrainConfig, run_dir: Path, resumes: bool, entry: float, prepare_data: Callable[[], None]) -> int:
+    """Run one job unless it is complete; returns the exit status."""
+    from lit_glm.bench.result import COMPLETE, read_result, table
+    from lit_glm.jobs.launch import run_job
+    from lit_glm.jobs.spec import Job
+    from lit_glm.jobs.worker import Interrupted
+
+    result = read_result(run_dir) if resumes else None
     if result is not None and result.get("status") in COMPLETE:
         print(f"lit_glm: {run_dir}: the run is complete, there is nothing to do")
         print(table([result]))
         return 0
-    if folder is None and (run_dir / FILE).exists():
-        print(f"lit_glm: {run_dir} held another run, which is overwritten", file=sys.stderr)
-    check_runtime(config.hardware)
-    if config.data.synthetic is not None:
-        ensure(config.data)
-    open_data(config.data, config.model)
-    entry = _ENTRY if single else time.monotonic()
+    prepare_data()
     try:
-        run_job(Job(config, entry, sys.argv, folder is not None), run_dir, in_process=single)
+        run_job(Job(config, entry, sys.argv, resumes), run_dir)
     except Interrupted as stop:
         print(f"lit_glm: {stop}; go on with run.resume={run_dir}", file=sys.stderr)
-        if not single:
-            raise KeyboardInterrupt from None  # the rest of the sweep is not wanted either
         return stop.exit_status
     return 0
 
 
-def _resume_in_place(overrides: List[str]) -> List[str]:
-    """With `run.resume`, tell Hydra to use the folder of the run that goes on, and to leave its files alone."""
+def _more_arguments(overrides: List[str]) -> List[str]:
+    """Tell Hydra which folder to use where it is not its to choose: of a run that goes on, and of ranks."""
+    if int(os.environ.get("RANK", "0")) > 0 and "TORCHELASTIC_RUN_ID" in os.environ:
+        return ["hydra.run.dir=.", "hydra.output_subdir=null"]  # the first rank's folder is everybody's
     asked = [override.split("=", 1)[1] for override in overrides if override.startswith("run.resume=")]
     if not asked or asked[-1] in ("null", ""):
         return []
@@ -79,16 +99,12 @@ def _resume_in_place(overrides: List[str]) -> List[str]:
 
 def main() -> int:
     """Compose, check and run; returns the exit status."""
-    _sweep.clear()
     try:
-        return run_app("train", TrainConfig, train, _resume_in_place)
+        status = run_app("train", TrainConfig, train, _more_arguments)
     except KeyboardInterrupt:
-        return 130
-    finally:
-        if _sweep:
-            from lit_glm.jobs.sweep import summarise
-
-            print(summarise(list(_sweep), next(iter(_sweep.values()))))
+        status = 130
+    sweep = sys.modules.get("lit_glm.jobs.sweep")  # imported by Hydra when a sweep starts
+    return status if sweep is None else max(status, sweep.finish())
 
 
 if __name__ == "__main__":

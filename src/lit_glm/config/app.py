@@ -1,9 +1,10 @@
 """Turns a command line into a checked configuration, and a wrong one into a message with exit status 2."""
 
+import math
 import os
 import sys
 from pathlib import Path
-from typing import Any, Callable, List, Optional, Sequence, TypeVar
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, TypeVar, Union
 
 import hydra
 from hydra.errors import HydraException
@@ -22,6 +23,13 @@ CONF = next(
 )
 
 Config = TypeVar("Config")
+
+
+class Outcome(NamedTuple):
+    """How a task ended, and in a sweep the figure that a sweeper optimises."""
+
+    status: int
+    objective: float = math.nan
 
 
 def checked(cfg: DictConfig, schema: "type[Config]") -> Config:
@@ -60,7 +68,7 @@ def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
 def run_app(
     config_name: str,
     schema: "type[Config]",
-    task: Callable[[Config, DictConfig], int],
+    task: Callable[[Config, DictConfig], Union[int, Outcome]],
     more_arguments: Optional[Callable[[List[str]], List[str]]] = None,
 ) -> int:
     """Run `task` under Hydra and return the exit status.
@@ -68,7 +76,7 @@ def run_app(
     Args:
         config_name: the primary file in conf/.
         schema: what the composed configuration must fit.
-        task: gets the checked configuration and the composed one, returns an exit status.
+        task: gets the checked configuration and the composed one, returns an exit status or an `Outcome`.
         more_arguments: gets the overrides of the command line, returns further arguments for Hydra.
 
     Returns:
@@ -76,15 +84,16 @@ def run_app(
     """
     statuses = [0]
 
-    def job(cfg: DictConfig) -> int:
+    def job(cfg: DictConfig) -> float:
         # Errors end here and not in Hydra: in a sweep the next combination still has its turn.
         try:
-            status = task(checked(cfg, schema), cfg)
+            returned = task(checked(cfg, schema), cfg)
+            outcome = returned if isinstance(returned, Outcome) else Outcome(returned)
         except (InputError, RunError) as error:
             print(f"lit_glm: {error}", file=sys.stderr)
-            status = error.exit_status
-        statuses.append(status)
-        return status
+            outcome = Outcome(error.exit_status)
+        statuses.append(outcome.status)
+        return outcome.objective
 
     full_error = os.environ.get("HYDRA_FULL_ERROR")
     arguments = list(sys.argv)

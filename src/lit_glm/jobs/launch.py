@@ -3,19 +3,26 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, Iterator, List
+
+import psutil
 
 from lit_glm.bench.result import amend_result, read_result
 from lit_glm.errors import InputError, RunError
+from lit_glm.jobs import heartbeat
+from lit_glm.jobs.heartbeat import watch_this_process
+from lit_glm.jobs.nodes import Node, interface_towards, this_node
 from lit_glm.jobs.spec import Job
 from lit_glm.jobs.worker import EXIT_STATUS, Interrupted, fail, run_rank
 
 _GRACE_S = 40.0
+_STALL_MARGIN_S = 15.0
+_STALL_GRACE_S = 15.0
 _LEAK = (
     "MASTER_ADDR",
     "MASTER_PORT",
@@ -24,6 +31,8 @@ _LEAK = (
     "WORLD_SIZE",
     "RANK",
     "GROUP_RANK",
+    "GROUP_WORLD_SIZE",
+    "TORCHELASTIC_RUN_ID",
     "LOCAL_WORLD_SIZE",
     "PL_GLOBAL_SEED",
     "PL_SEED_WORKERS",
@@ -47,14 +56,26 @@ def run_job(job: Job, run_dir: Path, in_process: bool = True) -> Dict[str, Any]:
         InputError, RunError, Interrupted: how it ended otherwise; result.json says so too.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    if not job.resumes:
-        _clear(run_dir)
-    job.write(run_dir)
     world_size = job.config.topology.world_size
-    try:
+    node = this_node(job.config.topology) if world_size > 1 else Node(0, "127.0.0.1", 0)
+    if node.rank > 0:
+        return _help(job, node, run_dir)
+    prepare_folder(job, run_dir)
+    with ending_recorded(run_dir):
         if world_size == 1 and in_process:
-            return run_rank(job, run_dir)
-        _run_ranks(job, run_dir)
+            return _run_here(job, run_dir)
+        _run_ranks(job, node, run_dir, run_dir)
+    result = read_result(run_dir)
+    if result is None:
+        raise RunError(f"{run_dir}: the job ended without a result")
+    return result
+
+
+@contextmanager
+def ending_recorded(run_dir: Path) -> Iterator[None]:
+    """Whatever ends the work inside, result.json says it."""
+    try:
+        yield
     except Interrupted:
         result = read_result(run_dir)
         if result is not None and result.get("status") == "running":
@@ -69,14 +90,46 @@ def run_job(job: Job, run_dir: Path, in_process: bool = True) -> Dict[str, Any]:
     except Exception as error:
         fail(run_dir, f"{type(error).__name__}: {error}")
         raise
-    result = read_result(run_dir)
-    if result is None:
-        raise RunError(f"{run_dir}: the job ended without a result")
-    return result
+
+
+def _help(job: Job, node: Node, run_dir: Path) -> Dict[str, Any]:
+    """Run the ranks of another node than the first: that one keeps the run folder, which both may share."""
+    spec_dir = run_dir / "nodes" / str(node.rank)
+    spec_dir.mkdir(parents=True, exist_ok=True)
+    job.write(spec_dir)
+    _run_ranks(job, node, spec_dir, run_dir)
+    return {}
+
+
+def _run_here(job: Job, run_dir: Path) -> Dict[str, Any]:
+    limit = job.config.run.stall_timeout_s
+
+    def say() -> None:
+        message = f"no progress for {limit:g} s (run.stall_timeout_s): the run was ended ({run_dir})"
+        fail(run_dir, message)
+        print(f"lit_glm: {message}", file=sys.stderr, flush=True)
+        for child in psutil.Process().children(recursive=True):
+            child.kill()
+
+    end_watch = watch_this_process(run_dir, limit + _STALL_MARGIN_S, say)
+    try:
+        return run_rank(job, run_dir)
+    finally:
+        end_watch()
+
+
+def prepare_folder(job: Job, run_dir: Path) -> None:
+    """Leave the job in its folder, and take away what another run has left there."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if not job.resumes:
+        _clear(run_dir)
+    if (run_dir / heartbeat.FILE).exists():
+        (run_dir / heartbeat.FILE).unlink()
+    job.write(run_dir)
 
 
 def _clear(run_dir: Path) -> None:
-    """Take away what another run has left in the folder: its checkpoints must not be taken for this one's."""
+    """Checkpoints of another run must not be taken for this one's."""
     for name in ("result.json", "steps.csv", "evals.csv", "perf.log", "environment.json"):
         if (run_dir / name).exists():
             (run_dir / name).unlink()
@@ -89,36 +142,22 @@ def clean_environment() -> Dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in _LEAK}
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _agent_command(job: Job, run_dir: Path) -> List[str]:
+def _agent_command(job: Job, node: Node, spec_dir: Path, run_dir: Path) -> List[str]:
     topology = job.config.topology
-    address, port, node = "127.0.0.1", _free_port(), 0
-    if topology.num_nodes > 1:
-        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in os.environ]
-        if missing:
-            raise InputError(
-                f"topology={topology.name} has {topology.num_nodes} nodes: type the same command on each node with "
-                f"MASTER_ADDR, MASTER_PORT and NODE_RANK set (missing here: {', '.join(missing)}), "
-                "or use scripts/launch_node.sh"
-            )
-        address, port, node = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["NODE_RANK"])
     return [
         sys.executable,
         "-m",
         "lit_glm.jobs.agent",
         f"--nnodes={topology.num_nodes}",
         f"--nproc_per_node={topology.devices_per_node}",
-        f"--node_rank={node}",
-        f"--master_addr={address}",
-        f"--master_port={port}",
+        f"--node_rank={node.rank}",
+        f"--master_addr={node.address}",
+        f"--master_port={node.port}",
+        f"--rdzv_conf=timeout={max(1, int(job.config.run.rendezvous_timeout_s))}",
         "--max_restarts=0",
         "-m",
         "lit_glm.jobs.worker",
+        str(spec_dir),
         str(run_dir),
     ]
 
@@ -128,7 +167,7 @@ class _Stopped(Exception):
         self.number = number
 
 
-def _run_ranks(job: Job, run_dir: Path) -> None:
+def _run_ranks(job: Job, node: Node, spec_dir: Path, run_dir: Path) -> None:
     """One torchrun; forwards signals to it, and leaves nothing running."""
 
     def stop(number: int, _frame: Any) -> None:
@@ -137,10 +176,14 @@ def _run_ranks(job: Job, run_dir: Path) -> None:
     environment = clean_environment()
     threads = max(1, (os.cpu_count() or 1) // job.config.topology.devices_per_node)
     environment.setdefault("OMP_NUM_THREADS", str(threads))
+    interface = interface_towards(node.address) if job.config.topology.num_nodes > 1 else None
+    if interface is not None:
+        environment.setdefault("GLOO_SOCKET_IFNAME", interface)  # a host's own name often means the loopback to it
     before = {number: signal.signal(number, stop) for number in EXIT_STATUS}
-    agent = subprocess.Popen(_agent_command(job, run_dir), env=environment, start_new_session=True)
+    command = _agent_command(job, node, spec_dir, run_dir)
+    agent = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
-        status = _wait(agent, job, run_dir)
+        status = _wait(agent, job, spec_dir, run_dir)
     except _Stopped as stopped:
         for number in EXIT_STATUS:
             signal.signal(number, signal.SIG_IGN)
@@ -160,31 +203,44 @@ def _run_ranks(job: Job, run_dir: Path) -> None:
         raise RunError(f"the job failed with exit status {status}; the rank's error stands above ({run_dir})")
 
 
-def _wait(agent: "subprocess.Popen[bytes]", job: Job, run_dir: Path) -> int:
-    """Wait for the agent; end it when nothing has been written for too long."""
+def _wait(agent: "subprocess.Popen[bytes]", job: Job, spec_dir: Path, run_dir: Path) -> int:
+    """Wait for the agent; end it when its ranks give no sign of life for too long."""
     limit = job.config.run.stall_timeout_s
-    watched = [run_dir / name for name in ("result.json", "steps.csv", "evals.csv", "perf.log", "environment.json")]
     started = time.time()
     while True:
         try:
             return agent.wait(timeout=1.0)
         except subprocess.TimeoutExpired:
-            newest = max([started, *(path.stat().st_mtime for path in watched if path.exists())])
-            if time.time() - newest > limit + 20.0:  # the collectives' own limit comes first and says more
-                _end(agent)
+            # The collectives' own limit comes first and says more.
+            if heartbeat.silent_for(spec_dir, started) > limit + _STALL_MARGIN_S:
+                agent.send_signal(signal.SIGTERM)
+                _end(agent, _STALL_GRACE_S)
                 raise RunError(
                     f"no progress for {limit:g} s (run.stall_timeout_s): the job was ended ({run_dir})"
                 ) from None
 
 
-def _end(agent: "subprocess.Popen[bytes]") -> None:
-    """Ask the agent's process group to end, then make it."""
+def _end(agent: "subprocess.Popen[bytes]", grace_s: float = _GRACE_S) -> None:
+    """Give the agent's processes time to end, then make them."""
+    ranks = _children(agent.pid)
     try:
-        agent.wait(timeout=_GRACE_S if agent.poll() is None else 0)
+        agent.wait(timeout=grace_s if agent.poll() is None else 0)
     except subprocess.TimeoutExpired:
         pass
+    for process in ranks + _children(agent.pid):
+        try:
+            process.kill()
+        except psutil.Error:
+            pass
     try:
         os.killpg(agent.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
         pass
     agent.wait()
+
+
+def _children(pid: int) -> List[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.Error:
+        return []

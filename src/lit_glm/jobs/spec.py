@@ -13,7 +13,13 @@ from lit_glm.bench.result import write_json
 from lit_glm.config.schema import TrainConfig, walk
 
 FILE = "job.json"
-_NOT_IDENTITY = ("run.resume", "run.stall_timeout_s", "sweep.skip_done")
+_NOT_IDENTITY = (
+    "run.resume",
+    "run.stall_timeout_s",
+    "sweep.skip_done",
+    "sweep.objective",
+    "run.rendezvous_timeout_s",
+)
 """Keys that decide how a job is run and not what it computes."""
 
 

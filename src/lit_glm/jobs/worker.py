@@ -1,4 +1,8 @@
-"""One rank of one job, from its configuration to its result. `python -m lit_glm.jobs.worker RUN_DIR` under torchrun."""
+"""One rank of one job, from its configuration to its result.
+
+Under torchrun: `python -m lit_glm.jobs.worker SPEC_DIR RUN_DIR`. SPEC_DIR holds job.json and this node's signs of life;
+on the first node it is the run folder.
+"""
 
 import logging
 import os
@@ -9,12 +13,14 @@ import time
 import traceback
 import warnings
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 from lit_glm.bench.result import COMPLETE, amend_result, table, write_json
+from lit_glm.config.app import CONF
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError, RunError
-from lit_glm.hardware.runtimes import make_runtime, set_environment
+from lit_glm.hardware.runtimes import check_cards, make_runtime, set_environment
+from lit_glm.jobs.heartbeat import Heartbeat
 from lit_glm.jobs.spec import Job, identity
 
 _FIRST_RANK_SPEAKS_S = 15.0
@@ -51,12 +57,13 @@ class _Signals:
             signal.signal(number, handler)
 
 
-def run_rank(job: Job, run_dir: Path) -> Dict[str, Any]:
+def run_rank(job: Job, run_dir: Path, spec_dir: Optional[Path] = None) -> Dict[str, Any]:
     """Run this process's part of a job.
 
     Args:
         job: what to do.
         run_dir: the run folder.
+        spec_dir: where this node gives signs of life; None: the run folder.
 
     Returns:
         The result (rank 0), else an empty dict.
@@ -68,15 +75,17 @@ def run_rank(job: Job, run_dir: Path) -> Dict[str, Any]:
     in_main_thread = threading.current_thread() is threading.main_thread()
     signals = _Signals() if in_main_thread else None
     try:
-        return _run(job, run_dir, signals)
+        beats = int(os.environ.get("LOCAL_RANK", 0)) == 0
+        return _run(job, run_dir, signals, Heartbeat(spec_dir or run_dir) if beats else lambda: None)
     finally:
         if signals is not None:
             signals.restore()
 
 
-def _run(job: Job, run_dir: Path, signals: Optional[_Signals]) -> Dict[str, Any]:
+def _run(job: Job, run_dir: Path, signals: Optional[_Signals], beat: Callable[[], None]) -> Dict[str, Any]:
     config = job.config
     rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     kept = set_environment(config.hardware)
     _quiet()
 
@@ -96,6 +105,10 @@ def _run(job: Job, run_dir: Path, signals: Optional[_Signals]) -> Dict[str, Any]
 
     runtime = make_runtime(config.hardware, config.topology)
     world_size = config.topology.world_size
+    strategy = make_strategy(runtime, config.topology, config.run.stall_timeout_s)
+    precision = make_precision(config, runtime)
+    kept += check_cards(config.hardware, runtime, config.topology.devices_per_node, CONF / "hardware")
+    runtime.watch_memory(local_rank)
     if rank == 0:
         for line in kept:
             print(f"lit_glm: {line}", file=sys.stderr)
@@ -104,8 +117,7 @@ def _run(job: Job, run_dir: Path, signals: Optional[_Signals]) -> Dict[str, Any]
             describe(config.hardware, runtime, config.topology.devices_per_node, job.command),
         )
         print(_opening(config, runtime.simulated, run_dir), flush=True)
-    strategy = make_strategy(runtime, config.topology, config.run.stall_timeout_s)
-    precision = make_precision(config, runtime)
+    beat()
     train_split, eval_split = open_data(config.data, config.model)
 
     runtime.manual_seed(config.seed)
@@ -144,6 +156,7 @@ def _run(job: Job, run_dir: Path, signals: Optional[_Signals]) -> Dict[str, Any]
         lambda rank, world: evaluation_batches(eval_split, config, rank, world),
         data.sampler(0, 0).epoch_of,
         save,
+        beat,
     )
     trainer = pl.Trainer(
         accelerator=make_accelerator(runtime, config.hardware.accelerator),
@@ -177,10 +190,10 @@ def _run(job: Job, run_dir: Path, signals: Optional[_Signals]) -> Dict[str, Any]
     if signals is not None:
         signals.module = None
     seconds, e2e = recorder.seconds(), recorder.e2e()
-    per_rank: List[Any] = [(seconds, runtime.peak_memory(strategy.root_device.index or 0))]
+    per_rank: List[Any] = [(seconds, runtime.peak_memory(local_rank))]
     if world_size > 1:
-        per_rank = [None] * world_size
-        torch.distributed.all_gather_object(per_rank, (seconds, runtime.peak_memory(strategy.root_device.index or 0)))
+        own, per_rank = per_rank[0], [None] * world_size
+        torch.distributed.all_gather_object(per_rank, own)
     memory = [peak for _, peak in per_rank if peak is not None]
     result: Dict[str, Any] = {}
     if trainer.is_global_zero:
@@ -203,9 +216,12 @@ def _run(job: Job, run_dir: Path, signals: Optional[_Signals]) -> Dict[str, Any]
 
 def _opening(config: TrainConfig, simulated: bool, run_dir: Path) -> str:
     what = "SIMULATED, no figure of the chip: " if simulated else ""
+    precision = config.precision.name
+    if precision == "fp32" and config.hardware.peak_tflops.get("tf32"):
+        precision += " (TF32 on)" if config.precision.tf32 else " (TF32 off)"
     return (
         f"lit_glm: {what}{config.model.name} on {config.hardware.name} {config.topology.name}, "
-        f"{config.precision.name}, {config.fix_hp}, global batch {config.global_batch}, "
+        f"{precision}, {config.fix_hp}, global batch {config.global_batch}, "
         f"values for the pair: {config.tuned_for}\n"
         f"lit_glm: scoring={config.scoring.name}"
         + (
@@ -253,24 +269,40 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*barrier\\(\\).*|.*pkg_resources.*|.*isinstance.treespec.*")
 
 
-def main(run_dir: Path) -> int:
+def join_group(config: TrainConfig) -> None:
+    """Open the process group of this rank, as torchrun's variables describe it."""
+    from datetime import timedelta
+
+    import torch
+
+    runtime = make_runtime(config.hardware, config.topology)
+    if runtime.device_count() >= config.topology.devices_per_node:
+        runtime.set_device(int(os.environ["LOCAL_RANK"]))
+    if config.topology.world_size > 1:
+        torch.distributed.init_process_group(runtime.backend, timeout=timedelta(seconds=config.run.stall_timeout_s))
+
+
+def main(spec_dir: Path, run_dir: Path) -> int:
     """Run under torchrun: errors become messages and exit statuses."""
     _die_with_parent()
-    job = Job.read(run_dir)
+    job = Job.read(spec_dir)
+
+    def work() -> None:
+        join_group(job.config)
+        run_rank(job, run_dir, spec_dir)
+
+    return said(work)
+
+
+def said(work: Callable[[], None]) -> int:
+    """Do a rank's work; what goes wrong is said by this rank, once.
+
+    Returns:
+        The exit status.
+    """
     rank = os.environ.get("RANK", "0")
     try:
-        from datetime import timedelta
-
-        import torch
-
-        runtime = make_runtime(job.config.hardware, job.config.topology)
-        if runtime.device_count() >= job.config.topology.devices_per_node:
-            runtime.set_device(int(os.environ["LOCAL_RANK"]))
-        if job.config.topology.world_size > 1:
-            torch.distributed.init_process_group(
-                runtime.backend, timeout=timedelta(seconds=job.config.run.stall_timeout_s)
-            )
-        run_rank(job, run_dir)
+        work()
     except Interrupted as stop:
         return stop.exit_status
     except (InputError, RunError) as error:
@@ -304,7 +336,7 @@ def fail(run_dir: Path, message: str) -> None:
 
 
 if __name__ == "__main__":
-    status = main(Path(sys.argv[1]))
+    status = main(Path(sys.argv[1]), Path(sys.argv[2]))
     sys.stdout.flush()
     # Skip the interpreter's teardown after a failure: a peer that is gone must not hold this process up.
     if status:

@@ -1,0 +1,120 @@
+"""Where this process stands among the nodes of a job: from the environment that a launcher leaves, checked."""
+
+import errno
+import os
+import socket
+from dataclasses import dataclass
+from typing import Optional
+
+import psutil
+
+from lit_glm.config.schema import TopologyConfig
+from lit_glm.errors import InputError
+
+
+@dataclass(frozen=True)
+class Node:
+    """This machine's part."""
+
+    rank: int
+    address: str
+    """Of node 0."""
+    port: int
+    """Where node 0 waits for the others."""
+
+
+def this_node(topology: TopologyConfig) -> Node:
+    """Find this node's place; several nodes need MASTER_ADDR, MASTER_PORT and NODE_RANK in the environment.
+
+    Raises:
+        InputError: if something is missing or does not fit the topology, or if the port is taken.
+    """
+    if topology.num_nodes == 1:
+        port = os.environ.get("MASTER_PORT")
+        if port is None:
+            return Node(0, "127.0.0.1", _free_port())
+        node = Node(0, "127.0.0.1", _number("MASTER_PORT", 65535))
+        check_port(node.port)
+        return node
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if not os.environ.get(name)]
+    if missing:
+        raise InputError(
+            f"topology={topology.name} has {topology.num_nodes} nodes: type the same command on each node with "
+            f"MASTER_ADDR, MASTER_PORT and NODE_RANK set (missing here: {', '.join(missing)}), "
+            "or use scripts/launch_node.sh or scripts/launch_slurm.sh"
+        )
+    found = os.environ.get("SLURM_STEP_NUM_NODES")
+    if found is not None and int(found) != topology.num_nodes:
+        raise InputError(f"topology={topology.name} has {topology.num_nodes} nodes, but Slurm started {found}")
+    node = Node(_number("NODE_RANK", topology.num_nodes - 1), os.environ["MASTER_ADDR"], _number("MASTER_PORT", 65535))
+    if node.rank == 0:
+        check_port(node.port)
+    return node
+
+
+def _number(name: str, highest: int) -> int:
+    text = os.environ[name]
+    if not text.isdigit() or int(text) > highest:
+        raise InputError(f"{name}={text}: must be a number from 0 to {highest}")
+    return int(text)
+
+
+def check_port(port: int) -> None:
+    """Say that a port is taken rather than wait for it.
+
+    Raises:
+        InputError: if this machine cannot listen there.
+    """
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("", port))
+            probe.listen(1)
+    except OSError as error:
+        reason = "is in use on this machine" if error.errno == errno.EADDRINUSE else f"cannot be used ({error})"
+        raise InputError(f"MASTER_PORT={port}: {reason}; choose another, the same on every node") from error
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def interface_towards(address: str) -> Optional[str]:
+    """Network interface by which this machine reaches another; None if it cannot tell."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 9))  # sends nothing: it only chooses the way
+            own = probe.getsockname()[0]
+        for name, entries in psutil.net_if_addrs().items():
+            if any(entry.family == socket.AF_INET and entry.address == own for entry in entries):
+                return str(name)
+    except OSError:
+        pass
+    return None
+
+
+@dataclass(frozen=True)
+class OuterRank:
+    """This process as one rank of a torchrun that somebody else has started."""
+
+    rank: int
+    local_rank: int
+
+
+def outer_rank(topology: Optional[TopologyConfig] = None) -> Optional[OuterRank]:
+    """Whether an outer torchrun has started this process, and as which rank.
+
+    Raises:
+        InputError: if it has started another number of ranks than the topology has.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or "LOCAL_RANK" not in os.environ:
+        return None
+    world, local = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    if topology is not None and (world != topology.world_size or local not in (0, topology.devices_per_node)):
+        raise InputError(
+            f"topology={topology.name} is {topology.world_size} ranks, {topology.devices_per_node} a node, "
+            f"but torchrun started {world}, {local} a node; they must be equal"
+        )
+    return OuterRank(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]))

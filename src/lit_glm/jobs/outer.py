@@ -1,0 +1,53 @@
+"""`train` as one rank of a torchrun that the user has started: no ranks of its own, one run folder for all."""
+
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Callable, List, Tuple
+
+from lit_glm.config.schema import TrainConfig
+from lit_glm.jobs.launch import ending_recorded, prepare_folder
+from lit_glm.jobs.nodes import OuterRank
+from lit_glm.jobs.spec import Job
+from lit_glm.jobs.worker import join_group, run_rank, said
+
+
+def run_outer(
+    config: TrainConfig,
+    outer: OuterRank,
+    entry: float,
+    find: Callable[[], Tuple[Path, bool]],
+    prepare_data: Callable[[], None],
+) -> int:
+    """Run this rank.
+
+    Args:
+        config: the run's.
+        outer: which rank this is.
+        entry: `time.monotonic()` at the entry of `train`.
+        find: asked on the first rank for the run folder and whether it holds a run that goes on.
+        prepare_data: called on the first rank of each node, before any other reads data.
+
+    Returns:
+        The exit status.
+    """
+    import torch
+
+    def work() -> None:
+        if outer.local_rank == 0:
+            prepare_data()
+        join_group(config)
+        told: List[Any] = [None]
+        if outer.rank == 0:
+            run_dir, resumes = find()
+            prepare_folder(Job(config, entry, sys.argv, resumes), run_dir)
+            told = [(str(run_dir.resolve()), resumes)]
+        if config.topology.world_size > 1:
+            torch.distributed.broadcast_object_list(told, src=0)
+        folder, resumes = Path(told[0][0]), told[0][1]
+        job = Job(config, entry if outer.rank == 0 else time.monotonic(), sys.argv, resumes)
+        with ending_recorded(folder) if outer.rank == 0 else nullcontext():
+            run_rank(job, folder)
+
+    return said(work)
