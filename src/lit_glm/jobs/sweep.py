@@ -1,13 +1,111 @@
-"""A sweep: which combinations are done already, and one table over all of them."""
+"""A sweep: each combination in a process of its own, what is done is not run again, one table over all of them.
+
+Jobs may run anywhere (hydra's joblib and submitit launchers): each leaves a note in the sweep's folder, and whoever
+started the sweep makes the table of these notes.
+"""
 
 import csv
+import json
+import math
+import sys
+import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
-from lit_glm.bench.result import COLUMNS, COMPLETE, cells, read_result, table
+from hydra.experimental.callback import Callback
+
+from lit_glm.bench.result import COLUMNS, COMPLETE, cells, read_result, table, write_json
+from lit_glm.config.app import Outcome
 from lit_glm.config.schema import TrainConfig
-from lit_glm.jobs.resume import runs_of
-from lit_glm.jobs.spec import identity
+from lit_glm.errors import InputError, RunError
+from lit_glm.jobs.resume import check_same, runs_of
+from lit_glm.jobs.spec import FILE, Job, identity
+
+_NOTES = "jobs"
+
+
+class SweepNotes(Callback):
+    """Hydra calls it when a sweep starts, and after each job wherever that ran."""
+
+    started: Optional[Path] = None
+    """Folder of the sweep that this process has started."""
+
+    def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
+        """Remember the folder; notes of an earlier start of the same sweep are renewed job by job."""
+        SweepNotes.started = Path(config.hydra.sweep.dir).resolve()
+        for note in (SweepNotes.started / _NOTES).glob("*.json"):
+            note.unlink()
+
+    def on_job_end(self, config: Any, job_return: Any, **kwargs: Any) -> None:
+        """Note a job that was refused before it could leave a note itself."""
+        if config.hydra.mode is None or config.hydra.mode.name == "RUN":
+            return
+        sweep_dir, number = Path(config.hydra.sweep.dir), int(config.hydra.job.num)
+        if not _note_file(sweep_dir, number).exists():
+            _note(sweep_dir, number, None, InputError.exit_status)
+
+
+def _note_file(sweep_dir: Path, number: int) -> Path:
+    return sweep_dir / _NOTES / f"{number:05d}.json"
+
+
+def _note(sweep_dir: Path, number: int, run_dir: Optional[Path], status: int) -> None:
+    from hydra.core.hydra_config import HydraConfig
+
+    file = _note_file(sweep_dir, number)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    overrides = HydraConfig.get().job.override_dirname if HydraConfig.initialized() else ""
+    folder = None if run_dir is None else str(run_dir.resolve())
+    write_json(file, {"run_dir": folder, "exit_status": status, "overrides": overrides})
+
+
+def run_combination(
+    config: TrainConfig, run_dir: Path, sweep_dir: Path, number: int, prepare_data: Callable[[], None]
+) -> Outcome:
+    """Run one job of a sweep, or go on with it, or find it done.
+
+    Args:
+        config: the combination's.
+        run_dir: where a new run goes.
+        sweep_dir: where the note goes.
+        number: of the job in the sweep.
+        prepare_data: called before the job starts.
+
+    Raises:
+        KeyboardInterrupt: the job was stopped, and the rest of the sweep is not wanted either.
+    """
+    from lit_glm.jobs.launch import run_job
+    from lit_glm.jobs.worker import Interrupted
+
+    folder = earlier_run(config, run_dir) if config.sweep.skip_done else None
+    if folder is not None:
+        check_same(config, folder)
+        run_dir = folder.resolve()
+    elif (run_dir / FILE).exists():
+        print(f"lit_glm: {run_dir} held another run, which is overwritten", file=sys.stderr)
+    result = read_result(run_dir) if folder is not None else None
+    status = 1
+    try:
+        if result is not None and result.get("status") in COMPLETE:
+            print(f"lit_glm: {run_dir}: the run is complete, there is nothing to do")
+            print(table([result]), flush=True)
+        else:
+            prepare_data()
+            result = run_job(
+                Job(config, time.monotonic(), sys.argv, folder is not None), run_dir.resolve(), in_process=False
+            )
+        status = 0
+    except (InputError, RunError) as error:
+        print(f"lit_glm: {error}", file=sys.stderr)
+        status = error.exit_status
+    except Interrupted as stop:
+        print(f"lit_glm: {stop}; start the same sweep again to go on", file=sys.stderr)
+        status = stop.exit_status
+        raise KeyboardInterrupt from None
+    finally:
+        _note(sweep_dir, number, run_dir, status)
+    value = (result or {}).get(config.sweep.objective)
+    return Outcome(status, math.nan if value is None else float(value))
 
 
 def earlier_run(config: TrainConfig, run_dir: Path) -> Optional[Path]:
@@ -17,23 +115,38 @@ def earlier_run(config: TrainConfig, run_dir: Path) -> Optional[Path]:
     return max(complete or runs, key=lambda folder: folder.stat().st_mtime, default=None)
 
 
-def summarise(run_dirs: List[Path], sweep_dir: Path) -> str:
-    """Write sweep.csv and sweep.md, a row a run in the order of the sweep.
+def summarise(sweep_dir: Path) -> "tuple[str, int]":
+    """Write sweep.csv and sweep.md from the notes of the jobs, a row a job in the order of the sweep.
 
     Returns:
-        The table for the terminal.
+        The table for the terminal, and the exit status: the highest of any job.
     """
-    results: List[Dict[str, Any]] = [result for result in map(read_result, run_dirs) if result is not None]
-    text = table(results)
+    notes = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((sweep_dir / _NOTES).glob("*.json"))]
+    results: List[Dict[str, Any]] = [_result(note) for note in notes]
+    text = table([result for result in results if result])
     sweep_dir.mkdir(parents=True, exist_ok=True)
-    (sweep_dir / "sweep.md").write_text(text + "\n", encoding="utf-8")
+    failed = [f"- {note['overrides']}: no result" for note, result in zip(notes, results) if not result]
+    (sweep_dir / "sweep.md").write_text("\n".join([text, "", *failed]).rstrip("\n") + "\n", encoding="utf-8")
     with (sweep_dir / "sweep.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow([*COLUMNS, "scoring", "status", "run_dir"])
-        for folder in run_dirs:
-            result = read_result(folder)
-            if result is None:
-                writer.writerow([""] * len(COLUMNS) + ["", "failed", folder])
-            else:
-                writer.writerow([*cells(result), result["scoring"], result["status"], folder])
-    return text
+        writer.writerow([*COLUMNS, "scoring", "status", "run_dir", "overrides"])
+        for note, result in zip(notes, results):
+            figures = [*cells(result), result["scoring"], result["status"]] if result else [""] * len(COLUMNS)
+            ending = [] if result else ["", "failed"]
+            writer.writerow([*figures, *ending, note["run_dir"] or "", note["overrides"]])
+    return text, max([int(note["exit_status"]) for note in notes], default=0)
+
+
+def _result(note: Dict[str, Any]) -> Dict[str, Any]:
+    return (read_result(Path(note["run_dir"])) or {}) if note["run_dir"] else {}
+
+
+def finish() -> int:
+    """Make the table of the sweep that this process has started, if it has; returns its exit status."""
+    sweep_dir, SweepNotes.started = SweepNotes.started, None
+    if sweep_dir is None:
+        return 0
+    text, status = summarise(sweep_dir)
+    print(text)
+    print(f"lit_glm: {sweep_dir}/sweep.md, sweep.csv")
+    return status
