@@ -8,6 +8,8 @@ _COMMANDS = {
     "prepare": "raw ReCoRD to the HDF5 files that train reads",
     "evaluate": "score a checkpoint: EM, F1, predictions",
     "export": "the fine-tuned weights of a run as a file",
+    "report": "results of any number of runs as the published document, with plots",
+    "doctor": "checks machine, runtime, devices, collectives, disk, data, checkpoint before a long run",
 }
 
 

@@ -37,8 +37,8 @@ def test_it_never_falls_below_the_minimum() -> None:
 )
 def test_the_published_rule(overflows: List[bool], window: int, hysteresis: int) -> None:
     """Megatron's counters, as its code states them: iterations since the last overflow, and an allowance."""
-    scale, allowance, iteration, last_overflow, expected = 256.0, hysteresis, 0, -1, []
-    for overflow in overflows:
+    scale, allowance, last_overflow, expected = 256.0, hysteresis, -1, []
+    for iteration, overflow in enumerate(overflows):
         if overflow:
             if hysteresis == 1 or allowance == 1:
                 scale = max(scale / 2, 1.0)
@@ -48,7 +48,6 @@ def test_the_published_rule(overflows: List[bool], window: int, hysteresis: int)
         elif (iteration - last_overflow) % window == 0:
             allowance = hysteresis
             scale *= 2
-        iteration += 1
         expected.append(scale)
     config = LossScaleConfig(initial=256, window=window, hysteresis=hysteresis, minimum=1)
     assert scales(overflows, config) == expected

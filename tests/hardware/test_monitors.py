@@ -33,7 +33,10 @@ def test_the_examples_in_the_documentation() -> None:
 
 def test_newer_drivers() -> None:
     readings = parse_xpu_smi_m("\n".join(new_line(card, 1000 + card) for card in (0, 3)))
-    assert [(entry.index, entry.used_mib, entry.total_mib) for entry in readings] == [(0, 1000, 32768), (3, 1003, 32768)]
+    assert [(entry.index, entry.used_mib, entry.total_mib) for entry in readings] == [
+        (0, 1000, 32768),
+        (3, 1003, 32768),
+    ]
     assert (readings[0].temperature_c, readings[0].power_w, readings[0].utilisation) == (46, 114, 100)
 
 

@@ -40,7 +40,12 @@ def test_a_variable_out_of_range(name: str, value: str, monkeypatch: pytest.Monk
 
 
 def test_slurm_must_have_started_as_many_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    for key, text in {"MASTER_ADDR": "h", "MASTER_PORT": "29500", "NODE_RANK": "0", "SLURM_STEP_NUM_NODES": "3"}.items():
+    for key, text in {
+        "MASTER_ADDR": "h",
+        "MASTER_PORT": "29500",
+        "NODE_RANK": "0",
+        "SLURM_STEP_NUM_NODES": "3",
+    }.items():
         monkeypatch.setenv(key, text)
     with pytest.raises(InputError, match="topology=2x8 has 2 nodes, but Slurm started 3"):
         this_node(TopologyConfig(2, 8))

@@ -47,9 +47,9 @@ def ranks_of(process: "subprocess.Popen[str]") -> List[psutil.Process]:
     children = psutil.Process(process.pid).children(recursive=True)
     found = {}
     for child in children:
-        if "lit_glm.jobs.worker" in child.cmdline() and "lit_glm.jobs.agent" not in child.cmdline():
-            if "RANK" in child.environ():
-                found[int(child.environ()["RANK"])] = child
+        line = child.cmdline()
+        if "lit_glm.jobs.worker" in line and "lit_glm.jobs.agent" not in line and "RANK" in child.environ():
+            found[int(child.environ()["RANK"])] = child
     return [found[rank] for rank in sorted(found)]
 
 

@@ -2,10 +2,15 @@
 
 import csv
 import json
+import subprocess
+import time
 from pathlib import Path
 from typing import List
 
-from conftest import lit_glm
+import pytest
+
+from conftest import command, lit_glm, rows
+from runs.test_runs import _nothing_left
 
 SWEEP = ["-m", "experiment=debug", "run.max_steps=3", "hydra.sweep.dir=sweep", "logger={}"]
 
@@ -37,3 +42,85 @@ def test_a_sweep_and_the_same_again(tmp_path: Path) -> None:
     assert results[0].read_bytes() == before[0]
     assert json.loads(results[1].read_text())["status"] == "finished"
     assert states(tmp_path) == [["bs=2,lr=0.001", "finished"], ["bs=4,lr=0.001", "finished"]]
+
+
+FOUR = ["bs=2,4", "lr=1e-3,2e-3", "topology=1x2", "run.max_steps=60", "run.checkpoint_interval_steps=5"]
+
+
+def test_a_sweep_that_is_killed_and_started_again(tmp_path: Path) -> None:
+    """The killed sweep leaves one run complete and one unfinished; the next start runs what is left, nothing twice."""
+    process = subprocess.Popen(
+        command("train", *SWEEP, *FOUR), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    second = tmp_path / "sweep" / "1" / "steps.csv"
+    limit = time.monotonic() + 120
+    while not (second.is_file() and second.read_bytes().count(b"\n") > 8):
+        assert time.monotonic() < limit
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    _nothing_left(tmp_path / "sweep")
+    done = tmp_path / "sweep" / "0" / "result.json"
+    before = done.read_bytes()
+    assert json.loads(before)["status"] == "finished"
+    assert not (tmp_path / "sweep" / "2").exists()
+
+    again = lit_glm("train", *SWEEP, *FOUR, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert done.read_bytes() == before
+    assert again.stdout.count("there is nothing to do") == 1
+    assert again.stdout.count("the run goes on after step") == 1
+    assert states(tmp_path) == [[f"bs={bs},lr={lr}", "finished"] for bs in (2, 4) for lr in ("0.001", "0.002")]
+    for number in "0123":
+        result = json.loads((tmp_path / "sweep" / number / "result.json").read_text())
+        steps = [int(row["step"]) for row in rows(tmp_path / "sweep" / number / "steps.csv")]
+        assert (steps, result["interruptions"]) == (list(range(1, 61)), int(number == "1"))
+    assert len(list(tmp_path.rglob("job.json"))) == 4  # no child has run the sweep again
+    assert [line[0] for line in (tmp_path / "sweep" / "sweep.md").read_text().splitlines()] == ["|"] * 6
+
+
+def test_topologies_in_turn_leave_nothing_behind(tmp_path: Path) -> None:
+    """1x2 between two 1x1: variables of its ranks reach neither."""
+    done = lit_glm("train", *SWEEP, "bs=2", "topology=1x1,1x2", "seed=1,2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = [json.loads((tmp_path / "sweep" / n / "result.json").read_text()) for n in "0123"]
+    assert [(r["topology"], r["seed"], r["status"]) for r in results] == [
+        (topology, seed, "finished") for topology in ("1x1", "1x2") for seed in (1, 2)
+    ]
+
+
+def test_skip_done_can_be_switched_off(tmp_path: Path) -> None:
+    first = lit_glm("train", *SWEEP, "bs=2", "topology=1x1", cwd=tmp_path)
+    again = lit_glm("train", *SWEEP, "bs=2", "topology=1x1", "sweep.skip_done=false", cwd=tmp_path)
+    assert (first.returncode, again.returncode) == (0, 0), again.stderr
+    assert "there is nothing to do" not in again.stdout
+    assert "held another run, which is overwritten" in again.stderr
+
+
+def test_jobs_side_by_side_by_joblib(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    plugin = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    done = lit_glm("train", *SWEEP, *plugin, "bs=2,4", "topology=1x2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert states(tmp_path) == [["bs=2,lr=0.001", "finished"], ["bs=4,lr=0.001", "finished"]]
+
+
+def test_jobs_by_submitit(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    plugin = ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"]
+    done = lit_glm("train", *SWEEP, *plugin, "bs=2,4", "topology=1x2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert states(tmp_path) == [["bs=2,lr=0.001", "finished"], ["bs=4,lr=0.001", "finished"]]
+
+
+def test_a_search_by_optuna(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    plugin = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1", "sweep.objective=acc"]
+    search = ["hydra.sweeper.direction=maximize", "lr=interval(0.0001,0.01)", "topology=1x1"]
+    done = lit_glm("train", *SWEEP, *plugin, *search, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [status for _, status in states(tmp_path)] == ["finished"] * 3
+    best = (tmp_path / "sweep" / "optimization_results.yaml").read_text()
+    results = [json.loads(path.read_text())["acc"] for path in (tmp_path / "sweep").glob("*/result.json")]
+    assert f"best_value: {max(results)}" in best

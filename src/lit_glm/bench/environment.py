@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -11,8 +12,10 @@ from typing import Any, Dict, List, Optional
 import psutil
 
 import lit_glm
-from lit_glm.config.schema import HardwareConfig
+from lit_glm.config.schema import TrainConfig
+from lit_glm.hardware.names import PACKAGES, VISIBLE
 from lit_glm.hardware.runtimes.base import Runtime
+from lit_glm.hardware.runtimes.cpu import cpu_name
 
 _PACKAGES = (
     "torch",
@@ -25,19 +28,15 @@ _PACKAGES = (
     "scipy",
     "tokenizers",
     "safetensors",
-    "xmlir",
-    "xacc",
-    "torch-xmlir",
+    *PACKAGES,
 )
 _VARIABLES = (
+    *VISIBLE,
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
-    "CUDA_VISIBLE_DEVICES",
-    "XPU_VISIBLE_DEVICES",
     "NCCL_DEBUG",
     "NCCL_SOCKET_IFNAME",
     "GLOO_SOCKET_IFNAME",
-    "CUDART_DUMMY_REGISTER",
 )
 
 
@@ -66,41 +65,84 @@ def _versions() -> Dict[str, str]:
     return found
 
 
-def describe(hardware: HardwareConfig, runtime: Runtime, devices: int, command: List[str]) -> Dict[str, Any]:
-    """Ask the system what it is.
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _machine() -> Optional[str]:
+    """Maker and model as the firmware gives them (DMI); None where the kernel does not show them."""
+    name = " ".join(filter(None, (_read(f"/sys/class/dmi/id/{key}") for key in ("sys_vendor", "product_name"))))
+    return name or None
+
+
+def _network() -> Optional[str]:
+    """Kind and rate of the fastest InfiniBand or RoCE port, as the kernel gives them; None without one."""
+    ports = []
+    for port in Path("/sys/class/infiniband").glob("*/ports/*"):
+        rate = re.match(r"([\d.]+) Gb/sec", _read(f"{port}/rate"))
+        if rate:
+            ports.append((float(rate.group(1)), _read(f"{port}/link_layer") or "InfiniBand"))
+    return "{1}, {0:g} Gb/s".format(*max(ports)) if ports else None
+
+
+def _image() -> Optional[str]:
+    """Container image as the container's maker has left it; "" outside a container, None where nothing says."""
+    named = os.environ.get("LIT_GLM_CONTAINER_IMAGE")
+    if named:
+        return named
+    inside = any(Path(mark).exists() for mark in ("/.dockerenv", "/run/.containerenv"))
+    inside = inside or any(word in _read("/proc/1/cgroup") for word in ("docker", "kubepods", "containerd"))
+    return None if inside else ""
+
+
+def describe(config: TrainConfig, runtime: Runtime, command: List[str]) -> Dict[str, Any]:
+    """Ask the system what it is; `report.*` wins, the hardware file fills what nothing else knows.
 
     Args:
-        hardware: names of the variables that the hardware file sets, and its server and network.
-        runtime: asked for the cards.
-        devices: cards of this node in use.
+        config: the run's.
+        runtime: asked for cards and driver.
         command: the command line of the run.
     """
+    hardware, told = config.hardware, config.report
     source = Path(lit_glm.__file__).resolve().parent
     commit = _output("git", "rev-parse", "HEAD", folder=source)
     changed = _output("git", "status", "--porcelain", "--untracked-files=no", folder=source) if commit else None
+    cards = [runtime.device_name(index) for index in range(config.topology.devices_per_node)]
+    of_file = "" if runtime.simulated else hardware.server  # a rehearsal says nothing of the chip's server
     return {
         "lit_glm": lit_glm.__version__,
         "git_commit": commit,
         "git_dirty": bool(changed) if commit else None,
-        "command": command,
+        "command": [_without_secret(argument) for argument in command],
         "host": platform.node(),
+        "pid": os.getpid(),
+        "machine": told.machine or of_file or _machine(),
         "os": _os_name(),
         "kernel": platform.release(),
         "python": platform.python_version(),
         "executable": sys.executable,
         "packages": _versions(),
-        "container_image": os.environ.get("LIT_GLM_CONTAINER_IMAGE"),
-        "driver": None if runtime.simulated else _driver(),
-        "cards": [runtime.device_name(index) or hardware.card for index in range(devices)],
+        "container_image": told.image if told.image is not None else _image(),
+        "driver": told.driver or runtime.driver_version(),
+        "has_driver": runtime.has_driver or runtime.simulated,
+        "card": told.card or hardware.card or (cards[0] if cards else ""),
+        "cards": [name or hardware.card for name in cards],
         "runtime": runtime.name,
         "simulated": runtime.simulated,
         "server": hardware.server,
-        "network": hardware.network,
+        "network": told.network or _network() or ("" if runtime.simulated else hardware.network) or None,
+        "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "variables": {name: os.environ[name] for name in (*_VARIABLES, *hardware.env) if name in os.environ},
     }
 
 
-def _driver() -> Optional[str]:
-    return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0")
+def _without_secret(argument: str) -> str:
+    """An override whose key speaks of a secret keeps its key alone."""
+    key, found, _ = argument.partition("=")
+    hides = found and re.search(r"token|secret|password|passwd|api_?key|credential", key, re.IGNORECASE)
+    return f"{key}=..." if hides else argument

@@ -22,7 +22,7 @@ from lit_glm.bench.clock import PhaseClock
 from lit_glm.bench.figures import Seconds, figures
 from lit_glm.bench.perflog import PerfLog
 from lit_glm.bench.result import SCHEMA_VERSION, read_result, write_json
-from lit_glm.bench.tables import EVALS, STEPS, Table
+from lit_glm.bench.tables import EVALS, MEMORY, STEPS, Table
 from lit_glm.config.schema import TrainConfig
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.training.evaluation import evaluate
@@ -51,6 +51,7 @@ class RunFolder:
         keep = steps_done if resumes else None
         self.steps = Table(run_dir / "steps.csv", STEPS, keep)
         self.evals = Table(run_dir / "evals.csv", EVALS, keep)
+        self.memory = Table(run_dir / "memory.csv", MEMORY, keep)
         self.perf = PerfLog(run_dir / "perf.log")
         self._before = (read_result(run_dir) or {}) if resumes else {}
         self._interruptions = int(self._before.get("interruptions", 0)) + int(resumes)
@@ -113,6 +114,9 @@ class RunFolder:
             "schema_version": SCHEMA_VERSION,
         }
         write_json(self._path / "result.json", result)
+        in_use = self._runtime.memory_now(0)
+        if in_use is not None:
+            self.memory.add(step=step, seconds=round(result["e2e_time"], 3), gib=round(in_use / 2**30, 4))
         self._written = time.monotonic()
         return result
 

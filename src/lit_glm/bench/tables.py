@@ -7,6 +7,8 @@ from typing import Any, Dict, List, Optional, Sequence
 
 STEPS = ("step", "epoch", "samples", "loss", "lr", "grad_norm", "data_s", "compute_s", "step_s", "loss_scale")
 EVALS = ("step", "samples", "acc", "seconds")
+MEMORY = ("step", "seconds", "gib")
+"""Of memory.csv: memory in use on the first rank's device, about once a second, seconds since the entry of train."""
 
 
 def _text(value: Any) -> str:

@@ -8,6 +8,8 @@ import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
+from lit_glm.hardware.names import RUNTIMES
+
 
 @dataclass
 class HardwareConfig:
@@ -162,6 +164,17 @@ class SweepConfig:
 
 
 @dataclass
+class ReportConfig:
+    """What no program can know of the machine, for environment.json; null: what the system says of itself."""
+
+    machine: Optional[str] = None
+    card: Optional[str] = None
+    network: Optional[str] = None
+    driver: Optional[str] = None
+    image: Optional[str] = None
+
+
+@dataclass
 class TrainConfig:
     """The whole configuration of `train` and `evaluate`."""
 
@@ -174,6 +187,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
     logger: Dict[str, Any] = field(default_factory=dict)
     callbacks: Dict[str, Any] = field(default_factory=dict)
     bs: int = 4
@@ -254,7 +268,7 @@ _CHOICES: Dict[str, Tuple[str, ...]] = {
     "precision.name": ("fp32", "amp", "fp16", "bf16"),
     "scoring.name": ("shared_context", "published"),
     "optimizer.lr_decay_style": ("linear",),
-    "hardware.runtime": ("auto", "cpu", "cuda", "xmlir", "xpytorch", "simulated"),
+    "hardware.runtime": ("auto", *RUNTIMES),
 }
 
 

@@ -8,7 +8,7 @@ from pytorch_lightning.accelerators import Accelerator
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
 from lit_glm.config.schema import TopologyConfig
-from lit_glm.errors import InputError
+from lit_glm.hardware import exchange
 from lit_glm.hardware.runtimes.base import Runtime
 
 
@@ -87,6 +87,10 @@ class ChipDDPStrategy(_OptimizersKnown, DDPStrategy):
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
 
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Objects travel as tensors on the chip."""
+        return exchange.broadcast(obj, self.root_device, src) if torch.distributed.is_initialized() else obj
+
     def reduce(self, tensor: Any, group: Optional[Any] = None, reduce_op: Any = "mean") -> Any:
         """Sum and divide: not every backend has an average."""
         if isinstance(tensor, torch.Tensor) and torch.distributed.is_initialized() and reduce_op in ("mean", "avg"):
@@ -102,15 +106,7 @@ def make_strategy(runtime: Runtime, topology: TopologyConfig, timeout_s: float) 
         runtime: whose devices.
         topology: how many.
         timeout_s: a collective that takes longer ends the job.
-
-    Raises:
-        InputError: if the node has fewer devices than the topology asks for.
     """
-    if runtime.device_count() < topology.devices_per_node:
-        raise InputError(
-            f"topology={topology.name} asks for {topology.devices_per_node} devices a node; "
-            f"{runtime.name} sees {runtime.device_count()} here"
-        )
     if topology.world_size == 1:
         return ChipStrategy(device=runtime.device(0))
     return ChipDDPStrategy(

@@ -5,6 +5,7 @@ white space. A line that does not fit is left out: a monitor in an unknown forma
 """
 
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -83,9 +84,10 @@ def parse_xpu_smi(text: str) -> List[Reading]:
     return _readings(lines, (29, 27, 22, 24, 14), lambda _, number: number)
 
 
-def _run(*command: str) -> str:
+def output_of(*command: str) -> str:
+    """What a program prints, stripped; nothing if it is missing, fails or takes too long."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 
@@ -94,10 +96,31 @@ def xpu_memory() -> Dict[int, Tuple[float, float]]:
     """(used, total) bytes of each card, from whichever of the vendor's tools is installed; empty without one."""
     for tool, parse in ((("xpu-smi", "-m"), parse_xpu_smi_m), (("xpu_smi",), parse_xpu_smi)):
         if shutil.which(tool[0]):
-            readings = parse(_run(*tool))
+            readings = parse(output_of(*tool))
             if readings:
                 return {entry.index: (entry.used_mib * _MIB, entry.total_mib * _MIB) for entry in readings}
     return {}
+
+
+def parse_driver(text: str) -> Optional[str]:
+    """Driver's version out of `xpu-smi -q`.
+
+    >>> parse_driver("Driver Version                  : 4.0.25")
+    '4.0.25'
+    >>> parse_driver("no driver")
+    """
+    found = re.search(r"^\s*driver version\s*:\s*(\S+)", text, re.IGNORECASE | re.MULTILINE)
+    return found.group(1) if found else None
+
+
+def xpu_driver() -> Optional[str]:
+    """Version of the XPU driver, from whichever of the vendor's tools is installed."""
+    for tool in ("xpu-smi", "xpu_smi"):
+        if shutil.which(tool):
+            version = parse_driver(output_of(tool, "-q"))
+            if version:
+                return version
+    return None
 
 
 def nvml_memory() -> Dict[int, Tuple[float, float]]:
@@ -127,6 +150,7 @@ class MemoryWatch:
         """
         self._read, self._every = read, every_s
         self._used: Dict[int, float] = {}
+        self._last: Dict[int, float] = {}
         self._total: Dict[int, float] = {}
         self._cards: Dict[int, int] = {}
         self._thread: Optional[threading.Thread] = None
@@ -154,11 +178,16 @@ class MemoryWatch:
     def _sample(self) -> None:
         for card, (used, total) in self._read().items():
             self._used[card] = max(used, self._used.get(card, 0.0))
+            self._last[card] = used
             self._total[card] = total
 
     def peak(self, index: int) -> Optional[float]:
         """Largest reading of a device so far, bytes; None without a reading. Never asks the monitor itself."""
         return self._used.get(self._cards.get(index, index))
+
+    def last(self, index: int) -> Optional[float]:
+        """Newest reading of a device, bytes; None without a reading. Never asks the monitor itself."""
+        return self._last.get(self._cards.get(index, index))
 
     def total(self, index: int) -> Optional[float]:
         """Memory of a device, bytes; None without a reading."""

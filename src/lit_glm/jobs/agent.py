@@ -2,13 +2,19 @@
 
 import ctypes
 import logging
+import os
 import signal
 import sys
-from typing import List
+import threading
+import time
+from typing import Dict, List
 
+import psutil
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+_MARGIN_S = 5.0
 
 
 def main() -> int:
@@ -18,6 +24,7 @@ def main() -> int:
     except (AttributeError, OSError):
         pass
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    threading.Thread(target=_limit_the_wait, args=(sys.argv[1:],), daemon=True).start()
     try:
         run.main(sys.argv[1:])
     except ChildFailedError as error:
@@ -28,18 +35,35 @@ def main() -> int:
     except SignalException as error:
         return 128 + int(error.sigval)
     except RuntimeError as error:  # the nodes did not meet, or lost each other before their ranks ran
-        print(f"lit_glm: {_place(sys.argv[1:])} ({str(error).splitlines()[0]})", file=sys.stderr, flush=True)
+        _say(sys.argv[1:], str(error).splitlines()[0])
         return 1
     return 0
 
 
-def _place(arguments: List[str]) -> str:
-    given = dict(argument[2:].split("=", 1) for argument in arguments if argument.startswith("--") and "=" in argument)
-    return (
-        f"rendezvous failed on node {given['node_rank']}: {given['nnodes']} nodes were to meet at "
+def _options(arguments: List[str]) -> Dict[str, str]:
+    return dict(argument[2:].split("=", 1) for argument in arguments if argument.startswith("--") and "=" in argument)
+
+
+def _limit_the_wait(arguments: List[str]) -> None:
+    """End this agent when the nodes have not met in time: torch 1.12 then waits 300 s more, whatever its limit is."""
+    limit = float(_options(arguments)["rdzv_conf"].rsplit("=", 1)[-1]) + _MARGIN_S
+    begun = time.monotonic()
+    while not psutil.Process().children():  # ranks: they start when the nodes have met
+        if time.monotonic() - begun > limit:
+            _say(arguments, "nobody came")
+            os._exit(1)
+        time.sleep(0.5)
+
+
+def _say(arguments: List[str], reason: str) -> None:
+    given = _options(arguments)
+    print(
+        f"lit_glm: rendezvous failed on node {given['node_rank']} ({reason}): {given['nnodes']} nodes were to meet at "
         f"{given['master_addr']}:{given['master_port']} (run.rendezvous_timeout_s, "
         f"{given['rdzv_conf'].rsplit('=', 1)[-1]} s). Was the same command started on every node, and can this one "
-        "reach that address and port?"
+        "reach that address and port?",
+        file=sys.stderr,
+        flush=True,
     )
 
 

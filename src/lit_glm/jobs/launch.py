@@ -130,7 +130,7 @@ def prepare_folder(job: Job, run_dir: Path) -> None:
 
 def _clear(run_dir: Path) -> None:
     """Checkpoints of another run must not be taken for this one's."""
-    for name in ("result.json", "steps.csv", "evals.csv", "perf.log", "environment.json"):
+    for name in ("result.json", "steps.csv", "evals.csv", "memory.csv", "perf.log", "environment.json"):
         if (run_dir / name).exists():
             (run_dir / name).unlink()
     for name in ("checkpoints", "csv"):

@@ -4,13 +4,14 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Callable, List, Tuple
+from typing import Any, Callable, Tuple
 
 from lit_glm.config.schema import TrainConfig
+from lit_glm.hardware.runtimes import make_runtime
 from lit_glm.jobs.launch import ending_recorded, prepare_folder
 from lit_glm.jobs.nodes import OuterRank
 from lit_glm.jobs.spec import Job
-from lit_glm.jobs.worker import join_group, run_rank, said
+from lit_glm.jobs.worker import join_group, leave, run_rank, said
 
 
 def run_outer(
@@ -32,22 +33,25 @@ def run_outer(
     Returns:
         The exit status.
     """
-    import torch
+    from lit_glm.hardware import exchange
 
     def work() -> None:
         if outer.local_rank == 0:
             prepare_data()
         join_group(config)
-        told: List[Any] = [None]
+        told: Any = None
         if outer.rank == 0:
             run_dir, resumes = find()
             prepare_folder(Job(config, entry, sys.argv, resumes), run_dir)
-            told = [(str(run_dir.resolve()), resumes)]
+            told = (str(run_dir.resolve()), resumes)
         if config.topology.world_size > 1:
-            torch.distributed.broadcast_object_list(told, src=0)
-        folder, resumes = Path(told[0][0]), told[0][1]
+            told = exchange.broadcast(told, make_runtime(config.hardware, config.topology).device(outer.local_rank))
+        folder, resumes = Path(told[0]), told[1]
         job = Job(config, entry if outer.rank == 0 else time.monotonic(), sys.argv, resumes)
         with ending_recorded(folder) if outer.rank == 0 else nullcontext():
             run_rank(job, folder)
 
-    return said(work)
+    status = said(work)
+    if config.topology.world_size > 1:
+        leave(status)
+    return status

@@ -19,8 +19,13 @@ _NOT_IDENTITY = (
     "sweep.skip_done",
     "sweep.objective",
     "run.rendezvous_timeout_s",
+    "report.machine",
+    "report.card",
+    "report.network",
+    "report.driver",
+    "report.image",
 )
-"""Keys that decide how a job is run and not what it computes."""
+"""Keys that decide how a job is run and described, not what it computes."""
 
 
 @dataclass

@@ -4,6 +4,7 @@ Under torchrun: `python -m lit_glm.jobs.worker SPEC_DIR RUN_DIR`. SPEC_DIR holds
 on the first node it is the run folder.
 """
 
+import atexit
 import logging
 import os
 import signal
@@ -19,7 +20,7 @@ from lit_glm.bench.result import COMPLETE, amend_result, table, write_json
 from lit_glm.config.app import CONF
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError, RunError
-from lit_glm.hardware.runtimes import check_cards, make_runtime, set_environment
+from lit_glm.hardware.runtimes import check_cards, check_devices, make_runtime, set_environment
 from lit_glm.jobs.heartbeat import Heartbeat
 from lit_glm.jobs.spec import Job, identity
 
@@ -97,6 +98,7 @@ def _run(job: Job, run_dir: Path, signals: Optional[_Signals], beat: Callable[[]
     from lit_glm.bench.curves import Curves
     from lit_glm.bench.environment import describe
     from lit_glm.bench.recorder import Recorder, RunFolder, slowest
+    from lit_glm.hardware import exchange
     from lit_glm.hardware.accelerator import make_accelerator, make_strategy
     from lit_glm.hardware.precision import make_precision
     from lit_glm.jobs import checkpoints
@@ -104,6 +106,7 @@ def _run(job: Job, run_dir: Path, signals: Optional[_Signals], beat: Callable[[]
     from lit_glm.training.module import RecordModule
 
     runtime = make_runtime(config.hardware, config.topology)
+    check_devices(runtime, config.topology)
     world_size = config.topology.world_size
     strategy = make_strategy(runtime, config.topology, config.run.stall_timeout_s)
     precision = make_precision(config, runtime)
@@ -112,10 +115,7 @@ def _run(job: Job, run_dir: Path, signals: Optional[_Signals], beat: Callable[[]
     if rank == 0:
         for line in kept:
             print(f"lit_glm: {line}", file=sys.stderr)
-        write_json(
-            run_dir / "environment.json",
-            describe(config.hardware, runtime, config.topology.devices_per_node, job.command),
-        )
+        write_json(run_dir / "environment.json", describe(config, runtime, job.command))
         print(_opening(config, runtime.simulated, run_dir), flush=True)
     beat()
     train_split, eval_split = open_data(config.data, config.model)
@@ -192,8 +192,7 @@ def _run(job: Job, run_dir: Path, signals: Optional[_Signals], beat: Callable[[]
     seconds, e2e = recorder.seconds(), recorder.e2e()
     per_rank: List[Any] = [(seconds, runtime.peak_memory(local_rank))]
     if world_size > 1:
-        own, per_rank = per_rank[0], [None] * world_size
-        torch.distributed.all_gather_object(per_rank, own)
+        per_rank = exchange.gather(per_rank[0], runtime.device(local_rank))
     memory = [peak for _, peak in per_rank if peak is not None]
     result: Dict[str, Any] = {}
     if trainer.is_global_zero:
@@ -201,9 +200,7 @@ def _run(job: Job, run_dir: Path, signals: Optional[_Signals], beat: Callable[[]
             status = "interrupted"
         else:
             status = "success" if (recorder.accuracy or 0.0) >= config.run.target_accuracy else "finished"
-        # Ranks on the processor share its memory; cards have each their own.
-        shared = runtime.device(0).type == "cpu" and not runtime.simulated
-        peak = (sum(memory) if shared else max(memory)) if memory else None
+        peak = (sum(memory) if runtime.shares_memory else max(memory)) if memory else None
         result = recorder.finish(status, module, slowest([entry for entry, _ in per_rank]), e2e, peak)
         print(table([result]), flush=True)
     if world_size > 1:
@@ -276,8 +273,8 @@ def join_group(config: TrainConfig) -> None:
     import torch
 
     runtime = make_runtime(config.hardware, config.topology)
-    if runtime.device_count() >= config.topology.devices_per_node:
-        runtime.set_device(int(os.environ["LOCAL_RANK"]))
+    check_devices(runtime, config.topology)
+    runtime.set_device(int(os.environ["LOCAL_RANK"]))
     if config.topology.world_size > 1:
         torch.distributed.init_process_group(runtime.backend, timeout=timedelta(seconds=config.run.stall_timeout_s))
 
@@ -335,9 +332,18 @@ def fail(run_dir: Path, message: str) -> None:
         amend_result(run_dir, status="failed", error=message)
 
 
-if __name__ == "__main__":
-    status = main(Path(sys.argv[1]), Path(sys.argv[2]))
+def leave(status: int) -> None:
+    """End this rank without the interpreter's teardown.
+
+    After a failure a peer that is gone must not hold this process up; after a success threads of torch's collectives
+    that are still joinable would abort it now and then.
+    """
+    if status == 0:
+        atexit._run_exitfuncs()  # loggers finish their files there
     sys.stdout.flush()
-    # Skip the interpreter's teardown after a failure: a peer that is gone must not hold this process up.
-    if status:
-        os._exit(status)
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    leave(main(Path(sys.argv[1]), Path(sys.argv[2])))

@@ -10,8 +10,6 @@ from lit_glm.config.schema import HardwareConfig, TopologyConfig
 from lit_glm.errors import InputError
 from lit_glm.hardware.runtimes.base import Runtime
 
-NAMES = ("cpu", "cuda", "xmlir", "xpytorch", "simulated")
-
 
 def set_environment(hardware: HardwareConfig) -> List[str]:
     """Set the variables of a hardware file, before its runtime is imported and never over the user's.
@@ -90,6 +88,19 @@ def make_runtime(hardware: HardwareConfig, topology: TopologyConfig) -> Runtime:
                 reason = str(error)
         reasons.append(f"  {name}: {reason}")
     raise InputError(_unusable(hardware, reasons))
+
+
+def check_devices(runtime: Runtime, topology: TopologyConfig) -> None:
+    """Compare the devices of this node with the topology.
+
+    Raises:
+        InputError: if there are fewer.
+    """
+    if runtime.device_count() < topology.devices_per_node:
+        raise InputError(
+            f"topology={topology.name} asks for {topology.devices_per_node} devices a node; "
+            f"{runtime.name} sees {runtime.device_count()} here"
+        )
 
 
 def check_cards(hardware: HardwareConfig, runtime: Runtime, devices: int, folder: Path) -> List[str]:

@@ -14,8 +14,12 @@ class Runtime:
     """
 
     name = ""
+    has_driver = False
+    """Whether its devices are cards with a driver of their own."""
     simulated = False
     """Whether its devices are pretended: such figures are no measurements of the chip."""
+    shares_memory = False
+    """Whether the devices of a node have one memory between them: then `mem` is the sum over its ranks."""
     backend = "gloo"
     """Collective backend for torch.distributed."""
 
@@ -68,6 +72,14 @@ class Runtime:
     def device_name(self, index: int) -> str:
         """What the device calls itself."""
         return ""
+
+    def driver_version(self) -> Optional[str]:
+        """Version of the cards' driver; None where nothing says it."""
+        return None
+
+    def memory_now(self, index: int) -> Optional[float]:
+        """Memory in use on a device at this moment, or at the monitor's last reading, bytes."""
+        return None
 
     def watch_memory(self, index: int) -> None:
         """Begin to watch a device's memory, where that takes more than asking the runtime in the end."""

@@ -14,6 +14,7 @@ class CPURuntime(Runtime):
     """Ranks share the cores; memory in use is the resident memory of the processes."""
 
     name = "cpu"
+    shares_memory = True
     _children = 0.0
 
     def device_count(self) -> int:
@@ -26,11 +27,7 @@ class CPURuntime(Runtime):
 
     def device_name(self, index: int) -> str:
         """Model name as the kernel reports it."""
-        try:
-            with open("/proc/cpuinfo") as file:
-                return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-        except (OSError, StopIteration):
-            return ""
+        return cpu_name()
 
     def peak_memory(self, index: int) -> Optional[float]:
         """Resident memory of this process and its children (data loaders): the kernel's high-water mark of each.
@@ -42,9 +39,29 @@ class CPURuntime(Runtime):
         self._children = max(self._children, children)
         return own + self._children
 
+    def memory_now(self, index: int) -> Optional[float]:
+        """Resident memory of this process and its children."""
+        process = psutil.Process()
+        total = 0.0
+        for one in (process, *process.children(recursive=True)):
+            try:
+                total += one.memory_info().rss
+            except psutil.Error:  # a data loader that has ended meanwhile
+                continue
+        return total
+
     def total_memory(self, index: int) -> Optional[float]:
         """Memory of the machine."""
         return float(psutil.virtual_memory().total)
+
+
+def cpu_name() -> str:
+    """Model name of the processor as the kernel reports it; "" where it does not."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return ""
 
 
 def _high_water(pid: int) -> float:

@@ -4,7 +4,7 @@ from typing import Optional
 
 import torch
 
-from lit_glm.hardware.monitors import MemoryWatch, nvml_memory
+from lit_glm.hardware.monitors import MemoryWatch, nvml_memory, output_of
 from lit_glm.hardware.runtimes.base import Runtime
 
 
@@ -13,6 +13,7 @@ class CUDARuntime(Runtime):
 
     name = "cuda"
     backend = "nccl"
+    has_driver = True
 
     def __init__(self) -> None:
         self._watch = MemoryWatch(nvml_memory)
@@ -57,6 +58,14 @@ class CUDARuntime(Runtime):
     def peak_memory(self, index: int) -> Optional[float]:
         """The largest reading of the monitor, and at least what torch's allocator has reserved at most."""
         return max(self._watch.peak(index) or 0.0, float(torch.cuda.max_memory_reserved(index)))
+
+    def memory_now(self, index: int) -> Optional[float]:
+        """The monitor's last reading, else what the allocator holds."""
+        return self._watch.last(index) or float(torch.cuda.memory_reserved(index))
+
+    def driver_version(self) -> Optional[str]:
+        """As nvidia-smi says."""
+        return output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0") or None
 
     def total_memory(self, index: int) -> Optional[float]:
         """As the driver reports it."""

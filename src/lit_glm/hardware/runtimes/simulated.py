@@ -13,6 +13,7 @@ class SimulatedRuntime(CPURuntime):
 
     name = "simulated"
     simulated = True
+    shares_memory = False
 
     def __init__(self, cards: int, memory_gib: Optional[float]) -> None:
         """Pretend.

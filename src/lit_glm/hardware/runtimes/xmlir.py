@@ -10,7 +10,7 @@ import torch
 
 from lit_glm.config.schema import LossScaleConfig
 from lit_glm.hardware.loss_scale import VendorLossScale
-from lit_glm.hardware.monitors import MemoryWatch, xpu_memory
+from lit_glm.hardware.monitors import MemoryWatch, xpu_driver, xpu_memory
 from lit_glm.hardware.runtimes.base import Runtime
 
 
@@ -19,13 +19,14 @@ class XMLIRRuntime(Runtime):
 
     name = "xmlir"
     backend = "xccl"
+    has_driver = True
 
     @staticmethod
     def missing() -> Optional[str]:
         """Looks for the package without importing it: its switches are read at import."""
         if importlib.util.find_spec("torch_xmlir") is None:
             return "the package torch_xmlir is not installed (Kunlunxin's xmlir and xacc, Python 3.8, torch 1.12.1+cpu)"
-        if torch.version.cuda is not None or not torch.__version__.startswith("1."):
+        if not torch.__version__.startswith("1.12."):
             return (
                 f"torch_xmlir is installed, but torch {torch.__version__} is not the 1.12.1+cpu of the native runtime"
             )
@@ -93,6 +94,14 @@ class XMLIRRuntime(Runtime):
             return float(self._vendor.xpu.get_device_properties(index).total_memory)
         except (AttributeError, RuntimeError, TypeError):
             return self._memory.total(index)
+
+    def driver_version(self) -> Optional[str]:
+        """As the vendor's monitor says."""
+        return xpu_driver()
+
+    def memory_now(self, index: int) -> Optional[float]:
+        """The monitor's last reading."""
+        return self._memory.last(index)
 
     def watch_memory(self, index: int) -> None:
         """The runtime keeps no statistics: the vendor's command-line tool is asked, as in the published runs."""

@@ -5,7 +5,7 @@ from typing import Optional
 
 import torch
 
-from lit_glm.hardware.monitors import MemoryWatch, xpu_memory
+from lit_glm.hardware.monitors import MemoryWatch, xpu_driver, xpu_memory
 from lit_glm.hardware.runtimes.cuda import CUDARuntime
 
 
@@ -29,6 +29,10 @@ class XPyTorchRuntime(CUDARuntime):
         self._watch = MemoryWatch(xpu_memory)
         if not torch.cuda.is_available():
             raise RuntimeError("torch_xmlir is installed but no XPU answers: check the driver (xpu-smi -m)")
+
+    def driver_version(self) -> Optional[str]:
+        """As the vendor's monitor says."""
+        return xpu_driver()
 
     def device_name(self, index: int) -> str:
         """Not asked of torch: it says "GPU" for every card."""

@@ -1,0 +1,131 @@
+"""`python -m lit_glm.report RUN_DIR ...`: results of any number of runs as the published document."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Dict, List, Optional, Sequence
+
+from lit_glm.errors import InputError
+
+FORMATS = ("md", "csv", "html")
+LANGUAGES = ("en", "zh")
+_TOLD = ("machine", "card", "network", "driver", "image")
+
+
+def _choices(text: str, known: Sequence[str], option: str) -> List[str]:
+    chosen = [part.strip() for part in text.split(",") if part.strip()]
+    wrong = [part for part in chosen if part not in known]
+    if wrong or not chosen:
+        raise InputError(f"{option} {text}: must be one or more of {','.join(known)}")
+    return list(dict.fromkeys(chosen))
+
+
+def _told(places: List[str]) -> Dict[str, str]:
+    """Take `report.KEY=VALUE` out of the places."""
+    given = [place for place in places if place.startswith("report.") and "=" in place]
+    told = {}
+    for argument in given:
+        places.remove(argument)
+        key, _, value = argument[len("report.") :].partition("=")
+        if key not in _TOLD:
+            raise InputError(f"report.{key}: there is no such key; there are report.{', report.'.join(_TOLD)}")
+        told[key] = value
+    return told
+
+
+def _compare(places: List[str], limit: Optional[float]) -> int:
+    from lit_glm.report.compare import compare
+    from lit_glm.report.runs import find
+
+    runs, trouble = find(places)
+    if len(runs) != 2:
+        raise InputError("\n".join([f"--compare needs two runs, {len(runs)} were found", *trouble]))
+    found = compare(*runs)
+    print(found.text, end="")
+    if limit is None:
+        return 0
+    if found.largest is None:
+        print(f"lit_glm: --max-loss-diff {limit:g}: no step in common, nothing was compared", file=sys.stderr)
+        return 1
+    if found.largest > limit:
+        print(f"lit_glm: largest loss difference {found.largest:.3g} is above {limit:g}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def report(given: argparse.Namespace) -> int:
+    """Write what the command line asks for; returns the exit status."""
+    import datetime
+
+    import lit_glm
+    from lit_glm.report import formats
+    from lit_glm.report.document import make_document
+    from lit_glm.report.runs import find
+    from lit_glm.report.words import Words
+
+    places = list(given.runs)
+    if given.compare:
+        return _compare([*given.compare, *places], given.max_loss_diff)
+    kinds = _choices(given.format, FORMATS, "--format")
+    languages = _choices(given.lang, LANGUAGES, "--lang")
+    told = _told(places)
+    if not places:
+        raise InputError("which runs? Give run folders, sweep folders or patterns of them")
+    if given.out is None and (len(kinds) > 1 or len(languages) > 1):
+        raise InputError(f"--format {given.format} --lang {given.lang}: several files need --out DIR")
+    runs, left_out = find(places)
+    for line in left_out:
+        print(f"lit_glm: {line}", file=sys.stderr)
+    if not runs:
+        raise InputError("no run was found")
+    now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
+    missing: List[str] = []
+    for language in languages:
+        words = Words(language)
+        document = make_document(runs, left_out, told, words)
+        missing = missing or document.missing
+        generated = words("generated", lit_glm.__version__, now, len(runs))
+        for kind in kinds:
+            if kind == "csv":
+                text = formats.comma_separated(document)
+            else:
+                text = (formats.page if kind == "html" else formats.markdown)(document, generated)
+            if given.out is None:
+                sys.stdout.write(text)
+                continue
+            path = given.out / f"report.{language}.{kind}"
+            try:
+                given.out.mkdir(parents=True, exist_ok=True)
+                path.write_text(text, encoding="utf-8")
+            except OSError as error:
+                raise InputError(f"--out {given.out}: cannot be written ({error})") from error
+            print(path)
+    if given.check and missing:
+        print("\n".join(["lit_glm: missing for a complete document:", *missing]), file=sys.stderr)
+        return 1
+    return 0
+
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    """Parse, report; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        "lit_glm.report",
+        description="Results of runs as the published document: environment, general figures, a table of rows.",
+        epilog="report.machine=..., report.card=, report.network=, report.driver=, report.image= fill in what no "
+        "program can know.",
+    )
+    parser.add_argument("runs", nargs="*", metavar="RUN_DIR", help="run folders, sweep folders, patterns of them")
+    parser.add_argument("--format", default="md", help="md, csv, html; several with commas (default: md)")
+    parser.add_argument("--lang", default="en", help="en, zh; several with commas (default: en)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="write report.LANG.FORMAT there instead of to the screen"
+    )
+    parser.add_argument("--check", action="store_true", help="exit status 1 when something is missing")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two runs side by side instead")
+    parser.add_argument("--max-loss-diff", type=float, help="with --compare: exit status 1 above it")
+    given = parser.parse_args(arguments)
+    try:
+        return report(given)
+    except InputError as error:
+        print(f"lit_glm: {error}", file=sys.stderr)
+        return error.exit_status

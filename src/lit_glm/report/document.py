@@ -1,0 +1,279 @@
+"""The document as data: runs to sections, tables and notes in one language, before any format."""
+
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional, Tuple
+
+from lit_glm.bench.result import COLUMNS
+from lit_glm.hardware.names import COMPILERS, FRAMEWORKS
+from lit_glm.report.published import beside
+from lit_glm.report.rows import cell, full_label, label, marks, reasons
+from lit_glm.report.runs import Row, Run, rows
+from lit_glm.report.words import Words
+
+TOPOLOGIES = ("1x1", "1x8", "2x8")
+"""Of a complete document, as published."""
+_SCORINGS = ("published", "shared_context")
+_DEPENDENCIES = ("torch", "pytorch-lightning", "torchmetrics", "hydra-core", "omegaconf", "numpy", "h5py", "scipy")
+_TOLD = {"machine": "machine", "card": "card", "network": "network", "driver": "driver", "image": "image"}
+"""Environment entries that a `report.*` key can give."""
+
+
+@dataclass
+class Table:
+    """Head and lines; all text."""
+
+    columns: List[str]
+    rows: List[List[str]]
+    notes: List[str] = field(default_factory=list)
+    heading: str = ""
+
+
+@dataclass
+class Entry:
+    """One line of the environment; `values` is empty where it is unknown."""
+
+    key: str
+    label: str
+    values: List[str]
+
+
+@dataclass
+class Environment:
+    """Of one hardware: two lists of entries."""
+
+    name: str
+    hardware: List[Entry]
+    software: List[Entry]
+
+
+@dataclass
+class Document:
+    """Everything that the formats show."""
+
+    words: Words
+    environments: List[Environment]
+    general: List[Table]
+    performance: List[Table]
+    published: Table
+    ratios: Table
+    missing: List[str]
+    left_out: List[str]
+    behind: Table
+    rows: List[Row]
+
+
+def make_document(runs: List[Run], left_out: List[str], told: Dict[str, str], words: Words) -> Document:
+    """Arrange what the runs left.
+
+    Args:
+        runs: at least one.
+        left_out: places that hold no readable run, a line each.
+        told: environment entries given on the command line, by the name of their `report.*` key.
+        words: of the language.
+    """
+    found = rows(runs)
+    hardware = list(dict.fromkeys(str(row["hardware"]) for row in found))
+    environments = [
+        _environment(name, [run for run in runs if run.result["hardware"] == name], told, words) for name in hardware
+    ]
+    published, ratios = beside(found, words)
+    return Document(
+        words=words,
+        environments=environments,
+        general=[_general(name, [row for row in found if row["hardware"] == name], words) for name in hardware],
+        performance=_performance(found, words),
+        published=published,
+        ratios=ratios,
+        missing=_missing(found, environments, words),
+        left_out=left_out,
+        behind=_behind(found, words),
+        rows=found,
+    )
+
+
+# -- environment -------------------------------------------------------------------------------------------------
+
+
+def _distinct(values: List[Any]) -> List[str]:
+    return list(dict.fromkeys(str(value) for value in values if value not in (None, "")))
+
+
+def _environment(name: str, runs: List[Run], told: Dict[str, str], words: Words) -> Environment:
+    known = [run.environment for run in runs if run.environment]
+
+    def entry(key: str, values: List[Any]) -> Entry:
+        given = told.get(_TOLD.get(key, ""))
+        return Entry(key, words(key), [given] if given else _distinct(values))
+
+    def packages(environment: Dict[str, Any], names: Tuple[str, ...]) -> str:
+        versions = environment.get("packages") or {}
+        return ", ".join(f"{package} {versions[package]}" for package in names if package in versions)
+
+    def framework(environment: Dict[str, Any]) -> str:
+        vendor = packages(environment, FRAMEWORKS) if not environment.get("simulated") else ""
+        return ", ".join(filter(None, [vendor, packages(environment, ("torch", "pytorch-lightning"))]))
+
+    def driver(environment: Dict[str, Any]) -> Optional[str]:
+        return environment.get("driver") or (None if environment.get("has_driver", True) else words("no_driver"))
+
+    def image(environment: Dict[str, Any]) -> Optional[str]:
+        return words("no_container") if environment.get("container_image") == "" else environment.get("container_image")
+
+    several = any(row_nodes > 1 for row_nodes in (_nodes(run) for run in runs))
+    networks = [environment.get("network") for environment in known]
+    return Environment(
+        name,
+        [
+            entry("machine", [environment.get("machine") for environment in known]),
+            entry(
+                "card",
+                [environment.get("card") or next(iter(environment.get("cards") or []), None) for environment in known],
+            ),
+            entry("network", networks if several or any(networks) else []),
+        ],
+        [
+            entry("os", [environment.get("os") for environment in known]),
+            entry("kernel", [environment.get("kernel") for environment in known]),
+            entry("driver", [driver(environment) for environment in known]),
+            entry("image", [image(environment) for environment in known]),
+            entry("framework", [framework(environment) for environment in known]),
+            entry("compiler", [packages(environment, COMPILERS) or words("no_compiler") for environment in known]),
+            entry("dependencies", [packages(environment, _DEPENDENCIES) for environment in known]),
+        ],
+    )
+
+
+def _nodes(run: Run) -> int:
+    nodes = str(run.result.get("topology")).partition("x")[0]
+    return int(nodes) if nodes.isdigit() else 1
+
+
+# -- figures -------------------------------------------------------------------------------------------------------
+
+
+def _general(name: str, found: List[Row], words: Words) -> Table:
+    runs = [run for row in found for run in row.runs]
+
+    def distinct(key: str, otherwise: str) -> str:
+        return ", ".join(_distinct([run.settings.get(key) for run in runs])) or otherwise
+
+    cards = _distinct([run.environment.get("card") for run in runs])
+    precisions = ", ".join(_distinct([row["precision"] for row in found]))
+    data = {"record": "SuperGLUE ReCoRD", "synthetic": "synthetic"}
+    sets = ", ".join(data.get(text, text) for text in _distinct([run.settings.get("data.name") for run in runs]))
+    lines = [
+        ("task", words("task_value"), ""),
+        ("model", f"GLM ({distinct('model.name', str(runs[0].result.get('model')))})", ""),
+        ("data", sets or "SuperGLUE ReCoRD", ""),
+        ("precision", words("see", precisions), words("precision_remark")),
+        ("fix_hp", words("see", "fix_hp"), words("fix_hp_remark")),
+        ("short_name", ", ".join(cards) or name, ""),
+        ("mem", words("see", "mem"), words("mem_remark")),
+        ("e2e_time", words("see", "e2e_time"), words("e2e_remark")),
+        ("p_whole", words("see", "p_whole"), words("p_whole_remark")),
+        ("p_train", words("see", "p_train"), words("p_train_remark")),
+        ("p_core", words("see", "p_core"), words("p_core_remark")),
+        ("acc", words("see", "acc"), words("acc_remark")),
+        ("changes", "; ".join(_changes(runs)) or words("none"), words("changes_remark")),
+    ]
+    columns = [words("name"), words("value"), words("remark")]
+    return Table(columns, [[words(key), value, remark] for key, value, remark in lines], heading=name)
+
+
+def _changes(runs: List[Run]) -> List[str]:
+    """Settings that are not those of the published case, with their values."""
+    from lit_glm.config.app import checked, compose
+    from lit_glm.config.schema import TrainConfig, walk
+    from lit_glm.errors import InputError
+
+    try:
+        published = dict(walk(checked(compose("train", ["experiment=flagperf"]), TrainConfig)))
+    except InputError:
+        return []
+    judged = ("model.", "optimizer.", "scoring.name", "data.name", "data.max_seq_length", "run.target_accuracy", "seed")
+    pair = ("model.activation_checkpointing", "model.gelu", "optimizer.lr", "model.init_checkpoint")
+    changed: Dict[str, List[str]] = {}
+    for run in runs:
+        for key, value in run.settings.items():
+            other_shape = run.settings.get("model.name") != published["model.name"]
+            if key.startswith("model.") and key != "model.name" and other_shape:
+                continue  # another model has another shape
+            if key.startswith(judged) and key not in pair and key in published and published[key] != value:
+                changed.setdefault(key, []).append(str(value))
+    return [f"{key}={', '.join(dict.fromkeys(values))}" for key, values in sorted(changed.items())]
+
+
+def _performance(found: List[Row], words: Words) -> List[Table]:
+    tables = []
+    scorings = [name for name in _SCORINGS if any(row["scoring"] == name for row in found)]
+    scorings += sorted({str(row["scoring"]) for row in found} - set(_SCORINGS))
+    for scoring in scorings:
+        own = [row for row in found if str(row["scoring"]) == scoring]
+        notes = [note for row in own for note in reasons(row, words)]
+        if any(row["simulated"] for row in own):
+            notes.insert(0, words("mark_means_simulated"))
+        known = scoring in _SCORINGS
+        tables.append(
+            Table(
+                [words("config"), *COLUMNS[1:]],
+                [[_marked(row, words), *(cell(row, column) for column in COLUMNS[1:])] for row in own],
+                [words("unit"), *dict.fromkeys(notes)],
+                words(f"scoring_{scoring}") if known else f"scoring={scoring}",
+            )
+        )
+    return tables
+
+
+def _marked(row: Row, words: Words) -> str:
+    said = marks(row, words)
+    return label(row, words) + (f" ({', '.join(said)})" if said else "")
+
+
+def _behind(found: List[Row], words: Words) -> Table:
+    lines = [
+        [
+            full_label(row, words),
+            str(run.result.get("scoring")),
+            str(run.result.get("status")),
+            str(run.result.get("seed", "")),
+            str(run.environment.get("host", "")),
+            str(run.path),
+        ]
+        for row in found
+        for run in row.runs
+    ]
+    return Table(
+        [words(key) for key in ("row",)] + ["scoring"] + [words(k) for k in ("status", "seed", "host", "folder")], lines
+    )
+
+
+# -- what is missing -------------------------------------------------------------------------------------------------
+
+
+def _missing(found: List[Row], environments: List[Environment], words: Words) -> List[str]:
+    lines: List[str] = []
+    for environment in environments:
+        own = [row for row in found if row["hardware"] == environment.name]
+        real = [row for row in own if not row["simulated"]]
+        if not real:
+            lines.append(words("missing_simulated", environment.name))
+        for scoring in dict.fromkeys(str(row["scoring"]) for row in own):
+            there = {str(row["topology"]) for row in real if row.runs[0].complete and str(row["scoring"]) == scoring}
+            lines += [
+                words("missing_topology", environment.name, topology, scoring)
+                for topology in TOPOLOGIES
+                if topology not in there
+            ]
+        for run in (run for row in own for run in row.runs if not run.environment):
+            lines.append(words("missing_environment_file", environment.name, run.path))
+        for entry in (*environment.hardware, *environment.software):
+            alone = entry.key == "network" and all(row.nodes[0] <= 1 for row in own)
+            if entry.values or alone:
+                continue
+            key = "missing_environment" if entry.key in _TOLD else "missing_environment_plain"
+            lines.append(words(key, environment.name, entry.label, entry.key))
+    for row in found:
+        lines += [
+            words("missing_cell", full_label(row, words), column) for column in COLUMNS[3:] if not cell(row, column)
+        ]
+    return list(dict.fromkeys(lines))

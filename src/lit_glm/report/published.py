@@ -1,0 +1,85 @@
+"""The published rows beside the measured ones, with ratios only where they are of the same thing."""
+
+from typing import TYPE_CHECKING, Any, Dict, List, Tuple
+
+from omegaconf import OmegaConf
+
+from lit_glm.bench.result import COLUMNS
+from lit_glm.config.app import CONF
+from lit_glm.report.rows import cell, full_label, label
+from lit_glm.report.runs import Row, Run
+from lit_glm.report.words import Words
+
+if TYPE_CHECKING:
+    from lit_glm.report.document import Table
+
+_RATIOS = ("e2e_time", "p_whole", "p_train", "p_core")
+_WORKLOAD = {"model.name": "glm_large", "data.name": "record", "data.max_seq_length": 512}
+"""What the published rows trained, by our keys."""
+
+
+def load() -> List[Dict[str, Any]]:
+    """The rows of conf/published.yaml, each as a result.json would have it."""
+    content: Any = OmegaConf.to_container(OmegaConf.load(CONF / "published.yaml"))
+    return [{"scoring": content["scoring"], "converged": True, "status": "success", **row} for row in content["rows"]]
+
+
+def beside(found: List[Row], words: Words) -> "Tuple[Table, Table]":
+    """The table of the published rows, those of the report's hardware first; and that of the ratios."""
+    from lit_glm.report.document import Table
+
+    published = load()
+    own = {str(row["hardware"]) for row in found}
+    published.sort(key=lambda line: line["hardware"] not in own)
+    wrapped = [Row([Run(CONF, line, settings={"hardware.card": line["hardware"].upper()})]) for line in published]
+    lines = [
+        [
+            words.config(line["hardware"].upper().replace("_", "-"), line["topology"]),
+            *(cell(row, column) for column in COLUMNS[1:]),
+            line["source"],
+        ]
+        for line, row in zip(published, wrapped)
+    ]
+    table = Table([words("config"), *COLUMNS[1:], words("source")], lines, [words("published_note")])
+    ratios, notes = [], []
+    for row in found:
+        matches, note = _matches(row, published, words)
+        if note:
+            notes.append(note)
+        for line in matches:
+            values = [_ratio(row.median(key), line.get(key)) for key in _RATIOS]
+            if any(values):
+                ratios.append([label(row, words), str(row["fix_hp"]), str(line["fix_hp"]), *values])
+            else:
+                notes.append(words("no_ratio_figures", full_label(row, words)))
+    head = [words("config"), "fix_hp", f"fix_hp ({words('source')})", *_RATIOS]
+    return table, Table(head, ratios, list(dict.fromkeys(notes)))
+
+
+def _ratio(measured: Any, published: Any) -> str:
+    return f"{measured / published:.2f}x" if measured and published else ""
+
+
+def _matches(row: Row, published: List[Dict[str, Any]], words: Words) -> "Tuple[List[Dict[str, Any]], str]":
+    """Published rows of the same thing; else why there are none."""
+    name = full_label(row, words)
+    if row["simulated"]:
+        return [], words("no_ratio_simulated", name)
+    if not row.runs[0].complete:
+        return [], words("no_ratio_incomplete", name)
+    left = [line for line in published if line["hardware"] == row["hardware"]]
+    if not left:
+        return [], words("no_ratio_hardware", name)
+    left = [line for line in left if line["topology"] == row["topology"]]
+    if not left:
+        return [], words("no_ratio_topology", name)
+    left = [line for line in left if line["precision"] == row["precision"] and line["tf32"] == bool(row["tf32"])]
+    if not left:
+        return [], words("no_ratio_precision", name)
+    if row["scoring"] != left[0]["scoring"]:
+        return [], words("no_ratio_scoring", name, row["scoring"])
+    settings = row.runs[0].settings
+    other = [f"{key}={settings[key]}" for key, value in _WORKLOAD.items() if settings.get(key, value) != value]
+    if other:
+        return [], words("no_ratio_workload", name, ", ".join(other))
+    return left, ""

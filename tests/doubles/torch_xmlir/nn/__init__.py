@@ -1,0 +1,1 @@
+from torch_xmlir.nn import checkpoint  # noqa: F401

@@ -1,0 +1,44 @@
+"""torch_xmlir.xpu: devices. Memory functions are missing, as in several builds of the real one."""
+
+import os
+
+import torch
+
+_current = [0]
+CALLS = {"synchronize": 0, "empty_cache": 0}
+"""How often; written to the file DOUBLE_CALLS at exit, for the tests."""
+
+
+def is_available() -> bool:
+    return True
+
+
+def device_count() -> int:
+    visible = os.environ.get("XPU_VISIBLE_DEVICES")
+    return 8 if visible is None else len([index for index in visible.split(",") if index])
+
+
+def current_device() -> int:
+    return _current[0]
+
+
+def set_device(index: int) -> None:
+    if not 0 <= int(index) < device_count():
+        raise RuntimeError(f"invalid XPU {index}: {device_count()} visible")
+    _current[0] = int(index)
+
+
+def synchronize() -> None:
+    CALLS["synchronize"] += 1
+
+
+def empty_cache() -> None:
+    CALLS["empty_cache"] += 1
+
+
+def get_device_name(index: int) -> str:
+    return f"double of an R300, card {index}"
+
+
+def manual_seed_all(seed: int) -> None:
+    torch.manual_seed(seed)
