@@ -17,7 +17,7 @@ _FORMATS: Dict[str, Callable[[float], str]] = {
 
 
 def label(row: Row, words: Words) -> str:
-    """Name of a row, such as `R300 1x8`: the card's name where it is short, else the hardware file's."""
+    """Name of a row, such as `CARD 1x8`: the card's name where it is short, else the hardware file's."""
     card = str(row.runs[0].settings.get("hardware.card") or "")
     hardware = str(row["hardware"])
     short = card if card and card.lower().replace("-", "_") == hardware.lower() else hardware

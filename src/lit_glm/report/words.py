@@ -21,7 +21,7 @@ class Words:
         return text.format(*values) if values else text
 
     def config(self, card: str, topology: str) -> str:
-        """Name of a row: `R300 1x8`; in Chinese as published, `R300单机8卡（1x8）`."""
+        """Name of a row: `CARD 1x8`; in Chinese as published, `CARD单机8卡（1x8）`."""
         nodes, _, devices = topology.partition("x")
         if self.language == "en" or not (nodes.isdigit() and devices.isdigit()):
             return f"{card} {topology}"
