@@ -80,6 +80,7 @@ def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
     from lit_glm.batches.datamodule import evaluation_batches
     from lit_glm.bench.result import write_json
     from lit_glm.hardware.precision import make_precision
+    from lit_glm.model.attention import check_kernel
     from lit_glm.model.build import build_glm
     from lit_glm.training.evaluation import evaluate
     from lit_glm.training.module import RecordModule
@@ -87,6 +88,7 @@ def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
     split = open_split(config.data.eval_file, True, config.data.cache_dir)
     split.check_fits(config.model.vocab_size, config.model.max_sequence_length, config.data.max_seq_length)
     names = read_names(Path(config.data.eval_file), len(split))
+    check_kernel(config.model.attention, runtime.device(0), training=False)
     glm, done = build_glm(config.model, runtime.checkpoint())
     for line in done:
         print(f"lit_glm: {config.model.init_checkpoint}: {line}")

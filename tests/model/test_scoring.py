@@ -1,5 +1,6 @@
 """Both scorings give the same scores on any batch; the ways of attending are equal, gradients too."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any, List
 
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 
 from lit_glm.batches.collate import flat_batch, padded_batch
 from lit_glm.batches.compact import CompactSplit, open_split
-from lit_glm.model.attention import FlatPlan, GatheredPlan
+from lit_glm.errors import InputError
+from lit_glm.model.attention import FlatPlan, FlexPlan, GatheredPlan, PaddedPlan, check_kernel
 from lit_glm.model.glm import GLM, GLMShape
 from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, choice_loss, score_table
 from lit_glm.record.cloze import encode
@@ -105,21 +107,79 @@ def test_contexts_that_differ_make_groups(tmp_path: Path) -> None:
     assert sum(batch.context_lengths) + sum(batch.candidate_rows) == len(batch.tokens)
 
 
+FUSED = hasattr(torch.nn.functional, "scaled_dot_product_attention")
+FLEX = importlib.util.find_spec("torch.nn.attention") is not None
+KERNELS = ["auto", "matmul"] + ["fused"] * FUSED
+CONTEXTS, ROWS = [5, 9, 1], [4, 2, 6]
+OWNER = [0, 0, 1, 1, 2, 2, 3, 3, 3, 4, 4, 4]
+
+
+def outputs_and_gradients(plans: List[Any], qkv: torch.Tensor, candidates_only: bool) -> "tuple[List[Any], List[Any]]":
+    outputs, gradients = [], []
+    for plan in plans:
+        x = qkv.clone().requires_grad_()
+        out = plan(x, 4, 0.0, candidates_only)
+        (out * torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)).sum().backward()
+        outputs.append(out)
+        gradients.append(x.grad)
+    return outputs, gradients
+
+
 @pytest.mark.parametrize("candidates_only", [False, True])
 def test_ways_of_attending_are_equal(candidates_only: bool) -> None:
     torch.manual_seed(0)
-    contexts, rows = [5, 9, 1], [4, 2, 6]
-    owner = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3, 3, 4, 4, 4])
-    qkv = torch.randn(27, 3 * 16)
-    outputs, gradients = [], []
-    for plan in (FlatPlan.of(contexts, rows, owner), GatheredPlan.of(contexts, rows, owner)):
-        x = qkv.clone().requires_grad_()
-        out = plan(x, 4, 0.0, candidates_only)
-        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
-        outputs.append(out)
-        gradients.append(x.grad)
+    owner, qkv = torch.tensor(OWNER), torch.randn(27, 3 * 16)
+    plans = [plan.of(CONTEXTS, ROWS, owner, kernel) for plan in (FlatPlan, GatheredPlan) for kernel in KERNELS]
+    outputs, gradients = outputs_and_gradients(plans, qkv, candidates_only)
+    for out, gradient in zip(outputs[1:], gradients[1:]):
+        torch.testing.assert_close(outputs[0], out, atol=1e-5, rtol=0)
+        torch.testing.assert_close(gradients[0], gradient, atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(not FLEX, reason="this torch has no FlexAttention")
+@pytest.mark.parametrize("candidates_only", [False, True])
+def test_the_block_mask_is_the_same(candidates_only: bool) -> None:
+    """Forward; FlexAttention has no backward pass on a processor."""
+    torch.manual_seed(0)
+    owner, qkv = torch.tensor(OWNER), torch.randn(27, 3 * 16)
+    with torch.no_grad():
+        flat = FlatPlan.of(CONTEXTS, ROWS, owner)(qkv, 4, 0.0, candidates_only)
+        flex = FlexPlan.of(CONTEXTS, ROWS, owner)(qkv, 4, 0.0, candidates_only)
+    torch.testing.assert_close(flat, flex, atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA card here")
+@pytest.mark.parametrize("candidates_only", [False, True])
+def test_ways_of_attending_are_equal_on_a_card(candidates_only: bool) -> None:
+    torch.manual_seed(0)
+    owner, qkv = torch.tensor(OWNER).cuda(), torch.randn(27, 3 * 64).cuda()
+    plans = [plan.of(CONTEXTS, ROWS, owner, "auto") for plan in (FlatPlan, GatheredPlan)]
+    plans.append(FlexPlan.of(CONTEXTS, ROWS, owner))
+    outputs, gradients = outputs_and_gradients(plans, qkv, candidates_only)
+    for out, gradient in zip(outputs[1:], gradients[1:]):
+        torch.testing.assert_close(outputs[0], out, atol=1e-4, rtol=0)
+        torch.testing.assert_close(gradients[0], gradient, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kernel", KERNELS[1:])
+def test_padded_sequences_by_every_kernel(kernel: str) -> None:
+    torch.manual_seed(0)
+    separators, qkv = torch.tensor([3, 7, 1]), torch.randn(3 * 8, 3 * 16)
+    plans = [PaddedPlan.of(separators, 8, name) for name in ("auto", kernel)]
+    outputs, gradients = outputs_and_gradients(plans, qkv, False)
     torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=0)
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=0)
+
+
+def test_a_kernel_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    check_kernel("auto", cpu, training=True)
+    check_kernel("matmul", cpu, training=True)
+    with pytest.raises(InputError, match="flex: (has no backward pass|torch .* no such)"):
+        check_kernel("flex", cpu, training=True)
+    monkeypatch.setattr("lit_glm.model.attention._HAS_FUSED", False)
+    with pytest.raises(InputError, match="fused: torch .* has no such kernel"):
+        check_kernel("fused", cpu, training=True)
 
 
 @pytest.mark.parametrize("scoring", ["flat", "padded"])

@@ -220,7 +220,7 @@ def _convert(path: Path, needs_answers: bool, folder: Path, progress: Optional[P
                 last = int(np.searchsorted(choices[:, 1], start + _ROWS_AT_ONCE, side="right"))
                 last = max(last, first + 1)
                 stop = choices[last - 1, 1]
-                _add_examples(writer, _Rows(reader, separators, start, stop), choices[first:last] - start)
+                _add_examples(writer, CandidateRows(reader, separators, start, stop), choices[first:last] - start)
                 first = last
                 if progress is not None:
                     progress(int(stop), reader.num_candidates)
@@ -251,7 +251,7 @@ def _answers(reader: SparseReader, choices: Any) -> Tuple[Any, Any]:
     return answers, ranges[:, 1]
 
 
-class _Rows:
+class CandidateRows:
     """Candidate rows start..stop-1 of a file, checked against the rules of the layout."""
 
     def __init__(self, reader: SparseReader, separators: Any, start: int, stop: int) -> None:
@@ -315,7 +315,7 @@ class _Writer:
             self.extremes[name] = (int(values[row]), first_row + row)
 
 
-def _add_examples(writer: _Writer, rows: _Rows, choices: Any) -> None:
+def _add_examples(writer: _Writer, rows: CandidateRows, choices: Any) -> None:
     """Find the groups of each example and append everything, candidates group by group."""
     order: List[int] = []
     contexts: List[Any] = []

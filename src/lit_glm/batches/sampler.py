@@ -42,6 +42,7 @@ class EndlessBatches(Sampler):
         self._seed = seed
         self._start = start
         self._lengths = lengths if world_size > 1 else None
+        self._ordered: Any = (-1, None)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -56,23 +57,32 @@ class EndlessBatches(Sampler):
     def __iter__(self) -> Iterator[List[int]]:
         epoch, first = divmod(self._start, self.steps_per_epoch)
         while True:
-            order = self._order(epoch)
+            order = self.order(epoch)
             width = self._batch_size * self._world_size
             for k in range(first, self.steps_per_epoch):
-                yield self._share(order[k * width : (k + 1) * width])
+                yield self._deal(order[k * width : (k + 1) * width])[self._rank]
             epoch, first = epoch + 1, 0
 
-    def _order(self, epoch: int) -> Any:
+    def order(self, epoch: int) -> Any:
+        """The examples of an epoch in the order in which all ranks together take them."""
         generator = torch.Generator()
         generator.manual_seed(self._seed + epoch)
         order = torch.randperm(self._num_examples, generator=generator).numpy()
         total = -(-self._num_examples // self._world_size) * self._world_size
         return np.resize(order, total)  # wraps round to the start to give every rank the same number
 
-    def _share(self, batch: Any) -> List[int]:
+    def shares(self, step: int) -> List[List[int]]:
+        """The examples of every rank in a step, counted from 1."""
+        epoch, k = divmod(step - 1, self.steps_per_epoch)
+        if epoch != self._ordered[0]:
+            self._ordered = (epoch, self.order(epoch))
+        width = self._batch_size * self._world_size
+        return self._deal(self._ordered[1][k * width : (k + 1) * width])
+
+    def _deal(self, batch: Any) -> List[List[int]]:
         if self._lengths is None:
-            return [int(i) for i in batch[self._rank :: self._world_size]]
-        return balanced(batch, self._lengths[batch], self._world_size)[self._rank]
+            return [[int(i) for i in batch[rank :: self._world_size]] for rank in range(self._world_size)]
+        return balanced(batch, self._lengths[batch], self._world_size)
 
 
 def balanced(examples: Any, lengths: Any, world_size: int) -> List[List[int]]:

@@ -88,6 +88,13 @@ def _network() -> Optional[str]:
     return "{1}, {0:g} Gb/s".format(*max(ports)) if ports else None
 
 
+def describe_machine() -> str:
+    """This machine in one line."""
+    name = f"{_machine()}, " if _machine() else ""
+    size = f"{os.cpu_count()} cores of {cpu_name()}, {psutil.virtual_memory().total / 2**30:.1f} GiB"
+    return f"{platform.node()}: {name}{size}, {_os_name()}, kernel {platform.release()}"
+
+
 def _image() -> Optional[str]:
     """Container image as the container's maker has left it; "" outside a container, None where nothing says."""
     named = os.environ.get("LIT_GLM_CONTAINER_IMAGE")

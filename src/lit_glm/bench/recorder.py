@@ -14,7 +14,7 @@
 
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import pytorch_lightning as pl
 
@@ -23,6 +23,7 @@ from lit_glm.bench.figures import Seconds, figures
 from lit_glm.bench.perflog import PerfLog
 from lit_glm.bench.result import SCHEMA_VERSION, read_result, write_json
 from lit_glm.bench.tables import EVALS, MEMORY, STEPS, Table
+from lit_glm.bench.work import Work, utilisation
 from lit_glm.config.schema import TrainConfig
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.training.evaluation import evaluate
@@ -98,6 +99,10 @@ class RunFolder:
             "mem_actual_gib": peak if peak is None else max(peak, float(self._before.get("mem_actual_gib") or 0.0)),
             "mem_total_gib": memory[-1] if memory else None,
             "mfu": None,
+            "mfu_flagperf": None,
+            "tokens_per_s": None,
+            "candidates_per_s": None,
+            "rank_imbalance": None,
             "converged": converged(self.accuracy, config.run),
             "num_trained_samples": samples,
             "global_steps": step,
@@ -138,6 +143,7 @@ class Recorder(pl.Callback):
         epoch_of: Callable[[int], int],
         save: Callable[[Any, int], None],
         beat: Callable[[], None],
+        examples: Tuple[int, int],
     ) -> None:
         """Get ready.
 
@@ -150,10 +156,14 @@ class Recorder(pl.Callback):
             epoch_of: step -> epoch.
             save: (trainer, step) writes a checkpoint.
             beat: called at every step and every batch of an evaluation: a sign of life.
+            examples: how many there are to train and to evaluate on.
         """
-        self._config, self._runtime, self._entry = config, runtime, entry
+        self.config, self._runtime, self._entry = config, runtime, entry
         self._open_folder, self._eval_loader, self._epoch_of, self._save = open_folder, eval_loader, epoch_of, save
         self._beat = beat
+        self._examples = examples
+        self.listeners: List[Callable[[str, Any], None]] = []
+        """Told of every event and its value, on the first rank."""
         self.clock = PhaseClock()
         self.folder: Optional[RunFolder] = None
         self.accuracy: Optional[float] = None
@@ -176,7 +186,9 @@ class Recorder(pl.Callback):
         told: Any = (self.folder.accuracy, self.folder.evaluated_step) if self.folder else None
         self.accuracy, self.evaluated_step = trainer.strategy.broadcast(told)
         if step == 0 and self.evaluated_step < 0:
-            self._event("SUBMIT_INFO", {"model": self._config.model.name, "config": self._config.fix_hp})
+            train, evaluation = self._examples
+            counts = {"train_examples": train, "eval_examples": evaluation}
+            self._event("SUBMIT_INFO", {"model": self.config.model.name, "config": self.config.fix_hp, **counts})
         self._event("INIT_START")
         if step == 0 and self.evaluated_step < 0:
             self._evaluate(trainer, module, "INIT_EVALUATION")
@@ -216,7 +228,7 @@ class Recorder(pl.Callback):
             self.folder.steps.add(
                 step=step,
                 epoch=self._epoch,
-                samples=step * self._config.global_batch,
+                samples=step * self.config.global_batch,
                 loss=float(outcome.loss),
                 lr=outcome.lr,
                 grad_norm=None if outcome.grad_norm is None else float(outcome.grad_norm),
@@ -236,7 +248,7 @@ class Recorder(pl.Callback):
     # -- after a step ------------------------------------------------------------------------------------------
 
     def _after_step(self, trainer: pl.Trainer, module: RecordModule, trained: bool, step_seconds: float = 0.0) -> None:
-        config, step = self._config, module.steps_done
+        config, step = self.config, module.steps_done
         stop = bool(module.outcome and module.outcome.stop_requested)
         limit = reached_limit(step, config.global_batch, config.run)
         due = evaluation_due(step, config.global_batch, config.run) or limit
@@ -284,7 +296,7 @@ class Recorder(pl.Callback):
         if event is not None:
             self._event(event, {"eval_accuracy": accuracy, "time": seconds})
         if self.folder is not None:
-            samples = module.steps_done * self._config.global_batch
+            samples = module.steps_done * self.config.global_batch
             self.folder.evals.add(step=module.steps_done, samples=samples, acc=accuracy, seconds=round(seconds, 6))
             self.folder.accuracy = accuracy
         return {"global_steps": module.steps_done, "eval_accuracy": accuracy, "time": seconds}
@@ -294,19 +306,19 @@ class Recorder(pl.Callback):
             return
         outcome, seconds = module.outcome, self.clock.seconds()
         assert outcome is not None
-        loss = float(outcome.own_loss) / self._config.optimizer.accumulate
+        loss = float(outcome.own_loss) / self.config.optimizer.accumulate
         schedule: Any = module.lr_schedulers()
         step = module.steps_done
         value = {
             "global_steps": step,
-            "num_trained_samples": step * self._config.global_batch,
+            "num_trained_samples": step * self.config.global_batch,
             "epoch": self._epoch,
             "loss": loss,
             "eval_accuracy": self.accuracy,
             "no_eval_time": seconds.no_eval,
             "pure_compute_time": seconds.pure_compute,
             "learning_rate": schedule.rate,
-            "seq/s": self._config.global_batch / step_seconds if step_seconds else None,
+            "seq/s": self.config.global_batch / step_seconds if step_seconds else None,
             "end_training": ends,
         }
         if outcome.loss_scale is not None:
@@ -323,7 +335,7 @@ class Recorder(pl.Callback):
 
     def samples_here(self) -> int:
         """Samples of the steps that this process has done."""
-        return self._steps_here * self._config.global_batch
+        return self._steps_here * self.config.global_batch
 
     def peak_memory(self) -> Optional[float]:
         """Highest memory in use by this rank, bytes."""
@@ -331,8 +343,8 @@ class Recorder(pl.Callback):
 
     def total_steps(self) -> int:
         """Steps of the run if the target is not reached before."""
-        run = self._config.run
-        by_samples = run.max_samples // self._config.global_batch + 1
+        run = self.config.run
+        by_samples = run.max_samples // self.config.global_batch + 1
         return by_samples if run.max_steps is None else min(run.max_steps, by_samples)
 
     def e2e(self) -> float:
@@ -340,7 +352,14 @@ class Recorder(pl.Callback):
         return time.monotonic() - self._entry
 
     def finish(
-        self, status: str, module: RecordModule, seconds: Seconds, e2e: float, memory: Optional[float], **more: Any
+        self,
+        status: str,
+        module: RecordModule,
+        seconds: Seconds,
+        e2e: float,
+        memory: Optional[float],
+        work: Work,
+        rank_imbalance: Optional[float],
     ) -> Dict[str, Any]:
         """Write the final result (rank 0).
 
@@ -350,10 +369,26 @@ class Recorder(pl.Callback):
             seconds: of the slowest rank in each phase.
             e2e: seconds since the entry of `train`.
             memory: highest memory in use, bytes.
-            more: further entries.
+            work: of all steps.
+            rank_imbalance: see `WorkCounter.imbalance`.
         """
         assert self.folder is not None
-        result = self.folder.write(status, module.steps_done, module.steps_skipped, seconds, e2e, memory=memory, **more)
+        all_seconds = seconds + self.folder.earlier()
+        p_core = figures(module.steps_done * self.config.global_batch, all_seconds)["p_core"]
+        rates = utilisation(self.config, work, all_seconds.pure_compute, p_core)
+        if rates["mfu"] is not None and rates["mfu"] > 1:
+            rates["mfu_above_one"], rates["mfu"] = rates["mfu"], None  # no figure rather than a wrong one
+        result = self.folder.write(
+            status,
+            module.steps_done,
+            module.steps_skipped,
+            seconds,
+            e2e,
+            memory=memory,
+            rank_imbalance=rank_imbalance,
+            model_flops=work.flops,
+            **rates,
+        )
         self._event(
             "FINISHED",
             {
@@ -376,6 +411,8 @@ class Recorder(pl.Callback):
     def _event(self, name: str, value: Optional[Any] = None, **keys: Any) -> None:
         if self.folder is not None:
             self.folder.perf.event(name, value, **keys)
+            for listener in self.listeners:
+                listener(name, value)
 
     @staticmethod
     def _module(pl_module: Any) -> RecordModule:

@@ -110,6 +110,9 @@ def run_app(
     except (InputError, RunError) as error:
         print(f"lit_glm: {error}", file=sys.stderr)
         return error.exit_status
+    except BrokenPipeError:  # `--help | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         composing = len(statuses) == 1  # Hydra says some wrong overrides with a bare ValueError
         if full_error or not composing:

@@ -64,7 +64,7 @@ def run_job(job: Job, run_dir: Path, in_process: bool = True) -> Dict[str, Any]:
     with ending_recorded(run_dir):
         if world_size == 1 and in_process:
             return _run_here(job, run_dir)
-        _run_ranks(job, node, run_dir, run_dir)
+        run_ranks(job, node, run_dir, run_dir)
     result = read_result(run_dir)
     if result is None:
         raise RunError(f"{run_dir}: the job ended without a result")
@@ -97,7 +97,7 @@ def _help(job: Job, node: Node, run_dir: Path) -> Dict[str, Any]:
     spec_dir = run_dir / "nodes" / str(node.rank)
     spec_dir.mkdir(parents=True, exist_ok=True)
     job.write(spec_dir)
-    _run_ranks(job, node, spec_dir, run_dir)
+    run_ranks(job, node, spec_dir, run_dir)
     return {}
 
 
@@ -142,7 +142,7 @@ def clean_environment() -> Dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in _LEAK}
 
 
-def _agent_command(job: Job, node: Node, spec_dir: Path, run_dir: Path) -> List[str]:
+def _agent_command(job: Job, node: Node, spec_dir: Path, run_dir: Path, module: str) -> List[str]:
     topology = job.config.topology
     return [
         sys.executable,
@@ -156,7 +156,7 @@ def _agent_command(job: Job, node: Node, spec_dir: Path, run_dir: Path) -> List[
         f"--rdzv_conf=timeout={max(1, int(job.config.run.rendezvous_timeout_s))}",
         "--max_restarts=0",
         "-m",
-        "lit_glm.jobs.worker",
+        module,
         str(spec_dir),
         str(run_dir),
     ]
@@ -167,8 +167,19 @@ class _Stopped(Exception):
         self.number = number
 
 
-def _run_ranks(job: Job, node: Node, spec_dir: Path, run_dir: Path) -> None:
-    """One torchrun; forwards signals to it, and leaves nothing running."""
+def run_ranks(job: Job, node: Node, spec_dir: Path, run_dir: Path, module: str = "lit_glm.jobs.worker") -> None:
+    """Run all ranks of this node as one torchrun; forwards signals to it, and leaves nothing running.
+
+    Args:
+        job: how many ranks, and how long they may be silent.
+        node: this one.
+        spec_dir: holds job.json; where the ranks give signs of life.
+        run_dir: where files go.
+        module: what each rank runs, with the two folders as its arguments.
+
+    Raises:
+        InputError, RunError, Interrupted: how it ended otherwise.
+    """
 
     def stop(number: int, _frame: Any) -> None:
         raise _Stopped(number)
@@ -180,7 +191,7 @@ def _run_ranks(job: Job, node: Node, spec_dir: Path, run_dir: Path) -> None:
     if interface is not None:
         environment.setdefault("GLOO_SOCKET_IFNAME", interface)  # a host's own name often means the loopback to it
     before = {number: signal.signal(number, stop) for number in EXIT_STATUS}
-    command = _agent_command(job, node, spec_dir, run_dir)
+    command = _agent_command(job, node, spec_dir, run_dir, module)
     agent = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
         status = _wait(agent, job, spec_dir, run_dir)

@@ -95,13 +95,16 @@ def _run(job: Job, run_dir: Path, signals: Optional[_Signals], beat: Callable[[]
 
     from lit_glm.batches.compact import open_data
     from lit_glm.batches.datamodule import RecordData, evaluation_batches
+    from lit_glm.bench import memory
     from lit_glm.bench.curves import Curves
     from lit_glm.bench.environment import describe
     from lit_glm.bench.recorder import Recorder, RunFolder, slowest
+    from lit_glm.bench.work import WorkCounter, peak_name
     from lit_glm.hardware import exchange
     from lit_glm.hardware.accelerator import make_accelerator, make_strategy
     from lit_glm.hardware.precision import make_precision
     from lit_glm.jobs import checkpoints
+    from lit_glm.model.attention import check_kernel
     from lit_glm.model.build import build_glm
     from lit_glm.training.module import RecordModule
 
@@ -119,7 +122,14 @@ def _run(job: Job, run_dir: Path, signals: Optional[_Signals], beat: Callable[[]
         print(_opening(config, runtime.simulated, run_dir), flush=True)
     beat()
     train_split, eval_split = open_data(config.data, config.model)
+    if rank == 0:
+        sharing = config.topology.devices_per_node if runtime.shares_memory else 1
+        in_use = runtime.memory_now(local_rank) or 0.0
+        lengths, total = memory.Lengths.of(train_split), runtime.total_memory(local_rank)
+        for line in memory.describe(config, lengths, in_use, total, sharing).split("\n"):
+            print(f"lit_glm: {line}", flush=True)
 
+    check_kernel(config.model.attention, runtime.device(local_rank), training=True)
     runtime.manual_seed(config.seed)
     glm, done = build_glm(config.model, runtime.checkpoint())
     if rank == 0:
@@ -157,6 +167,7 @@ def _run(job: Job, run_dir: Path, signals: Optional[_Signals], beat: Callable[[]
         data.sampler(0, 0).epoch_of,
         save,
         beat,
+        (len(train_split), len(eval_split)),
     )
     trainer = pl.Trainer(
         accelerator=make_accelerator(runtime, config.hardware.accelerator),
@@ -193,19 +204,35 @@ def _run(job: Job, run_dir: Path, signals: Optional[_Signals], beat: Callable[[]
     per_rank: List[Any] = [(seconds, runtime.peak_memory(local_rank))]
     if world_size > 1:
         per_rank = exchange.gather(per_rank[0], runtime.device(local_rank))
-    memory = [peak for _, peak in per_rank if peak is not None]
+    peaks = [peak for _, peak in per_rank if peak is not None]
     result: Dict[str, Any] = {}
     if trainer.is_global_zero:
         if recorder.interrupted:
             status = "interrupted"
         else:
             status = "success" if (recorder.accuracy or 0.0) >= config.run.target_accuracy else "finished"
-        peak = (sum(memory) if runtime.shares_memory else max(memory)) if memory else None
-        result = recorder.finish(status, module, slowest([entry for entry, _ in per_rank]), e2e, peak)
+        peak = (sum(peaks) if runtime.shares_memory else max(peaks)) if peaks else None
+        steps = module.steps_done
+        counter = WorkCounter(config, train_split, data.sampler(0, 0))
+        result = recorder.finish(
+            status,
+            module,
+            slowest([entry for entry, _ in per_rank]),
+            e2e,
+            peak,
+            work=counter.until(steps),
+            rank_imbalance=counter.imbalance(steps),
+        )
         print(table([result]), flush=True)
     if world_size > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+    if result.get("mfu_above_one"):
+        raise RunError(
+            f"mfu is {result['mfu_above_one']:.2f}, above 100 %: hardware.peak_tflops.{peak_name(config)}="
+            f"{config.hardware.peak_tflops[peak_name(config)]:g} is not the peak of this device; the run itself is "
+            f"complete ({run_dir})"
+        )
     if recorder.interrupted:
         raise Interrupted((signals.received if signals else None) or signal.SIGTERM)
     return result
@@ -240,6 +267,7 @@ def _instantiate(entries: Dict[str, Any], run_dir: Optional[Path]) -> List[Any]:
         place: Dict[str, Any] = {}
         if run_dir is not None and "MLFlow" in entry["_target_"]:
             place = {"tracking_uri": f"file:{run_dir}/mlruns"}
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # newer ones want a database server without it
         elif run_dir is not None:
             place = {"save_dir": str(run_dir)}
             if entry["_target_"].endswith("CSVLogger") and (run_dir / entry["name"] / "metrics.csv").exists():
@@ -281,7 +309,7 @@ def join_group(config: TrainConfig) -> None:
 
 def main(spec_dir: Path, run_dir: Path) -> int:
     """Run under torchrun: errors become messages and exit statuses."""
-    _die_with_parent()
+    die_with_parent()
     job = Job.read(spec_dir)
 
     def work() -> None:
@@ -313,7 +341,7 @@ def said(work: Callable[[], None]) -> int:
     return 0
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """No rank outlives the agent that started it, however that ended (Linux: prctl PR_SET_PDEATHSIG)."""
     import ctypes
 

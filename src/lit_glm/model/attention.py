@@ -1,46 +1,85 @@
-"""Attention, over the flat layout and over padded sequences, fused where torch has a fused kernel.
+"""Attention: one function with several kernels behind it, and plans that lay rows out for it.
 
 Shapes: T rows, n context rows and m candidate rows of a group, H heads, d = D / H, N sequences, S tokens.
 A context attends to itself in both directions; a candidate's row attends to its context and causally to its
 own candidate (GLM, section 2.1).
 """
 
+import importlib.util
 import math
 from dataclasses import dataclass
-from typing import List, Optional, Tuple, Union
+from typing import Any, List, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_SMALL_GROUP = 128 * 256  # rows x width of a group up to which one padded call beats a call a group
+from lit_glm.errors import InputError
+from lit_glm.model.dropout import dropout as random_zeros
 
-FUSED = hasattr(F, "scaled_dot_product_attention")  # torch 2.0 and later
+_SMALL_GROUP = 128 * 256  # rows x width of a group up to which one padded call beats a call a group on a processor
+_HAS_FUSED = hasattr(F, "scaled_dot_product_attention")  # torch 2.0 and later
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Optional[Tensor], dropout: float) -> Tensor:
+def _has_flex() -> bool:
+    where = "torch.nn.attention"
+    return (
+        importlib.util.find_spec(where) is not None and importlib.util.find_spec(f"{where}.flex_attention") is not None
+    )
+
+
+def check_kernel(kernel: str, device: torch.device, training: bool) -> None:
+    """Refuse a kernel that is not there before anything is computed.
+
+    Args:
+        kernel: `model.attention`: auto, fused (torch's own), matmul (products and a softmax) or flex (FlexAttention).
+        device: where it would run.
+        training: whether gradients are needed.
+
+    Raises:
+        InputError: says what is missing.
+    """
+    if (kernel == "fused" and not _HAS_FUSED) or (kernel == "flex" and not _has_flex()):
+        raise InputError(f"model.attention={kernel}: torch {torch.__version__} has no such kernel; take auto")
+    if kernel == "flex" and training and device.type == "cpu":
+        raise InputError("model.attention=flex: has no backward pass on processors; it is for CUDA; take auto")
+
+
+def choose(kernel: str, device: torch.device, dropout: float) -> str:
+    """The kernel that `attend` takes.
+
+    Args:
+        kernel: fused, matmul, or auto.
+        device: where it runs.
+        dropout: of the probabilities; torch's fused kernel for processors has none and would fall back to products.
+    """
+    if kernel != "auto":
+        return kernel
+    return "fused" if _HAS_FUSED and not (dropout and device.type == "cpu") else "matmul"
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Optional[Tensor], dropout: float, kernel: str) -> Tensor:
     """Softmax attention of every head.
 
     Args:
-        q: [..., queries, d].
-        k: [..., keys, d].
-        v: [..., keys, d].
-        allowed: boolean, broadcast to [..., queries, keys]; each query must see a key. None: all.
+        q: [N, H, queries, d].
+        k: [N, H, keys, d].
+        v: [N, H, keys, d].
+        allowed: boolean, broadcast to [N, H, queries, keys]; each query must see a key. None: all.
         dropout: share of the probabilities set to zero; 0 outside training.
+        kernel: auto, fused or matmul.
 
     Returns:
-        [..., queries, d]. The published code gives forbidden keys a score of -65504; their probability is an
+        [N, H, queries, d]. The published code gives forbidden keys a score of -65504; their probability is an
         exact zero there as here.
     """
-    if FUSED:
+    if choose(kernel, q.device, dropout) == "fused":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
     scores = q @ (k / math.sqrt(q.shape[-1])).transpose(-1, -2)
     if allowed is not None:
         scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
     probabilities = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
-    if dropout:
-        probabilities = F.dropout(probabilities, dropout)
-    return probabilities @ v
+    return random_zeros(probabilities, dropout) @ v
 
 
 @dataclass
@@ -52,15 +91,19 @@ class FlatPlan:
     """Of each group."""
     allowed: List[Tensor]
     """[m, n + m] of each group: which keys its candidate rows see."""
+    kernel: str
 
     @classmethod
-    def of(cls, context_lengths: List[int], candidate_rows: List[int], row_candidate: Tensor) -> "FlatPlan":
+    def of(
+        cls, context_lengths: List[int], candidate_rows: List[int], row_candidate: Tensor, kernel: str = "auto"
+    ) -> "FlatPlan":
         """Build the plan.
 
         Args:
             context_lengths: n of each group.
             candidate_rows: m of each group.
             row_candidate: [R] which candidate each candidate row belongs to.
+            kernel: for `attend`.
         """
         own = (row_candidate[:, None] == row_candidate[None, :]).tril_()  # [R, R] own candidate, up to oneself
         allowed, start = [], 0
@@ -68,7 +111,7 @@ class FlatPlan:
             block = own[start : start + m, start : start + m]
             allowed.append(F.pad(block, (n, 0), value=True))
             start += m
-        return cls(context_lengths, candidate_rows, allowed)
+        return cls(context_lengths, candidate_rows, allowed, kernel)
 
     def __call__(self, qkv: Tensor, heads: int, dropout: float, candidates_only: bool) -> Tensor:
         """Attention of one layer.
@@ -92,7 +135,7 @@ class FlatPlan:
             q, k, v = context.permute(1, 2, 0, 3).unsqueeze(1).unbind(0)
             candidate_q, candidate_k, candidate_v = candidate.permute(1, 2, 0, 3).unsqueeze(1).unbind(0)
             if not candidates_only:
-                contexts.append(attend(q, k, v, None, dropout))
+                contexts.append(attend(q, k, v, None, dropout, self.kernel))
             candidates.append(
                 attend(
                     candidate_q,
@@ -100,6 +143,7 @@ class FlatPlan:
                     torch.cat((v, candidate_v), dim=-2),
                     allowed,
                     dropout,
+                    self.kernel,
                 )
             )
         # [1, H, n, d] -> [n, D]
@@ -124,9 +168,12 @@ class GatheredPlan:
     """K - most candidate rows: where candidates begin in a group."""
     scatter_candidates: Tensor
     """[R] place of each candidate row among the places of candidates alone."""
+    kernel: str
 
     @classmethod
-    def of(cls, context_lengths: List[int], candidate_rows: List[int], row_candidate: Tensor) -> "GatheredPlan":
+    def of(
+        cls, context_lengths: List[int], candidate_rows: List[int], row_candidate: Tensor, kernel: str = "auto"
+    ) -> "GatheredPlan":
         """Build the plan; arguments as for `FlatPlan.of`."""
         device = row_candidate.device
         n = torch.tensor(context_lengths)
@@ -152,7 +199,7 @@ class GatheredPlan:
         candidate_place = scatter[context_rows:]
         group = torch.div(candidate_place, places, rounding_mode="floor")
         own_place = candidate_place - group * places - most_n + group * most_m
-        return cls(context_rows, gather, scatter, allowed[:, None], most_n, own_place)
+        return cls(context_rows, gather, scatter, allowed[:, None], most_n, own_place, kernel)
 
     def __call__(self, qkv: Tensor, heads: int, dropout: float, candidates_only: bool) -> Tensor:
         """Attention of one layer; as `FlatPlan`."""
@@ -162,29 +209,97 @@ class GatheredPlan:
         q, k, v = padded.view(groups, places, 3, heads, width // heads).permute(2, 0, 3, 1, 4).unbind(0)
         if candidates_only:
             first = self.first_candidate
-            out = attend(q[:, :, first:], k, v, self.allowed[:, :, first:], dropout)
+            out = attend(q[:, :, first:], k, v, self.allowed[:, :, first:], dropout, self.kernel)
             return out.transpose(1, 2).reshape(-1, width).index_select(0, self.scatter_candidates)
-        out = attend(q, k, v, self.allowed, dropout)
+        out = attend(q, k, v, self.allowed, dropout, self.kernel)
         return out.transpose(1, 2).reshape(-1, width).index_select(0, self.scatter)
 
 
-def plan_for(
-    context_lengths: List[int], candidate_rows: List[int], row_candidate: Tensor, width: int
-) -> Union["FlatPlan", "GatheredPlan"]:
-    """Choose how the flat layout attends: one call a group, or all groups in one padded call.
+@dataclass
+class FlexPlan:
+    """The flat layout in one call of FlexAttention: blocks of the T x T table that nobody sees are never computed.
 
-    A call costs some tens of microseconds whatever it computes; padding costs arithmetic. On the processor one padded
-    call is ahead while a group is small (`benchmarks/attention.py` has the measurement).
+    For CUDA. Its shapes are marked dynamic, so that steps of other lengths do not compile anew. It has no dropout of
+    the probabilities, and on processors no backward pass.
+    """
+
+    all_rows: Any
+    """Block mask of the layers."""
+    candidates: Any
+    """Block mask of the last layer: queries of the candidate rows alone."""
+    num_context_rows: int
+
+    @classmethod
+    def of(
+        cls, context_lengths: List[int], candidate_rows: List[int], row_candidate: Tensor, kernel: str = "flex"
+    ) -> "FlexPlan":
+        """Build the plan; arguments as for `FlatPlan.of`."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        device = row_candidate.device
+        lengths = torch.tensor(context_lengths + candidate_rows, device=device)
+        places = torch.arange(len(context_lengths), device=device).repeat(2)
+        group = torch.repeat_interleave(places, lengths, output_size=sum(context_lengths) + len(row_candidate))
+        contexts, rows = sum(context_lengths), len(group)
+        owner = F.pad(row_candidate, (contexts, 0), value=-1)
+
+        def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            own = (owner[query] == owner[key]) & (key <= query)
+            return (group[query] == group[key]) & ((owner[key] < 0) | own)
+
+        def candidate_sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return sees(_batch, _head, query + contexts, key)
+
+        return cls(
+            create_block_mask(sees, None, None, rows, rows, device=device.type),
+            create_block_mask(candidate_sees, None, None, rows - contexts, rows, device=device.type),
+            contexts,
+        )
+
+    def __call__(self, qkv: Tensor, heads: int, dropout: float, candidates_only: bool) -> Tensor:
+        """Attention of one layer; as `FlatPlan`."""
+        assert dropout == 0.0, "FlexAttention has no dropout"  # refused when the configuration is read
+        rows, width = qkv.shape[0], qkv.shape[1] // 3
+        q, k, v = qkv.view(rows, 3, heads, width // heads).permute(1, 2, 0, 3).unsqueeze(1).unbind(0)
+        first = self.num_context_rows if candidates_only else 0
+        mask = self.candidates if candidates_only else self.all_rows
+        out = _flex(q.device.type)(q[:, :, first:], k, v, block_mask=mask)
+        return out[0].transpose(0, 1).reshape(rows - first, width)
+
+
+_compiled: Any = None
+
+
+def _flex(device: str) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    global _compiled
+    if device == "cpu":
+        return flex_attention  # for tests: products and a softmax
+    if _compiled is None:
+        _compiled = torch.compile(flex_attention, dynamic=True)
+    return _compiled
+
+
+def plan_for(
+    context_lengths: List[int], candidate_rows: List[int], row_candidate: Tensor, width: int, kernel: str
+) -> Union[FlatPlan, GatheredPlan, FlexPlan]:
+    """Choose how the flat layout attends: one call a group, all groups in one padded call, or a block mask.
+
+    A call costs some tens of microseconds whatever it computes; padding costs arithmetic. On a processor one padded
+    call is ahead while a group is small (`benchmarks/attention.py` has the measurement), on a card nearly always.
 
     Args:
         context_lengths: rows of each group's context.
         candidate_rows: rows of each group's candidates.
         row_candidate: [R] which candidate each candidate row belongs to.
         width: D.
+        kernel: `model.attention`.
     """
     longest = max(context_lengths) + max(candidate_rows)
-    plan = GatheredPlan if longest * width <= _SMALL_GROUP else FlatPlan
-    return plan.of(context_lengths, candidate_rows, row_candidate)
+    small = longest * width <= _SMALL_GROUP or row_candidate.device.type != "cpu"
+    plan: Any = FlexPlan if kernel == "flex" else GatheredPlan if small else FlatPlan
+    return plan.of(context_lengths, candidate_rows, row_candidate, kernel)
 
 
 def _causal(size: int, device: torch.device) -> Tensor:
@@ -199,17 +314,18 @@ class PaddedPlan:
     """N, S."""
     allowed: Tensor
     """[N, 1, S, S]: query i sees key j where j < separator or j <= i."""
+    kernel: str
 
     @classmethod
-    def of(cls, separator: Tensor, length: int) -> "PaddedPlan":
-        """Build the plan from the lengths of the contexts, [N]."""
+    def of(cls, separator: Tensor, length: int, kernel: str = "auto") -> "PaddedPlan":
+        """Build the plan from the lengths of the contexts, [N]; the kernel is that of `attend`."""
         place = torch.arange(length, device=separator.device)
         causal = place[None, :] <= place[:, None]
         context = place[None, None, :] < separator[:, None, None]
-        return cls((len(separator), length), (causal[None] | context)[:, None])
+        return cls((len(separator), length), (causal[None] | context)[:, None], kernel)
 
     def __call__(self, qkv: Tensor, heads: int, dropout: float, candidates_only: bool) -> Tensor:
         """Attention of one layer: [N S, 3 D] -> [N S, D]."""
         width = qkv.shape[1] // 3
         q, k, v = qkv.view(*self.shape, 3, heads, width // heads).permute(2, 0, 3, 1, 4).unbind(0)
-        return attend(q, k, v, self.allowed, dropout).transpose(1, 2).reshape(-1, width)
+        return attend(q, k, v, self.allowed, dropout, self.kernel).transpose(1, 2).reshape(-1, width)

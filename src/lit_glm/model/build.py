@@ -1,10 +1,29 @@
 """From the model's configuration to a GLM with its first weights."""
 
-from typing import Any, Callable, List, Tuple
+from typing import Any, Callable, Dict, List, Tuple
+
+import torch
+from torch import Tensor
 
 from lit_glm.config.schema import ModelConfig
 from lit_glm.model.checkpoint import load_checkpoint
 from lit_glm.model.glm import GLM, GLMShape
+
+
+def _shape(config: ModelConfig) -> GLMShape:
+    return GLMShape(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        vocab_size=config.vocab_size,
+        max_sequence_length=config.max_sequence_length,
+        hidden_dropout=config.hidden_dropout,
+        attention_dropout=config.attention_dropout,
+        gelu=config.gelu,
+        init_std=config.init_std,
+        activation_checkpointing=config.activation_checkpointing,
+        attention=config.attention,
+    )
 
 
 def build_glm(config: ModelConfig, checkpoint: Callable[..., Any]) -> Tuple[GLM, List[str]]:
@@ -17,20 +36,14 @@ def build_glm(config: ModelConfig, checkpoint: Callable[..., Any]) -> Tuple[GLM,
     Returns:
         The model, and what loading did besides copying.
     """
-    glm = GLM(
-        GLMShape(
-            num_layers=config.num_layers,
-            hidden_size=config.hidden_size,
-            num_attention_heads=config.num_attention_heads,
-            vocab_size=config.vocab_size,
-            max_sequence_length=config.max_sequence_length,
-            hidden_dropout=config.hidden_dropout,
-            attention_dropout=config.attention_dropout,
-            gelu=config.gelu,
-            init_std=config.init_std,
-            activation_checkpointing=config.activation_checkpointing,
-        ),
-        checkpoint,
-    )
+    glm = GLM(_shape(config), checkpoint)
     done = load_checkpoint(glm, config.init_checkpoint) if config.init_checkpoint else []
     return glm, done
+
+
+def shapes_of(config: ModelConfig) -> Dict[str, Tensor]:
+    """Names and shapes of the weights, without memory for their values where torch can do that (from 2.0)."""
+    if torch.__version__.startswith("1."):
+        return GLM(_shape(config)).state_dict()
+    with torch.device("meta"):
+        return GLM(_shape(config)).state_dict()

@@ -40,7 +40,25 @@ def load_checkpoint(glm: GLM, path: "str | Path") -> List[str]:
         InputError: if the file is missing, broken or hostile, or a name or shape does not fit.
     """
     weights = read_weights(Path(path))
-    own = glm.state_dict()
+    done = fit(weights, glm.state_dict(), path)
+    glm.load_state_dict(weights)
+    return done
+
+
+def fit(weights: Dict[str, Tensor], own: Dict[str, Tensor], path: "str | Path") -> List[str]:
+    """Extend position tables that are too short, and check that all names and shapes are the model's.
+
+    Args:
+        weights: of a file; changed in place.
+        own: the model's, freshly initialised; on the device "meta" only shapes are compared.
+        path: of the file, for messages.
+
+    Returns:
+        What was done, a line each.
+
+    Raises:
+        InputError: if a name or shape does not fit.
+    """
     done = []
     if _BLOCK_POSITION in weights:
         for name in (_POSITION, _BLOCK_POSITION):
@@ -49,7 +67,8 @@ def load_checkpoint(glm: GLM, path: "str | Path") -> List[str]:
                     continue  # said below, with all that does not fit
                 rows = len(weights[name])
                 extended = own[name].clone()
-                extended[:rows] = weights[name].to(extended.dtype)
+                if not extended.is_meta:
+                    extended[:rows] = weights[name].to(extended.dtype)
                 weights[name] = extended
                 done.append(f"{name}: {rows} rows from the file, {len(extended) - rows} freshly initialised")
     wrong = [f"missing: {name} {list(own[name].shape)}" for name in own if name not in weights]
@@ -65,7 +84,6 @@ def load_checkpoint(glm: GLM, path: "str | Path") -> List[str]:
             f"model.init_checkpoint={path}: does not fit the model (model.num_layers, hidden_size, vocab_size, "
             f"max_sequence_length):\n  {shown}"
         )
-    glm.load_state_dict(weights)
     return done
 
 

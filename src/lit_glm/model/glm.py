@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+from lit_glm.model.dropout import Dropout
+
 
 @dataclass(frozen=True)
 class GLMShape:
@@ -28,6 +30,7 @@ class GLMShape:
     gelu: str = "tanh"
     init_std: float = 0.02
     activation_checkpointing: bool = False
+    attention: str = "auto"
 
 
 class AttentionPlan(Protocol):
@@ -89,7 +92,7 @@ class Layer(nn.Module):
         self.attention = Attention(shape)
         self.post_attention_layernorm = nn.LayerNorm(shape.hidden_size, eps=1e-5)
         self.mlp = MLP(shape)
-        self.dropout = nn.Dropout(shape.hidden_dropout)
+        self.dropout = Dropout(shape.hidden_dropout)
 
     def forward(self, h: Tensor, plan: AttentionPlan, first_row: int) -> Tensor:
         """[T, D] -> [T - first_row, D]; with `first_row` > 0 only rows from there on leave the layer."""
@@ -105,7 +108,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.position_embeddings = nn.Embedding(shape.max_sequence_length + 1, shape.hidden_size)
         self.block_position_embeddings = nn.Embedding(shape.max_sequence_length + 1, shape.hidden_size)
-        self.dropout = nn.Dropout(shape.hidden_dropout)
+        self.dropout = Dropout(shape.hidden_dropout)
         self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.num_layers))
         self.final_layernorm = nn.LayerNorm(shape.hidden_size, eps=1e-5)
 

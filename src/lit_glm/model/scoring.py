@@ -26,7 +26,9 @@ def score_shared_context(glm: GLM, batch: FlatBatch) -> Tensor:
     Returns:
         [N] scores, candidates in the order of the batch.
     """
-    plan = plan_for(batch.context_lengths, batch.candidate_rows, batch.row_candidate, glm.shape.hidden_size)
+    shape = glm.shape
+    lengths = (batch.context_lengths, batch.candidate_rows)
+    plan = plan_for(*lengths, batch.row_candidate, shape.hidden_size, shape.attention)
     h = glm.embed(batch.tokens, batch.positions, batch.blocks)
     h = glm.encode(h, plan, first_row=sum(batch.context_lengths))
     # Only candidate rows reach the head: one row for each token to be predicted.
@@ -41,7 +43,7 @@ def score_published(glm: GLM, batch: PaddedBatch) -> Tensor:
         [B, C] scores, of padding slots too.
     """
     B, C, S = batch.text.shape
-    plan = PaddedPlan.of(batch.separator.reshape(B * C), S)
+    plan = PaddedPlan.of(batch.separator.reshape(B * C), S, glm.shape.attention)
     position = batch.position.reshape(B * C, 2, S)
     h = glm.embed(batch.text.reshape(-1), position[:, 0].reshape(-1), position[:, 1].reshape(-1))
     h = glm.encode(h, plan)

@@ -97,6 +97,11 @@ class SparseReader:
         dense[np.repeat(np.arange(stop - start), lengths), columns] = values
         return dense
 
+    def row_lengths(self, name: str) -> "np.ndarray[Any, np.dtype[np.int64]]":
+        """Stored entries of each row of a matrix."""
+        ends = np.asarray(self._file[name]["indptr"][:], dtype=np.int64)
+        return ends[1:] - ends[:-1]
+
     def vector(self, name: str) -> "np.ndarray[Any, np.dtype[np.int64]]":
         """A matrix with one row or one column, as a vector: both orientations occur."""
         return self.rows(name, 0, self._shapes[name][0]).reshape(-1)

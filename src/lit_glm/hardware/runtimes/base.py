@@ -69,6 +69,10 @@ class Runtime:
     def allow_tf32(self, allowed: bool) -> None:
         """Let fp32 products round their inputs to 10 bits of mantissa, where the chip has that."""
 
+    def precision_hint(self, name: str) -> str:
+        """What to know before computing in a precision here; "" where there is nothing to say."""
+        return ""
+
     def device_name(self, index: int) -> str:
         """What the device calls itself."""
         return ""

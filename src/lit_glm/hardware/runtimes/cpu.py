@@ -2,7 +2,7 @@
 
 import os
 import resource
-from typing import Optional
+from typing import List, Optional
 
 import psutil
 import torch
@@ -29,6 +29,14 @@ class CPURuntime(Runtime):
         """Model name as the kernel reports it."""
         return cpu_name()
 
+    def precision_hint(self, name: str) -> str:
+        """bf16 needs instructions for it; halves without them are converted and computed in fp32."""
+        if name == "bf16" and not bf16_units():
+            return "this processor has no bf16 units: torch converts and computes in fp32, slower than precision=fp32"
+        if name in ("amp", "fp16"):
+            return "processors have few fp16 instructions: expect it to be slower than precision=fp32"
+        return ""
+
     def peak_memory(self, index: int) -> Optional[float]:
         """Resident memory of this process and its children (data loaders): the kernel's high-water mark of each.
 
@@ -53,6 +61,17 @@ class CPURuntime(Runtime):
     def total_memory(self, index: int) -> Optional[float]:
         """Memory of the machine."""
         return float(psutil.virtual_memory().total)
+
+
+def bf16_units() -> List[str]:
+    """Instructions of this processor that multiply in bf16, as the kernel names them; empty without any."""
+    known = {"amx_bf16": "AMX tiles", "avx512_bf16": "AVX-512 dot products", "bf16": "Arm dot products"}
+    try:
+        with open("/proc/cpuinfo") as file:
+            flags = next(line.split(":", 1)[1].split() for line in file if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return []
+    return [text for flag, text in known.items() if flag in flags]
 
 
 def cpu_name() -> str:

@@ -35,6 +35,10 @@ class SimulatedRuntime(CPURuntime):
             raise InputError(f"card {index} does not exist: {self._cards} cards are simulated")
         return torch.device("cpu")
 
+    def precision_hint(self, name: str) -> str:
+        """Nothing: the time is no figure of the chip anyway."""
+        return ""
+
     def device_name(self, index: int) -> str:
         """Says what it is."""
         return "simulated"

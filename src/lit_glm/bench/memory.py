@@ -1,0 +1,150 @@
+"""How much device memory a training step will take, said before it is taken.
+
+Counted: weights, gradients and optimizer state exactly; activations as the tensors that autograd keeps for the largest
+batch of the data, in rows of D numbers, as the layers of `lit_glm.model.glm` keep them (and as measured: the test
+compares with the kernel's own count). What a library allocates for itself is not known beforehand.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import numpy as np
+
+from lit_glm.batches.compact import CompactSplit
+from lit_glm.config.schema import ModelConfig, TrainConfig
+from lit_glm.record.store import SparseReader
+
+_GIB = 2**30
+_KEPT = 17.0
+"""Rows of D numbers that a layer keeps for its backward pass: norms' inputs and outputs 4, Q K V 3, attention's output
+and residual 2, MLP 4 before and 4 behind the activation."""
+_HEAD_COPIES = 3.0
+"""Logits, their log-softmax, the gradient of either."""
+
+
+@dataclass
+class Lengths:
+    """What the size of a batch depends on, [N] each."""
+
+    candidates: Any
+    rows: Any
+    """Of the flat layout: contexts and candidates."""
+    predicting: Any
+    """Of these, rows that predict a token."""
+
+    @classmethod
+    def of(cls, split: CompactSplit) -> "Lengths":
+        """Of examples in the compact form."""
+        ends = split.candidate_token_end[split.example_candidate_end]
+        return cls(np.diff(split.example_candidate_end), split.example_rows, np.diff(ends))
+
+    @classmethod
+    def of_file(cls, reader: SparseReader) -> "Lengths":
+        """Of an HDF5 file that nothing has converted yet: as if no truncation made an example's contexts differ."""
+        choices = reader.pairs("choice_start_end")
+        tokens = reader.row_lengths("logit_mask")
+        predicting = np.add.reduceat(tokens, choices[:, 0])
+        contexts = np.maximum.reduceat(reader.vector("mask"), choices[:, 0])
+        return cls(np.diff(choices, axis=1)[:, 0], contexts + predicting, predicting)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass
+class Estimate:
+    """Bytes a device."""
+
+    weights: float
+    training: float
+    """Gradients, optimizer state, master weights."""
+    activations: float
+    base: float
+    """In use before the model is made."""
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.weights + self.training + self.activations + self.base
+
+
+def parameters(model: ModelConfig) -> int:
+    """Parameters of a GLM of this shape (335 M for glm_large)."""
+    D = model.hidden_size
+    tables = (model.vocab_size + 2 * (model.max_sequence_length + 1)) * D
+    return tables + model.num_layers * (12 * D * D + 13 * D) + 2 * D
+
+
+def estimate(config: TrainConfig, lengths: Lengths, base: float, bs: Optional[int] = None) -> Estimate:
+    """Estimate the peak of a training step.
+
+    Args:
+        config: the run's.
+        lengths: of the training examples: the largest batch counts.
+        base: bytes in use already.
+        bs: another batch size than the configuration's.
+    """
+    count = float(parameters(config.model))
+    half = config.precision.name == "fp16"
+    weights = count * (2 if half else 4)
+    training = count * (2 + 4 + 4 + 8 if half else 4 + 8)
+    return Estimate(weights, training, _activations(config, lengths, bs or config.bs), base)
+
+
+def _activations(config: TrainConfig, lengths: Lengths, bs: int) -> float:
+    model = config.model
+    D, L, V = model.hidden_size, model.num_layers, model.vocab_size
+    size = 2.0 if config.precision.name == "fp16" else 3.0 if config.precision.name in ("amp", "bf16") else 4.0
+    dropout = 2.0 * D if model.hidden_dropout else 0.0  # two masks of a byte
+    if config.scoring.name == "published":
+        rows = float(min(bs, len(lengths)) * lengths.candidates.max() * config.data.max_seq_length)
+        predicting = rows
+    else:
+        rows = _largest(lengths.rows, bs)
+        predicting = _largest(lengths.predicting, bs)
+    layer = rows * (_KEPT * D * size + dropout)
+    kept = L * rows * D * size + layer if model.activation_checkpointing else L * layer
+    return kept + predicting * V * 4.0 * _HEAD_COPIES
+
+
+def _largest(lengths: Any, bs: int) -> float:
+    """Sum of the longest `bs`: no batch has more."""
+    lengths = np.asarray(lengths)
+    bs = min(bs, len(lengths))
+    return float(np.partition(lengths, len(lengths) - bs)[len(lengths) - bs :].sum())
+
+
+def largest_bs(config: TrainConfig, lengths: Lengths, base: float, memory: float) -> int:
+    """The largest bs whose estimate fits into `memory` bytes; 0 if none does."""
+    low, high = 0, 1
+    while high <= len(lengths) and estimate(config, lengths, base, high).total <= memory:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = middle <= len(lengths) and estimate(config, lengths, base, middle).total <= memory
+        low, high = (middle, high) if fits else (low, middle)
+    return low
+
+
+def describe(config: TrainConfig, lengths: Lengths, base: float, memory: Optional[float], sharing: int) -> str:
+    """One line for the start of a run; a second one where the estimate exceeds the device.
+
+    Args:
+        config: the run's.
+        lengths: of the training examples.
+        base: bytes in use already.
+        memory: of the device, bytes; None if unknown.
+        sharing: ranks that share that memory.
+    """
+    guess = estimate(config, lengths, base)
+    own = None if memory is None else memory / sharing
+    of = "" if own is None else f" of {own / _GIB:.1f}"
+    text = (
+        f"memory: about {guess.total / _GIB:.1f}{of} GiB a device: weights {guess.weights / _GIB:.1f}, gradients and "
+        f"optimizer {guess.training / _GIB:.1f}, activations of the largest batch {guess.activations / _GIB:.1f}"
+    )
+    if own is None or guess.total <= own:
+        return text
+    fitting = largest_bs(config, lengths, base, own)
+    advice = f"the largest bs that fits is {fitting}" if fitting else "no bs fits: take a smaller model or more memory"
+    return f"{text}\nmemory: bs={config.bs} is estimated above what the device has; {advice}"

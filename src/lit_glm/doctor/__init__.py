@@ -1,0 +1,80 @@
+"""`python -m lit_glm.doctor [overrides] [--json]`: what would go wrong in a long run, found out in half a minute."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Iterator
+
+from lit_glm.config.app import run_app
+from lit_glm.config.schema import TrainConfig
+from lit_glm.doctor.finding import Finding, checked_by
+
+_MARKS = {"ok": "ok  ", "warn": "warn", "fail": "FAIL", "skip": "-   "}
+
+
+def examine(config: TrainConfig, place: Path) -> Iterator[Finding]:
+    """Check one thing after the other.
+
+    Args:
+        config: of the run that is to come.
+        place: folder that its run folder would be made in.
+    """
+    from lit_glm.doctor import devices, files, machine
+
+    yield checked_by("machine", machine.describe)
+    yield checked_by("software", machine.stack)
+    found = checked_by("runtime", lambda: devices.runtime(config))
+    yield found
+    runtime = found.made
+    missing = "there is no runtime" if runtime is None else ""
+    for name, check in (
+        ("devices", devices.cards),
+        ("precision", devices.arithmetic),
+        ("port", devices.port),
+        ("collectives", devices.collectives),
+    ):
+        if missing:
+            yield Finding(name, "skip", f"not checked: {missing}")
+            continue
+        found = checked_by(name, lambda check=check: check(config, runtime))  # type: ignore[misc]
+        yield found
+        if found.status == "fail" and name in ("devices", "port"):
+            missing = f"{name} failed"
+    yield checked_by("disk", lambda: files.disk(config, place))
+    for key in ("train_file", "eval_file"):
+        yield checked_by(f"data.{key}", lambda key=key: files.data(config, key))  # type: ignore[misc]
+    yield checked_by("checkpoint", lambda: files.checkpoint(config))
+    yield checked_by("memory", lambda: files.memory(config, runtime))
+
+
+def _line(finding: Finding) -> str:
+    advice = f" -> {finding.advice}" if finding.advice else ""
+    return f"{_MARKS[finding.status]}  {finding.name}: {finding.said}{advice}"
+
+
+def main() -> int:
+    """Compose, check, say; returns 1 if any check failed, 2 for a wrong configuration."""
+    arguments = list(sys.argv)
+    as_json = "--json" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--json"]
+
+    def task(config: TrainConfig, _composed: Any) -> int:
+        from hydra.core.hydra_config import HydraConfig
+
+        findings = []
+        for finding in examine(config, Path(HydraConfig.get().runtime.output_dir)):
+            findings.append(finding)
+            if not as_json:
+                print(_line(finding), flush=True)
+        failed = [finding.name for finding in findings if finding.status == "fail"]
+        if as_json:
+            said = [{key: getattr(entry, key) for key in ("name", "status", "said", "advice")} for entry in findings]
+            print(json.dumps({"ok": not failed, "checks": said}, indent=1, ensure_ascii=False))
+        else:
+            print(f"lit_glm: {len(failed)} failed: {', '.join(failed)}" if failed else "lit_glm: nothing failed")
+        return 1 if failed else 0
+
+    try:
+        return run_app("doctor", TrainConfig, task)
+    finally:
+        sys.argv = arguments

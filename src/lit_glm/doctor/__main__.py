@@ -1,0 +1,7 @@
+"""`python -m lit_glm.doctor`."""
+
+import sys
+
+from lit_glm.doctor import main
+
+sys.exit(main())

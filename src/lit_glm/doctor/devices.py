@@ -1,0 +1,98 @@
+"""Runtime, cards, arithmetic, port, and a real all-reduce between all ranks of the topology."""
+
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import List
+
+from lit_glm.config.app import CONF
+from lit_glm.config.schema import TrainConfig
+from lit_glm.doctor.finding import Finding
+from lit_glm.errors import InputError
+from lit_glm.hardware.runtimes import check_cards, check_devices, make_runtime, set_environment
+from lit_glm.hardware.runtimes.base import Runtime
+
+_LIMIT_S = 12.0
+
+
+def runtime(config: TrainConfig) -> Finding:
+    """Make the runtime, its environment variables set first."""
+    kept = set_environment(config.hardware)
+    made = make_runtime(config.hardware, config.topology)
+    version = f", driver {made.driver_version()}" if made.has_driver else ""
+    said = f"{made.name} for {config.hardware.name}{version}"
+    if made.simulated:
+        return Finding("", "warn", f"{said}: a rehearsal on the processor", "no figure of it is the chip's", made)
+    if kept:
+        return Finding("", "warn", said, "; ".join(kept), made)
+    return Finding("", "ok", said, made=made)
+
+
+def cards(config: TrainConfig, made: Runtime) -> Finding:
+    """Compare the devices with topology and hardware file."""
+    check_devices(made, config.topology)
+    devices = config.topology.devices_per_node
+    hints = check_cards(config.hardware, made, devices, CONF / "hardware")
+    names: List[str] = []
+    for index in range(devices):
+        total = made.total_memory(index)
+        size = "memory unknown" if total is None else f"{total / 2**30:.1f} GiB"
+        names.append(f"{made.device_name(index) or config.hardware.card} ({size})")
+    kinds = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+    said = f"{made.device_count()} visible, {devices} a node wanted: {kinds}"
+    return Finding("", "warn" if hints else "ok", said, "; ".join(hints))
+
+
+def arithmetic(config: TrainConfig, made: Runtime) -> Finding:
+    """Compute a small product in the precision."""
+    from lit_glm.hardware.precision import make_precision
+
+    plugin = make_precision(config, made)
+    said = f"{config.precision.name}: products come out in {str(plugin.computes_in).replace('torch.', '')}"  # type: ignore[attr-defined]
+    hint = made.precision_hint(config.precision.name)
+    return Finding("", "warn" if hint else "ok", said, hint)
+
+
+def port(config: TrainConfig, made: Runtime) -> Finding:
+    """Find out whether the ranks can meet."""
+    from lit_glm.jobs.nodes import check_port, this_node
+
+    if config.topology.world_size == 1:
+        given = os.environ.get("MASTER_PORT", "")
+        if given.isdigit():
+            try:
+                check_port(int(given))
+            except InputError as error:
+                return Finding("", "warn", str(error), "one device needs none")
+        return Finding("", "skip", "one device: no ranks meet")
+    node = this_node(config.topology)
+    chosen = "" if os.environ.get("MASTER_PORT") else " (a free one, chosen for each job; MASTER_PORT sets it)"
+    return Finding("", "ok", f"node {node.rank} of {config.topology.num_nodes}, {node.address}:{node.port}{chosen}")
+
+
+def collectives(config: TrainConfig, made: Runtime) -> Finding:
+    """Start all ranks of this node and sum over all ranks of the topology."""
+    if config.topology.world_size == 1:
+        return Finding("", "skip", "one device: there is nothing to exchange")
+    from lit_glm.jobs.launch import run_ranks
+    from lit_glm.jobs.nodes import this_node
+    from lit_glm.jobs.spec import Job
+
+    config.run.stall_timeout_s = config.run.rendezvous_timeout_s = _LIMIT_S
+    with tempfile.TemporaryDirectory(prefix="lit_glm-doctor-") as folder:
+        job = Job(config, time.monotonic(), [])
+        job.write(Path(folder))
+        node = this_node(config.topology)
+        run_ranks(job, node, Path(folder), Path(folder), "lit_glm.doctor.allreduce")
+        if node.rank > 0:
+            return Finding("", "ok", "this node's ranks have summed with the others'; node 0 has the figures")
+        measured = json.loads((Path(folder) / "allreduce.json").read_text())
+    return Finding(
+        "",
+        "ok",
+        f"{measured['ranks']} ranks over {measured['backend']}: sums are right, {measured['mib']:g} MiB in "
+        f"{1000 * measured['seconds']:.1f} ms ({measured['gib_per_s']:.2f} GiB/s a rank), "
+        f"smallest {1e6 * measured['latency_s']:.0f} us",
+    )

@@ -1,0 +1,143 @@
+"""Disk, data, checkpoint and memory: what a run reads, writes and needs."""
+
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Callable, List, Optional
+
+from lit_glm.bench import memory as estimates
+from lit_glm.config.schema import TrainConfig
+from lit_glm.doctor.finding import Finding
+from lit_glm.errors import InputError
+from lit_glm.hardware.runtimes.base import Runtime
+
+_GIB = 2**30
+_CHECKPOINTS = 3  # two are kept while a third is written
+_TRIED_MIB = 64
+_SLOW_MIB_S = 50.0
+_SHOWN = 48
+
+
+def _existing(place: Path) -> Path:
+    """The folder itself, or the nearest above it that exists."""
+    place = place.absolute()
+    return next(folder for folder in (place, *place.parents) if folder.is_dir())
+
+
+def disk(config: TrainConfig, place: Path) -> Finding:
+    """Compare free space with what checkpoints take, and write a little to see how fast that goes."""
+    folder = _existing(place)
+    count = estimates.parameters(config.model)
+    one = count * (2 + 12 if config.precision.name == "fp16" else 12)
+    needed, free = _CHECKPOINTS * one, shutil.disk_usage(str(folder)).free
+    said = f"{folder}: {free / _GIB:.1f} GiB free, checkpoints take up to {needed / _GIB:.1f}"
+    if free < needed:
+        return Finding("", "fail", said, "make room, or give hydra.run.dir= on another disk")
+    try:
+        with tempfile.NamedTemporaryFile(dir=str(folder), prefix=".lit_glm-doctor-") as file:
+            block = os.urandom(2**20)
+            start = time.perf_counter()
+            for _ in range(_TRIED_MIB):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            speed = _TRIED_MIB / (time.perf_counter() - start)
+    except OSError as error:
+        return Finding("", "fail", f"{said}; cannot be written ({error})", "give hydra.run.dir= on another disk")
+    said += f", written at {speed:.0f} MiB/s: {one / 2**20 / speed:.0f} s a checkpoint"
+    if speed < _SLOW_MIB_S:
+        return Finding("", "warn", said, "a larger run.checkpoint_interval_steps saves time")
+    return Finding("", "ok", said)
+
+
+def _decoder(config: TrainConfig) -> Callable[[Any], str]:
+    """Token ids to text where the vocabulary is known, else to numbers."""
+    vocab_file = config.data.vocab_file
+    pieces: List[str] = []
+    if vocab_file is not None:
+        from lit_glm.record.tokenizer import WordPieces
+
+        WordPieces(vocab_file)  # says what is wrong with it
+        pieces = Path(vocab_file).read_text(encoding="utf-8").split("\n")
+    elif config.data.synthetic is not None:
+        from lit_glm.record.synthetic import vocabulary
+
+        pieces = vocabulary()
+
+    def decode(ids: Any) -> str:
+        words = [pieces[i] if i < len(pieces) and pieces else str(i) for i in ids]
+        text = " ".join(words).replace(" ##", "")
+        return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+
+    return decode
+
+
+def data(config: TrainConfig, key: str) -> Finding:
+    """Open an HDF5 file, count, and decode its first and last example."""
+    from lit_glm.batches.compact import CandidateRows
+    from lit_glm.record.store import SparseReader
+
+    path = Path(getattr(config.data, key))
+    if config.data.synthetic is not None and not path.exists():
+        return Finding("", "ok", f"{path}: not there yet, train generates it on first use")
+    decode = _decoder(config)
+    with SparseReader(path, key == "eval_file") as reader:
+        separators, choices = reader.vector("mask"), reader.pairs("choice_start_end")
+        shown = []
+        for which, (start, stop) in (("first", choices[0]), ("last", choices[-1])):
+            if start == stop:
+                raise InputError(f"{path}: the {which} example has no candidates")
+            rows = CandidateRows(reader, separators, start, stop)
+            context = rows.text[0, : rows.separator[0]]
+            candidates = [
+                decode(rows.target[row, rows.separator[row] : rows.separator[row] + rows.length[row] - 1])
+                for row in range(min(2, stop - start))
+            ]
+            shown.append(f'{which} "{decode(context)}" with {stop - start} candidates: {" | ".join(candidates)}')
+            highest = max(int(rows.text.max()), int(rows.target.max()))
+            if highest >= config.model.vocab_size:
+                raise InputError(f"{path}: token id {highest} is beyond model.vocab_size={config.model.vocab_size}")
+        tokens = int((separators + reader.row_lengths("logit_mask")).max())
+        if tokens > min(config.data.max_seq_length, config.model.max_sequence_length):
+            raise InputError(
+                f"{path}: {tokens} tokens in a sequence, more than data.max_seq_length={config.data.max_seq_length} "
+                f"or model.max_sequence_length={config.model.max_sequence_length}"
+            )
+        counts = f"{reader.num_examples} examples, {reader.num_candidates} candidates, at most {tokens} tokens"
+    return Finding("", "ok", f"{path}: {counts}; {'; '.join(shown)}")
+
+
+def checkpoint(config: TrainConfig) -> Finding:
+    """Compare names and shapes of the initial weights with the model's."""
+    path = config.model.init_checkpoint
+    if path is None:
+        if config.model.name == "glm_tiny":
+            return Finding("", "skip", "none: glm_tiny learns from scratch")
+        return Finding("", "warn", "none: the weights are random", "model.init_checkpoint=blocklm-large-blank")
+    from lit_glm.model.build import shapes_of
+    from lit_glm.model.checkpoint import fit, read_weights
+
+    weights = read_weights(Path(path))
+    count = sum(weight.numel() for weight in weights.values())
+    kinds = ", ".join(sorted({str(weight.dtype).replace("torch.", "") for weight in weights.values()}))
+    done = fit(weights, shapes_of(config.model), path)
+    return Finding("", "ok", "; ".join([f"{path}: {len(weights)} tensors, {count} values in {kinds}: all fit", *done]))
+
+
+def memory(config: TrainConfig, runtime: Optional[Runtime]) -> Finding:
+    """Estimate the peak of a training step, from the lengths in the file alone."""
+    from lit_glm.record.store import SparseReader
+
+    path = Path(config.data.train_file)
+    if config.data.synthetic is not None and not path.exists():
+        return Finding("", "skip", "not estimated: the data is not there yet")
+    with SparseReader(path, False) as reader:
+        lengths = estimates.Lengths.of_file(reader)
+    total = None if runtime is None else runtime.total_memory(0)
+    in_use = 0.0 if runtime is None else runtime.memory_now(0) or 0.0
+    sharing = config.topology.devices_per_node if runtime is not None and runtime.shares_memory else 1
+    said, *advice = estimates.describe(config, lengths, in_use, total, sharing).split("\n")
+    status = "fail" if advice else "warn" if total is None else "ok"
+    return Finding("", status, said.replace("memory: ", ""), "; ".join(advice).replace("memory: ", ""))

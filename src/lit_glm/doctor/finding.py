@@ -1,0 +1,39 @@
+"""What one check came to."""
+
+from dataclasses import dataclass
+from typing import Any, Callable
+
+from lit_glm.errors import InputError, RunError
+
+
+@dataclass
+class Finding:
+    """One line of the doctor."""
+
+    name: str
+    status: str
+    """ok; warn: a run would go, but look at it; fail: it would not; skip: nothing to check."""
+    said: str
+    advice: str = ""
+    """What to do."""
+    made: Any = None
+    """What the check had to make, for later ones."""
+
+
+def checked_by(name: str, check: Callable[[], Finding]) -> Finding:
+    """Run a check; whatever it raises is a finding too.
+
+    Args:
+        name: of the line.
+        check: leaves its finding's name empty.
+    """
+    try:
+        found = check()
+    except (InputError, RunError) as error:
+        first, *more = [line.strip() for line in str(error).splitlines()]
+        return Finding(name, "fail", first, "; ".join(more))
+    except Exception as error:  # a check must never hide the others
+        return Finding(name, "fail", f"{type(error).__name__}: {' '.join(str(error).split())}")
+    found.name = name
+    found.said = " ".join(found.said.split())
+    return found

@@ -1,0 +1,76 @@
+"""Every logger once, for real: all get the same curves under the same names."""
+
+import csv
+from pathlib import Path
+from typing import Any, Callable, Dict, Set
+
+import pytest
+
+from conftest import lit_glm, lit_glm_here
+
+NAMES = {
+    "train/loss",
+    "train/lr",
+    "train/grad_norm",
+    "perf/p_core",
+    "perf/p_train",
+    "perf/p_whole",
+    "val/acc",
+    "mem/gib",
+}
+
+
+def in_csv(run: Path) -> Set[str]:
+    with (run / "csv" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return {name for row in rows for name, value in row.items() if value} - {"step", "epoch"}
+
+
+def in_tensorboard(run: Path) -> Set[str]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert events.Scalars("train/loss")[-1].step == 10
+    return set(events.Tags()["scalars"])
+
+
+def in_mlflow(run: Path) -> Set[str]:
+    places = [path for path in (run / "mlruns").rglob("metrics") if path.is_dir()]
+    return {str(file.relative_to(place)) for place in places for file in place.rglob("*") if file.is_file()}
+
+
+def in_wandb(run: Path) -> Set[str]:
+    content = next((run / "wandb").rglob("run-*.wandb")).read_bytes()
+    return {name for name in NAMES if name.encode() in content}
+
+
+READERS: Dict[str, Callable[[Path], Set[str]]] = {
+    "csv": in_csv,
+    "tensorboard": in_tensorboard,
+    "mlflow": in_mlflow,
+    "wandb": in_wandb,
+}
+
+
+@pytest.mark.parametrize("logger", sorted(READERS))
+def test_a_logger_gets_all_curves(logger: str, tmp_path: Path) -> None:
+    if logger != "csv":
+        pytest.importorskip(logger)
+    done = lit_glm("train", "experiment=debug", f"logger={logger}", "hydra.run.dir=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert READERS[logger](tmp_path / "run") >= NAMES
+
+
+def test_a_logger_whose_package_is_missing_is_said(tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] in ("wandb", "pytorch_lightning.loggers.wandb")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr("pytorch_lightning.loggers.wandb._WANDB_AVAILABLE", False)
+    assert lit_glm_here("train", "experiment=debug", "logger=wandb", f"hydra.run.dir={tmp_path}/run") == 2
+    said = capfd.readouterr().err
+    assert "logger.wandb: cannot be made" in said
+    assert "pip install 'lit-glm[wandb]'" in said

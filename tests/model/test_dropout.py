@@ -1,0 +1,47 @@
+"""Masks have the right share of zeros, keep the mean, are repeatable, and gradients pass where values did."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lit_glm.model.dropout import Dropout, dropout
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_share_and_mean(p: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(3)
+    x = torch.ones(1000, 1001, dtype=dtype)
+    out = dropout(x, p)
+    assert out.dtype is dtype
+    deviation = (p * (1 - p) / x.numel()) ** 0.5
+    assert abs(float((out == 0).double().mean()) - p) < 5 * deviation
+    assert out[out != 0].unique().tolist() == pytest.approx([1 / (1 - p)], rel=1e-4 if dtype is torch.float32 else 4e-3)
+    # Neighbours come from one draw of 64 bits; they must not go together.
+    kept = (out != 0).double().view(-1)
+    assert abs(float((kept[:-1] * kept[1:]).mean()) - (1 - p) ** 2) < 10 * deviation
+
+
+def test_a_seed_repeats_it_and_the_next_mask_is_another() -> None:
+    x = torch.ones(64, 7)
+    torch.manual_seed(5)
+    first, second = dropout(x, 0.3), dropout(x, 0.3)
+    torch.manual_seed(5)
+    assert torch.equal(first, dropout(x, 0.3))
+    assert not torch.equal(first, second)
+
+
+@given(rows=st.integers(1, 9), columns=st.integers(1, 9), p=st.floats(0.0, 0.99))
+def test_gradients_pass_where_values_did(rows: int, columns: int, p: float) -> None:
+    x = torch.rand(rows, columns).add_(1.0).requires_grad_()
+    out = dropout(x, p)
+    out.sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad * x.detach(), out.detach())
+
+
+def test_nothing_outside_training() -> None:
+    layer, x = Dropout(0.5), torch.ones(8, 8)
+    assert torch.equal(layer.eval()(x), x)
+    assert not torch.equal(layer.train()(x), x)
