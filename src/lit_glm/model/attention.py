@@ -22,10 +22,8 @@ _HAS_FUSED = hasattr(F, "scaled_dot_product_attention")  # torch 2.0 and later
 
 
 def _has_flex() -> bool:
-    where = "torch.nn.attention"
-    return (
-        importlib.util.find_spec(where) is not None and importlib.util.find_spec(f"{where}.flex_attention") is not None
-    )
+    names = ("torch.nn.attention", "torch.nn.attention.flex_attention")
+    return all(importlib.util.find_spec(name) is not None for name in names)
 
 
 def check_kernel(kernel: str, device: torch.device, training: bool) -> None:
