@@ -123,7 +123,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser.add_argument("--check", action="store_true", help="exit status 1 when something is missing")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two runs side by side instead")
     parser.add_argument("--max-loss-diff", type=float, help="with --compare: exit status 1 above it")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     try:
         return report(given)
     except InputError as error:

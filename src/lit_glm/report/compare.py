@@ -1,5 +1,6 @@
 """Two runs side by side: configuration, figures, and the losses step by step."""
 
+import math
 from dataclasses import dataclass
 from typing import List, Optional, Tuple
 
@@ -37,16 +38,23 @@ def compare(one: Run, other: Run) -> Comparison:
     lines += ["", "## Loss, step by step", ""]
     if not steps:
         return Comparison("\n".join([*lines, "No step in common."]) + "\n", None)
-    worst = max(steps, key=lambda step: abs(step[2] - step[1]))
-    largest = abs(worst[2] - worst[1])
-    first = next((step for step in steps if step[1] != step[2]), None)
+    worst = max(steps, key=lambda step: _apart(*step[1:]))
+    largest = _apart(*worst[1:])
+    first = next((step for step in steps if _apart(*step[1:])), None)
     lines += [
         f"steps in common: {len(steps)}",
         f"largest difference: {largest:.3g} (step {worst[0]}: A {worst[1]:.6g}, B {worst[2]:.6g})",
-        f"mean difference: {sum(abs(b - a) for _, a, b in steps) / len(steps):.3g}",
+        f"mean difference: {sum(_apart(a, b) for _, a, b in steps) / len(steps):.3g}",
         "first step that differs: " + ("none" if first is None else str(first[0])),
     ]
     return Comparison("\n".join(lines) + "\n", largest)
+
+
+def _apart(a: float, b: float) -> float:
+    """Difference of two losses; infinite where one is a finite number and the other is not."""
+    if math.isfinite(a) and math.isfinite(b):
+        return abs(b - a)
+    return 0.0 if math.isfinite(a) == math.isfinite(b) else math.inf
 
 
 def _text(value: object) -> str:
@@ -67,7 +75,7 @@ def _figures(one: Run, other: Run) -> Table:
 
 
 def _losses(one: Run, other: Run) -> List[Tuple[int, float, float]]:
-    """(step, A's loss, B's loss) of the steps that both have with a finite loss."""
+    """(step, A's loss, B's loss) of the steps that both have."""
 
     def losses(run: Run) -> "dict[int, float]":
         found = {}
@@ -76,8 +84,7 @@ def _losses(one: Run, other: Run) -> List[Tuple[int, float, float]]:
                 step, loss = int(row["step"]), float(row["loss"])
             except (KeyError, ValueError):
                 continue
-            if abs(loss) < float("inf"):
-                found[step] = loss
+            found[step] = loss
         return found
 
     left, right = losses(one), losses(other)

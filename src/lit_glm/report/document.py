@@ -159,12 +159,12 @@ def _general(name: str, found: List[Row], words: Words) -> Table:
 
     cards = _distinct([run.environment.get("card") for run in runs])
     precisions = ", ".join(_distinct([row["precision"] for row in found]))
-    data = {"record": "SuperGLUE ReCoRD", "synthetic": "synthetic"}
+    data = {"record": "ReCoRD", "synthetic": "synthetic"}
     sets = ", ".join(data.get(text, text) for text in _distinct([run.settings.get("data.name") for run in runs]))
     lines = [
         ("task", words("task_value"), ""),
         ("model", f"GLM ({distinct('model.name', str(runs[0].result.get('model')))})", ""),
-        ("data", sets or "SuperGLUE ReCoRD", ""),
+        ("data", sets or "ReCoRD", ""),
         ("precision", words("see", precisions), words("precision_remark")),
         ("fix_hp", words("see", "fix_hp"), words("fix_hp_remark")),
         ("short_name", ", ".join(cards) or name, ""),
