@@ -2,11 +2,12 @@
 
 import signal
 from functools import partial
-from typing import Any, Callable, List, Union
+from typing import Any, Callable, Iterable, List, Union
 
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader, Dataset
 
+from lit_glm.batches.ahead import Ahead
 from lit_glm.batches.collate import flat_batch, padded_batch
 from lit_glm.batches.compact import CompactSplit
 from lit_glm.batches.sampler import EndlessBatches
@@ -43,19 +44,47 @@ def _leave_signals_to_the_rank(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def evaluation_batches(
-    split: CompactSplit, config: TrainConfig, rank: int = 0, world_size: int = 1
-) -> "DataLoader[Any]":
+def evaluation_batches(split: CompactSplit, config: TrainConfig, rank: int = 0, world_size: int = 1) -> Iterable[Any]:
     """This rank's share of the evaluation set in file order; every example belongs to exactly one rank."""
     mine = list(range(rank, len(split), world_size))
-    batches = [mine[start : start + config.eval_bs] for start in range(0, len(mine), config.eval_bs)]
-    return DataLoader(
-        _Batches(split, collate_for(config)),
-        sampler=batches,
-        batch_size=None,
-        num_workers=config.data.num_workers,
-        worker_init_fn=_leave_signals_to_the_rank,
+    if config.scoring.name == "published":
+        batches = [mine[start : start + config.eval_bs] for start in range(0, len(mine), config.eval_bs)]
+    else:
+        batches = by_rows(mine, split.example_rows, config.eval_bs * config.data.max_seq_length)
+    return _ahead(
+        DataLoader(
+            _Batches(split, collate_for(config)),
+            sampler=batches,
+            batch_size=None,
+            num_workers=config.data.num_workers,
+            worker_init_fn=_leave_signals_to_the_rank,
+        )
     )
+
+
+def by_rows(examples: List[int], rows: Any, most: int) -> List[List[int]]:
+    """Cut a list of examples into batches of at most so many rows, in order; a longer example has one of its own.
+
+    Args:
+        examples: indices.
+        rows: of every example of the data, by its index.
+        most: rows of a batch: what `eval_bs` sequences of full length would have.
+    """
+    batches: List[List[int]] = []
+    room = 0
+    for example in examples:
+        need = int(rows[example])
+        if not batches or need > room:
+            batches.append([])
+            room = most
+        batches[-1].append(example)
+        room -= need
+    return batches
+
+
+def _ahead(loader: "DataLoader[Any]") -> Iterable[Any]:
+    """Loader processes are ahead by themselves."""
+    return loader if loader.num_workers else Ahead(loader)
 
 
 class RecordData(pl.LightningDataModule):
@@ -90,16 +119,18 @@ class RecordData(pl.LightningDataModule):
             self._split.example_rows if config.data.balance_ranks else None,
         )
 
-    def train_dataloader(self) -> "DataLoader[Any]":
+    def train_dataloader(self) -> Iterable[Any]:
         """Endless; the run ends by its own rules."""
         assert self.trainer is not None
-        return DataLoader(
-            _Batches(self._split, collate_for(self._config)),
-            sampler=self.sampler(self._steps_done(), self.trainer.global_rank),
-            batch_size=None,
-            num_workers=self._config.data.num_workers,
-            worker_init_fn=_leave_signals_to_the_rank,
-            pin_memory=self._pin_memory,
+        return _ahead(
+            DataLoader(
+                _Batches(self._split, collate_for(self._config)),
+                sampler=self.sampler(self._steps_done(), self.trainer.global_rank),
+                batch_size=None,
+                num_workers=self._config.data.num_workers,
+                worker_init_fn=_leave_signals_to_the_rank,
+                pin_memory=self._pin_memory,
+            )
         )
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:

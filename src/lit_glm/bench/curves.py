@@ -1,6 +1,6 @@
 """Hands the curves to Lightning's loggers, all under the same names; now and then, off the step path."""
 
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List
 
 import pytorch_lightning as pl
 
@@ -24,6 +24,8 @@ class Curves(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """The evaluation before training is the first point."""
+        for logger in trainer.loggers:
+            getattr(logger, "experiment", None)  # made here: not every logger's can be made in a thread
         self._log(trainer, pl_module.steps_done, {})
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -32,22 +34,32 @@ class Curves(pl.Callback):
         if not trainer.loggers or (step % self._every and recorder.evaluated_step == self._evaluated_step):
             return
         outcome, seconds, samples = pl_module.outcome, recorder.seconds(), recorder.samples_here()
-        memory = recorder.peak_memory()
-        point: Dict[str, Optional[float]] = {
-            "train/loss": float(outcome.loss),
-            "train/lr": outcome.lr,
-            "train/grad_norm": None if outcome.grad_norm is None else float(outcome.grad_norm),
-            "perf/p_core": rate(samples, seconds.pure_compute),
-            "perf/p_train": rate(samples, seconds.no_eval),
-            "perf/p_whole": rate(samples, seconds.raw_train),
-            "mem/gib": None if memory is None else memory / 2**30,
-        }
-        self._log(trainer, step, point)
+        self._log(
+            trainer,
+            step,
+            {
+                "train/loss": outcome.loss,
+                "train/lr": outcome.lr,
+                "train/grad_norm": outcome.grad_norm,
+                "perf/p_core": rate(samples, seconds.pure_compute),
+                "perf/p_train": rate(samples, seconds.no_eval),
+                "perf/p_whole": rate(samples, seconds.raw_train),
+            },
+        )
 
-    def _log(self, trainer: pl.Trainer, step: int, point: Dict[str, Optional[float]]) -> None:
+    def _log(self, trainer: pl.Trainer, step: int, point: Dict[str, Any]) -> None:
         if self._recorder.evaluated_step != self._evaluated_step:
             self._evaluated_step = self._recorder.evaluated_step
             point["val/acc"] = self._recorder.accuracy
-        known = {name: value for name, value in point.items() if value is not None}
-        for logger in trainer.loggers if known else []:
+        if point and trainer.loggers:
+            loggers = list(trainer.loggers)
+            self._recorder.do_later(lambda: self._hand_over(loggers, step, point))
+
+    def _hand_over(self, loggers: List[Any], step: int, point: Dict[str, Any]) -> None:
+        """Fetch the values and call the loggers; not on the step path."""
+        if "train/loss" in point:
+            memory = self._recorder.peak_memory()
+            point["mem/gib"] = None if memory is None else memory / 2**30
+        known = {name: float(value) for name, value in point.items() if value is not None}
+        for logger in loggers:
             logger.log_metrics(known, step=step)

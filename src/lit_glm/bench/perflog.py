@@ -8,13 +8,23 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Callable, Dict, Optional
 
 
 class PerfLog:
     """perf.log of a run folder, appended to line by line."""
 
-    def __init__(self, path: Path, rank: int = 0) -> None:
+    def __init__(
+        self, path: Path, rank: int = 0, do: Callable[[Callable[[], Any]], None] = lambda call: call()
+    ) -> None:
+        """Open the file.
+
+        Args:
+            path: the file.
+            rank: of this process.
+            do: calls what writes a line, now or later; what the line says is fixed at once.
+        """
+        self._do = do
         self._file = path.open("a", encoding="utf-8")
         self._rank = rank
 
@@ -27,22 +37,27 @@ class PerfLog:
             keys: step, epoch or loss.
         """
         caller = sys._getframe(1)
-        line = {"event": name}
+        line: Dict[str, Any] = {"event": name}
         if value is not None:
             line["other" if isinstance(value, str) else "value"] = value
         line.update(keys)
-        line["metadata"] = {  # type: ignore[assignment]
+        line["metadata"] = {
             "file": caller.f_code.co_filename,
             "lineno": caller.f_lineno,
             "time_ms": int(time.time() * 1e3),
             "rank": self._rank,
         }
+        self._do(lambda: self._write(line))
+
+    def _write(self, line: Dict[str, Any]) -> None:
         self._file.write(f"[PerfLog] {json.dumps(_finite(line))}\n")
         self._file.flush()
 
 
 def _finite(value: Any) -> Any:
     """JSON has no NaN: what is not a number becomes null."""
+    if hasattr(value, "item"):
+        value = value.item()  # a tensor, read here and not where the step is timed
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

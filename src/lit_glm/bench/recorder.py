@@ -13,13 +13,15 @@
 """
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import pytorch_lightning as pl
 
-from lit_glm.bench.clock import PhaseClock
+from lit_glm.bench.clock import PhaseClock, StepTimes
 from lit_glm.bench.figures import Seconds, figures
+from lit_glm.bench.later import Later
 from lit_glm.bench.perflog import PerfLog
 from lit_glm.bench.result import SCHEMA_VERSION, read_result, write_json
 from lit_glm.bench.tables import EVALS, MEMORY, STEPS, Table
@@ -27,7 +29,7 @@ from lit_glm.bench.work import Work, utilisation
 from lit_glm.config.schema import TrainConfig
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.training.evaluation import evaluate
-from lit_glm.training.module import RecordModule
+from lit_glm.training.module import RecordModule, StepOutcome
 from lit_glm.training.schedule import converged, evaluation_due, reached_limit
 
 _RESULT_EVERY_S = 1.0
@@ -53,7 +55,8 @@ class RunFolder:
         self.steps = Table(run_dir / "steps.csv", STEPS, keep)
         self.evals = Table(run_dir / "evals.csv", EVALS, keep)
         self.memory = Table(run_dir / "memory.csv", MEMORY, keep)
-        self.perf = PerfLog(run_dir / "perf.log")
+        self.later = Later()
+        self.perf = PerfLog(run_dir / "perf.log", do=self.later.do)
         self._before = (read_result(run_dir) or {}) if resumes else {}
         self._interruptions = int(self._before.get("interruptions", 0)) + int(resumes)
         self._written = 0.0
@@ -122,8 +125,17 @@ class RunFolder:
         in_use = self._runtime.memory_now(0)
         if in_use is not None:
             self.memory.add(step=step, seconds=round(result["e2e_time"], 3), gib=round(in_use / 2**30, 4))
-        self._written = time.monotonic()
         return result
+
+    def write_later(self, step: int, skipped: int, seconds: Seconds, e2e: float) -> None:
+        """Have result.json written off the step path, with what is known now; arguments as for `write`."""
+        self._written = time.monotonic()
+        self.later.do(lambda: self.write("running", step, skipped, seconds, e2e, memory=self._runtime.peak_memory(0)))
+
+    def add_evaluation(self, step: int, samples: int, accuracy: float, seconds: float) -> None:
+        """A line of evals.csv; result.json has this accuracy from now on."""
+        self.evals.add(step=step, samples=samples, acc=accuracy, seconds=round(seconds, 6))
+        self.accuracy = accuracy
 
     def stale(self) -> bool:
         """Whether result.json is old enough to be written again."""
@@ -225,18 +237,7 @@ class Recorder(pl.Callback):
         self._steps_here += 1
         self._beat()
         if self.folder is not None:
-            self.folder.steps.add(
-                step=step,
-                epoch=self._epoch,
-                samples=step * self.config.global_batch,
-                loss=float(outcome.loss),
-                lr=outcome.lr,
-                grad_norm=None if outcome.grad_norm is None else float(outcome.grad_norm),
-                data_s=round(times.data, 7),
-                compute_s=round(times.compute, 7),
-                step_s=round(times.step, 7),
-                loss_scale=outcome.loss_scale,
-            )
+            self.folder.later.do(partial(_add_step, self.folder.steps, self.config, step, self._epoch, outcome, times))
         self._after_step(trainer, module, trained=True, step_seconds=times.step)
         self.clock.waits_for_data()
 
@@ -244,6 +245,21 @@ class Recorder(pl.Callback):
         """Training is over; figures follow in `finish`."""
         self._event("EPOCH_END", {"epoch": self._epoch})
         self._event("TRAIN_END")
+        self.do_rest()  # before Lightning closes the loggers
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """What was measured is on the disk before anything else happens."""
+        self.do_rest()
+
+    def do_later(self, function: Callable[[], Any]) -> None:
+        """Have something done off the step path, on the first rank; nothing on the others."""
+        if self.folder is not None:
+            self.folder.later.do(function)
+
+    def do_rest(self) -> None:
+        """Wait for all that was to be done later."""
+        if self.folder is not None:
+            self.folder.later.drain()
 
     # -- after a step ------------------------------------------------------------------------------------------
 
@@ -269,11 +285,10 @@ class Recorder(pl.Callback):
         if trained and due_to_save and self._saved_step < step:
             self._saved_step = step
             with self.clock.outside_steps():
+                self.do_rest()  # no checkpoint is ahead of steps.csv
                 self._save(trainer, step)
         if self.folder is not None and (self.folder.stale() or evaluated is not None):
-            self.folder.write(
-                "running", step, module.steps_skipped, self.seconds(), self.e2e(), memory=self._runtime.peak_memory(0)
-            )
+            self.folder.write_later(step, module.steps_skipped, self.seconds(), self.e2e())
 
     def _evaluate(self, trainer: pl.Trainer, module: RecordModule, event: Optional[str]) -> Optional[Dict[str, Any]]:
         """Evaluate; None if a stop was asked for meanwhile (one rank alone: several decide at the next step)."""
@@ -296,9 +311,9 @@ class Recorder(pl.Callback):
         if event is not None:
             self._event(event, {"eval_accuracy": accuracy, "time": seconds})
         if self.folder is not None:
-            samples = module.steps_done * self.config.global_batch
-            self.folder.evals.add(step=module.steps_done, samples=samples, acc=accuracy, seconds=round(seconds, 6))
-            self.folder.accuracy = accuracy
+            step = module.steps_done
+            samples = step * self.config.global_batch
+            self.folder.later.do(partial(self.folder.add_evaluation, step, samples, accuracy, seconds))
         return {"global_steps": module.steps_done, "eval_accuracy": accuracy, "time": seconds}
 
     def _log_step(self, module: RecordModule, step_seconds: float, ends: bool) -> None:
@@ -306,7 +321,7 @@ class Recorder(pl.Callback):
             return
         outcome, seconds = module.outcome, self.clock.seconds()
         assert outcome is not None
-        loss = float(outcome.own_loss) / self.config.optimizer.accumulate
+        loss = outcome.own_loss / self.config.optimizer.accumulate
         schedule: Any = module.lr_schedulers()
         step = module.steps_done
         value = {
@@ -373,6 +388,7 @@ class Recorder(pl.Callback):
             rank_imbalance: see `WorkCounter.imbalance`.
         """
         assert self.folder is not None
+        self.do_rest()
         all_seconds = seconds + self.folder.earlier()
         p_core = figures(module.steps_done * self.config.global_batch, all_seconds)["p_core"]
         rates = utilisation(self.config, work, all_seconds.pure_compute, p_core)
@@ -406,6 +422,7 @@ class Recorder(pl.Callback):
                 "throughput(ips)_pure_compute": result["p_core"],
             },
         )
+        self.do_rest()
         return result
 
     def _event(self, name: str, value: Optional[Any] = None, **keys: Any) -> None:
@@ -418,6 +435,22 @@ class Recorder(pl.Callback):
     def _module(pl_module: Any) -> RecordModule:
         assert isinstance(pl_module, RecordModule)
         return pl_module
+
+
+def _add_step(table: Table, config: TrainConfig, step: int, epoch: int, outcome: StepOutcome, times: StepTimes) -> None:
+    """A line of steps.csv; values are fetched from the device here."""
+    table.add(
+        step=step,
+        epoch=epoch,
+        samples=step * config.global_batch,
+        loss=float(outcome.loss),
+        lr=outcome.lr,
+        grad_norm=None if outcome.grad_norm is None else float(outcome.grad_norm),
+        data_s=round(times.data, 7),
+        compute_s=round(times.compute, 7),
+        step_s=round(times.step, 7),
+        loss_scale=outcome.loss_scale,
+    )
 
 
 def slowest(ranks: Sequence[Seconds]) -> Seconds:

@@ -42,7 +42,7 @@ class Table:
     def add(self, **values: Any) -> None:
         """Append a line; a value that does not exist is an empty field."""
         self._file.write(",".join(_text(values.get(name)) for name in self._columns) + "\n")
-        self._file.flush()
+        self._file.flush()  # a run that is killed has this line
 
     def total(self, column: str) -> float:
         """Sum of a column over the lines that were kept."""

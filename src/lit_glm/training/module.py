@@ -64,13 +64,18 @@ class RecordModule(pl.LightningModule):
 
         accumulate = self._config.optimizer.accumulate
         loss = choice_loss(self(batch))
-        mean, stop = self._over_ranks(loss.detach())
+        mean, stops = self._over_ranks(loss.detach())
         lr: Optional[float] = None
         norm: Optional[Tensor] = None
         scale = precision.loss_scale if hasattr(precision, "loss_scale") else None
-        if torch.isfinite(mean):
+        finite = torch.isfinite(mean)
+        # Reading a value makes the host wait for the device. With one micro-batch an update, the backward pass is asked
+        # for before the loss is looked at, so that the device has work meanwhile; gradients of a loss that is not
+        # finite are thrown away. With several, they would spoil those of the micro-batches before.
+        if accumulate == 1 or finite:
             self.manual_backward(loss / accumulate)
-            updates = step % accumulate == 0
+        updates = step % accumulate == 0
+        if finite:
             if not hasattr(precision, "unscale") or precision.unscale(optimizer):
                 norm = torch.nn.utils.clip_grad_norm_(
                     [p for group in optimizer.param_groups for p in group["params"]], self._config.optimizer.clip_grad
@@ -81,19 +86,21 @@ class RecordModule(pl.LightningModule):
                     schedule.step()
             if updates or norm is None:
                 optimizer.zero_grad(set_to_none=True)
+        elif accumulate == 1:
+            self.zero_grad(set_to_none=True)
         if norm is None:
             self.steps_skipped += 1
         self.steps_done = step
-        self.outcome = StepOutcome(mean, loss.detach(), lr, norm, scale, stop)
+        self.outcome = StepOutcome(mean, loss.detach(), lr, norm, scale, bool(stops))
 
-    def _over_ranks(self, loss: Tensor) -> "tuple[Tensor, bool]":
+    def _over_ranks(self, loss: Tensor) -> "tuple[Tensor, Any]":
         """Mean loss, and whether a rank was asked to stop, in one collective."""
         if self.trainer.world_size == 1:
             return loss, self.stop_requested
         both = torch.stack([loss.float(), loss.new_tensor(float(self.stop_requested)).float()])
         torch.distributed.all_reduce(both)
         both = both / self.trainer.world_size
-        return both[0], bool(both[1] > 0)
+        return both[0], both[1] > 0
 
     def configure_optimizers(self) -> Any:
         """AdamW and the learning-rate schedule."""

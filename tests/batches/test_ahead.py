@@ -1,0 +1,72 @@
+"""Batches made ahead are the same batches, in order; errors and endings pass through; evaluation cuts by rows."""
+
+import threading
+import time
+from itertools import count
+from typing import Any, Iterator, List
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lit_glm.batches.ahead import Ahead
+from lit_glm.batches.datamodule import by_rows
+
+
+def threads() -> int:
+    return sum(thread.name == "batches ahead" for thread in threading.enumerate())
+
+
+def test_all_of_it_in_order_again_and_again() -> None:
+    ahead = Ahead(range(50))
+    assert list(ahead) == list(range(50))
+    assert list(ahead) == list(range(50))
+
+
+def test_it_is_ahead_but_not_by_much() -> None:
+    made: List[int] = []
+
+    def source() -> Iterator[int]:
+        for number in count():
+            made.append(number)
+            yield number
+
+    items = iter(Ahead(source()))
+    assert next(items) == 0
+    time.sleep(0.3)
+    assert 2 <= len(made) <= 5
+    items.close()  # type: ignore[attr-defined]
+
+
+def test_the_thread_ends_with_the_iterator() -> None:
+    before = threads()
+    items = iter(Ahead(count()))
+    next(items)
+    assert threads() == before + 1
+    items.close()  # type: ignore[attr-defined]
+    limit = time.monotonic() + 5
+    while threads() > before and time.monotonic() < limit:
+        time.sleep(0.01)
+    assert threads() == before
+
+
+def test_an_error_is_raised_where_the_item_would_have_been() -> None:
+    def source() -> Iterator[int]:
+        yield 1
+        raise ValueError("broken")
+
+    items = iter(Ahead(source()))
+    assert next(items) == 1
+    with pytest.raises(ValueError, match="broken"):
+        next(items)
+
+
+@given(rows=st.lists(st.integers(1, 50), min_size=1, max_size=40), most=st.integers(1, 120))
+def test_evaluation_batches_by_rows(rows: Any, most: int) -> None:
+    batches = by_rows(list(range(len(rows))), np.asarray(rows), most)
+    assert [example for batch in batches for example in batch] == list(range(len(rows)))
+    sizes = [sum(rows[example] for example in batch) for batch in batches]
+    assert all(size <= most or len(batch) == 1 for size, batch in zip(sizes, batches))
+    # No batch could have taken the next one's first example too.
+    assert all(size + rows[batch[0]] > most for size, batch in zip(sizes, batches[1:]))
