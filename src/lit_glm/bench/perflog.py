@@ -15,18 +15,16 @@ class PerfLog:
     """perf.log of a run folder, appended to line by line."""
 
     def __init__(
-        self, path: Path, rank: int = 0, do: Callable[[Callable[[], Any]], None] = lambda call: call()
+        self, path: Path, do: Callable[[Callable[[], Any]], None] = lambda call: call()
     ) -> None:
         """Open the file.
 
         Args:
             path: the file.
-            rank: of this process.
             do: calls what writes a line, now or later; what the line says is fixed at once.
         """
         self._do = do
         self._file = path.open("a", encoding="utf-8")
-        self._rank = rank
 
     def event(self, name: str, value: Optional[Any] = None, **keys: Any) -> None:
         """Write one event.
@@ -45,7 +43,7 @@ class PerfLog:
             "file": caller.f_code.co_filename,
             "lineno": caller.f_lineno,
             "time_ms": int(time.time() * 1e3),
-            "rank": self._rank,
+            "rank": 0,
         }
         self._do(lambda: self._write(line))
 

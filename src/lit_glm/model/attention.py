@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_glm.errors import InputError
-from lit_glm.model.dropout import dropout as random_zeros
+from lit_glm.model.dropout import draw
 
 _SMALL_GROUP = 128 * 256  # rows x width of a group up to which one padded call beats a call a group on a processor
 _HAS_FUSED = hasattr(F, "scaled_dot_product_attention")  # torch 2.0 and later
@@ -73,11 +73,51 @@ def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Optional[Tensor], dropout: 
     """
     if choose(kernel, q.device, dropout) == "fused":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
-    scores = q @ (k / math.sqrt(q.shape[-1])).transpose(-1, -2)
+    N, H, queries, d = q.shape
     if allowed is not None:
-        scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-    probabilities = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
-    return random_zeros(probabilities, dropout) @ v
+        allowed = allowed.expand(N, H, *allowed.shape[-2:]).reshape(N * H, *allowed.shape[-2:])
+    q, k, v = (part.reshape(N * H, -1, d) for part in (q, k, v))
+    out: Tensor = _Products.apply(q, k, v, allowed, dropout)
+    return out.view(N, H, queries, d)
+
+
+class _Products(torch.autograd.Function):
+    """Attention as products and a softmax, [H, queries, d]; keeps the probabilities and one byte an element of a mask.
+
+    The backward pass takes a row's sum of gradient x probability from the output, which is shorter than the row
+    (Dao et al. 2022, FlashAttention, appendix B.2), and overwrites what it no longer needs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, allowed: Optional[Tensor], dropout: float) -> Tensor:
+        factor = 1.0 / math.sqrt(q.shape[-1])
+        scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0.0, alpha=factor)
+        if allowed is not None:
+            scores.masked_fill_(~allowed, torch.finfo(scores.dtype).min)
+        probabilities = F.softmax(scores, dim=-1, dtype=torch.float32).to(scores.dtype)
+        keep, ctx.scale = draw(probabilities, dropout) if dropout else (None, 1.0)
+        out = torch.bmm(probabilities if keep is None else probabilities * keep, v)
+        out = out if keep is None else out.mul_(ctx.scale)
+        ctx.save_for_backward(q, k, v, probabilities, keep, out)
+        ctx.factor = factor
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        q, k, v, probabilities, keep, out = ctx.saved_tensors
+        grad = grads[0]
+        row_sum = (grad.float() * out.float()).sum(-1, keepdim=True).to(grad.dtype)
+        if keep is not None:
+            grad = grad * ctx.scale
+        dropped = probabilities if keep is None else probabilities * keep
+        grad_v = torch.bmm(dropped.transpose(1, 2), grad)
+        grad_scores = torch.bmm(grad, v.transpose(1, 2))
+        if keep is not None:
+            grad_scores.mul_(keep)
+        grad_scores.sub_(row_sum).mul_(probabilities)
+        grad_q = torch.baddbmm(q.new_empty(1), grad_scores, k, beta=0.0, alpha=ctx.factor)
+        grad_k = torch.baddbmm(q.new_empty(1), grad_scores.transpose(1, 2), q, beta=0.0, alpha=ctx.factor)
+        return grad_q, grad_k, grad_v, None, None
 
 
 @dataclass

@@ -4,7 +4,7 @@ torch's own dropout draws one number after the other there, 32 bits and one thre
 GLM-Large. Here 64 random bits give four masks. Everywhere else torch's kernel is taken.
 """
 
-from typing import Any
+from typing import Any, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -14,17 +14,32 @@ _LOWEST_64 = -(2**63)
 _STEPS = 2**16
 
 
+def draw(like: Tensor, p: float) -> Tuple[Tensor, float]:
+    """A mask of dropout.
+
+    Args:
+        like: gives shape and device.
+        p: share of zeros; on the processor rounded to 1 / 65536.
+
+    Returns:
+        Boolean, true where an element stays; and what to multiply it with so that the mean stays.
+    """
+    if like.device.type != "cpu":
+        return torch.rand(like.shape, device=like.device) >= p, 1.0 / (1.0 - p)
+    dropped = min(_STEPS - 1, round(p * _STEPS))
+    count = like.numel()
+    bits = torch.empty((count + 3) // 4, dtype=torch.int64).random_(_LOWEST_64, None)
+    keep = bits.view(torch.int16)[:count] >= dropped - _STEPS // 2
+    return keep.view(like.shape), _STEPS / (_STEPS - dropped)
+
+
 class _Dropout(torch.autograd.Function):
     """x times a mask of zeros and 1 / (1 - p); the mask is kept as one byte an element."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        dropped = min(_STEPS - 1, round(p * _STEPS))
-        count = x.numel()
-        bits = torch.empty((count + 3) // 4, dtype=torch.int64).random_(_LOWEST_64, None)
-        keep = (bits.view(torch.int16)[:count] >= dropped - _STEPS // 2).view(x.shape)
+        keep, ctx.scale = draw(x, p)
         ctx.save_for_backward(keep)
-        ctx.scale = _STEPS / (_STEPS - dropped)
         return (x * keep).mul_(ctx.scale)
 
     @staticmethod

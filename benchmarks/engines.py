@@ -1,0 +1,170 @@
+"""How fast is a training step and an evaluation, of what work, against the published implementation?
+
+All engines take the same weights and the same batches in turn, in one process; every figure is a ratio to the reference
+(benchmarks/reference.py: the published work) of the same round, or a share of a matrix product's speed in that round.
+`--memory` measures each engine's peak in a process of its own instead, by the kernel's own count.
+
+    python benchmarks/engines.py --shape 6x512 --bs 8 --rounds 2
+    python benchmarks/engines.py --shape large --bs 8 --engines shared_context,bf16 --rounds 4      # no reference
+    python benchmarks/engines.py --shape large --bs 2 --memory
+"""
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+import corpus
+import torch
+from reference import Reference
+
+from lit_glm.batches.collate import flat_batch, padded_batch
+from lit_glm.batches.compact import open_split
+from lit_glm.bench.environment import describe_machine
+from lit_glm.bench.work import published_flops, shared_context_flops
+from lit_glm.config.app import checked, compose
+from lit_glm.config.schema import TrainConfig
+from lit_glm.hardware.runtimes.cpu import CPURuntime, bf16_units
+from lit_glm.model.build import build_glm
+from lit_glm.model.glm import GLM
+from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, choice_loss, score_table
+from lit_glm.training.optimizer import make_optimizer
+
+SHAPES = {
+    "tiny": ["model=glm_tiny", "model.vocab_size=30592", "model.max_sequence_length=512", "model.init_std=0.02"],
+    "6x512": ["model.num_layers=6", "model.hidden_size=512", "model.num_attention_heads=8"],
+    "large": ["model=glm_large"],
+}
+
+
+class Engine:
+    """One way of computing, on weights that no other has."""
+
+    def __init__(self, name: str, config: TrainConfig, weights: Dict[str, Any]) -> None:
+        self.name = name
+        published = name in ("reference", "published")
+        config.model.activation_checkpointing = published
+        self.glm, _ = build_glm(config.model, CPURuntime().checkpoint())
+        self.glm.load_state_dict(weights)
+        self.reference = Reference(self.glm) if name == "reference" else None
+        self.optimizer = None if self.reference else make_optimizer(self.glm, config.optimizer)
+        self.padded, self.half = published, name == "bf16"
+
+    def step(self, batch: Any) -> float:
+        """One update; returns the loss before it."""
+        self.glm.train()
+        if self.reference:
+            return self.reference.step(batch)
+        assert self.optimizer is not None
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.half):
+            loss = choice_loss(score_table(self.glm, batch, TRAIN_MASK))
+        loss.backward()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    def evaluate(self, batch: Any) -> Any:
+        """[B, C] scores."""
+        self.glm.eval()
+        if self.reference:
+            return self.reference.evaluate(batch)
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.half):
+            return score_table(self.glm, batch, EVAL_MASK, slice_size=10)
+
+
+def peak(dtype: torch.dtype) -> float:
+    """FLOP/s of a product of two 3072 x 3072 matrices, the best of three."""
+    a, b = torch.ones(3072, 3072, dtype=dtype), torch.ones(3072, 3072, dtype=dtype)
+    return 2 * 3072**3 / min(timed(lambda: a @ b)[0] for _ in range(3))
+
+
+def timed(call: Any) -> Tuple[float, Any]:
+    """Seconds, and what came back."""
+    start = time.perf_counter()
+    value = call()
+    return time.perf_counter() - start, value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="6x512")
+    parser.add_argument("--bs", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--engines", default="reference,published,shared_context,bf16")
+    parser.add_argument("--parts", default="train,eval")
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--file", type=Path, help="HDF5 file of the published layout (default: generated)")
+    parser.add_argument("--memory", action="store_true")
+    given = parser.parse_args()
+    names = given.engines.split(",")
+    if given.memory and len(names) > 1:
+        for name in names:
+            own = [*sys.argv, "--engines", name, "--rounds", "1", "--parts", "train"]
+            subprocess.run([sys.executable, *own], check=True)
+        return
+    dropout = [f"model.hidden_dropout={given.dropout}", f"model.attention_dropout={given.dropout}"]
+    config = checked(compose("train", [*SHAPES[given.shape], *dropout, "lr=1e-5"]), TrainConfig)
+    file = given.file or corpus.cached()
+    split = open_split(file, False, None)
+    torch.manual_seed(0)
+    glm = GLM(build_glm(config.model, None)[0].shape)  # type: ignore[arg-type]
+    weights = {name: weight.clone() for name, weight in glm.state_dict().items()}
+    del glm
+    engines = [Engine(name, config, weights) for name in names]
+    del weights
+    if given.memory:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        indices = range(given.bs)
+        engines[0].step(padded_batch(split, indices, 512) if engines[0].padded else flat_batch(split, indices))
+        highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        what = f"{given.shape} bs={given.bs} {names[0]:>15}"
+        print(f"{what}: {before:.2f} GiB before, peak {highest:.2f} GiB", flush=True)
+        return
+    print(f"{describe_machine()}; torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"bf16: {', '.join(bf16_units()) or 'no instructions for it'}; {given.shape}, bs={given.bs}, {file}")
+    seconds: Dict[Tuple[str, str], List[float]] = {}
+    shares: Dict[Tuple[str, str], List[float]] = {}
+    for number in range(given.rounds):
+        indices = [(number * given.bs + i) % len(split) for i in range(given.bs)]
+        flat, padded = flat_batch(split, indices), padded_batch(split, indices, 512)
+        sequences = padded.table[0] * padded.table[1]
+        flops = {
+            True: float(published_flops(config.model, sequences, 512)),
+            False: float(shared_context_flops(config.model, flat.context_lengths, flat.candidate_rows).sum()),
+        }
+        peaks = {half: peak(torch.bfloat16 if half else torch.float32) for half in (False, True)}
+        print(
+            f"round {number}: {len(flat.tokens)} rows, {sequences} sequences of 512; products "
+            f"{peaks[False] / 1e9:.0f} GFLOP/s in fp32, {peaks[True] / 1e9:.0f} in bf16",
+            flush=True,
+        )
+        for part in given.parts.split(","):
+            for engine in engines:
+                batch = padded if engine.padded else flat
+                took, value = timed(lambda: (engine.step if part == "train" else engine.evaluate)(batch))  # noqa: B023
+                seconds.setdefault((part, engine.name), []).append(took)
+                work = flops[engine.padded] / (1 if part == "train" else 3)
+                shares.setdefault((part, engine.name), []).append(work / took / peaks[engine.half])
+                shown = f"loss {value:.6f}" if part == "train" else f"best {value.argmax(1).tolist()}"
+                share = shares[part, engine.name][-1]
+                print(f"  {part:5} {engine.name:>15} {took:9.3f} s  {share:6.1%}  {shown}", flush=True)
+    print(f"\n| {given.shape}, bs {given.bs} | engine | median s | reference / this | share of the product's speed |")
+    print("|---|---|---|---|---|")
+    for (part, name), values in seconds.items():
+        own = "" if (part, "reference") not in seconds else f"{_ratio(seconds[part, 'reference'], values):.2f}x"
+        share = statistics.median(shares[part, name])
+        print(f"| {part} | {name} | {statistics.median(values):.3f} | {own} | {share:.0%} |")
+
+
+def _ratio(reference: List[float], own: List[float]) -> float:
+    return statistics.median(r / o for r, o in zip(reference, own))
+
+
+if __name__ == "__main__":
+    main()
