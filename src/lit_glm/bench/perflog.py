@@ -14,9 +14,7 @@ from typing import Any, Callable, Dict, Optional
 class PerfLog:
     """perf.log of a run folder, appended to line by line."""
 
-    def __init__(
-        self, path: Path, do: Callable[[Callable[[], Any]], None] = lambda call: call()
-    ) -> None:
+    def __init__(self, path: Path, do: Callable[[Callable[[], Any]], None] = lambda call: call()) -> None:
         """Open the file.
 
         Args:

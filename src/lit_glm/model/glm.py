@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from lit_glm.model.dropout import Dropout
+from lit_glm.model.linear import Linear, linear
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ class Attention(nn.Module):
 
     def __init__(self, shape: GLMShape) -> None:
         super().__init__()
-        self.query_key_value = nn.Linear(shape.hidden_size, 3 * shape.hidden_size)
-        self.dense = nn.Linear(shape.hidden_size, shape.hidden_size)
+        self.query_key_value = Linear(shape.hidden_size, 3 * shape.hidden_size)
+        self.dense = Linear(shape.hidden_size, shape.hidden_size)
         self.heads = shape.num_attention_heads
         self.dropout = shape.attention_dropout
 
@@ -74,8 +75,8 @@ class MLP(nn.Module):
 
     def __init__(self, shape: GLMShape) -> None:
         super().__init__()
-        self.dense_h_to_4h = nn.Linear(shape.hidden_size, 4 * shape.hidden_size)
-        self.dense_4h_to_h = nn.Linear(4 * shape.hidden_size, shape.hidden_size)
+        self.dense_h_to_4h = Linear(shape.hidden_size, 4 * shape.hidden_size)
+        self.dense_4h_to_h = Linear(4 * shape.hidden_size, shape.hidden_size)
         self.activation: Callable[[Tensor], Tensor] = {"tanh": gelu_tanh, "erf": gelu_erf}[shape.gelu]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -170,4 +171,4 @@ class GLM(nn.Module):
 
     def vocabulary_logits(self, h: Tensor) -> Tensor:
         """[..., D] -> [..., V] by the word embedding, no bias."""
-        return F.linear(h, self.word_embeddings.weight)
+        return linear(h, self.word_embeddings.weight)

@@ -1,0 +1,96 @@
+"""Linear layers by whichever of torch's two libraries is fast on this processor.
+
+torch computes fp32 products with MKL, which is half as fast as its other library, oneDNN, on processors that are not
+Intel's (`benchmarks/products.py` has the measurement). Elsewhere, and in every other type, torch decides.
+"""
+
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_WORTH_IT = 2**23  # multiply-adds from which the other library's call costs less than it saves
+
+
+def _processor_is_intels() -> bool:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return any("GenuineIntel" in line for line in file if line.startswith("vendor_id"))
+    except OSError:
+        return True
+
+
+PREFERS_ONEDNN = (
+    torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available() and not _processor_is_intels()
+)
+_POINTWISE: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if hasattr(torch, "compile") else None
+
+
+def _product(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    """Multiply x with the transposed weight, by oneDNN."""
+    if _POINTWISE is not None:
+        out: Tensor = _POINTWISE(x, weight, bias, "none", [], "")
+        return out
+    return F.linear(x.contiguous().to_mkldnn(), weight.contiguous(), bias).to_dense()  # before torch 2
+
+
+class _OneDNN(torch.autograd.Function):
+    """A linear layer, all three of its products by oneDNN."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,) = grads
+        x, weight = ctx.saved_tensors
+        grad_x = _product(grad, weight.t(), None) if ctx.needs_input_grad[0] else None
+        grad_weight = _weight_gradient(grad, x) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, grad.sum(0) if ctx.has_bias else None
+
+
+def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """[T, out], [T, in] -> [out, in]; the library copies what comes first, so take the order that copies less."""
+    rows, outputs, inputs = len(x), grad.shape[1], x.shape[1]
+    if rows * outputs <= rows * inputs + outputs * inputs:
+        return _product(grad.t(), x.t(), None)
+    return _product(x.t(), grad.t(), None).t().contiguous()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+    """[T, in] -> [T, out].
+
+    Args:
+        x: [T, in].
+        weight: [out, in].
+        bias: [out].
+    """
+    if (
+        PREFERS_ONEDNN
+        and x.device.type == "cpu"
+        and x.dtype is torch.float32
+        and len(x) * weight.numel() >= _WORTH_IT
+        and not _autocasts()
+    ):
+        out: Tensor = _OneDNN.apply(x, weight, bias)
+        return out
+    return F.linear(x, weight, bias)
+
+
+def _autocasts() -> bool:
+    try:
+        return bool(torch.is_autocast_enabled("cpu"))
+    except TypeError:  # before torch 2.4
+        return bool(torch.is_autocast_cpu_enabled())
+
+
+class Linear(nn.Linear):
+    """`linear` with its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, in] -> [T, out]."""
+        return linear(x, self.weight, self.bias)
