@@ -90,8 +90,8 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, allowed: Optional[Tensor], dropout: float) -> Tensor:
-        factor = 1.0 / math.sqrt(q.shape[-1])  # a zero is added where nothing is: torch 1.12 adds what it finds there
-        scores = torch.baddbmm(q.new_zeros(1), q, k.transpose(1, 2), beta=0.0, alpha=factor)
+        factor = 1.0 / math.sqrt(q.shape[-1])
+        scores = torch.bmm(q * factor, k.transpose(1, 2))
         if allowed is not None:
             scores.masked_fill_(~allowed, torch.finfo(scores.dtype).min)
         probabilities = F.softmax(scores, dim=-1, dtype=torch.float32).to(scores.dtype)
@@ -115,8 +115,8 @@ class _Products(torch.autograd.Function):
         if keep is not None:
             grad_scores.mul_(keep)
         grad_scores.sub_(row_sum).mul_(probabilities)
-        grad_q = torch.baddbmm(q.new_zeros(1), grad_scores, k, beta=0.0, alpha=ctx.factor)
-        grad_k = torch.baddbmm(q.new_zeros(1), grad_scores.transpose(1, 2), q, beta=0.0, alpha=ctx.factor)
+        grad_q = torch.bmm(grad_scores, k).mul_(ctx.factor)
+        grad_k = torch.bmm(grad_scores.transpose(1, 2), q).mul_(ctx.factor)
         return grad_q, grad_k, grad_v, None, None
 
 
