@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--bs", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--engines", default="reference,published,shared_context,bf16")
-    parser.add_argument("--parts", default="train,eval")
+    parser.add_argument("--parts", default="eval,train")
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--file", type=Path, help="HDF5 file of the published layout (default: generated)")
     parser.add_argument("--memory", action="store_true")

@@ -17,6 +17,11 @@ from lit_glm.batches.types import PaddedBatch
 from lit_glm.model.glm import GLM
 
 
+def _linear(layer: Any, x: Tensor) -> Tensor:
+    """torch's own, whatever this project takes."""
+    return F.linear(x, layer.weight, layer.bias)
+
+
 class Reference:
     """Scores of a batch and one training step, as published."""
 
@@ -34,15 +39,16 @@ class Reference:
         x = layer.input_layernorm(h)
         q, k, v = (
             part.view(N, S, heads, D // heads).permute(0, 2, 1, 3)
-            for part in layer.attention.query_key_value(x).split(D, dim=-1)
+            for part in _linear(layer.attention.query_key_value, x).split(D, dim=-1)
         )
         scores = torch.matmul(q, k.transpose(-1, -2) / math.sqrt(D // heads))
         scores = torch.mul(scores, mask) + (-65504.0) * (1.0 - mask)
         probabilities = F.dropout(torch.softmax(scores, dim=-1), attention, layer.training)
         mixed = torch.matmul(probabilities, v).permute(0, 2, 1, 3).contiguous().view(N, S, D)
-        h = h + F.dropout(layer.attention.dense(mixed), hidden, layer.training)
+        h = h + F.dropout(_linear(layer.attention.dense, mixed), hidden, layer.training)
         x = layer.post_attention_layernorm(h)
-        x = layer.mlp.dense_4h_to_h(layer.mlp.activation(layer.mlp.dense_h_to_4h(x)))
+        x = layer.mlp.activation(_linear(layer.mlp.dense_h_to_4h, x))
+        x = _linear(layer.mlp.dense_4h_to_h, x)
         return h + F.dropout(x, hidden, layer.training)
 
     def scores(self, batch: PaddedBatch) -> Tensor:

@@ -6,9 +6,10 @@ from typing import Any, Set
 
 import pytest
 import torch
-from torch import nn
 
 from conftest import GOLDEN_RUN, lit_glm, lit_glm_here, rows
+from lit_glm.hardware.runtimes import cpu
+from lit_glm.model.linear import Linear
 from runs.test_runs import DEBUG, _same, _start, _wait_for_steps, result
 
 NEW = not torch.__version__.startswith("1.")
@@ -25,9 +26,9 @@ def test_what_is_computed(precision: str, tmp_path: Path, monkeypatch: pytest.Mo
     products: Set[Any] = set()
     weights: Set[Any] = set()
     moments: Set[Any] = set()
-    forward, step = nn.Linear.forward, torch.optim.AdamW.step
+    forward, step = Linear.forward, torch.optim.AdamW.step
 
-    def spy(self: nn.Linear, x: Any) -> Any:
+    def spy(self: Linear, x: Any) -> Any:
         out = forward(self, x)
         products.add(out.dtype)
         weights.add(self.weight.dtype)
@@ -38,7 +39,7 @@ def test_what_is_computed(precision: str, tmp_path: Path, monkeypatch: pytest.Mo
         moments.update(state["exp_avg"].dtype for state in self.state.values())
         return done
 
-    monkeypatch.setattr(nn.Linear, "forward", spy)
+    monkeypatch.setattr(Linear, "forward", spy)
     monkeypatch.setattr(torch.optim.AdamW, "step", spy_step)
     run = tmp_path / "run"
     scaled = precision in ("amp", "fp16")
@@ -51,6 +52,14 @@ def test_what_is_computed(precision: str, tmp_path: Path, monkeypatch: pytest.Mo
     scales = {row["loss_scale"] for row in rows(run / "steps.csv")}
     assert scales == ({"1024.0"} if scaled else {""})
     assert list(rows(run / "steps.csv")[0])[-1] == "loss_scale"
+
+
+def test_a_processor_without_bf16_units_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "bf16_units", lambda: ["AMX tiles"])
+    assert cpu.CPURuntime().precision_hint("bf16") == ""
+    monkeypatch.setattr(cpu, "bf16_units", list)
+    assert "no bf16 units" in cpu.CPURuntime().precision_hint("bf16")
+    assert cpu.CPURuntime().precision_hint("fp32") == ""
 
 
 @pytest.mark.skipif(NEW, reason="today's torch computes fp16 on the processor")

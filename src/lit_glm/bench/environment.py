@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import psutil
+from omegaconf import OmegaConf
 
 import lit_glm
+from lit_glm.config.app import CONF
 from lit_glm.config.schema import TrainConfig
 from lit_glm.hardware.names import PACKAGES, VISIBLE
 from lit_glm.hardware.runtimes.base import Runtime
@@ -38,6 +40,9 @@ _VARIABLES = (
     "NCCL_SOCKET_IFNAME",
     "GLOO_SOCKET_IFNAME",
 )
+
+
+_SECRET = re.compile(r"token|secret|password|passwd|api_?key|credential", re.IGNORECASE)
 
 
 def _output(*command: str, folder: Optional[Path] = None) -> Optional[str]:
@@ -100,7 +105,8 @@ def _image() -> Optional[str]:
     named = os.environ.get("LIT_GLM_CONTAINER_IMAGE")
     if named:
         return named
-    inside = any(Path(mark).exists() for mark in ("/.dockerenv", "/run/.containerenv"))
+    marks = ("/.dockerenv", "/run/.containerenv", "/run/systemd/container", "/.singularity.d")
+    inside = any(Path(mark).exists() for mark in marks) or "KUBERNETES_SERVICE_HOST" in os.environ
     inside = inside or any(word in _read("/proc/1/cgroup") for word in ("docker", "kubepods", "containerd"))
     return None if inside else ""
 
@@ -126,7 +132,7 @@ def describe(config: TrainConfig, runtime: Runtime, command: List[str]) -> Dict[
         "command": [_without_secret(argument) for argument in command],
         "host": platform.node(),
         "pid": os.getpid(),
-        "machine": told.machine or of_file or _machine(),
+        "machine": told.machine or _machine() or of_file or None,
         "os": _os_name(),
         "kernel": platform.release(),
         "python": platform.python_version(),
@@ -144,12 +150,20 @@ def describe(config: TrainConfig, runtime: Runtime, command: List[str]) -> Dict[
         "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "variables": {name: os.environ[name] for name in (*_VARIABLES, *hardware.env) if name in os.environ},
+        "variables": {name: os.environ[name] for name in _known_variables() if name in os.environ},
     }
 
 
+def _known_variables() -> List[str]:
+    """Names from our own list and from the hardware files, never from the command line; none of a secret."""
+    files: List[Any] = [OmegaConf.load(path) for path in sorted((CONF / "hardware").glob("*.yaml"))]
+    names = [*_VARIABLES, *(str(name) for content in files for name in content.get("env") or {})]
+    return [name for name in dict.fromkeys(names) if not _SECRET.search(name)]
+
+
 def _without_secret(argument: str) -> str:
-    """An override whose key speaks of a secret keeps its key alone."""
+    """An override that speaks of a secret keeps its key alone; an address loses its user and password."""
     key, found, _ = argument.partition("=")
-    hides = found and re.search(r"token|secret|password|passwd|api_?key|credential", key, re.IGNORECASE)
-    return f"{key}=..." if hides else argument
+    if _SECRET.search(argument):
+        return f"{key}=..." if found else "..."
+    return re.sub(r"//[^/@\s]+@", "//...@", argument)

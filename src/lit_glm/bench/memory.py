@@ -12,6 +12,8 @@ import numpy as np
 
 from lit_glm.batches.compact import CompactSplit
 from lit_glm.config.schema import ModelConfig, TrainConfig
+from lit_glm.hardware.runtimes.base import Runtime
+from lit_glm.model.attention import choose
 from lit_glm.record.store import SparseReader
 
 _GIB = 2**30
@@ -75,23 +77,26 @@ def parameters(model: ModelConfig) -> int:
     return tables + model.num_layers * (12 * D * D + 13 * D) + 2 * D
 
 
-def estimate(config: TrainConfig, lengths: Lengths, base: float, bs: Optional[int] = None) -> Estimate:
+def estimate(
+    config: TrainConfig, lengths: Lengths, base: float, keeps_scores: bool, bs: Optional[int] = None
+) -> Estimate:
     """Estimate the peak of a training step.
 
     Args:
         config: the run's.
         lengths: of the training examples: the largest batch counts.
         base: bytes in use already.
+        keeps_scores: whether attention keeps its probabilities for the backward pass (products do, fused kernels not).
         bs: another batch size than the configuration's.
     """
     count = float(parameters(config.model))
     half = config.precision.name == "fp16"
     weights = count * (2 if half else 4)
     training = count * (2 + 4 + 4 + 8 if half else 4 + 8)
-    return Estimate(weights, training, _activations(config, lengths, bs or config.bs), base)
+    return Estimate(weights, training, _activations(config, lengths, bs or config.bs, keeps_scores), base)
 
 
-def _activations(config: TrainConfig, lengths: Lengths, bs: int) -> float:
+def _activations(config: TrainConfig, lengths: Lengths, bs: int, keeps_scores: bool) -> float:
     model = config.model
     D, L, V = model.hidden_size, model.num_layers, model.vocab_size
     size = 2.0 if config.precision.name == "fp16" else 3.0 if config.precision.name in ("amp", "bf16") else 4.0
@@ -99,10 +104,14 @@ def _activations(config: TrainConfig, lengths: Lengths, bs: int) -> float:
     if config.scoring.name == "published":
         rows = float(min(bs, len(lengths)) * lengths.candidates.max() * config.data.max_seq_length)
         predicting = rows
+        pairs = rows * config.data.max_seq_length
     else:
         rows = _largest(lengths.rows, bs)
         predicting = _largest(lengths.predicting, bs)
+        pairs = _largest(np.asarray(lengths.rows, dtype=float) ** 2, bs)
     layer = rows * (_KEPT * D * size + dropout)
+    if keeps_scores:
+        layer += pairs * model.num_attention_heads * (size + (1.0 if model.attention_dropout else 0.0))
     kept = L * rows * D * size + layer if model.activation_checkpointing else L * layer
     return kept + predicting * V * 4.0 * _HEAD_COPIES
 
@@ -114,30 +123,37 @@ def _largest(lengths: Any, bs: int) -> float:
     return float(np.partition(lengths, len(lengths) - bs)[len(lengths) - bs :].sum())
 
 
-def largest_bs(config: TrainConfig, lengths: Lengths, base: float, memory: float) -> int:
+def largest_bs(config: TrainConfig, lengths: Lengths, base: float, keeps_scores: bool, memory: float) -> int:
     """The largest bs whose estimate fits into `memory` bytes; 0 if none does."""
+
+    def fits(bs: int) -> bool:
+        return bs <= len(lengths) and estimate(config, lengths, base, keeps_scores, bs).total <= memory
+
     low, high = 0, 1
-    while high <= len(lengths) and estimate(config, lengths, base, high).total <= memory:
+    while fits(high):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        fits = middle <= len(lengths) and estimate(config, lengths, base, middle).total <= memory
-        low, high = (middle, high) if fits else (low, middle)
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return low
 
 
-def describe(config: TrainConfig, lengths: Lengths, base: float, memory: Optional[float], sharing: int) -> str:
+def describe(config: TrainConfig, lengths: Lengths, runtime: Optional[Runtime], index: int = 0) -> str:
     """One line for the start of a run; a second one where the estimate exceeds the device.
 
     Args:
         config: the run's.
         lengths: of the training examples.
-        base: bytes in use already.
-        memory: of the device, bytes; None if unknown.
-        sharing: ranks that share that memory.
+        runtime: asked for the device's memory, in all and in use; None: unknown.
+        index: of the device.
     """
-    guess = estimate(config, lengths, base)
-    own = None if memory is None else memory / sharing
+    base, own, keeps_scores = 0.0, None, True
+    if runtime is not None:
+        total, device = runtime.total_memory(index), runtime.device(index)
+        sharing = config.topology.devices_per_node if runtime.shares_memory else 1
+        base, own = runtime.memory_now(index) or 0.0, None if total is None else total / sharing
+        keeps_scores = choose(config.model.attention, device, config.model.attention_dropout) == "matmul"
+    guess = estimate(config, lengths, base, keeps_scores)
     of = "" if own is None else f" of {own / _GIB:.1f}"
     text = (
         f"memory: about {guess.total / _GIB:.1f}{of} GiB a device: weights {guess.weights / _GIB:.1f}, gradients and "
@@ -145,6 +161,6 @@ def describe(config: TrainConfig, lengths: Lengths, base: float, memory: Optiona
     )
     if own is None or guess.total <= own:
         return text
-    fitting = largest_bs(config, lengths, base, own)
+    fitting = largest_bs(config, lengths, base, keeps_scores, own)
     advice = f"the largest bs that fits is {fitting}" if fitting else "no bs fits: take a smaller model or more memory"
     return f"{text}\nmemory: bs={config.bs} is estimated above what the device has; {advice}"

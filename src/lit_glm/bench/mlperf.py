@@ -18,7 +18,6 @@ format alone, for tools that read it. The rules a log must keep are in mlperf_ru
 
 import logging
 import sys
-import time
 from pathlib import Path
 from typing import Any, Optional
 
@@ -50,13 +49,13 @@ class MLPerfLog(pl.Callback):
         self._lines.addHandler(logging.FileHandler(str(Path(trainer.default_root_dir) / FILE), encoding="utf-8"))
         recorder.listeners.append(self.event)
 
-    def event(self, name: str, value: Any) -> None:
+    def event(self, name: str, value: Any, now: int) -> None:
         """Write down what an event of the recorder means."""
         log = self._log
         if name == "SUBMIT_INFO":
-            self._parameters(value)
+            self._parameters(value, now)
         elif name == "INIT_START":
-            log.start("init_start")
+            log.start("init_start", time_ms=now)
         elif name == "INIT_END":
             log.end("init_stop")
         elif name == "TRAIN_START":
@@ -68,7 +67,6 @@ class MLPerfLog(pl.Callback):
         elif name in ("EVALUATE", "INIT_EVALUATION"):
             assert self._config is not None
             where = {"samples_count": value.get("global_steps", 0) * self._config.global_batch}
-            now = int(time.time() * 1000)
             log.start("eval_start", metadata=where, time_ms=now - round(1000 * value["time"]))
             log.end("eval_stop", metadata=where, time_ms=now)
             log.event("eval_accuracy", value["eval_accuracy"], metadata=where, time_ms=now)
@@ -76,7 +74,7 @@ class MLPerfLog(pl.Callback):
             samples = {"samples_count": value["num_trained_samples"]}
             log.end("run_stop", metadata={"status": "success" if value["converged"] else "aborted", **samples})
 
-    def _parameters(self, value: Any) -> None:
+    def _parameters(self, value: Any, now: int) -> None:
         config = self._config
         assert config is not None
         optimizer = config.optimizer
@@ -99,7 +97,7 @@ class MLPerfLog(pl.Callback):
             "target_accuracy": config.run.target_accuracy,
             "scoring": config.scoring.name,
         }.items():
-            self._log.event(key, entry)
+            self._log.event(key, entry, time_ms=now)
 
 
 def check(path: Path) -> bool:

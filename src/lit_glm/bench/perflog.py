@@ -6,7 +6,6 @@
 import json
 import math
 import sys
-import time
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional
 
@@ -24,15 +23,16 @@ class PerfLog:
         self._do = do
         self._file = path.open("a", encoding="utf-8")
 
-    def event(self, name: str, value: Optional[Any] = None, **keys: Any) -> None:
+    def event(self, name: str, value: Optional[Any], time_ms: int, **keys: Any) -> None:
         """Write one event.
 
         Args:
             name: STEP_END, EVALUATE, ...
-            value: a dict goes under "value", a plain text under "other".
+            value: a dict goes under "value", a plain text under "other"; None: neither.
+            time_ms: when it happened, since the epoch.
             keys: step, epoch or loss.
         """
-        caller = sys._getframe(1)
+        caller = sys._getframe(2)  # who told the recorder
         line: Dict[str, Any] = {"event": name}
         if value is not None:
             line["other" if isinstance(value, str) else "value"] = value
@@ -40,7 +40,7 @@ class PerfLog:
         line["metadata"] = {
             "file": caller.f_code.co_filename,
             "lineno": caller.f_lineno,
-            "time_ms": int(time.time() * 1e3),
+            "time_ms": time_ms,
             "rank": 0,
         }
         self._do(lambda: self._write(line))

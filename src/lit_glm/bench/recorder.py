@@ -23,7 +23,7 @@ from lit_glm.bench.clock import PhaseClock, StepTimes
 from lit_glm.bench.figures import Seconds, figures
 from lit_glm.bench.later import Later
 from lit_glm.bench.perflog import PerfLog
-from lit_glm.bench.result import SCHEMA_VERSION, read_result, write_json
+from lit_glm.bench.result import SCHEMA_VERSION, of_config, read_result, write_json
 from lit_glm.bench.tables import EVALS, MEMORY, STEPS, Table
 from lit_glm.bench.work import Work, utilisation
 from lit_glm.config.schema import TrainConfig
@@ -60,17 +60,18 @@ class RunFolder:
         self._before = (read_result(run_dir) or {}) if resumes else {}
         self._interruptions = int(self._before.get("interruptions", 0)) + int(resumes)
         self._written = 0.0
-        self.accuracy: Optional[float] = float(self.evals.rows[-1]["acc"]) if self.evals.rows else None
-        self.evaluated_step = int(self.evals.rows[-1]["step"]) if self.evals.rows else -1
-
-    def earlier(self) -> Seconds:
-        """Time before the interruption: of steps that stand, and all of initialisation and training."""
-        return Seconds(
+        self._earlier = Seconds(
             pure_compute=self.steps.total("compute_s"),
             no_eval=self.steps.total("step_s"),
             raw_train=float(self._before.get("raw_train_time") or 0.0),
             init=float(self._before.get("init_time") or 0.0),
         )
+        self.accuracy: Optional[float] = float(self.evals.rows[-1]["acc"]) if self.evals.rows else None
+        self.evaluated_step = int(self.evals.rows[-1]["step"]) if self.evals.rows else -1
+
+    def earlier(self) -> Seconds:
+        """Time before the interruption: of steps that stand, and all of initialisation and training."""
+        return self._earlier
 
     def write(self, status: str, step: int, skipped: int, seconds: Seconds, e2e: float, **more: Any) -> Dict[str, Any]:
         """Write result.json.
@@ -89,13 +90,7 @@ class RunFolder:
         peak = memory[0] if len(memory) == 2 else None
         result = {
             "status": status,
-            "hardware": config.hardware.name,
-            "topology": config.topology.name,
-            "precision": config.precision.name,
-            "scoring": config.scoring.name,
-            "fix_hp": config.fix_hp,
-            "bs": config.bs,
-            "lr": config.lr,
+            **of_config(config),
             "e2e_time": e2e + float(self._before.get("e2e_time") or 0.0),
             **figures(samples, seconds + self.earlier()),
             "acc": self.accuracy,
@@ -111,13 +106,8 @@ class RunFolder:
             "global_steps": step,
             "skipped_steps": skipped,
             "interruptions": self._interruptions,
-            "seed": config.seed,
-            "model": config.model.name,
-            "gelu": config.model.gelu,
-            "tuned_for": config.tuned_for,
             "runtime": self._runtime.name,
             "simulated": self._runtime.simulated,
-            "tf32": config.precision.tf32,
             **more,
             "schema_version": SCHEMA_VERSION,
         }
@@ -174,8 +164,8 @@ class Recorder(pl.Callback):
         self._open_folder, self._eval_loader, self._epoch_of, self._save = open_folder, eval_loader, epoch_of, save
         self._beat = beat
         self._examples = examples
-        self.listeners: List[Callable[[str, Any], None]] = []
-        """Told of every event and its value, on the first rank."""
+        self.listeners: List[Callable[[str, Any, int], None]] = []
+        """Told of every event, its value and its time (ms), on the first rank."""
         self.clock = PhaseClock()
         self.folder: Optional[RunFolder] = None
         self.accuracy: Optional[float] = None
@@ -200,8 +190,9 @@ class Recorder(pl.Callback):
         if step == 0 and self.evaluated_step < 0:
             train, evaluation = self._examples
             counts = {"train_examples": train, "eval_examples": evaluation}
-            self._event("SUBMIT_INFO", {"model": self.config.model.name, "config": self.config.fix_hp, **counts})
-        self._event("INIT_START")
+            told = {"model": self.config.model.name, "config": self.config.fix_hp, **counts}
+            self._event("SUBMIT_INFO", told, ago=self.e2e())
+        self._event("INIT_START", ago=self.e2e())
         if step == 0 and self.evaluated_step < 0:
             self._evaluate(trainer, module, "INIT_EVALUATION")
         self._init = time.monotonic() - self._entry
@@ -243,7 +234,8 @@ class Recorder(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Training is over; figures follow in `finish`."""
-        self._event("EPOCH_END", {"epoch": self._epoch})
+        if self._epoch >= 0:
+            self._event("EPOCH_END", {"epoch": self._epoch})
         self._event("TRAIN_END")
         self.do_rest()  # before Lightning closes the loggers
 
@@ -319,7 +311,7 @@ class Recorder(pl.Callback):
     def _log_step(self, module: RecordModule, step_seconds: float, ends: bool) -> None:
         if self.folder is None:
             return
-        outcome, seconds = module.outcome, self.clock.seconds()
+        outcome, seconds = module.outcome, self.clock.seconds() + self.folder.earlier()
         assert outcome is not None
         loss = outcome.own_loss / self.config.optimizer.accumulate
         schedule: Any = module.lr_schedulers()
@@ -425,11 +417,13 @@ class Recorder(pl.Callback):
         self.do_rest()
         return result
 
-    def _event(self, name: str, value: Optional[Any] = None, **keys: Any) -> None:
+    def _event(self, name: str, value: Optional[Any] = None, ago: float = 0.0, **keys: Any) -> None:
+        """Something happened, so many seconds ago."""
         if self.folder is not None:
-            self.folder.perf.event(name, value, **keys)
+            time_ms = int(1e3 * (time.time() - ago))
+            self.folder.perf.event(name, value, time_ms, **keys)
             for listener in self.listeners:
-                listener(name, value)
+                listener(name, value, time_ms)
 
     @staticmethod
     def _module(pl_module: Any) -> RecordModule:

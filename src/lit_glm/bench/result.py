@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
+from lit_glm.config.schema import TrainConfig
+
 SCHEMA_VERSION = 1
 COLUMNS = ("config", "precision", "fix_hp", "e2e_time", "p_whole", "p_train", "p_core", "acc", "mem")
 """The published table's, in its order (its first column is named 配置 there)."""
@@ -26,6 +28,34 @@ def read_result(run_dir: Path) -> Optional[Dict[str, Any]]:
         return content
     except (OSError, ValueError):
         return None
+
+
+def of_config(config: TrainConfig) -> Dict[str, Any]:
+    """What a result says of its configuration."""
+    return {
+        "hardware": config.hardware.name,
+        "topology": config.topology.name,
+        "precision": config.precision.name,
+        "scoring": config.scoring.name,
+        "fix_hp": config.fix_hp,
+        "bs": config.bs,
+        "lr": config.lr,
+        "seed": config.seed,
+        "model": config.model.name,
+        "gelu": config.model.gelu,
+        "tuned_for": config.tuned_for,
+        "tf32": config.precision.tf32,
+    }
+
+
+def begin_result(run_dir: Path, config: TrainConfig) -> None:
+    """Leave a result without figures: a run that dies before its first step has a row too."""
+    unmeasured = dict.fromkeys(
+        ("e2e_time", "p_whole", "p_train", "p_core", "acc", "mem_actual_gib", "mem_total_gib", "mfu")
+    )
+    rehearsal = config.hardware.runtime == "simulated"
+    row = {"status": "running", **of_config(config), **unmeasured, "converged": False, "simulated": rehearsal}
+    write_json(run_dir / "result.json", {**row, "global_steps": 0, "schema_version": SCHEMA_VERSION})
 
 
 def amend_result(run_dir: Path, **changes: Any) -> None:

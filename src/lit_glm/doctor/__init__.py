@@ -56,13 +56,15 @@ def main() -> int:
     """Compose, check, say; returns 1 if any check failed, 2 for a wrong configuration."""
     arguments = list(sys.argv)
     as_json = "--json" in sys.argv
-    sys.argv = [argument for argument in sys.argv if argument != "--json"]
+    places = [argument.split("=", 1)[1] for argument in sys.argv if argument.startswith("hydra.run.dir=")]
+    place = Path(places[-1].strip("'\"") if places else "outputs")
+    # Hydra would make the folder, and end on a full disk before anything is checked.
+    own = ("--json", *(f"hydra.run.dir={given}" for given in places))
+    sys.argv = [argument for argument in sys.argv if argument not in own]
 
     def task(config: TrainConfig, _composed: Any) -> int:
-        from hydra.core.hydra_config import HydraConfig
-
         findings = []
-        for finding in examine(config, Path(HydraConfig.get().runtime.output_dir)):
+        for finding in examine(config, place):
             findings.append(finding)
             if not as_json:
                 print(_line(finding), flush=True)

@@ -135,9 +135,7 @@ def memory(config: TrainConfig, runtime: Optional[Runtime]) -> Finding:
         return Finding("", "skip", "not estimated: the data is not there yet")
     with SparseReader(path, False) as reader:
         lengths = estimates.Lengths.of_file(reader)
-    total = None if runtime is None else runtime.total_memory(0)
-    in_use = 0.0 if runtime is None else runtime.memory_now(0) or 0.0
-    sharing = config.topology.devices_per_node if runtime is not None and runtime.shares_memory else 1
-    said, *advice = estimates.describe(config, lengths, in_use, total, sharing).split("\n")
-    status = "fail" if advice else "warn" if total is None else "ok"
+    said, *advice = estimates.describe(config, lengths, runtime).split("\n")
+    unknown = runtime is None or runtime.total_memory(0) is None
+    status = "fail" if advice else "warn" if unknown else "ok"
     return Finding("", status, said.replace("memory: ", ""), "; ".join(advice).replace("memory: ", ""))

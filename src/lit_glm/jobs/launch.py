@@ -12,7 +12,7 @@ from typing import Any, Dict, Iterator, List
 
 import psutil
 
-from lit_glm.bench.result import amend_result, read_result
+from lit_glm.bench.result import amend_result, begin_result, read_result
 from lit_glm.errors import InputError, RunError
 from lit_glm.jobs import heartbeat
 from lit_glm.jobs.heartbeat import watch_this_process
@@ -123,6 +123,7 @@ def prepare_folder(job: Job, run_dir: Path) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     if not job.resumes:
         _clear(run_dir)
+        begin_result(run_dir, job.config)
     if (run_dir / heartbeat.FILE).exists():
         (run_dir / heartbeat.FILE).unlink()
     job.write(run_dir)
@@ -130,10 +131,11 @@ def prepare_folder(job: Job, run_dir: Path) -> None:
 
 def _clear(run_dir: Path) -> None:
     """Checkpoints of another run must not be taken for this one's."""
-    for name in ("result.json", "steps.csv", "evals.csv", "memory.csv", "perf.log", "environment.json"):
+    files = ("result.json", "steps.csv", "evals.csv", "memory.csv", "perf.log", "mlperf.log", "environment.json")
+    for name in files:
         if (run_dir / name).exists():
             (run_dir / name).unlink()
-    for name in ("checkpoints", "csv"):
+    for name in ("checkpoints", "csv", "tensorboard", "mlruns", "wandb"):
         shutil.rmtree(run_dir / name, ignore_errors=True)
 
 
@@ -167,7 +169,14 @@ class _Stopped(Exception):
         self.number = number
 
 
-def run_ranks(job: Job, node: Node, spec_dir: Path, run_dir: Path, module: str = "lit_glm.jobs.worker") -> None:
+def run_ranks(
+    job: Job,
+    node: Node,
+    spec_dir: Path,
+    run_dir: Path,
+    module: str = "lit_glm.jobs.worker",
+    margin_s: float = _STALL_MARGIN_S,
+) -> None:
     """Run all ranks of this node as one torchrun; forwards signals to it, and leaves nothing running.
 
     Args:
@@ -176,6 +185,7 @@ def run_ranks(job: Job, node: Node, spec_dir: Path, run_dir: Path, module: str =
         spec_dir: holds job.json; where the ranks give signs of life.
         run_dir: where files go.
         module: what each rank runs, with the two folders as its arguments.
+        margin_s: seconds beyond `run.stall_timeout_s` that the ranks have to end by themselves.
 
     Raises:
         InputError, RunError, Interrupted: how it ended otherwise.
@@ -194,7 +204,7 @@ def run_ranks(job: Job, node: Node, spec_dir: Path, run_dir: Path, module: str =
     command = _agent_command(job, node, spec_dir, run_dir, module)
     agent = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
-        status = _wait(agent, job, spec_dir, run_dir)
+        status = _wait(agent, job, spec_dir, run_dir, margin_s)
     except _Stopped as stopped:
         for number in EXIT_STATUS:
             signal.signal(number, signal.SIG_IGN)
@@ -214,7 +224,7 @@ def run_ranks(job: Job, node: Node, spec_dir: Path, run_dir: Path, module: str =
         raise RunError(f"the job failed with exit status {status}; the rank's error stands above ({run_dir})")
 
 
-def _wait(agent: "subprocess.Popen[bytes]", job: Job, spec_dir: Path, run_dir: Path) -> int:
+def _wait(agent: "subprocess.Popen[bytes]", job: Job, spec_dir: Path, run_dir: Path, margin_s: float) -> int:
     """Wait for the agent; end it when its ranks give no sign of life for too long."""
     limit = job.config.run.stall_timeout_s
     started = time.time()
@@ -223,7 +233,7 @@ def _wait(agent: "subprocess.Popen[bytes]", job: Job, spec_dir: Path, run_dir: P
             return agent.wait(timeout=1.0)
         except subprocess.TimeoutExpired:
             # The collectives' own limit comes first and says more.
-            if heartbeat.silent_for(spec_dir, started) > limit + _STALL_MARGIN_S:
+            if heartbeat.silent_for(spec_dir, started) > limit + margin_s:
                 agent.send_signal(signal.SIGTERM)
                 _end(agent, _STALL_GRACE_S)
                 raise RunError(

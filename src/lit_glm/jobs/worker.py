@@ -120,13 +120,13 @@ def _run(job: Job, run_dir: Path, signals: Optional[_Signals], beat: Callable[[]
             print(f"lit_glm: {line}", file=sys.stderr)
         write_json(run_dir / "environment.json", describe(config, runtime, job.command))
         print(_opening(config, runtime.simulated, run_dir), flush=True)
+        hint = runtime.precision_hint(config.precision.name)
+        if hint:
+            print(f"lit_glm: precision={config.precision.name}: {hint}", flush=True)
     beat()
     train_split, eval_split = open_data(config.data, config.model)
     if rank == 0:
-        sharing = config.topology.devices_per_node if runtime.shares_memory else 1
-        in_use = runtime.memory_now(local_rank) or 0.0
-        lengths, total = memory.Lengths.of(train_split), runtime.total_memory(local_rank)
-        for line in memory.describe(config, lengths, in_use, total, sharing).split("\n"):
+        for line in memory.describe(config, memory.Lengths.of(train_split), runtime, local_rank).split("\n"):
             print(f"lit_glm: {line}", flush=True)
 
     check_kernel(config.model.attention, runtime.device(local_rank), training=True)

@@ -62,10 +62,10 @@ def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
-    """[T, in] -> [T, out].
+    """[..., in] -> [..., out].
 
     Args:
-        x: [T, in].
+        x: [T, in]; with other dimensions it is torch's to decide.
         weight: [out, in].
         bias: [out].
     """
@@ -73,6 +73,7 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
         PREFERS_ONEDNN
         and x.device.type == "cpu"
         and x.dtype is torch.float32
+        and x.dim() == 2
         and len(x) * weight.numel() >= _WORTH_IT
         and not _autocasts()
     ):

@@ -37,10 +37,13 @@ def _compare(places: List[str], limit: Optional[float]) -> int:
     from lit_glm.report.compare import compare
     from lit_glm.report.runs import find
 
-    runs, trouble = find(places)
-    if len(runs) != 2:
-        raise InputError("\n".join([f"--compare needs two runs, {len(runs)} were found", *trouble]))
-    found = compare(*runs)
+    sides = []
+    for place in places:
+        runs, trouble = find([place])
+        if len(runs) != 1:
+            raise InputError("\n".join([f"--compare {place}: holds {len(runs)} runs, one is wanted", *trouble]))
+        sides.append(runs[0])
+    found = compare(*sides)
     print(found.text, end="")
     if limit is None:
         return 0
@@ -65,7 +68,7 @@ def report(given: argparse.Namespace) -> int:
 
     places = list(given.runs)
     if given.compare:
-        return _compare([*given.compare, *places], given.max_loss_diff)
+        return _compare(list(given.compare), given.max_loss_diff)
     kinds = _choices(given.format, FORMATS, "--format")
     languages = _choices(given.lang, LANGUAGES, "--lang")
     told = _told(places)
@@ -90,6 +93,7 @@ def report(given: argparse.Namespace) -> int:
                 text = formats.comma_separated(document)
             else:
                 text = (formats.page if kind == "html" else formats.markdown)(document, generated)
+            text = text.encode("utf-8", "replace").decode("utf-8")  # names of files may be no text
             if given.out is None:
                 sys.stdout.write(text)
                 continue

@@ -14,6 +14,10 @@ _FIGURES = (
 )  # fmt: skip
 
 
+_MOST_SHOWN = 20
+"""Steps in the table of losses, evenly taken."""
+
+
 @dataclass
 class Comparison:
     """What came of it."""
@@ -47,6 +51,9 @@ def compare(one: Run, other: Run) -> Comparison:
         f"mean difference: {sum(_apart(a, b) for _, a, b in steps) / len(steps):.3g}",
         "first step that differs: " + ("none" if first is None else str(first[0])),
     ]
+    shown = steps[:: max(1, len(steps) // _MOST_SHOWN)]
+    lines_of = [[str(step), f"{a:.6g}", f"{b:.6g}", f"{_apart(a, b):.3g}"] for step, a, b in shown]
+    lines += ["", *table_lines(Table(["step", "loss A", "loss B", "difference"], lines_of))]
     return Comparison("\n".join(lines) + "\n", largest)
 
 
@@ -81,7 +88,7 @@ def _losses(one: Run, other: Run) -> List[Tuple[int, float, float]]:
         found = {}
         for row in run.table("steps.csv"):
             try:
-                step, loss = int(row["step"]), float(row["loss"])
+                step, loss = int(row["step"]), float(row["loss"] or "nan")  # a skipped step may have none
             except (KeyError, ValueError):
                 continue
             found[step] = loss

@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Optional, Tuple
 from lit_glm.bench.result import COLUMNS
 from lit_glm.hardware.names import COMPILERS, FRAMEWORKS
 from lit_glm.report.published import beside
-from lit_glm.report.rows import cell, full_label, label, marks, reasons
+from lit_glm.report.rows import cell, full_label, marked, reasons
 from lit_glm.report.runs import Row, Run, rows
 from lit_glm.report.words import Words
 
@@ -113,6 +113,10 @@ def _environment(name: str, runs: List[Run], told: Dict[str, str], words: Words)
         vendor = packages(environment, FRAMEWORKS) if not environment.get("simulated") else ""
         return ", ".join(filter(None, [vendor, packages(environment, ("torch", "pytorch-lightning"))]))
 
+    def compiler(environment: Dict[str, Any]) -> str:
+        nothing = words("no_compiler") if environment.get("packages") else ""
+        return packages(environment, COMPILERS) or nothing
+
     def driver(environment: Dict[str, Any]) -> Optional[str]:
         return environment.get("driver") or (None if environment.get("has_driver", True) else words("no_driver"))
 
@@ -137,7 +141,7 @@ def _environment(name: str, runs: List[Run], told: Dict[str, str], words: Words)
             entry("driver", [driver(environment) for environment in known]),
             entry("image", [image(environment) for environment in known]),
             entry("framework", [framework(environment) for environment in known]),
-            entry("compiler", [packages(environment, COMPILERS) or words("no_compiler") for environment in known]),
+            entry("compiler", [compiler(environment) for environment in known]),
             entry("dependencies", [packages(environment, _DEPENDENCIES) for environment in known]),
         ],
     )
@@ -145,7 +149,7 @@ def _environment(name: str, runs: List[Run], told: Dict[str, str], words: Words)
 
 def _nodes(run: Run) -> int:
     nodes = str(run.result.get("topology")).partition("x")[0]
-    return int(nodes) if nodes.isdigit() else 1
+    return int(nodes) if nodes.isdecimal() else 1
 
 
 # -- figures -------------------------------------------------------------------------------------------------------
@@ -164,7 +168,7 @@ def _general(name: str, found: List[Row], words: Words) -> Table:
     lines = [
         ("task", words("task_value"), ""),
         ("model", f"GLM ({distinct('model.name', str(runs[0].result.get('model')))})", ""),
-        ("data", sets or "ReCoRD", ""),
+        ("data", sets, ""),
         ("precision", words("see", precisions), words("precision_remark")),
         ("fix_hp", words("see", "fix_hp"), words("fix_hp_remark")),
         ("short_name", ", ".join(cards) or name, ""),
@@ -190,7 +194,10 @@ def _changes(runs: List[Run]) -> List[str]:
         published = dict(walk(checked(compose("train", ["experiment=flagperf"]), TrainConfig)))
     except InputError:
         return []
-    judged = ("model.", "optimizer.", "scoring.name", "data.name", "data.max_seq_length", "run.target_accuracy", "seed")
+    judged = (
+        "model.", "optimizer.", "scoring.name", "data.name", "data.max_seq_length", "precision.tf32",
+        "run.target_accuracy", "run.max_steps", "seed",
+    )  # fmt: skip
     pair = ("model.activation_checkpointing", "model.gelu", "optimizer.lr", "model.init_checkpoint")
     changed: Dict[str, List[str]] = {}
     for run in runs:
@@ -216,7 +223,7 @@ def _performance(found: List[Row], words: Words) -> List[Table]:
         tables.append(
             Table(
                 [words("config"), *COLUMNS[1:]],
-                [[_marked(row, words), *(cell(row, column) for column in COLUMNS[1:])] for row in own],
+                [[marked(row, words), *(cell(row, column) for column in COLUMNS[1:])] for row in own],
                 [words("unit"), *dict.fromkeys(notes)],
                 words(f"scoring_{scoring}") if known else f"scoring={scoring}",
             )
@@ -224,17 +231,12 @@ def _performance(found: List[Row], words: Words) -> List[Table]:
     return tables
 
 
-def _marked(row: Row, words: Words) -> str:
-    said = marks(row, words)
-    return label(row, words) + (f" ({', '.join(said)})" if said else "")
-
-
 def _behind(found: List[Row], words: Words) -> Table:
     lines = [
         [
             full_label(row, words),
             str(run.result.get("scoring")),
-            str(run.result.get("status")),
+            words.state(run.result["status"]),
             str(run.result.get("seed", "")),
             str(run.environment.get("host", "")),
             str(run.path),
@@ -274,6 +276,6 @@ def _missing(found: List[Row], environments: List[Environment], words: Words) ->
             lines.append(words(key, environment.name, entry.label, entry.key))
     for row in found:
         lines += [
-            words("missing_cell", full_label(row, words), column) for column in COLUMNS[3:] if not cell(row, column)
+            words("missing_cell", full_label(row, words), column) for column in COLUMNS[1:] if not cell(row, column)
         ]
     return list(dict.fromkeys(lines))

@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure as Canvas
 
-from lit_glm.report.rows import label
+from lit_glm.report.rows import marked
 from lit_glm.report.runs import Row, Run, as_number
 from lit_glm.report.words import Words
 
@@ -42,8 +42,8 @@ class Figure:
 Series = Tuple[str, Run]
 
 
-def draw(rows: List[Row], words: Words) -> List[Figure]:
-    """All figures that the runs have data for; at most eight rows in each, the others are in the tables."""
+def draw(rows: List[Row], words: Words) -> Tuple[List[Figure], List[str]]:
+    """All figures that the runs have data for, at most eight rows in each; and what is not in them, a line each."""
     shown: List[Series] = [(_legend(row, words), row.typical) for row in rows][:_MOST_LINES]
     drawn: List[Figure] = []
     kinds: List[Tuple[str, Callable[[List[Series], Words], Optional[Canvas]]]] = [
@@ -59,12 +59,15 @@ def draw(rows: List[Row], words: Words) -> List[Figure]:
             canvas = make(shown, words)
             if canvas is not None:
                 drawn.append(Figure(key, words(key), _svg(canvas, words(key), key)))
-    return drawn
+    there = {figure.key for figure in drawn}
+    missing = [words(key) for key, _ in kinds if key not in there]
+    notes = [words("fig_more", _MOST_LINES, len(rows) - _MOST_LINES)] if len(rows) > _MOST_LINES else []
+    notes += [words("fig_missing", "; ".join(missing))] if missing else []
+    return drawn, notes
 
 
 def _legend(row: Row, words: Words) -> str:
-    simulated = f" {words('simulated')}" if row["simulated"] else ""
-    return f"{label(row, words)} {row['precision']} {row['fix_hp']} {row['scoring']}{simulated}"
+    return f"{marked(row, words)} {row['precision']} {row['fix_hp']} {row['scoring']}"
 
 
 def _svg(canvas: Canvas, title: str, key: str) -> Markup:
@@ -196,7 +199,10 @@ def _time(shown: Sequence[Series], words: Words) -> Optional[Canvas]:
         evaluation = sum(_float(row.get("seconds")) for row in run.table("evals.csv") if row.get("step") != "0")
         evaluation = evaluation if np.isfinite(evaluation) else 0.0
         other = max(0.0, e2e - init - no_eval - evaluation)
-        bars.append((name, [init, max(0.0, no_eval - compute), compute, evaluation, other]))
+        waiting = sum(_float(row.get("data_s")) for row in run.table("steps.csv"))
+        waiting = min(waiting, no_eval - compute) if np.isfinite(waiting) else 0.0
+        other += max(0.0, no_eval - compute - waiting)
+        bars.append((name, [init, waiting, compute, evaluation, other]))
     if not bars:
         return None
     canvas, (axes,) = _canvas(1, 1.6 + 0.35 * len(bars))
@@ -229,6 +235,8 @@ def _grid(rows: List[Row], words: Words) -> Optional[Canvas]:
     """The largest set of rows that differ in bs and lr alone."""
     groups: Dict[Tuple[str, ...], List[Row]] = {}
     for row in rows:
+        if not row.runs[0].complete or row.number > 1:
+            continue  # of rows that differ in something else, the first
         key = tuple(str(row[name]) for name in ("hardware", "topology", "precision", "scoring", "simulated"))
         if as_number(row["bs"]) is not None and as_number(row["lr"]) is not None:
             groups.setdefault(key, []).append(row)

@@ -108,11 +108,13 @@ def page(document: Document, generated: str) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
     )
+    figures, notes = draw(document.rows, document.words)
     text: str = environment.get_template("page.html").render(
         document=document,
         words=document.words,
         generated=generated,
-        figures=draw(document.rows, document.words),
+        figures=figures,
+        figure_notes=notes,
         value_of=value_of,
     )
     return text

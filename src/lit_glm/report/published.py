@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 
 from lit_glm.bench.result import COLUMNS
 from lit_glm.config.app import CONF
-from lit_glm.report.rows import cell, full_label, label
+from lit_glm.report.rows import cell, full_label, marked
 from lit_glm.report.runs import Row, Run
 from lit_glm.report.words import Words
 
@@ -46,10 +46,14 @@ def beside(found: List[Row], words: Words) -> "Tuple[Table, Table]":
         matches, note = _matches(row, published, words)
         if note:
             notes.append(note)
+        ended = all(run.result.get("converged") for run in row.runs)
+        if matches and not ended:
+            notes.append(words("no_ratio_e2e", full_label(row, words)))
         for line in matches:
-            values = [_ratio(row.median(key), line.get(key)) for key in _RATIOS]
+            measured = {key: None if key == "e2e_time" and not ended else row.median(key) for key in _RATIOS}
+            values = [_ratio(measured[key], line.get(key)) for key in _RATIOS]
             if any(values):
-                ratios.append([label(row, words), str(row["fix_hp"]), str(line["fix_hp"]), *values])
+                ratios.append([marked(row, words), str(row["fix_hp"]), str(line["fix_hp"]), *values])
             else:
                 notes.append(words("no_ratio_figures", full_label(row, words)))
     head = [words("config"), "fix_hp", f"fix_hp ({words('source')})", *_RATIOS]
@@ -79,7 +83,7 @@ def _matches(row: Row, published: List[Dict[str, Any]], words: Words) -> "Tuple[
     if row["scoring"] != left[0]["scoring"]:
         return [], words("no_ratio_scoring", name, row["scoring"])
     settings = row.runs[0].settings
-    other = [f"{key}={settings[key]}" for key, value in _WORKLOAD.items() if settings.get(key, value) != value]
+    other = [f"{key}={settings.get(key, '?')}" for key, value in _WORKLOAD.items() if settings.get(key) != value]
     if other:
         return [], words("no_ratio_workload", name, ", ".join(other))
     return left, ""

@@ -2,6 +2,7 @@
 
 from typing import Callable, Dict, List
 
+from lit_glm.bench.result import COLUMNS
 from lit_glm.report.runs import Row, Run
 from lit_glm.report.words import Words
 
@@ -30,6 +31,12 @@ def full_label(row: Row, words: Words) -> str:
     return f"{label(row, words)} {row['fix_hp']}{number}"
 
 
+def marked(row: Row, words: Words) -> str:
+    """Name of a row and what a reader must know of it."""
+    said = marks(row, words)
+    return label(row, words) + (f" ({', '.join(said)})" if said else "")
+
+
 def marks(row: Row, words: Words) -> List[str]:
     """What a reader must know before comparing the row."""
     said: List[str] = [f"#{row.number}"] if row.number else []
@@ -37,8 +44,7 @@ def marks(row: Row, words: Words) -> List[str]:
         said.append(words("simulated"))
     status = str(row["status"])
     if not row.runs[0].complete:
-        known = status in ("running", "killed", "interrupted", "failed")
-        said.append(words(status) if known else status)
+        said.append(words.state(status))
     open_ended = [run for run in row.runs if run.complete and not run.result.get("converged")]
     if open_ended:
         several = len(row.runs) > 1
@@ -81,17 +87,21 @@ def cell(row: Row, column: str) -> str:
 def reasons(row: Row, words: Words) -> List[str]:
     """Lines below the table: why cells are empty, what else is behind the row."""
     name = full_label(row, words)
-    state = str(row["status"])
+    state = words.state(str(row["status"]))
     lines = []
-    rates = [column for column in ("p_whole", "p_train", "p_core") if not cell(row, column)]
-    if rates:
+    empty = [column for column in COLUMNS[1:] if not cell(row, column)]
+    rates = [column for column in empty if column.startswith("p_")]
+    if rates and not row.runs[0].complete:
         lines.append(words("why_no_step", name, ", ".join(rates), state))
-    if not cell(row, "e2e_time"):
-        lines.append(words("why_no_e2e", name, state))
-    if not cell(row, "acc"):
-        lines.append(words("why_no_acc", name, state))
-    if not cell(row, "mem"):
+    for column, why in (("e2e_time", "why_no_e2e"), ("acc", "why_no_acc")):
+        if column in empty and not row.runs[0].complete:
+            lines.append(words(why, name, state))
+    if "mem" in empty and row["mem_actual_gib"] is None:
         lines.append(words("why_no_mem", name))
+    plain = [column for column in empty if row.runs[0].complete or column in ("precision", "fix_hp")]
+    plain = [column for column in plain if column != "mem" or row["mem_actual_gib"] is not None]
+    if plain:
+        lines.append(words("why_no_value", name, ", ".join(plain)))
     if len(row.runs) > 1:
         lines.append(words("median_of", name, len(row.runs)))
     if row.differs:

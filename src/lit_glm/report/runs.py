@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import psutil
+from omegaconf import OmegaConf
 
 from lit_glm.bench.result import COMPLETE
 
 _NUMBERS = ("e2e_time", "p_whole", "p_train", "p_core", "acc", "mem_actual_gib", "mem_total_gib")
+_TEXTS = ("status", "hardware", "topology", "precision", "scoring", "fix_hp", "model", "error")
 _SILENT_S = 120.0
 _REPETITION = ("seed", "data.shuffle_seed")
 """Keys in which repetitions of one measurement may differ."""
-_PLACES = ("data.cache_dir", "data.out_dir", "data.train_file", "data.eval_file", "data.raw_dir", "data.num_workers")
+_PLACES = ("data.cache_dir", "data.out_dir", "data.train_file", "data.eval_file", "data.raw_dir", "data.vocab_file")
 """Keys that say where things lie: runs on machines with other paths are still repetitions."""
 
 
@@ -52,11 +54,13 @@ class Run:
 
     def table(self, name: str) -> List[Dict[str, str]]:
         """Lines of steps.csv, evals.csv or memory.csv; none if there is no such file."""
+        rows: List[Dict[str, str]] = []
         try:
             with (self.path / name).open(encoding="utf-8", errors="replace", newline="") as file:
-                return [row for row in csv.DictReader(file) if None not in row.values()]
-        except OSError:
-            return []
+                rows.extend(row for row in csv.DictReader(file) if None not in row.values() and None not in row)
+        except (OSError, csv.Error):
+            pass  # what could be read of it counts
+        return rows
 
 
 @dataclass
@@ -76,7 +80,7 @@ class Row:
     def nodes(self) -> Tuple[int, int]:
         """Nodes and devices a node, for sorting; (0, 0) if the topology is no such thing."""
         nodes, _, devices = str(self["topology"]).partition("x")
-        return (int(nodes), int(devices)) if nodes.isdigit() and devices.isdigit() else (0, 0)
+        return (int(nodes), int(devices)) if nodes.isdecimal() and devices.isdecimal() else (0, 0)
 
     def values(self, key: str) -> List[float]:
         """A figure of all runs that have it."""
@@ -105,7 +109,10 @@ def as_number(value: Any) -> Optional[float]:
     """A finite number, or None: results of other versions and broken ones hold what they like."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value) if abs(value) < float("inf") else None
+    try:
+        return float(value) if abs(value) < float("inf") else None
+    except OverflowError:
+        return None
 
 
 def find(patterns: List[str]) -> Tuple[List[Run], List[str]]:
@@ -131,29 +138,58 @@ def find(patterns: List[str]) -> Tuple[List[Run], List[str]]:
                 continue
             try:
                 runs[folder.resolve()] = _read(folder)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RecursionError) as error:
                 trouble.append(f"{folder}: result.json cannot be read ({error})")
     return list(runs.values()), trouble
 
 
 def _folders(place: Path) -> Iterator[Path]:
-    if place.is_file():
-        place = place.parent  # RUN_DIR/result.json is meant as the run
+    if place.name == "result.json":
+        place = place.parent
     for root, folders, files in os.walk(str(place)):
         folders.sort(key=lambda name: (len(name), name) if name.isdigit() else (0, name))
         if "result.json" in files:
             folders.clear()
             yield Path(root)
+        if "jobs" in folders:  # of a sweep: combinations that an earlier sweep had done stand where that left them
+            for note in sorted((Path(root) / "jobs").glob("*.json")):
+                run_dir = _json(note).get("run_dir")
+                if isinstance(run_dir, str) and (Path(run_dir) / "result.json").is_file():
+                    yield Path(run_dir)
 
 
 def _read(folder: Path) -> Run:
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     if not isinstance(result, dict) or not {"hardware", "topology", "status"} <= set(result):
         raise ValueError("it is not a result of train")
-    environment = _json(folder / "environment.json")
+    result.update({key: str(result[key]) for key in _TEXTS if result.get(key) is not None})
+    if not result["hardware"] or not result["status"]:
+        raise ValueError("hardware or status is empty")
+    environment = {key: value for key, value in _json(folder / "environment.json").items() if _is_plain(key, value)}
     if result["status"] == "running" and not _alive(folder, environment):
         result["status"] = "killed"
-    return Run(folder, result, environment, _flat(_json(folder / "job.json").get("config", {})))
+    return Run(folder, result, environment, _settings(folder))
+
+
+def _is_plain(key: str, value: Any) -> bool:
+    """Whether an entry of environment.json has the type that `train` gives it."""
+    if key in ("packages", "variables"):
+        return isinstance(value, dict) and all(isinstance(version, str) for version in value.values())
+    if key in ("cards", "command"):
+        return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+    return not isinstance(value, (dict, list))
+
+
+def _settings(folder: Path) -> Dict[str, Any]:
+    """The configuration as the job had it, else as Hydra has left it."""
+    config = _json(folder / "job.json").get("config")
+    if isinstance(config, dict):
+        return _flat(config)
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "config.yaml"), resolve=True)
+        return _flat(loaded)
+    except Exception:  # none, torn, or of something else
+        return {}
 
 
 def _alive(folder: Path, environment: Dict[str, Any]) -> bool:
@@ -161,7 +197,8 @@ def _alive(folder: Path, environment: Dict[str, Any]) -> bool:
     pid = environment.get("pid")
     if isinstance(pid, int) and environment.get("host") == platform.node():
         try:
-            return "lit_glm" in " ".join(psutil.Process(pid).cmdline())
+            line = " ".join(psutil.Process(pid).cmdline())
+            return "lit_glm" in line or "lit-glm" in line
         except psutil.Error:
             return False
     newest = max((path.stat().st_mtime for path in folder.iterdir() if path.is_file()), default=0.0)
@@ -172,7 +209,7 @@ def _json(path: Path) -> Dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return content if isinstance(content, dict) else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 
@@ -212,20 +249,26 @@ def rows(runs: List[Run]) -> List[Row]:
 
 
 def _named(run: Run) -> List[Any]:
-    return [run.result.get(key) for key in ("scoring", "hardware", "topology", "precision", "fix_hp")]
+    named = [run.result.get(key) for key in ("scoring", "hardware", "topology", "precision", "fix_hp")]
+    return named if run.settings else [*named, run.result.get("model")]
 
 
 def _kind(run: Run) -> List[Any]:
     """What must not be mixed within a row."""
-    return [bool(run.result.get("simulated")), run.complete or str(run.path), run.result.get("tf32")]
+    software = [(run.environment.get("packages") or {}).get("torch"), run.environment.get("driver")]
+    state = [bool(run.result.get("simulated")), run.complete or str(run.path)]
+    return [*state, run.result.get("tf32"), run.result.get("runtime"), *software]
 
 
 def _compared(run: Run) -> Dict[str, Any]:
     skip = (*_REPETITION, *_PLACES)
     own = ("run.resume", "run.stall_timeout_s", "run.rendezvous_timeout_s", "run.checkpoint_interval_steps")
-    described = ("hardware.", "topology.", "precision.", "report.", "sweep.", "logger.", "callbacks.")
+    described = ("hardware.", "topology.", "report.", "sweep.", "logger.", "callbacks.", "hydra.")
+    measured = ("hardware.env.", "hardware.runtime")
     return {
-        key: value for key, value in run.settings.items() if key not in skip + own and not key.startswith(described)
+        key: value
+        for key, value in run.settings.items()
+        if key.startswith(measured) or (key not in skip + own and not key.startswith(described))
     }
 
 
