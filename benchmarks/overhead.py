@@ -30,9 +30,11 @@ def bare(bs: int, steps: int) -> None:
     from lit_glm.config.schema import TrainConfig
     from lit_glm.model.build import build_glm
     from lit_glm.model.scoring import TRAIN_MASK, choice_loss, score_table
+    from lit_glm.record.synthetic import ensure
     from lit_glm.training.optimizer import make_optimizer
 
     config = checked(compose("train", [*OVERRIDES, f"bs={bs}"]), TrainConfig)
+    ensure(config.data)
     split, _ = open_data(config.data, config.model)
     order = torch.randperm(len(split)).tolist()
     batches = [flat_batch(split, [order[(k * bs + i) % len(order)] for i in range(bs)]) for k in range(steps)]

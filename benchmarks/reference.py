@@ -18,7 +18,7 @@ from lit_glm.model.glm import GLM
 
 
 def _linear(layer: Any, x: Tensor) -> Tensor:
-    """torch's own, whatever this project takes."""
+    """Torch's own, whatever this project takes."""
     return F.linear(x, layer.weight, layer.bias)
 
 

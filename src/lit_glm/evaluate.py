@@ -93,8 +93,9 @@ def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
     for line in done:
         print(f"lit_glm: {config.model.init_checkpoint}: {line}")
     device = runtime.device(0)
-    module = RecordModule(glm, config).to(device).eval()
-    with make_precision(config, runtime).forward_context():
+    precision = make_precision(config, runtime)
+    module = precision.convert_module(RecordModule(glm, config)).to(device).eval()
+    with precision.forward_context():
         accuracy, chosen = evaluate(module, evaluation_batches(split, config), device)
 
     report: Dict[str, Any] = {"acc": accuracy, "em": None, "f1": None, "num_examples": len(split)}

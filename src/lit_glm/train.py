@@ -18,6 +18,10 @@ def train(config: TrainConfig, composed: Any) -> Outcome:
     """Run one job in the folder that Hydra has made for it."""
     from hydra.core.hydra_config import HydraConfig
 
+    from lit_glm.hardware.variables import set_environment
+
+    set_environment(config.hardware)  # before anything imports torch
+
     from lit_glm.batches.compact import open_data
     from lit_glm.hardware.runtimes import check_runtime
     from lit_glm.jobs.nodes import outer_rank

@@ -11,8 +11,9 @@ import pytest
 from conftest import GOLDEN_RUN, lit_glm, lit_glm_here
 from lit_glm.config.schema import HardwareConfig, TopologyConfig
 from lit_glm.errors import InputError
-from lit_glm.hardware.runtimes import check_cards, make_runtime, set_environment
+from lit_glm.hardware.runtimes import check_cards, make_runtime
 from lit_glm.hardware.runtimes.cpu import CPURuntime
+from lit_glm.hardware.variables import set_environment
 from parity.test_training import check_trajectory
 
 ROOT = Path(__file__).parent.parent.parent
@@ -55,6 +56,13 @@ def test_variables_of_a_chip_never_replace_the_users(monkeypatch: pytest.MonkeyP
     assert (os.environ["LIT_GLM_A"], os.environ.pop("LIT_GLM_B")) == ("mine", "theirs")
     assert len(said) == 1
     assert "LIT_GLM_A=mine is set and stays" in said[0]
+
+
+@pytest.mark.parametrize("runtime", ["cpu", "cuda"])
+def test_no_other_runtimes_figures_under_a_chips_name(runtime: str, tmp_path: Path, capfd: Any) -> None:
+    chip = ["hardware=r300", f"hardware.runtime={runtime}"]
+    assert lit_glm_here("train", *GOLDEN_RUN, *chip, f"hydra.run.dir={tmp_path}/run") == 2
+    assert f"hardware.runtime={runtime}: hardware=r300 runs on xmlir, xpytorch" in capfd.readouterr().err
 
 
 def test_simulated_cards_have_indices() -> None:
@@ -106,6 +114,8 @@ def test_a_card_is_checked_against_its_file() -> None:
     assert check_cards(HardwareConfig(name="h100", detect="H100", memory_gib=80.0), _Card(), 1, folder) == []
     hints = check_cards(HardwareConfig(name="cuda"), _Card(), 1, folder)
     assert "hardware=h100 knows its peak" in hints[0]
+    with pytest.raises(InputError, match="hardware=c500, but card 0 calls itself 'NVIDIA H100"):
+        check_cards(HardwareConfig(name="c500", card="C500"), _Card(), 1, folder)
     other = check_cards(HardwareConfig(name="h100", detect="H100", memory_gib=40.0), _Card(), 1, folder)
     assert "card 0 has 79.1 GiB" in other[0]
 

@@ -48,7 +48,11 @@ def ranks_of(process: "subprocess.Popen[str]") -> List[psutil.Process]:
     found = {}
     for child in children:
         line = child.cmdline()
-        if "lit_glm.jobs.worker" in line and "lit_glm.jobs.agent" not in line and "RANK" in child.environ():
+        started_by = child.parent()
+        by_agent = (
+            started_by is not None and "lit_glm.jobs.agent" in started_by.cmdline()
+        )  # loaders are ranks' children
+        if "lit_glm.jobs.worker" in line and by_agent and "RANK" in child.environ():
             found[int(child.environ()["RANK"])] = child
     return [found[rank] for rank in sorted(found)]
 
@@ -138,6 +142,7 @@ def test_a_rank_that_is_killed_ends_the_job(victim: int, tmp_path: Path) -> None
     said = process.communicate(timeout=60)
     assert time.monotonic() - began < 60
     assert process.returncode == 1, said
+    assert f"rank {victim} was killed by SIGKILL" in said[1]
     _nothing_left(run)
     final = result(run)
     assert final["status"] == "failed"
@@ -158,6 +163,18 @@ def test_a_rank_that_hangs_ends_the_job(victim: int, tmp_path: Path) -> None:
     assert process.returncode == 1, said
     _nothing_left(run)
     assert result(run)["status"] == "failed"
+
+
+def test_nodes_with_different_commands_do_not_train_together(tmp_path: Path) -> None:
+    port = free_port()
+    two = [*GOLDEN_RUN, "topology.num_nodes=2", "topology.devices_per_node=1"]
+    processes = [
+        start([*two, f"lr={lr}", f"hydra.run.dir={tmp_path}/{rank}"], on_node(rank, "127.0.0.1", port), tmp_path)
+        for rank, lr in ((0, "1e-3"), (1, "2e-3"))
+    ]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert all(process.returncode for process in processes), outputs
+    assert any("another configuration than rank 0" in said for _, said in outputs), outputs
 
 
 def torchrun(*arguments: str, ranks: int, cwd: Path) -> "subprocess.CompletedProcess[str]":

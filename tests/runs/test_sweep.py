@@ -80,6 +80,17 @@ def test_a_sweep_that_is_killed_and_started_again(tmp_path: Path) -> None:
     assert [line[0] for line in (tmp_path / "sweep" / "sweep.md").read_text().splitlines()] == ["|"] * 6
 
 
+def test_a_sweep_of_other_values_in_the_same_folder_destroys_nothing(tmp_path: Path) -> None:
+    """A combination is known by its configuration: folder 0 is another's in the second sweep."""
+    first = lit_glm("train", *SWEEP, "bs=4", "topology=1x1", cwd=tmp_path)
+    before = (tmp_path / "sweep" / "0" / "result.json").read_bytes()
+    again = lit_glm("train", *SWEEP, "bs=2,4", "topology=1x1", cwd=tmp_path)
+    assert (first.returncode, again.returncode) == (0, 0), again.stderr
+    assert (tmp_path / "sweep" / "0" / "result.json").read_bytes() == before
+    assert again.stdout.count("there is nothing to do") == 1
+    assert states(tmp_path) == [["bs=2,lr=0.001", "finished"], ["bs=4,lr=0.001", "finished"]]
+
+
 def test_topologies_in_turn_leave_nothing_behind(tmp_path: Path) -> None:
     """1x2 between two 1x1: variables of its ranks reach neither."""
     done = lit_glm("train", *SWEEP, "bs=2", "topology=1x1,1x2", "seed=1,2", cwd=tmp_path)

@@ -86,8 +86,8 @@ class RunFolder:
         """
         config = self._config
         samples = step * config.global_batch
-        memory = [bytes_ / 2**30 for bytes_ in (more.pop("memory", None), self._runtime.total_memory(0)) if bytes_]
-        peak = memory[0] if len(memory) == 2 else None
+        used, total = more.pop("memory", None), self._runtime.total_memory(0)
+        peak = None if used is None or total is None else used / 2**30
         result = {
             "status": status,
             **of_config(config),
@@ -95,7 +95,7 @@ class RunFolder:
             **figures(samples, seconds + self.earlier()),
             "acc": self.accuracy,
             "mem_actual_gib": peak if peak is None else max(peak, float(self._before.get("mem_actual_gib") or 0.0)),
-            "mem_total_gib": memory[-1] if memory else None,
+            "mem_total_gib": None if total is None else total / 2**30,
             "mfu": None,
             "mfu_flagperf": None,
             "tokens_per_s": None,
@@ -108,6 +108,7 @@ class RunFolder:
             "interruptions": self._interruptions,
             "runtime": self._runtime.name,
             "simulated": self._runtime.simulated,
+            "tf32": config.precision.tf32 and self._runtime.has_tf32,
             **more,
             "schema_version": SCHEMA_VERSION,
         }
@@ -257,7 +258,9 @@ class Recorder(pl.Callback):
 
     def _after_step(self, trainer: pl.Trainer, module: RecordModule, trained: bool, step_seconds: float = 0.0) -> None:
         config, step = self.config, module.steps_done
-        stop = bool(module.outcome and module.outcome.stop_requested)
+        # Gradients of a window that is not full are in no checkpoint: neither save nor stop there.
+        whole = step % config.optimizer.accumulate == 0
+        stop = bool(module.outcome and module.outcome.stop_requested) and whole
         limit = reached_limit(step, config.global_batch, config.run)
         due = evaluation_due(step, config.global_batch, config.run) or limit
         evaluated = None
@@ -273,7 +276,7 @@ class Recorder(pl.Callback):
         if stop or ends:
             trainer.should_stop = True
             self.interrupted = stop and not ends
-        due_to_save = step % config.run.checkpoint_interval_steps == 0 or stop or ends
+        due_to_save = (step % config.run.checkpoint_interval_steps == 0 and whole) or stop or ends
         if trained and due_to_save and self._saved_step < step:
             self._saved_step = step
             with self.clock.outside_steps():
@@ -283,17 +286,20 @@ class Recorder(pl.Callback):
             self.folder.write_later(step, module.steps_skipped, self.seconds(), self.e2e())
 
     def _evaluate(self, trainer: pl.Trainer, module: RecordModule, event: Optional[str]) -> Optional[Dict[str, Any]]:
-        """Evaluate; None if a stop was asked for meanwhile (one rank alone: several decide at the next step)."""
+        """Evaluate; None if any rank was asked to stop meanwhile."""
         start = time.perf_counter()
         loader = self._eval_loader(trainer.global_rank, trainer.world_size)
-        alone = trainer.world_size == 1
 
         def stops() -> bool:
             self._beat()
-            return alone and module.stop_requested
+            return module.stop_requested
+
+        def anybody(stopped: bool) -> bool:
+            decide: bool = trainer.strategy.reduce_boolean_decision(stopped, all=False)
+            return decide
 
         with trainer.precision_plugin.forward_context():
-            accuracy, _ = evaluate(module, loader, module.device, stops)
+            accuracy, _ = evaluate(module, loader, module.device, stops, anybody)
         if accuracy is None:
             return None
         self._runtime.synchronize()

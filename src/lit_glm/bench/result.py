@@ -44,7 +44,6 @@ def of_config(config: TrainConfig) -> Dict[str, Any]:
         "model": config.model.name,
         "gelu": config.model.gelu,
         "tuned_for": config.tuned_for,
-        "tf32": config.precision.tf32,
     }
 
 

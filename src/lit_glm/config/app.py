@@ -113,16 +113,16 @@ def run_app(
     except BrokenPipeError:  # `--help | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        if full_error or len(statuses) > 1:
-            raise
-        print(f"lit_glm: the run folder cannot be made: {error}; give hydra.run.dir= elsewhere", file=sys.stderr)
-        return 2
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         composing = len(statuses) == 1  # Hydra says some wrong overrides with a bare ValueError
         if full_error or not composing:
             raise
         print(f"lit_glm: {explain(error, schema, CONF)}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if full_error or len(statuses) > 1:
+            raise
+        print(f"lit_glm: the run folder cannot be made: {error}; give hydra.run.dir= elsewhere", file=sys.stderr)
         return 2
     finally:
         sys.argv = arguments

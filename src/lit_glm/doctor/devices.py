@@ -11,8 +11,9 @@ from lit_glm.config.app import CONF
 from lit_glm.config.schema import TrainConfig
 from lit_glm.doctor.finding import Finding
 from lit_glm.errors import InputError
-from lit_glm.hardware.runtimes import check_cards, check_devices, make_runtime, set_environment
+from lit_glm.hardware.runtimes import check_cards, check_devices, make_runtime
 from lit_glm.hardware.runtimes.base import Runtime
+from lit_glm.hardware.variables import set_environment
 
 _LIMIT_S = 6.0
 _MARGIN_S = 3.0

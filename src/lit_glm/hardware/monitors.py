@@ -41,12 +41,12 @@ def _readings(
 ) -> List[Reading]:
     """Read lines by the places of temperature, power, used, total, utilisation (from 1)."""
     found: List[Reading] = []
-    for line in lines:
+    for number, line in enumerate(lines):
         words = line.split()
         try:
             temperature, power, used, total, utilisation = (words[place - 1] for place in fields)
             reading = Reading(
-                index_of(words, len(found)),
+                index_of(words, number),
                 _number(temperature, "C"),
                 _number(power, "W"),
                 _number(used, "MiB"),
@@ -164,7 +164,9 @@ class MemoryWatch:
         """
         cards = os.environ.get(visible, "").split(",")
         card = cards[index].strip() if index < len(cards) else ""
-        self._cards[index] = int(card) if card.isdigit() else index
+        if card and not card.isdigit():
+            return  # cards by other names (UUIDs): the monitor's numbers say nothing of them
+        self._cards[index] = int(card) if card else index
         self._sample()
         if self._used and self._thread is None:
             self._thread = threading.Thread(target=self._watch, name="memory watch", daemon=True)
@@ -183,11 +185,11 @@ class MemoryWatch:
 
     def peak(self, index: int) -> Optional[float]:
         """Largest reading of a device so far, bytes; None without a reading. Never asks the monitor itself."""
-        return self._used.get(self._cards.get(index, index))
+        return self._used.get(self._cards.get(index, -1))
 
     def last(self, index: int) -> Optional[float]:
         """Newest reading of a device, bytes; None without a reading. Never asks the monitor itself."""
-        return self._last.get(self._cards.get(index, index))
+        return self._last.get(self._cards.get(index, -1))
 
     def total(self, index: int) -> Optional[float]:
         """Memory of a device, bytes; None without a reading."""

@@ -8,5 +8,5 @@ FRAMEWORKS = ("xmlir", "torch-xmlir")
 """Of these, what a report calls the training framework where it is installed."""
 COMPILERS = ("xacc",)
 """Of these, what a report calls the training compiler."""
-VISIBLE = ("CUDA_VISIBLE_DEVICES", "XPU_VISIBLE_DEVICES", "CUDART_DUMMY_REGISTER")
-"""Variables of runtimes that decide which cards a process sees, and how."""
+VISIBLE = ("CUDA_VISIBLE_DEVICES", "XPU_VISIBLE_DEVICES", "CUDART_DUMMY_REGISTER", "NCCL_DEBUG", "NCCL_SOCKET_IFNAME")
+"""Variables of runtimes that decide which cards a process sees, and how these talk to each other."""

@@ -170,8 +170,13 @@ class FP16(_Scaled):
         self._restored = None
 
 
-def make_precision(config: TrainConfig, runtime: Runtime) -> Precision:
+def make_precision(config: TrainConfig, runtime: Runtime, index: int = 0) -> Precision:
     """The plugin of a precision.
+
+    Args:
+        config: the run's.
+        runtime: of the chip.
+        index: of this rank's device, on which a small product is tried; no other device is touched.
 
     Raises:
         InputError: if the chip or its runtime lacks it.
@@ -191,7 +196,7 @@ def make_precision(config: TrainConfig, runtime: Runtime) -> Precision:
         "bf16": lambda: Mixed(runtime, torch.bfloat16),
     }[name]()
     try:
-        check_arithmetic(plugin, runtime.device(0))
+        check_arithmetic(plugin, runtime.device(index))
     except (RuntimeError, TypeError, AttributeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(

@@ -1,6 +1,5 @@
 """torchrun without its report: the rank that failed has said why, and its exit status becomes the agent's."""
 
-import ctypes
 import logging
 import os
 import signal
@@ -19,16 +18,16 @@ _MARGIN_S = 5.0
 
 def main() -> int:
     """Run torchrun with this process's arguments."""
-    try:
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # a job does not outlive the command that started it
-    except (AttributeError, OSError):
-        pass
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     threading.Thread(target=_limit_the_wait, args=(sys.argv[1:],), daemon=True).start()
     try:
         run.main(sys.argv[1:])
     except ChildFailedError as error:
         failures = sorted(error.failures.values(), key=lambda failure: failure.timestamp)
+        for rank, failure in sorted(error.failures.items()):
+            if failure.exitcode < 0:
+                name = signal.Signals(-failure.exitcode).name
+                print(f"lit_glm: rank {rank} was killed by {name}", file=sys.stderr, flush=True)
         # A rank that was asked to stop, or refused its input, says more than those that lost their peers by it.
         codes = [failure.exitcode for failure in failures]
         return next((code for code in codes if code in (2, 130, 143)), max(1, codes[0] if codes[0] > 0 else 1))

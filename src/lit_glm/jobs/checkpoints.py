@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
+from lightning_fabric.utilities import move_data_to_device
 from pytorch_lightning.plugins.io import CheckpointIO
 
 _KEEP = 2
@@ -18,6 +19,8 @@ class AtomicCheckpointIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: Dict[str, Any], path: Any, storage_options: Optional[Any] = None) -> None:
         """Write one."""
         target = Path(path)
+        # Not every vendor's tensors can be written by every torch, and nobody needs them on a card when they are read.
+        checkpoint = move_data_to_device(checkpoint, torch.device("cpu"))
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.part")
         with temporary.open("wb") as file:

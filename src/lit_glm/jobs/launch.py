@@ -1,5 +1,6 @@
 """Runs a job: in this process for one device, as one torchrun for several, and says how it ended."""
 
+import ctypes
 import os
 import shutil
 import signal
@@ -164,6 +165,14 @@ def _agent_command(job: Job, node: Node, spec_dir: Path, run_dir: Path, module: 
     ]
 
 
+def _die_with_parent() -> None:
+    """No job outlives the command that started it, however that ended (Linux: prctl PR_SET_PDEATHSIG)."""
+    try:
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    except (AttributeError, OSError):
+        pass
+
+
 class _Stopped(Exception):
     def __init__(self, number: int) -> None:
         self.number = number
@@ -194,7 +203,7 @@ def run_ranks(
     def stop(number: int, _frame: Any) -> None:
         raise _Stopped(number)
 
-    environment = clean_environment()
+    environment = {**job.config.hardware.env, **clean_environment()}  # before a rank imports anything
     threads = max(1, (os.cpu_count() or 1) // job.config.topology.devices_per_node)
     environment.setdefault("OMP_NUM_THREADS", str(threads))
     interface = interface_towards(node.address) if job.config.topology.num_nodes > 1 else None
@@ -202,7 +211,7 @@ def run_ranks(
         environment.setdefault("GLOO_SOCKET_IFNAME", interface)  # a host's own name often means the loopback to it
     before = {number: signal.signal(number, stop) for number in EXIT_STATUS}
     command = _agent_command(job, node, spec_dir, run_dir, module)
-    agent = subprocess.Popen(command, env=environment, start_new_session=True)
+    agent = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_die_with_parent)
     try:
         status = _wait(agent, job, spec_dir, run_dir, margin_s)
     except _Stopped as stopped:

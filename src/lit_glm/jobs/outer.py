@@ -6,7 +6,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Callable, Tuple
 
+from lit_glm.bench.result import COMPLETE, read_result
 from lit_glm.config.schema import TrainConfig
+from lit_glm.errors import InputError
 from lit_glm.hardware.runtimes import make_runtime
 from lit_glm.jobs.launch import ending_recorded, prepare_folder
 from lit_glm.jobs.nodes import OuterRank
@@ -42,6 +44,9 @@ def run_outer(
         told: Any = None
         if outer.rank == 0:
             run_dir, resumes = find()
+            result = read_result(run_dir) if resumes else None
+            if result is not None and result.get("status") in COMPLETE:
+                raise InputError(f"run.resume={run_dir}: the run is complete, there is nothing to do")
             prepare_folder(Job(config, entry, sys.argv, resumes), run_dir)
             told = (str(run_dir.resolve()), resumes)
         if config.topology.world_size > 1:

@@ -79,5 +79,6 @@ def _run_folders(run_dir: Path) -> Iterator[Path]:
             if FILE in files and Path(root).resolve() not in seen:
                 seen.append(Path(root).resolve())
                 yield Path(root)
+            folders[:] = [name for name in folders if name != "nodes"]  # jobs of a run's further nodes
             if len(Path(root).relative_to(place).parts) >= depth or FILE in files:
                 folders.clear()

@@ -16,6 +16,7 @@ FILE = "job.json"
 _NOT_IDENTITY = (
     "run.resume",
     "run.stall_timeout_s",
+    "data.cache_dir",
     "sweep.skip_done",
     "sweep.objective",
     "run.rendezvous_timeout_s",

@@ -81,6 +81,8 @@ def run_combination(
     if folder is not None:
         check_same(config, folder)
         run_dir = folder.resolve()
+    elif (run_dir / FILE).exists() and config.sweep.skip_done:
+        run_dir = run_dir.with_name(f"{run_dir.name}-{identity(config)}")  # the folder is another combination's
     elif (run_dir / FILE).exists():
         print(f"lit_glm: {run_dir} held another run, which is overwritten", file=sys.stderr)
     result = read_result(run_dir) if folder is not None else None
@@ -102,6 +104,8 @@ def run_combination(
         print(f"lit_glm: {stop}; start the same sweep again to go on", file=sys.stderr)
         status = stop.exit_status
         raise KeyboardInterrupt from None
+    except Exception as error:  # a full disk, say: the other combinations still have their turn, and the table is made
+        print(f"lit_glm: {run_dir}: {type(error).__name__}: {error}", file=sys.stderr)
     finally:
         _note(sweep_dir, number, run_dir, status)
     value = (result or {}).get(config.sweep.objective)

@@ -20,7 +20,9 @@ from lit_glm.bench.result import COMPLETE, amend_result, table, write_json
 from lit_glm.config.app import CONF
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError, RunError
-from lit_glm.hardware.runtimes import check_cards, check_devices, make_runtime, set_environment
+from lit_glm.hardware.runtimes import check_cards, check_devices, make_runtime
+from lit_glm.hardware.runtimes.base import Runtime
+from lit_glm.hardware.variables import set_environment
 from lit_glm.jobs.heartbeat import Heartbeat
 from lit_glm.jobs.spec import Job, identity
 
@@ -92,6 +94,7 @@ def _run(job: Job, run_dir: Path, signals: Optional[_Signals], beat: Callable[[]
 
     import pytorch_lightning as pl
     import torch
+    from pytorch_lightning.plugins.environments import LightningEnvironment
 
     from lit_glm.batches.compact import open_data
     from lit_glm.batches.datamodule import RecordData, evaluation_batches
@@ -112,14 +115,14 @@ def _run(job: Job, run_dir: Path, signals: Optional[_Signals], beat: Callable[[]
     check_devices(runtime, config.topology)
     world_size = config.topology.world_size
     strategy = make_strategy(runtime, config.topology, config.run.stall_timeout_s)
-    precision = make_precision(config, runtime)
+    precision = make_precision(config, runtime, local_rank)
     kept += check_cards(config.hardware, runtime, config.topology.devices_per_node, CONF / "hardware")
     runtime.watch_memory(local_rank)
     if rank == 0:
         for line in kept:
             print(f"lit_glm: {line}", file=sys.stderr)
         write_json(run_dir / "environment.json", describe(config, runtime, job.command))
-        print(_opening(config, runtime.simulated, run_dir), flush=True)
+        print(_opening(config, runtime, run_dir), flush=True)
         hint = runtime.precision_hint(config.precision.name)
         if hint:
             print(f"lit_glm: precision={config.precision.name}: {hint}", flush=True)
@@ -135,8 +138,8 @@ def _run(job: Job, run_dir: Path, signals: Optional[_Signals], beat: Callable[[]
     if rank == 0:
         for line in done:
             print(f"lit_glm: {config.model.init_checkpoint}: {line}")
-    module = RecordModule(glm, config)
-    data = RecordData(config, train_split, lambda: module.steps_done, pin_memory=runtime.backend == "nccl")
+    module = RecordModule(glm, config, runtime.manual_seed)
+    data = RecordData(config, train_split, lambda: module.steps_done, pin_memory=runtime.pins_memory)
 
     resume_from: Optional[Path] = None
     if job.resumes:
@@ -148,6 +151,9 @@ def _run(job: Job, run_dir: Path, signals: Optional[_Signals], beat: Callable[[]
                 f"after step {int(resume_from.stem[5:])}" if resume_from else "from the start: there is no checkpoint"
             )
             print(f"lit_glm: the run goes on {where}", flush=True)
+
+    if world_size > 1:
+        agree(identity(config), int(resume_from.stem[5:]) if resume_from else 0, runtime.device(local_rank))
 
     def open_folder(steps_done: int) -> RunFolder:
         return RunFolder(run_dir, config, runtime, steps_done, job.resumes)
@@ -174,7 +180,8 @@ def _run(job: Job, run_dir: Path, signals: Optional[_Signals], beat: Callable[[]
         strategy=strategy,
         devices=config.topology.devices_per_node,
         num_nodes=config.topology.num_nodes,
-        plugins=[precision, checkpoints.AtomicCheckpointIO()],
+        # One device needs no cluster; inside a Slurm allocation Lightning would look for one.
+        plugins=[precision, checkpoints.AtomicCheckpointIO(), *([LightningEnvironment()] if world_size == 1 else [])],
         callbacks=[recorder, Curves(recorder), *_instantiate(config.callbacks, None)],
         logger=_instantiate(config.logger, run_dir) or False,
         max_epochs=-1,
@@ -211,7 +218,11 @@ def _run(job: Job, run_dir: Path, signals: Optional[_Signals], beat: Callable[[]
             status = "interrupted"
         else:
             status = "success" if (recorder.accuracy or 0.0) >= config.run.target_accuracy else "finished"
-        peak = (sum(peaks) if runtime.shares_memory else max(peaks)) if peaks else None
+        nodes = [
+            peaks[n : n + config.topology.devices_per_node]
+            for n in range(0, len(peaks), config.topology.devices_per_node)
+        ]
+        peak = max(sum(node) if runtime.shares_memory else max(node) for node in nodes) if peaks else None
         steps = module.steps_done
         counter = WorkCounter(config, train_split, data.sampler(0, 0))
         result = recorder.finish(
@@ -238,10 +249,10 @@ def _run(job: Job, run_dir: Path, signals: Optional[_Signals], beat: Callable[[]
     return result
 
 
-def _opening(config: TrainConfig, simulated: bool, run_dir: Path) -> str:
-    what = "SIMULATED, no figure of the chip: " if simulated else ""
+def _opening(config: TrainConfig, runtime: Runtime, run_dir: Path) -> str:
+    what = "SIMULATED, no figure of the chip: " if runtime.simulated else ""
     precision = config.precision.name
-    if precision == "fp32" and config.hardware.peak_tflops.get("tf32"):
+    if precision == "fp32" and runtime.has_tf32:
         precision += " (TF32 on)" if config.precision.tf32 else " (TF32 off)"
     return (
         f"lit_glm: {what}{config.model.name} on {config.hardware.name} {config.topology.name}, "
@@ -294,6 +305,27 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*barrier\\(\\).*|.*pkg_resources.*|.*isinstance.treespec.*")
 
 
+def agree(identity_: str, step: int, device: Any) -> None:
+    """All ranks run the same configuration from the same step, or none does.
+
+    Raises:
+        InputError: names the first rank that differs.
+    """
+    from lit_glm.hardware import exchange
+
+    told = exchange.gather((identity_, step), device)
+    for rank, (name, start) in enumerate(told):
+        if name != told[0][0]:
+            raise InputError(
+                f"rank {rank} was given another configuration than rank 0: type the same command everywhere"
+            )
+        if start != told[0][1]:
+            raise InputError(
+                f"rank {rank} would go on after step {start}, rank 0 after step {told[0][1]}: all nodes must see the "
+                "same run folder (give them one hydra.run.dir on a shared disk)"
+            )
+
+
 def join_group(config: TrainConfig) -> None:
     """Open the process group of this rank, as torchrun's variables describe it."""
     from datetime import timedelta
@@ -303,6 +335,12 @@ def join_group(config: TrainConfig) -> None:
     runtime = make_runtime(config.hardware, config.topology)
     check_devices(runtime, config.topology)
     runtime.set_device(int(os.environ["LOCAL_RANK"]))
+    found = int(os.environ.get("WORLD_SIZE", config.topology.world_size))
+    if found != config.topology.world_size:
+        raise InputError(
+            f"topology={config.topology.name} is {config.topology.world_size} ranks, but {found} were found; "
+            "is the same command running on every node?"
+        )
     if config.topology.world_size > 1:
         torch.distributed.init_process_group(runtime.backend, timeout=timedelta(seconds=config.run.stall_timeout_s))
 

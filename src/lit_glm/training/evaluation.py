@@ -11,7 +11,11 @@ OnBatch = Callable[[], bool]
 
 
 def evaluate(
-    module: Any, loader: Iterable[Any], device: torch.device, on_batch: Optional[OnBatch] = None
+    module: Any,
+    loader: Iterable[Any],
+    device: torch.device,
+    on_batch: Optional[OnBatch] = None,
+    anybody: Callable[[bool], bool] = bool,
 ) -> Tuple[Optional[float], List[Tuple[int, int]]]:
     """Choose a candidate for each example.
 
@@ -20,6 +24,7 @@ def evaluate(
         loader: batches of this rank.
         device: where the model is.
         on_batch: see `OnBatch`.
+        anybody: whether any rank ended early, given whether this one did.
 
     Returns:
         Accuracy over all ranks (None if ended early), and (example, chosen candidate) of this rank's examples.
@@ -28,6 +33,7 @@ def evaluate(
     training = module.training
     module.eval()
     chosen: List[Tuple[int, int]] = []
+    stopped = False
     try:
         with torch.no_grad():
             for batch in loader:
@@ -35,7 +41,8 @@ def evaluate(
                 metric.update(best, batch.answers)
                 chosen += zip(batch.indices, best.tolist())
                 if on_batch is not None and on_batch():
-                    return None, chosen
-        return float(metric.compute()), chosen
+                    stopped = True
+                    break
+        return (None if anybody(stopped) else float(metric.compute())), chosen
     finally:
         module.train(training)

@@ -1,7 +1,7 @@
 """The training step: scores to loss, gradient, clipped and averaged, to an update, as published."""
 
 from dataclasses import dataclass
-from typing import Any, Dict, Optional, Union
+from typing import Any, Callable, Dict, Optional, Union
 
 import pytorch_lightning as pl
 import torch
@@ -34,11 +34,19 @@ class StepOutcome:
 class RecordModule(pl.LightningModule):
     """GLM with its training step. Steps are counted here: a skipped step counts too."""
 
-    def __init__(self, glm: GLM, config: TrainConfig) -> None:
+    def __init__(self, glm: GLM, config: TrainConfig, seed: Callable[[int], Any] = torch.manual_seed) -> None:
+        """Wrap a model.
+
+        Args:
+            glm: the model.
+            config: the run's.
+            seed: seeds all generators that dropout draws from; a vendor's are not torch's.
+        """
         super().__init__()
         self.automatic_optimization = False  # clipping after every backward, and steps that are skipped, as published
         self.glm = glm
         self._config = config
+        self._seed = seed
         self.steps_done = 0
         self.steps_skipped = 0
         self.stop_requested = False
@@ -57,7 +65,7 @@ class RecordModule(pl.LightningModule):
         """One step, counted from 1; leaves what came of it in `outcome`."""
         step = self.steps_done + 1
         # Dropout is a function of (seed, step, rank) and not of what was drawn before: a resumed run draws the same.
-        torch.manual_seed((self._config.seed * 1_000_003 + step) * 4_099 + self.global_rank)
+        self._seed((self._config.seed * 1_000_003 + step) * 4_099 + self.global_rank)
         optimizer: Any = self.optimizers()
         schedule: Any = self.lr_schedulers()
         precision: Any = self.trainer.precision_plugin

@@ -9,7 +9,7 @@ import os
 
 import torch
 
-from torch_xmlir import amp, nn, xpu  # noqa: F401
+from torch_xmlir import xpu
 
 SWITCHES = {name: os.environ.get(name) for name in ("XACC", "XACC_ARGS", "XMLIR_D_XPU_L3_SIZE", "BKCL_PCIE_RING")}
 

@@ -1,6 +1,5 @@
 """The runtimes that exist, and the choice between them."""
 
-import os
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -9,20 +8,7 @@ from omegaconf import OmegaConf
 from lit_glm.config.schema import HardwareConfig, TopologyConfig
 from lit_glm.errors import InputError
 from lit_glm.hardware.runtimes.base import Runtime
-
-
-def set_environment(hardware: HardwareConfig) -> List[str]:
-    """Set the variables of a hardware file, before its runtime is imported and never over the user's.
-
-    Returns:
-        A line for each that was left as it was.
-    """
-    kept = []
-    for name, value in hardware.env.items():
-        if os.environ.get(name, value) != value:
-            kept.append(f"{name}={os.environ[name]} is set and stays; conf/hardware/{hardware.name}.yaml has {value}")
-        os.environ.setdefault(name, value)
-    return kept
+from lit_glm.hardware.variables import set_environment
 
 
 def _classes() -> Dict[str, "type[Runtime]"]:
@@ -41,13 +27,25 @@ def _classes() -> Dict[str, "type[Runtime]"]:
     }
 
 
+def _wanted(hardware: HardwareConfig) -> List[str]:
+    """Runtimes that may be taken, best first: none that would give another chip's figures under this one's name."""
+    if hardware.runtime == "auto":
+        return list(hardware.runtimes)
+    if hardware.runtime not in ("simulated", *hardware.runtimes):
+        raise InputError(
+            f"hardware.runtime={hardware.runtime}: hardware={hardware.name} runs on {', '.join(hardware.runtimes)} "
+            "(auto takes the first that is there), or is rehearsed with hardware.runtime=simulated"
+        )
+    return [hardware.runtime]
+
+
 def check_runtime(hardware: HardwareConfig) -> None:
     """Say that a chip's runtime is missing before anything is started; the processor's never is.
 
     Raises:
         InputError: what is missing, and how to rehearse without it.
     """
-    names = list(hardware.runtimes) if hardware.runtime == "auto" else [hardware.runtime]
+    names = _wanted(hardware)
     if {"cpu", "simulated"} & set(names):
         return  # without importing torch
     classes = _classes()
@@ -60,7 +58,8 @@ def _unusable(hardware: HardwareConfig, reasons: List[str]) -> str:
     return (
         f"hardware={hardware.name}: none of its runtimes can be used here\n"
         + "\n".join(reasons)
-        + "\nInstall one (docs/hardware.md), or rehearse without the chip: "
+        + "\nInstall one (the vendor's wheels: pip install --no-deps *.whl; docs/hardware.md)"
+        + "\nor rehearse without the chip: "
         f"hardware={hardware.name} hardware.runtime=simulated"
     )
 
@@ -75,7 +74,7 @@ def make_runtime(hardware: HardwareConfig, topology: TopologyConfig) -> Runtime:
 
     set_environment(hardware)
     classes = _classes()
-    names = list(hardware.runtimes) if hardware.runtime == "auto" else [hardware.runtime]
+    names = _wanted(hardware)
     reasons = []
     for name in names:
         if name == "simulated":
@@ -130,6 +129,10 @@ def check_cards(hardware: HardwareConfig, runtime: Runtime, devices: int, folder
             raise InputError(
                 f"hardware={hardware.name}, but card {index} calls itself {name!r}; "
                 f"take hardware={better[0] if better else 'cuda (any card, no peak)'}"
+            )
+        if not hardware.detect and hardware.card and better and better[0] != hardware.name:
+            raise InputError(
+                f"hardware={hardware.name}, but card {index} calls itself {name!r}; take hardware={better[0]}"
             )
         total = runtime.total_memory(index)
         if hardware.memory_gib and total and abs(total / 2**30 / hardware.memory_gib - 1) > 0.1:

@@ -20,6 +20,10 @@ class Runtime:
     """Whether its devices are pretended: such figures are no measurements of the chip."""
     shares_memory = False
     """Whether the devices of a node have one memory between them: then `mem` is the sum over its ranks."""
+    has_tf32 = False
+    """Whether fp32 products can be rounded to TF32."""
+    pins_memory = False
+    """Whether copies to the device go through page-locked memory."""
     backend = "gloo"
     """Collective backend for torch.distributed."""
 

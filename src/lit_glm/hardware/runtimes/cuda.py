@@ -13,6 +13,8 @@ class CUDARuntime(Runtime):
 
     name = "cuda"
     backend = "nccl"
+    has_tf32 = True
+    pins_memory = True
     has_driver = True
 
     def __init__(self) -> None:

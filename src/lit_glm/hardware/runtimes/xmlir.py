@@ -3,6 +3,7 @@
 Never ask torch itself for "xpu" or "xccl": in today's torch these are Intel's names.
 """
 
+import importlib
 import importlib.util
 from typing import Any, Callable, ContextManager, Optional
 
@@ -12,6 +13,14 @@ from lit_glm.config.schema import LossScaleConfig
 from lit_glm.hardware.loss_scale import VendorLossScale
 from lit_glm.hardware.monitors import MemoryWatch, xpu_driver, xpu_memory
 from lit_glm.hardware.runtimes.base import Runtime
+
+
+def _amp() -> Any:
+    """The vendor's package for mixed precision; None if it has none."""
+    try:
+        return importlib.import_module("torch_xmlir.amp")
+    except ImportError:
+        return None
 
 
 class XMLIRRuntime(Runtime):
@@ -69,17 +78,17 @@ class XMLIRRuntime(Runtime):
 
     def checkpoint(self) -> Callable[..., Any]:
         """The vendor's own: torch's saves the state of CUDA's generators."""
-        function: Callable[..., Any] = self._vendor.nn.checkpoint.checkpoint
+        function: Callable[..., Any] = importlib.import_module("torch_xmlir.nn.checkpoint").checkpoint
         return function
 
     def autocast(self, dtype: torch.dtype) -> ContextManager[Any]:
         """The vendor's own, where the package has one."""
-        own = getattr(getattr(self._vendor, "amp", None), "autocast", None)
+        own = getattr(_amp(), "autocast", None)
         return own(dtype=dtype) if own is not None else super().autocast(dtype)
 
     def loss_scaler(self, config: LossScaleConfig) -> Optional[VendorLossScale]:
         """torch_xmlir.amp.GradScaler; it knows no hysteresis and no minimum."""
-        scaler = getattr(getattr(self._vendor, "amp", None), "GradScaler", None)
+        scaler = getattr(_amp(), "GradScaler", None)
         if scaler is None:
             return None
         return VendorLossScale(scaler(init_scale=config.initial, growth_interval=config.window))

@@ -13,6 +13,7 @@ class XPyTorchRuntime(CUDARuntime):
     """torch.cuda as the vendor patches it; told from NVIDIA by the presence of torch_xmlir."""
 
     name = "xpytorch"
+    has_tf32 = False
 
     @staticmethod
     def missing() -> Optional[str]:

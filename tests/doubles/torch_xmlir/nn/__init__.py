@@ -1,1 +1,0 @@
-from torch_xmlir.nn import checkpoint  # noqa: F401
