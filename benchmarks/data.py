@@ -9,7 +9,6 @@ and by a double of the published one (each candidate's row of each matrix out of
 
 import argparse
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from typing import Any, List
 import corpus
 import h5py
 import numpy as np
+from engines import highest_memory
 from scipy.sparse import csr_matrix
 
 from lit_glm.batches.collate import flat_batch, padded_batch
@@ -68,11 +68,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     given = parser.parse_args()
     if given.convert:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        before = highest_memory()
         start = time.perf_counter()
         split = open_split(given.file, False, str(given.convert))
         seconds = time.perf_counter() - start
-        highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        highest = highest_memory()
         print(
             f"{len(split)} examples, {split.num_candidates} candidates: opened in {seconds:.3f} s, "
             f"peak {highest:.2f} GiB ({before:.2f} before)",

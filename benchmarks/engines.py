@@ -10,7 +10,6 @@ All engines take the same weights and the same batches in turn, in one process; 
 """
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
@@ -79,6 +78,12 @@ class Engine:
             return score_table(self.glm, batch, EVAL_MASK, slice_size=10)
 
 
+def highest_memory() -> float:
+    """Largest resident memory of this process so far, GiB, as the kernel counts it."""
+    with open("/proc/self/status") as file:
+        return next(float(line.split()[1]) / 2**20 for line in file if line.startswith("VmHWM"))
+
+
 def peak(dtype: torch.dtype) -> float:
     """FLOP/s of a product of two 3072 x 3072 matrices, the best of three by either of torch's libraries."""
     a, b = torch.ones(3072, 3072, dtype=dtype), torch.ones(3072, 3072, dtype=dtype)
@@ -121,10 +126,10 @@ def main() -> None:
     engines = [Engine(name, config, weights) for name in names]
     del weights
     if given.memory:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        before = highest_memory()
         indices = range(given.bs)
         engines[0].step(padded_batch(split, indices, 512) if engines[0].padded else flat_batch(split, indices))
-        highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        highest = highest_memory()
         what = f"{given.shape} bs={given.bs} {names[0]:>15}"
         print(f"{what}: {before:.2f} GiB before, peak {highest:.2f} GiB", flush=True)
         return

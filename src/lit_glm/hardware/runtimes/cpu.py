@@ -42,7 +42,8 @@ class CPURuntime(Runtime):
 
         A data loader's pages that it shares with this process are counted there as well.
         """
-        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0  # Linux counts in KiB
+        # Not getrusage's maximum: that holds what the program that started this one had before it did.
+        own = _high_water(os.getpid()) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
         children = sum(_high_water(process.pid) for process in psutil.Process().children(recursive=True))
         self._children = max(self._children, children)
         return own + self._children
