@@ -30,8 +30,14 @@ class Curves(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """A point every few steps."""
+        if trainer.loggers:
+            self._point(trainer, pl_module)
+            if trainer.should_stop:
+                self._recorder.do_rest()  # Lightning saves its loggers now, and few of them bear two threads
+
+    def _point(self, trainer: pl.Trainer, pl_module: Any) -> None:
         recorder, step = self._recorder, pl_module.steps_done
-        if not trainer.loggers or (step % self._every and recorder.evaluated_step == self._evaluated_step):
+        if step % self._every and recorder.evaluated_step == self._evaluated_step:
             return
         outcome, seconds, samples = pl_module.outcome, recorder.seconds(), recorder.samples_here()
         self._log(
