@@ -1,8 +1,9 @@
 """What is wrong with a data file is said before training, with the file and the place."""
 
 import shutil
+import threading
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, List
 
 import h5py
 import numpy as np
@@ -141,6 +142,25 @@ class TestCache:
         assert opened().context_tokens[5] == 99
         assert len(conversions) == 3
         assert not list(cache.glob("*.part-*"))
+
+    def test_two_runs_at_once_make_it_once(self, tmp_path: Path) -> None:
+        cache, conversions, second = str(tmp_path / "cache"), [], []
+
+        def first_converts(done: int, total: int) -> None:
+            conversions.append(done)
+            second.append(threading.Thread(target=lambda: opened.append(open_split(TRAIN_FILE, False, cache, also))))
+            second[0].start()
+            second[0].join(0.3)
+            assert not opened  # it waits
+
+        def also(done: int, total: int) -> None:
+            conversions.append(done)
+
+        opened: List[Any] = []
+        first = open_split(TRAIN_FILE, False, cache, first_converts)
+        second[0].join(30)
+        assert len(conversions) == 1
+        np.testing.assert_array_equal(opened[0].context_tokens, first.context_tokens)
 
     def test_a_place_that_cannot_be_written_is_no_obstacle(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from lit_glm.alone import one_at_a_time
 from lit_glm.config.schema import DataConfig, ModelConfig
 from lit_glm.errors import InputError
 from lit_glm.record.store import SparseReader
@@ -178,27 +179,33 @@ def open_split(
             pass
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=folder.name + ".part-", dir=str(folder.parent)))
+            with one_at_a_time(folder.with_name(f"{folder.name}.lock")):
+                return _make(folder, path, needs_answers, progress)
         except OSError:
-            folder = None  # a cache that cannot be written is no reason not to run
-    if folder is None:
-        temporary = Path(tempfile.mkdtemp(prefix="lit_glm-"))
+            pass  # a cache that cannot be written is no reason not to run
+    with tempfile.TemporaryDirectory(prefix="lit_glm-") as temporary:
+        _convert(path, needs_answers, Path(temporary), progress)
+        return CompactSplit(Path(temporary), path)  # the mapped files live on after they are removed
+
+
+def _make(folder: Path, source: Path, needs_answers: bool, progress: Optional[Progress]) -> CompactSplit:
     try:
-        _convert(path, needs_answers, temporary, progress)
-        if folder is None:
-            return CompactSplit(temporary, path)  # the mapped files live on after they are removed below
-        if folder.exists():  # damaged, or made by another run in the meantime: either way ours is good
-            shutil.rmtree(folder, ignore_errors=True)
-        try:
-            os.rename(temporary, folder)
-        except OSError:  # another run was faster
-            return CompactSplit(folder, path)
-        return CompactSplit(folder, path)
+        return CompactSplit(folder, source)  # another run has made it while this one waited
+    except (OSError, ValueError, KeyError):
+        pass
+    temporary = Path(tempfile.mkdtemp(prefix=folder.name + ".part-", dir=str(folder.parent)))
+    try:
+        _convert(source, needs_answers, temporary / "new", progress)
+        if folder.exists():  # damaged, and moved as a whole: nobody may take halves of two for one
+            os.rename(folder, temporary / "old")
+        os.rename(temporary / "new", folder)
+        return CompactSplit(folder, source)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _convert(path: Path, needs_answers: bool, folder: Path, progress: Optional[Progress]) -> None:
+    folder.mkdir(exist_ok=True)
     with SparseReader(path, needs_answers) as reader:
         separators = reader.vector("mask")
         choices = reader.pairs("choice_start_end")

@@ -13,6 +13,7 @@ from typing import Any, Dict, Iterator, List
 
 import psutil
 
+from lit_glm.alone import alone_in
 from lit_glm.bench.result import amend_result, begin_result, read_result
 from lit_glm.errors import InputError, RunError
 from lit_glm.jobs import heartbeat
@@ -61,12 +62,13 @@ def run_job(job: Job, run_dir: Path, in_process: bool = True) -> Dict[str, Any]:
     node = this_node(job.config.topology) if world_size > 1 else Node(0, "127.0.0.1", 0)
     if node.rank > 0:
         return _help(job, node, run_dir)
-    prepare_folder(job, run_dir)
-    with ending_recorded(run_dir):
-        if world_size == 1 and in_process:
-            return _run_here(job, run_dir)
-        run_ranks(job, node, run_dir, run_dir)
-    result = read_result(run_dir)
+    with alone_in(run_dir):
+        prepare_folder(job, run_dir)
+        with ending_recorded(run_dir):
+            if world_size == 1 and in_process:
+                return _run_here(job, run_dir)
+            run_ranks(job, node, run_dir, run_dir)
+        result = read_result(run_dir)
     if result is None:
         raise RunError(f"{run_dir}: the job ended without a result")
     return result

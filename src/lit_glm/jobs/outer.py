@@ -2,10 +2,11 @@
 
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Callable, Tuple
 
+from lit_glm.alone import alone_in
 from lit_glm.bench.result import COMPLETE, read_result
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
@@ -37,7 +38,7 @@ def run_outer(
     """
     from lit_glm.hardware import exchange
 
-    def work() -> None:
+    def work(keep: ExitStack) -> None:
         if outer.local_rank == 0:
             prepare_data()
         join_group(config)
@@ -47,6 +48,7 @@ def run_outer(
             result = read_result(run_dir) if resumes else None
             if result is not None and result.get("status") in COMPLETE:
                 raise InputError(f"run.resume={run_dir}: the run is complete, there is nothing to do")
+            keep.enter_context(alone_in(run_dir))
             prepare_folder(Job(config, entry, sys.argv, resumes), run_dir)
             told = (str(run_dir.resolve()), resumes)
         if config.topology.world_size > 1:
@@ -56,7 +58,8 @@ def run_outer(
         with ending_recorded(folder) if outer.rank == 0 else nullcontext():
             run_rank(job, folder)
 
-    status = said(work)
+    with ExitStack() as keep:
+        status = said(lambda: work(keep))
     if config.topology.world_size > 1:
         leave(status)
     return status

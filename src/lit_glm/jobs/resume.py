@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Iterator, List, Optional
 
+from lit_glm.alone import is_running
 from lit_glm.bench.result import COMPLETE, read_result
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
@@ -30,7 +31,11 @@ def resolve(resume: str, config: TrainConfig, run_dir: Path) -> Optional[Path]:
             raise InputError(f"run.resume={resume}: is no run folder (it has no {FILE})")
         return folder
     runs = runs_of(identity(config), run_dir)
-    unfinished = [folder for folder in runs if (read_result(folder) or {}).get("status") not in COMPLETE]
+    unfinished = [
+        folder
+        for folder in runs
+        if (read_result(folder) or {}).get("status") not in COMPLETE and not is_running(folder)
+    ]
     return max(unfinished, key=lambda folder: (folder / FILE).stat().st_mtime, default=None)
 
 

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Dict, List
 
+from lit_glm.alone import one_at_a_time
 from lit_glm.config.schema import DataConfig
 from lit_glm.errors import InputError
 from lit_glm.record.build import EVAL_FILE, TRAIN_FILE, build
@@ -102,13 +103,25 @@ def ensure(data: DataConfig) -> None:
     settings = [_VERSION, data.synthetic.seed, data.synthetic.num_train, data.synthetic.num_eval, data.max_seq_length]
     stamp = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     marker = out / "generated.json"
-    if marker.is_file() and json.loads(marker.read_text()).get("stamp") == stamp:
+
+    def is_there() -> bool:
+        return marker.is_file() and json.loads(marker.read_text()).get("stamp") == stamp
+
+    if is_there():
         return
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.part-", dir=str(out.parent)))
+        with one_at_a_time(out.with_name(f".{out.name}.lock")):
+            if not is_there():  # else another run has generated it meanwhile
+                _generate(data, marker, settings, stamp)
     except OSError as error:
         raise InputError(f"data.out_dir={out}: generated data cannot be written there ({error})") from error
+
+
+def _generate(data: DataConfig, marker: Path, settings: List[int], stamp: str) -> None:
+    assert data.synthetic is not None
+    out = marker.parent
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.part-", dir=str(out.parent)))
     try:
         write_raw(temporary / "raw", data.synthetic.seed, data.synthetic.num_train, data.synthetic.num_eval)
         build(temporary / "raw", temporary, str(temporary / "raw" / "vocab.txt"), data.max_seq_length, 0)
@@ -120,8 +133,5 @@ def ensure(data: DataConfig) -> None:
                     raise InputError(f"data.out_dir={out}: holds other data; choose another folder for generated data")
             shutil.rmtree(out)
         os.rename(temporary, out)
-    except OSError:
-        if not (marker.is_file() and json.loads(marker.read_text()).get("stamp") == stamp):
-            raise  # else another run was faster, with the same content
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,55 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import lit_glm_here
+from lit_glm.alone import alone_in, is_running
+from lit_glm.errors import InputError
+
+
+def test_a_run_folder_is_one_process_s(tmp_path: Path) -> None:
+    with alone_in(tmp_path / "run"):
+        assert is_running(tmp_path / "run")
+        with pytest.raises(InputError, match="another process runs in this folder"), alone_in(tmp_path / "run"):
+            pass
+    assert not is_running(tmp_path / "run")
+    with alone_in(tmp_path / "run"):
+        pass
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
+    code = f"""
+from pathlib import Path
+from lit_glm.alone import alone_in
+with alone_in(Path({str(tmp_path)!r})):
+    print("inside", flush=True)
+    input()
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "inside\n"
+    assert is_running(tmp_path)
+    process.kill()
+    process.wait()
+    assert not is_running(tmp_path)
+
+
+def test_train_refuses_the_folder_of_a_live_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And leaves the live run's files alone; run.resume=auto does not take a live run for an unfinished one."""
+    monkeypatch.chdir(tmp_path)
+    debug = ["experiment=debug", "run.max_steps=2", "topology=1x1"]
+    with alone_in(tmp_path / "live"):
+        (tmp_path / "live" / "steps.csv").write_text("the live run's")
+        assert lit_glm_here("train", *debug, "hydra.run.dir=live") == 2
+        assert "another process runs in this folder" in capfd.readouterr().err
+        assert (tmp_path / "live" / "steps.csv").read_text() == "the live run's"
+    assert lit_glm_here("train", *debug, "hydra.run.dir=outputs/a/b") == 0
+    result = tmp_path / "outputs" / "a" / "b" / "result.json"
+    result.write_text(result.read_text().replace('"finished"', '"running"'))
+    with alone_in(result.parent):
+        assert lit_glm_here("train", *debug, "hydra.run.dir=outputs/a/c", "run.resume=auto") == 0
+    assert (tmp_path / "outputs" / "a" / "c" / "result.json").is_file()
