@@ -8,10 +8,12 @@ Prints the median ratio of the two, forward and backward of one layer's attentio
 import argparse
 import statistics
 import time
-from typing import List
+from typing import Any, List
 
+import numpy as np
 import torch
 
+from lit_glm.batches.collate import places_of
 from lit_glm.model.attention import FlatPlan, GatheredPlan
 
 
@@ -32,7 +34,8 @@ def main() -> None:
     for width, heads in ((64, 4), (256, 8), (1024, 16)):
         for groups, context in ((64, 25), (16, 100), (8, 300)):
             contexts, rows, owner = lengths(groups, context, 8, 3)
-            plans = [plan.of(contexts, rows, owner) for plan in (FlatPlan, GatheredPlan)]
+            places = places_of(np.array(contexts), np.array(rows), owner.numpy())
+            plans: List[Any] = [FlatPlan.of(contexts, rows, owner), GatheredPlan.of(places)]
             qkv = torch.randn(sum(contexts) + sum(rows), 3 * width, requires_grad=True)
             ratios = []
             for _ in range(rounds):

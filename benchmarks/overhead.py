@@ -2,6 +2,8 @@
 
 `train` and a bare loop (the same model, batches made beforehand, forward, backward, clipping, AdamW) in turn, each in
 a process of its own; the ratio is of the median step after the first fifth: step_s of steps.csv over the bare loop's.
+Both give no memory back between steps: whether the C library does depends on what happens to lie on top of its heap,
+and costs a bare loop at bs 64 more than all that is measured here.
 
     python benchmarks/overhead.py --bs 4,64 --steps 300 --rounds 3
 """
@@ -9,6 +11,7 @@ a process of its own; the ratio is of the median step after the first fifth: ste
 import argparse
 import csv
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -17,6 +20,7 @@ import time
 from pathlib import Path
 from typing import List
 
+ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": "20000000000", "MALLOC_MMAP_THRESHOLD_": "20000000000"}
 OVERRIDES = ["experiment=quickstart", "run.eval_interval_samples=100000000", "run.eval_start_samples=100000000"]
 
 
@@ -67,17 +71,19 @@ def main() -> None:
     if given.bare:
         bare(int(given.bs), given.steps)
         return
+    environment = {**os.environ, **ALLOCATOR}
     print("| bs | bare step ms | train step ms | train / bare | waiting for data |")
     print("|---|---|---|---|---|")
     for bs in given.bs.split(","):
         ratios, bares, trains, waits = [], [], [], []
         for _ in range(given.rounds):
             own = [sys.executable, __file__, "--bare", "--bs", bs, "--steps", str(given.steps)]
-            bares.append(settled(json.loads(subprocess.run(own, check=True, capture_output=True, text=True).stdout)))
+            shown = subprocess.run(own, check=True, capture_output=True, text=True, env=environment).stdout
+            bares.append(settled(json.loads(shown)))
             with tempfile.TemporaryDirectory() as folder:
                 more = [f"bs={bs}", f"run.max_steps={given.steps}", f"hydra.run.dir={folder}"]
                 command = [sys.executable, "-m", "lit_glm.train", *OVERRIDES, *more]
-                subprocess.run(command, check=True, capture_output=True)
+                subprocess.run(command, check=True, capture_output=True, env=environment)
                 with (Path(folder) / "steps.csv").open() as file:
                     rows = list(csv.DictReader(file))
             trains.append(settled([float(row["step_s"]) for row in rows]))

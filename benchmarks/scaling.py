@@ -73,7 +73,7 @@ def imbalance(balance: str) -> float:
     overrides = ["hardware=r300", "hardware.runtime=simulated", "topology=1x8", "bs=8", f"data.balance_ranks={balance}"]
     config = checked(compose("train", overrides), TrainConfig)
     split = open_split(corpus.cached(examples=2000), False, None)
-    data = RecordData(config, split, lambda: 0, pin_memory=False)
+    data = RecordData(config, split, lambda: 0, False, lambda: None)
     found = WorkCounter(config, split, data.sampler(0, 0)).imbalance(2000 // 64)
     assert found is not None
     return found

@@ -94,7 +94,7 @@ def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
         print(f"lit_glm: {config.model.init_checkpoint}: {line}")
     device = runtime.device(0)
     precision = make_precision(config, runtime)
-    module = precision.convert_module(RecordModule(glm, config)).to(device).eval()
+    module = precision.convert_module(RecordModule(glm, config, runtime.manual_seed)).to(device).eval()
     with precision.forward_context():
         accuracy, chosen = evaluate(module, evaluation_batches(split, config), device)
 

@@ -14,8 +14,9 @@ from lit_glm.batches.ahead import Ahead
 from lit_glm.batches.datamodule import by_rows
 
 
-def test_all_of_it_in_order_again_and_again() -> None:
-    ahead = Ahead(range(50))
+@pytest.mark.parametrize("depth", [1, 2, 3, 16, 49, 50, 99])
+def test_all_of_it_in_order_again_and_again(depth: int) -> None:
+    ahead = Ahead(range(50), depth)
     assert list(ahead) == list(range(50))
     assert list(ahead) == list(range(50))
 
@@ -28,10 +29,13 @@ def test_it_is_ahead_but_not_by_much() -> None:
             made.append(number)
             yield number
 
-    items = iter(Ahead(source()))
+    items = iter(Ahead(source(), 6))
     assert next(items) == 0
     time.sleep(0.3)
-    assert 2 <= len(made) <= 5
+    assert len(made) in (6, 7)
+    for taken in range(1, 60):
+        assert next(items) == taken
+        assert len(made) <= taken + 8  # the one taken, six ready, one in the making
     items.close()  # type: ignore[attr-defined]
 
 

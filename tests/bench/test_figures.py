@@ -42,11 +42,13 @@ moments = st.floats(0, 50, allow_nan=False)
 @given(st.lists(st.tuples(moments, moments, moments, moments), min_size=1, max_size=12))
 def test_phases_are_contained_in_each_other(steps: "list[tuple[float, float, float, float]]") -> None:
     time = FakeTime()
-    clock = PhaseClock(time)
+    waited = 0.0
+    clock = PhaseClock(lambda: waited, time)
     clock.training_starts()
     evaluations = computed = 0.0
     for data, compute, bookkeeping, evaluation in steps:
         time.now += data
+        waited += data
         clock.batch_ready()
         time.now += compute
         times = clock.step_computed()
@@ -57,7 +59,6 @@ def test_phases_are_contained_in_each_other(steps: "list[tuple[float, float, flo
         with clock.outside_steps():
             time.now += evaluation
         evaluations += evaluation
-        clock.waits_for_data()
     seconds = clock.seconds()
     assert seconds.pure_compute == pytest.approx(computed, abs=1e-5)
     assert seconds.no_eval == pytest.approx(time.now - 100.0 - evaluations - steps[-1][2], abs=1e-4)

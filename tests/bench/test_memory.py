@@ -20,6 +20,7 @@ MEASURE = """
 import sys
 import numpy as np
 import torch
+from lit_glm.batches.collate import places_of
 from lit_glm.batches.types import FlatBatch
 from lit_glm.config.app import checked, compose
 from lit_glm.config.schema import TrainConfig
@@ -37,7 +38,8 @@ counting = torch.arange
 tokens = torch.randint(5, 90, (groups * (n + m),))
 batch = FlatBatch(
     tokens, tokens % 90, tokens % 3, tokens[-groups * m :], counting(groups * m) // 13, counting(2 * groups),
-    [n] * groups, [m] * groups, groups, 2,
+    [n] * groups, [m] * groups, places_of(np.full(groups, n), np.full(groups, m), np.arange(groups * m) // 13),
+    groups, 2,
 )
 before = highest()
 glm, _ = build_glm(config.model, lambda f, *a: f(*a))

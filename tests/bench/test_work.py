@@ -58,7 +58,7 @@ def test_published_against_torchs_counter(split: CompactSplit, monkeypatch: pyte
 @pytest.mark.parametrize("topology", ["1x1", "1x4"])
 def test_work_of_steps_is_that_of_their_batches(split: CompactSplit, scoring: str, topology: str) -> None:
     config = configuration(f"scoring={scoring}", f"topology={topology}", "bs=2")
-    data = RecordData(config, split, lambda: 0, pin_memory=False)
+    data = RecordData(config, split, lambda: 0, False, lambda: None)
     counter = WorkCounter(config, split, data.sampler(0, 0))
     ranks = config.topology.world_size
     streams = [iter(data.sampler(0, rank)) for rank in range(ranks)]
@@ -100,9 +100,9 @@ def test_balancing_evens_out_the_ranks() -> None:
     found = {}
     for balance in ("true", "false"):
         config = configuration("topology=1x2", f"data.balance_ranks={balance}")
-        data = RecordData(config, eval_split, lambda: 0, pin_memory=False)
+        data = RecordData(config, eval_split, lambda: 0, False, lambda: None)
         found[balance] = WorkCounter(config, eval_split, data.sampler(0, 0)).imbalance(20)
     assert 0 <= found["true"] < found["false"]
     config = configuration()
-    one = RecordData(config, eval_split, lambda: 0, pin_memory=False)
+    one = RecordData(config, eval_split, lambda: 0, False, lambda: None)
     assert WorkCounter(config, eval_split, one.sampler(0, 0)).imbalance(20) is None

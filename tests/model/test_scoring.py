@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lit_glm.batches.collate import flat_batch, padded_batch
+from lit_glm.batches.collate import flat_batch, padded_batch, places_of
 from lit_glm.batches.compact import CompactSplit, open_split
 from lit_glm.errors import InputError
 from lit_glm.model.attention import FlatPlan, FlexPlan, GatheredPlan, PaddedPlan, check_kernel
@@ -114,6 +114,12 @@ CONTEXTS, ROWS = [5, 9, 1], [4, 2, 6]
 OWNER = [0, 0, 1, 1, 2, 2, 3, 3, 3, 4, 4, 4]
 
 
+def plan_of(kind: Any, kernel: str = "auto", device: str = "cpu") -> Any:
+    if kind is GatheredPlan:
+        return kind.of(places_of(np.array(CONTEXTS), np.array(ROWS), np.array(OWNER)).to(device), kernel)
+    return kind.of(CONTEXTS, ROWS, torch.tensor(OWNER, device=device), kernel)
+
+
 def outputs_and_gradients(plans: List[Any], qkv: torch.Tensor, candidates_only: bool) -> "tuple[List[Any], List[Any]]":
     outputs, gradients = [], []
     for plan in plans:
@@ -128,8 +134,8 @@ def outputs_and_gradients(plans: List[Any], qkv: torch.Tensor, candidates_only: 
 @pytest.mark.parametrize("candidates_only", [False, True])
 def test_ways_of_attending_are_equal(candidates_only: bool) -> None:
     torch.manual_seed(0)
-    owner, qkv = torch.tensor(OWNER), torch.randn(27, 3 * 16)
-    plans = [plan.of(CONTEXTS, ROWS, owner, kernel) for plan in (FlatPlan, GatheredPlan) for kernel in KERNELS]
+    qkv = torch.randn(27, 3 * 16)
+    plans = [plan_of(kind, kernel) for kind in (FlatPlan, GatheredPlan) for kernel in KERNELS]
     outputs, gradients = outputs_and_gradients(plans, qkv, candidates_only)
     for out, gradient in zip(outputs[1:], gradients[1:]):
         torch.testing.assert_close(outputs[0], out, atol=1e-5, rtol=0)
@@ -141,10 +147,10 @@ def test_ways_of_attending_are_equal(candidates_only: bool) -> None:
 def test_the_block_mask_is_the_same(candidates_only: bool) -> None:
     """Forward; FlexAttention has no backward pass on a processor."""
     torch.manual_seed(0)
-    owner, qkv = torch.tensor(OWNER), torch.randn(27, 3 * 16)
+    qkv = torch.randn(27, 3 * 16)
     with torch.no_grad():
-        flat = FlatPlan.of(CONTEXTS, ROWS, owner)(qkv, 4, 0.0, candidates_only)
-        flex = FlexPlan.of(CONTEXTS, ROWS, owner)(qkv, 4, 0.0, candidates_only)
+        flat = plan_of(FlatPlan)(qkv, 4, 0.0, candidates_only)
+        flex = plan_of(FlexPlan)(qkv, 4, 0.0, candidates_only)
     torch.testing.assert_close(flat, flex, atol=1e-5, rtol=0)
 
 
@@ -152,9 +158,8 @@ def test_the_block_mask_is_the_same(candidates_only: bool) -> None:
 @pytest.mark.parametrize("candidates_only", [False, True])
 def test_ways_of_attending_are_equal_on_a_card(candidates_only: bool) -> None:
     torch.manual_seed(0)
-    owner, qkv = torch.tensor(OWNER).cuda(), torch.randn(27, 3 * 64).cuda()
-    plans = [plan.of(CONTEXTS, ROWS, owner, "auto") for plan in (FlatPlan, GatheredPlan)]
-    plans.append(FlexPlan.of(CONTEXTS, ROWS, owner))
+    qkv = torch.randn(27, 3 * 64).cuda()
+    plans = [plan_of(kind, device="cuda") for kind in (FlatPlan, GatheredPlan, FlexPlan)]
     outputs, gradients = outputs_and_gradients(plans, qkv, candidates_only)
     for out, gradient in zip(outputs[1:], gradients[1:]):
         torch.testing.assert_close(outputs[0], out, atol=1e-4, rtol=0)

@@ -223,6 +223,19 @@ def test_reaching_the_target_ends_the_run(folder: Path, monkeypatch: pytest.Monk
     assert (final["status"], final["converged"], final["global_steps"]) == ("success", True, 1)
 
 
+def test_a_stop_in_the_first_evaluation_loses_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    short = ["experiment=debug", "run.max_steps=4", "hydra.run.dir=early"]
+    with monkeypatch.context() as patch:
+        patch.setattr("lit_glm.bench.recorder.evaluate", lambda *arguments: (None, []))  # as when a signal has come
+        assert lit_glm_here("train", *short) == 143
+    assert (result(folder / "early")["status"], result(folder / "early")["global_steps"]) == ("interrupted", 0)
+    assert lit_glm_here("train", *short, "run.resume=early") == 0
+    assert result(folder / "early")["status"] == "finished"
+    assert [row["step"] for row in rows(folder / "early" / "evals.csv")][0] == "0"
+    assert [row["step"] for row in rows(folder / "early" / "steps.csv")] == ["1", "2", "3", "4"]
+
+
 def test_evaluate_names_its_predictions(whole: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, run, _ = whole
     monkeypatch.chdir(folder)

@@ -1,49 +1,69 @@
-"""The next batch is made while this one is computed: by a thread, without processes to start and to feed."""
+"""Batches are made while others are computed: by a thread, without processes to start and to feed."""
 
-import queue
+import atexit
 import threading
-from typing import Any, Iterable, Iterator, Tuple
-
-_DEPTH = 2
+from collections import deque
+from typing import Any, Deque, Iterable, Iterator, Tuple
 
 
 class Ahead:
-    """Goes through an iterable in a thread that is at most two items ahead.
+    """Goes through an iterable in a thread that is at most `depth` items ahead.
 
-    Collating is array work, which leaves Python's lock to the training loop most of the time. The thread ends when the
-    iterator is closed or forgotten.
+    The thread works when half of its items have been taken, and makes that many in one go: beside steps of a few
+    milliseconds, to wake it at each costs more than what it does. It ends when the iterator is closed or forgotten.
     """
 
-    def __init__(self, source: Iterable[Any]) -> None:
+    def __init__(self, source: Iterable[Any], depth: int = 2) -> None:
         """Wrap `source`; each iteration starts it anew."""
-        self._source = source
+        self._source, self._depth = source, depth
 
     def __iter__(self) -> Iterator[Any]:
-        ready: queue.Queue[Tuple[bool, Any]] = queue.Queue(_DEPTH)
+        ready: Deque[Tuple[bool, Any]] = deque()
+        changed = threading.Condition()
         over = threading.Event()
 
-        def put(entry: Tuple[bool, Any]) -> bool:
-            while not over.is_set():
-                try:
-                    ready.put(entry, timeout=0.1)
-                    return True
-                except queue.Full:
-                    continue
-            return False
+        def hand_over(more: bool, item: Any) -> None:
+            with changed:
+                ready.append((more, item))
+                changed.notify_all()
+
+        def has_room() -> bool:
+            """Wait until half of the items are gone; False if nobody takes any more."""
+            with changed:
+                while len(ready) > self._depth // 2 and not over.is_set():
+                    changed.wait()
+            return not over.is_set()
 
         def work() -> None:
             try:
-                for item in self._source:
-                    if not put((True, item)):
-                        return
-                put((False, None))
+                source = iter(self._source)
+                while has_room():
+                    while len(ready) < self._depth and not over.is_set():
+                        hand_over(True, next(source))
+            except StopIteration:
+                hand_over(False, None)
             except BaseException as error:  # raised where the item would have been taken
-                put((False, error))
+                hand_over(False, error)
 
-        threading.Thread(target=work, name="batches ahead", daemon=True).start()
+        thread = threading.Thread(target=work, name="batches ahead", daemon=True)
+
+        def close() -> None:
+            with changed:
+                over.set()
+                changed.notify_all()
+            if thread is not threading.current_thread():
+                thread.join()
+
+        thread.start()
+        atexit.register(close)  # a thread that is inside torch when the interpreter goes takes the process with it
         try:
             while True:
-                more, item = ready.get()
+                with changed:
+                    while not ready:
+                        changed.wait()
+                    more, item = ready.popleft()
+                    if len(ready) <= self._depth // 2:
+                        changed.notify_all()
                 if more:
                     yield item
                 elif item is None:
@@ -51,4 +71,5 @@ class Ahead:
                 else:
                     raise item
         finally:
-            over.set()
+            atexit.unregister(close)
+            close()

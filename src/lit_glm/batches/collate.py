@@ -7,18 +7,14 @@ import torch
 from torch import Tensor
 
 from lit_glm.batches.compact import CompactSplit
-from lit_glm.batches.types import FlatBatch, PaddedBatch
+from lit_glm.batches.types import FlatBatch, PaddedBatch, Places
 
 
-def _spans(ends: Any, first: Any, last: Any) -> Any:
-    """Lengths of the ranges first..last-1 of an array of ends with a zero in front, one after the other."""
-    return np.concatenate([np.diff(ends[a : b + 1]) for a, b in zip(first, last)])
-
-
-def _counting(lengths: Any) -> Any:
-    """0, 1, ... for each of the lengths, one after the other: [2, 3] -> [0, 1, 0, 1, 2]."""
-    ends = np.cumsum(lengths)
-    return np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+def _counting(starts: Any, ends: Any) -> Any:
+    """All numbers of the ranges starts..ends-1, one range after the other: [5, 1], [7, 2] -> [5, 6, 1]."""
+    lengths = ends - starts
+    stops = np.cumsum(lengths)
+    return np.arange(stops[-1]) + np.repeat(starts - stops + lengths, lengths)
 
 
 def _tensor(array: Any) -> Tensor:
@@ -36,44 +32,70 @@ def flat_batch(split: CompactSplit, indices: Sequence[int]) -> FlatBatch:
         split: where they are.
         indices: which ones; B of them.
     """
+    # Whole arrays only: what is done example by example in Python would compete with the training loop for its lock.
     index = np.asarray(indices)
-    group_first, group_last = split.example_group_end[index], split.example_group_end[index + 1]
+    groups = _counting(split.example_group_end[index], split.example_group_end[index + 1])
+    context_start, context_end = split.group_context_end[groups], split.group_context_end[groups + 1]
+    context_lengths = context_end - context_start
+    contexts = _counting(context_start, context_end)
+
     first, last = split.example_candidate_end[index], split.example_candidate_end[index + 1]
-    context_lengths = _spans(split.group_context_end, group_first, group_last)
-    candidate_lengths = _spans(split.candidate_token_end, first, last)
-    group_sizes = np.concatenate([split.group_candidates[a:b] for a, b in zip(group_first, group_last)])
-    counts = last - first
+    candidates, counts = _counting(first, last), last - first
     num_candidates = int(counts.max())
+    start, end = split.candidate_token_end[candidates], split.candidate_token_end[candidates + 1]
+    lengths = end - start
+    rows = _counting(start, end)
 
-    def gather(name: str, ends: Any, begin: Any, end: Any) -> Any:
-        array = getattr(split, name)
-        return np.concatenate([array[ends[a] : ends[b]] for a, b in zip(begin, end)])
-
-    def each(name: str) -> Any:
-        array = getattr(split, name)
-        return np.concatenate([array[a:b] for a, b in zip(first, last)])
-
-    inputs = gather("candidate_inputs", split.candidate_token_end, first, last)
-    contexts = gather("context_tokens", split.group_context_end, group_first, group_last)
-    blocks = np.zeros(len(contexts) + len(inputs), dtype=np.int64)
-    blocks[len(contexts) :] = _counting(candidate_lengths) + 1
-    group_of_candidate = np.repeat(np.arange(len(group_sizes)), group_sizes)
-    rows = np.bincount(group_of_candidate, weights=candidate_lengths, minlength=len(group_sizes))
+    tokens, positions, blocks = np.zeros((3, len(contexts) + len(rows)), dtype=np.int64)
+    own = slice(len(contexts), None)
+    tokens[: len(contexts)], tokens[own] = split.context_tokens[contexts], split.candidate_inputs[rows]
+    positions[: len(contexts)] = contexts - np.repeat(context_start, context_lengths)
+    positions[own] = np.repeat(split.candidate_blank[candidates], lengths)
+    blocks[own] = rows - np.repeat(start - 1, lengths)
+    row_candidate = np.repeat(np.arange(len(candidates)), lengths)
+    group_sizes = split.group_candidates[groups]
+    candidate_rows = np.add.reduceat(lengths, np.cumsum(group_sizes) - group_sizes)  # every group has a candidate
     return FlatBatch(
-        tokens=_tensor(np.concatenate([contexts, inputs])),
-        positions=_tensor(
-            np.concatenate([_counting(context_lengths), np.repeat(each("candidate_blank"), candidate_lengths)])
-        ),
+        tokens=_tensor(tokens),
+        positions=_tensor(positions),
         blocks=_tensor(blocks),
-        targets=_tensor(gather("candidate_targets", split.candidate_token_end, first, last)),
-        row_candidate=_tensor(np.repeat(np.arange(len(candidate_lengths)), candidate_lengths)),
-        slot=_tensor(each("candidate_slot") + np.repeat(np.arange(len(index)) * num_candidates, counts)),
+        targets=_tensor(split.candidate_targets[rows]),
+        row_candidate=_tensor(row_candidate),
+        slot=_tensor(split.candidate_slot[candidates] + np.repeat(np.arange(len(index)) * num_candidates, counts)),
         context_lengths=context_lengths.tolist(),
-        candidate_rows=rows.astype(int).tolist(),
+        candidate_rows=candidate_rows.tolist(),
+        places=places_of(context_lengths, candidate_rows, row_candidate),
         num_examples=len(index),
         num_candidates=num_candidates,
         answers=_answers(split, indices),
-        indices=tuple(int(i) for i in indices),
+        indices=tuple(index.tolist()),
+    )
+
+
+def places_of(context_lengths: Any, candidate_rows: Any, row_candidate: Any) -> Places:
+    """Lay the rows of a flat batch out in groups of one size.
+
+    Args:
+        context_lengths: [G] rows of each group's context.
+        candidate_rows: [G] rows of each group's candidates.
+        row_candidate: [R] which candidate each candidate row belongs to.
+    """
+    groups, longest, most = len(context_lengths), int(context_lengths.max()), int(candidate_rows.max())
+    first = np.arange(groups) * (longest + most)
+    contexts = _counting(first, first + context_lengths)
+    candidates = _counting(first + longest, first + longest + candidate_rows)
+    scatter = np.concatenate([contexts, candidates])
+    gather = np.full(groups * (longest + most), len(scatter))
+    gather[scatter] = np.arange(len(scatter))
+    owner = np.full(len(gather), -2)
+    owner[contexts], owner[candidates] = -1, row_candidate
+    own_first = np.arange(groups) * most
+    return Places(
+        gather=_tensor(gather.reshape(groups, -1)),
+        scatter=_tensor(scatter),
+        scatter_candidates=_tensor(_counting(own_first, own_first + candidate_rows)),
+        owner=_tensor(owner.reshape(groups, -1)),
+        first_candidate=longest,
     )
 
 

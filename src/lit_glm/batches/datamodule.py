@@ -1,8 +1,9 @@
 """HDF5 files to batches of the chosen scoring, for training and evaluation."""
 
 import signal
+import time
 from functools import partial
-from typing import Any, Callable, Iterable, List, Union
+from typing import Any, Callable, Iterable, Iterator, List, Union
 
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader, Dataset
@@ -51,15 +52,14 @@ def evaluation_batches(split: CompactSplit, config: TrainConfig, rank: int = 0, 
         batches = [mine[start : start + config.eval_bs] for start in range(0, len(mine), config.eval_bs)]
     else:
         batches = by_rows(mine, split.example_rows, config.eval_bs * config.data.max_seq_length)
-    return _ahead(
-        DataLoader(
-            _Batches(split, collate_for(config)),
-            sampler=batches,
-            batch_size=None,
-            num_workers=config.data.num_workers,
-            worker_init_fn=_leave_signals_to_the_rank,
-        )
+    loader = DataLoader(
+        _Batches(split, collate_for(config)),
+        sampler=batches,
+        batch_size=None,
+        num_workers=config.data.num_workers,
+        worker_init_fn=_leave_signals_to_the_rank,
     )
+    return _ahead(loader, config)
 
 
 def by_rows(examples: List[int], rows: Any, most: int) -> List[List[int]]:
@@ -82,16 +82,35 @@ def by_rows(examples: List[int], rows: Any, most: int) -> List[List[int]]:
     return batches
 
 
-def _ahead(loader: "DataLoader[Any]") -> Iterable[Any]:
-    """Loader processes are ahead by themselves."""
-    return loader if loader.num_workers else Ahead(loader)
+def _ahead(loader: "DataLoader[Any]", config: TrainConfig) -> Iterable[Any]:
+    """Loader processes are ahead by themselves; padded batches are large and their steps long."""
+    return loader if loader.num_workers else Ahead(loader, 2 if config.scoring.name == "published" else 16)
+
+
+class _Waited:
+    """An iterable that tells how long each of its items was waited for."""
+
+    def __init__(self, source: Iterable[Any], tell: Callable[[float], None]) -> None:
+        self._source, self._tell = source, tell
+
+    def __iter__(self) -> Iterator[Any]:
+        start = time.perf_counter()
+        for item in self._source:
+            self._tell(time.perf_counter() - start)
+            yield item
+            start = time.perf_counter()
 
 
 class RecordData(pl.LightningDataModule):
     """Training batches of this rank, from any step on."""
 
     def __init__(
-        self, config: TrainConfig, split: CompactSplit, steps_done: Callable[[], int], pin_memory: bool
+        self,
+        config: TrainConfig,
+        split: CompactSplit,
+        steps_done: Callable[[], int],
+        pin_memory: bool,
+        synchronize: Callable[[], None],
     ) -> None:
         """Describe the batches.
 
@@ -100,11 +119,14 @@ class RecordData(pl.LightningDataModule):
             split: the training examples.
             steps_done: asked when the loader is built, after a checkpoint has been restored.
             pin_memory: whether copies to the device go through page-locked memory.
+            synchronize: waits for the device.
         """
         super().__init__()
         self._config, self._split = config, split
         self._steps_done = steps_done
-        self._pin_memory = pin_memory
+        self._pin_memory, self._synchronize = pin_memory, synchronize
+        self.waited = 0.0
+        """Seconds that training has waited for batches and for their way to the device."""
 
     def sampler(self, start: int, rank: int) -> EndlessBatches:
         """The order of this run's batches for a rank."""
@@ -122,17 +144,25 @@ class RecordData(pl.LightningDataModule):
     def train_dataloader(self) -> Iterable[Any]:
         """Endless; the run ends by its own rules."""
         assert self.trainer is not None
-        return _ahead(
-            DataLoader(
-                _Batches(self._split, collate_for(self._config)),
-                sampler=self.sampler(self._steps_done(), self.trainer.global_rank),
-                batch_size=None,
-                num_workers=self._config.data.num_workers,
-                worker_init_fn=_leave_signals_to_the_rank,
-                pin_memory=self._pin_memory,
-            )
+        loader = DataLoader(
+            _Batches(self._split, collate_for(self._config)),
+            sampler=self.sampler(self._steps_done(), self.trainer.global_rank),
+            batch_size=None,
+            num_workers=self._config.data.num_workers,
+            worker_init_fn=_leave_signals_to_the_rank,
+            pin_memory=self._pin_memory,
         )
+        return _Waited(_ahead(loader, self._config), self._wait)
+
+    def _wait(self, seconds: float) -> None:
+        self.waited += seconds
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
         """Called by Lightning before each step."""
-        return batch.to(device, non_blocking=self._pin_memory)
+        if device.type == "cpu":
+            return batch
+        start = time.perf_counter()
+        moved = batch.to(device, non_blocking=self._pin_memory)
+        self._synchronize()
+        self._wait(time.perf_counter() - start)
+        return moved

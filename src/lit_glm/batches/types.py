@@ -26,8 +26,32 @@ class _Movable:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self: Batch, change: Any) -> Batch:
-        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        return type(self)(**{k: change(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()})
+        def changed(value: Any) -> Any:
+            if isinstance(value, _Movable):
+                return value._map(change)
+            return change(value) if isinstance(value, torch.Tensor) else value
+
+        return type(self)(**{entry.name: changed(getattr(self, entry.name)) for entry in fields(self)})
+
+
+@dataclass
+class Places(_Movable):
+    """Where the rows of a flat batch stand when groups are padded to one size, for attention in one call.
+
+    K places a group = the longest context + the most candidate rows of a group; a group's candidates begin where the
+    longest context would end.
+    """
+
+    gather: Tensor
+    """[G, K] row of each place; T where there is none."""
+    scatter: Tensor
+    """[T] place of each row among the G K places."""
+    scatter_candidates: Tensor
+    """[R] place of each candidate row among the places of candidates alone."""
+    owner: Tensor
+    """[G, K] whose place it is: -2 nobody's, -1 the context's, else the candidate's number."""
+    first_candidate: int
+    """Rows of the longest context."""
 
 
 @dataclass
@@ -53,6 +77,7 @@ class FlatBatch(_Movable):
     """Rows of each group's context; sums to T - R."""
     candidate_rows: List[int]
     """Rows of each group's candidates; sums to R."""
+    places: Places
     num_examples: int
     num_candidates: int
     """C: the largest number of candidates of an example."""

@@ -13,7 +13,7 @@ class StepTimes:
     """Seconds of one step."""
 
     data: float
-    """Waiting for the batch."""
+    """Waiting for the batch and its way to the device; what is left of `step` is bookkeeping."""
     compute: float
     """Forward, backward, optimizer."""
     step: float
@@ -23,14 +23,21 @@ class StepTimes:
 class PhaseClock:
     """Consecutive intervals: every moment of training belongs to one step, or to an evaluation or a checkpoint."""
 
-    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
-        self._now = now
+    def __init__(self, waited: Callable[[], float] = lambda: 0.0, now: Callable[[], float] = time.perf_counter) -> None:
+        """Set all sums to zero.
+
+        Args:
+            waited: seconds that training has waited for data so far; measured where it waits.
+            now: the clock.
+        """
+        self._waited, self._now = waited, now
         self._seconds = Seconds()
-        self._train_start = self._mark = self._waiting_since = self._ready = 0.0
+        self._train_start = self._mark = self._ready = self._waited_before = 0.0
 
     def training_starts(self) -> None:
         """The first step is about to wait for its batch."""
-        self._train_start = self._mark = self._waiting_since = self._now()
+        self._train_start = self._mark = self._now()
+        self._waited_before = self._waited()
 
     def batch_ready(self) -> None:
         """The batch is on the device; the caller has synchronised."""
@@ -38,16 +45,13 @@ class PhaseClock:
 
     def step_computed(self) -> StepTimes:
         """The optimizer is done; the caller has synchronised."""
-        now = self._now()
-        times = StepTimes(self._ready - self._waiting_since, now - self._ready, now - self._mark)
+        now, waited = self._now(), self._waited()
+        times = StepTimes(waited - self._waited_before, now - self._ready, now - self._mark)
+        self._waited_before = waited
         self._seconds.pure_compute += times.compute
         self._seconds.no_eval += times.step
         self._mark = now
         return times
-
-    def waits_for_data(self) -> None:
-        """All bookkeeping of the step is done; what follows is waiting."""
-        self._waiting_since = self._now()
 
     @contextmanager
     def outside_steps(self) -> Iterator[None]:

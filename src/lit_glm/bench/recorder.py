@@ -146,6 +146,7 @@ class Recorder(pl.Callback):
         epoch_of: Callable[[int], int],
         save: Callable[[Any, int], None],
         beat: Callable[[], None],
+        waited: Callable[[], float],
         examples: Tuple[int, int],
     ) -> None:
         """Get ready.
@@ -159,6 +160,7 @@ class Recorder(pl.Callback):
             epoch_of: step -> epoch.
             save: (trainer, step) writes a checkpoint.
             beat: called at every step and every batch of an evaluation: a sign of life.
+            waited: seconds that training has waited for data so far.
             examples: how many there are to train and to evaluate on.
         """
         self.config, self._runtime, self._entry = config, runtime, entry
@@ -167,7 +169,7 @@ class Recorder(pl.Callback):
         self._examples = examples
         self.listeners: List[Callable[[str, Any, int], None]] = []
         """Told of every event, its value and its time (ms), on the first rank."""
-        self.clock = PhaseClock()
+        self.clock = PhaseClock(waited)
         self.folder: Optional[RunFolder] = None
         self.accuracy: Optional[float] = None
         self.interrupted = False
@@ -195,7 +197,9 @@ class Recorder(pl.Callback):
             self._event("SUBMIT_INFO", told, ago=self.e2e())
         self._event("INIT_START", ago=self.e2e())
         if step == 0 and self.evaluated_step < 0:
-            self._evaluate(trainer, module, "INIT_EVALUATION")
+            # Stopped meanwhile: no step is done, so that the run goes on with this evaluation.
+            self.interrupted = self._evaluate(trainer, module, "INIT_EVALUATION") is None
+            trainer.should_stop = self.interrupted
         self._init = time.monotonic() - self._entry
         self._event("INIT_END")
         self._event("TRAIN_START")
@@ -203,7 +207,6 @@ class Recorder(pl.Callback):
         if step > 0:
             # The run may have been stopped between a step and what follows it.
             self._after_step(trainer, module, trained=False)
-        self.clock.waits_for_data()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """The batch is here."""
@@ -231,7 +234,6 @@ class Recorder(pl.Callback):
         if self.folder is not None:
             self.folder.later.do(partial(_add_step, self.folder.steps, self.config, step, self._epoch, outcome, times))
         self._after_step(trainer, module, trained=True, step_seconds=times.step)
-        self.clock.waits_for_data()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Training is over; figures follow in `finish`."""

@@ -110,6 +110,7 @@ def _run(job: Job, run_dir: Path, signals: Optional[_Signals], beat: Callable[[]
     from lit_glm.model.attention import check_kernel
     from lit_glm.model.build import build_glm
     from lit_glm.training.module import RecordModule
+    from lit_glm.training.unprofiled import Unprofiled
 
     runtime = make_runtime(config.hardware, config.topology)
     check_devices(runtime, config.topology)
@@ -139,7 +140,7 @@ def _run(job: Job, run_dir: Path, signals: Optional[_Signals], beat: Callable[[]
         for line in done:
             print(f"lit_glm: {config.model.init_checkpoint}: {line}")
     module = RecordModule(glm, config, runtime.manual_seed)
-    data = RecordData(config, train_split, lambda: module.steps_done, pin_memory=runtime.pins_memory)
+    data = RecordData(config, train_split, lambda: module.steps_done, runtime.pins_memory, runtime.synchronize)
 
     resume_from: Optional[Path] = None
     if job.resumes:
@@ -173,6 +174,7 @@ def _run(job: Job, run_dir: Path, signals: Optional[_Signals], beat: Callable[[]
         data.sampler(0, 0).epoch_of,
         save,
         beat,
+        lambda: data.waited,
         (len(train_split), len(eval_split)),
     )
     trainer = pl.Trainer(
@@ -193,6 +195,7 @@ def _run(job: Job, run_dir: Path, signals: Optional[_Signals], beat: Callable[[]
         enable_model_summary=False,
         default_root_dir=str(run_dir),
         detect_anomaly=False,
+        profiler=Unprofiled(),
     )
     # Signals are ours (Lightning ends with status 0 after one), and no collective a step for them.
     connector: Any = trainer._signal_connector

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_glm.batches.types import FlatBatch, Places
 from lit_glm.errors import InputError
 from lit_glm.model.dropout import draw
 
@@ -195,62 +196,30 @@ class GatheredPlan:
     Wastes arithmetic on padding and saves calls: for small groups, where calls are what costs.
     """
 
-    num_context_rows: int
-    gather: Tensor
-    """[G, K] row of each place of each group, K = longest context + most candidate rows; T where there is none."""
-    scatter: Tensor
-    """[T] place of each row among the G K places."""
+    places: Places
     allowed: Tensor
     """[G, 1, K, K]."""
-    first_candidate: int
-    """K - most candidate rows: where candidates begin in a group."""
-    scatter_candidates: Tensor
-    """[R] place of each candidate row among the places of candidates alone."""
     kernel: str
 
     @classmethod
-    def of(
-        cls, context_lengths: List[int], candidate_rows: List[int], row_candidate: Tensor, kernel: str = "auto"
-    ) -> "GatheredPlan":
-        """Build the plan; arguments as for `FlatPlan.of`."""
-        device = row_candidate.device
-        n = torch.tensor(context_lengths)
-        m = torch.tensor(candidate_rows)
-        most_n, most_m = int(n.max()), int(m.max())
-        groups, context_rows, rows = len(n), int(n.sum()), int(n.sum() + m.sum())
-        places = most_n + most_m
-
-        def positions(lengths: Tensor, first_place: int) -> Tensor:  # place of each row, contexts or candidates
-            owner = torch.repeat_interleave(torch.arange(groups), lengths)
-            counting = torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths)[owner]
-            return owner * places + first_place + counting
-
-        scatter = torch.cat([positions(n, 0), positions(m, most_n)])
-        gather = torch.full((groups * places,), rows).scatter_(0, scatter, torch.arange(rows)).view(groups, places)
-        gather, scatter = gather.to(device), scatter.to(device)
-        # Who owns each place: -2 nobody, -1 the context, else a candidate.
-        owner = torch.full((rows + 1,), -1, dtype=torch.long, device=device)
-        owner[context_rows:rows] = row_candidate
-        owner[rows] = -2
-        key = owner[gather]
-        allowed = ((key[:, :, None] == key[:, None, :]) & _causal(places, device)) | (key == -1)[:, None, :]
-        candidate_place = scatter[context_rows:]
-        group = torch.div(candidate_place, places, rounding_mode="floor")
-        own_place = candidate_place - group * places - most_n + group * most_m
-        return cls(context_rows, gather, scatter, allowed[:, None], most_n, own_place, kernel)
+    def of(cls, places: Places, kernel: str = "auto") -> "GatheredPlan":
+        """Build the plan; the kernel is that of `attend`. Reads nothing back from the device."""
+        owner = places.owner
+        own = (owner[:, :, None] == owner[:, None, :]) & _causal(owner.shape[1], owner.device)
+        return cls(places, (own | (owner == -1)[:, None, :])[:, None], kernel)
 
     def __call__(self, qkv: Tensor, heads: int, dropout: float, candidates_only: bool) -> Tensor:
         """Attention of one layer; as `FlatPlan`."""
         width = qkv.shape[1] // 3
-        groups, places = self.gather.shape
-        padded = F.pad(qkv, (0, 0, 0, 1)).index_select(0, self.gather.view(-1))
-        q, k, v = padded.view(groups, places, 3, heads, width // heads).permute(2, 0, 3, 1, 4).unbind(0)
+        places = self.places
+        padded = F.pad(qkv, (0, 0, 0, 1)).index_select(0, places.gather.view(-1))
+        q, k, v = padded.view(*places.gather.shape, 3, heads, width // heads).permute(2, 0, 3, 1, 4).unbind(0)
         if candidates_only:
-            first = self.first_candidate
+            first = places.first_candidate
             out = attend(q[:, :, first:], k, v, self.allowed[:, :, first:], dropout, self.kernel)
-            return out.transpose(1, 2).reshape(-1, width).index_select(0, self.scatter_candidates)
+            return out.transpose(1, 2).reshape(-1, width).index_select(0, places.scatter_candidates)
         out = attend(q, k, v, self.allowed, dropout, self.kernel)
-        return out.transpose(1, 2).reshape(-1, width).index_select(0, self.scatter)
+        return out.transpose(1, 2).reshape(-1, width).index_select(0, places.scatter)
 
 
 @dataclass
@@ -319,25 +288,22 @@ def _flex(device: str) -> Any:
     return _compiled
 
 
-def plan_for(
-    context_lengths: List[int], candidate_rows: List[int], row_candidate: Tensor, width: int, kernel: str
-) -> Union[FlatPlan, GatheredPlan, FlexPlan]:
+def plan_for(batch: FlatBatch, width: int, kernel: str) -> Union[FlatPlan, GatheredPlan, FlexPlan]:
     """Choose how the flat layout attends: one call a group, all groups in one padded call, or a block mask.
 
     A call costs some tens of microseconds whatever it computes; padding costs arithmetic. On a processor one padded
     call is ahead while a group is small (`benchmarks/attention.py` has the measurement), on a card nearly always.
 
     Args:
-        context_lengths: rows of each group's context.
-        candidate_rows: rows of each group's candidates.
-        row_candidate: [R] which candidate each candidate row belongs to.
+        batch: what is attended.
         width: D.
         kernel: `model.attention`.
     """
-    longest = max(context_lengths) + max(candidate_rows)
-    small = longest * width <= _SMALL_GROUP or row_candidate.device.type != "cpu"
-    plan: Any = FlexPlan if kernel == "flex" else GatheredPlan if small else FlatPlan
-    return plan.of(context_lengths, candidate_rows, row_candidate, kernel)
+    small = batch.places.gather.shape[1] * width <= _SMALL_GROUP or batch.places.gather.device.type != "cpu"
+    if kernel != "flex" and small:
+        return GatheredPlan.of(batch.places, kernel)
+    plan: Any = FlexPlan if kernel == "flex" else FlatPlan
+    return plan.of(batch.context_lengths, batch.candidate_rows, batch.row_candidate, kernel)
 
 
 def _causal(size: int, device: torch.device) -> Tensor:

@@ -27,8 +27,7 @@ def score_shared_context(glm: GLM, batch: FlatBatch) -> Tensor:
         [N] scores, candidates in the order of the batch.
     """
     shape = glm.shape
-    lengths = (batch.context_lengths, batch.candidate_rows)
-    plan = plan_for(*lengths, batch.row_candidate, shape.hidden_size, shape.attention)
+    plan = plan_for(batch, shape.hidden_size, shape.attention)
     h = glm.embed(batch.tokens, batch.positions, batch.blocks)
     h = glm.encode(h, plan, first_row=sum(batch.context_lengths))
     # Only candidate rows reach the head: one row for each token to be predicted.

@@ -31,10 +31,13 @@ class StepOutcome:
     """Whether any rank was asked to stop."""
 
 
+_PLAIN = frozenset(["_current_fx_name", "steps_done", "outcome"])
+
+
 class RecordModule(pl.LightningModule):
     """GLM with its training step. Steps are counted here: a skipped step counts too."""
 
-    def __init__(self, glm: GLM, config: TrainConfig, seed: Callable[[int], Any] = torch.manual_seed) -> None:
+    def __init__(self, glm: GLM, config: TrainConfig, seed: Callable[[int], Any]) -> None:
         """Wrap a model.
 
         Args:
@@ -54,6 +57,17 @@ class RecordModule(pl.LightningModule):
         self.outcome: Optional[StepOutcome] = None
         self.identity = ""
         """Of the configuration, so that a checkpoint is not taken for another run's."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Assign plainly what is neither parameter nor module.
+
+        Lightning notes the hook that runs before and after each of a step's, and torch looks through the registries of
+        a module at each assignment.
+        """
+        if name in _PLAIN:
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def forward(self, batch: Union[FlatBatch, PaddedBatch]) -> Tensor:
         """[B, C] scores; slots without a candidate hold the mask value of training or evaluation."""
@@ -81,7 +95,7 @@ class RecordModule(pl.LightningModule):
         # for before the loss is looked at, so that the device has work meanwhile; gradients of a loss that is not
         # finite are thrown away. With several, they would spoil those of the micro-batches before.
         if accumulate == 1 or finite:
-            self.manual_backward(loss / accumulate)
+            self.manual_backward(loss if accumulate == 1 else loss / accumulate)
         updates = step % accumulate == 0
         if finite:
             if not hasattr(precision, "unscale") or precision.unscale(optimizer):

@@ -50,8 +50,11 @@ class Runtime:
         """What the vendor asks for after each step."""
 
     def manual_seed(self, seed: int) -> None:
-        """Seed the devices' generators."""
-        torch.manual_seed(seed)
+        """Seed the processor's generator and that of the current device.
+
+        Called at every step: `torch.manual_seed` would note a stack trace for each kind of device that is not there.
+        """
+        torch.default_generator.manual_seed(seed)
 
     def checkpoint(self) -> Callable[..., Any]:
         """`fn(f, *args)` that recomputes f in the backward pass."""

@@ -2,12 +2,15 @@
 
 import os
 import resource
+import time
 from typing import List, Optional
 
 import psutil
 import torch
 
 from lit_glm.hardware.runtimes.base import Runtime
+
+_LOOK_EVERY_S = 1.0
 
 
 class CPURuntime(Runtime):
@@ -16,6 +19,7 @@ class CPURuntime(Runtime):
     name = "cpu"
     shares_memory = True
     _children = 0.0
+    _next_look = 0.0
 
     def device_count(self) -> int:
         """As many ranks as there are cores."""
@@ -44,8 +48,10 @@ class CPURuntime(Runtime):
         """
         # Not getrusage's maximum: that holds what the program that started this one had before it did.
         own = _high_water(os.getpid()) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
-        children = sum(_high_water(process.pid) for process in psutil.Process().children(recursive=True))
-        self._children = max(self._children, children)
+        if time.monotonic() > self._next_look:  # children are found by reading all processes of the machine
+            self._next_look = time.monotonic() + _LOOK_EVERY_S
+            children = sum(_high_water(process.pid) for process in psutil.Process().children(recursive=True))
+            self._children = max(self._children, children)
         return own + self._children
 
     def memory_now(self, index: int) -> Optional[float]:

@@ -40,6 +40,11 @@ class CUDARuntime(Runtime):
         """torch.cuda.set_device."""
         torch.cuda.set_device(index)
 
+    def manual_seed(self, seed: int) -> None:
+        """The current card's too."""
+        super().manual_seed(seed)
+        torch.cuda.manual_seed(seed)
+
     def synchronize(self) -> None:
         """torch.cuda.synchronize."""
         torch.cuda.synchronize()

@@ -73,7 +73,7 @@ class XMLIRRuntime(Runtime):
 
     def manual_seed(self, seed: int) -> None:
         """The vendor's generators are not torch's."""
-        torch.manual_seed(seed)
+        super().manual_seed(seed)
         self._vendor.xpu.manual_seed_all(seed)
 
     def checkpoint(self) -> Callable[..., Any]:
