@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from conftest import command, lit_glm, lit_glm_here, rows
+from conftest import GOLDEN_RUN, command, lit_glm, lit_glm_here, rows
 
 FILES = (
     "result.json",
@@ -234,6 +234,20 @@ def test_a_stop_in_the_first_evaluation_loses_nothing(folder: Path, monkeypatch:
     assert result(folder / "early")["status"] == "finished"
     assert [row["step"] for row in rows(folder / "early" / "evals.csv")][0] == "0"
     assert [row["step"] for row in rows(folder / "early" / "steps.csv")] == ["1", "2", "3", "4"]
+
+
+def test_a_disk_that_takes_no_checkpoint(folder: Path) -> None:
+    """The kernel refuses more than 400 KiB a file: said in one line, and what was measured stays."""
+    run = folder / "refused"
+    more = [*GOLDEN_RUN, "run.checkpoint_interval_steps=3", f"hydra.run.dir={run}"]
+    limited = ["bash", "-c", 'ulimit -f 400; exec "$@"', "limited", *command("train", *more)]
+    done = subprocess.run(limited, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1
+    assert "step-00000003.ckpt: the checkpoint cannot be written ([Errno 27] File too large)" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [row["step"] for row in rows(run / "steps.csv")] == ["1", "2", "3"]
+    assert result(run)["status"] == "failed"
+    assert not list((run / "checkpoints").iterdir())
 
 
 def test_evaluate_names_its_predictions(whole: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

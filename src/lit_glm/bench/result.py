@@ -58,10 +58,20 @@ def begin_result(run_dir: Path, config: TrainConfig) -> None:
 
 
 def amend_result(run_dir: Path, **changes: Any) -> None:
-    """Change entries of an existing result."""
+    """Change entries of an existing result; on a full disk in the room that it has, and if that fails not at all."""
     result = read_result(run_dir)
-    if result is not None:
-        write_json(run_dir / "result.json", {**result, **changes})
+    if result is None:
+        return
+    file = run_dir / "result.json"
+    try:
+        write_json(file, {**result, **changes})
+    except OSError:
+        try:
+            with file.open("r+", encoding="utf-8") as there:
+                there.write(json.dumps({**result, **changes}, indent=1))
+                there.truncate()
+        except OSError:
+            pass  # what is to be said of the run's end must not hide it
 
 
 def cells(result: Dict[str, Any]) -> List[str]:

@@ -92,6 +92,11 @@ def run_app(
         except (InputError, RunError) as error:
             print(f"lit_glm: {error}", file=sys.stderr)
             outcome = Outcome(error.exit_status)
+        except OSError as error:
+            if full_error:
+                raise
+            print(f"lit_glm: {error}", file=sys.stderr)
+            outcome = Outcome(1)
         statuses.append(outcome.status)
         return outcome.objective
 

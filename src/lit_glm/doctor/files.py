@@ -26,13 +26,17 @@ def _existing(place: Path) -> Path:
     return next(folder for folder in (place, *place.parents) if folder.is_dir())
 
 
+def _size(count: float) -> str:
+    return f"{count / _GIB:.1f} GiB" if count >= _GIB else f"{count / 2**20:.1f} MiB"
+
+
 def disk(config: TrainConfig, place: Path) -> Finding:
     """Compare free space with what checkpoints take, and write a little to see how fast that goes."""
     folder = _existing(place)
     count = estimates.parameters(config.model)
     one = count * (2 + 12 if config.precision.name == "fp16" else 12)
     needed, free = _CHECKPOINTS * one, shutil.disk_usage(str(folder)).free
-    said = f"{folder}: {free / _GIB:.1f} GiB free, checkpoints take up to {needed / _GIB:.1f}"
+    said = f"{folder}: {_size(free)} free, checkpoints take up to {_size(needed)}"
     if free < needed:
         return Finding("", "fail", said, "make room, or give hydra.run.dir= on another disk")
     try:

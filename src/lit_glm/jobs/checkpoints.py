@@ -9,25 +9,62 @@ import torch
 from lightning_fabric.utilities import move_data_to_device
 from pytorch_lightning.plugins.io import CheckpointIO
 
+from lit_glm.errors import RunError
+
 _KEEP = 2
 _NAME = re.compile(r"step-(\d+)\.ckpt")
+
+
+class _TakesAll:
+    """A file whose first error is kept: torch 1.12 ends the process when a write fails, newer ones hide why."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.error: Optional[OSError] = None
+
+    def write(self, data: Any) -> int:
+        """Write, unless that has failed before."""
+        if self.error is None:
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        """Left to the owner of the file."""
 
 
 class AtomicCheckpointIO(CheckpointIO):
     """Writes to a temporary name, flushes to the disk, renames."""
 
     def save_checkpoint(self, checkpoint: Dict[str, Any], path: Any, storage_options: Optional[Any] = None) -> None:
-        """Write one."""
+        """Write one.
+
+        Raises:
+            RunError: if the disk does not take it; what was written of it is gone again.
+        """
         target = Path(path)
         # Not every vendor's tensors can be written by every torch, and nobody needs them on a card when they are read.
         checkpoint = move_data_to_device(checkpoint, torch.device("cpu"))
-        target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.part")
-        with temporary.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                takes_all: Any = _TakesAll(file)
+                torch.save(checkpoint, takes_all)
+                if takes_all.error is not None:
+                    raise takes_all.error
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except OSError as error:
+            if temporary.exists():
+                temporary.unlink()
+            raise RunError(
+                f"{target}: the checkpoint cannot be written ({error}); what was measured is on the disk; make room, "
+                f"then go on with run.resume={target.parent.parent}"
+            ) from error
         folder = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
