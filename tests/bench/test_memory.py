@@ -24,6 +24,7 @@ from lit_glm.batches.collate import places_of
 from lit_glm.batches.types import FlatBatch
 from lit_glm.config.app import checked, compose
 from lit_glm.config.schema import TrainConfig
+from lit_glm.hardware.runtimes.cpu import CPURuntime
 from lit_glm.model.build import build_glm
 from lit_glm.model.scoring import TRAIN_MASK, choice_loss, score_table
 from lit_glm.training.optimizer import make_optimizer
@@ -32,6 +33,7 @@ def highest():
     with open("/proc/self/status") as file:
         return next(float(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
+CPURuntime()
 config = checked(compose("train", sys.argv[1:]), TrainConfig)
 groups, n, m = config.bs, 230, 26
 counting = torch.arange

@@ -1,5 +1,6 @@
 """The processor: every rank is a process on the same machine."""
 
+import ctypes
 import os
 import resource
 import time
@@ -11,6 +12,7 @@ import torch
 from lit_glm.hardware.runtimes.base import Runtime
 
 _LOOK_EVERY_S = 1.0
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 class CPURuntime(Runtime):
@@ -20,6 +22,9 @@ class CPURuntime(Runtime):
     shares_memory = True
     _children = 0.0
     _next_look = 0.0
+
+    def __init__(self) -> None:
+        keep_memory()
 
     def device_count(self) -> int:
         """As many ranks as there are cores."""
@@ -68,6 +73,20 @@ class CPURuntime(Runtime):
     def total_memory(self, index: int) -> Optional[float]:
         """Memory of the machine."""
         return float(psutil.virtual_memory().total)
+
+
+def keep_memory() -> None:
+    """Have the C library keep what is freed: the next step needs the same again (glibc's mallopt, malloc.h).
+
+    Else each tensor above 32 MiB is mapped and unmapped at each use, and the kernel clears its pages each time: at
+    GLM-Large, bs 8, a fifth of a training step (benchmarks/).
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):  # another C library
+        return
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def bf16_units() -> List[str]:

@@ -22,6 +22,7 @@ class SimulatedRuntime(CPURuntime):
             cards: devices of this node.
             memory_gib: memory of each.
         """
+        super().__init__()
         self._cards = cards
         self._memory_gib = memory_gib
 
