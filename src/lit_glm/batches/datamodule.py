@@ -1,5 +1,6 @@
 """HDF5 files to batches of the chosen scoring, for training and evaluation."""
 
+import ctypes
 import signal
 import time
 from functools import partial
@@ -39,10 +40,18 @@ def _padded(split: CompactSplit, indices: List[int], num_tokens: int) -> PaddedB
     return padded_batch(split, indices, num_tokens)
 
 
-def _leave_signals_to_the_rank(_worker: int) -> None:
-    """Ctrl-C and torchrun signal the whole process group; the rank decides what stops, and its workers with it."""
+def _live_and_die_with_the_rank(_worker: int) -> None:
+    """Ctrl-C and torchrun signal the whole process group; the rank decides what stops, and its workers with it.
+
+    A rank that is killed takes them along (Linux: prctl PR_SET_PDEATHSIG): one that waits for a lock of the rank's
+    would never end, and keep its output and its run folder's lock.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    try:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    except (AttributeError, OSError):
+        pass
 
 
 def evaluation_batches(split: CompactSplit, config: TrainConfig, rank: int = 0, world_size: int = 1) -> Iterable[Any]:
@@ -57,7 +66,7 @@ def evaluation_batches(split: CompactSplit, config: TrainConfig, rank: int = 0, 
         sampler=batches,
         batch_size=None,
         num_workers=config.data.num_workers,
-        worker_init_fn=_leave_signals_to_the_rank,
+        worker_init_fn=_live_and_die_with_the_rank,
     )
     return _ahead(loader, config)
 
@@ -149,7 +158,7 @@ class RecordData(pl.LightningDataModule):
             sampler=self.sampler(self._steps_done(), self.trainer.global_rank),
             batch_size=None,
             num_workers=self._config.data.num_workers,
-            worker_init_fn=_leave_signals_to_the_rank,
+            worker_init_fn=_live_and_die_with_the_rank,
             pin_memory=self._pin_memory,
         )
         return _Waited(_ahead(loader, self._config), self._wait)
