@@ -1,31 +1,47 @@
-"""One process at a time: in a run folder, and at making a file that several runs share."""
+"""One process at a time: in a run folder, and at making a file that several runs share.
 
+The kernel's own locks (flock): it lets go of them however a process ends. A library for them (filelock 3.16, the last
+for Python 3.8) takes a file system that has none for a lock that is never free.
+"""
+
+import errno
+import fcntl
+import os
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
-
-import filelock
 
 from lit_glm.errors import InputError
 
 _PROBE_S = 1.0  # somebody who only asks holds the lock for an instant
 FILE = ".lock"
-"""In a run folder, locked as long as the run lasts; the kernel lets go of it however the process ends."""
+"""In a run folder, locked as long as the run lasts."""
+
+
+def _take(descriptor: int) -> bool:
+    """Lock an open file; False if another process has it, True too where the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EAGAIN, errno.EACCES)
+    return True
 
 
 @contextmanager
 def one_at_a_time(file: Path) -> Iterator[None]:
-    """Wait until nobody else is inside for the same file; no lock where the file system has none."""
-    lock = filelock.FileLock(str(file))
+    """Wait until nobody else is inside for the same file.
+
+    Raises:
+        OSError: if the file cannot be made.
+    """
+    descriptor = os.open(str(file), os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        lock.acquire()
-    except (OSError, NotImplementedError):
-        yield  # what is made inside is put in place by a rename: at worst it is made twice
-        return
-    try:
+        while not _take(descriptor):
+            time.sleep(0.05)
         yield
     finally:
-        lock.release()
+        os.close(descriptor)
 
 
 @contextmanager
@@ -36,29 +52,27 @@ def alone_in(run_dir: Path) -> Iterator[None]:
         InputError: if another process is at work in it.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(str(run_dir / FILE))
+    descriptor = os.open(str(run_dir / FILE), os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        lock.acquire(timeout=_PROBE_S)
-    except filelock.Timeout:
-        raise InputError(
-            f"{run_dir}: another process runs in this folder; wait for its end, or choose another (hydra.run.dir)"
-        ) from None
-    except (OSError, NotImplementedError):
-        pass  # a file system without locks
-    try:
+        end = time.monotonic() + _PROBE_S
+        while not _take(descriptor):
+            if time.monotonic() > end:
+                raise InputError(
+                    f"{run_dir}: another process runs in this folder; wait for its end, or give another hydra.run.dir="
+                )
+            time.sleep(0.05)
         yield
     finally:
-        lock.release()
+        os.close(descriptor)
 
 
 def is_running(run_dir: Path) -> bool:
     """Whether a process is at work in a run folder."""
-    if not (run_dir / FILE).exists():
+    try:
+        descriptor = os.open(str(run_dir / FILE), os.O_RDWR)
+    except OSError:
         return False
     try:
-        with filelock.FileLock(str(run_dir / FILE), timeout=0):
-            return False
-    except filelock.Timeout:
-        return True
-    except (OSError, NotImplementedError):
-        return False
+        return not _take(descriptor)
+    finally:
+        os.close(descriptor)

@@ -71,5 +71,5 @@ class Ahead:
                 else:
                     raise item
         finally:
-            atexit.unregister(close)
             close()
+            atexit.unregister(close)

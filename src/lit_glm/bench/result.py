@@ -14,6 +14,10 @@ COMPLETE = ("success", "finished")
 """States of a run that needs no going on."""
 
 
+_BLOCK = 4096
+"""Bytes that a file takes at least of a disk: what a small file may grow by when the disk is full."""
+
+
 def write_json(path: Path, content: Dict[str, Any]) -> None:
     """Write a file that is at any moment either the old one or the new one."""
     temporary = path.with_name(f".{path.name}.part")
@@ -66,10 +70,13 @@ def amend_result(run_dir: Path, **changes: Any) -> None:
     try:
         write_json(file, {**result, **changes})
     except OSError:
+        text = (json.dumps({**result, **changes}, indent=1, ensure_ascii=False) + "\n").encode()
         try:
-            with file.open("r+", encoding="utf-8") as there:
-                there.write(json.dumps({**result, **changes}, indent=1))
-                there.truncate()
+            file.with_name(f".{file.name}.part").unlink()
+            if len(text) <= -(-file.stat().st_size // _BLOCK) * _BLOCK:
+                with file.open("r+b") as there:
+                    there.write(text)
+                    there.truncate()
         except OSError:
             pass  # what is to be said of the run's end must not hide it
 

@@ -93,7 +93,7 @@ def run_app(
             print(f"lit_glm: {error}", file=sys.stderr)
             outcome = Outcome(error.exit_status)
         except OSError as error:
-            if full_error:
+            if full_error or isinstance(error, BrokenPipeError):
                 raise
             print(f"lit_glm: {error}", file=sys.stderr)
             outcome = Outcome(1)

@@ -12,7 +12,7 @@ import random
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Callable, Dict, List
 
 from lit_glm.alone import one_at_a_time
 from lit_glm.config.schema import DataConfig
@@ -113,12 +113,12 @@ def ensure(data: DataConfig) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         with one_at_a_time(out.with_name(f".{out.name}.lock")):
             if not is_there():  # else another run has generated it meanwhile
-                _generate(data, marker, settings, stamp)
+                _generate(data, marker, settings, stamp, is_there)
     except OSError as error:
         raise InputError(f"data.out_dir={out}: generated data cannot be written there ({error})") from error
 
 
-def _generate(data: DataConfig, marker: Path, settings: List[int], stamp: str) -> None:
+def _generate(data: DataConfig, marker: Path, settings: List[int], stamp: str, is_there: Callable[[], bool]) -> None:
     assert data.synthetic is not None
     out = marker.parent
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.part-", dir=str(out.parent)))
@@ -127,11 +127,16 @@ def _generate(data: DataConfig, marker: Path, settings: List[int], stamp: str) -
         build(temporary / "raw", temporary, str(temporary / "raw" / "vocab.txt"), data.max_seq_length, 0)
         (temporary / marker.name).write_text(json.dumps({"stamp": stamp, "settings": settings}))
         os.chmod(temporary, 0o755)
+        if is_there():
+            return  # a file system without locks: another run was faster
         if out.exists():
             for name in (TRAIN_FILE, EVAL_FILE):
                 if (out / name).exists() and not marker.exists():
                     raise InputError(f"data.out_dir={out}: holds other data; choose another folder for generated data")
             shutil.rmtree(out)
         os.rename(temporary, out)
+    except OSError:
+        if not is_there():
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
