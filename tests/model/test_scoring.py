@@ -176,6 +176,23 @@ def test_padded_sequences_by_every_kernel(kernel: str) -> None:
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_products_a_few_sequences_at_a_time_are_the_same(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    qkv = torch.randn(5 * 8, 3 * 16)
+    plan, found = PaddedPlan.of(torch.tensor([3, 7, 1, 8, 2]), 8, "matmul"), []
+    for scores in (2**20, 2 * 4 * 8 * 8, 1):
+        monkeypatch.setattr("lit_glm.model.attention._SCORES", scores)
+        x = qkv.clone().requires_grad_()
+        torch.manual_seed(1)  # 64 bits make four masks' elements: slices draw what the whole would
+        out = plan(x, 4, dropout, False)
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        found.append((out.detach(), x.grad))
+    for out, gradient in found[1:]:
+        torch.testing.assert_close(out, found[0][0], atol=1e-6, rtol=0)
+        torch.testing.assert_close(gradient, found[0][1], atol=1e-6, rtol=0)
+
+
 def test_a_kernel_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     check_kernel("auto", cpu, training=True)

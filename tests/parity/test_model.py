@@ -14,6 +14,7 @@ from lit_glm.batches.types import PaddedBatch
 from lit_glm.model.attention import PaddedPlan
 from lit_glm.model.checkpoint import load_checkpoint
 from lit_glm.model.glm import GLM, GLMShape
+from lit_glm.model.linear import linear
 from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, choice_loss, score_published, score_table
 from lit_glm.record.store import SparseWriter
 
@@ -100,7 +101,11 @@ def test_hidden_states_after_every_layer(gelu: str) -> None:
         final = glm.encode(embedded, PaddedPlan.of(mask.view(1), len(text)))
     for number, state in enumerate([embedded, *states, final]):
         np.testing.assert_allclose(state, Z[f"{gelu}.hidden"][number], atol=2e-4, rtol=0)
-    np.testing.assert_allclose(glm.vocabulary_logits(final).detach(), Z[f"{gelu}.vocab_logits"], atol=2e-4, rtol=0)
+    golden = torch.as_tensor(Z[f"{gelu}.vocab_logits"])
+    np.testing.assert_allclose(linear(final, glm.word_embeddings.weight).detach(), golden, atol=2e-4, rtol=0)
+    for token in (0, 17, golden.shape[1] - 1):
+        ours = glm.log_probabilities(final, torch.full((len(final),), token)).detach()
+        np.testing.assert_allclose(ours, golden.log_softmax(1)[:, token], atol=2e-4, rtol=0)
 
 
 def test_the_two_activations_differ_by_more_than_the_tolerance() -> None:

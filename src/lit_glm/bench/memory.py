@@ -20,8 +20,8 @@ _GIB = 2**30
 _KEPT = 17.0
 """Rows of D numbers that a layer keeps for its backward pass: norms' inputs and outputs 4, Q K V 3, attention's output
 and residual 2, MLP 4 before and 4 behind the activation."""
-_HEAD_COPIES = 3.0
-"""Logits, their log-softmax, the gradient of either."""
+_HEAD_COPIES = 1.0
+"""Logits; the backward pass turns them into their own gradient."""
 
 
 @dataclass

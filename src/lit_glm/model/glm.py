@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from lit_glm.model.dropout import Dropout
-from lit_glm.model.linear import Linear, linear
+from lit_glm.model.head import log_probabilities
+from lit_glm.model.linear import Linear
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,6 @@ class GLM(nn.Module):
             h = self._checkpoint(layer, h, plan, skip) if recompute else layer(h, plan, skip)
         return self.transformer.final_layernorm(h)
 
-    def vocabulary_logits(self, h: Tensor) -> Tensor:
-        """[..., D] -> [..., V] by the word embedding, no bias."""
-        return linear(h, self.word_embeddings.weight)
+    def log_probabilities(self, h: Tensor, targets: Tensor) -> Tensor:
+        """[T, D], [T] tokens -> [T] float32, by the word embedding, no bias."""
+        return log_probabilities(h, self.word_embeddings.weight, targets)

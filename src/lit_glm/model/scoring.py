@@ -31,7 +31,7 @@ def score_shared_context(glm: GLM, batch: FlatBatch) -> Tensor:
     h = glm.embed(batch.tokens, batch.positions, batch.blocks)
     h = glm.encode(h, plan, first_row=sum(batch.context_lengths))
     # Only candidate rows reach the head: one row for each token to be predicted.
-    log_probability = -F.cross_entropy(glm.vocabulary_logits(h).float(), batch.targets, reduction="none")
+    log_probability = glm.log_probabilities(h, batch.targets)
     return log_probability.new_zeros(len(batch.slot)).index_add(0, batch.row_candidate, log_probability)
 
 
@@ -46,9 +46,8 @@ def score_published(glm: GLM, batch: PaddedBatch) -> Tensor:
     position = batch.position.reshape(B * C, 2, S)
     h = glm.embed(batch.text.reshape(-1), position[:, 0].reshape(-1), position[:, 1].reshape(-1))
     h = glm.encode(h, plan)
-    log_probability = F.log_softmax(glm.vocabulary_logits(h).float(), dim=-1)
-    target = batch.target.reshape(-1, 1)
-    return (log_probability.gather(1, target).view(B, C, S) * batch.logit_mask).sum(-1)
+    log_probability = glm.log_probabilities(h, batch.target.reshape(-1))
+    return (log_probability.view(B, C, S) * batch.logit_mask).sum(-1)
 
 
 def score_table(glm: GLM, batch: Union[FlatBatch, PaddedBatch], empty: float, slice_size: int = 0) -> Tensor:

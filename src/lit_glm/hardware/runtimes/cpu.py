@@ -12,7 +12,8 @@ import torch
 from lit_glm.hardware.runtimes.base import Runtime
 
 _LOOK_EVERY_S = 1.0
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
+_LARGEST_KEPT = 256 * 2**20
 
 
 class CPURuntime(Runtime):
@@ -79,13 +80,15 @@ def keep_memory() -> None:
     """Have the C library keep what is freed: the next step needs the same again (glibc's mallopt, malloc.h).
 
     Else each tensor above 32 MiB is mapped and unmapped at each use, and the kernel clears its pages each time: at
-    GLM-Large, bs 8, a fifth of a training step (benchmarks/).
+    GLM-Large, bs 8, a fifth of a training step (benchmarks/). Tensors above 256 MiB are still given back: the holes
+    that they leave between others would cost more memory than the rest of a step.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):  # another C library
         return
-    mallopt(_M_MMAP_MAX, 0)
+    if not mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT):  # glibc before 2.35 has no threshold above 32 MiB
+        mallopt(_M_MMAP_MAX, 0)
     mallopt(_M_TRIM_THRESHOLD, -1)
 
 

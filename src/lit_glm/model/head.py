@@ -1,0 +1,73 @@
+"""Log-probabilities of given tokens out of a whole vocabulary, with one table of logits and no copy of it.
+
+torch's log-softmax keeps a second [T, V] table for the backward pass and fills two more there; with a row for every
+position, as published, each has gigabytes. Here the table is read in slices that fit a cache, and the backward pass
+turns it into its own gradient in place. Shapes: T rows, D hidden, V vocabulary.
+"""
+
+from typing import Any, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_glm.model.linear import linear
+
+_SLICE = 2**20
+"""Elements of a table that a processor works on at a time (4 MiB in fp32); other devices take all at once."""
+_PRODUCT = 2**26
+"""Logits made at a time where no gradient needs them: enough rows for a product at full speed."""
+
+
+def log_probabilities(h: Tensor, embeddings: Tensor, targets: Tensor) -> Tensor:
+    """How probable a model finds given tokens, by a head that is tied to the word embeddings.
+
+    Args:
+        h: [T, D].
+        embeddings: [V, D].
+        targets: [T] tokens.
+
+    Returns:
+        [T] float32. Its backward pass can run once: it overwrites the logits.
+    """
+    if torch.is_grad_enabled() or h.device.type != "cpu":
+        return _of_targets(linear(h, embeddings), targets)
+    parts = [_of_targets(linear(h[rows], embeddings), targets[rows]) for rows in _slices(h, len(embeddings), _PRODUCT)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _of_targets(logits: Tensor, targets: Tensor) -> Tensor:
+    if logits.numel() <= _SLICE:
+        return -F.cross_entropy(logits.float(), targets, reduction="none")
+    picked: Tensor = _Picked.apply(logits, targets)
+    return picked
+
+
+class _Picked(torch.autograd.Function):
+    """The log-softmax of each row at its target."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        picked = torch.empty(len(logits), 1, device=logits.device)
+        for rows in _slices(logits, logits.shape[1], _SLICE):
+            log_softmax = F.log_softmax(logits[rows], dim=1, dtype=torch.float32)
+            picked[rows] = log_softmax.gather(1, targets[rows, None])
+        ctx.save_for_backward(logits, targets)
+        return picked[:, 0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        logits, targets = ctx.saved_tensors
+        grad = grads[0][:, None]
+        for rows in _slices(logits, logits.shape[1], _SLICE):
+            # d log p[t] / d logit[v] = (v == t) - p[v]
+            own = F.softmax(logits[rows], dim=1, dtype=torch.float32).mul_(-grad[rows])
+            logits[rows] = own.scatter_add_(1, targets[rows, None], grad[rows])
+        return logits, None
+
+
+def _slices(table: Tensor, width: int, elements: int) -> Iterator[slice]:
+    """Rows of a table, so many that `elements` of `width` a row are not exceeded."""
+    rows = max(1, elements // width) if table.device.type == "cpu" else max(1, len(table))
+    for start in range(0, len(table), rows):
+        yield slice(start, start + rows)
