@@ -45,8 +45,8 @@ def one_at_a_time(file: Path) -> Iterator[None]:
 
 
 @contextmanager
-def alone_in(run_dir: Path) -> Iterator[None]:
-    """Keep a run folder for this process.
+def alone_in(run_dir: Path) -> Iterator[int]:
+    """Keep a run folder for this process, and for those that inherit the descriptor that it yields.
 
     Raises:
         InputError: if another process is at work in it.
@@ -61,7 +61,7 @@ def alone_in(run_dir: Path) -> Iterator[None]:
                     f"{run_dir}: another process runs in this folder; wait for its end, or give another hydra.run.dir="
                 )
             time.sleep(0.05)
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
 

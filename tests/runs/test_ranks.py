@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from conftest import GOLDEN_RUN, command, lit_glm, rows
+from lit_glm.alone import is_running
 from parity.test_training import check_trajectory
 from runs.test_runs import DEBUG, _nothing_left, _start, _wait_for_steps, result
 
@@ -47,6 +48,8 @@ def ranks_of(process: "subprocess.Popen[str]") -> List[psutil.Process]:
     children = psutil.Process(process.pid).children(recursive=True)
     found = {}
     for child in children:
+        if child.status() == psutil.STATUS_ZOMBIE:  # a short command of a rank's
+            continue
         line = child.cmdline()
         started_by = child.parent()
         by_agent = (
@@ -163,6 +166,24 @@ def test_a_rank_that_hangs_ends_the_job(victim: int, tmp_path: Path) -> None:
     assert process.returncode == 1, said
     _nothing_left(run)
     assert result(run)["status"] == "failed"
+
+
+def test_a_killed_command_keeps_its_folder_until_its_ranks_are_gone(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = _start(tmp_path, run, "1x2", "run.max_steps=5000")
+    _wait_for_steps(run, process, 3)
+    ranks = ranks_of(process)
+    agent = ranks[0].parent()
+    assert agent is not None
+    agent.suspend()  # it passes no signal on
+    process.kill()
+    process.wait()
+    assert all(rank.is_running() for rank in ranks)
+    assert is_running(run)
+    agent.resume()
+    psutil.wait_procs([agent, *ranks], timeout=60)
+    assert not any(rank.is_running() for rank in ranks)
+    assert not is_running(run)
 
 
 def test_nodes_with_different_commands_do_not_train_together(tmp_path: Path) -> None:

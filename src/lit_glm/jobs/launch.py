@@ -9,7 +9,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List
+from typing import Any, Dict, Iterator, List, Optional
 
 import psutil
 
@@ -62,12 +62,12 @@ def run_job(job: Job, run_dir: Path, in_process: bool = True) -> Dict[str, Any]:
     node = this_node(job.config.topology) if world_size > 1 else Node(0, "127.0.0.1", 0)
     if node.rank > 0:
         return _help(job, node, run_dir)
-    with alone_in(run_dir):
+    with alone_in(run_dir) as lock:
         prepare_folder(job, run_dir)
         with ending_recorded(run_dir):
             if world_size == 1 and in_process:
                 return _run_here(job, run_dir)
-            run_ranks(job, node, run_dir, run_dir)
+            run_ranks(job, node, run_dir, run_dir, lock=lock)
         result = read_result(run_dir)
     if result is None:
         raise RunError(f"{run_dir}: the job ended without a result")
@@ -187,6 +187,7 @@ def run_ranks(
     run_dir: Path,
     module: str = "lit_glm.jobs.worker",
     margin_s: float = _STALL_MARGIN_S,
+    lock: Optional[int] = None,
 ) -> None:
     """Run all ranks of this node as one torchrun; forwards signals to it, and leaves nothing running.
 
@@ -197,6 +198,8 @@ def run_ranks(
         run_dir: where files go.
         module: what each rank runs, with the two folders as its arguments.
         margin_s: seconds beyond `run.stall_timeout_s` that the ranks have to end by themselves.
+        lock: descriptor that keeps the run folder, as long as a rank may be at work there: if this process is killed
+            its ranks take a moment to end.
 
     Raises:
         InputError, RunError, Interrupted: how it ended otherwise.
@@ -213,7 +216,10 @@ def run_ranks(
         environment.setdefault("GLOO_SOCKET_IFNAME", interface)  # a host's own name often means the loopback to it
     before = {number: signal.signal(number, stop) for number in EXIT_STATUS}
     command = _agent_command(job, node, spec_dir, run_dir, module)
-    agent = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_die_with_parent)
+    held = () if lock is None else (lock,)
+    agent = subprocess.Popen(
+        command, env=environment, start_new_session=True, preexec_fn=_die_with_parent, pass_fds=held
+    )
     try:
         status = _wait(agent, job, spec_dir, run_dir, margin_s)
     except _Stopped as stopped:
