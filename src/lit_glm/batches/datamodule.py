@@ -93,7 +93,7 @@ def by_rows(examples: List[int], rows: Any, most: int) -> List[List[int]]:
 
 def _ahead(loader: "DataLoader[Any]", config: TrainConfig) -> Iterable[Any]:
     """Loader processes are ahead by themselves; padded batches are large and their steps long."""
-    return loader if loader.num_workers else Ahead(loader, 2 if config.scoring.name == "published" else 16)
+    return loader if loader.num_workers else Ahead(loader, 2 if config.scoring.name == "published" else 64)
 
 
 class _Waited:

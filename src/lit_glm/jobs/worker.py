@@ -109,6 +109,7 @@ def _run(job: Job, run_dir: Path, signals: Optional[_Signals], beat: Callable[[]
     from lit_glm.jobs import checkpoints
     from lit_glm.model.attention import check_kernel
     from lit_glm.model.build import build_glm
+    from lit_glm.training.loop import shorten
     from lit_glm.training.module import RecordModule
     from lit_glm.training.unprofiled import Unprofiled
 
@@ -202,6 +203,7 @@ def _run(job: Job, run_dir: Path, signals: Optional[_Signals], beat: Callable[[]
     connector.register_signal_handlers = lambda: None
     loop: Any = trainer.fit_loop.epoch_loop
     loop._broadcast_sigterm_tensor = lambda: None
+    shorten(trainer)
     if signals is not None:
         signals.module = module
         module.stop_requested = signals.received is not None
