@@ -65,6 +65,11 @@ def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
     """Score one checkpoint on one device."""
     from hydra.core.hydra_config import HydraConfig
 
+    from lit_glm.hardware.variables import set_environment
+
+    for line in set_environment(config.hardware):  # before anything imports torch
+        print(f"lit_glm: {line}", file=sys.stderr)
+
     from lit_glm.hardware.runtimes import make_runtime
     from lit_glm.record.synthetic import ensure
 
@@ -109,8 +114,17 @@ def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
     )
     write_json(
         out / "evaluation.json",
-        {**report, "checkpoint": config.model.init_checkpoint, "eval_file": config.data.eval_file},
+        {
+            **report,
+            "checkpoint": config.model.init_checkpoint,
+            "eval_file": config.data.eval_file,
+            "hardware": config.hardware.name,
+            "runtime": runtime.name,
+            "simulated": runtime.simulated,
+        },
     )
+    if runtime.simulated:
+        print(f"SIMULATED on the processor, no figure of {config.hardware.name}")
     for key, value in report.items():
         if key == "num_examples":
             print(f"examples  {value}")

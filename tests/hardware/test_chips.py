@@ -38,8 +38,25 @@ def test_a_missing_runtime_is_said_with_the_way_out(tmp_path: Path, capfd: Any) 
     assert lit_glm_here("train", *GOLDEN_RUN, "hardware=r300", f"hydra.run.dir={tmp_path}") == 2
     said = capfd.readouterr().err
     assert "torch_xmlir is not installed" in said
+    assert "Install it: the vendor's wheels, pip install" in said
     assert "hardware.runtime=simulated" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (
+            "hardware.runtimes=[abacus]",
+            "hardware.runtimes=[abacus] (conf/hardware/r300.yaml): one or more of cpu, cuda",
+        ),
+        ("hardware.runtimes=[]", "hardware.runtimes=[] (conf/hardware/r300.yaml): one or more of"),
+        ("hardware.runtimes=[cpu]", "a processor's figures would stand under"),
+    ],
+)
+def test_runtimes_that_a_chip_cannot_have(override: str, said: str, tmp_path: Path, capfd: Any) -> None:
+    assert lit_glm_here("train", *GOLDEN_RUN, "hardware=r300", override, f"hydra.run.dir={tmp_path}/run") == 2
+    assert said in capfd.readouterr().err
 
 
 def test_more_devices_than_there_are(tmp_path: Path) -> None:
@@ -106,7 +123,7 @@ class _Card(CPURuntime):
         return 79.1 * 2**30
 
 
-def test_a_card_is_checked_against_its_file() -> None:
+def test_a_card_is_checked_against_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = ROOT / "conf" / "hardware"
     wrong = HardwareConfig(name="a100", detect="A100", memory_gib=40.0)
     with pytest.raises(InputError, match="'NVIDIA H100 80GB HBM3'; take hardware=h100"):
@@ -116,12 +133,17 @@ def test_a_card_is_checked_against_its_file() -> None:
     assert "hardware=h100 knows its peak" in hints[0]
     with pytest.raises(InputError, match="hardware=c500, but card 0 calls itself 'NVIDIA H100"):
         check_cards(HardwareConfig(name="c500", card="C500"), _Card(), 1, folder)
+    monkeypatch.setattr(_Card, "device_name", lambda self, index: "NVIDIA GeForce RTX 4090")
+    with pytest.raises(InputError, match="hardware=c500, but card 0 .* RTX 4090'; take hardware=another file"):
+        check_cards(HardwareConfig(name="c500", card="C500", vendor="MetaX"), _Card(), 1, folder)
+    monkeypatch.undo()
     other = check_cards(HardwareConfig(name="h100", detect="H100", memory_gib=40.0), _Card(), 1, folder)
     assert "card 0 has 79.1 GiB" in other[0]
 
 
 def test_no_vendor_outside_its_places() -> None:
-    names = "kunlunxin|xmlir|xpytorch|iluvatar|metax|hygon|r300|bkcl"
+    names = "kunlunxin|xmlir|xpytorch|iluvatar|metax|hygon|nvidia|cuda|nvml|nccl|xccl|bkcl|xacc|xpu"
+    names += "|r300|a100|h[12]00|bi_v100|k100|c500"
     found = subprocess.run(
         ["grep", "-rliE", names, "--exclude=*.pyc", str(ROOT / "src" / "lit_glm")],
         capture_output=True,

@@ -6,12 +6,13 @@ import pytest
 
 from lit_glm.config.schema import TopologyConfig
 from lit_glm.errors import InputError
-from lit_glm.jobs.nodes import check_port, interface_towards, outer_rank, this_node
+from lit_glm.jobs.nodes import check_nodes, check_port, interface_towards, outer_rank, this_node
 
 
 @pytest.fixture(autouse=True)
 def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_NODES"):
+    slurm = ("SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS")
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "TORCHELASTIC_RUN_ID", *slurm):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -49,6 +50,30 @@ def test_slurm_must_have_started_as_many_nodes(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setenv(key, text)
     with pytest.raises(InputError, match="topology=2x8 has 2 nodes, but Slurm started 3"):
         this_node(TopologyConfig(2, 8))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("SLURM_STEP_NUM_NODES", "2", "Slurm started 2"),
+        ("SLURM_STEP_NUM_TASKS", "8", "Slurm started 8 tasks: one a node"),
+        ("NODE_RANK", "1", "NODE_RANK=1"),
+    ],
+)
+@pytest.mark.parametrize("devices", [1, 8])
+def test_one_node_that_is_one_of_several(
+    name: str, value: str, said: str, devices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=f"topology=1x{devices} has 1 node, but {said}"):
+        check_nodes(TopologyConfig(1, devices))
+
+
+def test_one_task_of_slurms_is_one_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "1")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    monkeypatch.setenv("NODE_RANK", "0")
+    assert this_node(TopologyConfig(1, 8)).rank == 0
 
 
 def test_a_busy_port_is_said() -> None:

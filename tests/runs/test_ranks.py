@@ -213,6 +213,45 @@ def test_under_a_torchrun_of_the_users(tmp_path: Path) -> None:
     assert not (tmp_path / "outputs").exists()
 
 
+MINE = """
+import os, time
+from pytorch_lightning import Callback
+
+class Raises(Callback):
+    def on_train_batch_end(self, trainer, module, *rest):
+        if trainer.global_rank == 1 and module.steps_done == 3:
+            raise ValueError("out of chalk")
+
+class Hangs(Callback):
+    def on_train_batch_end(self, trainer, module, *rest):
+        if module.steps_done == 3:
+            time.sleep(600)
+"""
+
+
+def test_the_error_of_the_rank_that_failed_is_on_the_screen(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    arguments = [*DEBUG, "topology=1x2", "+callbacks.mine._target_=mine.Raises", "hydra.run.dir=run"]
+    done = lit_glm("train", *arguments, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 1
+    assert "lit_glm: rank 1 failed:" in done.stderr
+    assert "ValueError: out of chalk" in done.stderr
+    assert result(tmp_path / "run")["status"] == "failed"
+    assert len(rows(tmp_path / "run" / "steps.csv")) >= 2
+    _nothing_left(tmp_path / "run")
+
+
+def test_a_hang_under_a_torchrun_of_the_users_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank: no collective notices, nor does torchrun."""
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    more = ["+callbacks.mine._target_=mine.Hangs", "run.stall_timeout_s=2", "hydra.run.dir=run"]
+    done = torchrun(*DEBUG, *more, ranks=1, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "rank 0: no progress for 2 s (run.stall_timeout_s)" in done.stderr
+    assert result(tmp_path / "run")["status"] == "failed"
+
+
 def test_a_torchrun_of_another_size_is_refused(tmp_path: Path) -> None:
     done = torchrun(*GOLDEN_RUN, "topology=1x4", ranks=2, cwd=tmp_path)
     assert done.returncode != 0

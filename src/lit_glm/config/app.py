@@ -86,6 +86,7 @@ def run_app(
 
     def job(cfg: DictConfig) -> float:
         # Errors end here and not in Hydra: in a sweep the next combination still has its turn.
+        environment = dict(os.environ)
         try:
             returned = task(checked(cfg, schema), cfg)
             outcome = returned if isinstance(returned, Outcome) else Outcome(returned)
@@ -97,6 +98,9 @@ def run_app(
                 raise
             print(f"lit_glm: {error}", file=sys.stderr)
             outcome = Outcome(1)
+        finally:  # a chip's variables are not the user's for the next combination
+            os.environ.clear()
+            os.environ.update(environment)
         statuses.append(outcome.status)
         return outcome.objective
 

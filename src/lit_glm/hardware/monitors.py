@@ -72,7 +72,9 @@ def parse_xpu_smi_m(text: str) -> List[Reading]:
 
 
 def parse_xpu_smi(text: str) -> List[Reading]:
-    """Older drivers, `xpu_smi`: lines with "xpu"; fields 29 C, 27 W, 22 used, 24 total (MiB), 14 %; cards in order.
+    """Older drivers, `xpu_smi`: cards in order, a line each, with "xpu" and 29 fields or more.
+
+    Fields 29 C, 27 W, 22 used, 24 total (MiB), 14 %. A line of that shape that cannot be read keeps its place.
 
     >>> line = "xpu " + "x " * 12 + "100% " + "x " * 7 + "23730MiB x 32768MiB x x 114W x 46C"
     >>> parse_xpu_smi(line)[0].used_mib
@@ -80,14 +82,15 @@ def parse_xpu_smi(text: str) -> List[Reading]:
     >>> parse_xpu_smi("no such device")
     []
     """
-    lines = [line for line in text.splitlines() if "xpu" in line]
+    lines = [line for line in text.splitlines() if "xpu" in line and len(line.split()) >= 29]
     return _readings(lines, (29, 27, 22, 24, 14), lambda _, number: number)
 
 
 def output_of(*command: str) -> str:
     """What a program prints, stripped; nothing if it is missing, fails or takes too long."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
+        done = subprocess.run(command, capture_output=True, timeout=10, check=False)
+        return done.stdout.decode("utf-8", errors="replace").strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 

@@ -18,7 +18,7 @@ from lit_glm.bench.result import amend_result, begin_result, read_result
 from lit_glm.errors import InputError, RunError
 from lit_glm.jobs import heartbeat
 from lit_glm.jobs.heartbeat import watch_this_process
-from lit_glm.jobs.nodes import Node, interface_towards, this_node
+from lit_glm.jobs.nodes import Node, check_nodes, interface_towards, this_node
 from lit_glm.jobs.spec import Job
 from lit_glm.jobs.worker import EXIT_STATUS, Interrupted, fail, run_rank
 
@@ -59,6 +59,7 @@ def run_job(job: Job, run_dir: Path, in_process: bool = True) -> Dict[str, Any]:
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     world_size = job.config.topology.world_size
+    check_nodes(job.config.topology)
     node = this_node(job.config.topology) if world_size > 1 else Node(0, "127.0.0.1", 0)
     if node.rank > 0:
         return _help(job, node, run_dir)

@@ -29,6 +29,7 @@ def this_node(topology: TopologyConfig) -> Node:
     Raises:
         InputError: if something is missing or does not fit the topology, or if the port is taken.
     """
+    check_nodes(topology)
     if topology.num_nodes == 1:
         port = os.environ.get("MASTER_PORT")
         if port is None:
@@ -43,13 +44,29 @@ def this_node(topology: TopologyConfig) -> Node:
             f"MASTER_ADDR, MASTER_PORT and NODE_RANK set (missing here: {', '.join(missing)}), "
             "or use scripts/launch_node.sh or scripts/launch_slurm.sh"
         )
-    found = os.environ.get("SLURM_STEP_NUM_NODES")
-    if found is not None and int(found) != topology.num_nodes:
-        raise InputError(f"topology={topology.name} has {topology.num_nodes} nodes, but Slurm started {found}")
     node = Node(_number("NODE_RANK", topology.num_nodes - 1), os.environ["MASTER_ADDR"], _number("MASTER_PORT", 65535))
     if node.rank == 0:
         check_port(node.port)
     return node
+
+
+def check_nodes(topology: TopologyConfig) -> None:
+    """Compare what started this process with the topology, where it says how many nodes there are.
+
+    Raises:
+        InputError: if they differ.
+    """
+    nodes = topology.num_nodes
+    has = f"topology={topology.name} has {nodes} node{'s' * (nodes > 1)}"
+    found, tasks = os.environ.get("SLURM_STEP_NUM_NODES"), os.environ.get("SLURM_STEP_NUM_TASKS")
+    if found is not None and int(found) != nodes:
+        raise InputError(f"{has}, but Slurm started {found}")
+    if tasks is not None and int(tasks) != nodes:
+        raise InputError(f"{has}, but Slurm started {tasks} tasks: one a node, the ranks are started by train")
+    if nodes == 1 and os.environ.get("NODE_RANK", "0") not in ("", "0"):
+        raise InputError(
+            f"{has}, but NODE_RANK={os.environ['NODE_RANK']}: unset it, or choose the topology of all nodes"
+        )
 
 
 def _number(name: str, highest: int) -> int:

@@ -11,10 +11,27 @@ from lit_glm.bench.result import COMPLETE, read_result
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
 from lit_glm.hardware.runtimes import make_runtime
+from lit_glm.jobs.heartbeat import watch_this_process
 from lit_glm.jobs.launch import ending_recorded, prepare_folder
 from lit_glm.jobs.nodes import OuterRank
 from lit_glm.jobs.spec import Job
-from lit_glm.jobs.worker import join_group, leave, run_rank, said
+from lit_glm.jobs.worker import fail, join_group, leave, run_rank, said
+
+_MARGIN_S = 15.0
+"""The collectives' own limit comes first and says more."""
+
+
+def _watch(config: TrainConfig, folder: Path, outer: OuterRank) -> Callable[[], None]:
+    """End this rank when its node gives no sign of life, as a launcher of ours would; torchrun then ends the others."""
+    limit = config.run.stall_timeout_s
+
+    def say() -> None:
+        message = f"rank {outer.rank}: no progress for {limit:g} s (run.stall_timeout_s): the job was ended ({folder})"
+        if outer.rank == 0:
+            fail(folder, message)
+        print(f"lit_glm: {message}", file=sys.stderr, flush=True)
+
+    return watch_this_process(folder, limit + _MARGIN_S, say)
 
 
 def run_outer(
@@ -55,8 +72,12 @@ def run_outer(
             told = exchange.broadcast(told, make_runtime(config.hardware, config.topology).device(outer.local_rank))
         folder, resumes = Path(told[0]), told[1]
         job = Job(config, entry if outer.rank == 0 else time.monotonic(), sys.argv, resumes)
-        with ending_recorded(folder) if outer.rank == 0 else nullcontext():
-            run_rank(job, folder)
+        end_watch = _watch(config, folder, outer) if outer.local_rank == 0 else lambda: None
+        try:
+            with ending_recorded(folder) if outer.rank == 0 else nullcontext():
+                run_rank(job, folder)
+        finally:
+            end_watch()
 
     with ExitStack() as keep:
         status = said(lambda: work(keep))

@@ -303,7 +303,7 @@ def _instantiate(entries: Dict[str, Any], run_dir: Optional[Path]) -> List[Any]:
 
 def _quiet() -> None:
     """Lightning's hints are for its own users; ours read what this project prints."""
-    for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda"):
+    for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for module in ("pytorch_lightning", "lightning_fabric", "torch.jit", "torch.utils.data"):
         warnings.filterwarnings("ignore", module=module)

@@ -43,7 +43,7 @@ def check_kernel(kernel: str, device: torch.device, training: bool) -> None:
     if (kernel == "fused" and not _HAS_FUSED) or (kernel == "flex" and not _has_flex()):
         raise InputError(f"model.attention={kernel}: torch {torch.__version__} has no such kernel; take auto")
     if kernel == "flex" and training and device.type == "cpu":
-        raise InputError("model.attention=flex: has no backward pass on processors; it is for CUDA; take auto")
+        raise InputError("model.attention=flex: has no backward pass on processors; it is for cards; take auto")
 
 
 def choose(kernel: str, device: torch.device, dropout: float) -> str:
@@ -243,7 +243,7 @@ class GatheredPlan:
 class FlexPlan:
     """The flat layout in one call of FlexAttention: blocks of the T x T table that nobody sees are never computed.
 
-    For CUDA. Its shapes are marked dynamic, so that steps of other lengths do not compile anew. It has no dropout of
+    For cards. Its shapes are marked dynamic, so that steps of other lengths do not compile anew. It has no dropout of
     the probabilities, and on processors no backward pass.
     """
 

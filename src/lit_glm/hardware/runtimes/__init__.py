@@ -10,6 +10,9 @@ from lit_glm.errors import InputError
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.hardware.variables import set_environment
 
+RUNTIMES = ("cpu", "cuda", "xmlir", "xpytorch")
+"""That a chip may run on; `simulated` rehearses any."""
+
 
 def _classes() -> Dict[str, "type[Runtime]"]:
     from lit_glm.hardware.runtimes.cpu import CPURuntime
@@ -29,6 +32,17 @@ def _classes() -> Dict[str, "type[Runtime]"]:
 
 def _wanted(hardware: HardwareConfig) -> List[str]:
     """Runtimes that may be taken, best first: none that would give another chip's figures under this one's name."""
+    unknown = sorted(set(hardware.runtimes) - set(RUNTIMES))
+    if unknown or not hardware.runtimes:
+        raise InputError(
+            f"hardware.runtimes=[{', '.join(hardware.runtimes)}] (conf/hardware/{hardware.name}.yaml): one or more of "
+            f"{', '.join(RUNTIMES)}"
+        )
+    if hardware.card and "cpu" in hardware.runtimes:
+        raise InputError(
+            f"hardware.runtimes={hardware.runtimes}: a processor's figures would stand under {hardware.card}'s name; "
+            "rehearse with hardware.runtime=simulated"
+        )
     if hardware.runtime == "auto":
         return list(hardware.runtimes)
     if hardware.runtime not in ("simulated", *hardware.runtimes):
@@ -55,10 +69,11 @@ def check_runtime(hardware: HardwareConfig) -> None:
 
 
 def _unusable(hardware: HardwareConfig, reasons: List[str]) -> str:
+    ways = dict.fromkeys(_classes()[name].install for name in _wanted(hardware))
     return (
         f"hardware={hardware.name}: none of its runtimes can be used here\n"
         + "\n".join(reasons)
-        + "\nInstall one (the vendor's wheels: pip install --no-deps *.whl; docs/hardware.md)"
+        + "".join(f"\nInstall it: {way}" for way in ways if way)
         + "\nor rehearse without the chip: "
         f"hardware={hardware.name} hardware.runtime=simulated"
     )
@@ -119,6 +134,7 @@ def check_cards(hardware: HardwareConfig, runtime: Runtime, devices: int, folder
     """
     said = []
     known: Dict[str, Any] = {entry.stem: OmegaConf.load(entry) for entry in sorted(folder.glob("*.yaml"))}
+    vendors = {str(entry.get("vendor") or "") for entry in known.values()} - {""}
     patterns = {name: str(entry.get("detect") or "") for name, entry in known.items()}
     for index in range(devices):
         name = runtime.device_name(index)
@@ -130,10 +146,10 @@ def check_cards(hardware: HardwareConfig, runtime: Runtime, devices: int, folder
                 f"hardware={hardware.name}, but card {index} calls itself {name!r}; "
                 f"take hardware={better[0] if better else 'cuda (any card, no peak)'}"
             )
-        if not hardware.detect and hardware.card and better and better[0] != hardware.name:
-            raise InputError(
-                f"hardware={hardware.name}, but card {index} calls itself {name!r}; take hardware={better[0]}"
-            )
+        others = [vendor for vendor in vendors - {hardware.vendor} if vendor.lower() in name.lower()]
+        if not hardware.detect and hardware.card and ((better and better[0] != hardware.name) or others):
+            take = better[0] if better else "another file, or one of its own (docs/hardware.md)"
+            raise InputError(f"hardware={hardware.name}, but card {index} calls itself {name!r}; take hardware={take}")
         total = runtime.total_memory(index)
         if hardware.memory_gib and total and abs(total / 2**30 / hardware.memory_gib - 1) > 0.1:
             said.append(

@@ -27,6 +27,9 @@ class Runtime:
     backend = "gloo"
     """Collective backend for torch.distributed."""
 
+    install = ""
+    """How to get what it needs."""
+
     @staticmethod
     def missing() -> Optional[str]:
         """Why this runtime cannot be used here; None if it can. Must not import the vendor's package."""

@@ -16,6 +16,9 @@ class CUDARuntime(Runtime):
     has_tf32 = True
     pins_memory = True
     has_driver = True
+    install = (
+        "torch's build for the card (NVIDIA's: https://pytorch.org/get-started; others': the vendor's) and its driver"
+    )
 
     def __init__(self) -> None:
         self._watch = MemoryWatch(nvml_memory)

@@ -29,6 +29,9 @@ class XMLIRRuntime(Runtime):
     name = "xmlir"
     backend = "xccl"
     has_driver = True
+    install = (
+        "the vendor's wheels, pip install --no-deps xmlir-*.whl xacc-*.whl, for Python 3.8 (docs/r300.md, lines 2 to 4)"
+    )
 
     @staticmethod
     def missing() -> Optional[str]:

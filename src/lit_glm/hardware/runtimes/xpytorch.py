@@ -14,6 +14,7 @@ class XPyTorchRuntime(CUDARuntime):
 
     name = "xpytorch"
     has_tf32 = False
+    install = "XPyTorch, the vendor's own build of torch 2 with torch_xmlir (docs/hardware.md)"
 
     @staticmethod
     def missing() -> Optional[str]:
