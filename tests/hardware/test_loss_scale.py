@@ -1,13 +1,19 @@
 """The rule of the loss scale, against a second statement of it."""
 
-from typing import List
+import importlib.util
+from pathlib import Path
+from typing import Any, List
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_glm.config.schema import LossScaleConfig
-from lit_glm.hardware.loss_scale import DynamicLossScale
+from lit_glm.config.app import checked, compose
+from lit_glm.config.schema import LossScaleConfig, TrainConfig
+from lit_glm.hardware.loss_scale import DynamicLossScale, VendorLossScale
+
+DOUBLE = Path(__file__).parent.parent / "doubles" / "torch_xmlir" / "amp" / "__init__.py"
 
 
 def scales(overflows: List[bool], config: LossScaleConfig) -> List[float]:
@@ -63,3 +69,39 @@ def test_a_restored_scale_goes_on_alike() -> None:
         one.update(overflow)
         other.update(overflow)
         assert one.scale == pytest.approx(other.scale)
+
+
+def test_a_runtimes_own_scaler_takes_its_place() -> None:
+    """The double halves at once at an overflow and doubles after `window` good steps; a checkpoint has its state."""
+    spec = importlib.util.spec_from_file_location("double", str(DOUBLE))
+    assert spec is not None
+    double: Any = importlib.util.module_from_spec(spec)
+    assert spec.loader is not None
+    spec.loader.exec_module(double)
+
+    def step(scale: VendorLossScale, value: float) -> float:
+        weight = torch.nn.Parameter(torch.ones(1))
+        optimizer = torch.optim.SGD([weight], lr=0.0)
+        scale.multiply((weight * value).sum()).backward()
+        scale.divide(optimizer)
+        assert weight.grad is not None
+        scale.update(not bool(torch.isfinite(weight.grad).all()))
+        return float(weight.grad)
+
+    scale = VendorLossScale(double.GradScaler(init_scale=8.0, growth_interval=2))
+    assert step(scale, 3.0) == 3.0  # divided by what it was multiplied with
+    assert step(scale, float("inf")) == float("inf")
+    assert scale.scale == 4.0
+    step(scale, 1.0)
+    other = VendorLossScale(double.GradScaler(init_scale=1.0, growth_interval=2))
+    other.load_state_dict(scale.state_dict())
+    for each in (scale, other):
+        step(each, 1.0)
+        assert each.scale == 8.0
+
+
+@pytest.mark.parametrize("precision", ["fp16", "amp"])
+def test_the_published_window(precision: str) -> None:
+    scaling = checked(compose("train", [f"precision={precision}"]), TrainConfig).precision.loss_scale
+    assert scaling is not None
+    assert (scaling.window, scaling.hysteresis, scaling.minimum) == (1000, 2, 1)

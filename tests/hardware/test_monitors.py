@@ -1,7 +1,10 @@
 """What the vendor's monitor prints, good and broken, and the thread that keeps the largest reading."""
 
 import doctest
+import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Dict, Tuple
 
 import pytest
@@ -9,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_glm.hardware import monitors
-from lit_glm.hardware.monitors import MemoryWatch, parse_xpu_smi, parse_xpu_smi_m, xpu_memory
+from lit_glm.hardware.monitors import MemoryWatch, nvml_memory, parse_xpu_smi, parse_xpu_smi_m, xpu_memory
 
 
 def new_line(card: int, used: object, total: object = 32768) -> str:
@@ -57,15 +60,40 @@ def test_any_text_is_read_without_an_error(text: str) -> None:
     assert parse_xpu_smi(text) == [] or text
 
 
-def test_the_tool_is_found_on_the_path(tmp_path: "object", monkeypatch: pytest.MonkeyPatch) -> None:
-    from pathlib import Path
-
-    tool = Path(str(tmp_path)) / "xpu-smi"
+def test_the_tool_is_found_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "xpu-smi"
     tool.write_text(f"#!/bin/sh\n[ \"$1\" = -m ] && echo '{new_line(0, 2048)}'\n")
     tool.chmod(0o755)
     assert xpu_memory() == {}
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert xpu_memory() == {0: (2048 * 2**20, 32768 * 2**20)}
+
+
+def test_what_the_tool_prints_need_not_be_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "xpu_smi"
+    tool.write_text(f"#!/bin/sh\nprintf 'xpu_smi 4.0, 46 \\260C\\n'\necho '{old_line('2048MiB')}'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert xpu_memory() == {0: (2048 * 2**20, 32768 * 2**20)}  # the heading has the word, and is no card
+
+
+def test_nvml_by_a_double_of_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No card was in reach: the double has the functions of nvidia-ml-py that are called."""
+    used = {0: 5 * 2**30, 1: 7 * 2**30}
+    double = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetCount=lambda: len(used),
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=used[handle], total=80 * 2**30),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", double)
+    assert nvml_memory() == {0: (5 * 2**30, 80 * 2**30), 1: (7 * 2**30, 80 * 2**30)}
+
+    def fails() -> None:
+        raise RuntimeError("driver not loaded")
+
+    double.nvmlInit = fails
+    assert nvml_memory() == {}
 
 
 def test_the_largest_reading_of_a_visible_card_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,11 +176,13 @@ def test_a_killed_command_keeps_its_folder_until_its_ranks_are_gone(tmp_path: Pa
     agent = ranks[0].parent()
     assert agent is not None
     agent.suspend()  # it passes no signal on
-    process.kill()
-    process.wait()
-    assert all(rank.is_running() for rank in ranks)
-    assert is_running(run)
-    agent.resume()
+    try:
+        process.kill()
+        process.wait()
+        assert all(rank.is_running() for rank in ranks)
+        assert is_running(run)
+    finally:
+        agent.resume()
     psutil.wait_procs([agent, *ranks], timeout=60)
     assert not any(rank.is_running() for rank in ranks)
     assert not is_running(run)

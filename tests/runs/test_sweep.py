@@ -45,10 +45,10 @@ def test_a_sweep_and_the_same_again(tmp_path: Path) -> None:
 
 
 def test_the_variables_of_one_combination_are_not_the_users_for_the_next(tmp_path: Path) -> None:
-    done = lit_glm("train", *SWEEP, "topology=1x1", "+hardware.env.LIT_GLM_RING=1,2", cwd=tmp_path)
+    done = lit_glm("train", *SWEEP, "topology=1x1", "+hardware.env.BKCL_PCIE_RING=1,2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = [json.loads((tmp_path / "sweep" / number / "environment.json").read_text()) for number in "01"]
-    assert [environment["variables"]["LIT_GLM_RING"] for environment in found] == ["1", "2"]
+    assert [environment["variables"]["BKCL_PCIE_RING"] for environment in found] == ["1", "2"]
     assert "is set and stays" not in done.stderr
 
 

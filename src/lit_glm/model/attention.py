@@ -96,7 +96,7 @@ class _Products(torch.autograd.Function):
         ctx.factor, ctx.scale = 1.0 / math.sqrt(d), 1.0
         ctx.sequences = max(1, _SCORES // (H * queries * keys)) if q.device.type == "cpu" else N
         q, k, v = (part.reshape(N * H, -1, d) for part in (q, k, v))
-        out, kept = torch.empty_like(q), []
+        out, kept = torch.empty_like(q, memory_format=torch.contiguous_format), []
         for start in range(0, N, ctx.sequences):
             some = slice(start * H, (start + ctx.sequences) * H)
             scores = torch.bmm(q[some] * ctx.factor, k[some].transpose(1, 2))
@@ -120,7 +120,7 @@ class _Products(torch.autograd.Function):
         row_sum = (grad.float() * out.float()).sum(-1, keepdim=True).to(grad.dtype)
         if kept[1] is not None:
             grad = grad * ctx.scale
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        grad_q, grad_k, grad_v = (torch.empty_like(part, memory_format=torch.contiguous_format) for part in (q, k, v))
         for number in range(len(kept) // 2):
             some = slice(number * ctx.sequences * H, (number + 1) * ctx.sequences * H)
             probabilities, keep = kept[2 * number : 2 * number + 2]

@@ -1,8 +1,8 @@
 """Log-probabilities of given tokens out of a whole vocabulary, with one table of logits and no copy of it.
 
 torch's log-softmax keeps a second [T, V] table for the backward pass and fills two more there; with a row for every
-position, as published, each has gigabytes. Here the table is read in slices that fit a cache, and the backward pass
-turns it into its own gradient in place. Shapes: T rows, D hidden, V vocabulary.
+position, as published, each has gigabytes. Here the table is read in slices (on processors such as fit a cache), and
+the backward pass turns it into its own gradient in place. Shapes: T rows, D hidden, V vocabulary.
 """
 
 from typing import Any, Iterator
@@ -14,9 +14,10 @@ from torch import Tensor
 from lit_glm.model.linear import linear
 
 _SLICE = 2**20
-"""Elements of a table that a processor works on at a time (4 MiB in fp32); other devices take all at once."""
+"""Elements of a table that a processor works on at a time (4 MiB in fp32)."""
 _PRODUCT = 2**26
-"""Logits made at a time where no gradient needs them: enough rows for a product at full speed."""
+"""The same of other devices (256 MiB), and logits made at a time where no gradient needs them: enough rows for a
+product at full speed."""
 
 
 def log_probabilities(h: Tensor, embeddings: Tensor, targets: Tensor) -> Tensor:
@@ -30,7 +31,7 @@ def log_probabilities(h: Tensor, embeddings: Tensor, targets: Tensor) -> Tensor:
     Returns:
         [T] float32. Its backward pass can run once: it overwrites the logits.
     """
-    if torch.is_grad_enabled() or h.device.type != "cpu":
+    if torch.is_grad_enabled():
         return _of_targets(linear(h, embeddings), targets)
     parts = [_of_targets(linear(h[rows], embeddings), targets[rows]) for rows in _slices(h, len(embeddings), _PRODUCT)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -68,6 +69,6 @@ class _Picked(torch.autograd.Function):
 
 def _slices(table: Tensor, width: int, elements: int) -> Iterator[slice]:
     """Rows of a table, so many that `elements` of `width` a row are not exceeded."""
-    rows = max(1, elements // width) if table.device.type == "cpu" else max(1, len(table))
+    rows = max(1, (elements if table.device.type == "cpu" else _PRODUCT) // width)
     for start in range(0, len(table), rows):
         yield slice(start, start + rows)

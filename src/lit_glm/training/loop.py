@@ -41,3 +41,5 @@ class _Steps(_TrainingEpochLoop):
 
     def on_advance_end(self, data_fetcher: Any) -> None:
         self._batches_that_stepped += 1
+        if self.trainer.should_stop:
+            self._save_loggers_on_train_batch_end()

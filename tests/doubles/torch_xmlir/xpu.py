@@ -6,7 +6,7 @@ import torch
 
 _current = [0]
 CALLS = {"synchronize": 0, "empty_cache": 0}
-"""How often; written to the file DOUBLE_CALLS at exit, for the tests."""
+"""How often."""
 
 
 def is_available() -> bool:

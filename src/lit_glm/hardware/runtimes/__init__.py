@@ -33,7 +33,7 @@ def _classes() -> Dict[str, "type[Runtime]"]:
 def _wanted(hardware: HardwareConfig) -> List[str]:
     """Runtimes that may be taken, best first: none that would give another chip's figures under this one's name."""
     unknown = sorted(set(hardware.runtimes) - set(RUNTIMES))
-    if unknown or not hardware.runtimes:
+    if unknown or not (hardware.runtimes or hardware.runtime == "simulated"):
         raise InputError(
             f"hardware.runtimes=[{', '.join(hardware.runtimes)}] (conf/hardware/{hardware.name}.yaml): one or more of "
             f"{', '.join(RUNTIMES)}"
