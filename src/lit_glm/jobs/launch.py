@@ -23,7 +23,7 @@ from lit_glm.jobs.spec import Job
 from lit_glm.jobs.worker import EXIT_STATUS, Interrupted, fail, run_rank
 
 _GRACE_S = 40.0
-_STALL_MARGIN_S = 15.0
+STALL_MARGIN_S = 15.0
 _STALL_GRACE_S = 15.0
 _LEAK = (
     "MASTER_ADDR",
@@ -115,7 +115,7 @@ def _run_here(job: Job, run_dir: Path) -> Dict[str, Any]:
         for child in psutil.Process().children(recursive=True):
             child.kill()
 
-    end_watch = watch_this_process(run_dir, limit + _STALL_MARGIN_S, say)
+    end_watch = watch_this_process(run_dir, limit + STALL_MARGIN_S, say)
     try:
         return run_rank(job, run_dir)
     finally:
@@ -187,7 +187,7 @@ def run_ranks(
     spec_dir: Path,
     run_dir: Path,
     module: str = "lit_glm.jobs.worker",
-    margin_s: float = _STALL_MARGIN_S,
+    margin_s: float = STALL_MARGIN_S,
     lock: Optional[int] = None,
 ) -> None:
     """Run all ranks of this node as one torchrun; forwards signals to it, and leaves nothing running.

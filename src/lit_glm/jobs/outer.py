@@ -12,13 +12,10 @@ from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
 from lit_glm.hardware.runtimes import make_runtime
 from lit_glm.jobs.heartbeat import watch_this_process
-from lit_glm.jobs.launch import ending_recorded, prepare_folder
+from lit_glm.jobs.launch import STALL_MARGIN_S, ending_recorded, prepare_folder
 from lit_glm.jobs.nodes import OuterRank
 from lit_glm.jobs.spec import Job
 from lit_glm.jobs.worker import fail, join_group, leave, run_rank, said
-
-_MARGIN_S = 15.0
-"""The collectives' own limit comes first and says more."""
 
 
 def _watch(config: TrainConfig, folder: Path, outer: OuterRank) -> Callable[[], None]:
@@ -31,7 +28,7 @@ def _watch(config: TrainConfig, folder: Path, outer: OuterRank) -> Callable[[], 
             fail(folder, message)
         print(f"lit_glm: {message}", file=sys.stderr, flush=True)
 
-    return watch_this_process(folder, limit + _MARGIN_S, say)
+    return watch_this_process(folder, limit + STALL_MARGIN_S, say)
 
 
 def run_outer(
