@@ -1,7 +1,5 @@
 """HDF5 files to batches of the chosen scoring, for training and evaluation."""
 
-import ctypes
-import signal
 import time
 from functools import partial
 from typing import Any, Callable, Iterable, Iterator, List, Union
@@ -12,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from lit_glm.batches.ahead import Ahead
 from lit_glm.batches.collate import flat_batch, padded_batch
 from lit_glm.batches.compact import CompactSplit
+from lit_glm.batches.processes import LoaderProcesses, live_and_die_with_the_rank
 from lit_glm.batches.sampler import EndlessBatches
 from lit_glm.batches.types import FlatBatch, PaddedBatch
 from lit_glm.config.schema import TrainConfig
@@ -40,20 +39,6 @@ def _padded(split: CompactSplit, indices: List[int], num_tokens: int) -> PaddedB
     return padded_batch(split, indices, num_tokens)
 
 
-def _live_and_die_with_the_rank(_worker: int) -> None:
-    """Ctrl-C and torchrun signal the whole process group; the rank decides what stops, and its workers with it.
-
-    A rank that is killed takes them along (Linux: prctl PR_SET_PDEATHSIG): one that waits for a lock of the rank's
-    would never end, and keep its output and its run folder's lock.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    try:
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    except (AttributeError, OSError):
-        pass
-
-
 def evaluation_batches(split: CompactSplit, config: TrainConfig, rank: int = 0, world_size: int = 1) -> Iterable[Any]:
     """This rank's share of the evaluation set in file order; every example belongs to exactly one rank."""
     mine = list(range(rank, len(split), world_size))
@@ -66,7 +51,7 @@ def evaluation_batches(split: CompactSplit, config: TrainConfig, rank: int = 0, 
         sampler=batches,
         batch_size=None,
         num_workers=config.data.num_workers,
-        worker_init_fn=_live_and_die_with_the_rank,
+        worker_init_fn=live_and_die_with_the_rank,
     )
     return _ahead(loader, config)
 
@@ -93,7 +78,9 @@ def by_rows(examples: List[int], rows: Any, most: int) -> List[List[int]]:
 
 def _ahead(loader: "DataLoader[Any]", config: TrainConfig) -> Iterable[Any]:
     """Loader processes are ahead by themselves; padded batches are large and their steps long."""
-    return loader if loader.num_workers else Ahead(loader, 2 if config.scoring.name == "published" else 64)
+    if loader.num_workers:
+        return LoaderProcesses(loader)
+    return Ahead(loader, 2 if config.scoring.name == "published" else 64)
 
 
 class _Waited:
@@ -158,7 +145,7 @@ class RecordData(pl.LightningDataModule):
             sampler=self.sampler(self._steps_done(), self.trainer.global_rank),
             batch_size=None,
             num_workers=self._config.data.num_workers,
-            worker_init_fn=_live_and_die_with_the_rank,
+            worker_init_fn=live_and_die_with_the_rank,
             pin_memory=self._pin_memory,
         )
         return _Waited(_ahead(loader, self._config), self._wait)
