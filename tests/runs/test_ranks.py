@@ -160,12 +160,42 @@ def test_a_rank_that_hangs_ends_the_job(victim: int, tmp_path: Path) -> None:
     process = _start(tmp_path, run, "1x2", *more)
     _wait_for_steps(run, process, 10)
     began = time.monotonic()
-    ranks_of(process)[victim].send_signal(signal.SIGSTOP)
+    hanging = ranks_of(process)[victim]
+    pid = hanging.pid
+    hanging.send_signal(signal.SIGSTOP)
     said = process.communicate(timeout=80)
     assert time.monotonic() - began < 5 + 60
     assert process.returncode == 1, said
+    assert "no progress for 5 s (run.stall_timeout_s)" in said[1]
+    assert f"rank {victim} (process {pid}) is stopped" in said[1]
+    assert f"rank {1 - victim}, innermost call first:" in said[1]
+    assert "all_reduce" in said[1] or "backward" in said[1]
     _nothing_left(run)
-    assert result(run)["status"] == "failed"
+    final = result(run)
+    assert final["status"] == "failed"
+    assert f"rank {victim} (process {pid}) is stopped" in final["error"]
+    assert len(rows(run / "steps.csv")) >= 10
+
+
+TWO_NODES = [*FOUR_CARDS[:-1], "topology.num_nodes=2", "topology.devices_per_node=2", "run.max_steps=100000"]
+
+
+@pytest.mark.parametrize(("victim", "number"), [(3, signal.SIGKILL), (0, signal.SIGKILL), (2, signal.SIGSTOP)])
+def test_a_rank_that_ends_or_hangs_ends_both_nodes(victim: int, number: int, tmp_path: Path) -> None:
+    port = free_port()
+    more = ["run.eval_interval_samples=100000", "run.stall_timeout_s=15", f"hydra.run.dir={tmp_path / 'run'}"]
+    nodes = [start([*TWO_NODES, *more], on_node(rank, "127.0.0.1", port), tmp_path) for rank in (0, 1)]
+    _wait_for_steps(tmp_path / "run", nodes[0], 5)
+    began = time.monotonic()
+    ranks_of(nodes[victim // 2])[victim % 2].send_signal(number)
+    outputs = [process.communicate(timeout=75)[1] for process in nodes]
+    assert time.monotonic() - began < (60 if number == signal.SIGKILL else 15 + 60)
+    assert [process.returncode for process in nodes] == [1, 1], outputs
+    said = f"rank {victim} was killed by SIGKILL" if number == signal.SIGKILL else f"rank {victim} (process"
+    assert said in outputs[victim // 2]
+    _nothing_left(tmp_path / "run")
+    assert result(tmp_path / "run")["status"] == "failed"
+    assert len(rows(tmp_path / "run" / "steps.csv")) >= 5
 
 
 def test_a_killed_command_keeps_its_folder_until_its_ranks_are_gone(tmp_path: Path) -> None:
@@ -250,7 +280,8 @@ def test_a_hang_under_a_torchrun_of_the_users_ends(tmp_path: Path, monkeypatch: 
     more = ["+callbacks.mine._target_=mine.Hangs", "run.stall_timeout_s=2", "hydra.run.dir=run"]
     done = torchrun(*DEBUG, *more, ranks=1, cwd=tmp_path)
     assert done.returncode != 0
-    assert "rank 0: no progress for 2 s (run.stall_timeout_s)" in done.stderr
+    assert "no progress for 2 s (run.stall_timeout_s)" in done.stderr
+    assert "mine.py" in done.stderr  # where it hangs
     assert result(tmp_path / "run")["status"] == "failed"
 
 

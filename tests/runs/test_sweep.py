@@ -26,12 +26,14 @@ def test_a_sweep_and_the_same_again(tmp_path: Path) -> None:
     assert first.returncode == 2, first.stderr
     assert states(tmp_path) == [
         ["bs=2,lr=0.001", "finished"],
-        ["", "failed"],
+        ["bs=2,lr=0.001", "failed"],
         ["bs=4,lr=0.001", "finished"],
-        ["", "failed"],
+        ["bs=4,lr=0.001", "failed"],
     ]
     assert "topology=4x8 has 4 nodes" in first.stderr
     assert first.stdout.count("cpu 1x2") >= 4  # each run's own row, then the table over all
+    assert first.stdout.count("| cpu 4x8 (failed) | fp32 ") == 2
+    assert (tmp_path / "sweep" / "sweep.md").read_text() in first.stdout
     results = [tmp_path / "sweep" / number / "result.json" for number in "02"]
     before = [path.read_bytes() for path in results]
     results[1].write_text(json.dumps({**json.loads(before[1]), "status": "running"}))
@@ -42,6 +44,14 @@ def test_a_sweep_and_the_same_again(tmp_path: Path) -> None:
     assert results[0].read_bytes() == before[0]
     assert json.loads(results[1].read_text())["status"] == "finished"
     assert states(tmp_path) == [["bs=2,lr=0.001", "finished"], ["bs=4,lr=0.001", "finished"]]
+
+
+def test_a_combination_that_is_no_configuration_has_a_row_too(tmp_path: Path) -> None:
+    done = lit_glm("train", *SWEEP, "bs=abc,2", "topology=1x1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "bs=abc: must be a whole number" in done.stderr
+    assert states(tmp_path) == [["bs=abc,lr=0.001", "failed"], ["bs=2,lr=0.001", "finished"]]
+    assert "| cpu 1x1 (failed) | fp32 " in done.stdout
 
 
 def test_the_variables_of_one_combination_are_not_the_users_for_the_next(tmp_path: Path) -> None:

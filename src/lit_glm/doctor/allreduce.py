@@ -9,8 +9,10 @@ from pathlib import Path
 from lit_glm.bench.result import write_json
 from lit_glm.errors import RunError
 from lit_glm.hardware.runtimes import make_runtime
+from lit_glm.jobs.group import joined
+from lit_glm.jobs.heartbeat import Heartbeat
 from lit_glm.jobs.spec import Job
-from lit_glm.jobs.worker import die_with_parent, join_group, leave, said
+from lit_glm.jobs.worker import die_with_parent, leave, said
 
 _MIB = 16
 _ROUNDS = 5
@@ -20,11 +22,15 @@ def main(spec_dir: Path, out_dir: Path) -> int:
     """Sum over the ranks, check the sum, time it."""
     die_with_parent()
     config = Job.read(spec_dir).config
+    Heartbeat(spec_dir, int(os.environ["RANK"]))
 
     def work() -> None:
+        with joined(config):
+            sum_up()
+
+    def sum_up() -> None:
         import torch
 
-        join_group(config)
         runtime = make_runtime(config.hardware, config.topology)
         device = runtime.device(int(os.environ["LOCAL_RANK"]))
         rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()

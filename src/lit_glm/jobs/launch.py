@@ -17,14 +17,13 @@ from lit_glm.alone import alone_in
 from lit_glm.bench.result import amend_result, begin_result, read_result
 from lit_glm.errors import InputError, RunError
 from lit_glm.jobs import heartbeat
-from lit_glm.jobs.heartbeat import watch_this_process
+from lit_glm.jobs.heartbeat import STALL_MARGIN_S, watch_this_process
 from lit_glm.jobs.nodes import Node, check_nodes, interface_towards, this_node
 from lit_glm.jobs.spec import Job
 from lit_glm.jobs.worker import EXIT_STATUS, Interrupted, fail, run_rank
 
 _GRACE_S = 40.0
-STALL_MARGIN_S = 15.0
-_STALL_GRACE_S = 15.0
+_STALL_GRACE_S = 5.0
 _LEAK = (
     "MASTER_ADDR",
     "MASTER_PORT",
@@ -100,6 +99,7 @@ def _help(job: Job, node: Node, run_dir: Path) -> Dict[str, Any]:
     """Run the ranks of another node than the first: that one keeps the run folder, which both may share."""
     spec_dir = run_dir / "nodes" / str(node.rank)
     spec_dir.mkdir(parents=True, exist_ok=True)
+    heartbeat.clear(spec_dir)
     job.write(spec_dir)
     run_ranks(job, node, spec_dir, run_dir)
     return {}
@@ -108,14 +108,14 @@ def _help(job: Job, node: Node, run_dir: Path) -> Dict[str, Any]:
 def _run_here(job: Job, run_dir: Path) -> Dict[str, Any]:
     limit = job.config.run.stall_timeout_s
 
-    def say() -> None:
-        message = f"no progress for {limit:g} s (run.stall_timeout_s): the run was ended ({run_dir})"
+    def say(whereabouts: List[str]) -> None:
+        message = heartbeat.stalled(limit, run_dir, whereabouts)
         fail(run_dir, message)
         print(f"lit_glm: {message}", file=sys.stderr, flush=True)
         for child in psutil.Process().children(recursive=True):
             child.kill()
 
-    end_watch = watch_this_process(run_dir, limit + STALL_MARGIN_S, say)
+    end_watch = watch_this_process(run_dir, [0], limit + STALL_MARGIN_S, say)
     try:
         return run_rank(job, run_dir)
     finally:
@@ -128,8 +128,7 @@ def prepare_folder(job: Job, run_dir: Path) -> None:
     if not job.resumes:
         _clear(run_dir)
         begin_result(run_dir, job.config)
-    if (run_dir / heartbeat.FILE).exists():
-        (run_dir / heartbeat.FILE).unlink()
+    heartbeat.clear(run_dir)
     job.write(run_dir)
 
 
@@ -198,7 +197,7 @@ def run_ranks(
         spec_dir: holds job.json; where the ranks give signs of life.
         run_dir: where files go.
         module: what each rank runs, with the two folders as its arguments.
-        margin_s: seconds beyond `run.stall_timeout_s` that the ranks have to end by themselves.
+        margin_s: seconds beyond `run.stall_timeout_s` without a sign of life until the ranks are ended.
         lock: descriptor that keeps the run folder, as long as a rank may be at work there: if this process is killed
             its ranks take a moment to end.
 
@@ -222,7 +221,7 @@ def run_ranks(
         command, env=environment, start_new_session=True, preexec_fn=_die_with_parent, pass_fds=held
     )
     try:
-        status = _wait(agent, job, spec_dir, run_dir, margin_s)
+        status = _wait(agent, job, node, spec_dir, run_dir, margin_s)
     except _Stopped as stopped:
         for number in EXIT_STATUS:
             signal.signal(number, signal.SIG_IGN)
@@ -242,21 +241,22 @@ def run_ranks(
         raise RunError(f"the job failed with exit status {status}; the rank's error stands above ({run_dir})")
 
 
-def _wait(agent: "subprocess.Popen[bytes]", job: Job, spec_dir: Path, run_dir: Path, margin_s: float) -> int:
+def _wait(
+    agent: "subprocess.Popen[bytes]", job: Job, node: Node, spec_dir: Path, run_dir: Path, margin_s: float
+) -> int:
     """Wait for the agent; end it when its ranks give no sign of life for too long."""
     limit = job.config.run.stall_timeout_s
-    started = time.time()
+    started, per_node = time.time(), job.config.topology.devices_per_node
+    ranks = range(node.rank * per_node, (node.rank + 1) * per_node)
     while True:
         try:
             return agent.wait(timeout=1.0)
         except subprocess.TimeoutExpired:
-            # The collectives' own limit comes first and says more.
-            if heartbeat.silent_for(spec_dir, started) > limit + margin_s:
+            if heartbeat.silent_for(spec_dir, ranks, started) > limit + margin_s:
+                message = heartbeat.stalled(limit, run_dir, heartbeat.whereabouts(spec_dir, ranks))
                 agent.send_signal(signal.SIGTERM)
                 _end(agent, _STALL_GRACE_S)
-                raise RunError(
-                    f"no progress for {limit:g} s (run.stall_timeout_s): the job was ended ({run_dir})"
-                ) from None
+                raise RunError(message) from None
 
 
 def _end(agent: "subprocess.Popen[bytes]", grace_s: float = _GRACE_S) -> None:

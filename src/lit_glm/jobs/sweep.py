@@ -10,11 +10,13 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, Optional
 
 from hydra.experimental.callback import Callback
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from lit_glm.bench.result import COLUMNS, COMPLETE, cells, read_result, table, write_json
+from lit_glm.bench.result import COLUMNS, COMPLETE, cells, of_config, read_result, table, write_json
 from lit_glm.config.app import Outcome
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError, RunError
@@ -42,21 +44,36 @@ class SweepNotes(Callback):
             return
         sweep_dir, number = Path(config.hydra.sweep.dir), int(config.hydra.job.num)
         if not _note_file(sweep_dir, number).exists():
-            _note(sweep_dir, number, None, InputError.exit_status)
+            _note(sweep_dir, number, None, InputError.exit_status, _refused(config))
 
 
 def _note_file(sweep_dir: Path, number: int) -> Path:
     return sweep_dir / _NOTES / f"{number:05d}.json"
 
 
-def _note(sweep_dir: Path, number: int, run_dir: Optional[Path], status: int) -> None:
+def _refused(config: Any) -> Dict[str, Any]:
+    """What a row can say of a combination that was refused: its composed configuration may lack anything."""
+
+    def text(key: str) -> str:
+        try:
+            value = OmegaConf.select(config, key)
+        except OmegaConfBaseException:
+            return ""
+        return "" if value is None else str(value)
+
+    row: Dict[str, Any] = {name: text(f"{name}.name") for name in ("hardware", "topology", "precision", "scoring")}
+    return {**row, "fix_hp": f"bs={text('bs')},lr={text('lr')}", "status": "failed"}
+
+
+def _note(sweep_dir: Path, number: int, run_dir: Optional[Path], status: int, row: Dict[str, Any]) -> None:
+    """Leave a note of a job, with the row of the table that it has without a result."""
     from hydra.core.hydra_config import HydraConfig
 
     file = _note_file(sweep_dir, number)
     file.parent.mkdir(parents=True, exist_ok=True)
     overrides = HydraConfig.get().job.override_dirname if HydraConfig.initialized() else ""
     folder = None if run_dir is None else str(run_dir.resolve())
-    write_json(file, {"run_dir": folder, "exit_status": status, "overrides": overrides})
+    write_json(file, {"run_dir": folder, "exit_status": status, "overrides": overrides, "row": row})
 
 
 def run_combination(
@@ -107,7 +124,7 @@ def run_combination(
     except Exception as error:  # a full disk, say: the other combinations still have their turn, and the table is made
         print(f"lit_glm: {run_dir}: {type(error).__name__}: {error}", file=sys.stderr)
     finally:
-        _note(sweep_dir, number, run_dir, status)
+        _note(sweep_dir, number, run_dir, status, {**of_config(config), "status": "failed"})
     value = (result or {}).get(config.sweep.objective)
     return Outcome(status, math.nan if value is None else float(value))
 
@@ -126,23 +143,23 @@ def summarise(sweep_dir: Path) -> "tuple[str, int]":
         The table for the terminal, and the exit status: the highest of any job.
     """
     notes = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((sweep_dir / _NOTES).glob("*.json"))]
-    results: List[Dict[str, Any]] = [_result(note) for note in notes]
-    text = table([result for result in results if result])
+    results = [_result(note) for note in notes]
+    text = table(results)
     sweep_dir.mkdir(parents=True, exist_ok=True)
-    failed = [f"- {note['overrides']}: no result" for note, result in zip(notes, results) if not result]
-    (sweep_dir / "sweep.md").write_text("\n".join([text, "", *failed]).rstrip("\n") + "\n", encoding="utf-8")
+    (sweep_dir / "sweep.md").write_text(text + "\n", encoding="utf-8")
     with (sweep_dir / "sweep.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([*COLUMNS, "scoring", "status", "run_dir", "overrides"])
         for note, result in zip(notes, results):
-            figures = [*cells(result), result["scoring"], result["status"]] if result else [""] * len(COLUMNS)
-            ending = [] if result else ["", "failed"]
-            writer.writerow([*figures, *ending, note["run_dir"] or "", note["overrides"]])
+            writer.writerow(
+                [*cells(result), result["scoring"], result["status"], note["run_dir"] or "", note["overrides"]]
+            )
     return text, max([int(note["exit_status"]) for note in notes], default=0)
 
 
 def _result(note: Dict[str, Any]) -> Dict[str, Any]:
-    return (read_result(Path(note["run_dir"])) or {}) if note["run_dir"] else {}
+    result: Dict[str, Any] = (read_result(Path(note["run_dir"])) if note["run_dir"] else None) or note["row"]
+    return result
 
 
 def finish() -> int:

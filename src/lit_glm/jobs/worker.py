@@ -23,6 +23,7 @@ from lit_glm.errors import InputError, RunError
 from lit_glm.hardware.runtimes import check_cards, check_devices, make_runtime
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.hardware.variables import set_environment
+from lit_glm.jobs.group import agree, collective_limit, joined
 from lit_glm.jobs.heartbeat import Heartbeat
 from lit_glm.jobs.spec import Job, identity
 
@@ -78,8 +79,8 @@ def run_rank(job: Job, run_dir: Path, spec_dir: Optional[Path] = None) -> Dict[s
     in_main_thread = threading.current_thread() is threading.main_thread()
     signals = _Signals() if in_main_thread else None
     try:
-        beats = int(os.environ.get("LOCAL_RANK", 0)) == 0
-        return _run(job, run_dir, signals, Heartbeat(spec_dir or run_dir) if beats else lambda: None)
+        beat = Heartbeat(spec_dir or run_dir, int(os.environ.get("RANK", 0)))
+        return _run(job, run_dir, signals, beat)
     finally:
         if signals is not None:
             signals.restore()
@@ -116,7 +117,7 @@ def _run(job: Job, run_dir: Path, signals: Optional[_Signals], beat: Callable[[]
     runtime = make_runtime(config.hardware, config.topology)
     check_devices(runtime, config.topology)
     world_size = config.topology.world_size
-    strategy = make_strategy(runtime, config.topology, config.run.stall_timeout_s)
+    strategy = make_strategy(runtime, config.topology, collective_limit(config))
     precision = make_precision(config, runtime, local_rank)
     kept += check_cards(config.hardware, runtime, config.topology.devices_per_node, CONF / "hardware")
     runtime.watch_memory(local_rank)
@@ -310,54 +311,14 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*barrier\\(\\).*|.*pkg_resources.*|.*isinstance.treespec.*")
 
 
-def agree(identity_: str, step: int, device: Any) -> None:
-    """All ranks run the same configuration from the same step, or none does.
-
-    Raises:
-        InputError: names the first rank that differs.
-    """
-    from lit_glm.hardware import exchange
-
-    told = exchange.gather((identity_, step), device)
-    for rank, (name, start) in enumerate(told):
-        if name != told[0][0]:
-            raise InputError(
-                f"rank {rank} was given another configuration than rank 0: type the same command everywhere"
-            )
-        if start != told[0][1]:
-            raise InputError(
-                f"rank {rank} would go on after step {start}, rank 0 after step {told[0][1]}: all nodes must see the "
-                "same run folder (give them one hydra.run.dir on a shared disk)"
-            )
-
-
-def join_group(config: TrainConfig) -> None:
-    """Open the process group of this rank, as torchrun's variables describe it."""
-    from datetime import timedelta
-
-    import torch
-
-    runtime = make_runtime(config.hardware, config.topology)
-    check_devices(runtime, config.topology)
-    runtime.set_device(int(os.environ["LOCAL_RANK"]))
-    found = int(os.environ.get("WORLD_SIZE", config.topology.world_size))
-    if found != config.topology.world_size:
-        raise InputError(
-            f"topology={config.topology.name} is {config.topology.world_size} ranks, but {found} were found; "
-            "is the same command running on every node?"
-        )
-    if config.topology.world_size > 1:
-        torch.distributed.init_process_group(runtime.backend, timeout=timedelta(seconds=config.run.stall_timeout_s))
-
-
 def main(spec_dir: Path, run_dir: Path) -> int:
     """Run under torchrun: errors become messages and exit statuses."""
     die_with_parent()
     job = Job.read(spec_dir)
 
     def work() -> None:
-        join_group(job.config)
-        run_rank(job, run_dir, spec_dir)
+        with joined(job.config):
+            run_rank(job, run_dir, spec_dir)
 
     return said(work)
 

@@ -1,0 +1,82 @@
+"""The ranks of a job: how they meet, that they do the same, and that none stays behind alone."""
+
+import os
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Iterator
+
+from lit_glm.config.schema import TrainConfig
+from lit_glm.errors import InputError
+from lit_glm.hardware.runtimes import check_devices, make_runtime
+from lit_glm.jobs.heartbeat import STALL_MARGIN_S
+
+_LATER_S = 15.0
+
+
+def collective_limit(config: TrainConfig) -> float:
+    """Seconds until a collective gives up: whoever watches for signs of life is first, and can say which rank hangs."""
+    return config.run.stall_timeout_s + STALL_MARGIN_S + _LATER_S
+
+
+@contextmanager
+def joined(config: TrainConfig) -> Iterator[None]:
+    """Open the process group of this rank, as torchrun's variables describe it; none for one device.
+
+    An error inside ends the other ranks too, on whichever node they are.
+
+    Raises:
+        InputError: if the number of ranks or of devices is not the topology's.
+        RunError: if the nodes do not reach each other.
+    """
+    import torch
+
+    runtime = make_runtime(config.hardware, config.topology)
+    check_devices(runtime, config.topology)
+    local_rank = int(os.environ["LOCAL_RANK"])
+    runtime.set_device(local_rank)
+    found = int(os.environ.get("WORLD_SIZE", config.topology.world_size))
+    if found != config.topology.world_size:
+        raise InputError(
+            f"topology={config.topology.name} is {config.topology.world_size} ranks, but {found} were found; "
+            "is the same command running on every node?"
+        )
+    if config.topology.world_size == 1:
+        yield
+        return
+    torch.distributed.init_process_group(runtime.backend, timeout=timedelta(seconds=collective_limit(config)))
+    if config.topology.num_nodes == 1:  # its agent sees to that
+        yield
+        return
+    from lit_glm.hardware import exchange
+    from lit_glm.jobs.lifeline import tie
+
+    device = runtime.device(local_rank)
+    rank = torch.distributed.get_rank()
+    line = tie(rank, found, os.environ["MASTER_ADDR"], lambda told: exchange.broadcast(told, device))
+    try:
+        yield
+    except BaseException:
+        line.let_go(failed=True)
+        raise
+    line.let_go(failed=False)
+
+
+def agree(identity: str, step: int, device: Any) -> None:
+    """All ranks run the same configuration from the same step, or none does.
+
+    Raises:
+        InputError: names the first rank that differs.
+    """
+    from lit_glm.hardware import exchange
+
+    told = exchange.gather((identity, step), device)
+    for rank, (name, start) in enumerate(told):
+        if name != told[0][0]:
+            raise InputError(
+                f"rank {rank} was given another configuration than rank 0: type the same command everywhere"
+            )
+        if start != told[0][1]:
+            raise InputError(
+                f"rank {rank} would go on after step {start}, rank 0 after step {told[0][1]}: all nodes must see the "
+                "same run folder (give them one hydra.run.dir on a shared disk)"
+            )
