@@ -36,7 +36,7 @@ def train(config: TrainConfig, composed: Any) -> Outcome:
             ensure(config.data)
         open_data(config.data, config.model)
 
-    check_runtime(config.hardware)
+    check_runtime(config.hardware, config.topology)
     outer = outer_rank(config.topology)
     sweeps = hydra.mode is not None and hydra.mode.name != "RUN"
     if sweeps:

@@ -29,7 +29,10 @@ def configuration(*overrides: str) -> TrainConfig:
 
 
 def test_the_names_of_the_contract_exist_and_no_file_is_forgotten() -> None:
-    assert sorted(FILES) == sorted((group, name) for group, names in GROUPS.items() for name in names)
+    """A chip of one's own is one file more in hardware/, and values of a pair are one more in fix_hp/."""
+    named = {(group, name) for group, names in GROUPS.items() for name in names}
+    assert named <= set(FILES)
+    assert {group for group, _ in set(FILES) - named} <= {"hardware"}
 
 
 @pytest.mark.parametrize(("group", "name"), FILES)
@@ -37,9 +40,10 @@ def test_every_file_composes(group: str, name: str) -> None:
     configuration(f"{group}={name}")
 
 
-@pytest.mark.parametrize("hardware", GROUPS["hardware"])
+@pytest.mark.parametrize("hardware", [name for group, name in FILES if group == "hardware"])
 def test_hardware_says_where_its_figures_come_from(hardware: str) -> None:
     config = configuration(f"hardware={hardware}")
+    assert config.hardware.name == hardware
     assert set(config.hardware.peak_tflops) == {"fp32", "tf32", "amp", "fp16", "bf16"}
     if any(config.hardware.peak_tflops.values()):
         assert config.hardware.source
@@ -87,6 +91,14 @@ def test_values_of_a_pair_chosen_in_an_experiment(tmp_path: Path) -> None:
     )
     config = configuration(f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine")
     assert (config.bs, config.run.max_samples) == (4, 20000)
+
+
+def test_a_chip_without_a_name_is_said(tmp_path: Path, capfd: Any) -> None:
+    (tmp_path / "hardware").mkdir()
+    cpu = (CONF / "hardware" / "cpu.yaml").read_text()
+    (tmp_path / "hardware" / "mine.yaml").write_text(cpu.replace("name: cpu", ""))
+    assert lit_glm_here("train", f"hydra.searchpath=[file://{tmp_path}]", "hardware=mine", "--cfg", "job") == 2
+    assert "hardware.name: must have a value" in capfd.readouterr().err
 
 
 def test_first_comment_of_an_experiment_is_its_command() -> None:

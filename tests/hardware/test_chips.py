@@ -137,6 +137,13 @@ def test_a_card_is_checked_against_its_file(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(InputError, match="hardware=c500, but card 0 .* RTX 4090'; take hardware=another file"):
         check_cards(HardwareConfig(name="c500", card="C500", vendor="MetaX"), _Card(), 1, folder)
     monkeypatch.undo()
+    monkeypatch.setattr(_Card, "device_name", lambda self, index: "NVIDIA H200 NVL")
+    with pytest.raises(InputError, match="'NVIDIA H200 NVL'; take hardware=cuda"):
+        check_cards(HardwareConfig(name="h200", detect="NVIDIA H200$"), _Card(), 1, folder)
+    monkeypatch.setattr(_Card, "device_name", lambda self, index: "KUNLUN P800")
+    hints = check_cards(HardwareConfig(name="r300", card="R300", vendor="Kunlunxin"), _Card(), 1, folder)
+    assert hints == ["card 0 calls itself 'KUNLUN P800'; hardware=r300 has the figures of R300"]
+    monkeypatch.undo()
     other = check_cards(HardwareConfig(name="h100", detect="H100", memory_gib=40.0), _Card(), 1, folder)
     assert "card 0 has 79.1 GiB" in other[0]
 

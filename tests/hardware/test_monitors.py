@@ -5,14 +5,22 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Dict, Tuple
+from typing import Dict, Optional, Tuple
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_glm.hardware import monitors
-from lit_glm.hardware.monitors import MemoryWatch, nvml_memory, parse_xpu_smi, parse_xpu_smi_m, xpu_memory
+from lit_glm.hardware.monitors import (
+    MemoryWatch,
+    card_of,
+    nvml_memory,
+    parse_names,
+    parse_xpu_smi,
+    parse_xpu_smi_m,
+    xpu_memory,
+)
 
 
 def new_line(card: int, used: object, total: object = 32768) -> str:
@@ -58,6 +66,24 @@ def test_a_broken_reading_is_left_out(used: str) -> None:
 def test_any_text_is_read_without_an_error(text: str) -> None:
     assert parse_xpu_smi_m(text) == [] or text
     assert parse_xpu_smi(text) == [] or text
+
+
+def test_names_of_cards() -> None:
+    text = "\n".join(["a head line", new_line(0, 1), new_line(5, "N/A"), '"nobody"'])
+    assert parse_names(text) == {0: "KUNLUN R300", 5: "KUNLUN R300"}
+
+
+@given(st.text())
+def test_names_of_any_text(text: str) -> None:
+    assert all(name in text for name in parse_names(text).values())
+
+
+@pytest.mark.parametrize(("visible", "card"), [("", 1), ("4,7", 7), ("4", 1), ("4, 7 ", 7), ("GPU-a,GPU-b", None)])
+def test_a_visible_device_is_a_card_of_the_machine(
+    visible: str, card: Optional[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOME_VISIBLE_DEVICES", visible)
+    assert card_of(1, "SOME_VISIBLE_DEVICES") == card
 
 
 def test_the_tool_is_found_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,8 @@ def test_golden_steps(topology: str, tmp_path: Path) -> None:
 
 
 @native
-def test_the_vendors_own_ways(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spelling", ["synchronize", "xpu_synchronize"])
+def test_the_vendors_own_ways(spelling: str, tmp_path: Path) -> None:
     """Switches before the import, the vendor's checkpointing and scaler, the cache emptied after each step."""
     code = (
         "import sys, json, torch_xmlir as v\n"
@@ -57,7 +58,7 @@ def test_the_vendors_own_ways(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code, *overrides],
         cwd=tmp_path,
-        env={**os.environ, **doubles()},
+        env={**os.environ, **doubles(DOUBLE_SPELLING=spelling)},
         capture_output=True,
         text=True,
         check=False,
@@ -95,6 +96,27 @@ def test_more_cards_than_are_visible(tmp_path: Path) -> None:
     done = lit_glm("train", *CHIP, "topology=1x2", cwd=tmp_path, env=doubles(XPU_VISIBLE_DEVICES="3"))
     assert done.returncode == 2
     assert "topology=1x2 asks for 2 devices a node; xmlir sees 1 here" in done.stderr
+
+
+@native
+def test_a_tree_needs_pairs_of_nodes(tmp_path: Path) -> None:
+    env = doubles(MASTER_ADDR="127.0.0.1", MASTER_PORT="29999", NODE_RANK="1")
+    nodes = ["topology.num_nodes=3", "topology.devices_per_node=1"]
+    done = lit_glm("train", *CHIP, *nodes, cwd=tmp_path, env=env)
+    assert done.returncode == 2
+    assert "topology=3x1: BKCL_SOCKET_FORCE_TREE=1" in done.stderr
+    assert "an even number of nodes, not 3" in done.stderr
+
+
+@native
+def test_the_runtimes_own_memory_counts_where_it_tells_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(DOUBLES))
+    from lit_glm.hardware.runtimes.xmlir import XMLIRRuntime
+
+    runtime = XMLIRRuntime()
+    assert runtime.peak_memory(0) is None  # no monitor, no statistics
+    monkeypatch.setattr(runtime._vendor.xpu, "max_memory_reserved", lambda index: 2**30 + index, raising=False)
+    assert runtime.peak_memory(1) == 2**30 + 1
 
 
 @native

@@ -112,13 +112,15 @@ def test_two_hosts_an_agent_each(two_hosts: List[str], tmp_path: Path) -> None:
     check_trajectory(tmp_path / "run", "tanh", 2)
 
 
-def test_a_node_that_nobody_meets_says_where_it_waited(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_node_that_nobody_meets_says_where_it_waited(rank: int, tmp_path: Path) -> None:
     port = free_port()
     arguments = [*GOLDEN_RUN, "topology.num_nodes=2", "topology.devices_per_node=1", "run.rendezvous_timeout_s=4"]
-    alone = start([*arguments, f"hydra.run.dir={tmp_path}/run"], on_node(0, "127.0.0.1", port), tmp_path)
+    alone = start([*arguments, f"hydra.run.dir={tmp_path}/run"], on_node(rank, "127.0.0.1", port), tmp_path)
     began = time.monotonic()
     said = alone.communicate(timeout=90)[1]
     assert alone.returncode == 1
+    assert f"rendezvous failed on node {rank}" in said
     assert f"2 nodes were to meet at 127.0.0.1:{port} (run.rendezvous_timeout_s, 4 s)" in said
     assert "Traceback" not in said
     assert time.monotonic() - began < 60

@@ -5,7 +5,8 @@ import re
 from pathlib import Path
 from typing import Any, List, Sequence
 
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from lit_glm.config.schema import walk
 
@@ -41,6 +42,10 @@ def explain(error: BaseException, schema: Any, conf: Path) -> str:
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
     cause = causes[-1]
+
+    if isinstance(cause, MissingMandatoryValue):
+        must = [key for key, default in walk(schema()) if default == MISSING]
+        return f"{', '.join(must)}: must have a value, and the chosen file (conf/{must[0].split('.')[0]}/) gives none"
 
     option = re.search(r"(?:Could not find|In '[^']*': Could not find) '([\w/]+)'", text)
     if option and "/" in option.group(1):

@@ -8,6 +8,8 @@ import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
+from omegaconf import MISSING
+
 from lit_glm.hardware.names import RUNTIMES
 
 
@@ -15,7 +17,7 @@ from lit_glm.hardware.names import RUNTIMES
 class HardwareConfig:
     """One chip: what runs it, what it can do, what reports call it."""
 
-    name: str = "cpu"
+    name: str = MISSING
     vendor: str = ""
     card: str = ""
     detect: str = ""

@@ -8,6 +8,7 @@ from typing import Any, Iterator
 from lit_glm.config.app import run_app
 from lit_glm.config.schema import TrainConfig
 from lit_glm.doctor.finding import Finding, checked_by
+from lit_glm.hardware.variables import set_environment
 
 _MARKS = {"ok": "ok  ", "warn": "warn", "fail": "FAIL", "skip": "-   "}
 
@@ -19,11 +20,13 @@ def examine(config: TrainConfig, place: Path) -> Iterator[Finding]:
         config: of the run that is to come.
         place: folder that its run folder would be made in.
     """
+    kept = set_environment(config.hardware)  # before anything imports torch
+
     from lit_glm.doctor import devices, files, machine
 
     yield checked_by("machine", machine.describe)
     yield checked_by("software", machine.stack)
-    found = checked_by("runtime", lambda: devices.runtime(config))
+    found = checked_by("runtime", lambda: devices.runtime(config, kept))
     yield found
     runtime = found.made
     missing = "there is no runtime" if runtime is None else ""

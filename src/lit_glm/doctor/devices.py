@@ -13,15 +13,18 @@ from lit_glm.doctor.finding import Finding
 from lit_glm.errors import InputError
 from lit_glm.hardware.runtimes import check_cards, check_devices, make_runtime
 from lit_glm.hardware.runtimes.base import Runtime
-from lit_glm.hardware.variables import set_environment
 
 _LIMIT_S = 6.0
 _MARGIN_S = 3.0
 
 
-def runtime(config: TrainConfig) -> Finding:
-    """Make the runtime, its environment variables set first."""
-    kept = set_environment(config.hardware)
+def runtime(config: TrainConfig, kept: List[str]) -> Finding:
+    """Make the runtime.
+
+    Args:
+        config: of the run.
+        kept: what is to be said of the chip's environment variables, which are set already.
+    """
     made = make_runtime(config.hardware, config.topology)
     version = f", driver {made.driver_version()}" if made.has_driver else ""
     said = f"{made.name} for {config.hardware.name}{version}"

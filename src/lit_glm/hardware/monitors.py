@@ -105,6 +105,36 @@ def xpu_memory() -> Dict[int, Tuple[float, float]]:
     return {}
 
 
+def parse_names(text: str) -> Dict[int, str]:
+    """Names of the cards out of `xpu-smi -m`, by field 2, in double quotes.
+
+    >>> parse_names('0 3 x x 46 x x x 114 x x x x x x x x 23730 32768 100 x "KUNLUN R300"')
+    {3: 'KUNLUN R300'}
+    >>> parse_names("no device")
+    {}
+    """
+    found = {}
+    for line in text.splitlines():
+        words, name = line.split(), re.search(r'"([^"]+)"', line)
+        if name and len(words) > 1 and words[1].isdigit():
+            found[int(words[1])] = name.group(1)
+    return found
+
+
+def xpu_names() -> Dict[int, str]:
+    """Name of each card; empty where the vendor's tool is missing, or does not say."""
+    return parse_names(output_of("xpu-smi", "-m"))
+
+
+def card_of(index: int, visible: str) -> Optional[int]:
+    """Number of a visible device among the cards of the machine; None if the variable names cards otherwise (UUIDs)."""
+    cards = os.environ.get(visible, "").split(",")
+    card = cards[index].strip() if index < len(cards) else ""
+    if not card:
+        return index
+    return int(card) if card.isdigit() else None
+
+
 def parse_driver(text: str) -> Optional[str]:
     """Driver's version out of `xpu-smi -q`.
 
@@ -165,11 +195,10 @@ class MemoryWatch:
             index: its index among the visible ones.
             visible: the variable that says which cards of the machine are visible, such as CUDA_VISIBLE_DEVICES.
         """
-        cards = os.environ.get(visible, "").split(",")
-        card = cards[index].strip() if index < len(cards) else ""
-        if card and not card.isdigit():
-            return  # cards by other names (UUIDs): the monitor's numbers say nothing of them
-        self._cards[index] = int(card) if card else index
+        card = card_of(index, visible)
+        if card is None:
+            return  # the monitor's numbers say nothing of these cards
+        self._cards[index] = card
         self._sample()
         if self._used and self._thread is None:
             self._thread = threading.Thread(target=self._watch, name="memory watch", daemon=True)

@@ -1,7 +1,7 @@
 """Ties the ranks of several nodes together: one that ends without a word, wherever, ends all within seconds.
 
 torchrun's agents watch their own node only, and a collective library may wait for a peer on another one as long as its
-own limit lets it (BKCL_TIMEOUT: half an hour). So each rank holds a connection to rank 0. The kernel closes those of a
+own limit lets it, half an hour with some. So each rank holds a connection to rank 0. The kernel closes those of a
 process that is gone, however it ended, and notices when a host no longer answers.
 """
 

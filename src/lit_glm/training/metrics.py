@@ -34,7 +34,7 @@ class ExactMatch(Metric):
 
     def compute(self) -> Tensor:
         """The share; not a number without examples."""
-        return self.correct.double() / self.total.double()
+        return self.correct.cpu().double() / self.total.cpu().double()  # not every chip has doubles
 
 
 def normalise(text: str) -> str:

@@ -1,6 +1,10 @@
-"""torch_xmlir.xpu: devices. Memory functions are missing, as in several builds of the real one."""
+"""torch_xmlir.xpu: devices. Memory functions are missing, as in several builds of the real one.
+
+Two spellings of `synchronize` are in use; DOUBLE_SPELLING=xpu_synchronize takes the other one.
+"""
 
 import os
+from types import SimpleNamespace
 
 import torch
 
@@ -30,6 +34,15 @@ def set_device(index: int) -> None:
 
 def synchronize() -> None:
     CALLS["synchronize"] += 1
+
+
+if os.environ.get("DOUBLE_SPELLING") == "xpu_synchronize":
+    xpu_synchronize = synchronize
+    del synchronize
+
+
+def get_device_properties(index: int) -> SimpleNamespace:
+    return SimpleNamespace(name=get_device_name(index))  # without a memory size: the monitor has it
 
 
 def empty_cache() -> None:

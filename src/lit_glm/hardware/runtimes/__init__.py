@@ -1,5 +1,6 @@
 """The runtimes that exist, and the choice between them."""
 
+import re
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -53,19 +54,23 @@ def _wanted(hardware: HardwareConfig) -> List[str]:
     return [hardware.runtime]
 
 
-def check_runtime(hardware: HardwareConfig) -> None:
+def check_runtime(hardware: HardwareConfig, topology: TopologyConfig) -> None:
     """Say that a chip's runtime is missing before anything is started; the processor's never is.
 
     Raises:
-        InputError: what is missing, and how to rehearse without it.
+        InputError: what is missing, and how to rehearse without it; or why it cannot span these nodes.
     """
     names = _wanted(hardware)
     if {"cpu", "simulated"} & set(names):
         return  # without importing torch
     classes = _classes()
     reasons = [(name, classes[name].missing()) for name in names]
-    if all(reason for _, reason in reasons):
+    there = [name for name, reason in reasons if reason is None]
+    if not there:
         raise InputError(_unusable(hardware, [f"  {name}: {reason}" for name, reason in reasons]))
+    unable = classes[there[0]].cannot_span(topology.num_nodes)
+    if unable is not None:
+        raise InputError(f"topology={topology.name}: {unable}")
 
 
 def _unusable(hardware: HardwareConfig, reasons: List[str]) -> str:
@@ -138,10 +143,10 @@ def check_cards(hardware: HardwareConfig, runtime: Runtime, devices: int, folder
     patterns = {name: str(entry.get("detect") or "") for name, entry in known.items()}
     for index in range(devices):
         name = runtime.device_name(index)
-        better = [file for file, pattern in patterns.items() if pattern and pattern in name]
+        better = [file for file, pattern in patterns.items() if pattern and re.search(pattern, name)]
         if runtime.simulated or not name:
             continue
-        if hardware.detect and hardware.detect not in name:
+        if hardware.detect and not re.search(hardware.detect, name):
             raise InputError(
                 f"hardware={hardware.name}, but card {index} calls itself {name!r}; "
                 f"take hardware={better[0] if better else 'cuda (any card, no peak)'}"
@@ -158,4 +163,6 @@ def check_cards(hardware: HardwareConfig, runtime: Runtime, devices: int, folder
             )
         if not hardware.detect and better and index == 0:
             said.append(f"{name}: hardware={better[0]} knows its peak, hardware={hardware.name} gives no mfu")
+        elif not hardware.detect and hardware.card and hardware.card not in name and index == 0:
+            said.append(f"card 0 calls itself {name!r}; hardware={hardware.name} has the figures of {hardware.card}")
     return said

@@ -35,6 +35,11 @@ class Runtime:
         """Why this runtime cannot be used here; None if it can. Must not import the vendor's package."""
         return None
 
+    @staticmethod
+    def cannot_span(nodes: int) -> Optional[str]:
+        """Why the vendor's collectives cannot work between so many nodes; None if they can."""
+        return None
+
     def device_count(self) -> int:
         """Devices that this process can see."""
         raise NotImplementedError

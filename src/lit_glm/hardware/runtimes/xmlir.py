@@ -13,6 +13,7 @@ from lit_glm.config.schema import LossScaleConfig
 from lit_glm.hardware.loss_scale import VendorLossScale
 from lit_glm.hardware.monitors import MemoryWatch, xpu_driver, xpu_memory
 from lit_glm.hardware.runtimes.base import Runtime
+from lit_glm.hardware.runtimes.bkcl import tree_cannot_span
 
 
 def _amp() -> Any:
@@ -51,6 +52,11 @@ class XMLIRRuntime(Runtime):
         self._memory = MemoryWatch(xpu_memory)
         if not self._vendor.xpu.is_available():
             raise RuntimeError("torch_xmlir sees no XPU: check the driver (xpu_smi) and XPU_VISIBLE_DEVICES")
+
+    @staticmethod
+    def cannot_span(nodes: int) -> Optional[str]:
+        """A tree has pairs of nodes."""
+        return tree_cannot_span(nodes)
 
     def device_count(self) -> int:
         """Visible cards."""
@@ -112,13 +118,21 @@ class XMLIRRuntime(Runtime):
         return xpu_driver()
 
     def memory_now(self, index: int) -> Optional[float]:
-        """The monitor's last reading."""
-        return self._memory.last(index)
+        """The monitor's last reading, else what the runtime says, where it says anything."""
+        return self._memory.last(index) or self._statistic("memory_reserved", index)
 
     def watch_memory(self, index: int) -> None:
-        """The runtime keeps no statistics: the vendor's command-line tool is asked, as in the published runs."""
+        """The vendor's command-line tool is asked, as in the published runs."""
         self._memory.start(index, "XPU_VISIBLE_DEVICES")
 
     def peak_memory(self, index: int) -> Optional[float]:
-        """The largest reading of the monitor."""
-        return self._memory.peak(index)
+        """The largest reading of the monitor, and at least what the runtime says, where it says anything."""
+        found = (self._memory.peak(index), self._statistic("max_memory_reserved", index))
+        return max((value for value in found if value is not None), default=None)
+
+    def _statistic(self, name: str, index: int) -> Optional[float]:
+        """Of the runtime's allocator; several builds have none, or raise."""
+        try:
+            return float(getattr(self._vendor.xpu, name)(index))
+        except (AttributeError, RuntimeError, TypeError, NotImplementedError):
+            return None

@@ -5,7 +5,8 @@ from typing import Optional
 
 import torch
 
-from lit_glm.hardware.monitors import MemoryWatch, xpu_driver, xpu_memory
+from lit_glm.hardware.monitors import MemoryWatch, card_of, xpu_driver, xpu_memory, xpu_names
+from lit_glm.hardware.runtimes.bkcl import tree_cannot_span
 from lit_glm.hardware.runtimes.cuda import CUDARuntime
 
 
@@ -32,10 +33,16 @@ class XPyTorchRuntime(CUDARuntime):
         if not torch.cuda.is_available():
             raise RuntimeError("torch_xmlir is installed but no XPU answers: check the driver (xpu-smi -m)")
 
+    @staticmethod
+    def cannot_span(nodes: int) -> Optional[str]:
+        """A tree has pairs of nodes."""
+        return tree_cannot_span(nodes)
+
     def driver_version(self) -> Optional[str]:
         """As the vendor's monitor says."""
         return xpu_driver()
 
     def device_name(self, index: int) -> str:
-        """Not asked of torch: it says "GPU" for every card."""
-        return ""
+        """Asked of the monitor: torch says "GPU" for every card."""
+        card = card_of(index, "CUDA_VISIBLE_DEVICES")
+        return "" if card is None else xpu_names().get(card, "")
