@@ -8,7 +8,7 @@ from typing import Any, Dict, List
 
 from conftest import GOLDEN_RUN
 from parity.test_training import check_trajectory
-from runs.test_ranks import free_port
+from runs.processes import free_port
 
 SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
 TWO_NODES = [*GOLDEN_RUN, "topology.num_nodes=2", "topology.devices_per_node=1"]

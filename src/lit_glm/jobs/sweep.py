@@ -61,7 +61,8 @@ def _refused(config: Any) -> Dict[str, Any]:
             return ""
         return "" if value is None else str(value)
 
-    row: Dict[str, Any] = {name: text(f"{name}.name") for name in ("hardware", "topology", "precision", "scoring")}
+    row: Dict[str, Any] = {name: text(f"{name}.name") for name in ("hardware", "precision", "scoring")}
+    row["topology"] = "x".join(text(f"topology.{key}") for key in ("num_nodes", "devices_per_node"))
     return {**row, "fix_hp": f"bs={text('bs')},lr={text('lr')}", "status": "failed"}
 
 

@@ -1,0 +1,60 @@
+"""Starts ranks and nodes as real processes, and finds them."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Dict, List
+
+import psutil
+
+from conftest import GOLDEN_RUN, command
+
+FOUR_CARDS = [*GOLDEN_RUN, "hardware=r300", "hardware.runtime=simulated", "bs=2", "run.max_steps=4"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def on_node(rank: int, address: str, port: int) -> Dict[str, str]:
+    return {**os.environ, "MASTER_ADDR": address, "MASTER_PORT": str(port), "NODE_RANK": str(rank)}
+
+
+def start(arguments: List[str], env: Dict[str, str], cwd: Path, *before: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [*before, *command("train", *arguments)],
+        env=env,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ranks_of(process: "subprocess.Popen[str]") -> List[psutil.Process]:
+    """The worker processes of a job, first rank first."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    found = {}
+    for child in children:
+        if child.status() == psutil.STATUS_ZOMBIE:  # a short command of a rank's
+            continue
+        line = child.cmdline()
+        started_by = child.parent()
+        by_agent = (
+            started_by is not None and "lit_glm.jobs.agent" in started_by.cmdline()
+        )  # loaders are ranks' children
+        if "lit_glm.jobs.worker" in line and by_agent and "RANK" in child.environ():
+            found[int(child.environ()["RANK"])] = child
+    return [found[rank] for rank in sorted(found)]
+
+
+def torchrun(*arguments: str, ranks: int, cwd: Path) -> "subprocess.CompletedProcess[str]":
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+    where = ["--master_addr=127.0.0.1", f"--master_port={free_port()}", "-m", "lit_glm.train"]
+    return subprocess.run(
+        [*launcher, *where, *arguments], cwd=cwd, capture_output=True, text=True, timeout=240, check=False
+    )

@@ -1,0 +1,135 @@
+"""A rank that dies, fails or hangs ends its job on all nodes, and nothing outlives it."""
+
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from conftest import lit_glm, rows
+from lit_glm.alone import is_running
+from runs.processes import FOUR_CARDS, free_port, on_node, ranks_of, start, torchrun
+from runs.test_runs import DEBUG, _nothing_left, _start, _wait_for_steps, result
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_ends_the_job(victim: int, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = _start(tmp_path, run, "1x2", "run.max_steps=100000", "run.eval_interval_samples=100000")
+    _wait_for_steps(run, process, 10)
+    began = time.monotonic()
+    ranks_of(process)[victim].kill()
+    said = process.communicate(timeout=60)
+    assert time.monotonic() - began < 60
+    assert process.returncode == 1, said
+    assert f"rank {victim} was killed by SIGKILL" in said[1]
+    _nothing_left(run)
+    final = result(run)
+    assert final["status"] == "failed"
+    assert "exit status" in final["error"]
+    assert len(rows(run / "steps.csv")) >= 10
+
+
+def test_a_rank_that_hangs_ends_the_job(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    more = ["run.max_steps=100000", "run.eval_interval_samples=100000", "run.stall_timeout_s=5"]
+    process = _start(tmp_path, run, "1x2", *more)
+    _wait_for_steps(run, process, 10)
+    began = time.monotonic()
+    hanging = ranks_of(process)[0]
+    pid = hanging.pid
+    hanging.send_signal(signal.SIGSTOP)
+    said = process.communicate(timeout=80)
+    assert time.monotonic() - began < 5 + 60
+    assert process.returncode == 1, said
+    assert "no progress for 5 s (run.stall_timeout_s)" in said[1]
+    assert f"rank 0 (process {pid}) is stopped" in said[1]
+    assert "rank 1, innermost call first:" in said[1]
+    assert "all_reduce" in said[1] or "backward" in said[1]
+    _nothing_left(run)
+    final = result(run)
+    assert final["status"] == "failed"
+    assert f"rank 0 (process {pid}) is stopped" in final["error"]
+    assert len(rows(run / "steps.csv")) >= 10
+
+
+TWO_NODES = [*FOUR_CARDS[:-1], "topology.num_nodes=2", "topology.devices_per_node=2", "run.max_steps=100000"]
+
+
+@pytest.mark.parametrize(("victim", "number"), [(3, signal.SIGKILL), (2, signal.SIGSTOP)])
+def test_a_rank_that_ends_or_hangs_ends_both_nodes(victim: int, number: int, tmp_path: Path) -> None:
+    port = free_port()
+    more = ["run.eval_interval_samples=100000", "run.stall_timeout_s=10", f"hydra.run.dir={tmp_path / 'run'}"]
+    nodes = [start([*TWO_NODES, *more], on_node(rank, "127.0.0.1", port), tmp_path) for rank in (0, 1)]
+    _wait_for_steps(tmp_path / "run", nodes[0], 5)
+    began = time.monotonic()
+    ranks_of(nodes[victim // 2])[victim % 2].send_signal(number)
+    outputs = [process.communicate(timeout=75)[1] for process in nodes]
+    assert time.monotonic() - began < (60 if number == signal.SIGKILL else 10 + 60)
+    assert [process.returncode for process in nodes] == [1, 1], outputs
+    said = f"rank {victim} was killed by SIGKILL" if number == signal.SIGKILL else f"rank {victim} (process"
+    assert said in outputs[victim // 2]
+    _nothing_left(tmp_path / "run")
+    assert result(tmp_path / "run")["status"] == "failed"
+    assert len(rows(tmp_path / "run" / "steps.csv")) >= 5
+
+
+def test_a_killed_command_keeps_its_folder_until_its_ranks_are_gone(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = _start(tmp_path, run, "1x2", "run.max_steps=5000")
+    _wait_for_steps(run, process, 3)
+    ranks = ranks_of(process)
+    agent = ranks[0].parent()
+    assert agent is not None
+    agent.suspend()  # it passes no signal on
+    try:
+        process.kill()
+        process.wait()
+        assert all(rank.is_running() for rank in ranks)
+        assert is_running(run)
+    finally:
+        agent.resume()
+    psutil.wait_procs([agent, *ranks], timeout=60)
+    assert not any(rank.is_running() for rank in ranks)
+    assert not is_running(run)
+
+
+MINE = """
+import os, time
+from pytorch_lightning import Callback
+
+class Raises(Callback):
+    def on_train_batch_end(self, trainer, module, *rest):
+        if trainer.global_rank == 1 and module.steps_done == 3:
+            raise ValueError("out of chalk")
+
+class Hangs(Callback):
+    def on_train_batch_end(self, trainer, module, *rest):
+        if module.steps_done == 3:
+            time.sleep(600)
+"""
+
+
+def test_the_error_of_the_rank_that_failed_is_on_the_screen(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    arguments = [*DEBUG, "topology=1x2", "+callbacks.mine._target_=mine.Raises", "hydra.run.dir=run"]
+    done = lit_glm("train", *arguments, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 1
+    assert "lit_glm: rank 1 failed:" in done.stderr
+    assert "ValueError: out of chalk" in done.stderr
+    assert result(tmp_path / "run")["status"] == "failed"
+    assert len(rows(tmp_path / "run" / "steps.csv")) >= 2
+    _nothing_left(tmp_path / "run")
+
+
+def test_a_hang_under_a_torchrun_of_the_users_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank: no collective notices, nor does torchrun."""
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    more = ["+callbacks.mine._target_=mine.Hangs", "run.stall_timeout_s=2", "hydra.run.dir=run"]
+    done = torchrun(*DEBUG, *more, ranks=1, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "no progress for 2 s (run.stall_timeout_s)" in done.stderr
+    assert "mine.py" in done.stderr  # where it hangs
+    assert result(tmp_path / "run")["status"] == "failed"

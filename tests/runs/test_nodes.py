@@ -1,0 +1,139 @@
+"""Several ranks and nodes as real processes: they meet, and they agree with fewer."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, List
+
+import pytest
+
+from conftest import GOLDEN_RUN, lit_glm, rows
+from parity.test_training import check_trajectory
+from runs.processes import FOUR_CARDS, free_port, on_node, start, torchrun
+from runs.test_runs import DEBUG, _nothing_left, result
+
+
+def test_two_nodes_of_two_cards_equal_one_of_four(tmp_path: Path) -> None:
+    port = free_port()
+    two = [*FOUR_CARDS, "topology.num_nodes=2", "topology.devices_per_node=2", f"hydra.run.dir={tmp_path / 'two'}"]
+    second = start(two, on_node(1, "127.0.0.1", port), tmp_path)
+    first = start(two, on_node(0, "127.0.0.1", port), tmp_path)
+    outputs = [process.communicate(timeout=240) for process in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], outputs
+    one = lit_glm("train", *FOUR_CARDS, "topology=1x4", f"hydra.run.dir={tmp_path / 'one'}", cwd=tmp_path)
+    assert one.returncode == 0, one.stderr
+    names = ("step", "samples", "loss", "lr", "grad_norm")
+    for ours, theirs in zip(rows(tmp_path / "two" / "steps.csv"), rows(tmp_path / "one" / "steps.csv")):
+        assert [float(ours[name]) for name in names] == pytest.approx([float(theirs[name]) for name in names])
+    assert result(tmp_path / "two")["topology"] == "2x2"
+    assert result(tmp_path / "two")["acc"] == result(tmp_path / "one")["acc"]
+
+
+@pytest.fixture
+def two_hosts() -> Any:
+    """Two network namespaces with a cable between them: each sees its own loopback and the other's address."""
+    names = [f"litglm{os.getpid()}a", f"litglm{os.getpid()}b"]
+    commands = [
+        *(f"ip netns add {name}" for name in names),
+        f"ip link add v0 netns {names[0]} type veth peer name v1 netns {names[1]}",
+        *(f"ip -n {name} addr add 10.77.0.{n + 1}/24 dev v{n}" for n, name in enumerate(names)),
+        *(f"ip -n {name} link set {device} up" for n, name in enumerate(names) for device in ("lo", f"v{n}")),
+    ]
+    try:
+        if shutil.which("ip") is None:
+            pytest.skip("no program ip here: two hosts cannot be imitated")
+        for line in commands:
+            done = subprocess.run(line.split(), capture_output=True, text=True, check=False)
+            if done.returncode:
+                pytest.skip(f"the kernel forbids network namespaces here: {line}: {done.stderr.strip()}")
+        yield names
+    finally:
+        if shutil.which("ip"):
+            for name in names:
+                subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+def test_two_hosts_an_agent_each(two_hosts: List[str], tmp_path: Path) -> None:
+    """The golden two-rank trajectory, one rank a host."""
+    arguments = [*GOLDEN_RUN, "topology.num_nodes=2", "topology.devices_per_node=1", f"hydra.run.dir={tmp_path}/run"]
+    processes = [
+        start(arguments, on_node(rank, "10.77.0.1", 29511), tmp_path, "ip", "netns", "exec", two_hosts[rank])
+        for rank in (0, 1)
+    ]
+    outputs = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    check_trajectory(tmp_path / "run", "tanh", 2)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_node_that_nobody_meets_says_where_it_waited(rank: int, tmp_path: Path) -> None:
+    port = free_port()
+    arguments = [*GOLDEN_RUN, "topology.num_nodes=2", "topology.devices_per_node=1", "run.rendezvous_timeout_s=4"]
+    alone = start([*arguments, f"hydra.run.dir={tmp_path}/run"], on_node(rank, "127.0.0.1", port), tmp_path)
+    began = time.monotonic()
+    said = alone.communicate(timeout=90)[1]
+    assert alone.returncode == 1
+    assert f"rendezvous failed on node {rank}" in said
+    assert f"2 nodes were to meet at 127.0.0.1:{port} (run.rendezvous_timeout_s, 4 s)" in said
+    assert "Traceback" not in said
+    assert time.monotonic() - began < 60
+    _nothing_left(tmp_path / "run")
+
+
+def test_a_busy_port_is_said_not_waited_for(tmp_path: Path) -> None:
+    with socket.socket() as busy:
+        busy.bind(("", 0))
+        busy.listen(1)
+        port = busy.getsockname()[1]
+        done = lit_glm("train", *GOLDEN_RUN, "topology=1x2", cwd=tmp_path, env={"MASTER_PORT": str(port)}, timeout=60)
+    assert done.returncode == 2
+    assert f"MASTER_PORT={port}: is in use on this machine" in done.stderr
+
+
+def test_nodes_with_different_commands_do_not_train_together(tmp_path: Path) -> None:
+    port = free_port()
+    two = [*GOLDEN_RUN, "topology.num_nodes=2", "topology.devices_per_node=1"]
+    processes = [
+        start([*two, f"lr={lr}", f"hydra.run.dir={tmp_path}/{rank}"], on_node(rank, "127.0.0.1", port), tmp_path)
+        for rank, lr in ((0, "1e-3"), (1, "2e-3"))
+    ]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert all(process.returncode for process in processes), outputs
+    assert any("another configuration than rank 0" in said for _, said in outputs), outputs
+
+
+def test_under_a_torchrun_of_the_users(tmp_path: Path) -> None:
+    done = torchrun(*GOLDEN_RUN, "topology=1x2", "hydra.run.dir=run", ranks=2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    check_trajectory(tmp_path / "run", "tanh", 2)
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_torchrun_of_another_size_is_refused(tmp_path: Path) -> None:
+    done = torchrun(*GOLDEN_RUN, "topology=1x4", ranks=2, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "topology=1x4 is 4 ranks, 4 a node, but torchrun started 2, 2 a node" in done.stderr
+    assert not list(tmp_path.rglob("result.json"))
+
+
+def test_no_process_group_for_one_device(tmp_path: Path) -> None:
+    code = (
+        "import sys, torch.distributed as d\n"
+        "def refuse(*a, **k): raise SystemExit('a process group was opened')\n"
+        "d.init_process_group = refuse\n"
+        "from lit_glm.train import main; sys.exit(main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *DEBUG, "run.max_steps=2", f"hydra.run.dir={tmp_path}/run"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "finished"
