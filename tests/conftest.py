@@ -1,6 +1,7 @@
 """What several tests need: the golden files, a small corpus, and commands as users type them."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -80,3 +81,27 @@ def rows(path: Path) -> List[Dict[str, Any]]:
 
     with path.open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def two_hosts() -> Any:
+    """Two network namespaces with a cable between them: each sees its own loopback and the other's address."""
+    names = [f"litglm{os.getpid()}a", f"litglm{os.getpid()}b"]
+    commands = [
+        *(f"ip netns add {name}" for name in names),
+        f"ip link add v0 netns {names[0]} type veth peer name v1 netns {names[1]}",
+        *(f"ip -n {name} addr add 10.77.0.{n + 1}/24 dev v{n}" for n, name in enumerate(names)),
+        *(f"ip -n {name} link set {device} up" for n, name in enumerate(names) for device in ("lo", f"v{n}")),
+    ]
+    try:
+        if shutil.which("ip") is None:
+            pytest.skip("no program ip here: two hosts cannot be imitated")
+        for line in commands:
+            done = subprocess.run(line.split(), capture_output=True, text=True, check=False)
+            if done.returncode:
+                pytest.skip(f"the kernel forbids network namespaces here: {line}: {done.stderr.strip()}")
+        yield names
+    finally:
+        if shutil.which("ip"):
+            for name in names:
+                subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)

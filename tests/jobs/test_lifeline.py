@@ -19,7 +19,9 @@ import pathlib, pickle, sys, time
 from lit_glm.jobs import lifeline
 
 lifeline._GRACE_S = 0.5
+lifeline._PROBES = {"TCP_KEEPIDLE": 1, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 2}
 folder, rank, fate = pathlib.Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+ranks, address = int(sys.argv[4]), sys.argv[5]
 told = folder / "told"
 
 def agree(content):
@@ -30,7 +32,7 @@ def agree(content):
         time.sleep(0.01)
     return pickle.loads(told.read_bytes())
 
-line = lifeline.tie(rank, 3, "127.0.0.1", agree)
+line = lifeline.tie(rank, ranks, address, agree)
 print("tied", flush=True)
 sys.stdin.readline()
 if fate == "fails":
@@ -46,7 +48,7 @@ if fate == "waits":
 def start(folder: Path, *fates: str, first: int = 0) -> List["subprocess.Popen[str]"]:
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return [
-        subprocess.Popen([sys.executable, "-c", RANK, str(folder), str(rank), fate], **pipes)
+        subprocess.Popen([sys.executable, "-c", RANK, str(folder), str(rank), fate, "3", "127.0.0.1"], **pipes)
         for rank, fate in enumerate(fates, first)
     ]
 
@@ -72,6 +74,25 @@ def test_a_rank_that_is_killed_ends_the_others(lost: int, tmp_path: Path) -> Non
         assert rank.returncode == 1
         assert f"because rank {lost}" in said
     assert time.monotonic() - began < 10
+
+
+def test_a_host_that_is_out_of_reach_ends_the_other(two_hosts: List[str], tmp_path: Path) -> None:
+    """Nothing is closed when a cable is pulled: the kernel's probes notice."""
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", RANK, str(tmp_path)]
+    ranks = [
+        subprocess.Popen(
+            ["ip", "netns", "exec", host, *command, str(rank), "waits", "2", "10.77.0.1"],
+            **pipes,
+        )
+        for rank, host in enumerate(two_hosts)
+    ]
+    tied(ranks)
+    subprocess.run(["ip", "-n", two_hosts[1], "link", "set", "v1", "down"], check=True)
+    for rank, process in enumerate(ranks):
+        said = process.communicate(timeout=30)[1]
+        assert process.returncode == 1
+        assert f"rank {rank} ends because rank {1 - rank} on 10.77.0.{2 - rank} failed" in said
 
 
 def test_a_rank_that_fails_ends_the_others(tmp_path: Path) -> None:

@@ -1,14 +1,12 @@
 """Several ranks and nodes as real processes: they meet, and they agree with fewer."""
 
 import json
-import os
-import shutil
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, List
+from typing import List
 
 import pytest
 
@@ -32,30 +30,6 @@ def test_two_nodes_of_two_cards_equal_one_of_four(tmp_path: Path) -> None:
         assert [float(ours[name]) for name in names] == pytest.approx([float(theirs[name]) for name in names])
     assert result(tmp_path / "two")["topology"] == "2x2"
     assert result(tmp_path / "two")["acc"] == result(tmp_path / "one")["acc"]
-
-
-@pytest.fixture
-def two_hosts() -> Any:
-    """Two network namespaces with a cable between them: each sees its own loopback and the other's address."""
-    names = [f"litglm{os.getpid()}a", f"litglm{os.getpid()}b"]
-    commands = [
-        *(f"ip netns add {name}" for name in names),
-        f"ip link add v0 netns {names[0]} type veth peer name v1 netns {names[1]}",
-        *(f"ip -n {name} addr add 10.77.0.{n + 1}/24 dev v{n}" for n, name in enumerate(names)),
-        *(f"ip -n {name} link set {device} up" for n, name in enumerate(names) for device in ("lo", f"v{n}")),
-    ]
-    try:
-        if shutil.which("ip") is None:
-            pytest.skip("no program ip here: two hosts cannot be imitated")
-        for line in commands:
-            done = subprocess.run(line.split(), capture_output=True, text=True, check=False)
-            if done.returncode:
-                pytest.skip(f"the kernel forbids network namespaces here: {line}: {done.stderr.strip()}")
-        yield names
-    finally:
-        if shutil.which("ip"):
-            for name in names:
-                subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
 def test_two_hosts_an_agent_each(two_hosts: List[str], tmp_path: Path) -> None:
