@@ -121,7 +121,12 @@ class RunFolder:
     def write_later(self, step: int, skipped: int, seconds: Seconds, e2e: float) -> None:
         """Have result.json written off the step path, with what is known now; arguments as for `write`."""
         self._written = time.monotonic()
-        self.later.do(lambda: self.write("running", step, skipped, seconds, e2e, memory=self._runtime.peak_memory(0)))
+        self.later.do(lambda: self.write("running", step, skipped, seconds, e2e, memory=self._peak()))
+
+    def _peak(self) -> Optional[float]:
+        """Of this rank's card; ranks that share a memory are summed in the end, and their sum is unknown before."""
+        alone = self._config.topology.devices_per_node == 1 or not self._runtime.shares_memory
+        return self._runtime.peak_memory(0) if alone else None
 
     def add_evaluation(self, step: int, samples: int, accuracy: float, seconds: float) -> None:
         """A line of evals.csv; result.json has this accuracy from now on."""
