@@ -60,7 +60,7 @@ def _folder(config: TrainConfig, run_dir: Path) -> Tuple[Path, bool]:
     if folder is not None:
         check_same(config, folder)
         return folder.resolve(), True
-    if (run_dir / FILE).exists():
+    if (run_dir / FILE).exists() and os.environ.get("NODE_RANK", "0") in ("", "0"):  # the first node keeps the folder
         print(f"lit_glm: {run_dir} held another run, which is overwritten", file=sys.stderr)
     return run_dir, False
 
