@@ -30,8 +30,8 @@ install_torch() {
 setup() { # setup EXTRA
   local stamp=".venv/installed-$1" wanted
   wanted=$(cat pyproject.toml constraints/current.txt | cksum)
-  # In a checkout that was copied or moved, the environment would still run the code of the old place.
-  grep -qF "$(pwd -P)/.venv" .venv/bin/activate 2>/dev/null || rm -rf .venv
+  # In a checkout that was copied or moved, the environment that this script made would still run the code of the old place.
+  [ ! -e "$stamp" ] || grep -qF "$(pwd -P)/.venv" .venv/bin/activate || rm -rf .venv
   [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return
   echo "lit_glm: installing into .venv (once)" >&2
   [ -x .venv/bin/python ] || "$(find_python)" -m venv .venv

@@ -8,6 +8,6 @@ if [ $# -eq 0 ]; then
   ruff format --check src tests benchmarks
   mypy
   # Two at a time; a file's tests stay together, since they share what is made once a file. Files of long tests first.
-  exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/runs tests
+  exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 fi
 exec .venv/bin/python -m pytest "$@"

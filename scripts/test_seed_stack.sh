@@ -22,8 +22,8 @@ if ! python38=$(find_python38); then
 fi
 stamp=.venv-seed/installed
 wanted=$(cat pyproject.toml constraints/seed.txt | cksum)
-# In a checkout that was copied or moved, the environment would still run the code of the old place.
-grep -qF "$(pwd -P)/.venv-seed" .venv-seed/bin/activate 2>/dev/null || rm -rf .venv-seed
+# In a checkout that was copied or moved, the environment that this script made would still run the code of the old place.
+[ ! -e "$stamp" ] || grep -qF "$(pwd -P)/.venv-seed" .venv-seed/bin/activate || rm -rf .venv-seed
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
   echo "lit_glm: installing the seed stack into .venv-seed (once)" >&2
   [ -x .venv-seed/bin/python ] || "$python38" -m venv .venv-seed

@@ -16,6 +16,12 @@ TRAIN_FILE = HDF5 / "train_hdf5" / "train_sparse.hdf5"
 EVAL_FILE = HDF5 / "eval_hdf5" / "eval_sparse.hdf5"
 CHECKPOINT = GOLDEN / "blocklm-large-blank"
 
+
+def pytest_collection_modifyitems(items: List[Any]) -> None:
+    """Real processes first: their files take longest, and one that came last would run alone."""
+    items.sort(key=lambda item: "runs" not in item.path.parts)
+
+
 SHAPE = [
     "model.num_layers=3",
     "model.hidden_size=64",

@@ -148,6 +148,12 @@ def test_a_card_is_checked_against_its_file(monkeypatch: pytest.MonkeyPatch) -> 
     assert "card 0 has 79.1 GiB" in other[0]
 
 
+def test_what_a_card_is_called_must_be_a_pattern(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("name: mine\ndetect: C500 (64G\n")
+    with pytest.raises(InputError, match="mine.yaml: detect=C500 .64G: not a regular expression"):
+        check_cards(HardwareConfig(name="cuda"), _Card(), 1, tmp_path)
+
+
 def test_no_vendor_outside_its_places() -> None:
     names = "kunlunxin|xmlir|xpytorch|iluvatar|metax|hygon|nvidia|cuda|nvml|nccl|xccl|bkcl|xacc|xpu"
     names += "|r300|a100|h[12]00|bi_v100|k100|c500"

@@ -11,7 +11,8 @@ from typing import Any, Iterator, List
 import psutil
 import pytest
 
-from lit_glm.jobs.heartbeat import Heartbeat, clear, silent_for, stalled, whereabouts
+from lit_glm.jobs import heartbeat
+from lit_glm.jobs.heartbeat import Heartbeat, Silence, clear, stalled, whereabouts
 
 RANK = """
 import pathlib, sys, time
@@ -19,11 +20,9 @@ from lit_glm.jobs.heartbeat import Heartbeat
 beat = Heartbeat(pathlib.Path(sys.argv[1]), int(sys.argv[2]))
 def compute_for_ever():
     print("there", flush=True)
-    while True:
-        pass
+    while True: pass
 def wait_for_the_others():
-    print("there", flush=True)
-    time.sleep(600)
+    print("there", flush=True); time.sleep(600)
 (compute_for_ever if sys.argv[2] == "1" else wait_for_the_others)()
 """
 
@@ -36,18 +35,38 @@ def this_rank(tmp_path: Path) -> Iterator[Heartbeat]:
     signal.signal(signal.SIGUSR1, before)
 
 
-def test_silence_is_counted_from_the_last_sign_or_from_the_start(tmp_path: Path, this_rank: Heartbeat) -> None:
-    now = time.time()
-    assert 99 < silent_for(tmp_path, [7], now - 100) < 102
-    this_rank()
-    assert silent_for(tmp_path, [0], now - 100) < 2
-    assert silent_for(tmp_path, [7, 0], now - 100) < 2  # one that goes on is enough
-    os.utime(tmp_path / "heartbeat" / "0", (now - 50, now - 50))
-    this_rank()  # not again within a second: a step may be much shorter
-    assert 49 < silent_for(tmp_path, [0], now - 100) < 53
-    assert silent_for(tmp_path, [0], now) < 2  # what another run has left does not count
+def test_silence_is_counted_from_the_last_sign_or_from_the_start(
+    tmp_path: Path, this_rank: Heartbeat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [time.time()]
+    monkeypatch.setattr(heartbeat.time, "time", lambda: clock[0])
+    silence, other = Silence(tmp_path, [7, 0]), Silence(tmp_path, [7])
+    assert (silence.begun(), other.begun()) == (True, False)
+    os.utime(tmp_path / "ranks" / "0", (clock[0] - 50, clock[0] - 50))
+    assert silence.seconds() == 0  # what another run has left does not count
+    for _ in range(12):
+        clock[0] += 5
+        silence.seconds(), other.seconds()
+    assert (silence.seconds(), other.seconds()) == (60, 60)
+    os.utime(tmp_path / "ranks" / "0", (clock[0] - 1, clock[0] - 1))
+    assert 0.9 < silence.seconds() < 1.1  # one that goes on is enough
+    assert other.seconds() == 60
+    clock[0] += 600  # nobody has asked for so long: whoever asks was stopped himself
+    assert other.seconds() == 0
     clear(tmp_path)
-    assert 99 < silent_for(tmp_path, [0], now - 100) < 102
+    assert not silence.begun()
+
+
+def test_a_sign_is_given_at_most_once_a_second(tmp_path: Path, this_rank: Heartbeat) -> None:
+    file = tmp_path / "ranks" / "0"
+    this_rank()
+    os.utime(file, (1, 1))
+    this_rank()  # a step may be much shorter
+    assert file.stat().st_mtime == 1
+    file.unlink()
+    time.sleep(1.1)
+    this_rank()
+    assert file.exists()  # whoever has taken it away
 
 
 def test_it_is_said_which_rank_is_where(tmp_path: Path) -> None:
@@ -70,7 +89,9 @@ def test_it_is_said_which_rank_is_where(tmp_path: Path) -> None:
         assert "in compute_for_ever" in said[3].split("\n")[1]
         assert len(said) == 4
         assert "no progress for 2.5 s (run.stall_timeout_s)" in stalled(2.5, tmp_path, said)
+        before = (tmp_path / "ranks" / "0").stat().st_mtime
         again = whereabouts(tmp_path, [0])
+        assert (tmp_path / "ranks" / "0").stat().st_mtime == before  # an answer is no sign of progress
         assert again[0].count("in wait_for_the_others") == 1
     finally:
         for rank in ranks:

@@ -36,10 +36,12 @@ line = lifeline.tie(rank, ranks, address, agree)
 print("tied", flush=True)
 sys.stdin.readline()
 if fate == "fails":
-    line.let_go(failed=True)
+    line.let_go(1)
 if fate == "ends":
-    line.let_go(failed=False)
+    line.let_go(0)
     time.sleep(rank)  # the others need not hurry
+if fate == "stops":
+    line.let_go(143)
 if fate == "waits":
     time.sleep(60)
 """
@@ -101,6 +103,15 @@ def test_a_rank_that_fails_ends_the_others(tmp_path: Path) -> None:
     outputs = [rank.communicate(timeout=20)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [1, 0, 1]
     assert all("because rank 1" in outputs[rank] for rank in (0, 2))
+    assert all("time.sleep(60)" in outputs[rank] or "in <module>" in outputs[rank] for rank in (0, 2))  # where it was
+
+
+def test_a_rank_that_is_interrupted_interrupts_the_others(tmp_path: Path) -> None:
+    ranks = start(tmp_path, "waits", "waits", "stops")
+    tied(ranks)
+    outputs = [rank.communicate(timeout=20)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [143, 143, 0]
+    assert all("because rank 2" in said and "was interrupted" in said for said in outputs[:2])
 
 
 def test_ranks_that_end_well_end_nobody(tmp_path: Path) -> None:

@@ -40,15 +40,13 @@ def ranks_of(process: "subprocess.Popen[str]") -> List[psutil.Process]:
     children = psutil.Process(process.pid).children(recursive=True)
     found = {}
     for child in children:
-        if child.status() == psutil.STATUS_ZOMBIE:  # a short command of a rank's
+        try:
+            started_by = child.parent()  # loaders are ranks' children
+            by_agent = started_by is not None and "lit_glm.jobs.agent" in started_by.cmdline()
+            if by_agent and "lit_glm.jobs.worker" in child.cmdline() and "RANK" in child.environ():
+                found[int(child.environ()["RANK"])] = child
+        except psutil.Error:  # a short command of a rank's, which has ended
             continue
-        line = child.cmdline()
-        started_by = child.parent()
-        by_agent = (
-            started_by is not None and "lit_glm.jobs.agent" in started_by.cmdline()
-        )  # loaders are ranks' children
-        if "lit_glm.jobs.worker" in line and by_agent and "RANK" in child.environ():
-            found[int(child.environ()["RANK"])] = child
     return [found[rank] for rank in sorted(found)]
 
 

@@ -154,7 +154,7 @@ class RunConfig:
     eval_start_samples: int = 100
     resume: Optional[str] = None
     checkpoint_interval_steps: int = 1000
-    stall_timeout_s: float = 1800.0
+    stall_timeout_s: float = 1200.0
     rendezvous_timeout_s: float = 300.0
 
 

@@ -37,6 +37,9 @@ def runtime(config: TrainConfig, kept: List[str]) -> Finding:
 
 def cards(config: TrainConfig, made: Runtime) -> Finding:
     """Compare the devices with topology and hardware file."""
+    unable = made.cannot_span(config.topology.num_nodes)
+    if unable is not None:
+        raise InputError(f"topology={config.topology.name}: {unable}")
     check_devices(made, config.topology)
     devices = config.topology.devices_per_node
     hints = check_cards(config.hardware, made, devices, CONF / "hardware")

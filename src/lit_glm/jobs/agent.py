@@ -6,10 +6,11 @@ import signal
 import sys
 import threading
 import time
-from typing import Dict, List
+from typing import Any, Dict, List
 
 import psutil
 from torch.distributed import run
+from torch.distributed.elastic.agent.server.api import SimpleElasticAgent, WorkerState
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -19,6 +20,7 @@ _MARGIN_S = 5.0
 def main() -> int:
     """Run torchrun with this process's arguments."""
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    _leave_after_a_failure()
     threading.Thread(target=_limit_the_wait, args=(sys.argv[1:],), daemon=True).start()
     try:
         run.main(sys.argv[1:])
@@ -37,6 +39,17 @@ def main() -> int:
         _say(sys.argv[1:], str(error).splitlines()[0])
         return 1
     return 0
+
+
+def _leave_after_a_failure() -> None:
+    """Torch 1.12 waits 300 s for the other nodes' agents after a failure too: those that are gone never come."""
+    wait: Any = SimpleElasticAgent._exit_barrier
+
+    def after_a_success(agent: Any) -> None:
+        if agent._worker_group.state == WorkerState.SUCCEEDED:
+            wait(agent)
+
+    SimpleElasticAgent._exit_barrier = after_a_success  # type: ignore[method-assign]
 
 
 def _options(arguments: List[str]) -> Dict[str, str]:

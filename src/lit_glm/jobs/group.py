@@ -14,7 +14,10 @@ _LATER_S = 15.0
 
 
 def collective_limit(config: TrainConfig) -> float:
-    """Seconds until a collective gives up: whoever watches for signs of life is first, and can say which rank hangs."""
+    """Seconds until a collective gives up, where its library obeys torch.
+
+    Whoever watches for signs of life comes before, and can say which rank hangs.
+    """
     return config.run.stall_timeout_s + STALL_MARGIN_S + _LATER_S
 
 
@@ -55,10 +58,10 @@ def joined(config: TrainConfig) -> Iterator[None]:
     line = tie(rank, found, os.environ["MASTER_ADDR"], lambda told: exchange.broadcast(told, device))
     try:
         yield
-    except BaseException:
-        line.let_go(failed=True)
+    except BaseException as error:
+        line.let_go(getattr(error, "exit_status", 1))
         raise
-    line.let_go(failed=False)
+    line.let_go(0)
 
 
 def agree(identity: str, step: int, device: Any) -> None:

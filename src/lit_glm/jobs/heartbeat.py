@@ -1,4 +1,4 @@
-"""Signs of life: each rank touches a file of its own at every step, and leaves there what it was doing when asked."""
+"""Signs of life: each rank touches a file of its own at every step, and writes down where it is when it is asked."""
 
 import faulthandler
 import os
@@ -12,23 +12,27 @@ import psutil
 
 STALL_MARGIN_S = 10.0
 """Seconds beyond `run.stall_timeout_s` without a sign of life until a job is ended."""
-_FOLDER = "heartbeat"
+_FOLDER = "ranks"
 _EVERY_S = 1.0
 _ANSWER_S = 2.0
+_ASLEEP_S = 10.0
 _FRAMES = 8
 _ASK = signal.SIGUSR1
+
+
+def _stack_of(file: Path) -> Path:
+    return file.with_name(f"{file.name}.stack")
 
 
 class Heartbeat:
     """Touches a file, at most once a second, so that it may be called at every step and every batch."""
 
     def __init__(self, folder: Path, rank: int) -> None:
-        (folder / _FOLDER).mkdir(exist_ok=True)
-        self._file = (folder / _FOLDER / str(rank)).open("w")
-        self._file.write(f"{os.getpid()}\n")
-        self._file.flush()
+        self._path = folder / _FOLDER / str(rank)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         # Python writes the stack from within the signal handler: also while a collective never returns.
-        faulthandler.register(_ASK, self._file, all_threads=False)
+        faulthandler.register(_ASK, _stack_of(self._path).open("w"), all_threads=False)
+        self._path.write_text(str(os.getpid()))
         self._next = 0.0
 
     def __call__(self) -> None:
@@ -36,7 +40,7 @@ class Heartbeat:
         now = time.monotonic()
         if now >= self._next:
             self._next = now + _EVERY_S
-            os.utime(self._file.fileno())
+            self._path.touch()
 
 
 def clear(folder: Path) -> None:
@@ -45,14 +49,33 @@ def clear(folder: Path) -> None:
         file.unlink()
 
 
-def silent_for(folder: Path, ranks: Sequence[int], since: float) -> float:
-    """Seconds without a sign of life of any of these ranks; they were started at `since` (`time.time()`)."""
-    for rank in ranks:
-        try:
-            since = max(since, (folder / _FOLDER / str(rank)).stat().st_mtime)
-        except OSError:
-            pass  # none yet
-    return time.time() - since
+class Silence:
+    """How long the ranks of this machine have given no sign of life, while whoever asks was awake himself."""
+
+    def __init__(self, folder: Path, ranks: Sequence[int]) -> None:
+        self._files = [folder / _FOLDER / str(rank) for rank in ranks]
+        self._since = self._asked = time.time()
+
+    def seconds(self) -> float:
+        """Since the newest sign; asked every second or so: after a longer pause (Ctrl-Z, a suspended machine) anew."""
+        now = time.time()
+        if now - self._asked > _ASLEEP_S:
+            self._since = now
+        self._asked = now
+        return now - max([self._since, *self._signs()])
+
+    def begun(self) -> bool:
+        """Whether a rank has given any sign yet."""
+        return bool(self._signs())
+
+    def _signs(self) -> List[float]:
+        signs = []
+        for file in self._files:
+            try:
+                signs.append(file.stat().st_mtime)
+            except OSError:
+                pass  # none yet
+        return signs
 
 
 def whereabouts(folder: Path, ranks: Sequence[int]) -> List[str]:
@@ -62,30 +85,39 @@ def whereabouts(folder: Path, ranks: Sequence[int]) -> List[str]:
     for rank in ranks:
         file = folder / _FOLDER / str(rank)
         try:
-            process = psutil.Process(int(file.read_text().split("\n", 1)[0]))
+            process = psutil.Process(int(file.read_text()))
             if process.create_time() > file.stat().st_mtime:
                 raise psutil.NoSuchProcess(process.pid)  # its number is another process's by now
             if process.status() == psutil.STATUS_STOPPED:
                 said.append(f"rank {rank} (process {process.pid}) is stopped (SIGSTOP)")
                 continue
-            asked[rank] = file.stat().st_size
+            asked[rank] = _stack_of(file).stat().st_size
             process.send_signal(_ASK)
         except (OSError, ValueError):
             said.append(f"rank {rank} has given no sign of life")
         except psutil.Error:
             said.append(f"rank {rank} is gone")
     limit = time.monotonic() + _ANSWER_S
-    files = {rank: folder / _FOLDER / str(rank) for rank in asked}
-    while any(files[rank].stat().st_size == size for rank, size in asked.items()) and time.monotonic() < limit:
-        time.sleep(0.05)
     stacks: Dict[str, List[int]] = {}
-    for rank, file in files.items():
-        frames = [line for line in file.read_text()[asked[rank] :].splitlines() if line.startswith("  File ")]
-        stacks.setdefault("\n".join(frames[:_FRAMES]), []).append(rank)
+    for rank, size in asked.items():
+        stacks.setdefault(_answer(_stack_of(folder / _FOLDER / str(rank)), size, limit), []).append(rank)
     for stack, where in stacks.items():
         name = f"rank{'s' * (len(where) > 1)} {', '.join(map(str, where))}"
         said.append(f"{name}, innermost call first:\n{stack}" if stack else f"{name} does not answer")
     return said
+
+
+def _answer(file: Path, size: int, limit: float) -> str:
+    """The innermost calls that a rank has written behind the first `size` bytes; nothing if it does not in time."""
+    while True:
+        time.sleep(0.05)
+        try:
+            text = file.read_bytes()[size:].decode(errors="replace")
+        except OSError:
+            return ""
+        frames = [line for line in text.splitlines() if line.startswith("  File ")]
+        if len(frames) >= _FRAMES or (frames and "<module>" in text) or time.monotonic() > limit:
+            return "\n".join(frames[:_FRAMES])
 
 
 def stalled(limit_s: float, run_dir: Path, where: Sequence[str]) -> str:
@@ -107,13 +139,18 @@ def watch_this_process(
     Returns:
         Ends the watch.
     """
-    over, begun = threading.Event(), time.time()
+    over, silence = threading.Event(), Silence(folder, ranks)
 
     def watch() -> None:
         while not over.wait(min(1.0, limit_s / 4)):
-            if silent_for(folder, ranks, begun) > limit_s:
-                on_stall(whereabouts(folder, ranks))
-                os._exit(1)
+            if silence.seconds() > limit_s:
+                where = whereabouts(folder, ranks)
+                if over.is_set() or silence.seconds() < limit_s:
+                    continue  # it went on meanwhile
+                try:
+                    on_stall(where)
+                finally:
+                    os._exit(1)
 
     threading.Thread(target=watch, name="stall watch", daemon=True).start()
     return over.set

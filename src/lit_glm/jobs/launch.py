@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
@@ -98,10 +97,10 @@ def ending_recorded(run_dir: Path) -> Iterator[None]:
 def _help(job: Job, node: Node, run_dir: Path) -> Dict[str, Any]:
     """Run the ranks of another node than the first: that one keeps the run folder, which both may share."""
     spec_dir = run_dir / "nodes" / str(node.rank)
-    spec_dir.mkdir(parents=True, exist_ok=True)
-    heartbeat.clear(spec_dir)
-    job.write(spec_dir)
-    run_ranks(job, node, spec_dir, run_dir)
+    with alone_in(spec_dir) as lock:
+        heartbeat.clear(spec_dir)
+        job.write(spec_dir)
+        run_ranks(job, node, spec_dir, run_dir, lock=lock)
     return {}
 
 
@@ -112,8 +111,7 @@ def _run_here(job: Job, run_dir: Path) -> Dict[str, Any]:
         message = heartbeat.stalled(limit, run_dir, whereabouts)
         fail(run_dir, message)
         print(f"lit_glm: {message}", file=sys.stderr, flush=True)
-        for child in psutil.Process().children(recursive=True):
-            child.kill()
+        _kill(psutil.Process().children(recursive=True))
 
     end_watch = watch_this_process(run_dir, [0], limit + STALL_MARGIN_S, say)
     try:
@@ -246,13 +244,16 @@ def _wait(
 ) -> int:
     """Wait for the agent; end it when its ranks give no sign of life for too long."""
     limit = job.config.run.stall_timeout_s
-    started, per_node = time.time(), job.config.topology.devices_per_node
+    per_node = job.config.topology.devices_per_node
     ranks = range(node.rank * per_node, (node.rank + 1) * per_node)
+    silence = heartbeat.Silence(spec_dir, ranks)
     while True:
         try:
             return agent.wait(timeout=1.0)
         except subprocess.TimeoutExpired:
-            if heartbeat.silent_for(spec_dir, ranks, started) > limit + margin_s:
+            # Before the first sign the nodes are still meeting, which has a limit of its own.
+            patience = limit if silence.begun() else max(limit, job.config.run.rendezvous_timeout_s)
+            if silence.seconds() > patience + margin_s:
                 message = heartbeat.stalled(limit, run_dir, heartbeat.whereabouts(spec_dir, ranks))
                 agent.send_signal(signal.SIGTERM)
                 _end(agent, _STALL_GRACE_S)
@@ -266,16 +267,20 @@ def _end(agent: "subprocess.Popen[bytes]", grace_s: float = _GRACE_S) -> None:
         agent.wait(timeout=grace_s if agent.poll() is None else 0)
     except subprocess.TimeoutExpired:
         pass
-    for process in ranks + _children(agent.pid):
-        try:
-            process.kill()
-        except psutil.Error:
-            pass
+    _kill(ranks + _children(agent.pid))
     try:
         os.killpg(agent.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
         pass
     agent.wait()
+
+
+def _kill(processes: List[psutil.Process]) -> None:
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.Error:
+            pass
 
 
 def _children(pid: int) -> List[psutil.Process]:

@@ -8,12 +8,14 @@ process that is gone, however it ended, and notices when a host no longer answer
 import os
 import secrets
 import selectors
+import signal
 import socket
 import struct
 import sys
 import threading
 import time
-from typing import Any, Callable, Dict, Optional
+import traceback
+from typing import Any, Callable, Dict, Tuple
 
 from lit_glm.errors import RunError
 
@@ -23,43 +25,47 @@ _CONNECT_S = 30.0
 _HELLO_S = 5.0
 _PROBES = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}  # a host that is gone is noticed after 30 s
 _HELLO = struct.Struct("!16si")
-_WORD = struct.Struct("!i")
-_DONE = -1
+_WORD = struct.Struct("!ii")  # a rank, and the exit status that it ends with
+_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 _TOKEN_BYTES = 16
+_MAPPED = "::ffff:"  # an IPv4 address as IPv6 has it
+_FRAMES = 8
 
 
-def _end(words: str) -> None:
-    print(f"lit_glm: {words}", file=sys.stderr, flush=True)
-    os._exit(1)
+def _end(words: str, status: int) -> None:
+    main = sys._current_frames().get(threading.main_thread().ident or 0)
+    calls = "".join(traceback.format_stack(main)[-_FRAMES:])
+    print(f"lit_glm: {words}; it was in\n{calls}", file=sys.stderr, end="", flush=True)
+    os._exit(status)
 
 
 class Lifeline:
     """This rank's end of it. A thread waits; nothing is sent until somebody ends."""
 
-    def __init__(self, rank: int, peers: Dict[int, socket.socket], end: Callable[[str], None] = _end) -> None:
+    def __init__(self, rank: int, peers: Dict[int, socket.socket], end: Callable[[str, int], None] = _end) -> None:
         """Begin to watch.
 
         Args:
             rank: this one.
             peers: connections by rank: all others on rank 0, rank 0 alone elsewhere.
-            end: called some seconds after a rank was lost, with what to say.
+            end: called some seconds after a rank was lost, with what to say and the status to end with.
         """
         self._rank, self._peers, self._end = rank, peers, end
-        self._addresses = {rank: connection.getpeername()[0] for rank, connection in peers.items()}
+        self._addresses = {rank: _address(connection) for rank, connection in peers.items()}
         self._over = threading.Event()
         self._lock = threading.Lock()
         threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
 
-    def let_go(self, failed: bool) -> None:
-        """Tell the others that this rank ends, and whether they must too."""
+    def let_go(self, status: int) -> None:
+        """Tell the others that this rank ends, and with which status: after any but 0 they end too."""
         self._over.set()
-        self._tell(self._rank if failed else _DONE)
+        self._tell(self._rank, status)
 
-    def _tell(self, word: int) -> None:
+    def _tell(self, rank: int, status: int) -> None:
         with self._lock:
             for connection in self._peers.values():
                 try:
-                    connection.sendall(_WORD.pack(word))
+                    connection.sendall(_WORD.pack(rank, status))
                 except OSError:
                     pass  # gone by itself
 
@@ -69,30 +75,46 @@ class Lifeline:
                 selector.register(connection, selectors.EVENT_READ, rank)
             while selector.get_map():
                 for key, _ in selector.select():
-                    lost = self._heard(key.fileobj, key.data)
-                    if lost is not None:
-                        self._mourn(lost)
+                    lost, status = self._heard(key.fileobj, key.data)
+                    if status:
+                        self._mourn(lost, status)
                         return
                     selector.unregister(key.fileobj)
 
-    def _heard(self, connection: Any, rank: int) -> Optional[int]:
-        """Which rank is lost, if any: that of the connection if it ended without a word."""
+    def _heard(self, connection: Any, rank: int) -> Tuple[int, int]:
+        """Which rank has ended, with which status: that of the connection if it ended without a word."""
         try:
             said = connection.recv(_WORD.size, socket.MSG_WAITALL)
         except OSError:
             said = b""
-        word: int = _WORD.unpack(said)[0] if len(said) == _WORD.size else rank
-        return None if word == _DONE else word
+        return _WORD.unpack(said) if len(said) == _WORD.size else (rank, 1)
 
-    def _mourn(self, lost: int) -> None:
+    def _mourn(self, lost: int, status: int) -> None:
         if self._over.is_set():
             return
         if self._rank == 0:
-            self._tell(lost)
+            self._tell(lost, status)
         where = f" on {self._addresses[lost]}" if lost in self._addresses else ""
+        how = "was interrupted" if status in _STOPPED else "failed, was killed or is out of reach"
         time.sleep(_GRACE_S)
         if not self._over.is_set():
-            self._end(f"rank {self._rank} ends because rank {lost}{where} failed, was killed or is out of reach")
+            words = f"rank {self._rank} ends because rank {lost}{where} {how}"
+            self._end(words, status if status in _STOPPED else 1)
+
+
+def _address(connection: socket.socket) -> str:
+    address = str(connection.getpeername()[0])
+    return address[len(_MAPPED) :] if address.startswith(_MAPPED) else address
+
+
+def _listener() -> socket.socket:
+    """Reachable by both versions of IP, where this machine has both."""
+    if socket.has_dualstack_ipv6():
+        try:
+            return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+        except OSError:
+            pass  # switched off
+    return socket.create_server(("", 0))
 
 
 def _probed(connection: socket.socket) -> socket.socket:
@@ -143,13 +165,13 @@ def tie(rank: int, world_size: int, address: str, agree: Callable[[Any], Any]) -
         RunError: if they cannot reach each other.
     """
     if rank == 0:
-        with socket.create_server(("", 0)) as listener:
+        with _listener() as listener:
             token = secrets.token_bytes(_TOKEN_BYTES)
             agree((listener.getsockname()[1], token))
             return Lifeline(0, _welcome(listener, token, world_size - 1))
     port, token = agree(None)
     try:
-        connection = socket.create_connection((address, port), timeout=_CONNECT_S)
+        connection = socket.create_connection((address, port), timeout=_CONNECT_S / 3)  # of each address it has
         connection.sendall(_HELLO.pack(token, rank))
     except OSError as error:
         raise RunError(

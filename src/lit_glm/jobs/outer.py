@@ -24,14 +24,13 @@ _FIRST_SPEAKS_S = 5.0
 def _watch(config: TrainConfig, folder: Path, outer: OuterRank) -> Callable[[], None]:
     """End this rank when its node gives no sign of life, as a launcher of ours would; torchrun then ends the others.
 
-    A node's first rank speaks first; it may be the one that is stopped.
+    A node's first rank speaks first, if it can.
     """
     limit = config.run.stall_timeout_s
 
     def say(whereabouts: List[str]) -> None:
         message = stalled(limit, folder, whereabouts)
-        if outer.rank == 0:
-            fail(folder, message)
+        fail(folder, message)  # the first rank may be the one that hangs
         print(f"lit_glm: {message}", file=sys.stderr, flush=True)
 
     here = range(outer.rank - outer.local_rank, outer.rank - outer.local_rank + config.topology.devices_per_node)

@@ -44,7 +44,7 @@ class SweepNotes(Callback):
             return
         sweep_dir, number = Path(config.hydra.sweep.dir), int(config.hydra.job.num)
         if not _note_file(sweep_dir, number).exists():
-            _note(sweep_dir, number, None, InputError.exit_status, _refused(config))
+            _note(sweep_dir, number, None, RunError.exit_status, _refused(config))  # its own process said the status
 
 
 def _note_file(sweep_dir: Path, number: int) -> Path:
@@ -159,8 +159,10 @@ def summarise(sweep_dir: Path) -> "tuple[str, int]":
 
 
 def _result(note: Dict[str, Any]) -> Dict[str, Any]:
-    result: Dict[str, Any] = (read_result(Path(note["run_dir"])) if note["run_dir"] else None) or note["row"]
-    return result
+    own: Dict[str, Any] = note["row"]
+    if note["run_dir"] is None or note["exit_status"] == InputError.exit_status:
+        return own  # what the folder holds is an earlier run's
+    return read_result(Path(note["run_dir"])) or own
 
 
 def finish() -> int:

@@ -61,13 +61,13 @@ class _Signals:
             signal.signal(number, handler)
 
 
-def run_rank(job: Job, run_dir: Path, spec_dir: Optional[Path] = None) -> Dict[str, Any]:
+def run_rank(job: Job, run_dir: Path, beat: Optional[Heartbeat] = None) -> Dict[str, Any]:
     """Run this process's part of a job.
 
     Args:
         job: what to do.
         run_dir: the run folder.
-        spec_dir: where this node gives signs of life; None: the run folder.
+        beat: this rank's sign of life; None: one in the run folder.
 
     Returns:
         The result (rank 0), else an empty dict.
@@ -79,8 +79,7 @@ def run_rank(job: Job, run_dir: Path, spec_dir: Optional[Path] = None) -> Dict[s
     in_main_thread = threading.current_thread() is threading.main_thread()
     signals = _Signals() if in_main_thread else None
     try:
-        beat = Heartbeat(spec_dir or run_dir, int(os.environ.get("RANK", 0)))
-        return _run(job, run_dir, signals, beat)
+        return _run(job, run_dir, signals, beat or Heartbeat(run_dir, int(os.environ.get("RANK", 0))))
     finally:
         if signals is not None:
             signals.restore()
@@ -114,6 +113,7 @@ def _run(job: Job, run_dir: Path, signals: Optional[_Signals], beat: Callable[[]
     from lit_glm.training.module import RecordModule
     from lit_glm.training.unprofiled import Unprofiled
 
+    beat()
     runtime = make_runtime(config.hardware, config.topology)
     check_devices(runtime, config.topology)
     world_size = config.topology.world_size
@@ -315,10 +315,12 @@ def main(spec_dir: Path, run_dir: Path) -> int:
     """Run under torchrun: errors become messages and exit statuses."""
     die_with_parent()
     job = Job.read(spec_dir)
+    beat = Heartbeat(spec_dir, int(os.environ["RANK"]))
 
     def work() -> None:
         with joined(job.config):
-            run_rank(job, run_dir, spec_dir)
+            beat()
+            run_rank(job, run_dir, beat)
 
     return said(work)
 

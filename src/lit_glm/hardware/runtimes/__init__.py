@@ -122,6 +122,16 @@ def check_devices(runtime: Runtime, topology: TopologyConfig) -> None:
         )
 
 
+def _matches(file: str, pattern: str, name: str) -> bool:
+    try:
+        return re.search(pattern, name) is not None
+    except re.error as error:
+        raise InputError(
+            f"conf/hardware/{file}.yaml: detect={pattern}: not a regular expression ({error}); "
+            "brackets and the like need a backslash before them"
+        ) from error
+
+
 def check_cards(hardware: HardwareConfig, runtime: Runtime, devices: int, folder: Path) -> List[str]:
     """Compare what the cards call themselves with the hardware file: another card's peak makes a wrong mfu.
 
@@ -143,10 +153,10 @@ def check_cards(hardware: HardwareConfig, runtime: Runtime, devices: int, folder
     patterns = {name: str(entry.get("detect") or "") for name, entry in known.items()}
     for index in range(devices):
         name = runtime.device_name(index)
-        better = [file for file, pattern in patterns.items() if pattern and re.search(pattern, name)]
         if runtime.simulated or not name:
             continue
-        if hardware.detect and not re.search(hardware.detect, name):
+        better = [file for file, pattern in patterns.items() if pattern and _matches(file, pattern, name)]
+        if hardware.detect and not _matches(hardware.name, hardware.detect, name):
             raise InputError(
                 f"hardware={hardware.name}, but card {index} calls itself {name!r}; "
                 f"take hardware={better[0] if better else 'cuda (any card, no peak)'}"
