@@ -35,7 +35,7 @@ def main() -> int:
         return next((code for code in codes if code in (2, 130, 143)), max(1, codes[0] if codes[0] > 0 else 1))
     except SignalException as error:
         return 128 + int(error.sigval)
-    except RuntimeError as error:  # the nodes did not meet, or lost each other before their ranks ran
+    except (RuntimeError, TimeoutError) as error:  # the nodes did not meet, or lost each other before their ranks ran
         _say(sys.argv[1:], str(error).splitlines()[0])
         return 1
     return 0
