@@ -68,9 +68,9 @@ def _folder(config: TrainConfig, run_dir: Path) -> Tuple[Path, bool]:
 def run(config: TrainConfig, run_dir: Path, resumes: bool, entry: float, prepare_data: Callable[[], None]) -> int:
     """Run one job unless it is complete; returns the exit status."""
     from lit_glm.bench.result import COMPLETE, read_result, table
+    from lit_glm.jobs.interrupts import Interrupted
     from lit_glm.jobs.launch import run_job
     from lit_glm.jobs.spec import Job
-    from lit_glm.jobs.worker import Interrupted
 
     result = read_result(run_dir) if resumes else None
     if result is not None and result.get("status") in COMPLETE:

@@ -5,8 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_glm.bench.clock import PhaseClock
-from lit_glm.bench.figures import Seconds, figures
-from lit_glm.bench.recorder import slowest
+from lit_glm.bench.figures import Seconds, figures, slowest
 from lit_glm.bench.result import cells, table
 
 RESULT = {

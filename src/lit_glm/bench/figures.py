@@ -1,7 +1,7 @@
 """The arithmetic of the published figures, apart from everything that measures them."""
 
 from dataclasses import dataclass
-from typing import Dict, Optional
+from typing import Dict, Optional, Sequence
 
 
 @dataclass
@@ -50,3 +50,13 @@ def figures(samples: int, seconds: Seconds) -> Dict[str, Optional[float]]:
         "no_eval_time": seconds.no_eval,
         "pure_compute_time": seconds.pure_compute,
     }
+
+
+def slowest(ranks: Sequence[Seconds]) -> Seconds:
+    """The longest time of any rank, phase by phase: each phase stays contained in the next."""
+    return Seconds(
+        max(rank.pure_compute for rank in ranks),
+        max(rank.no_eval for rank in ranks),
+        max(rank.raw_train for rank in ranks),
+        max(rank.init for rank in ranks),
+    )

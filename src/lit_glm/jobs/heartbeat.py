@@ -16,6 +16,7 @@ _FOLDER = "ranks"
 _EVERY_S = 1.0
 _ANSWER_S = 2.0
 _ASLEEP_S = 10.0
+_ROUNDING_S = 2.0  # a process's start is known to a second
 _FRAMES = 8
 _ASK = signal.SIGUSR1
 
@@ -86,7 +87,7 @@ def whereabouts(folder: Path, ranks: Sequence[int]) -> List[str]:
         file = folder / _FOLDER / str(rank)
         try:
             process = psutil.Process(int(file.read_text()))
-            if process.create_time() > file.stat().st_mtime:
+            if process.create_time() > file.stat().st_mtime + _ROUNDING_S:
                 raise psutil.NoSuchProcess(process.pid)  # its number is another process's by now
             if process.status() == psutil.STATUS_STOPPED:
                 said.append(f"rank {rank} (process {process.pid}) is stopped (SIGSTOP)")

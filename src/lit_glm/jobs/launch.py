@@ -17,9 +17,10 @@ from lit_glm.bench.result import amend_result, begin_result, read_result
 from lit_glm.errors import InputError, RunError
 from lit_glm.jobs import heartbeat
 from lit_glm.jobs.heartbeat import STALL_MARGIN_S, watch_this_process
+from lit_glm.jobs.interrupts import EXIT_STATUS, Interrupted
 from lit_glm.jobs.nodes import Node, check_nodes, interface_towards, this_node
 from lit_glm.jobs.spec import Job
-from lit_glm.jobs.worker import EXIT_STATUS, Interrupted, fail, run_rank
+from lit_glm.jobs.worker import fail, run_rank
 
 _GRACE_S = 40.0
 _STALL_GRACE_S = 5.0

@@ -92,8 +92,8 @@ def run_combination(
     Raises:
         KeyboardInterrupt: the job was stopped, and the rest of the sweep is not wanted either.
     """
+    from lit_glm.jobs.interrupts import Interrupted
     from lit_glm.jobs.launch import run_job
-    from lit_glm.jobs.worker import Interrupted
 
     folder = earlier_run(config, run_dir) if config.sweep.skip_done else None
     if folder is not None:

@@ -25,40 +25,10 @@ from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.hardware.variables import set_environment
 from lit_glm.jobs.group import agree, collective_limit, joined
 from lit_glm.jobs.heartbeat import Heartbeat
+from lit_glm.jobs.interrupts import Interrupted, Signals
 from lit_glm.jobs.spec import Job, identity
 
 _FIRST_RANK_SPEAKS_S = 15.0
-EXIT_STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
-
-
-class Interrupted(Exception):
-    """The run was asked to stop and has saved what it had."""
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
-        self.exit_status = EXIT_STATUS.get(signal.Signals(signal_number), 128 + signal_number)
-
-
-class _Signals:
-    """Turns SIGINT and SIGTERM into a request that the training loop takes up; a second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.received: Optional[int] = None
-        self.module: Any = None
-        self._before = {number: signal.getsignal(number) for number in EXIT_STATUS}
-        for number in EXIT_STATUS:
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, _frame: Any) -> None:
-        again = self.received is not None and number == signal.SIGINT
-        self.received = number
-        if self.module is None or again:
-            raise Interrupted(number)  # nothing to save yet, or no patience left
-        self.module.stop_requested = True
-
-    def restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 def run_rank(job: Job, run_dir: Path, beat: Optional[Heartbeat] = None) -> Dict[str, Any]:
@@ -77,7 +47,7 @@ def run_rank(job: Job, run_dir: Path, beat: Optional[Heartbeat] = None) -> Dict[
         Interrupted: after a signal; what was done is saved.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
-    signals = _Signals() if in_main_thread else None
+    signals = Signals() if in_main_thread else None
     try:
         return _run(job, run_dir, signals, beat or Heartbeat(run_dir, int(os.environ.get("RANK", 0))))
     finally:
@@ -85,7 +55,7 @@ def run_rank(job: Job, run_dir: Path, beat: Optional[Heartbeat] = None) -> Dict[
             signals.restore()
 
 
-def _run(job: Job, run_dir: Path, signals: Optional[_Signals], beat: Callable[[], None]) -> Dict[str, Any]:
+def _run(job: Job, run_dir: Path, signals: Optional[Signals], beat: Callable[[], None]) -> Dict[str, Any]:
     config = job.config
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -101,7 +71,9 @@ def _run(job: Job, run_dir: Path, signals: Optional[_Signals], beat: Callable[[]
     from lit_glm.bench import memory
     from lit_glm.bench.curves import Curves
     from lit_glm.bench.environment import describe
-    from lit_glm.bench.recorder import Recorder, RunFolder, slowest
+    from lit_glm.bench.figures import slowest
+    from lit_glm.bench.recorder import Recorder
+    from lit_glm.bench.run_folder import RunFolder
     from lit_glm.bench.work import WorkCounter, peak_name
     from lit_glm.hardware import exchange
     from lit_glm.hardware.accelerator import make_accelerator, make_strategy

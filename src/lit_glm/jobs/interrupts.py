@@ -1,0 +1,37 @@
+"""SIGINT and SIGTERM as a request to stop in order, and the exit status that says so."""
+
+import signal
+from typing import Any, Optional
+
+EXIT_STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved what it had."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+        self.exit_status = EXIT_STATUS.get(signal.Signals(signal_number), 128 + signal_number)
+
+
+class Signals:
+    """Turns SIGINT and SIGTERM into a request that the training loop takes up; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.received: Optional[int] = None
+        self.module: Any = None
+        self._before = {number: signal.getsignal(number) for number in EXIT_STATUS}
+        for number in EXIT_STATUS:
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _frame: Any) -> None:
+        again = self.received is not None and number == signal.SIGINT
+        self.received = number
+        if self.module is None or again:
+            raise Interrupted(number)  # nothing to save yet, or no patience left
+        self.module.stop_requested = True
+
+    def restore(self) -> None:
+        """Put back the handlers that were there before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
