@@ -95,11 +95,11 @@ def test_an_overflow_is_left_out_and_the_scale_halves(precision: str, tmp_path: 
 @needs_half
 def test_fp16_goes_on_as_if_it_had_not_been_stopped(tmp_path: Path) -> None:
     """The masters and the scale are in the checkpoint."""
-    how = ["precision=fp16", "precision.loss_scale.initial=1e8", "data.num_workers=0"]
+    how = ["precision=fp16", "precision.loss_scale.initial=1e8", "data.num_workers=0", "run.max_steps=20"]
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert lit_glm("train", *DEBUG, *how, f"hydra.run.dir={whole}", cwd=tmp_path).returncode == 0
     process = _start(tmp_path, run, "1x1", *how)
-    _wait_for_steps(run, process, 11)
+    _wait_for_steps(run, process, 7)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143
     again = lit_glm("train", *DEBUG, *how, f"run.resume={run}", cwd=tmp_path)
