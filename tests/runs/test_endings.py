@@ -45,8 +45,8 @@ def test_a_rank_that_hangs_ends_the_job(tmp_path: Path) -> None:
     assert process.returncode == 1, said
     assert "no progress for 8 s (run.stall_timeout_s)" in said[1]
     assert f"rank 0 (process {pid}) is stopped" in said[1]
-    assert "rank 1, innermost call first:" in said[1]
-    assert "all_reduce" in said[1] or "backward" in said[1]
+    waits = said[1].split("rank 1, innermost call first:")[1]  # for the other: for its gradients, or at a checkpoint
+    assert "backward" in waits or "distributed_c10d.py" in waits
     _nothing_left(run)
     final = result(run)
     assert final["status"] == "failed"

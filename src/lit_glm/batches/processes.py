@@ -1,10 +1,11 @@
 """The loader's processes: they live as long as their rank, whatever signals its process group gets."""
 
-import ctypes
 import signal
 from typing import Any, Iterator
 
 from torch.utils.data import DataLoader
+
+from lit_glm.orphans import die_with_parent
 
 _SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
@@ -28,12 +29,9 @@ class LoaderProcesses:
 def live_and_die_with_the_rank(_worker: int) -> None:
     """Ctrl-C and torchrun signal the whole process group; the rank decides what stops, and its processes with it.
 
-    A rank that is killed takes them along (Linux: prctl PR_SET_PDEATHSIG): one that waits for a lock of the rank's
-    would never end, and keep its output and its run folder's lock.
+    A rank that is killed takes them along: one that waits for a lock of the rank's would never end, and keep its
+    output and its run folder's lock.
     """
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    try:
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    except (AttributeError, OSError):
-        pass
+    die_with_parent()

@@ -12,7 +12,8 @@ from lit_glm.hardware.runtimes import make_runtime
 from lit_glm.jobs.group import joined
 from lit_glm.jobs.heartbeat import Heartbeat
 from lit_glm.jobs.spec import Job
-from lit_glm.jobs.worker import die_with_parent, leave, said
+from lit_glm.jobs.worker import leave, said
+from lit_glm.orphans import die_with_parent
 
 _MIB = 16
 _ROUNDS = 5

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import Callable, Dict, List, Sequence
+from typing import Callable, Dict, List, Optional, Sequence
 
 import psutil
 
@@ -54,6 +54,7 @@ class Silence:
     """How long the ranks of this machine have given no sign of life, while whoever asks was awake himself."""
 
     def __init__(self, folder: Path, ranks: Sequence[int]) -> None:
+        self._folder, self._ranks = folder, ranks
         self._files = [folder / _FOLDER / str(rank) for rank in ranks]
         self._since = self._asked = time.time()
 
@@ -64,6 +65,13 @@ class Silence:
             self._since = now
         self._asked = now
         return now - max([self._since, *self._signs()])
+
+    def stall(self, limit_s: float) -> Optional[List[str]]:
+        """Whereabouts of the ranks if they have been silent for too long, and still are once that is known."""
+        if self.seconds() <= limit_s:
+            return None
+        where = whereabouts(self._folder, self._ranks)
+        return where if self.seconds() > limit_s else None
 
     def begun(self) -> bool:
         """Whether a rank has given any sign yet."""
@@ -144,10 +152,8 @@ def watch_this_process(
 
     def watch() -> None:
         while not over.wait(min(1.0, limit_s / 4)):
-            if silence.seconds() > limit_s:
-                where = whereabouts(folder, ranks)
-                if over.is_set() or silence.seconds() < limit_s:
-                    continue  # it went on meanwhile
+            where = silence.stall(limit_s)
+            if where is not None and not over.is_set():
                 try:
                     on_stall(where)
                 finally:

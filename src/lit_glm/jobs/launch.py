@@ -1,12 +1,12 @@
 """Runs a job: in this process for one device, as one torchrun for several, and says how it ended."""
 
-import ctypes
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
 
@@ -21,6 +21,7 @@ from lit_glm.jobs.interrupts import EXIT_STATUS, Interrupted
 from lit_glm.jobs.nodes import Node, check_nodes, interface_towards, this_node
 from lit_glm.jobs.spec import Job
 from lit_glm.jobs.worker import fail, run_rank
+from lit_glm.orphans import die_with_parent
 
 _GRACE_S = 40.0
 _STALL_GRACE_S = 5.0
@@ -166,14 +167,6 @@ def _agent_command(job: Job, node: Node, spec_dir: Path, run_dir: Path, module: 
     ]
 
 
-def _die_with_parent() -> None:
-    """No job outlives the command that started it, however that ended (Linux: prctl PR_SET_PDEATHSIG)."""
-    try:
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-    except (AttributeError, OSError):
-        pass
-
-
 class _Stopped(Exception):
     def __init__(self, number: int) -> None:
         self.number = number
@@ -217,7 +210,11 @@ def run_ranks(
     command = _agent_command(job, node, spec_dir, run_dir, module)
     held = () if lock is None else (lock,)
     agent = subprocess.Popen(
-        command, env=environment, start_new_session=True, preexec_fn=_die_with_parent, pass_fds=held
+        command,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=partial(die_with_parent, signal.SIGTERM),
+        pass_fds=held,
     )
     try:
         status = _wait(agent, job, node, spec_dir, run_dir, margin_s)
@@ -254,8 +251,9 @@ def _wait(
         except subprocess.TimeoutExpired:
             # Before the first sign the nodes are still meeting, which has a limit of its own.
             patience = limit if silence.begun() else max(limit, job.config.run.rendezvous_timeout_s)
-            if silence.seconds() > patience + margin_s:
-                message = heartbeat.stalled(limit, run_dir, heartbeat.whereabouts(spec_dir, ranks))
+            where = silence.stall(patience + margin_s)
+            if where is not None:
+                message = heartbeat.stalled(limit, run_dir, where)
                 agent.send_signal(signal.SIGTERM)
                 _end(agent, _STALL_GRACE_S)
                 raise RunError(message) from None

@@ -8,7 +8,6 @@ process that is gone, however it ended, and notices when a host no longer answer
 import os
 import secrets
 import selectors
-import signal
 import socket
 import struct
 import sys
@@ -18,6 +17,7 @@ import traceback
 from typing import Any, Callable, Dict, Tuple
 
 from lit_glm.errors import RunError
+from lit_glm.jobs.interrupts import EXIT_STATUS
 
 _GRACE_S = 10.0
 """For the error of a collective, or torchrun's signal: they end a rank in better order than this does."""
@@ -26,7 +26,6 @@ _HELLO_S = 5.0
 _PROBES = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}  # a host that is gone is noticed after 30 s
 _HELLO = struct.Struct("!16si")
 _WORD = struct.Struct("!ii")  # a rank, and the exit status that it ends with
-_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 _TOKEN_BYTES = 16
 _MAPPED = "::ffff:"  # an IPv4 address as IPv6 has it
 _FRAMES = 8
@@ -42,15 +41,14 @@ def _end(words: str, status: int) -> None:
 class Lifeline:
     """This rank's end of it. A thread waits; nothing is sent until somebody ends."""
 
-    def __init__(self, rank: int, peers: Dict[int, socket.socket], end: Callable[[str, int], None] = _end) -> None:
+    def __init__(self, rank: int, peers: Dict[int, socket.socket]) -> None:
         """Begin to watch.
 
         Args:
             rank: this one.
             peers: connections by rank: all others on rank 0, rank 0 alone elsewhere.
-            end: called some seconds after a rank was lost, with what to say and the status to end with.
         """
-        self._rank, self._peers, self._end = rank, peers, end
+        self._rank, self._peers = rank, peers
         self._addresses = {rank: _address(connection) for rank, connection in peers.items()}
         self._over = threading.Event()
         self._lock = threading.Lock()
@@ -95,11 +93,11 @@ class Lifeline:
         if self._rank == 0:
             self._tell(lost, status)
         where = f" on {self._addresses[lost]}" if lost in self._addresses else ""
-        how = "was interrupted" if status in _STOPPED else "failed, was killed or is out of reach"
+        how = "was interrupted" if status in EXIT_STATUS.values() else "failed, was killed or is out of reach"
         time.sleep(_GRACE_S)
         if not self._over.is_set():
             words = f"rank {self._rank} ends because rank {lost}{where} {how}"
-            self._end(words, status if status in _STOPPED else 1)
+            _end(words, status if status in EXIT_STATUS.values() else 1)
 
 
 def _address(connection: socket.socket) -> str:

@@ -27,6 +27,7 @@ from lit_glm.jobs.group import agree, collective_limit, joined
 from lit_glm.jobs.heartbeat import Heartbeat
 from lit_glm.jobs.interrupts import Interrupted, Signals
 from lit_glm.jobs.spec import Job, identity
+from lit_glm.orphans import die_with_parent
 
 _FIRST_RANK_SPEAKS_S = 15.0
 
@@ -317,16 +318,6 @@ def said(work: Callable[[], None]) -> int:
         print(f"lit_glm: rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         return 1
     return 0
-
-
-def die_with_parent() -> None:
-    """No rank outlives the agent that started it, however that ended (Linux: prctl PR_SET_PDEATHSIG)."""
-    import ctypes
-
-    try:
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    except (AttributeError, OSError):
-        pass
 
 
 def fail(run_dir: Path, message: str) -> None:
