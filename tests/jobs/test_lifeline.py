@@ -42,6 +42,8 @@ if fate == "ends":
     time.sleep(rank)  # the others need not hurry
 if fate == "stops":
     line.let_go(143)
+if fate == "loses":
+    sys.exit(143 if line.interrupted() else 1)
 if fate == "waits":
     time.sleep(60)
 """
@@ -104,6 +106,18 @@ def test_a_rank_that_fails_ends_the_others(tmp_path: Path) -> None:
     assert [rank.returncode for rank in ranks] == [1, 0, 1]
     assert all("because rank 1" in outputs[rank] for rank in (0, 2))
     assert all("time.sleep(60)" in outputs[rank] or "in <module>" in outputs[rank] for rank in (0, 2))  # where it was
+
+
+def test_an_error_that_comes_from_an_interrupt_is_told_from_others(tmp_path: Path) -> None:
+    for fate, status in (("stops", 143), ("fails", 1)):
+        folder = tmp_path / fate
+        folder.mkdir()
+        ranks = start(folder, "loses", "waits", fate)
+        tied(ranks)
+        ranks[0].communicate(timeout=20)
+        assert ranks[0].returncode == status
+        for rank in ranks[1:]:
+            rank.communicate(timeout=20)
 
 
 def test_a_rank_that_is_interrupted_interrupts_the_others(tmp_path: Path) -> None:

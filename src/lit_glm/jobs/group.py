@@ -1,6 +1,7 @@
 """The ranks of a job: how they meet, that they do the same, and that none stays behind alone."""
 
 import os
+import signal
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Iterator
@@ -9,6 +10,7 @@ from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
 from lit_glm.hardware.runtimes import check_devices, make_runtime
 from lit_glm.jobs.heartbeat import STALL_MARGIN_S
+from lit_glm.jobs.interrupts import Interrupted
 
 _LATER_S = 15.0
 
@@ -59,8 +61,10 @@ def joined(config: TrainConfig) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        if not hasattr(error, "exit_status") and line.interrupted():
+            error = Interrupted(signal.SIGTERM)
         line.let_go(getattr(error, "exit_status", 1))
-        raise
+        raise error
     line.let_go(0)
 
 

@@ -23,6 +23,7 @@ _GRACE_S = 10.0
 """For the error of a collective, or torchrun's signal: they end a rank in better order than this does."""
 _CONNECT_S = 30.0
 _HELLO_S = 5.0
+_WORD_S = 2.0
 _PROBES = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}  # a host that is gone is noticed after 30 s
 _HELLO = struct.Struct("!16si")
 _WORD = struct.Struct("!ii")  # a rank, and the exit status that it ends with
@@ -50,7 +51,8 @@ class Lifeline:
         """
         self._rank, self._peers = rank, peers
         self._addresses = {rank: _address(connection) for rank, connection in peers.items()}
-        self._over = threading.Event()
+        self._over, self._lost = threading.Event(), threading.Event()
+        self._status = 0
         self._lock = threading.Lock()
         threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
 
@@ -58,6 +60,10 @@ class Lifeline:
         """Tell the others that this rank ends, and with which status: after any but 0 they end too."""
         self._over.set()
         self._tell(self._rank, status)
+
+    def interrupted(self) -> bool:
+        """Whether another rank was: then an error of this one comes from that. Waits a moment for the word."""
+        return self._lost.wait(_WORD_S) and self._status in EXIT_STATUS.values()
 
     def _tell(self, rank: int, status: int) -> None:
         with self._lock:
@@ -88,6 +94,8 @@ class Lifeline:
         return _WORD.unpack(said) if len(said) == _WORD.size else (rank, 1)
 
     def _mourn(self, lost: int, status: int) -> None:
+        self._status = status
+        self._lost.set()
         if self._over.is_set():
             return
         if self._rank == 0:
