@@ -1,4 +1,4 @@
-"""Which way of attending is ahead: a call a group (FlatPlan) or all groups in one padded call (GatheredPlan)?
+"""Which way of attending is ahead: a call a group (FlatPlan) or all groups in one padded call (PaddedPlan)?
 
 Prints the median ratio of the two, forward and backward of one layer's attention, measured in turn in one process.
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from lit_glm.batches.collate import places_of
-from lit_glm.model.attention import FlatPlan, GatheredPlan
+from lit_glm.model.attention import FlatPlan, PaddedPlan
 
 
 def lengths(groups: int, context: int, candidates: int, tokens: int) -> "tuple[List[int], List[int], torch.Tensor]":
@@ -35,7 +35,7 @@ def main() -> None:
         for groups, context in ((64, 25), (16, 100), (8, 300)):
             contexts, rows, owner = lengths(groups, context, 8, 3)
             places = places_of(np.array(contexts), np.array(rows), owner.numpy())
-            plans: List[Any] = [FlatPlan.of(contexts, rows, owner), GatheredPlan.of(places)]
+            plans: List[Any] = [FlatPlan.of(contexts, rows, owner), PaddedPlan.gathered(places)]
             qkv = torch.randn(sum(contexts) + sum(rows), 3 * width, requires_grad=True)
             ratios = []
             for _ in range(rounds):

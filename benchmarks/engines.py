@@ -30,7 +30,6 @@ from lit_glm.config.schema import TrainConfig
 from lit_glm.hardware.runtimes.cpu import CPURuntime, bf16_units
 from lit_glm.model.build import build_glm
 from lit_glm.model.glm import GLM
-from lit_glm.model.linear import linear
 from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, choice_loss, score_table
 from lit_glm.training.optimizer import make_optimizer
 
@@ -48,7 +47,7 @@ class Engine:
         self.name = name
         published = name in ("reference", "published")
         config.model.activation_checkpointing = published
-        self.glm, _ = build_glm(config.model, CPURuntime().checkpoint())
+        self.glm, _ = build_glm(config.model, CPURuntime().kernels())
         self.glm.load_state_dict(weights)
         self.reference = Reference(self.glm) if name == "reference" else None
         self.optimizer = None if self.reference else make_optimizer(self.glm, config.optimizer)
@@ -87,7 +86,7 @@ def highest_memory() -> float:
 def peak(dtype: torch.dtype) -> float:
     """FLOP/s of a product of two 3072 x 3072 matrices, the best of three by either of torch's libraries."""
     a, b = torch.ones(3072, 3072, dtype=dtype), torch.ones(3072, 3072, dtype=dtype)
-    ways = (lambda: a @ b, lambda: linear(a, b))
+    ways = (lambda: a @ b, lambda: CPURuntime().kernels().linear(a, b, None))
     return 2 * 3072**3 / min(timed(way)[0] for way in ways for _ in range(3))
 
 
@@ -120,7 +119,7 @@ def main() -> None:
     file = given.file or corpus.cached()
     split = open_split(file, False, None)
     torch.manual_seed(0)
-    glm = GLM(build_glm(config.model, None)[0].shape)  # type: ignore[arg-type]
+    glm = GLM(build_glm(config.model)[0].shape)
     weights = {name: weight.clone() for name, weight in glm.state_dict().items()}
     del glm
     engines = [Engine(name, config, weights) for name in names]

@@ -33,7 +33,7 @@ def main() -> None:
     config = checked(compose("train", [*SHAPES[given.shape], "lr=1e-5"]), TrainConfig)
     split = open_split(given.file or corpus.cached(), False, None)
     torch.manual_seed(0)
-    engine = Engine(given.engine, config, build_glm(config.model, CPURuntime().checkpoint())[0].state_dict())
+    engine = Engine(given.engine, config, build_glm(config.model, CPURuntime().kernels())[0].state_dict())
     indices = range(given.bs)
     batch = padded_batch(split, indices, 512) if engine.padded else flat_batch(split, indices)
     engine.step(batch)

@@ -44,7 +44,7 @@ def bare(bs: int, steps: int) -> None:
     split, _ = open_data(config.data, config.model)
     order = torch.randperm(len(split)).tolist()
     batches = [flat_batch(split, [order[(k * bs + i) % len(order)] for i in range(bs)]) for k in range(steps)]
-    glm, _ = build_glm(config.model, lambda function, *arguments: function(*arguments))
+    glm, _ = build_glm(config.model)
     optimizer = make_optimizer(glm.train(), config.optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     seconds = []

@@ -10,6 +10,7 @@ from typing import Any, Dict, List, Optional
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two tests at a time: threads that spin take each other's cores
 GOLDEN = Path(__file__).parent / "parity" / "golden"
 HDF5 = GOLDEN / "ReCoRD" / "glm_train_eval_hdf5_sparse"
 TRAIN_FILE = HDF5 / "train_hdf5" / "train_sparse.hdf5"

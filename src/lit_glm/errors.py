@@ -14,3 +14,13 @@ class RunError(Exception):
     """The run itself failed: a rank died, a limit passed, a device vanished. Exit status 1."""
 
     exit_status = 1
+
+    def __init__(self, message: str, summary: str = "") -> None:
+        """Say what happened.
+
+        Args:
+            message: all of it, for the screen.
+            summary: in a few words, for result.json; "": the message.
+        """
+        super().__init__(message)
+        self.summary = summary

@@ -9,6 +9,8 @@ from lit_glm.config.app import run_app
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
 
+_FILES = ("evaluation.json", "predictions.jsonl")
+
 
 def read_names(eval_file: Path, num_examples: int) -> Optional[List[Dict[str, Any]]]:
     """What `prepare` left beside an evaluation file: idx, candidates and answers of each example as text.
@@ -61,29 +63,82 @@ def summarise(
     }
 
 
+def as_in_run(config: TrainConfig, given: List[str]) -> TrainConfig:
+    """Take model and data of the run whose checkpoint is to be scored; what is given on the command line wins.
+
+    Args:
+        config: of the command line.
+        given: keys and groups that the command line sets.
+    """
+    from dataclasses import fields, replace
+
+    from lit_glm.runs.job import FILE, Job
+
+    path = Path(config.model.init_checkpoint or "")
+    run_dir = path.parent.parent if path.suffix == ".ckpt" else path
+    if not (run_dir / FILE).is_file():
+        return config
+    run: Any = Job.read(run_dir).config
+    for group in ("model", "data"):
+        if group in given:
+            continue
+        own = {field.name for field in fields(getattr(config, group)) if f"{group}.{field.name}" in given}
+        changes = {name: getattr(getattr(config, group), name) for name in own}
+        setattr(config, group, replace(getattr(run, group), **changes))
+    return config
+
+
 def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
     """Score one checkpoint on one device."""
     from hydra.core.hydra_config import HydraConfig
 
+    from lit_glm.config.line import CommandLine
     from lit_glm.hardware.variables import set_environment
 
     for line in set_environment(config.hardware):  # before anything imports torch
         print(f"lit_glm: {line}", file=sys.stderr)
-
-    from lit_glm.hardware.runtimes import make_runtime
-    from lit_glm.record.synthetic import ensure
-
     if config.topology.world_size > 1:
         raise InputError(f"topology={config.topology.name}: evaluate runs on one device; leave topology out")
     if config.model.init_checkpoint is None:
-        raise InputError("model.init_checkpoint is not set: which checkpoint is to be scored?")
+        raise InputError("model.init_checkpoint is not set: which checkpoint or run folder is to be scored?")
+    hydra = HydraConfig.get()
+    out = Path(hydra.run.dir)
+    _check_free(out)
+    given = [override.key_or_group for override in CommandLine(list(hydra.overrides.task)).parsed()]
+    accuracy, chosen, runtime = _score(as_in_run(config, given))
+    names = read_names(Path(config.data.eval_file), len(chosen))
+    report: Dict[str, Any] = {"acc": accuracy, "em": None, "f1": None, "num_examples": len(chosen)}
+    predictions = [{"idx": example, "label": candidate} for example, candidate in chosen]
+    if names is not None:
+        predictions, scores = summarise(names, chosen)
+        report.update(scores)
+    _write(out, predictions, report, config, runtime)
+    _say(out, report, config, runtime, names is not None)
+    return 0
+
+
+def _check_free(out: Path) -> None:
+    """Refuse to write over what is not an evaluation's."""
+    foreign = [name for name in _FILES if (out / name).exists()]
+    try:
+        ours = "eval_file" in json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        ours = False
+    if foreign and not ours:
+        raise InputError(f"{out}: holds {', '.join(foreign)} of something else; give another hydra.run.dir=")
+
+
+def _score(config: TrainConfig) -> Tuple[Optional[float], List[Tuple[int, int]], Any]:
+    """Accuracy, (example, chosen candidate) of all examples, and the runtime that scored them."""
+    from lit_glm.hardware.runtimes import make_runtime
+    from lit_glm.record.synthetic import ensure
+
     if config.data.synthetic is not None:
         ensure(config.data)
     runtime = make_runtime(config.hardware, config.topology)
 
     from lit_glm.batches.compact import open_split
     from lit_glm.batches.datamodule import evaluation_batches
-    from lit_glm.bench.result import write_json
     from lit_glm.hardware.precision import make_precision
     from lit_glm.model.attention import check_kernel
     from lit_glm.model.build import build_glm
@@ -92,26 +147,27 @@ def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
 
     split = open_split(config.data.eval_file, True, config.data.cache_dir)
     split.check_fits(config.model.vocab_size, config.model.max_sequence_length, config.data.max_seq_length)
-    names = read_names(Path(config.data.eval_file), len(split))
-    check_kernel(config.model.attention, runtime.device(0), training=False)
-    glm, done = build_glm(config.model, runtime.checkpoint())
+    read_names(Path(config.data.eval_file), len(split))  # said before the work
+    device = runtime.device(0)
+    check_kernel(config.model.attention, device, training=False)
+    glm, done = build_glm(config.model, runtime.kernels())
     for line in done:
         print(f"lit_glm: {config.model.init_checkpoint}: {line}")
-    device = runtime.device(0)
     precision = make_precision(config, runtime)
     module = precision.convert_module(RecordModule(glm, config, runtime.manual_seed)).to(device).eval()
     with precision.forward_context():
         accuracy, chosen = evaluate(module, evaluation_batches(split, config), device)
+    return accuracy, chosen, runtime
 
-    report: Dict[str, Any] = {"acc": accuracy, "em": None, "f1": None, "num_examples": len(split)}
-    predictions = [{"idx": example, "label": candidate} for example, candidate in chosen]
-    if names is not None:
-        predictions, scores = summarise(names, chosen)
-        report.update(scores)
-    out = Path(HydraConfig.get().runtime.output_dir)
-    (out / "predictions.jsonl").write_text(
-        "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in predictions), encoding="utf-8"
-    )
+
+def _write(
+    out: Path, predictions: List[Dict[str, Any]], report: Dict[str, Any], config: TrainConfig, runtime: Any
+) -> None:
+    from lit_glm.files import write_json, write_text
+
+    out.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in predictions)
+    write_text(out / "predictions.jsonl", "".join(lines))
     write_json(
         out / "evaluation.json",
         {
@@ -123,6 +179,9 @@ def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
             "simulated": runtime.simulated,
         },
     )
+
+
+def _say(out: Path, report: Dict[str, Any], config: TrainConfig, runtime: Any, named: bool) -> None:
     if runtime.simulated:
         print(f"SIMULATED on the processor, no figure of {config.hardware.name}")
     for key, value in report.items():
@@ -130,13 +189,12 @@ def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
             print(f"examples  {value}")
         elif value is not None:
             print(f"{key}  {100 * value:.2f}%")
-    if names is None:
+    if not named:
         print(
             "em, f1 and texts of the predictions need eval_examples.jsonl, which prepare writes beside the HDF5 file;"
         )
         print("predictions are numbered instead: idx = example, label = candidate")
     print(f"predictions  {out / 'predictions.jsonl'}")
-    return 0
 
 
 def main() -> int:

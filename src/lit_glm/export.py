@@ -1,7 +1,6 @@
 """`python -m lit_glm.export RUN_DIR --to published|safetensors --out FILE`: the fine-tuned weights of a run."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import List, Optional
@@ -23,31 +22,27 @@ def export(run_dir: Path, layout: str, out: Path) -> str:
     Raises:
         InputError: if the folder holds no usable checkpoint or the file cannot be written.
     """
-    from lit_glm.jobs import checkpoints
-    from lit_glm.jobs.spec import FILE, Job, identity
+    from lit_glm.files import replacing
     from lit_glm.model.checkpoint import save_published, save_safetensors
+    from lit_glm.runs import checkpoints
+    from lit_glm.runs.job import FILE, Job, identity
 
     if not (run_dir / FILE).is_file():
         raise InputError(f"{run_dir}: is no run folder (it has no {FILE})")
-    path, passed_over = checkpoints.newest_usable(run_dir, identity(Job.read(run_dir).config))
+    path, content, passed_over = checkpoints.newest(run_dir, identity(Job.read(run_dir).config), whole=True)
     if path is None:
         raise InputError("\n".join([f"{run_dir}: holds no checkpoint that can be used", *passed_over]))
-    content = checkpoints.load(path)
     weights = {name[len("glm.") :]: tensor for name, tensor in content["state_dict"].items()}
     step = content["lit_glm"]["steps_done"]
-    temporary = out.with_name(f".{out.name}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        if layout == "published":
-            save_published(weights, temporary, step)
-        else:
-            save_safetensors(weights, temporary)
-        os.replace(temporary, out)
+        with replacing(out) as temporary:
+            if layout == "published":
+                save_published(weights, temporary, step)
+            else:
+                save_safetensors(weights, temporary)
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error})") from error
-    finally:
-        if temporary.exists():
-            temporary.unlink()
     count = sum(tensor.numel() for tensor in weights.values())
     return f"{out}: {len(weights)} tensors, {count} parameters, after step {step}"
 

@@ -7,108 +7,127 @@ _ENTRY = time.monotonic()  # e2e_time counts from here
 import os  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
-from typing import Any, Callable, List, Tuple  # noqa: E402
+from typing import Any, Callable, Dict, Tuple  # noqa: E402
 
-from lit_glm.config.app import Outcome, checked, compose, run_app  # noqa: E402
+from lit_glm.config.app import Outcome, run_app  # noqa: E402
+from lit_glm.config.line import CommandLine  # noqa: E402
 from lit_glm.config.schema import TrainConfig  # noqa: E402
 from lit_glm.errors import InputError  # noqa: E402
 
 
 def train(config: TrainConfig, composed: Any) -> Outcome:
-    """Run one job in the folder that Hydra has made for it."""
+    """Run one job, or one combination of a sweep."""
     from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
 
     from lit_glm.hardware.variables import set_environment
 
     set_environment(config.hardware)  # before anything imports torch
 
-    from lit_glm.batches.compact import open_data
     from lit_glm.hardware.runtimes import check_runtime
     from lit_glm.jobs.nodes import outer_rank
-    from lit_glm.jobs.sweep import run_combination
-    from lit_glm.record.synthetic import ensure
+    from lit_glm.runs.folder import composed_files
 
     hydra = HydraConfig.get()
-    run_dir = Path(hydra.runtime.output_dir)
-
-    def prepare_data() -> None:
-        if config.data.synthetic is not None:
-            ensure(config.data)
-        open_data(config.data, config.model)
-
+    sweeps = hydra.mode is not None and hydra.mode.name != "RUN"
+    run_dir = Path(hydra.runtime.output_dir if sweeps else hydra.run.dir)
+    files = composed_files(OmegaConf.to_yaml(composed), OmegaConf.to_yaml(hydra), list(hydra.overrides.task))
     check_runtime(config.hardware, config.topology)
     outer = outer_rank(config.topology)
-    sweeps = hydra.mode is not None and hydra.mode.name != "RUN"
     if sweeps:
+        from lit_glm.jobs.sweep import run_combination
+
         if outer is not None:
             raise InputError("-m under torchrun: a sweep starts the ranks of its jobs itself; leave torchrun out")
-        return run_combination(config, run_dir, Path(hydra.sweep.dir), int(hydra.job.num), prepare_data)
+        return run_combination(config, run_dir, files, lambda: prepare_data(config))
     if outer is not None:
         from lit_glm.jobs.outer import run_outer
 
-        return Outcome(run_outer(config, outer, _ENTRY, lambda: _folder(config, run_dir), prepare_data))
+        find, prepare = (lambda: _folder(config, run_dir)), (lambda: prepare_data(config))
+        return Outcome(run_outer(config, outer, _ENTRY, find, files, prepare))
     run_dir, resumes = _folder(config, run_dir)
-    return Outcome(run(config, run_dir, resumes, _ENTRY, prepare_data))
+    return Outcome(run(config, run_dir, resumes, files, lambda: prepare_data(config)))
+
+
+def prepare_data(config: TrainConfig) -> None:
+    """Generate, convert and check the data, once for all ranks.
+
+    Raises:
+        InputError: if it does not fit the model, or has fewer examples than a step takes.
+    """
+    from lit_glm.batches.compact import open_data
+    from lit_glm.record.synthetic import ensure
+
+    if config.data.synthetic is not None:
+        ensure(config.data)
+    examples = len(open_data(config.data, config.model)[0])
+    if config.global_batch > examples:
+        ranks = config.topology.world_size
+        raise InputError(
+            f"bs={config.bs} on {ranks} device{'s' * (ranks > 1)} is {config.global_batch} examples a step, but "
+            f"{config.data.train_file} holds {examples}: take a smaller bs, fewer devices, or more data"
+        )
 
 
 def _folder(config: TrainConfig, run_dir: Path) -> Tuple[Path, bool]:
-    """The run folder, and whether it holds a run that goes on."""
-    from lit_glm.jobs.resume import check_same, resolve
-    from lit_glm.jobs.spec import FILE
+    """The run folder, and whether it holds a run that goes on.
 
-    folder = None if config.run.resume is None else resolve(config.run.resume, config, run_dir)
+    Raises:
+        InputError: if a new run must not begin there.
+    """
+    from lit_glm.runs.find import requeued, resolve
+    from lit_glm.runs.folder import check_free
+    from lit_glm.runs.job import check_same
+
+    resume = config.run.resume
+    folder = requeued(config, run_dir) if resume is None else resolve(resume, config, run_dir)
     if folder is not None:
         check_same(config, folder)
         return folder.resolve(), True
-    if (run_dir / FILE).exists() and os.environ.get("NODE_RANK", "0") in ("", "0"):  # the first node keeps the folder
-        print(f"lit_glm: {run_dir} held another run, which is overwritten", file=sys.stderr)
-    return run_dir, False
+    if os.environ.get("NODE_RANK", "0") in ("", "0"):  # the first node keeps the folder
+        check_free(run_dir, config.run.overwrite)
+    return run_dir.resolve(), False
 
 
-def run(config: TrainConfig, run_dir: Path, resumes: bool, entry: float, prepare_data: Callable[[], None]) -> int:
+def run(config: TrainConfig, run_dir: Path, resumes: bool, files: Dict[str, str], prepare: Callable[[], None]) -> int:
     """Run one job unless it is complete; returns the exit status."""
-    from lit_glm.bench.result import COMPLETE, read_result, table
     from lit_glm.jobs.interrupts import Interrupted
     from lit_glm.jobs.launch import run_job
-    from lit_glm.jobs.spec import Job
+    from lit_glm.runs.job import Job
+    from lit_glm.runs.result import COMPLETE, read_result
+    from lit_glm.runs.row import table
 
     result = read_result(run_dir) if resumes else None
     if result is not None and result.get("status") in COMPLETE:
         print(f"lit_glm: {run_dir}: the run is complete, there is nothing to do")
         print(table([result]))
         return 0
-    prepare_data()
+    prepare()
     try:
-        run_job(Job(config, entry, sys.argv, resumes), run_dir)
+        run_job(Job(config, _ENTRY, sys.argv, resumes), run_dir, files)
     except Interrupted as stop:
         print(f"lit_glm: {stop}; go on with run.resume={run_dir}", file=sys.stderr)
         return stop.exit_status
     return 0
 
 
-def _more_arguments(overrides: List[str]) -> List[str]:
-    """Tell Hydra which folder to use where it is not its to choose: of a run that goes on, and of ranks."""
-    if int(os.environ.get("RANK", "0")) > 0 and "TORCHELASTIC_RUN_ID" in os.environ:
-        return ["hydra.run.dir=.", "hydra.output_subdir=null"]  # the first rank's folder is everybody's
-    asked = [override.split("=", 1)[1] for override in overrides if override.startswith("run.resume=")]
-    if not asked or asked[-1] in ("null", ""):
-        return []
-    from lit_glm.jobs.resume import resolve
+def _before_sweep(whole: Any, line: CommandLine) -> None:
+    from lit_glm.jobs.sweep_start import check_start
 
-    given = [override.split("=", 1)[1] for override in overrides if override.startswith("hydra.run.dir=")]
-    config = checked(compose("train", overrides), TrainConfig)
-    folder = resolve(asked[-1], config, Path(given[-1] if given else "outputs/date/time"))
-    return [] if folder is None else [f"hydra.run.dir='{folder}'", "hydra.output_subdir=null"]
+    check_start(whole, line)
 
 
 def main() -> int:
     """Compose, check and run; returns the exit status."""
+    status, stopped = 0, False
     try:
-        status = run_app("train", TrainConfig, train, _more_arguments)
+        status = run_app("train", TrainConfig, train, _before_sweep)
     except KeyboardInterrupt:
-        status = 130
-    sweep = sys.modules.get("lit_glm.jobs.sweep")  # imported by Hydra when a sweep starts
-    return status if sweep is None else max(status, sweep.finish())
+        stopped = True
+    sweep = sys.modules.get("lit_glm.jobs.sweep")  # imported when a sweep starts
+    if sweep is not None:
+        status = max(status, sweep.finish())  # the jobs have noted which signal it was
+    return 130 if stopped and status < 128 else status
 
 
 if __name__ == "__main__":

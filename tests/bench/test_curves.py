@@ -1,30 +1,29 @@
-"""Points go to the loggers off the step path, but for the last: Lightning saves its loggers right after it."""
+"""Points go to the loggers every few steps and at each evaluation, after the hyperparameters."""
 
 from types import SimpleNamespace
 from typing import Any, List
 
-import torch
-
 from lit_glm.bench.curves import Curves
 from lit_glm.bench.figures import Seconds
+from lit_glm.training.module import StepValues
 
 
-def test_loggers_are_at_rest_when_lightning_saves_them() -> None:
+def test_points_at_each_tenth_step_and_each_evaluation() -> None:
     done: List[str] = []
-    recorder: Any = SimpleNamespace(
-        evaluated_step=-1,
-        accuracy=None,
-        seconds=lambda: Seconds(1.0, 2.0, 3.0),
-        samples_here=lambda: 40,
-        peak_memory=lambda: 2.0**30,
-        do_later=lambda call: (done.append("later"), call()),
-        do_rest=lambda: done.append("rest"),
+    account = SimpleNamespace(
+        accuracy=0.5, seconds=lambda: Seconds(1.0, 2.0, 3.0), samples_here=lambda step: 40, peak_memory=lambda: 2.0**30
     )
-    logger = SimpleNamespace(log_metrics=lambda metrics, step: done.append(f"{step}: {sorted(metrics)[0]}"))
-    trainer: Any = SimpleNamespace(loggers=[logger], should_stop=False)
-    outcome = SimpleNamespace(loss=torch.tensor(1.5), lr=0.1, grad_norm=None)
-    curves = Curves(recorder, every_steps=10)
-    for step, stops in ((9, False), (10, False), (11, True)):
-        trainer.should_stop = stops
-        curves.on_train_batch_end(trainer, SimpleNamespace(steps_done=step, outcome=outcome), None, None, 0)
-    assert done == ["later", "10: mem/gib", "rest"]
+    recorder: Any = SimpleNamespace(evaluated_step=-1, account=account, values=StepValues(1.5, 1.5, 0.1, None, None))
+    logger = SimpleNamespace(
+        log_metrics=lambda metrics, step: done.append(f"{step}: {' '.join(sorted(metrics))}"),
+        log_hyperparams=lambda params: done.append(str(params)),
+    )
+    trainer: Any = SimpleNamespace(loggers=[logger])
+    curves = Curves(recorder, {"bs": 4}, every_steps=10)
+    recorder.evaluated_step = 0
+    curves.on_train_start(trainer, SimpleNamespace(steps_done=0))
+    for step in (9, 10, 11, 12):
+        recorder.evaluated_step = 12 if step == 12 else 0
+        curves.on_train_batch_end(trainer, SimpleNamespace(steps_done=step), None, None, 0)
+    every = "mem/gib perf/p_core perf/p_train perf/p_whole train/loss train/lr"
+    assert done == ["{'bs': 4}", "0: val/acc", f"10: {every}", f"12: {every} val/acc"]

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from lit_glm.bench.clock import PhaseClock
 from lit_glm.bench.figures import Seconds, figures, slowest
-from lit_glm.bench.result import cells, table
+from lit_glm.runs.row import cells, table
 
 RESULT = {
     "status": "success", "hardware": "r300", "topology": "1x8", "precision": "fp32", "fix_hp": "bs=5,lr=1e-05",

@@ -44,7 +44,7 @@ batch = FlatBatch(
     groups, 2,
 )
 before = highest()
-glm, _ = build_glm(config.model, lambda f, *a: f(*a))
+glm, _ = build_glm(config.model)
 optimizer = make_optimizer(glm.train(), config.optimizer)
 for _ in range(2):
     choice_loss(score_table(glm, batch, TRAIN_MASK)).backward()

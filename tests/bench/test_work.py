@@ -9,7 +9,7 @@ from conftest import EVAL_FILE, GOLDEN_RUN, TRAIN_FILE
 from lit_glm.batches.collate import flat_batch, padded_batch
 from lit_glm.batches.compact import CompactSplit, open_split
 from lit_glm.batches.datamodule import RecordData
-from lit_glm.bench.work import Work, WorkCounter, published_flops, shared_context_flops, utilisation
+from lit_glm.bench.work import Work, WorkCounter, peak_name, published_flops, shared_context_flops, utilisation
 from lit_glm.config.app import checked, compose
 from lit_glm.config.schema import TrainConfig
 from lit_glm.model.build import build_glm
@@ -29,8 +29,7 @@ def split() -> CompactSplit:
 
 def counted(config: TrainConfig, batch: Any, monkeypatch: pytest.MonkeyPatch) -> float:
     flop_counter = pytest.importorskip("torch.utils.flop_counter")
-    monkeypatch.setattr("lit_glm.model.linear.PREFERS_ONEDNN", False)  # the counter knows torch's own products only
-    glm, _ = build_glm(config.model, lambda function, *arguments: function(*arguments))
+    glm, _ = build_glm(config.model)  # with torch's own products, which the counter knows
     with flop_counter.FlopCounterMode(display=False) as counter:
         choice_loss(score_table(glm, batch, TRAIN_MASK)).backward()
     return float(counter.get_total_flops())
@@ -81,18 +80,27 @@ def test_work_of_steps_is_that_of_their_batches(split: CompactSplit, scoring: st
 
 
 def test_no_utilisation_without_a_peak() -> None:
-    rates = utilisation(configuration(), Work(1e12, 1000, 10), 2.0, 5.0)
+    rates = utilisation(configuration(), Work(1e12, 1000, 10), 2.0, 5.0, "fp32")
     assert (rates["mfu"], rates["mfu_flagperf"]) == (None, None)
     assert (rates["tokens_per_s"], rates["candidates_per_s"]) == (500.0, 5.0)
 
 
 def test_utilisation_by_hand() -> None:
     config = configuration("hardware=a100", "topology=1x2")
-    rates = utilisation(config, Work(39e12, 1000, 10), 2.0, 10.0)
+    rates = utilisation(config, Work(39e12, 1000, 10), 2.0, 10.0, peak_name(config, True))
     assert rates["mfu"] == pytest.approx(39e12 / 2 / (2 * 19.5e12))
     assert rates["mfu_flagperf"] == pytest.approx(6 * 0.33e9 * 512 * 10 / (2 * 19.5e12))
-    tf32 = utilisation(configuration("hardware=a100", "precision.tf32=true"), Work(39e12), 2.0, 10.0)
-    assert tf32["mfu"] == pytest.approx(39e12 / 2 / 156e12)
+    rounded = configuration("hardware=a100", "precision.tf32=true")
+    assert utilisation(rounded, Work(39e12), 2.0, 10.0, peak_name(rounded, True))["mfu"] == pytest.approx(
+        39e12 / 2 / 156e12
+    )
+
+
+def test_tf32_that_a_chip_does_not_have_costs_no_figure() -> None:
+    asked = "precision.tf32=true"
+    assert peak_name(configuration("hardware=a100", asked), has_tf32=False) == "fp32"
+    assert peak_name(configuration("hardware=bi_v100", asked), has_tf32=True) == "fp32"
+    assert peak_name(configuration("hardware=cuda", asked), has_tf32=True) == "tf32"  # a card without a file of its own
 
 
 def test_balancing_evens_out_the_ranks() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from conftest import GOLDEN_RUN, lit_glm, lit_glm_here, rows
 from lit_glm.hardware.runtimes import cpu
-from lit_glm.model.linear import Linear
+from lit_glm.model.glm import Linear
 from runs.test_runs import DEBUG, _same, _start, _wait_for_steps, result
 
 NEW = not torch.__version__.startswith("1.")

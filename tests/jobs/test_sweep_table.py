@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, Dict, Optional
 
-from lit_glm.jobs.sweep import summarise
+from lit_glm.jobs.summary import summarise
 
 ROW = {"hardware": "cpu", "topology": "1x2", "precision": "fp32", "scoring": "published", "status": "failed"}
 

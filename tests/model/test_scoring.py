@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from lit_glm.batches.collate import flat_batch, padded_batch, places_of
 from lit_glm.batches.compact import CompactSplit, open_split
 from lit_glm.errors import InputError
-from lit_glm.model.attention import FlatPlan, FlexPlan, GatheredPlan, PaddedPlan, check_kernel
+from lit_glm.model.attention import FlatPlan, PaddedPlan, check_kernel
+from lit_glm.model.flex import FlexPlan
 from lit_glm.model.glm import GLM, GLMShape
 from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, choice_loss, score_table
 from lit_glm.record.cloze import encode
@@ -115,8 +116,8 @@ OWNER = [0, 0, 1, 1, 2, 2, 3, 3, 3, 4, 4, 4]
 
 
 def plan_of(kind: Any, kernel: str = "auto", device: str = "cpu") -> Any:
-    if kind is GatheredPlan:
-        return kind.of(places_of(np.array(CONTEXTS), np.array(ROWS), np.array(OWNER)).to(device), kernel)
+    if kind is PaddedPlan:
+        return kind.gathered(places_of(np.array(CONTEXTS), np.array(ROWS), np.array(OWNER)).to(device), kernel)
     return kind.of(CONTEXTS, ROWS, torch.tensor(OWNER, device=device), kernel)
 
 
@@ -135,7 +136,7 @@ def outputs_and_gradients(plans: List[Any], qkv: torch.Tensor, candidates_only: 
 def test_ways_of_attending_are_equal(candidates_only: bool) -> None:
     torch.manual_seed(0)
     qkv = torch.randn(27, 3 * 16)
-    plans = [plan_of(kind, kernel) for kind in (FlatPlan, GatheredPlan) for kernel in KERNELS]
+    plans = [plan_of(kind, kernel) for kind in (FlatPlan, PaddedPlan) for kernel in KERNELS]
     outputs, gradients = outputs_and_gradients(plans, qkv, candidates_only)
     for out, gradient in zip(outputs[1:], gradients[1:]):
         torch.testing.assert_close(outputs[0], out, atol=1e-5, rtol=0)
@@ -159,7 +160,7 @@ def test_the_block_mask_is_the_same(candidates_only: bool) -> None:
 def test_ways_of_attending_are_equal_on_a_card(candidates_only: bool) -> None:
     torch.manual_seed(0)
     qkv = torch.randn(27, 3 * 64).cuda()
-    plans = [plan_of(kind, device="cuda") for kind in (FlatPlan, GatheredPlan, FlexPlan)]
+    plans = [plan_of(kind, device="cuda") for kind in (FlatPlan, PaddedPlan, FlexPlan)]
     outputs, gradients = outputs_and_gradients(plans, qkv, candidates_only)
     for out, gradient in zip(outputs[1:], gradients[1:]):
         torch.testing.assert_close(outputs[0], out, atol=1e-4, rtol=0)
@@ -170,7 +171,7 @@ def test_ways_of_attending_are_equal_on_a_card(candidates_only: bool) -> None:
 def test_padded_sequences_by_every_kernel(kernel: str) -> None:
     torch.manual_seed(0)
     separators, qkv = torch.tensor([3, 7, 1]), torch.randn(3 * 8, 3 * 16)
-    plans = [PaddedPlan.of(separators, 8, name) for name in ("auto", kernel)]
+    plans = [PaddedPlan.published(separators, 8, name) for name in ("auto", kernel)]
     outputs, gradients = outputs_and_gradients(plans, qkv, False)
     torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=0)
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=0)
@@ -180,9 +181,9 @@ def test_padded_sequences_by_every_kernel(kernel: str) -> None:
 def test_products_a_few_sequences_at_a_time_are_the_same(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     qkv = torch.randn(5 * 8, 3 * 16)
-    plan, found = PaddedPlan.of(torch.tensor([3, 7, 1, 8, 2]), 8, "matmul"), []
+    plan, found = PaddedPlan.published(torch.tensor([3, 7, 1, 8, 2]), 8, "matmul"), []
     for scores in (2**20, 2 * 4 * 8 * 8, 1):
-        monkeypatch.setattr("lit_glm.model.attention._SCORES", scores)
+        monkeypatch.setattr("lit_glm.model.products._SCORES", scores)
         x = qkv.clone().requires_grad_()
         torch.manual_seed(1)  # 64 bits make four masks' elements: slices draw what the whole would
         out = plan(x, 4, dropout, False)
@@ -214,7 +215,7 @@ def test_activation_checkpointing_changes_nothing(scoring: str, tmp_path: Path) 
     for recompute in (False, True):
         torch.manual_seed(1)
         shape = GLMShape(2, 32, 4, 64, LIMIT, 0.1, 0.1, init_std=0.2, activation_checkpointing=recompute)
-        glm = GLM(shape, CPURuntime().checkpoint()).train()
+        glm = GLM(shape, CPURuntime().kernels()).train()
         torch.manual_seed(2)
         choice_loss(score_table(glm, batch, TRAIN_MASK)).backward()
         gradients.append([p.grad for p in glm.parameters()])

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import linear
 
 from conftest import CHECKPOINT, GOLDEN
 from lit_glm.batches.collate import flat_batch
@@ -14,7 +15,6 @@ from lit_glm.batches.types import PaddedBatch
 from lit_glm.model.attention import PaddedPlan
 from lit_glm.model.checkpoint import load_checkpoint
 from lit_glm.model.glm import GLM, GLMShape
-from lit_glm.model.linear import linear
 from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, choice_loss, score_published, score_table
 from lit_glm.record.store import SparseWriter
 
@@ -98,7 +98,7 @@ def test_hidden_states_after_every_layer(gelu: str) -> None:
         layer.register_forward_hook(lambda _module, _args, output: states.append(output))
     with torch.no_grad():
         embedded = glm.embed(text, position[0], position[1])
-        final = glm.encode(embedded, PaddedPlan.of(mask.view(1), len(text)))
+        final = glm.encode(embedded, PaddedPlan.published(mask.view(1), len(text)))
     for number, state in enumerate([embedded, *states, final]):
         np.testing.assert_allclose(state, Z[f"{gelu}.hidden"][number], atol=2e-4, rtol=0)
     golden = torch.as_tensor(Z[f"{gelu}.vocab_logits"])

@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Optional
 
 from lit_glm.config.app import checked, compose
 from lit_glm.config.schema import TrainConfig
-from lit_glm.jobs.spec import Job
+from lit_glm.runs.job import Job
 
 ENVIRONMENT = {
     "host": "host1",

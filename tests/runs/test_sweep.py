@@ -115,11 +115,18 @@ def test_topologies_in_turn_leave_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_skip_done_can_be_switched_off(tmp_path: Path) -> None:
+    """What is there is thrown away only if that is asked for."""
     first = lit_glm("train", *SWEEP, "bs=2", "topology=1x1", cwd=tmp_path)
+    before = (tmp_path / "sweep" / "0" / "result.json").read_bytes()
     again = lit_glm("train", *SWEEP, "bs=2", "topology=1x1", "sweep.skip_done=false", cwd=tmp_path)
-    assert (first.returncode, again.returncode) == (0, 0), again.stderr
-    assert "there is nothing to do" not in again.stdout
-    assert "held another run, which is overwritten" in again.stderr
+    assert (first.returncode, again.returncode) == (0, 2), again.stderr
+    assert "sweep/0: holds a run already (status finished)" in again.stderr
+    assert (tmp_path / "sweep" / "0" / "result.json").read_bytes() == before
+    over = ["sweep.skip_done=false", "run.overwrite=true"]
+    third = lit_glm("train", *SWEEP, "bs=2", "topology=1x1", *over, cwd=tmp_path)
+    assert third.returncode == 0, third.stderr
+    assert "there is nothing to do" not in third.stdout
+    assert (tmp_path / "sweep" / "0" / "result.json").read_bytes() != before
 
 
 def test_jobs_side_by_side_by_joblib(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def evaluation_batches(split: CompactSplit, config: TrainConfig, rank: int = 0, 
         num_workers=config.data.num_workers,
         worker_init_fn=live_and_die_with_the_rank,
     )
-    return _ahead(loader, config)
+    return _ahead(loader)
 
 
 def by_rows(examples: List[int], rows: Any, most: int) -> List[List[int]]:
@@ -76,11 +76,9 @@ def by_rows(examples: List[int], rows: Any, most: int) -> List[List[int]]:
     return batches
 
 
-def _ahead(loader: "DataLoader[Any]", config: TrainConfig) -> Iterable[Any]:
-    """Loader processes are ahead by themselves; padded batches are large and their steps long."""
-    if loader.num_workers:
-        return LoaderProcesses(loader)
-    return Ahead(loader, 2 if config.scoring.name == "published" else 64)
+def _ahead(loader: "DataLoader[Any]") -> Iterable[Any]:
+    """Loader processes are ahead by themselves."""
+    return LoaderProcesses(loader) if loader.num_workers else Ahead(loader)
 
 
 class _Waited:
@@ -148,7 +146,7 @@ class RecordData(pl.LightningDataModule):
             worker_init_fn=live_and_die_with_the_rank,
             pin_memory=self._pin_memory,
         )
-        return _Waited(_ahead(loader, self._config), self._wait)
+        return _Waited(_ahead(loader), self._wait)
 
     def _wait(self, seconds: float) -> None:
         self.waited += seconds

@@ -5,7 +5,7 @@ from typing import Any, Iterator
 
 from torch.utils.data import DataLoader
 
-from lit_glm.orphans import die_with_parent
+from lit_glm.ending import die_with_parent
 
 _SIGNALS = {signal.SIGINT, signal.SIGTERM}
 

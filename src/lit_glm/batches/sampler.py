@@ -54,6 +54,12 @@ class EndlessBatches(Sampler):
         """Epoch, from 0, of a step counted from 1."""
         return (step - 1) // self.steps_per_epoch
 
+    def samples_until(self, step: int) -> int:
+        """Examples that all ranks together take in steps 1..step: an epoch's last batches may be short."""
+        epochs, rest = divmod(step, self.steps_per_epoch)
+        total = -(-self._num_examples // self._world_size) * self._world_size
+        return epochs * total + min(rest * self._batch_size * self._world_size, total)
+
     def __iter__(self) -> Iterator[List[int]]:
         epoch, first = divmod(self._start, self.steps_per_epoch)
         while True:

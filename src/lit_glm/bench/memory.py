@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 import numpy as np
+import psutil
 
-from lit_glm.batches.compact import CompactSplit
+from lit_glm.bench.lengths import Lengths
 from lit_glm.config.schema import ModelConfig, TrainConfig
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.model.attention import choose
-from lit_glm.record.store import SparseReader
 
 _GIB = 2**30
 _KEPT = 17.0
@@ -22,35 +22,6 @@ _KEPT = 17.0
 and residual 2, MLP 4 before and 4 behind the activation."""
 _HEAD_COPIES = 1.0
 """Logits; the backward pass turns them into their own gradient."""
-
-
-@dataclass
-class Lengths:
-    """What the size of a batch depends on, [N] each."""
-
-    candidates: Any
-    rows: Any
-    """Of the flat layout: contexts and candidates."""
-    predicting: Any
-    """Of these, rows that predict a token."""
-
-    @classmethod
-    def of(cls, split: CompactSplit) -> "Lengths":
-        """Of examples in the compact form."""
-        ends = split.candidate_token_end[split.example_candidate_end]
-        return cls(np.diff(split.example_candidate_end), split.example_rows, np.diff(ends))
-
-    @classmethod
-    def of_file(cls, reader: SparseReader) -> "Lengths":
-        """Of an HDF5 file that nothing has converted yet: as if no truncation made an example's contexts differ."""
-        choices = reader.pairs("choice_start_end")
-        tokens = reader.row_lengths("logit_mask")
-        predicting = np.add.reduceat(tokens, choices[:, 0])
-        contexts = np.maximum.reduceat(reader.vector("mask"), choices[:, 0])
-        return cls(np.diff(choices, axis=1)[:, 0], contexts + predicting, predicting)
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
 
 @dataclass
@@ -138,8 +109,26 @@ def largest_bs(config: TrainConfig, lengths: Lengths, base: float, keeps_scores:
     return low
 
 
-def describe(config: TrainConfig, lengths: Lengths, runtime: Optional[Runtime], index: int = 0) -> str:
-    """One line for the start of a run; a second one where the estimate exceeds the device.
+@dataclass
+class Judgement:
+    """An estimate against what there is."""
+
+    guess: Estimate
+    own: Optional[float]
+    """Bytes that a device has for itself; None: unknown."""
+    fitting: int
+    """The largest bs that is estimated to fit; 0: none."""
+    host: str = ""
+    """Of a rehearsal: what the machine itself lacks, that holds all of its ranks."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether it does, as far as is known."""
+        return (self.own is None or self.guess.total <= self.own) and not self.host
+
+
+def judge(config: TrainConfig, lengths: Lengths, runtime: Optional[Runtime], index: int = 0) -> Judgement:
+    """Estimate a run and compare with its device.
 
     Args:
         config: the run's.
@@ -147,20 +136,64 @@ def describe(config: TrainConfig, lengths: Lengths, runtime: Optional[Runtime], 
         runtime: asked for the device's memory, in all and in use; None: unknown.
         index: of the device.
     """
-    base, own, keeps_scores = 0.0, None, True
+    base, own, keeps_scores, host = 0.0, None, True, ""
+    ranks = config.topology.devices_per_node
     if runtime is not None:
         total, device = runtime.total_memory(index), runtime.device(index)
-        sharing = config.topology.devices_per_node if runtime.shares_memory else 1
+        sharing = ranks if runtime.shares_memory else 1
         base, own = runtime.memory_now(index) or 0.0, None if total is None else total / sharing
         keeps_scores = choose(config.model.attention, device, config.model.attention_dropout) == "matmul"
     guess = estimate(config, lengths, base, keeps_scores)
-    of = "" if own is None else f" of {own / _GIB:.1f}"
+    if runtime is not None and runtime.simulated:
+        there = psutil.virtual_memory().total
+        if ranks * guess.total > there:
+            host = (
+                f"a rehearsal runs on this machine: {ranks} ranks take about {ranks * guess.total / _GIB:.1f} GiB, it "
+                f"has {there / _GIB:.1f}; rehearse with model=glm_tiny, or fewer devices"
+            )
+    fitting = 0 if own is None else largest_bs(config, lengths, base, keeps_scores, own)
+    return Judgement(guess, own, fitting, host)
+
+
+def describe(config: TrainConfig, lengths: Lengths, runtime: Optional[Runtime], index: int = 0) -> str:
+    """One line for the start of a run; further ones where the estimate exceeds what there is. Arguments: `judge`."""
+    found = judge(config, lengths, runtime, index)
+    guess, of = found.guess, "" if found.own is None else f" of {found.own / _GIB:.1f}"
     text = (
         f"memory: about {guess.total / _GIB:.1f}{of} GiB a device: weights {guess.weights / _GIB:.1f}, gradients and "
         f"optimizer {guess.training / _GIB:.1f}, activations of the largest batch {guess.activations / _GIB:.1f}"
     )
-    if own is None or guess.total <= own:
+    if found.host:
+        text += f"\nmemory: {found.host}"
+    if found.own is None or guess.total <= found.own:
         return text
-    fitting = largest_bs(config, lengths, base, keeps_scores, own)
-    advice = f"the largest bs that fits is {fitting}" if fitting else "no bs fits: take a smaller model or more memory"
+    largest = f"the largest bs that fits is {found.fitting}"
+    advice = largest if found.fitting else "no bs fits: take a smaller model or more memory"
     return f"{text}\nmemory: bs={config.bs} is estimated above what the device has; {advice}"
+
+
+def ran_out(config: TrainConfig, lengths: Lengths, runtime: Runtime, index: int, doing: str) -> str:
+    """What is said when there was not enough.
+
+    Args:
+        config: the run's.
+        lengths: of the training examples.
+        runtime: of the device.
+        index: of the device.
+        doing: where the run was, such as `in step 3`.
+    """
+    found = judge(config, lengths, runtime, index)
+    peak, total = runtime.peak_memory(index), runtime.total_memory(index)
+
+    def gib(value: Optional[float]) -> str:
+        return "unknown" if value is None else f"{value / _GIB:.1f} GiB"
+
+    size = f"eval_bs={config.eval_bs}" if "evaluation" in doing else f"bs={config.bs}"
+    largest = "unknown" if found.own is None else str(found.fitting)
+    text = (
+        f"out of memory {doing} ({size}): estimated {gib(found.guess.total)} a device in training, {gib(peak)} in use "
+        f"at most, {gib(total)} there; the largest bs estimated to fit is {largest}"
+    )
+    if found.own is not None and found.fitting >= config.bs:
+        text += ", so something else takes memory, or the estimate is too low"
+    return f"{text}; take a smaller {size.partition('=')[0]}, or model.activation_checkpointing=true"

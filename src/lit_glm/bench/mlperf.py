@@ -23,7 +23,7 @@ from typing import Any, Optional
 
 import pytorch_lightning as pl
 
-from lit_glm.bench.recorder import Recorder
+from lit_glm.bench.recorder import recorder_of
 from lit_glm.config.schema import TrainConfig
 
 RULES = Path(__file__).with_name("mlperf_rules.yaml")
@@ -44,10 +44,10 @@ class MLPerfLog(pl.Callback):
         """Open the file and listen."""
         if not trainer.is_global_zero:
             return
-        recorder = next(entry for entry in trainer.callbacks if isinstance(entry, Recorder))  # type: ignore[attr-defined]
+        recorder = recorder_of(trainer)
         self._config = recorder.config
         self._lines.addHandler(logging.FileHandler(str(Path(trainer.default_root_dir) / FILE), encoding="utf-8"))
-        recorder.listeners.append(self.event)
+        recorder.events.listeners.append(self.event)
 
     def event(self, name: str, value: Any, now: int) -> None:
         """Write down what an event of the recorder means."""

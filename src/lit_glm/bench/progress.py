@@ -6,7 +6,7 @@ from typing import Any, Optional
 
 import pytorch_lightning as pl
 
-from lit_glm.bench.recorder import Recorder
+from lit_glm.bench.recorder import recorder_of
 
 
 class Progress(pl.Callback):
@@ -30,34 +30,33 @@ class Progress(pl.Callback):
         """Begin."""
         if not trainer.is_global_zero:
             return
-        recorder = _recorder(trainer)
-        self._accuracy = recorder.accuracy
+        recorder = recorder_of(trainer)
+        account = recorder.account
+        self._accuracy = account.accuracy
         when = f"after step {pl_module.steps_done}" if pl_module.steps_done else "before training"
-        print(f"lit_glm: accuracy {when} {_percent(recorder.accuracy)}", flush=True)
+        print(f"lit_glm: accuracy {when} {_percent(account.accuracy)}", flush=True)
         if self._terminal:
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
             self._bar = Progress(BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
             self._bar.start()
-            self._task = self._bar.add_task("", total=recorder.total_steps(), completed=pl_module.steps_done)
+            self._task = self._bar.add_task("", total=account.total_steps(), completed=pl_module.steps_done)
         self._next = time.monotonic() + self._every
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Say where the run is, if it is time."""
         if not trainer.is_global_zero:
             return
-        recorder = _recorder(trainer)
-        evaluated = recorder.accuracy != self._accuracy
-        if time.monotonic() < self._next and not evaluated:
+        recorder = recorder_of(trainer)
+        account, values = recorder.account, recorder.values
+        assert values is not None
+        if time.monotonic() < self._next and account.accuracy == self._accuracy:
             return
         self._next = time.monotonic() + self._every
-        self._accuracy = recorder.accuracy
-        step, seconds = pl_module.steps_done, recorder.seconds()
-        rate = recorder.samples_here() / seconds.no_eval if seconds.no_eval else 0.0
-        text = (
-            f"step {step}  loss {float(pl_module.outcome.loss):.4f}  accuracy {_percent(recorder.accuracy)}  "
-            f"{rate:.1f} samples/s"
-        )
+        self._accuracy = account.accuracy
+        step, seconds = pl_module.steps_done, account.seconds()
+        rate = account.samples_here(step) / seconds.no_eval if seconds.no_eval else 0.0
+        text = f"step {step}  loss {values.loss:.4f}  accuracy {_percent(account.accuracy)}  {rate:.1f} samples/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
         else:
@@ -67,10 +66,6 @@ class Progress(pl.Callback):
         """Leave the terminal as it was."""
         if self._bar is not None:
             self._bar.stop()
-
-
-def _recorder(trainer: pl.Trainer) -> Recorder:
-    return next(entry for entry in trainer.callbacks if isinstance(entry, Recorder))  # type: ignore[attr-defined]
 
 
 def _percent(share: Optional[float]) -> str:

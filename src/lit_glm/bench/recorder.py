@@ -13,38 +13,50 @@
 """
 
 import time
-from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import pytorch_lightning as pl
 
+from lit_glm.batches.sampler import EndlessBatches
+from lit_glm.bench.account import Account
 from lit_glm.bench.clock import PhaseClock, StepTimes
-from lit_glm.bench.figures import Seconds, figures
-from lit_glm.bench.run_folder import RunFolder
-from lit_glm.bench.tables import Table
-from lit_glm.bench.work import Work, utilisation
+from lit_glm.bench.events import Events
+from lit_glm.bench.figures import Seconds
+from lit_glm.bench.perflog import PerfLog
+from lit_glm.bench.skips import Skips
 from lit_glm.config.schema import TrainConfig
+from lit_glm.errors import RunError
 from lit_glm.hardware.runtimes.base import Runtime
+from lit_glm.runs.live import LiveRun
 from lit_glm.training.evaluation import evaluate
-from lit_glm.training.module import RecordModule, StepOutcome
+from lit_glm.training.module import RecordModule, StepValues
 from lit_glm.training.schedule import converged, evaluation_due, reached_limit
+
+
+@dataclass
+class Surroundings:
+    """What the recorder asks for and calls, beside Lightning."""
+
+    open_files: Callable[[int], LiveRun]
+    """Steps done -> the run's files; called on the first rank."""
+    eval_loader: Callable[[int, int], Any]
+    """(rank, world size) -> batches to evaluate on."""
+    save: Callable[[Any, int], None]
+    """(trainer, step) writes a checkpoint."""
+    beat: Callable[[], None]
+    """A sign of life: at every step and every batch of an evaluation."""
+    waited: Callable[[], float]
+    """Seconds that training has waited for data so far."""
+    examples: Tuple[int, int]
+    """How many there are to train and to evaluate on."""
 
 
 class Recorder(pl.Callback):
     """Drives evaluation, stopping and saving, and measures; on every rank, with files on rank 0."""
 
     def __init__(
-        self,
-        config: TrainConfig,
-        runtime: Runtime,
-        entry: float,
-        open_folder: Callable[[int], Optional[RunFolder]],
-        eval_loader: Callable[[int, int], Any],
-        epoch_of: Callable[[int], int],
-        save: Callable[[Any, int], None],
-        beat: Callable[[], None],
-        waited: Callable[[], float],
-        examples: Tuple[int, int],
+        self, config: TrainConfig, runtime: Runtime, entry: float, order: EndlessBatches, around: Surroundings
     ) -> None:
         """Get ready.
 
@@ -52,29 +64,24 @@ class Recorder(pl.Callback):
             config: the run's.
             runtime: to synchronise.
             entry: `time.monotonic()` at the entry of `train`.
-            open_folder: steps done -> the run folder, on rank 0; None elsewhere.
-            eval_loader: (rank, world size) -> batches to evaluate on.
-            epoch_of: step -> epoch.
-            save: (trainer, step) writes a checkpoint.
-            beat: called at every step and every batch of an evaluation: a sign of life.
-            waited: seconds that training has waited for data so far.
-            examples: how many there are to train and to evaluate on.
+            order: of the training examples.
+            around: what else takes part.
         """
-        self.config, self._runtime, self._entry = config, runtime, entry
-        self._open_folder, self._eval_loader, self._epoch_of, self._save = open_folder, eval_loader, epoch_of, save
-        self._beat = beat
-        self._examples = examples
-        self.listeners: List[Callable[[str, Any, int], None]] = []
-        """Told of every event, its value and its time (ms), on the first rank."""
-        self.clock = PhaseClock(waited)
-        self.folder: Optional[RunFolder] = None
-        self.accuracy: Optional[float] = None
+        self.config, self._runtime, self._order, self._around = config, runtime, order, around
+        self.clock = PhaseClock(around.waited)
+        self.account = Account(config, runtime, self.clock, order, entry)
+        self.events = Events(config, self.account)
+        self.skips = Skips(config.run.max_skipped_steps)
+        self.values: Optional[StepValues] = None
+        """Of the newest step."""
         self.interrupted = False
-        self._init = 0.0
+        self.evaluated_step = -1
+        self.doing = "before the first step"
+        """Where the run is, for errors."""
+        self.ended: Optional[Tuple[Seconds, float]] = None
+        """Seconds of the phases, and since the entry of `train`, when training ended."""
         self._epoch = -1
         self._saved_step = -1
-        self.evaluated_step = -1
-        self._steps_here = 0
 
     # -- Lightning's hooks ---------------------------------------------------------------------------------------
 
@@ -82,39 +89,40 @@ class Recorder(pl.Callback):
         """End of initialisation: the first evaluation, or the place where an interrupted run goes on."""
         module = self._module(pl_module)
         module.train()
-        step = module.steps_done
-        if trainer.is_global_zero:
-            self.folder = self._open_folder(step)
-        told: Any = (self.folder.accuracy, self.folder.evaluated_step) if self.folder else None
-        self.accuracy, self.evaluated_step = trainer.strategy.broadcast(told)
-        if step == 0 and self.evaluated_step < 0:
-            train, evaluation = self._examples
-            counts = {"train_examples": train, "eval_examples": evaluation}
-            told = {"model": self.config.model.name, "config": self.config.fix_hp, **counts}
-            self._event("SUBMIT_INFO", told, ago=self.e2e())
-        self._event("INIT_START", ago=self.e2e())
-        if step == 0 and self.evaluated_step < 0:
+        step, account = module.steps_done, self.account
+        files = self._around.open_files(step) if trainer.is_global_zero else None
+        account.begin(files, step)
+        if files is not None:
+            self.events.log = PerfLog(files.path / "perf.log")
+        told: Any = (files.accuracy, files.evaluated_step) if files is not None else None
+        account.accuracy, self.evaluated_step = trainer.strategy.broadcast(told)
+        is_new = step == 0 and self.evaluated_step < 0
+        if is_new:
+            self.events.submitted(self._around.examples)
+        self.events.tell("INIT_START", ago=account.e2e())
+        if is_new:
             # Stopped meanwhile: no step is done, so that the run goes on with this evaluation.
             self.interrupted = self._evaluate(trainer, module, "INIT_EVALUATION") is None
             trainer.should_stop = self.interrupted
-        self._init = time.monotonic() - self._entry
-        self._event("INIT_END")
-        self._event("TRAIN_START")
+        account.init_seconds = account.e2e()
+        self.events.tell("INIT_END")
+        self.events.tell("TRAIN_START")
         self.clock.training_starts()
         if step > 0:
             # The run may have been stopped between a step and what follows it.
-            self._after_step(trainer, module, trained=False)
+            self._after_step(trainer, module, None)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """The batch is here."""
         step = self._module(pl_module).steps_done + 1
-        epoch = self._epoch_of(step)
+        self.doing = f"in step {step}"
+        epoch = self._order.epoch_of(step)
         if epoch != self._epoch:
             if self._epoch >= 0:
-                self._event("EPOCH_END", {"epoch": self._epoch})
-            self._event("EPOCH_BEGIN", {"epoch": epoch})
+                self.events.tell("EPOCH_END", {"epoch": self._epoch})
+            self.events.tell("EPOCH_BEGIN", {"epoch": epoch})
             self._epoch = epoch
-        self._event("STEP_BEGIN", step=step)
+        self.events.tell("STEP_BEGIN", step=step)
         self._runtime.synchronize()
         self.clock.batch_ready()
 
@@ -124,38 +132,43 @@ class Recorder(pl.Callback):
         self._runtime.synchronize()
         times = self.clock.step_computed()
         module = self._module(pl_module)
-        outcome, step = module.outcome, module.steps_done
-        assert outcome is not None
-        self._steps_here += 1
-        self._beat()
-        if self.folder is not None:
-            self.folder.later.do(partial(_add_step, self.folder.steps, self.config, step, self._epoch, outcome, times))
-        self._after_step(trainer, module, trained=True, step_seconds=times.step)
+        self._around.beat()
+        assert module.outcome is not None
+        self.values = module.outcome.read()  # the device has just been waited for: nothing else waits for values
+        self._write_step(module.steps_done, self.values, times)
+        self._after_step(trainer, module, times)
+        self.skips.count(module.steps_done, self.values, trainer.is_global_zero)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Training is over; figures follow in `finish`."""
+        """Training is over; what Lightning tears down afterwards is no part of it."""
+        self.ended = (self.account.seconds(), self.account.e2e())
         if self._epoch >= 0:
-            self._event("EPOCH_END", {"epoch": self._epoch})
-        self._event("TRAIN_END")
-        self.do_rest()  # before Lightning closes the loggers
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """What was measured is on the disk before anything else happens."""
-        self.do_rest()
-
-    def do_later(self, function: Callable[[], Any]) -> None:
-        """Have something done off the step path, on the first rank; nothing on the others."""
-        if self.folder is not None:
-            self.folder.later.do(function)
-
-    def do_rest(self) -> None:
-        """Wait for all that was to be done later."""
-        if self.folder is not None:
-            self.folder.later.drain()
+            self.events.tell("EPOCH_END", {"epoch": self._epoch})
+        self.events.tell("TRAIN_END")
 
     # -- after a step ------------------------------------------------------------------------------------------
 
-    def _after_step(self, trainer: pl.Trainer, module: RecordModule, trained: bool, step_seconds: float = 0.0) -> None:
+    def _write_step(self, step: int, values: StepValues, times: StepTimes) -> None:
+        if self.account.files is None:
+            return
+        try:
+            self.account.files.steps.add(
+                step=step,
+                epoch=self._epoch,
+                samples=step * self.config.global_batch,
+                loss=values.loss,
+                lr=values.lr,
+                grad_norm=values.grad_norm,
+                data_s=round(times.data, 7),
+                compute_s=round(times.compute, 7),
+                step_s=round(times.step, 7),
+                loss_scale=values.loss_scale,
+            )
+        except OSError as error:
+            raise RunError(f"the run's files cannot be written: {error}") from error
+
+    def _after_step(self, trainer: pl.Trainer, module: RecordModule, times: Optional[StepTimes]) -> None:
+        """Evaluate, stop and save where that is due; `times` of the step, None if it was done in an earlier process."""
         config, step = self.config, module.steps_done
         # Gradients of a window that is not full are in no checkpoint: neither save nor stop there.
         whole = step % config.optimizer.accumulate == 0
@@ -167,30 +180,32 @@ class Recorder(pl.Callback):
             with self.clock.outside_steps():
                 evaluated = self._evaluate(trainer, module, None)
                 stop = evaluated is None
-        ends = limit or converged(self.accuracy, config.run)
-        if trained:
-            self._log_step(module, step_seconds, ends)
+        ends = limit or converged(self.account.accuracy, config.run)
+        if times is not None and self.values is not None:
+            schedule: Any = module.lr_schedulers()
+            self.events.step_ended(step, self._epoch, self.values, schedule.rate, times.step, ends)
         if evaluated is not None:
-            self._event("EVALUATE", evaluated)
+            self.events.tell("EVALUATE", evaluated)
         if stop or ends:
             trainer.should_stop = True
             self.interrupted = stop and not ends
         due_to_save = (step % config.run.checkpoint_interval_steps == 0 and whole) or stop or ends
-        if trained and due_to_save and self._saved_step < step:
+        if times is not None and due_to_save and self._saved_step < step:
             self._saved_step = step
+            self.doing = f"saving step {step}"
             with self.clock.outside_steps():
-                self.do_rest()  # no checkpoint is ahead of steps.csv
-                self._save(trainer, step)
-        if self.folder is not None and (self.folder.stale() or evaluated is not None):
-            self.folder.write_later(step, module.steps_skipped, self.seconds(), self.e2e())
+                self._around.save(trainer, step)
+        if self.account.files is not None and (self.account.files.stale() or evaluated is not None):
+            self.account.write("running", module)
 
     def _evaluate(self, trainer: pl.Trainer, module: RecordModule, event: Optional[str]) -> Optional[Dict[str, Any]]:
         """Evaluate; None if any rank was asked to stop meanwhile."""
-        start = time.perf_counter()
-        loader = self._eval_loader(trainer.global_rank, trainer.world_size)
+        start, step = time.perf_counter(), module.steps_done
+        self.doing = f"in the evaluation after step {step}"
+        loader = self._around.eval_loader(trainer.global_rank, trainer.world_size)
 
         def stops() -> bool:
-            self._beat()
+            self._around.beat()
             return module.stop_requested
 
         def anybody(stopped: bool) -> bool:
@@ -203,132 +218,13 @@ class Recorder(pl.Callback):
             return None
         self._runtime.synchronize()
         seconds = time.perf_counter() - start
-        self.accuracy = accuracy
-        self.evaluated_step = module.steps_done
+        self.account.accuracy, self.evaluated_step = accuracy, step
         if event is not None:
-            self._event(event, {"eval_accuracy": accuracy, "time": seconds})
-        if self.folder is not None:
-            step = module.steps_done
+            self.events.tell(event, {"eval_accuracy": accuracy, "time": seconds})
+        if self.account.files is not None:
             samples = step * self.config.global_batch
-            self.folder.later.do(partial(self.folder.add_evaluation, step, samples, accuracy, seconds))
-        return {"global_steps": module.steps_done, "eval_accuracy": accuracy, "time": seconds}
-
-    def _log_step(self, module: RecordModule, step_seconds: float, ends: bool) -> None:
-        if self.folder is None:
-            return
-        outcome, seconds = module.outcome, self.clock.seconds() + self.folder.earlier()
-        assert outcome is not None
-        loss = outcome.own_loss / self.config.optimizer.accumulate
-        schedule: Any = module.lr_schedulers()
-        step = module.steps_done
-        value = {
-            "global_steps": step,
-            "num_trained_samples": step * self.config.global_batch,
-            "epoch": self._epoch,
-            "loss": loss,
-            "eval_accuracy": self.accuracy,
-            "no_eval_time": seconds.no_eval,
-            "pure_compute_time": seconds.pure_compute,
-            "learning_rate": schedule.rate,
-            "seq/s": self.config.global_batch / step_seconds if step_seconds else None,
-            "end_training": ends,
-        }
-        if outcome.loss_scale is not None:
-            value["loss_scale"] = outcome.loss_scale
-        self._event("STEP_END", value, step=step, loss=loss)
-
-    # -- figures -----------------------------------------------------------------------------------------------
-
-    def seconds(self) -> Seconds:
-        """Measured by this rank in this process."""
-        seconds = self.clock.seconds()
-        seconds.init = self._init
-        return seconds
-
-    def samples_here(self) -> int:
-        """Samples of the steps that this process has done."""
-        return self._steps_here * self.config.global_batch
-
-    def peak_memory(self) -> Optional[float]:
-        """Highest memory in use by this rank, bytes."""
-        return self._runtime.peak_memory(0)
-
-    def total_steps(self) -> int:
-        """Steps of the run if the target is not reached before."""
-        run = self.config.run
-        by_samples = run.max_samples // self.config.global_batch + 1
-        return by_samples if run.max_steps is None else min(run.max_steps, by_samples)
-
-    def e2e(self) -> float:
-        """Seconds since the entry of `train`."""
-        return time.monotonic() - self._entry
-
-    def finish(
-        self,
-        status: str,
-        module: RecordModule,
-        seconds: Seconds,
-        e2e: float,
-        memory: Optional[float],
-        work: Work,
-        rank_imbalance: Optional[float],
-    ) -> Dict[str, Any]:
-        """Write the final result (rank 0).
-
-        Args:
-            status: how the run ended.
-            module: for its counters.
-            seconds: of the slowest rank in each phase.
-            e2e: seconds since the entry of `train`.
-            memory: highest memory in use, bytes.
-            work: of all steps.
-            rank_imbalance: see `WorkCounter.imbalance`.
-        """
-        assert self.folder is not None
-        self.do_rest()
-        all_seconds = seconds + self.folder.earlier()
-        p_core = figures(module.steps_done * self.config.global_batch, all_seconds)["p_core"]
-        rates = utilisation(self.config, work, all_seconds.pure_compute, p_core)
-        if rates["mfu"] is not None and rates["mfu"] > 1:
-            rates["mfu_above_one"], rates["mfu"] = rates["mfu"], None  # no figure rather than a wrong one
-        result = self.folder.write(
-            status,
-            module.steps_done,
-            module.steps_skipped,
-            seconds,
-            e2e,
-            memory=memory,
-            rank_imbalance=rank_imbalance,
-            model_flops=work.flops,
-            **rates,
-        )
-        self._event(
-            "FINISHED",
-            {
-                "e2e_time": result["e2e_time"],
-                "global_steps": module.steps_done,
-                "num_trained_samples": result["num_trained_samples"],
-                "training_sequences_per_second": result["p_whole"],
-                "converged": result["converged"],
-                "final_accuracy": self.accuracy,
-                "raw_train_time": result["raw_train_time"],
-                "init_time": result["init_time"],
-                "pure_training_computing_time": result["pure_compute_time"],
-                "throughput(ips)_raw": result["p_whole"],
-                "throughput(ips)_no_eval": result["p_train"],
-                "throughput(ips)_pure_compute": result["p_core"],
-            },
-        )
-        self.do_rest()
-        return result
-
-    def _event(self, name: str, value: Optional[Any] = None, ago: float = 0.0, **keys: Any) -> None:
-        """Something happened, so many seconds ago."""
-        if self.folder is not None:
-            time_ms = int(1e3 * (time.time() - ago))
-            self.folder.perf.event(name, value, time_ms, **keys)
-            for listener in self.listeners:
-                listener(name, value, time_ms)
+            self.account.files.evals.add(step=step, samples=samples, acc=accuracy, seconds=round(seconds, 6))
+        return {"global_steps": step, "eval_accuracy": accuracy, "time": seconds}
 
     @staticmethod
     def _module(pl_module: Any) -> RecordModule:
@@ -336,17 +232,6 @@ class Recorder(pl.Callback):
         return pl_module
 
 
-def _add_step(table: Table, config: TrainConfig, step: int, epoch: int, outcome: StepOutcome, times: StepTimes) -> None:
-    """A line of steps.csv; values are fetched from the device here."""
-    table.add(
-        step=step,
-        epoch=epoch,
-        samples=step * config.global_batch,
-        loss=float(outcome.loss),
-        lr=outcome.lr,
-        grad_norm=None if outcome.grad_norm is None else float(outcome.grad_norm),
-        data_s=round(times.data, 7),
-        compute_s=round(times.compute, 7),
-        step_s=round(times.step, 7),
-        loss_scale=outcome.loss_scale,
-    )
+def recorder_of(trainer: Any) -> Recorder:
+    """The recorder among a trainer's callbacks."""
+    return next(entry for entry in trainer.callbacks if isinstance(entry, Recorder))

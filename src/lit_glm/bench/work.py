@@ -138,7 +138,9 @@ class WorkCounter:
         return float(np.mean(excess))
 
 
-def utilisation(config: TrainConfig, work: Work, seconds: float, p_core: Optional[float]) -> Dict[str, Optional[float]]:
+def utilisation(
+    config: TrainConfig, work: Work, seconds: float, p_core: Optional[float], peak: str
+) -> Dict[str, Optional[float]]:
     """Work against time and peak.
 
     Args:
@@ -146,22 +148,32 @@ def utilisation(config: TrainConfig, work: Work, seconds: float, p_core: Optiona
         work: of all steps.
         seconds: pure_compute_time.
         p_core: samples a second.
+        peak: under which name the hardware file has the peak that counts.
 
     Returns:
         mfu, mfu_flagperf (FlagPerf's formula; None without a known peak), tokens and candidate sequences a second.
     """
-    known = config.hardware.peak_tflops.get(peak_name(config))
+    known = config.hardware.peak_tflops.get(peak)
     rates: Dict[str, Optional[float]] = {"mfu": None, "mfu_flagperf": None}
     if known and p_core and seconds > 0:
-        peak = config.topology.world_size * known * 1e12
-        rates["mfu"] = work.flops / seconds / peak
-        rates["mfu_flagperf"] = _FLAGPERF_FLOPS * p_core / peak
+        all_cards = config.topology.world_size * known * 1e12
+        rates["mfu"] = work.flops / seconds / all_cards
+        rates["mfu_flagperf"] = _FLAGPERF_FLOPS * p_core / all_cards
     measured = seconds > 0 and work.rows > 0
     rates["tokens_per_s"] = work.rows / seconds if measured else None
     rates["candidates_per_s"] = work.candidates / seconds if measured else None
     return rates
 
 
-def peak_name(config: TrainConfig) -> str:
-    """Under which name the hardware file has the peak that counts."""
-    return "tf32" if config.precision.name == "fp32" and config.precision.tf32 else config.precision.name
+def peak_name(config: TrainConfig, has_tf32: bool) -> str:
+    """Under which name the hardware file has the peak that counts.
+
+    Args:
+        config: the run's.
+        has_tf32: whether the runtime can round fp32 products to TF32; a chip whose file has a peak for fp32 and none
+            for TF32 has no such arithmetic either, whatever is asked for.
+    """
+    peaks = config.hardware.peak_tflops
+    chip_has = peaks.get("tf32") is not None or peaks.get("fp32") is None
+    rounds = config.precision.name == "fp32" and config.precision.tf32 and has_tf32 and chip_has
+    return "tf32" if rounds else config.precision.name

@@ -1,19 +1,29 @@
-"""Turns a command line into a checked configuration, and a wrong one into a message with exit status 2."""
+"""Turns a command line into a checked configuration, and a wrong one into a message with exit status 2.
 
-import math
+What goes wrong before the task is entered is the user's input; what goes wrong inside is not. So the configuration is
+composed here, by Hydra's compose API, and the task called with it. Hydra's own entry has what is Hydra's: help, --cfg,
+--info, completion, and sweeps.
+"""
+
 import os
 import sys
+import traceback
 from pathlib import Path
-from typing import Any, Callable, List, NamedTuple, Optional, Sequence, TypeVar, Union
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple, TypeVar, Union
 
 import hydra
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_glm.config.explain import explain
-from lit_glm.config.schema import out_of_range
+from lit_glm.config.line import CommandLine
+from lit_glm.config.ranges import out_of_range
 from lit_glm.errors import InputError, RunError
+from lit_glm.output import survive_closed_output
 
 _HERE = Path(__file__).resolve().parent
 CONF = next(
@@ -29,7 +39,11 @@ class Outcome(NamedTuple):
     """How a task ended, and in a sweep the figure that a sweeper optimises."""
 
     status: int
-    objective: float = math.nan
+    objective: Optional[float] = None
+    """None: the combination failed, which a search takes as an answer."""
+
+
+Task = Callable[[Any, DictConfig], Union[int, Outcome]]
 
 
 def checked(cfg: DictConfig, schema: "type[Config]") -> Config:
@@ -61,82 +75,127 @@ def checked(cfg: DictConfig, schema: "type[Config]") -> Config:
 
 def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
     """Compose a configuration in this process, as the command line would."""
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose(config_name, overrides=list(overrides))
+    return _composed(config_name, overrides)[0]
+
+
+def _composed(config_name: str, overrides: Sequence[str]) -> Tuple[DictConfig, DictConfig]:
+    """The configuration, and the same with Hydra's own part."""
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3", job_name=config_name):
+        whole = hydra.compose(config_name, overrides=list(overrides), return_hydra_config=True)
+        better = _pair_that_runs(whole, overrides)
+        if better is not None:
+            whole = hydra.compose(config_name, overrides=[*overrides, better], return_hydra_config=True)
+    return OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"]), whole
+
+
+def _pair_that_runs(whole: DictConfig, overrides: Sequence[str]) -> Optional[str]:
+    """An override that takes the published values of what runs, where another pair's were taken; None where not.
+
+    Hydra picks them by the names of hardware and topology; `topology.num_nodes=` and the like change what runs.
+    """
+    if "topology" not in whole or CommandLine(list(overrides)).gives("fix_hp"):
+        return None
+    choices = whole.hydra.runtime.choices
+    taken = f"{choices.hardware}_{choices.topology}"
+    runs = f"{choices.hardware}_{whole.topology.num_nodes}x{whole.topology.devices_per_node}"
+    if runs == taken:
+        return None
+    there = GlobalHydra.instance().config_loader().get_group_options("fix_hp")
+    if runs in there:
+        return f"fix_hp={runs}"
+    return "~fix_hp" if taken in there else None
 
 
 def run_app(
     config_name: str,
     schema: "type[Config]",
-    task: Callable[[Config, DictConfig], Union[int, Outcome]],
-    more_arguments: Optional[Callable[[List[str]], List[str]]] = None,
+    task: Task,
+    before_sweep: Optional[Callable[[DictConfig, CommandLine], None]] = None,
 ) -> int:
-    """Run `task` under Hydra and return the exit status.
+    """Run `task` with the configuration of the command line, or hand over to Hydra what is Hydra's.
 
     Args:
         config_name: the primary file in conf/.
         schema: what the composed configuration must fit.
         task: gets the checked configuration and the composed one, returns an exit status or an `Outcome`.
-        more_arguments: gets the overrides of the command line, returns further arguments for Hydra.
+        before_sweep: gets a combination's configuration and the command line; may refuse the sweep.
 
     Returns:
         0 done, 1 failed, 2 wrong input or configuration; what `task` returns, the highest over a sweep.
     """
-    statuses = [0]
+    survive_closed_output()
+    try:
+        line = CommandLine.read(sys.argv[1:])
+        if not line.asks:
+            for overrides in line.samples(is_group(line.config_dir)) if line.multirun else [line.overrides]:
+                composed, whole = _composed(config_name, [*overrides, *line.searchpath])
+            if not line.multirun:
+                config = checked(composed, schema)
+            elif before_sweep is not None and not line.cfg:
+                before_sweep(whole, line)
+    except InputError as error:
+        return _say(str(error), 2)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
+        return _say(explain(error, schema, CONF), 2)  # Hydra says some wrong overrides with a bare ValueError
+    if line.asks or line.cfg or line.multirun:
+        return _by_hydra(config_name, schema, task, line.searchpath)
+    HydraConfig.instance().set_config(whole)
+    try:
+        return _entered(task, config, composed).status
+    finally:
+        HydraConfig.instance().cfg = None
 
-    def job(cfg: DictConfig) -> float:
-        # Errors end here and not in Hydra: in a sweep the next combination still has its turn.
+
+def is_group(config_dir: Optional[str]) -> Callable[[str], bool]:
+    """Tells groups from other keys, by their folders here and in the user's own configuration."""
+    places = [CONF, *([Path(config_dir)] if config_dir else [])]
+    return lambda key: key.startswith("hydra/") or any((place / key).is_dir() for place in places)
+
+
+def _say(message: str, status: int) -> int:
+    print(f"lit_glm: {message}", file=sys.stderr)
+    return status
+
+
+def _entered(task: Task, config: Any, composed: DictConfig) -> Outcome:
+    """Call the task; whatever it raises ends here."""
+    try:
+        returned = task(config, composed)
+    except (InputError, RunError) as error:
+        return Outcome(_say(str(error), error.exit_status))
+    except Exception:
+        traceback.print_exc()
+        return Outcome(_say("an unexpected error, see above: of the program or a plugin, not of the command line", 1))
+    return returned if isinstance(returned, Outcome) else Outcome(returned)
+
+
+def _by_hydra(config_name: str, schema: "type[Config]", task: Task, searchpath: List[str]) -> int:
+    """Hydra's own entry; in a sweep it calls the task for each combination, of which one that fails ends no other."""
+    statuses: List[int] = []
+
+    def job(cfg: DictConfig) -> Optional[float]:
         environment = dict(os.environ)
         try:
-            returned = task(checked(cfg, schema), cfg)
-            outcome = returned if isinstance(returned, Outcome) else Outcome(returned)
-        except (InputError, RunError) as error:
-            print(f"lit_glm: {error}", file=sys.stderr)
-            outcome = Outcome(error.exit_status)
-        except OSError as error:
-            if full_error or isinstance(error, BrokenPipeError):
-                raise
-            print(f"lit_glm: {error}", file=sys.stderr)
-            outcome = Outcome(1)
+            cfg = _of_what_runs(config_name, cfg, searchpath)
+            outcome = _entered(lambda _, composed: task(checked(composed, schema), composed), None, cfg)
         finally:  # a chip's variables are not the user's for the next combination
             os.environ.clear()
             os.environ.update(environment)
         statuses.append(outcome.status)
         return outcome.objective
 
-    full_error = os.environ.get("HYDRA_FULL_ERROR")
-    arguments = list(sys.argv)
     try:
-        from hydra._internal.utils import get_args_parser
-
-        parsed = get_args_parser().parse_args()
-        if more_arguments is not None and not (parsed.help or parsed.hydra_help or parsed.cfg or parsed.info):
-            sys.argv = arguments + more_arguments(parsed.overrides)
-        if parsed.cfg and not parsed.multirun:
-            checked(compose(config_name, parsed.overrides), schema)  # --cfg prints without running the task
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra raise, so that the message is ours
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
-    except (InputError, RunError) as error:
-        print(f"lit_glm: {error}", file=sys.stderr)
-        return error.exit_status
-    except BrokenPipeError:  # `--help | head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        composing = len(statuses) == 1  # Hydra says some wrong overrides with a bare ValueError
-        if full_error or not composing:
-            raise
-        print(f"lit_glm: {explain(error, schema, CONF)}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if full_error or len(statuses) > 1:
-            raise
-        print(f"lit_glm: the run folder cannot be made: {error}; give hydra.run.dir= elsewhere", file=sys.stderr)
-        return 2
-    finally:
-        sys.argv = arguments
-        if full_error is None:
-            os.environ.pop("HYDRA_FULL_ERROR", None)
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = full_error
-    return max(statuses)
+    except SystemExit as ended:  # Hydra has said what it could not do
+        statuses.append(ended.code if isinstance(ended.code, int) else 1)
+    return max(statuses, default=0)
+
+
+def _of_what_runs(config_name: str, cfg: DictConfig, searchpath: List[str]) -> DictConfig:
+    """A combination's configuration, with the published values of its own pair."""
+    if "topology" not in cfg:
+        return cfg
+    runs = f"{cfg.topology.num_nodes}x{cfg.topology.devices_per_node}"
+    if dict(HydraConfig.get().runtime.choices).get("topology") == runs:
+        return cfg
+    return compose(config_name, [*HydraConfig.get().overrides.task, *searchpath])

@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from typing import Any, List, Sequence
 
+import yaml
+from hydra.errors import HydraException
 from omegaconf import MISSING
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -43,6 +45,10 @@ def explain(error: BaseException, schema: Any, conf: Path) -> str:
         causes.append(causes[-1].__cause__)
     cause = causes[-1]
 
+    if isinstance(cause, yaml.YAMLError):
+        return _slip(cause)
+    if isinstance(cause, OSError) and not isinstance(cause, HydraException):
+        return f"a configuration file cannot be read: {_first_line(cause)}"
     if isinstance(cause, MissingMandatoryValue):
         must = [key for key, default in walk(schema()) if default == MISSING]
         return f"{', '.join(must)}: must have a value, and the chosen file (conf/{must[0].split('.')[0]}/) gives none"
@@ -69,10 +75,22 @@ def explain(error: BaseException, schema: Any, conf: Path) -> str:
     if name and (unknown or "not in" in str(cause)):
         name = name.lstrip("/")
         known = keys + nodes + groups
+        if name in groups and name not in nodes:
+            return (
+                f"{name}: the chosen file of this group lacks its first line, `# @package _global_`: its keys are the "
+                "run's own"
+            )
         if name not in known:
             return _said(f"{name}: there is no such key or group", nearest(name, known), "did you mean", [])
         return f"{name}: {_first_line(cause)}"
     return _first_line(error) if error is cause else f"{_first_line(error)}\n{_first_line(cause)}"
+
+
+def _slip(error: yaml.YAMLError) -> str:
+    """Where a YAML file is not what it should be."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+    where = f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}" if mark is not None else "a YAML file"
+    return f"{where}: {problem}; texts with ': ' or ' #' in them need quotes, and levels are told by spaces alone"
 
 
 def _key_of(error: BaseException) -> str:

@@ -4,13 +4,10 @@ Dataclasses rather than a list of names, so that OmegaConf checks types and mypy
 Python 3.8 and OmegaConf both need the `typing` spellings here.
 """
 
-import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from omegaconf import MISSING
-
-from lit_glm.hardware.names import RUNTIMES
 
 
 @dataclass
@@ -153,7 +150,9 @@ class RunConfig:
     eval_interval_samples: int = 19200
     eval_start_samples: int = 100
     resume: Optional[str] = None
+    overwrite: bool = False
     checkpoint_interval_steps: int = 1000
+    max_skipped_steps: int = 100
     stall_timeout_s: float = 1200.0
     rendezvous_timeout_s: float = 300.0
 
@@ -199,6 +198,10 @@ class TrainConfig:
     seed: int = 4096
     tuned_for: str = "none"
 
+    def __post_init__(self) -> None:
+        """The rate that trains is the one that is reported, by whichever key it was set."""
+        self.lr = self.optimizer.lr
+
     @property
     def global_batch(self) -> int:
         """Examples a step, over all ranks."""
@@ -218,64 +221,6 @@ class PrepareConfig:
     scoring: Dict[str, Any] = field(default_factory=dict)
 
 
-_INF = math.inf
-# key -> (lowest, highest); a bound in the second tuple is excluded
-_CLOSED: Dict[str, Tuple[float, float]] = {
-    "bs": (1, _INF),
-    "eval_bs": (1, _INF),
-    "seed": (0, 2**32 - 1),
-    "topology.num_nodes": (1, _INF),
-    "topology.devices_per_node": (1, _INF),
-    "model.num_layers": (1, _INF),
-    "model.hidden_size": (1, _INF),
-    "model.num_attention_heads": (1, _INF),
-    "model.vocab_size": (1, _INF),
-    "model.max_sequence_length": (1, _INF),
-    "data.max_seq_length": (8, _INF),
-    "data.num_workers": (0, _INF),
-    "data.shuffle_seed": (0, 2**32 - 1),
-    "data.synthetic.seed": (0, 2**32 - 1),
-    "data.synthetic.num_train": (1, _INF),
-    "data.synthetic.num_eval": (1, _INF),
-    "optimizer.lr_decay_iters": (1, _INF),
-    "optimizer.lr_decay_ratio": (0, 1),
-    "optimizer.warmup": (0, 1),
-    "optimizer.accumulate": (1, _INF),
-    "run.max_samples": (1, _INF),
-    "run.max_steps": (1, _INF),
-    "run.eval_interval_samples": (1, _INF),
-    "run.eval_start_samples": (0, _INF),
-    "run.checkpoint_interval_steps": (1, _INF),
-    "precision.loss_scale.window": (1, _INF),
-    "precision.loss_scale.hysteresis": (1, _INF),
-}
-_FINITE: Dict[str, Tuple[float, float]] = {
-    "lr": (0, _INF),
-    "optimizer.lr": (0, _INF),
-    "optimizer.weight_decay": (0, _INF),
-    "run.target_accuracy": (0, _INF),
-}
-_OPEN: Dict[str, Tuple[float, float]] = {
-    "model.init_std": (0, _INF),
-    "optimizer.eps": (0, _INF),
-    "optimizer.clip_grad": (0, _INF),
-    "run.stall_timeout_s": (0, _INF),
-    "run.rendezvous_timeout_s": (0, _INF),
-    "hardware.memory_gib": (0, _INF),
-    "precision.loss_scale.initial": (0, _INF),
-    "precision.loss_scale.minimum": (0, _INF),
-}
-_BELOW_ONE = ("model.hidden_dropout", "model.attention_dropout", "optimizer.beta1", "optimizer.beta2")
-_CHOICES: Dict[str, Tuple[str, ...]] = {
-    "model.gelu": ("tanh", "erf"),
-    "model.attention": ("auto", "fused", "matmul", "flex"),
-    "precision.name": ("fp32", "amp", "fp16", "bf16"),
-    "scoring.name": ("shared_context", "published"),
-    "optimizer.lr_decay_style": ("linear",),
-    "hardware.runtime": ("auto", *RUNTIMES),
-}
-
-
 def walk(node: Any, prefix: str = "") -> Iterator[Tuple[str, Any]]:
     """Yield (dotted key, value) of every leaf below a configuration dataclass."""
     for entry in fields(node):
@@ -284,34 +229,3 @@ def walk(node: Any, prefix: str = "") -> Iterator[Tuple[str, Any]]:
             yield from walk(value, f"{prefix}{entry.name}.")
         else:
             yield prefix + entry.name, value
-
-
-def out_of_range(config: Any) -> List[str]:
-    """Say of each value outside its range what it is and what it may be, one sentence a value."""
-    complaints = []
-    values = dict(walk(config))
-    for key, value in values.items():
-        if value is None or (key == "optimizer.lr" and str(value) == str(values.get("lr"))):
-            continue  # optimizer.lr follows lr unless it is set: say it once
-        if key in _CLOSED:
-            low, high = _CLOSED[key]
-            if not low <= value <= high:
-                upper = "" if high == _INF else f" and at most {high:g}"
-                complaints.append(f"{key}={value}: must be at least {low:g}{upper}")
-        elif key in _FINITE and not (math.isfinite(value) and value >= 0):
-            complaints.append(f"{key}={value}: must be a finite number, at least 0")
-        elif key in _OPEN and not (math.isfinite(value) and value > 0):
-            complaints.append(f"{key}={value}: must be a finite number above 0")
-        elif key in _BELOW_ONE and not 0 <= value < 1:
-            complaints.append(f"{key}={value}: must be at least 0 and below 1")
-        elif key in _CHOICES and value not in _CHOICES[key]:
-            complaints.append(f"{key}={value}: must be one of {', '.join(_CHOICES[key])}")
-    if values.get("model.attention") == "flex":
-        if values["model.attention_dropout"]:
-            complaints.append("model.attention=flex: has no dropout; it needs model.attention_dropout=0")
-        if values["scoring.name"] == "published":
-            complaints.append("model.attention=flex: is for scoring=shared_context")
-    heads, hidden = values.get("model.num_attention_heads"), values.get("model.hidden_size")
-    if heads and hidden and hidden % heads:
-        complaints.append(f"model.hidden_size={hidden}: must be a multiple of model.num_attention_heads={heads}")
-    return complaints

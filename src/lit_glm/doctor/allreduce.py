@@ -6,14 +6,14 @@ import sys
 import time
 from pathlib import Path
 
-from lit_glm.bench.result import write_json
+from lit_glm.ending import die_with_parent, leave
 from lit_glm.errors import RunError
+from lit_glm.files import write_json
 from lit_glm.hardware.runtimes import make_runtime
 from lit_glm.jobs.group import joined
-from lit_glm.jobs.heartbeat import Heartbeat
-from lit_glm.jobs.spec import Job
-from lit_glm.jobs.worker import leave, said
-from lit_glm.orphans import die_with_parent
+from lit_glm.jobs.signs import Heartbeat
+from lit_glm.jobs.worker import said
+from lit_glm.runs.job import Job
 
 _MIB = 16
 _ROUNDS = 5
@@ -66,7 +66,7 @@ def main(spec_dir: Path, out_dir: Path) -> int:
             )
         torch.distributed.barrier()
 
-    return said(work)
+    return said(work, lambda: spec_dir)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def collectives(config: TrainConfig, made: Runtime) -> Finding:
         return Finding("", "skip", "one device: there is nothing to exchange")
     from lit_glm.jobs.launch import run_ranks
     from lit_glm.jobs.nodes import this_node
-    from lit_glm.jobs.spec import Job
+    from lit_glm.runs.job import Job
 
     config.run.stall_timeout_s = config.run.rendezvous_timeout_s = _LIMIT_S
     with tempfile.TemporaryDirectory(prefix="lit_glm-doctor-") as folder:

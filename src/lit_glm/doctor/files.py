@@ -5,9 +5,11 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Callable, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
+from lit_glm.apart import call_apart
 from lit_glm.bench import memory as estimates
+from lit_glm.bench.lengths import Lengths
 from lit_glm.config.schema import TrainConfig
 from lit_glm.doctor.finding import Finding
 from lit_glm.errors import InputError
@@ -78,38 +80,58 @@ def _decoder(config: TrainConfig) -> Callable[[Any], str]:
     return decode
 
 
-def data(config: TrainConfig, key: str) -> Finding:
-    """Open an HDF5 file, count, and decode its first and last example."""
-    from lit_glm.batches.compact import CandidateRows
+def _look(path: Path, needs_answers: bool, _progress: Any) -> Dict[str, Any]:
+    """What is worth knowing of an HDF5 file; runs in a process of its own, which a damaged file may end."""
+    from lit_glm.batches.convert import CandidateRows
     from lit_glm.record.store import SparseReader
 
-    path = Path(getattr(config.data, key))
-    if config.data.synthetic is not None and not path.exists():
-        return Finding("", "ok", f"{path}: not there yet, train generates it on first use")
-    decode = _decoder(config)
-    with SparseReader(path, key == "eval_file") as reader:
+    with SparseReader(path, needs_answers) as reader:
         separators, choices = reader.vector("mask"), reader.pairs("choice_start_end")
-        shown = []
+        ends, highest = [], 0
         for which, (start, stop) in (("first", choices[0]), ("last", choices[-1])):
             if start == stop:
                 raise InputError(f"{path}: the {which} example has no candidates")
             rows = CandidateRows(reader, separators, start, stop)
-            context = rows.text[0, : rows.separator[0]]
             candidates = [
-                decode(rows.target[row, rows.separator[row] : rows.separator[row] + rows.length[row] - 1])
+                rows.target[row, rows.separator[row] : rows.separator[row] + rows.length[row] - 1].tolist()
                 for row in range(min(2, stop - start))
             ]
-            shown.append(f'{which} "{decode(context)}" with {stop - start} candidates: {" | ".join(candidates)}')
-            highest = max(int(rows.text.max()), int(rows.target.max()))
-            if highest >= config.model.vocab_size:
-                raise InputError(f"{path}: token id {highest} is beyond model.vocab_size={config.model.vocab_size}")
+            ends.append((which, rows.text[0, : rows.separator[0]].tolist(), int(stop - start), candidates))
+            highest = max(highest, int(rows.text.max()), int(rows.target.max()))
         tokens = int((separators + reader.row_lengths("logit_mask")).max())
-        if tokens > min(config.data.max_seq_length, config.model.max_sequence_length):
-            raise InputError(
-                f"{path}: {tokens} tokens in a sequence, more than data.max_seq_length={config.data.max_seq_length} "
-                f"or model.max_sequence_length={config.model.max_sequence_length}"
-            )
-        counts = f"{reader.num_examples} examples, {reader.num_candidates} candidates, at most {tokens} tokens"
+        return {
+            "examples": reader.num_examples,
+            "candidates": reader.num_candidates,
+            "tokens": tokens,
+            "ends": ends,
+            "highest": highest,
+        }
+
+
+def data(config: TrainConfig, key: str) -> Finding:
+    """Open an HDF5 file, count, and decode its first and last example."""
+    path = Path(getattr(config.data, key))
+    if config.data.synthetic is not None and not path.exists():
+        return Finding("", "ok", f"{path}: not there yet, train generates it on first use")
+    decode, model = _decoder(config), config.model
+    found = call_apart(_look, path, key == "eval_file")
+    if found["highest"] >= model.vocab_size:
+        raise InputError(f"{path}: token id {found['highest']} is beyond model.vocab_size={model.vocab_size}")
+    if found["tokens"] > min(config.data.max_seq_length, model.max_sequence_length):
+        raise InputError(
+            f"{path}: {found['tokens']} tokens in a sequence, more than "
+            f"data.max_seq_length={config.data.max_seq_length} or model.max_sequence_length={model.max_sequence_length}"
+        )
+    if key == "train_file" and config.global_batch > found["examples"]:
+        raise InputError(
+            f"{path}: {found['examples']} examples, fewer than the {config.global_batch} of a step (bs={config.bs}, "
+            f"topology={config.topology.name})"
+        )
+    counts = f"{found['examples']} examples, {found['candidates']} candidates, at most {found['tokens']} tokens"
+    shown = [
+        f'{which} "{decode(context)}" with {count} candidates: {" | ".join(map(decode, candidates))}'
+        for which, context, count, candidates in found["ends"]
+    ]
     return Finding("", "ok", f"{path}: {counts}; {'; '.join(shown)}")
 
 
@@ -132,14 +154,10 @@ def checkpoint(config: TrainConfig) -> Finding:
 
 def memory(config: TrainConfig, runtime: Optional[Runtime]) -> Finding:
     """Estimate the peak of a training step, from the lengths in the file alone."""
-    from lit_glm.record.store import SparseReader
-
     path = Path(config.data.train_file)
     if config.data.synthetic is not None and not path.exists():
         return Finding("", "skip", "not estimated: the data is not there yet")
-    with SparseReader(path, False) as reader:
-        lengths = estimates.Lengths.of_file(reader)
-    said, *advice = estimates.describe(config, lengths, runtime).split("\n")
+    said, *advice = estimates.describe(config, Lengths.of_file(path), runtime).split("\n")
     unknown = runtime is None or runtime.total_memory(0) is None
     status = "fail" if advice else "warn" if unknown else "ok"
     return Finding("", status, said.replace("memory: ", ""), "; ".join(advice).replace("memory: ", ""))

@@ -17,33 +17,13 @@ from lit_glm.hardware.loss_scale import DynamicLossScale
 from lit_glm.hardware.runtimes.base import Runtime
 
 
-class _Arithmetic(Precision):
-    """Lightning's, which calls hooks of every callback around a backward pass and an update; or without them."""
-
-    calls_hooks = True
-
-    def pre_backward(self, tensor: Tensor, module: Any) -> Any:
-        """Hooks."""
-        return super().pre_backward(tensor, module) if self.calls_hooks else tensor
-
-    def post_backward(self, tensor: Tensor, module: Any) -> Any:
-        """Hooks."""
-        return super().post_backward(tensor, module) if self.calls_hooks else tensor.detach()
-
-    def optimizer_step(self, optimizer: Any, model: Any, closure: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Update; the closure does nothing where the training step calls for its backward pass itself."""
-        if self.calls_hooks:
-            return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
-        return optimizer.step()
-
-
-class FP32(_Arithmetic):
+class FP32(Precision):
     """Single precision."""
 
     computes_in = torch.float32
 
 
-class Mixed(_Arithmetic):
+class Mixed(Precision):
     """fp32 weights, matrix products in a half precision."""
 
     def __init__(self, runtime: Runtime, dtype: torch.dtype) -> None:
@@ -57,7 +37,7 @@ class Mixed(_Arithmetic):
         return self._runtime.autocast(self.computes_in)
 
 
-class _Scaled(_Arithmetic):
+class _Scaled(Precision):
     """What amp and fp16 share: the loss is multiplied, gradients are divided, steps that overflow are left out."""
 
     scaler: Any

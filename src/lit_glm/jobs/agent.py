@@ -1,4 +1,4 @@
-"""torchrun without its report: the rank that failed has said why, and its exit status becomes the agent's."""
+"""torchrun, whose exit status is that of the rank that says most: the rank itself has said why."""
 
 import logging
 import os
@@ -6,21 +6,27 @@ import signal
 import sys
 import threading
 import time
-from typing import Any, Dict, List
+from typing import Dict, List
 
 import psutil
 from torch.distributed import run
-from torch.distributed.elastic.agent.server.api import SimpleElasticAgent, WorkerState
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from lit_glm.jobs.interrupts import EXIT_STATUS
+from lit_glm.output import survive_closed_output
+from lit_glm.upstream import agents_leave_after_a_failure
+
 _MARGIN_S = 5.0
+_SAY_MORE = (2, *EXIT_STATUS.values())
+"""Of ranks that refused their input, or were asked to stop: more than those say that lost their peers by it."""
 
 
 def main() -> int:
     """Run torchrun with this process's arguments."""
+    survive_closed_output()
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    _leave_after_a_failure()
+    agents_leave_after_a_failure()
     threading.Thread(target=_limit_the_wait, args=(sys.argv[1:],), daemon=True).start()
     try:
         run.main(sys.argv[1:])
@@ -30,26 +36,14 @@ def main() -> int:
             if failure.exitcode < 0:
                 name = signal.Signals(-failure.exitcode).name
                 print(f"lit_glm: rank {rank} was killed by {name}", file=sys.stderr, flush=True)
-        # A rank that was asked to stop, or refused its input, says more than those that lost their peers by it.
         codes = [failure.exitcode for failure in failures]
-        return next((code for code in codes if code in (2, 130, 143)), max(1, codes[0] if codes[0] > 0 else 1))
+        return next((code for code in codes if code in _SAY_MORE), max(1, codes[0]))
     except SignalException as error:
         return 128 + int(error.sigval)
     except (RuntimeError, TimeoutError) as error:  # the nodes did not meet, or lost each other before their ranks ran
         _say(sys.argv[1:], str(error).splitlines()[0])
         return 1
     return 0
-
-
-def _leave_after_a_failure() -> None:
-    """Torch 1.12 waits 300 s for the other nodes' agents after a failure too: those that are gone never come."""
-    wait: Any = SimpleElasticAgent._exit_barrier
-
-    def after_a_success(agent: Any) -> None:
-        if agent._worker_group.state == WorkerState.SUCCEEDED:
-            wait(agent)
-
-    SimpleElasticAgent._exit_barrier = after_a_success  # type: ignore[method-assign]
 
 
 def _options(arguments: List[str]) -> Dict[str, str]:

@@ -9,8 +9,8 @@ from typing import Any, Iterator
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
 from lit_glm.hardware.runtimes import check_devices, make_runtime
-from lit_glm.jobs.heartbeat import STALL_MARGIN_S
 from lit_glm.jobs.interrupts import Interrupted
+from lit_glm.jobs.watch import STALL_MARGIN_S
 
 _LATER_S = 15.0
 

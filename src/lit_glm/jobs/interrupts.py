@@ -1,9 +1,14 @@
-"""SIGINT and SIGTERM as a request to stop in order, and the exit status that says so."""
+"""SIGINT, SIGTERM and SIGHUP as a request to stop in order, and the exit status that says so."""
 
 import signal
 from typing import Any, Optional
 
-EXIT_STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+EXIT_STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+
+
+def stopping() -> "list[signal.Signals]":
+    """The signals that stop a job; a hangup does not where it is ignored, as by nohup."""
+    return [n for n in EXIT_STATUS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
 
 
 class Interrupted(Exception):
@@ -15,13 +20,19 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """Turns SIGINT and SIGTERM into a request that the training loop takes up; a second Ctrl-C stops at once."""
+    """Turns the signals that stop into a request that the training loop takes up; a second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.received: Optional[int] = None
         self.module: Any = None
-        self._before = {number: signal.getsignal(number) for number in EXIT_STATUS}
-        for number in EXIT_STATUS:
+        """Whose `stop_requested` is set; None: there is nothing to save yet."""
+        self.numbers = stopping()
+        self._before = {number: signal.getsignal(number) for number in self.numbers}
+        self.take()
+
+    def take(self) -> None:
+        """Set the handlers: at first, and again after somebody else has set his."""
+        for number in self.numbers:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, _frame: Any) -> None:

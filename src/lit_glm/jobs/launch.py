@@ -1,7 +1,6 @@
 """Runs a job: in this process for one device, as one torchrun for several, and says how it ended."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,18 +11,19 @@ from typing import Any, Dict, Iterator, List, Optional
 
 import psutil
 
-from lit_glm.alone import alone_in
-from lit_glm.bench.result import amend_result, begin_result, read_result
+from lit_glm.ending import GRACE_S, die_with_parent, end, kill_children
 from lit_glm.errors import InputError, RunError
-from lit_glm.jobs import heartbeat
-from lit_glm.jobs.heartbeat import STALL_MARGIN_S, watch_this_process
-from lit_glm.jobs.interrupts import EXIT_STATUS, Interrupted
+from lit_glm.hardware.shortage import kernel_kills
+from lit_glm.jobs import signs
+from lit_glm.jobs.interrupts import EXIT_STATUS, Interrupted, stopping
 from lit_glm.jobs.nodes import Node, check_nodes, interface_towards, this_node
-from lit_glm.jobs.spec import Job
-from lit_glm.jobs.worker import fail, run_rank
-from lit_glm.orphans import die_with_parent
+from lit_glm.jobs.watch import STALL_MARGIN_S, Watch, said_of, watching
+from lit_glm.runs.errors import first_error, note_error, reason_of
+from lit_glm.runs.folder import taken
+from lit_glm.runs.job import Job
+from lit_glm.runs.lock import alone_in
+from lit_glm.runs.result import amend_result, fail, read_result
 
-_GRACE_S = 40.0
 _STALL_GRACE_S = 5.0
 _LEAK = (
     "MASTER_ADDR",
@@ -38,17 +38,17 @@ _LEAK = (
     "LOCAL_WORLD_SIZE",
     "PL_GLOBAL_SEED",
     "PL_SEED_WORKERS",
-    "HYDRA_FULL_ERROR",
 )
 """Variables of one job that must not reach another."""
 
 
-def run_job(job: Job, run_dir: Path, in_process: bool = True) -> Dict[str, Any]:
+def run_job(job: Job, run_dir: Path, composed: Dict[str, str], in_process: bool = True) -> Dict[str, Any]:
     """Run a job to its end.
 
     Args:
         job: what to do.
         run_dir: where its files go.
+        composed: what .hydra/ is to hold.
         in_process: one device: run here rather than in a process of its own.
 
     Returns:
@@ -57,19 +57,17 @@ def run_job(job: Job, run_dir: Path, in_process: bool = True) -> Dict[str, Any]:
     Raises:
         InputError, RunError, Interrupted: how it ended otherwise; result.json says so too.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
     world_size = job.config.topology.world_size
     check_nodes(job.config.topology)
     node = this_node(job.config.topology) if world_size > 1 else Node(0, "127.0.0.1", 0)
     if node.rank > 0:
         return _help(job, node, run_dir)
-    with alone_in(run_dir) as lock:
-        prepare_folder(job, run_dir)
-        with ending_recorded(run_dir):
-            if world_size == 1 and in_process:
-                return _run_here(job, run_dir)
-            run_ranks(job, node, run_dir, run_dir, lock=lock)
-        result = read_result(run_dir)
+    with taken(job, run_dir, composed) as lock, ending_recorded(run_dir):
+        signs.clear(run_dir)
+        if world_size == 1 and in_process:
+            return _run_here(job, run_dir)
+        run_ranks(job, node, run_dir, run_dir, lock=lock)
+    result = read_result(run_dir)
     if result is None:
         raise RunError(f"{run_dir}: the job ended without a result")
     return result
@@ -77,7 +75,7 @@ def run_job(job: Job, run_dir: Path, in_process: bool = True) -> Dict[str, Any]:
 
 @contextmanager
 def ending_recorded(run_dir: Path) -> Iterator[None]:
-    """Whatever ends the work inside, result.json says it."""
+    """Whatever ends the work inside, result.json says it, and the folder has the traceback of an unexpected error."""
     try:
         yield
     except Interrupted:
@@ -85,14 +83,14 @@ def ending_recorded(run_dir: Path) -> Iterator[None]:
         if result is not None and result.get("status") == "running":
             amend_result(run_dir, status="interrupted")
         raise
-    except (InputError, RunError) as error:
-        fail(run_dir, str(error))
-        raise
     except KeyboardInterrupt:
         amend_result(run_dir, status="interrupted")
         raise Interrupted(signal.SIGINT) from None
     except Exception as error:
-        fail(run_dir, f"{type(error).__name__}: {error}")
+        noted = first_error(run_dir)
+        if noted is None:
+            note_error(run_dir, 0, error)
+        fail(run_dir, noted or reason_of(error))
         raise
 
 
@@ -100,46 +98,24 @@ def _help(job: Job, node: Node, run_dir: Path) -> Dict[str, Any]:
     """Run the ranks of another node than the first: that one keeps the run folder, which both may share."""
     spec_dir = run_dir / "nodes" / str(node.rank)
     with alone_in(spec_dir) as lock:
-        heartbeat.clear(spec_dir)
+        signs.clear(spec_dir)
         job.write(spec_dir)
         run_ranks(job, node, spec_dir, run_dir, lock=lock)
     return {}
 
 
 def _run_here(job: Job, run_dir: Path) -> Dict[str, Any]:
-    limit = job.config.run.stall_timeout_s
+    from lit_glm.jobs.rank import run_rank
 
-    def say(whereabouts: List[str]) -> None:
-        message = heartbeat.stalled(limit, run_dir, whereabouts)
-        fail(run_dir, message)
-        print(f"lit_glm: {message}", file=sys.stderr, flush=True)
-        _kill(psutil.Process().children(recursive=True))
+    def end_all(where: List[str]) -> None:
+        said = said_of(job.config, run_dir, where)
+        fail(run_dir, said)
+        print(f"lit_glm: {said}", file=sys.stderr, flush=True)
+        kill_children()
+        os._exit(1)
 
-    end_watch = watch_this_process(run_dir, [0], limit + STALL_MARGIN_S, say)
-    try:
+    with watching(Watch(run_dir, [0], job.config.run.stall_timeout_s + STALL_MARGIN_S), end_all):
         return run_rank(job, run_dir)
-    finally:
-        end_watch()
-
-
-def prepare_folder(job: Job, run_dir: Path) -> None:
-    """Leave the job in its folder, and take away what another run has left there."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if not job.resumes:
-        _clear(run_dir)
-        begin_result(run_dir, job.config)
-    heartbeat.clear(run_dir)
-    job.write(run_dir)
-
-
-def _clear(run_dir: Path) -> None:
-    """Checkpoints of another run must not be taken for this one's."""
-    files = ("result.json", "steps.csv", "evals.csv", "memory.csv", "perf.log", "mlperf.log", "environment.json")
-    for name in files:
-        if (run_dir / name).exists():
-            (run_dir / name).unlink()
-    for name in ("checkpoints", "csv", "tensorboard", "mlruns", "wandb"):
-        shutil.rmtree(run_dir / name, ignore_errors=True)
 
 
 def clean_environment() -> Dict[str, str]:
@@ -165,6 +141,17 @@ def _agent_command(job: Job, node: Node, spec_dir: Path, run_dir: Path, module: 
         str(spec_dir),
         str(run_dir),
     ]
+
+
+def _environment(job: Job, node: Node) -> Dict[str, str]:
+    """Of the ranks: a chip's variables before anything is imported, and the share of the machine that a rank has."""
+    environment = {**job.config.hardware.env, **clean_environment()}
+    threads = max(1, (os.cpu_count() or 1) // job.config.topology.devices_per_node)
+    environment.setdefault("OMP_NUM_THREADS", str(threads))
+    interface = interface_towards(node.address) if job.config.topology.num_nodes > 1 else None
+    if interface is not None:
+        environment.setdefault("GLOO_SOCKET_IFNAME", interface)  # a host's own name often means the loopback to it
+    return environment
 
 
 class _Stopped(Exception):
@@ -200,90 +187,58 @@ def run_ranks(
     def stop(number: int, _frame: Any) -> None:
         raise _Stopped(number)
 
-    environment = {**job.config.hardware.env, **clean_environment()}  # before a rank imports anything
-    threads = max(1, (os.cpu_count() or 1) // job.config.topology.devices_per_node)
-    environment.setdefault("OMP_NUM_THREADS", str(threads))
-    interface = interface_towards(node.address) if job.config.topology.num_nodes > 1 else None
-    if interface is not None:
-        environment.setdefault("GLOO_SOCKET_IFNAME", interface)  # a host's own name often means the loopback to it
-    before = {number: signal.signal(number, stop) for number in EXIT_STATUS}
-    command = _agent_command(job, node, spec_dir, run_dir, module)
-    held = () if lock is None else (lock,)
+    before = {number: signal.signal(number, stop) for number in stopping()}
+    killed = kernel_kills()
+    command, environment = _agent_command(job, node, spec_dir, run_dir, module), _environment(job, node)
     agent = subprocess.Popen(
         command,
         env=environment,
         start_new_session=True,
         preexec_fn=partial(die_with_parent, signal.SIGTERM),
-        pass_fds=held,
+        pass_fds=() if lock is None else (lock,),
     )
+    tree = psutil.Process(agent.pid)
+    stalled: List[str] = []
+
+    def end_silent(where: List[str]) -> None:
+        stalled.append(said_of(job.config, run_dir, where))
+        end(tree, _STALL_GRACE_S)
+
     try:
-        status = _wait(agent, job, node, spec_dir, run_dir, margin_s)
+        with watching(_watch(job, node, spec_dir, margin_s), end_silent):
+            status = agent.wait()
     except _Stopped as stopped:
-        for number in EXIT_STATUS:
+        for number in before:
             signal.signal(number, signal.SIG_IGN)
-        agent.send_signal(signal.SIGTERM)
-        _end(agent)
+        end(tree, GRACE_S)
         raise Interrupted(stopped.number) from None
     finally:
         if agent.poll() is None:
-            _end(agent)
+            end(tree, GRACE_S)
         for number, handler in before.items():
             signal.signal(number, handler)
-    if status == EXIT_STATUS[signal.SIGTERM] or status == EXIT_STATUS[signal.SIGINT]:
+    if stalled:
+        raise RunError(stalled[0])
+    _raise_of(status, spec_dir, run_dir, kernel_kills() > killed)
+
+
+def _watch(job: Job, node: Node, spec_dir: Path, margin_s: float) -> Watch:
+    run, per_node = job.config.run, job.config.topology.devices_per_node
+    ranks = range(node.rank * per_node, (node.rank + 1) * per_node)
+    # Before the first sign the nodes are still meeting, which has a limit of its own.
+    return Watch(spec_dir, ranks, run.stall_timeout_s + margin_s, run.rendezvous_timeout_s + margin_s)
+
+
+def _raise_of(status: int, spec_dir: Path, run_dir: Path, for_memory: bool) -> None:
+    """Turn an agent's exit status into the error that it stands for; none for 0."""
+    if status - 128 in list(EXIT_STATUS):
         raise Interrupted(status - 128)
     if status == InputError.exit_status:
         raise InputError("the ranks refused the job, see above")
     if status:
-        raise RunError(f"the job failed with exit status {status}; the rank's error stands above ({run_dir})")
-
-
-def _wait(
-    agent: "subprocess.Popen[bytes]", job: Job, node: Node, spec_dir: Path, run_dir: Path, margin_s: float
-) -> int:
-    """Wait for the agent; end it when its ranks give no sign of life for too long."""
-    limit = job.config.run.stall_timeout_s
-    per_node = job.config.topology.devices_per_node
-    ranks = range(node.rank * per_node, (node.rank + 1) * per_node)
-    silence = heartbeat.Silence(spec_dir, ranks)
-    while True:
-        try:
-            return agent.wait(timeout=1.0)
-        except subprocess.TimeoutExpired:
-            # Before the first sign the nodes are still meeting, which has a limit of its own.
-            patience = limit if silence.begun() else max(limit, job.config.run.rendezvous_timeout_s)
-            where = silence.stall(patience + margin_s)
-            if where is not None:
-                message = heartbeat.stalled(limit, run_dir, where)
-                agent.send_signal(signal.SIGTERM)
-                _end(agent, _STALL_GRACE_S)
-                raise RunError(message) from None
-
-
-def _end(agent: "subprocess.Popen[bytes]", grace_s: float = _GRACE_S) -> None:
-    """Give the agent's processes time to end, then make them."""
-    ranks = _children(agent.pid)
-    try:
-        agent.wait(timeout=grace_s if agent.poll() is None else 0)
-    except subprocess.TimeoutExpired:
-        pass
-    _kill(ranks + _children(agent.pid))
-    try:
-        os.killpg(agent.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
-    agent.wait()
-
-
-def _kill(processes: List[psutil.Process]) -> None:
-    for process in processes:
-        try:
-            process.kill()
-        except psutil.Error:
-            pass
-
-
-def _children(pid: int) -> List[psutil.Process]:
-    try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.Error:
-        return []
+        reason = first_error(spec_dir)
+        said = f"the job failed with exit status {status}; the rank's error stands above ({run_dir})"
+        if for_memory and reason is None:
+            reason = "out of memory: the kernel has killed a rank, the machine had no memory left"
+            said = f"{said}; {reason}"
+        raise RunError(said, summary=reason or said)

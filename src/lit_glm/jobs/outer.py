@@ -1,41 +1,45 @@
 """`train` as one rank of a torchrun that the user has started: no ranks of its own, one run folder for all."""
 
+import os
 import sys
 import time
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import Any, Callable, List, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
-from lit_glm.alone import alone_in
-from lit_glm.bench.result import COMPLETE, read_result
 from lit_glm.config.schema import TrainConfig
+from lit_glm.ending import kill_children, leave
 from lit_glm.errors import InputError
 from lit_glm.hardware.runtimes import make_runtime
+from lit_glm.jobs import signs
 from lit_glm.jobs.group import joined
-from lit_glm.jobs.heartbeat import STALL_MARGIN_S, stalled, watch_this_process
-from lit_glm.jobs.launch import ending_recorded, prepare_folder
+from lit_glm.jobs.launch import ending_recorded
 from lit_glm.jobs.nodes import OuterRank
-from lit_glm.jobs.spec import Job
-from lit_glm.jobs.worker import fail, leave, run_rank, said
+from lit_glm.jobs.watch import STALL_MARGIN_S, Watch, said_of, watching
+from lit_glm.jobs.worker import said
+from lit_glm.runs.folder import taken
+from lit_glm.runs.job import Job
+from lit_glm.runs.result import fail, is_complete
 
 _FIRST_SPEAKS_S = 5.0
 
 
-def _watch(config: TrainConfig, folder: Path, outer: OuterRank) -> Callable[[], None]:
+def _watched(config: TrainConfig, folder: Path, outer: OuterRank) -> Any:
     """End this rank when its node gives no sign of life, as a launcher of ours would; torchrun then ends the others.
 
     A node's first rank speaks first, if it can.
     """
-    limit = config.run.stall_timeout_s
 
-    def say(whereabouts: List[str]) -> None:
-        message = stalled(limit, folder, whereabouts)
+    def end_this(where: List[str]) -> None:
+        message = said_of(config, folder, where)
         fail(folder, message)  # the first rank may be the one that hangs
         print(f"lit_glm: {message}", file=sys.stderr, flush=True)
+        kill_children()
+        os._exit(1)
 
     here = range(outer.rank - outer.local_rank, outer.rank - outer.local_rank + config.topology.devices_per_node)
     margin = STALL_MARGIN_S if outer.local_rank == 0 else STALL_MARGIN_S + _FIRST_SPEAKS_S
-    return watch_this_process(folder, here, limit + margin, say)
+    return watching(Watch(folder, here, config.run.stall_timeout_s + margin), end_this)
 
 
 def run_outer(
@@ -43,6 +47,7 @@ def run_outer(
     outer: OuterRank,
     entry: float,
     find: Callable[[], Tuple[Path, bool]],
+    composed: Dict[str, str],
     prepare_data: Callable[[], None],
 ) -> int:
     """Run this rank.
@@ -52,14 +57,19 @@ def run_outer(
         outer: which rank this is.
         entry: `time.monotonic()` at the entry of `train`.
         find: asked on the first rank for the run folder and whether it holds a run that goes on.
+        composed: what .hydra/ is to hold.
         prepare_data: called on the first rank of each node, before any other reads data.
 
     Returns:
         The exit status.
     """
     from lit_glm.hardware import exchange
+    from lit_glm.jobs.rank import run_rank
+
+    folder = Path(os.devnull)
 
     def work() -> None:
+        nonlocal folder
         with ExitStack() as keep:
             if outer.local_rank == 0:
                 prepare_data()
@@ -67,24 +77,19 @@ def run_outer(
             told: Any = None
             if outer.rank == 0:
                 run_dir, resumes = find()
-                result = read_result(run_dir) if resumes else None
-                if result is not None and result.get("status") in COMPLETE:
+                if resumes and is_complete(run_dir):
                     raise InputError(f"run.resume={run_dir}: the run is complete, there is nothing to do")
-                keep.enter_context(alone_in(run_dir))
-                prepare_folder(Job(config, entry, sys.argv, resumes), run_dir)
+                keep.enter_context(taken(Job(config, entry, sys.argv, resumes), run_dir, composed))
+                signs.clear(run_dir)
                 told = (str(run_dir.resolve()), resumes)
             if config.topology.world_size > 1:
                 told = exchange.broadcast(told, make_runtime(config.hardware, config.topology).device(outer.local_rank))
             folder, resumes = Path(told[0]), told[1]
             job = Job(config, entry if outer.rank == 0 else time.monotonic(), sys.argv, resumes)
-            end_watch = _watch(config, folder, outer)
-            try:
-                with ending_recorded(folder) if outer.rank == 0 else nullcontext():
-                    run_rank(job, folder)
-            finally:
-                end_watch()
+            with _watched(config, folder, outer), ending_recorded(folder) if outer.rank == 0 else nullcontext():
+                run_rank(job, folder)
 
-    status = said(work)
+    status = said(work, lambda: folder)
     if config.topology.world_size > 1:
         leave(status)
     return status

@@ -1,6 +1,6 @@
 """From the model's configuration to a GLM with its first weights."""
 
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -8,6 +8,7 @@ from torch import Tensor
 from lit_glm.config.schema import ModelConfig
 from lit_glm.model.checkpoint import load_checkpoint
 from lit_glm.model.glm import GLM, GLMShape
+from lit_glm.model.kernels import Kernels
 
 
 def _shape(config: ModelConfig) -> GLMShape:
@@ -26,17 +27,17 @@ def _shape(config: ModelConfig) -> GLMShape:
     )
 
 
-def build_glm(config: ModelConfig, checkpoint: Callable[..., Any]) -> Tuple[GLM, List[str]]:
+def build_glm(config: ModelConfig, kernels: Optional[Kernels] = None) -> Tuple[GLM, List[str]]:
     """Build a model and load its checkpoint, if one is given.
 
     Args:
         config: shape and `init_checkpoint`.
-        checkpoint: activation checkpointing of the runtime.
+        kernels: what the runtime computes in its own way; None: nothing.
 
     Returns:
         The model, and what loading did besides copying.
     """
-    glm = GLM(_shape(config), checkpoint)
+    glm = GLM(_shape(config), kernels)
     done = load_checkpoint(glm, config.init_checkpoint) if config.init_checkpoint else []
     return glm, done
 

@@ -1,4 +1,4 @@
-"""Published checkpoints in and out, and safetensors.
+"""Published checkpoints in and out, safetensors, and the checkpoints of runs in.
 
 The published layout (THUDM/GLM) is a torch file with the weights under "module"; a folder holds it under
 ITERATION/mp_rank_00_model_states.pt and names ITERATION in latest_checkpointed_iteration.txt. Only "module" is used.
@@ -16,11 +16,14 @@ from torch import Tensor
 
 from lit_glm.errors import InputError
 from lit_glm.model.glm import GLM
-from lit_glm.model.unpickle import numpy_globals, restricted_load
+from lit_glm.model.mistaken import mistaken_for
+from lit_glm.model.unpickle import restricted_load
+from lit_glm.upstream import numpy_globals
 
 _POSITION = "transformer.position_embeddings.weight"
 _BLOCK_POSITION = "transformer.block_position_embeddings.weight"
 _LATEST = "latest_checkpointed_iteration.txt"
+_SHOWN = 8  # names in a message
 
 
 def load_checkpoint(glm: GLM, path: "str | Path") -> List[str]:
@@ -117,12 +120,16 @@ def _file_in(folder: Path) -> Path:
     latest = folder / _LATEST
     if not latest.is_file():
         direct = folder / "mp_rank_00_model_states.pt"
-        if direct.is_file():
-            return direct
-        raise InputError(f"model.init_checkpoint={folder}: the folder holds no {_LATEST}")
-    iteration = latest.read_text(encoding="utf-8").strip()
+        of_run = sorted((folder / "checkpoints").glob("step-*.ckpt"))
+        if direct.is_file() or of_run:
+            return direct if direct.is_file() else of_run[-1]
+        raise InputError(
+            f"model.init_checkpoint={folder}: the folder holds no {_LATEST} (published) and no checkpoints/step-*.ckpt "
+            "(of a run)"
+        )
+    iteration = latest.read_text(encoding="utf-8", errors="replace").strip()
     if not re.fullmatch(r"[\w.-]+", iteration) or iteration in (".", ".."):
-        raise InputError(f"{latest}: names {iteration!r}, which is no name of a subfolder")
+        raise InputError(f"{latest}: names {iteration[:80]!r}, which is no name of a subfolder")
     file = folder / iteration / "mp_rank_00_model_states.pt"
     if not file.is_file():
         raise InputError(f"{latest}: names {iteration!r}, but there is no {file}")
@@ -153,32 +160,61 @@ def _numpy_allowed() -> Iterator[None]:
 
 
 def _read_module(path: Path) -> Dict[str, Tensor]:
-    try:
-        if torch.__version__.startswith("1."):
-            content: Any = restricted_load(path)
-        else:
-            with _numpy_allowed():
-                content = torch.load(str(path), map_location="cpu", weights_only=True)
-    except InputError as error:
-        raise InputError(f"{path}: refused: {error}") from error
-    except pickle.UnpicklingError as error:
-        found = re.search(r"(?:GLOBAL|global) `?([\w.]+)`?", str(error))
-        what = f"it names {found.group(1)}" if found else str(error).strip().splitlines()[0]
-        raise InputError(
-            f"{path}: refused: {what}; a checkpoint may hold tensors and plain values only, nothing was executed"
-        ) from error
-    except Exception as error:  # a broken file fails in many ways inside torch
-        whole = "is no torch file" if not zipfile.is_zipfile(path) else "is damaged"
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path}: {whole} or cut short ({reason})") from error
-    if not isinstance(content, dict) or not isinstance(content.get("module"), dict):
-        held = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise InputError(f'{path}: has no "module" with the weights; it holds {held}')
-    weights = content["module"]
+    """The weights of a torch file: under "module" as published, or a run's own."""
+    content = _load(path)
+    weights = content.get("module") if isinstance(content, dict) else None
+    if isinstance(content, dict) and isinstance(content.get("lit_glm"), dict):
+        weights = {name.replace("glm.", "", 1): tensor for name, tensor in content["state_dict"].items()}
+    if not isinstance(weights, dict):
+        raise InputError(f'{path}: has no "module" with the weights; it holds {_held(content)}')
     for name, tensor in weights.items():
         if not isinstance(tensor, Tensor):
             raise InputError(f"{path}: module[{name!r}] is no tensor but {type(tensor).__name__}")
     return dict(weights)
+
+
+def _held(content: Any) -> str:
+    """A few names of what a file holds."""
+    if not isinstance(content, dict):
+        return type(content).__name__
+    names = [str(name)[:60] for name in list(content)[:_SHOWN]]
+    more = f" and {len(content) - _SHOWN} more" if len(content) > _SHOWN else ""
+    bare = '; these are weights: save them as {"module": weights}' if _are_weights(content) else ""
+    return f"{', '.join(names) or 'nothing'}{more}{bare}"
+
+
+def _are_weights(content: Dict[Any, Any]) -> bool:
+    return bool(content) and all(isinstance(value, Tensor) for value in content.values())
+
+
+def _load(path: Path) -> Any:
+    """The content of a torch file, nothing of it executed.
+
+    Raises:
+        InputError: says what the file is instead, or what is wrong with it; never how to load it unsafely.
+    """
+    said = mistaken_for(path)
+    if said is not None:
+        raise InputError(f"{path}: {said}")
+    try:
+        if torch.__version__.startswith("1."):
+            return restricted_load(path)
+        with _numpy_allowed():
+            return torch.load(str(path), map_location="cpu", weights_only=True)
+    except InputError as error:
+        raise InputError(f"{path}: refused: {error}") from error
+    except pickle.UnpicklingError as error:
+        found = re.search(r"(?:GLOBAL|global) `?([\w.]+)`?", str(error))
+        if found is None:
+            raise InputError(f"{path}: is no torch file, or damaged: copy or download it again") from error
+        raise InputError(
+            f"{path}: refused: it names {found.group(1)}; a checkpoint may hold tensors and plain values only, nothing "
+            "was executed"
+        ) from error
+    except Exception as error:  # a broken file fails in many ways inside torch
+        whole = "is no torch file" if not zipfile.is_zipfile(path) else "is damaged"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(f"{path}: {whole} or cut short ({reason})") from error
 
 
 def _merge(parts: List[Dict[str, Tensor]], path: Path) -> Dict[str, Tensor]:

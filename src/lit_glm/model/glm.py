@@ -6,16 +6,15 @@ and shapes are those of the published checkpoint. Shapes: T rows, D hidden, V vo
 
 import math
 from dataclasses import dataclass
-from typing import Any, Callable, Protocol
+from typing import Callable, Optional, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from lit_glm.model.dropout import Dropout
 from lit_glm.model.head import log_probabilities
-from lit_glm.model.linear import Linear
+from lit_glm.model.kernels import Kernels
 
 
 @dataclass(frozen=True)
@@ -55,13 +54,25 @@ def gelu_erf(x: Tensor) -> Tensor:
     return F.gelu(x)
 
 
+class Linear(nn.Linear):
+    """A linear layer whose product is the runtime's."""
+
+    def __init__(self, inputs: int, outputs: int, kernels: Kernels) -> None:
+        super().__init__(inputs, outputs)
+        self._product = kernels.linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, in] -> [T, out]."""
+        return self._product(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     """Self-attention with one linear for queries, keys and values: three blocks of D rows, head after head."""
 
-    def __init__(self, shape: GLMShape) -> None:
+    def __init__(self, shape: GLMShape, kernels: Kernels) -> None:
         super().__init__()
-        self.query_key_value = Linear(shape.hidden_size, 3 * shape.hidden_size)
-        self.dense = Linear(shape.hidden_size, shape.hidden_size)
+        self.query_key_value = Linear(shape.hidden_size, 3 * shape.hidden_size, kernels)
+        self.dense = Linear(shape.hidden_size, shape.hidden_size, kernels)
         self.heads = shape.num_attention_heads
         self.dropout = shape.attention_dropout
 
@@ -74,10 +85,10 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """D -> 4 D -> D."""
 
-    def __init__(self, shape: GLMShape) -> None:
+    def __init__(self, shape: GLMShape, kernels: Kernels) -> None:
         super().__init__()
-        self.dense_h_to_4h = Linear(shape.hidden_size, 4 * shape.hidden_size)
-        self.dense_4h_to_h = Linear(4 * shape.hidden_size, shape.hidden_size)
+        self.dense_h_to_4h = Linear(shape.hidden_size, 4 * shape.hidden_size, kernels)
+        self.dense_4h_to_h = Linear(4 * shape.hidden_size, shape.hidden_size, kernels)
         self.activation: Callable[[Tensor], Tensor] = {"tanh": gelu_tanh, "erf": gelu_erf}[shape.gelu]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,12 +99,12 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """One pre-norm transformer layer."""
 
-    def __init__(self, shape: GLMShape) -> None:
+    def __init__(self, shape: GLMShape, kernels: Kernels) -> None:
         super().__init__()
         self.input_layernorm = nn.LayerNorm(shape.hidden_size, eps=1e-5)
-        self.attention = Attention(shape)
+        self.attention = Attention(shape, kernels)
         self.post_attention_layernorm = nn.LayerNorm(shape.hidden_size, eps=1e-5)
-        self.mlp = MLP(shape)
+        self.mlp = MLP(shape, kernels)
         self.dropout = Dropout(shape.hidden_dropout)
 
     def forward(self, h: Tensor, plan: AttentionPlan, first_row: int) -> Tensor:
@@ -106,30 +117,31 @@ class Layer(nn.Module):
 class Transformer(nn.Module):
     """Position tables, layers, final norm."""
 
-    def __init__(self, shape: GLMShape) -> None:
+    def __init__(self, shape: GLMShape, kernels: Kernels) -> None:
         super().__init__()
         self.position_embeddings = nn.Embedding(shape.max_sequence_length + 1, shape.hidden_size)
         self.block_position_embeddings = nn.Embedding(shape.max_sequence_length + 1, shape.hidden_size)
         self.dropout = Dropout(shape.hidden_dropout)
-        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.num_layers))
+        self.layers = nn.ModuleList(Layer(shape, kernels) for _ in range(shape.num_layers))
         self.final_layernorm = nn.LayerNorm(shape.hidden_size, eps=1e-5)
 
 
 class GLM(nn.Module):
     """The model; what a batch looks like and how candidates are scored is `lit_glm.model.scoring`'s."""
 
-    def __init__(self, shape: GLMShape, checkpoint: Callable[..., Any] = torch_checkpoint) -> None:
+    def __init__(self, shape: GLMShape, kernels: Optional[Kernels] = None) -> None:
         """Build a freshly initialised model.
 
         Args:
             shape: layers, width, vocabulary, dropout, activation.
-            checkpoint: `fn(f, *args)` that recomputes f in the backward pass; a chip's runtime may bring its own.
+            kernels: what a chip's runtime computes in its own way; None: nothing.
         """
         super().__init__()
+        kernels = kernels or Kernels()
         self.shape = shape
         self.word_embeddings = nn.Embedding(shape.vocab_size, shape.hidden_size)
-        self.transformer = Transformer(shape)
-        self._checkpoint = checkpoint
+        self.transformer = Transformer(shape, kernels)
+        self._kernels = kernels
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -167,9 +179,9 @@ class GLM(nn.Module):
         recompute = self.shape.activation_checkpointing and self.training and torch.is_grad_enabled()
         for number, layer in enumerate(self.transformer.layers):
             skip = first_row if number == last else 0
-            h = self._checkpoint(layer, h, plan, skip) if recompute else layer(h, plan, skip)
+            h = self._kernels.checkpoint(layer, h, plan, skip) if recompute else layer(h, plan, skip)
         return self.transformer.final_layernorm(h)
 
     def log_probabilities(self, h: Tensor, targets: Tensor) -> Tensor:
         """[T, D], [T] tokens -> [T] float32, by the word embedding, no bias."""
-        return log_probabilities(h, self.word_embeddings.weight, targets)
+        return log_probabilities(h, self.word_embeddings.weight, targets, self._kernels.linear)

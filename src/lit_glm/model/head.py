@@ -5,13 +5,11 @@ position, as published, each has gigabytes. Here the table is read in slices (on
 the backward pass turns it into its own gradient in place. Shapes: T rows, D hidden, V vocabulary.
 """
 
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from lit_glm.model.linear import linear
 
 _SLICE = 2**20
 """Elements of a table that a processor works on at a time (4 MiB in fp32)."""
@@ -20,20 +18,25 @@ _PRODUCT = 2**26
 product at full speed."""
 
 
-def log_probabilities(h: Tensor, embeddings: Tensor, targets: Tensor) -> Tensor:
+def log_probabilities(
+    h: Tensor, embeddings: Tensor, targets: Tensor, linear: Callable[..., Tensor] = F.linear
+) -> Tensor:
     """How probable a model finds given tokens, by a head that is tied to the word embeddings.
 
     Args:
         h: [T, D].
         embeddings: [V, D].
         targets: [T] tokens.
+        linear: the product.
 
     Returns:
         [T] float32. Its backward pass can run once: it overwrites the logits.
     """
     if torch.is_grad_enabled():
-        return _of_targets(linear(h, embeddings), targets)
-    parts = [_of_targets(linear(h[rows], embeddings), targets[rows]) for rows in _slices(h, len(embeddings), _PRODUCT)]
+        return _of_targets(linear(h, embeddings, None), targets)
+    parts = [
+        _of_targets(linear(h[rows], embeddings, None), targets[rows]) for rows in _slices(h, len(embeddings), _PRODUCT)
+    ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -42,7 +42,7 @@ def score_published(glm: GLM, batch: PaddedBatch) -> Tensor:
         [B, C] scores, of padding slots too.
     """
     B, C, S = batch.text.shape
-    plan = PaddedPlan.of(batch.separator.reshape(B * C), S, glm.shape.attention)
+    plan = PaddedPlan.published(batch.separator.reshape(B * C), S, glm.shape.attention)
     position = batch.position.reshape(B * C, 2, S)
     h = glm.embed(batch.text.reshape(-1), position[:, 0].reshape(-1), position[:, 1].reshape(-1))
     h = glm.encode(h, plan)

@@ -7,7 +7,7 @@ saves beside the weights; anything else is refused by name before it is called.
 import pickle
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, Callable, Dict, Tuple
+from typing import Any
 
 import torch
 
@@ -75,13 +75,3 @@ def restricted_load(path: Path) -> Any:
     """
     with path.open("rb") as file:
         return torch.load(file, map_location="cpu", pickle_module=_Module)
-
-
-def numpy_globals() -> Tuple[Callable[..., Any], ...]:
-    """The numpy types of a saved random state, for torch's own `weights_only` reader."""
-    import numpy as np
-
-    core: Any = np._core if hasattr(np, "_core") else np.core  # numpy 2, numpy 1
-    _reconstruct, scalar = core.multiarray._reconstruct, core.multiarray.scalar
-    kinds: Dict[type, None] = {type(np.dtype(kind)): None for kind in "?bBhHiIlLfdU"}
-    return (_reconstruct, scalar, np.ndarray, np.dtype, *kinds)

@@ -11,7 +11,9 @@ from typing import Any, Iterator, List, Optional, Tuple
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+import lit_glm
 from lit_glm.errors import InputError
+from lit_glm.files import write_json
 from lit_glm.record.cloze import Encoded, encode
 from lit_glm.record.raw import Question, Skipped, read_questions
 from lit_glm.record.store import SparseWriter
@@ -21,6 +23,8 @@ TRAIN_FILE = Path("train_hdf5/train_sparse.hdf5")
 EVAL_FILE = Path("eval_hdf5/eval_sparse.hdf5")
 NAMES_FILE = "eval_examples.jsonl"
 """Beside the evaluation file: a line an example, in its order, with idx, candidates and answers as text."""
+MARKER = "prepared.json"
+"""Says that the files of a folder were made by `prepare`."""
 _CHUNK = 64  # raw lines that a worker gets at once
 
 
@@ -149,7 +153,7 @@ def build(raw_dir: Path, out_dir: Path, vocab_file: str, max_seq_length: int, wo
     """Turn a folder with train.jsonl, val.jsonl or both into the published files.
 
     Raises:
-        InputError: if neither is there, or the vocabulary cannot be used.
+        InputError: if neither is there, the vocabulary cannot be used, or other files would be overwritten.
     """
     WordPieces(vocab_file)  # a wrong vocabulary is said before any work
     jobs = [
@@ -159,4 +163,22 @@ def build(raw_dir: Path, out_dir: Path, vocab_file: str, max_seq_length: int, wo
     ]
     if not jobs:
         raise InputError(f"data.raw_dir={raw_dir}: holds neither train.jsonl nor val.jsonl")
+    _mark(out_dir, [out for _, out, _ in jobs])
     return [build_file(raw, out, train, vocab_file, max_seq_length, workers) for raw, out, train in jobs]
+
+
+def _mark(out_dir: Path, files: List[Path]) -> None:
+    """Leave a mark beside files of ours, so that they may be made anew.
+
+    Raises:
+        InputError: if files are there that this program has not made.
+    """
+    marker = out_dir / MARKER
+    foreign = [str(file) for file in files if file.exists()]
+    if foreign and not marker.is_file():
+        raise InputError(
+            f"data.out_dir={out_dir}: holds {', '.join(foreign)}, which prepare has not made (no {MARKER}) and "
+            "would overwrite; choose another data.out_dir="
+        )
+    out_dir.mkdir(parents=True, exist_ok=True)
+    write_json(marker, {"lit_glm": lit_glm.__version__, "files": [str(file.relative_to(out_dir)) for file in files]})

@@ -4,8 +4,10 @@ https://github.com/THUDM/GLM, tasks/superglue: standardised punctuation, sorted 
 for each right answer with at most nine others, one evaluation example for each query with all entities.
 """
 
+import codecs
 import json
 import random
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Tuple
@@ -14,6 +16,7 @@ _PLAIN = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "–": "
 _PLACEHOLDER = "@placeholder"
 _OTHERS = 9  # wrong candidates of a training example
 _SHUFFLE_SEED = 42
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @dataclass
@@ -76,58 +79,124 @@ def read_questions(path: Path, train: bool, skipped: Skipped) -> Iterator[Tuple[
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             read += len(raw)
+            if number == 1 and raw.startswith(codecs.BOM_UTF8):
+                raw = raw[len(codecs.BOM_UTF8) :]
             if not raw.strip():
                 continue
+            state = generator.getstate()
             try:
-                record = json.loads(raw.decode("utf-8"))
-            except ValueError:  # UnicodeDecodeError is one too
-                skipped.add("not JSON", number)
-                continue
-            try:
-                questions = _questions(record, number, train, generator, skipped)
-            except (KeyError, TypeError, AttributeError):
-                skipped.add("not a ReCoRD record", number)
-                continue
-            yield read, questions
+                questions = _questions(_record(raw), number, train, generator, skipped)
+            except Unusable as error:
+                skipped.add(str(error), number)
+                generator.setstate(state)  # the lines behind it are drawn as if it were not there
+            else:
+                yield read, questions
+
+
+class Unusable(Exception):
+    """Why a line is left out."""
+
+
+def _record(raw: bytes) -> Any:
+    """A line as JSON whose texts can be written again."""
+    try:
+        record = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError):  # UnicodeDecodeError is one too
+        raise Unusable("not JSON") from None
+    if _SURROGATE.search(raw):
+        try:
+            json.dumps(record, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            raise Unusable("half of a character (a lone surrogate)") from None
+    return record
+
+
+def _get(container: Any, key: str, kind: type, what: str) -> Any:
+    """An entry of an object.
+
+    Raises:
+        Unusable: if there is none, or of another type.
+    """
+    value = container.get(key) if isinstance(container, dict) else None
+    if not isinstance(value, kind):
+        raise Unusable(what)
+    return value
+
+
+def _entities(text: str, spans: List[Any]) -> List[str]:
+    """Distinct texts of spans, sorted; a span's end belongs to it."""
+    found = set()
+    for span in spans:
+        start, end = (_place(span, key) for key in ("start", "end"))
+        if start < 0 or end < 0:
+            raise Unusable("an entity at a negative place")
+        if end < start:
+            raise Unusable("an entity that ends before it starts")
+        if end >= len(text):
+            raise Unusable("an entity beyond the text")
+        found.add(text[start : end + 1])
+    return sorted(found)
+
+
+def _place(span: Any, key: str) -> int:
+    value = span.get(key) if isinstance(span, dict) else None
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if isinstance(value, bool) or not whole:
+        raise Unusable("an entity whose place is no whole number")
+    return int(value)  # type: ignore[arg-type]
 
 
 def _questions(record: Any, line: int, train: bool, generator: random.Random, skipped: Skipped) -> List[Question]:
-    text = standardise(record["passage"]["text"])
-    spans = record["passage"]["entities"]
-    entities = sorted({text[int(span["start"]) : int(span["end"]) + 1] for span in spans})
-    passage = text.replace("@highlight\n", "- ")
-    found = []
-    for query in record["qas"]:
-        pieces = standardise(query["query"]).split(_PLACEHOLDER)
+    passage = _get(record, "passage", dict, "no passage")
+    text = standardise(_get(passage, "text", str, "no text"))
+    entities = _entities(text, _get(passage, "entities", list, "no entities"))
+    queries = _get(record, "qas", list, "no questions")
+    if not queries:
+        raise Unusable("no questions")
+    if "idx" not in record:
+        raise Unusable("no idx")
+    found: List[Question] = []
+    for query in queries:
+        pieces = standardise(_get(query, "query", str, "a question without text")).split(_PLACEHOLDER)
+        given = query.get("answers") or []
+        if not isinstance(given, list) or "idx" not in query:
+            raise Unusable("a question without idx, or with answers that are no list")
         # The reference keeps answers in a set; ascending order is one of its orders and the one of the golden files.
-        answers = sorted({standardise(answer["text"]) for answer in query.get("answers") or []})
+        answers = sorted({standardise(_get(answer, "text", str, "an answer without text")) for answer in given})
         if len(pieces) != 2:
             skipped.add("no @placeholder" if len(pieces) < 2 else "more than one @placeholder", line)
-            continue
-        if not answers:
+        elif not answers:
             skipped.add("no right answer", line)
-            continue
-        common: Dict[str, Any] = {
-            "line": line,
-            "passage": passage,
-            "before": pieces[0],
-            "after": pieces[1],
-            "answers": answers,
-        }
-        if not train:
-            right = [place for place, entity in enumerate(entities) if entity in answers]
-            if not right:
+        else:
+            common: Dict[str, Any] = {
+                "line": line,
+                "passage": text.replace("@highlight\n", "- "),
+                "before": pieces[0],
+                "after": pieces[1],
+                "answers": answers,
+            }
+            ids = (record["idx"], query["idx"])
+            found += _of_training(ids, entities, generator, common) if train else _of_evaluation(ids, entities, common)
+            if not train and not any(entity in answers for entity in entities):
                 skipped.add("no right answer among the entities", line)
-                continue
-            guid = f"dev-p{record['idx']}-q{query['idx']}"
-            found.append(Question(guid=guid, idx=query["idx"], candidates=entities, right=right, **common))
-            continue
-        for number, answer in enumerate(answers):
-            others = [entity for entity in entities if entity not in answers]
-            if len(others) > _OTHERS:
-                generator.shuffle(others)
-                others = others[:_OTHERS]
-            guid = f"train-p{record['idx']}-q{query['idx']}-a{number}"
-            idx = [record["idx"], query["idx"], number]
-            found.append(Question(guid=guid, idx=idx, candidates=[answer, *others], right=[0], **common))
     return found
+
+
+def _of_training(ids: Any, entities: List[str], generator: random.Random, common: Dict[str, Any]) -> List[Question]:
+    """A question for each right answer, with at most nine wrong ones."""
+    found = []
+    for number, answer in enumerate(common["answers"]):
+        others = [entity for entity in entities if entity not in common["answers"]]
+        if len(others) > _OTHERS:
+            generator.shuffle(others)
+            others = others[:_OTHERS]
+        guid = f"train-p{ids[0]}-q{ids[1]}-a{number}"
+        found.append(Question(guid=guid, idx=[*ids, number], candidates=[answer, *others], right=[0], **common))
+    return found
+
+
+def _of_evaluation(ids: Any, entities: List[str], common: Dict[str, Any]) -> List[Question]:
+    """One question with all entities, if a right one is among them."""
+    right = [place for place, entity in enumerate(entities) if entity in common["answers"]]
+    guid = f"dev-p{ids[0]}-q{ids[1]}"
+    return [Question(guid=guid, idx=ids[1], candidates=entities, right=right, **common)] if right else []

@@ -20,6 +20,19 @@ TRAIN_GROUPS = WIDE + ("mask", "choice_start_end")
 EVAL_GROUPS = TRAIN_GROUPS + ("answer_idx", "answer_start_end")
 
 
+def check_there(path: Path) -> None:
+    """Say that a data file is missing.
+
+    Raises:
+        InputError: then.
+    """
+    if not path.is_file():
+        raise InputError(
+            f"{path}: there is no such file; make it with `python -m lit_glm.prepare` or take generated data with "
+            "data=synthetic"
+        )
+
+
 class SparseReader:
     """One HDF5 file of the published layout, read piece by piece."""
 
@@ -34,11 +47,7 @@ class SparseReader:
             InputError: if the file is missing, is no HDF5 file, is cut short, or lacks a group.
         """
         self.path = Path(path)
-        if not self.path.is_file():
-            raise InputError(
-                f"{self.path}: there is no such file; make it with `python -m lit_glm.prepare` "
-                "or take generated data with data=synthetic"
-            )
+        check_there(self.path)
         try:
             self._file = h5py.File(self.path, "r")
         except OSError as error:

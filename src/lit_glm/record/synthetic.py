@@ -14,10 +14,10 @@ import tempfile
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
-from lit_glm.alone import one_at_a_time
 from lit_glm.config.schema import DataConfig
 from lit_glm.errors import InputError
-from lit_glm.record.build import EVAL_FILE, TRAIN_FILE, build
+from lit_glm.files import one_at_a_time, write_text
+from lit_glm.record.build import build
 
 _NAMES = (  # few, so that each is seen often and none goes with a place
     "Abbott Bergman Castle Dalton Engel Fischer Gibson Hansen Ibsen Jensen Keller Larsen Moreau Norris Olsen Palmer "
@@ -105,7 +105,10 @@ def ensure(data: DataConfig) -> None:
     marker = out / "generated.json"
 
     def is_there() -> bool:
-        return marker.is_file() and json.loads(marker.read_text()).get("stamp") == stamp
+        try:
+            return bool(json.loads(marker.read_text()).get("stamp") == stamp)
+        except (OSError, ValueError, AttributeError):
+            return False
 
     if is_there():
         return
@@ -126,17 +129,32 @@ def _generate(data: DataConfig, marker: Path, settings: List[int], stamp: str, i
         write_raw(temporary / "raw", data.synthetic.seed, data.synthetic.num_train, data.synthetic.num_eval)
         build(temporary / "raw", temporary, str(temporary / "raw" / "vocab.txt"), data.max_seq_length, 0)
         (temporary / marker.name).write_text(json.dumps({"stamp": stamp, "settings": settings}))
-        os.chmod(temporary, 0o755)
         if is_there():
             return  # a file system without locks: another run was faster
-        if out.exists():
-            for name in (TRAIN_FILE, EVAL_FILE):
-                if (out / name).exists() and not marker.exists():
-                    raise InputError(f"data.out_dir={out}: holds other data; choose another folder for generated data")
-            shutil.rmtree(out)
-        os.rename(temporary, out)
+        _put(temporary, out, marker)
     except OSError:
         if not is_there():
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put(made: Path, out: Path, marker: Path) -> None:
+    """Move what was made to its folder; what else is there stays.
+
+    Raises:
+        InputError: if data is there that was not generated.
+    """
+    names = sorted(path.name for path in made.iterdir() if path.name != marker.name)
+    foreign = [name for name in names if (out / name).exists()] if not marker.is_file() else []
+    if foreign:
+        raise InputError(
+            f"data.out_dir={out}: holds {', '.join(foreign)} of other data; choose another folder for generated data"
+        )
+    ours = marker.is_file()
+    out.mkdir(exist_ok=True)
+    write_text(marker, "{}\n")  # ours, and not whole until the new one is there
+    for name in names if ours else []:
+        shutil.rmtree(str(out / name), ignore_errors=True)
+    for name in (*names, marker.name):
+        os.replace(str(made / name), str(out / name))

@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import List, Optional, Tuple
 
-from lit_glm.report.document import Table
 from lit_glm.report.formats import table_lines
 from lit_glm.report.runs import Run, differences
+from lit_glm.report.table import Table
 
 _FIGURES = (
     "e2e_time", "p_whole", "p_train", "p_core", "init_time", "raw_train_time", "no_eval_time", "pure_compute_time",

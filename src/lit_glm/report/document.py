@@ -1,14 +1,15 @@
 """The document as data: runs to sections, tables and notes in one language, before any format."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Tuple
 
-from lit_glm.bench.result import COLUMNS
 from lit_glm.hardware.names import COMPILERS, FRAMEWORKS
 from lit_glm.report.published import beside
 from lit_glm.report.rows import cell, full_label, marked, reasons
 from lit_glm.report.runs import Row, Run, rows
+from lit_glm.report.table import Table
 from lit_glm.report.words import Words
+from lit_glm.runs.row import COLUMNS
 
 TOPOLOGIES = ("1x1", "1x8", "2x8")
 """Of a complete document, as published."""
@@ -16,16 +17,6 @@ _SCORINGS = ("published", "shared_context")
 _DEPENDENCIES = ("torch", "pytorch-lightning", "torchmetrics", "hydra-core", "omegaconf", "numpy", "h5py", "scipy")
 _TOLD = {"machine": "machine", "card": "card", "network": "network", "driver": "driver", "image": "image"}
 """Environment entries that a `report.*` key can give."""
-
-
-@dataclass
-class Table:
-    """Head and lines; all text."""
-
-    columns: List[str]
-    rows: List[List[str]]
-    notes: List[str] = field(default_factory=list)
-    heading: str = ""
 
 
 @dataclass

@@ -4,9 +4,10 @@ import csv
 import io
 from typing import Any, List
 
-from lit_glm.bench.result import COLUMNS
-from lit_glm.report.document import Document, Entry, Table
+from lit_glm.report.document import Document, Entry
 from lit_glm.report.rows import cell, label, marks
+from lit_glm.report.table import Table
+from lit_glm.runs.row import COLUMNS
 
 
 def _safe(text: str) -> str:

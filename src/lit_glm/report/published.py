@@ -1,17 +1,15 @@
 """The published rows beside the measured ones, with ratios only where they are of the same thing."""
 
-from typing import TYPE_CHECKING, Any, Dict, List, Tuple
+from typing import Any, Dict, List, Tuple
 
 from omegaconf import OmegaConf
 
-from lit_glm.bench.result import COLUMNS
 from lit_glm.config.app import CONF
 from lit_glm.report.rows import cell, full_label, marked
 from lit_glm.report.runs import Row, Run
+from lit_glm.report.table import Table
 from lit_glm.report.words import Words
-
-if TYPE_CHECKING:
-    from lit_glm.report.document import Table
+from lit_glm.runs.row import COLUMNS
 
 _RATIOS = ("e2e_time", "p_whole", "p_train", "p_core")
 _WORKLOAD = {"model.name": "glm_large", "data.name": "record", "data.max_seq_length": 512}
@@ -24,10 +22,8 @@ def load() -> List[Dict[str, Any]]:
     return [{"scoring": content["scoring"], "converged": True, "status": "success", **row} for row in content["rows"]]
 
 
-def beside(found: List[Row], words: Words) -> "Tuple[Table, Table]":
+def beside(found: List[Row], words: Words) -> Tuple[Table, Table]:
     """The table of the published rows, those of the report's hardware first; and that of the ratios."""
-    from lit_glm.report.document import Table
-
     published = load()
     own = {str(row["hardware"]) for row in found}
     published.sort(key=lambda line: line["hardware"] not in own)

@@ -2,9 +2,9 @@
 
 from typing import Callable, Dict, List
 
-from lit_glm.bench.result import COLUMNS
 from lit_glm.report.runs import Row, Run
 from lit_glm.report.words import Words
+from lit_glm.runs.row import COLUMNS
 
 _SECONDS: Callable[[float], str] = "{:.2f}".format
 _FORMATS: Dict[str, Callable[[float], str]] = {

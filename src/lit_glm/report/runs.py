@@ -17,7 +17,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 import psutil
 from omegaconf import OmegaConf
 
-from lit_glm.bench.result import COMPLETE
+from lit_glm.runs.result import COMPLETE
 
 _NUMBERS = ("e2e_time", "p_whole", "p_train", "p_core", "acc", "mem_actual_gib", "mem_total_gib")
 _TEXTS = ("status", "hardware", "topology", "precision", "scoring", "fix_hp", "model", "error")

@@ -15,23 +15,37 @@ from lit_glm.training.optimizer import LearningRateSchedule, make_optimizer
 
 
 @dataclass
-class StepOutcome:
-    """What one step came to; tensors stay on the device until somebody reads them."""
+class StepValues:
+    """What one step came to, as numbers."""
 
-    loss: Tensor
-    """[] mean over the ranks, before the update."""
-    own_loss: Tensor
-    """[] of this rank."""
+    loss: float
+    """Mean over the ranks, before the update."""
+    own_loss: float
+    """Of this rank."""
     lr: Optional[float]
     """What the update used; None if the step was skipped."""
+    grad_norm: Optional[float]
+    """Before clipping, after averaging over the ranks; None if the step was skipped."""
+    loss_scale: Optional[float]
+
+
+@dataclass
+class StepOutcome:
+    """The same on the device, until somebody reads it."""
+
+    loss: Tensor
+    own_loss: Tensor
+    lr: Optional[float]
     grad_norm: Optional[Tensor]
-    """[] before clipping, after averaging over the ranks; None if the step was skipped."""
     loss_scale: Optional[float]
     stop_requested: bool
     """Whether any rank was asked to stop."""
 
-
-_PLAIN = frozenset(["_current_fx_name", "steps_done", "outcome"])
+    def read(self) -> StepValues:
+        """All values in one copy from the device; waits for it."""
+        norm = self.loss if self.grad_norm is None else self.grad_norm
+        loss, own, norm_value = torch.stack([self.loss.float(), self.own_loss.float(), norm.float()]).tolist()
+        return StepValues(loss, own, self.lr, None if self.grad_norm is None else norm_value, self.loss_scale)
 
 
 class RecordModule(pl.LightningModule):
@@ -57,17 +71,6 @@ class RecordModule(pl.LightningModule):
         self.outcome: Optional[StepOutcome] = None
         self.identity = ""
         """Of the configuration, so that a checkpoint is not taken for another run's."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Assign plainly what is neither parameter nor module.
-
-        Lightning notes the hook that runs before and after each of a step's, and torch looks through the registries of
-        a module at each assignment.
-        """
-        if name in _PLAIN:
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
 
     def forward(self, batch: Union[FlatBatch, PaddedBatch]) -> Tensor:
         """[B, C] scores; slots without a candidate hold the mask value of training or evaluation."""

@@ -5,6 +5,7 @@ from typing import Any, Callable, ContextManager, Optional
 import torch
 
 from lit_glm.config.schema import LossScaleConfig
+from lit_glm.model.kernels import Kernels
 
 
 class Runtime:
@@ -72,6 +73,10 @@ class Runtime:
             return checkpoint(function, *args, use_reentrant=False)
 
         return recompute
+
+    def kernels(self) -> Kernels:
+        """What the model is to call in this runtime's own way."""
+        return Kernels(checkpoint=self.checkpoint())
 
     def autocast(self, dtype: torch.dtype) -> ContextManager[Any]:
         """A context in which matrix products are computed in a half precision."""

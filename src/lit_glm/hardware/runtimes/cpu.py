@@ -8,8 +8,11 @@ from typing import List, Optional
 
 import psutil
 import torch
+import torch.nn.functional as F
 
+from lit_glm.hardware.runtimes import onednn
 from lit_glm.hardware.runtimes.base import Runtime
+from lit_glm.model.kernels import Kernels
 
 _LOOK_EVERY_S = 1.0
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
@@ -46,6 +49,10 @@ class CPURuntime(Runtime):
         if name in ("amp", "fp16"):
             return "processors have few fp16 instructions: expect it to be slower than precision=fp32"
         return ""
+
+    def kernels(self) -> Kernels:
+        """Linear layers by the faster of torch's two libraries."""
+        return Kernels(onednn.linear if onednn.PREFERS_ONEDNN else F.linear, self.checkpoint())
 
     def peak_memory(self, index: int) -> Optional[float]:
         """Resident memory of this process and its children (data loaders): the kernel's high-water mark of each.

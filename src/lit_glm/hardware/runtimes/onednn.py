@@ -1,4 +1,4 @@
-"""Linear layers by whichever of torch's two libraries is fast on this processor.
+"""A processor's linear layers by whichever of torch's two libraries is fast on it.
 
 torch computes fp32 products with MKL, which is half as fast as its other library, oneDNN, on processors that are not
 Intel's (`benchmarks/products.py` has the measurement). Elsewhere, and in every other type, torch decides.
@@ -8,7 +8,9 @@ from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from lit_glm.upstream import onednn_linear
 
 _WORTH_IT = 2**23  # multiply-adds from which the other library's call costs less than it saves
 
@@ -24,7 +26,7 @@ def _processor_is_intels() -> bool:
 PREFERS_ONEDNN = (
     torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available() and not _processor_is_intels()
 )
-_POINTWISE: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if hasattr(torch, "compile") else None
+_POINTWISE = onednn_linear()
 
 
 def _product(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
@@ -87,11 +89,3 @@ def _autocasts() -> bool:
         return bool(torch.is_autocast_enabled("cpu"))
     except TypeError:  # before torch 2.4
         return bool(torch.is_autocast_cpu_enabled())
-
-
-class Linear(nn.Linear):
-    """`linear` with its weights."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[T, in] -> [T, out]."""
-        return linear(x, self.weight, self.bias)

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 
 from conftest import lit_glm_here
-from lit_glm.alone import alone_in, is_running
 from lit_glm.errors import InputError
+from lit_glm.runs.lock import alone_in, is_running
 
 
 def test_a_run_folder_is_one_process_s(tmp_path: Path) -> None:
     with alone_in(tmp_path / "run"):
         assert is_running(tmp_path / "run")
-        with pytest.raises(InputError, match="another process runs in this folder"), alone_in(tmp_path / "run"):
+        with pytest.raises(InputError, match="another process .* is at work here"), alone_in(tmp_path / "run"):
             pass
     assert not is_running(tmp_path / "run")
     with alone_in(tmp_path / "run"):
@@ -22,7 +22,7 @@ def test_a_run_folder_is_one_process_s(tmp_path: Path) -> None:
 def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
-from lit_glm.alone import alone_in
+from lit_glm.runs.lock import alone_in
 with alone_in(Path({str(tmp_path)!r})):
     print("inside", flush=True)
     input()
@@ -45,7 +45,12 @@ def test_train_refuses_the_folder_of_a_live_run(
     with alone_in(tmp_path / "live"):
         (tmp_path / "live" / "steps.csv").write_text("the live run's")
         assert lit_glm_here("train", *debug, "hydra.run.dir=live") == 2
-        assert "another process runs in this folder" in capfd.readouterr().err
+        assert (
+            "live: is no run folder of this program (it has no job.json), but holds steps.csv" in capfd.readouterr().err
+        )
+        (tmp_path / "live" / "job.json").write_text("{}")
+        assert lit_glm_here("train", *debug, "hydra.run.dir=live") == 2
+        assert "live: a run is at work here" in capfd.readouterr().err
         assert (tmp_path / "live" / "steps.csv").read_text() == "the live run's"
     assert lit_glm_here("train", *debug, "hydra.run.dir=outputs/a/b") == 0
     result = tmp_path / "outputs" / "a" / "b" / "result.json"

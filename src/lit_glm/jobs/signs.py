@@ -3,19 +3,15 @@
 import faulthandler
 import os
 import signal
-import threading
 import time
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Sequence
+from typing import Dict, List, Sequence
 
 import psutil
 
-STALL_MARGIN_S = 10.0
-"""Seconds beyond `run.stall_timeout_s` without a sign of life until a job is ended."""
 _FOLDER = "ranks"
 _EVERY_S = 1.0
 _ANSWER_S = 2.0
-_ASLEEP_S = 10.0
 _ROUNDING_S = 2.0  # a process's start is known to a second
 _FRAMES = 8
 _ASK = signal.SIGUSR1
@@ -50,41 +46,15 @@ def clear(folder: Path) -> None:
         file.unlink()
 
 
-class Silence:
-    """How long the ranks of this machine have given no sign of life, while whoever asks was awake himself."""
-
-    def __init__(self, folder: Path, ranks: Sequence[int]) -> None:
-        self._folder, self._ranks = folder, ranks
-        self._files = [folder / _FOLDER / str(rank) for rank in ranks]
-        self._since = self._asked = time.time()
-
-    def seconds(self) -> float:
-        """Since the newest sign; asked every second or so: after a longer pause (Ctrl-Z, a suspended machine) anew."""
-        now = time.time()
-        if now - self._asked > _ASLEEP_S:
-            self._since = now
-        self._asked = now
-        return now - max([self._since, *self._signs()])
-
-    def stall(self, limit_s: float) -> Optional[List[str]]:
-        """Whereabouts of the ranks if they have been silent for too long, and still are once that is known."""
-        if self.seconds() <= limit_s:
-            return None
-        where = whereabouts(self._folder, self._ranks)
-        return where if self.seconds() > limit_s else None
-
-    def begun(self) -> bool:
-        """Whether a rank has given any sign yet."""
-        return bool(self._signs())
-
-    def _signs(self) -> List[float]:
-        signs = []
-        for file in self._files:
-            try:
-                signs.append(file.stat().st_mtime)
-            except OSError:
-                pass  # none yet
-        return signs
+def newest(folder: Path, ranks: Sequence[int]) -> float:
+    """When the last sign was given, seconds since the epoch; 0 if none was."""
+    signs = [0.0]
+    for rank in ranks:
+        try:
+            signs.append((folder / _FOLDER / str(rank)).stat().st_mtime)
+        except OSError:
+            pass  # none yet
+    return max(signs)
 
 
 def whereabouts(folder: Path, ranks: Sequence[int]) -> List[str]:
@@ -127,37 +97,3 @@ def _answer(file: Path, size: int, limit: float) -> str:
         frames = [line for line in text.splitlines() if line.startswith("  File ")]
         if len(frames) >= _FRAMES or (frames and "<module>" in text) or time.monotonic() > limit:
             return "\n".join(frames[:_FRAMES])
-
-
-def stalled(limit_s: float, run_dir: Path, where: Sequence[str]) -> str:
-    """What is said of a job that made no progress: where its ranks were."""
-    return "\n".join([f"no progress for {limit_s:g} s (run.stall_timeout_s): the job was ended ({run_dir})", *where])
-
-
-def watch_this_process(
-    folder: Path, ranks: Sequence[int], limit_s: float, on_stall: Callable[[List[str]], None]
-) -> Callable[[], None]:
-    """End this process when its work makes no progress: a thread that still runs while the work hangs.
-
-    Args:
-        folder: where the work beats.
-        ranks: of this machine.
-        limit_s: seconds without a sign of life.
-        on_stall: gets their whereabouts and says so; then the process ends with status 1.
-
-    Returns:
-        Ends the watch.
-    """
-    over, silence = threading.Event(), Silence(folder, ranks)
-
-    def watch() -> None:
-        while not over.wait(min(1.0, limit_s / 4)):
-            where = silence.stall(limit_s)
-            if where is not None and not over.is_set():
-                try:
-                    on_stall(where)
-                finally:
-                    os._exit(1)
-
-    threading.Thread(target=watch, name="stall watch", daemon=True).start()
-    return over.set

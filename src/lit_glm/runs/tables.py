@@ -1,9 +1,10 @@
 """steps.csv and evals.csv: written line by line, read back and cut to length when a run goes on."""
 
 import csv
-import os
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
+
+from lit_glm.files import replacing
 
 STEPS = ("step", "epoch", "samples", "loss", "lr", "grad_norm", "data_s", "compute_s", "step_s", "loss_scale")
 EVALS = ("step", "samples", "acc", "seconds")
@@ -30,13 +31,15 @@ class Table:
         """
         self._columns = columns
         self.rows: List[Dict[str, str]] = []
+        found: List[Dict[str, str]] = []
         if keep_steps is not None and path.is_file():
-            self.rows = [row for row in read_table(path, columns) if int(row["step"]) <= keep_steps]
-        temporary = path.with_name(f".{path.name}.part")
-        with temporary.open("w", encoding="utf-8") as file:
+            found = read_table(path, columns)
+            self.rows = [row for row in found if int(row["step"]) <= keep_steps]
+        self.cut = len(found) - len(self.rows)
+        """Lines that went."""
+        with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
             file.write(",".join(columns) + "\n")
             file.writelines(",".join(row[name] for name in columns) + "\n" for row in self.rows)
-        os.replace(temporary, path)
         self._file = path.open("a", encoding="utf-8")
 
     def add(self, **values: Any) -> None:

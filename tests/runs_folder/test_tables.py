@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from lit_glm.bench.tables import EVALS, Table, read_table
+from lit_glm.runs.tables import EVALS, Table, read_table
 
 
 def test_a_torn_last_line_and_later_steps_go(tmp_path: Path) -> None:
@@ -11,6 +11,7 @@ def test_a_torn_last_line_and_later_steps_go(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write("4,16,0.")
     again = Table(path, EVALS, keep_steps=2)
+    assert again.cut == 1  # whole lines
     assert [row["step"] for row in again.rows] == ["0", "1", "2"]
     assert again.total("seconds") == 4.5
     again.add(step=3, samples=12, acc=None, seconds=2.0)

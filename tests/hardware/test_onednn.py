@@ -5,7 +5,9 @@ from typing import Any, List
 import pytest
 import torch
 
-from lit_glm.model import linear
+from lit_glm.hardware.runtimes import onednn as linear
+from lit_glm.model.glm import Linear
+from lit_glm.model.kernels import Kernels
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
@@ -40,7 +42,7 @@ def test_what_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "_WORTH_IT", 4096)
     real = linear._product
     monkeypatch.setattr(linear, "_product", lambda *arguments: calls.append(1) or real(*arguments))
-    layer, x = linear.Linear(32, 64), torch.randn(16, 32)
+    layer, x = Linear(32, 64, Kernels(linear.linear)), torch.randn(16, 32)
     layer(x)
     assert len(calls) == 1
     layer(x[:1])  # too small

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
-from lightning_fabric.utilities import move_data_to_device
-from pytorch_lightning.plugins.io import CheckpointIO
 
 from lit_glm.errors import RunError
+from lit_glm.files import replacing
 
 _KEEP = 2
 _NAME = re.compile(r"step-(\d+)\.ckpt")
@@ -35,61 +34,53 @@ class _TakesAll:
         """Left to the owner of the file."""
 
 
-class AtomicCheckpointIO(CheckpointIO):
-    """Writes to a temporary name, flushes to the disk, renames."""
+def save(content: Dict[str, Any], target: Path) -> None:
+    """Write a checkpoint under a temporary name, flush it to the disk, rename it.
 
-    def save_checkpoint(self, checkpoint: Dict[str, Any], path: Any, storage_options: Optional[Any] = None) -> None:
-        """Write one.
+    Args:
+        content: what torch.save takes, tensors on the CPU.
+        target: its name.
 
-        Raises:
-            RunError: if the disk does not take it; what was written of it is gone again.
-        """
-        target = Path(path)
-        # Not every vendor's tensors can be written by every torch, and nobody needs them on a card when they are read.
-        checkpoint = move_data_to_device(checkpoint, torch.device("cpu"))
-        temporary = target.with_name(f".{target.name}.part")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                takes_all: Any = _TakesAll(file)
-                torch.save(checkpoint, takes_all)
-                if takes_all.error is not None:
-                    raise takes_all.error
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except OSError as error:
-            if temporary.exists():
-                temporary.unlink()
-            raise RunError(
-                f"{target}: the checkpoint cannot be written ({error}); what was measured is on the disk; make room, "
-                f"then go on with run.resume={target.parent.parent}"
-            ) from error
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-    def load_checkpoint(
-        self, path: Any, map_location: Optional[Any] = None, weights_only: Optional[bool] = None
-    ) -> Dict[str, Any]:
-        """Read one; never executes code from it."""
-        return load(Path(path))
-
-    def remove_checkpoint(self, path: Any) -> None:
-        """Delete one."""
-        Path(path).unlink()
+    Raises:
+        RunError: if the disk does not take it; what was written of it is gone again.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target) as temporary, temporary.open("wb") as file:
+            takes_all: Any = _TakesAll(file)
+            torch.save(content, takes_all)
+            if takes_all.error is not None:
+                raise takes_all.error
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise RunError(
+            f"{target}: the checkpoint cannot be written ({error}); what was measured is on the disk; make room, "
+            f"then go on with run.resume={target.parent.parent}"
+        ) from error
+    folder = os.open(str(target.parent), os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def load(path: Path) -> Dict[str, Any]:
-    """Read a checkpoint of ours onto the CPU."""
+    """Read a checkpoint of ours onto the CPU; never executes code from it."""
     if torch.__version__.startswith("1."):  # no weights_only there
         from lit_glm.model.unpickle import restricted_load
 
         content: Dict[str, Any] = restricted_load(path)
     else:
         content = torch.load(str(path), map_location="cpu", weights_only=True)
+    return content
+
+
+def glance(path: Path) -> Dict[str, Any]:
+    """As `load`, but values are read when they are used, where torch can map a file into memory (from 2.1)."""
+    if torch.__version__.startswith(("1.", "2.0")):
+        return load(path)
+    content: Dict[str, Any] = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
     return content
 
 
@@ -114,24 +105,30 @@ def tidy(run_dir: Path) -> None:
         path.unlink()
 
 
-def newest_usable(run_dir: Path, identity: str) -> Tuple[Optional[Path], List[str]]:
-    """The newest checkpoint that is whole and belongs to this run.
+def newest(run_dir: Path, identity: str, whole: bool) -> Tuple[Optional[Path], Dict[str, Any], List[str]]:
+    """The newest checkpoint that can be read and belongs to this run.
 
     Args:
         run_dir: the run folder.
         identity: of the run's configuration.
+        whole: read every value now, so that one that is damaged in its middle is passed over; else see `glance`.
 
     Returns:
-        Its path, or None; and a line for each that was passed over.
+        Its path (None if there is none), its content, and a line for each that was passed over.
     """
     passed_over: List[str] = []
     for _, path in all_of(run_dir):
         try:
-            content = load(path)
+            content = glance(path)
             if content["lit_glm"]["identity"] != identity:
                 raise ValueError("it belongs to another configuration")
-            return path, passed_over
+            return path, load(path) if whole else content, passed_over
         except Exception as error:  # torn files fail in many ways
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             passed_over.append(f"{path}: passed over ({reason})")
-    return None, passed_over
+    return None, {}, passed_over
+
+
+def step_of(path: Optional[Path]) -> int:
+    """Steps that a checkpoint stands after; 0 without one."""
+    return int(path.stem[5:]) if path is not None else 0

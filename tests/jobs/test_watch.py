@@ -1,5 +1,6 @@
 """Signs of life by the age of a file a rank, and where a rank is that gives none."""
 
+import faulthandler
 import os
 import signal
 import subprocess
@@ -11,12 +12,14 @@ from typing import Any, Iterator, List
 import psutil
 import pytest
 
-from lit_glm.jobs import heartbeat
-from lit_glm.jobs.heartbeat import Heartbeat, Silence, clear, stalled, whereabouts
+from lit_glm.config.schema import TrainConfig
+from lit_glm.jobs import watch as watch_file
+from lit_glm.jobs.signs import Heartbeat, clear, newest, whereabouts
+from lit_glm.jobs.watch import Watch, said_of
 
 RANK = """
 import pathlib, sys, time
-from lit_glm.jobs.heartbeat import Heartbeat
+from lit_glm.jobs.signs import Heartbeat
 beat = Heartbeat(pathlib.Path(sys.argv[1]), int(sys.argv[2]))
 def compute_for_ever():
     print("there", flush=True)
@@ -29,32 +32,33 @@ def wait_for_the_others():
 
 @pytest.fixture
 def this_rank(tmp_path: Path) -> Iterator[Heartbeat]:
-    """A heartbeat of this process, and its signal's handler as it was."""
-    before = signal.getsignal(signal.SIGUSR1)
+    """A heartbeat of this process, which answers nobody afterwards."""
     yield Heartbeat(tmp_path, 0)
-    signal.signal(signal.SIGUSR1, before)
+    faulthandler.unregister(signal.SIGUSR1)
 
 
 def test_silence_is_counted_from_the_last_sign_or_from_the_start(
     tmp_path: Path, this_rank: Heartbeat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [time.time()]
-    monkeypatch.setattr(heartbeat.time, "time", lambda: clock[0])
-    silence, other = Silence(tmp_path, [7, 0]), Silence(tmp_path, [7])
-    assert (silence.begun(), other.begun()) == (True, False)
+    monkeypatch.setattr(watch_file.time, "time", lambda: clock[0])
+    silence, other = Watch(tmp_path, [7, 0], 30.0), Watch(tmp_path, [7], 30.0, 90.0)
+    assert (newest(tmp_path, [7, 0]) > 0, newest(tmp_path, [7])) == (True, 0.0)
     os.utime(tmp_path / "ranks" / "0", (clock[0] - 50, clock[0] - 50))
     assert silence.seconds() == 0  # what another run has left does not count
     for _ in range(12):
         clock[0] += 5
         silence.seconds(), other.seconds()
     assert (silence.seconds(), other.seconds()) == (60, 60)
+    assert silence.silent()[0] == "rank 7 has given no sign of life"
+    assert other.silent() == []  # nobody has begun: the nodes may still be meeting
     os.utime(tmp_path / "ranks" / "0", (clock[0] - 1, clock[0] - 1))
     assert 0.9 < silence.seconds() < 1.1  # one that goes on is enough
     assert other.seconds() == 60
     clock[0] += 600  # nobody has asked for so long: whoever asks was stopped himself
     assert other.seconds() == 0
     clear(tmp_path)
-    assert not silence.begun()
+    assert newest(tmp_path, [7, 0]) == 0.0
 
 
 def test_a_sign_is_given_at_most_once_a_second(tmp_path: Path, this_rank: Heartbeat) -> None:
@@ -88,7 +92,9 @@ def test_it_is_said_which_rank_is_where(tmp_path: Path) -> None:
         assert said[3].startswith("rank 1, innermost call first:\n")
         assert "in compute_for_ever" in said[3].split("\n")[1]
         assert len(said) == 4
-        assert "no progress for 2.5 s (run.stall_timeout_s)" in stalled(2.5, tmp_path, said)
+        config = TrainConfig()
+        config.run.stall_timeout_s = 2.5
+        assert "no progress for 2.5 s (run.stall_timeout_s)" in said_of(config, tmp_path, said)
         before = (tmp_path / "ranks" / "0").stat().st_mtime
         again = whereabouts(tmp_path, [0])
         assert (tmp_path / "ranks" / "0").stat().st_mtime == before  # an answer is no sign of progress
@@ -102,9 +108,11 @@ def test_it_is_said_which_rank_is_where(tmp_path: Path) -> None:
 
 def test_a_process_whose_work_hangs_ends(tmp_path: Path) -> None:
     code = (
-        "import sys, time, pathlib; from lit_glm.jobs.heartbeat import Heartbeat, watch_this_process as watch\n"
+        "import os, sys, time, pathlib; from lit_glm.jobs.signs import Heartbeat\n"
+        "from lit_glm.jobs.watch import Watch, watching\n"
+        "def ends(where): print(where[0], flush=True); os._exit(1)\n"
         "folder = pathlib.Path(sys.argv[1]); Heartbeat(folder, 0)\n"
-        "watch(folder, [0], 0.5, lambda where: print(where[0], flush=True)); time.sleep(60)"
+        "with watching(Watch(folder, [0], 0.5), ends): time.sleep(60)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, timeout=40, check=False

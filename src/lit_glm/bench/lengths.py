@@ -1,0 +1,49 @@
+"""What the size of a batch depends on: lengths of the examples, from the compact form or from an HDF5 file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lit_glm.apart import Progress, call_apart
+from lit_glm.batches.compact import CompactSplit
+from lit_glm.record.store import SparseReader
+
+
+@dataclass
+class Lengths:
+    """Of all examples, [N] each."""
+
+    candidates: Any
+    rows: Any
+    """Of the flat layout: contexts and candidates."""
+    predicting: Any
+    """Of these, rows that predict a token."""
+
+    @classmethod
+    def of(cls, split: CompactSplit) -> "Lengths":
+        """Of examples in the compact form."""
+        ends = split.candidate_token_end[split.example_candidate_end]
+        return cls(np.diff(split.example_candidate_end), split.example_rows, np.diff(ends))
+
+    @classmethod
+    def of_file(cls, path: Path) -> "Lengths":
+        """Of an HDF5 file that nothing has converted yet: as if no truncation made an example's contexts differ.
+
+        Raises:
+            InputError: if the file cannot be read.
+        """
+        return cls(*call_apart(_of_file, path))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def _of_file(path: Path, _progress: Progress) -> Any:
+    with SparseReader(path, False) as reader:
+        choices = reader.pairs("choice_start_end")
+        tokens = reader.row_lengths("logit_mask")
+        predicting = np.add.reduceat(tokens, choices[:, 0])
+        contexts = np.maximum.reduceat(reader.vector("mask"), choices[:, 0])
+        return np.diff(choices, axis=1)[:, 0], contexts + predicting, predicting

@@ -1,0 +1,101 @@
+"""What values may be: ranges and choices of keys, and what some keys ask of others."""
+
+import math
+from typing import Any, Dict, List, Tuple
+
+from lit_glm.config.schema import walk
+
+FIGURES = (
+    "acc", "p_core", "p_train", "p_whole", "e2e_time", "init_time", "raw_train_time", "no_eval_time",
+    "pure_compute_time", "mfu", "mfu_flagperf", "tokens_per_s", "candidates_per_s", "mem_actual_gib", "rank_imbalance",
+    "num_trained_samples", "global_steps", "skipped_steps",
+)  # fmt: skip
+"""Numbers of result.json that a sweep can be judged by."""
+_INF = math.inf
+# key -> (lowest, highest); a bound in the second tuple is excluded
+_CLOSED: Dict[str, Tuple[float, float]] = {
+    "bs": (1, _INF),
+    "eval_bs": (1, _INF),
+    "seed": (0, 2**32 - 1),
+    "topology.num_nodes": (1, _INF),
+    "topology.devices_per_node": (1, _INF),
+    "model.num_layers": (1, _INF),
+    "model.hidden_size": (1, _INF),
+    "model.num_attention_heads": (1, _INF),
+    "model.vocab_size": (1, _INF),
+    "model.max_sequence_length": (1, _INF),
+    "data.max_seq_length": (8, _INF),
+    "data.num_workers": (0, _INF),
+    "data.shuffle_seed": (0, 2**32 - 1),
+    "data.synthetic.seed": (0, 2**32 - 1),
+    "data.synthetic.num_train": (1, _INF),
+    "data.synthetic.num_eval": (1, _INF),
+    "optimizer.lr_decay_iters": (1, _INF),
+    "optimizer.lr_decay_ratio": (0, 1),
+    "optimizer.warmup": (0, 1),
+    "optimizer.accumulate": (1, _INF),
+    "run.max_samples": (1, _INF),
+    "run.max_steps": (1, _INF),
+    "run.eval_interval_samples": (1, _INF),
+    "run.eval_start_samples": (0, _INF),
+    "run.checkpoint_interval_steps": (1, _INF),
+    "run.max_skipped_steps": (1, _INF),
+    "precision.loss_scale.window": (1, _INF),
+    "precision.loss_scale.hysteresis": (1, _INF),
+}
+_FINITE: Dict[str, Tuple[float, float]] = {
+    "lr": (0, _INF),
+    "optimizer.lr": (0, _INF),
+    "optimizer.weight_decay": (0, _INF),
+    "run.target_accuracy": (0, _INF),
+}
+_OPEN: Dict[str, Tuple[float, float]] = {
+    "model.init_std": (0, _INF),
+    "optimizer.eps": (0, _INF),
+    "optimizer.clip_grad": (0, _INF),
+    "run.stall_timeout_s": (0, _INF),
+    "run.rendezvous_timeout_s": (0, _INF),
+    "hardware.memory_gib": (0, _INF),
+    "precision.loss_scale.initial": (0, _INF),
+    "precision.loss_scale.minimum": (0, _INF),
+}
+_BELOW_ONE = ("model.hidden_dropout", "model.attention_dropout", "optimizer.beta1", "optimizer.beta2")
+_CHOICES: Dict[str, Tuple[str, ...]] = {
+    "model.gelu": ("tanh", "erf"),
+    "model.attention": ("auto", "fused", "matmul", "flex"),
+    "precision.name": ("fp32", "amp", "fp16", "bf16"),
+    "scoring.name": ("shared_context", "published"),
+    "optimizer.lr_decay_style": ("linear",),
+    "sweep.objective": FIGURES,
+}
+
+
+def out_of_range(config: Any) -> List[str]:
+    """Say of each value outside its range what it is and what it may be, one sentence a value."""
+    complaints = []
+    values = dict(walk(config))
+    for key, value in values.items():
+        if value is None or (key == "optimizer.lr" and str(value) == str(values.get("lr"))):
+            continue  # optimizer.lr follows lr unless it is set: say it once
+        if key in _CLOSED:
+            low, high = _CLOSED[key]
+            if not low <= value <= high:
+                upper = "" if high == _INF else f" and at most {high:g}"
+                complaints.append(f"{key}={value}: must be at least {low:g}{upper}")
+        elif key in _FINITE and not (math.isfinite(value) and value >= 0):
+            complaints.append(f"{key}={value}: must be a finite number, at least 0")
+        elif key in _OPEN and not (math.isfinite(value) and value > 0):
+            complaints.append(f"{key}={value}: must be a finite number above 0")
+        elif key in _BELOW_ONE and not 0 <= value < 1:
+            complaints.append(f"{key}={value}: must be at least 0 and below 1")
+        elif key in _CHOICES and value not in _CHOICES[key]:
+            complaints.append(f"{key}={value}: must be one of {', '.join(_CHOICES[key])}")
+    if values.get("model.attention") == "flex":
+        if values["model.attention_dropout"]:
+            complaints.append("model.attention=flex: has no dropout; it needs model.attention_dropout=0")
+        if values["scoring.name"] == "published":
+            complaints.append("model.attention=flex: is for scoring=shared_context")
+    heads, hidden = values.get("model.num_attention_heads"), values.get("model.hidden_size")
+    if heads and hidden and hidden % heads:
+        complaints.append(f"model.hidden_size={hidden}: must be a multiple of model.num_attention_heads={heads}")
+    return complaints

@@ -1,0 +1,70 @@
+"""How processes of a job end: with whoever started them, when they are told to, and without being held up."""
+
+import ctypes
+import os
+import signal
+import sys
+from typing import List, Optional
+
+import psutil
+
+GRACE_S = 40.0
+"""For ranks that save a checkpoint before they end."""
+
+
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when its parent ends (Linux: prctl PR_SET_PDEATHSIG)."""
+    try:
+        ctypes.CDLL(None).prctl(1, int(number))
+    except (AttributeError, OSError):  # another system
+        pass
+
+
+def end(process: psutil.Process, grace_s: float, number: Optional[int] = signal.SIGTERM) -> None:
+    """End a process and all that it has started: asked first, killed when the time is over.
+
+    Args:
+        process: the one that is asked, and passes it on.
+        grace_s: how long it may take.
+        number: the signal that asks; None: it has been asked already.
+    """
+    tree = [process, *_children(process)]
+    try:
+        if number is not None:
+            process.send_signal(number)
+        process.wait(timeout=grace_s)
+    except psutil.Error:
+        pass
+    kill([*tree, *_children(process)])
+
+
+def kill(processes: List[psutil.Process]) -> None:
+    """End processes at once."""
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.Error:
+            pass
+
+
+def kill_children() -> None:
+    """End all that this process has started."""
+    kill(_children(psutil.Process()))
+
+
+def _children(process: psutil.Process) -> List[psutil.Process]:
+    try:
+        return list(process.children(recursive=True))
+    except psutil.Error:
+        return []
+
+
+def leave(status: int) -> None:
+    """End this rank without the interpreter's teardown.
+
+    After a failure a peer that is gone must not hold this process up; after a success threads of torch's collectives
+    that are still joinable would abort it now and then.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,0 +1,220 @@
+"""From a job to everything that one rank needs: runtime, data, model, recorder, and Lightning's trainer around them."""
+
+import logging
+import os
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, List, Optional
+
+import pytorch_lightning as pl
+from pytorch_lightning.plugins.environments import LightningEnvironment
+
+from lit_glm.batches.compact import CompactSplit, open_data
+from lit_glm.batches.datamodule import RecordData, evaluation_batches
+from lit_glm.bench import memory
+from lit_glm.bench.curves import Curves
+from lit_glm.bench.environment import describe
+from lit_glm.bench.lengths import Lengths
+from lit_glm.bench.recorder import Recorder, Surroundings
+from lit_glm.config.app import CONF
+from lit_glm.config.schema import TrainConfig
+from lit_glm.files import write_json
+from lit_glm.hardware.accelerator import make_accelerator, make_strategy
+from lit_glm.hardware.precision import make_precision
+from lit_glm.hardware.runtimes import check_cards, check_devices, make_runtime
+from lit_glm.hardware.runtimes.base import Runtime
+from lit_glm.hardware.variables import set_environment
+from lit_glm.jobs.group import agree, collective_limit
+from lit_glm.jobs.loggers import hyperparameters, make_callbacks, make_loggers
+from lit_glm.model.attention import check_kernel
+from lit_glm.model.build import build_glm
+from lit_glm.runs import checkpoints
+from lit_glm.runs.job import Job, identity
+from lit_glm.runs.live import LiveRun
+from lit_glm.training.checkpoint_io import AtomicCheckpointIO
+from lit_glm.training.module import RecordModule
+
+
+@dataclass
+class Place:
+    """Where a rank works."""
+
+    job: Job
+    run_dir: Path
+    rank: int
+    local_rank: int
+
+    @property
+    def config(self) -> TrainConfig:
+        """Of the job."""
+        return self.job.config
+
+    def say(self, text: str) -> None:
+        """Say something, once a job."""
+        if self.rank == 0:
+            for line in text.split("\n"):
+                print(f"lit_glm: {line}", flush=True)
+
+
+@dataclass
+class Built:
+    """What `build` makes."""
+
+    runtime: Runtime
+    split: CompactSplit
+    """Training examples."""
+    module: RecordModule
+    data: RecordData
+    recorder: Recorder
+    trainer: pl.Trainer
+    resume_from: Optional[Path]
+
+
+def place_of(job: Job, run_dir: Path) -> Place:
+    """Where this process works, by torchrun's variables."""
+    return Place(job, run_dir, int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def build(place: Place, beat: Callable[[], None], callbacks: List[pl.Callback]) -> Built:
+    """Make what a rank needs, and say what will run.
+
+    Args:
+        place: where this rank works.
+        beat: its sign of life.
+        callbacks: called by Lightning beside the recorder and the configuration's own.
+
+    Raises:
+        InputError: names what of the configuration does not fit the machine, the data or the weights.
+    """
+    config = place.config
+    _quiet()
+    beat()
+    runtime = _runtime(place)
+    strategy = make_strategy(runtime, config.topology, collective_limit(config))
+    precision = make_precision(config, runtime, place.local_rank)
+    _open(place, runtime)
+    beat()
+    train_split, eval_split = open_data(config.data, config.model)
+    place.say(memory.describe(config, Lengths.of(train_split), runtime, place.local_rank))
+    module = _module(place, runtime)
+    data = RecordData(config, train_split, lambda: module.steps_done, runtime.pins_memory, runtime.synchronize)
+    resume_from, content = _where_it_goes_on(place, runtime)
+    around = Surroundings(
+        lambda steps_done: LiveRun(place.run_dir, steps_done, place.job.resumes),
+        lambda rank, world: evaluation_batches(eval_split, config, rank, world),
+        lambda trainer, step: _save(trainer, place.run_dir, step),
+        beat,
+        lambda: data.waited,
+        (len(train_split), len(eval_split)),
+    )
+    recorder = Recorder(config, runtime, place.job.entry, data.sampler(0, 0), around)
+    loggers = make_loggers(place.job, place.run_dir, checkpoints.step_of(resume_from))
+    # One device needs no cluster; inside a Slurm allocation Lightning would look for one.
+    no_cluster = [LightningEnvironment()] if config.topology.world_size == 1 else []
+    trainer = pl.Trainer(
+        accelerator=make_accelerator(runtime, config.hardware.accelerator),
+        strategy=strategy,
+        devices=config.topology.devices_per_node,
+        num_nodes=config.topology.num_nodes,
+        plugins=[precision, AtomicCheckpointIO(content), *no_cluster],
+        callbacks=[*callbacks, recorder, Curves(recorder, hyperparameters(config)), *make_callbacks(config)],
+        logger=loggers or False,
+        max_epochs=-1,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=str(place.run_dir),
+        detect_anomaly=False,
+    )
+    return Built(runtime, train_split, module, data, recorder, trainer, resume_from)
+
+
+def _runtime(place: Place) -> Runtime:
+    """The chip's runtime, its cards compared with the hardware file."""
+    config = place.config
+    kept = set_environment(config.hardware)
+    runtime = make_runtime(config.hardware, config.topology)
+    check_devices(runtime, config.topology)
+    kept += check_cards(config.hardware, runtime, config.topology.devices_per_node, CONF / "hardware")
+    if place.rank == 0:
+        for line in kept:
+            print(f"lit_glm: {line}", file=sys.stderr)
+    return runtime
+
+
+def _open(place: Place, runtime: Runtime) -> None:
+    """Say what runs, on what, and leave it in the folder."""
+    config = place.config
+    runtime.watch_memory(place.local_rank)
+    if place.rank > 0:
+        return
+    write_json(place.run_dir / "environment.json", describe(config, runtime, place.job.command))
+    what = "SIMULATED, no figure of the chip: " if runtime.simulated else ""
+    precision = config.precision.name
+    if precision == "fp32" and runtime.has_tf32:
+        precision += " (TF32 on)" if config.precision.tf32 else " (TF32 off)"
+    published = "none published" if config.tuned_for == "none" else config.tuned_for
+    place.say(
+        f"{what}{config.model.name} on {config.hardware.name} {config.topology.name}, {precision}, {config.fix_hp}, "
+        f"global batch {config.global_batch}, values for the pair: {published}"
+    )
+    is_published = config.scoring.name == "published"
+    place.say(
+        f"scoring={config.scoring.name}: "
+        + (
+            "the published workload, comparable with published rows"
+            if is_published
+            else "one pass a context; same scores as published, other speed (not comparable with published rows)"
+        )
+    )
+    place.say(f"run folder {place.run_dir}")
+    hint = runtime.precision_hint(config.precision.name)
+    if hint:
+        place.say(f"precision={config.precision.name}: {hint}")
+
+
+def _module(place: Place, runtime: Runtime) -> RecordModule:
+    config = place.config
+    check_kernel(config.model.attention, runtime.device(place.local_rank), training=True)
+    runtime.manual_seed(config.seed)
+    glm, done = build_glm(config.model, runtime.kernels())
+    for line in done:
+        place.say(f"{config.model.init_checkpoint}: {line}")
+    module = RecordModule(glm, config, runtime.manual_seed)
+    module.identity = identity(config)
+    return module
+
+
+def _where_it_goes_on(place: Place, runtime: Runtime) -> "tuple[Optional[Path], Optional[dict[str, Any]]]":
+    """The checkpoint that the run goes on from, with its content; all ranks take the same."""
+    path, content = None, None
+    if place.job.resumes:
+        path, content, passed_over = checkpoints.newest(place.run_dir, identity(place.config), whole=True)
+        if place.rank == 0:
+            for line in passed_over:
+                print(f"lit_glm: {line}", file=sys.stderr)
+        from_start = "from the start: there is no checkpoint"
+        place.say(f"the run goes on {f'after step {checkpoints.step_of(path)}' if path else from_start}")
+    if place.config.topology.world_size > 1:
+        agree(identity(place.config), checkpoints.step_of(path), runtime.device(place.local_rank))
+    return path, content if path is not None else None
+
+
+def _save(trainer: pl.Trainer, run_dir: Path, step: int) -> None:
+    trainer.save_checkpoint(checkpoints.path_of(run_dir, step), weights_only=False)
+    if trainer.is_global_zero:
+        checkpoints.tidy(run_dir)
+
+
+def _quiet() -> None:
+    """Lightning's hints are for its own users; ours read what this project prints."""
+    for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for module in ("pytorch_lightning", "lightning_fabric", "torch.jit", "torch.utils.data"):
+        warnings.filterwarnings("ignore", module=module)
+    warnings.filterwarnings("ignore", message=".*barrier\\(\\).*|.*pkg_resources.*|.*isinstance.treespec.*")

@@ -1,0 +1,124 @@
+"""One rank of one job: build, train, conclude."""
+
+import signal
+import threading
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import torch
+
+from lit_glm.bench import memory
+from lit_glm.bench.figures import slowest
+from lit_glm.bench.lengths import Lengths
+from lit_glm.bench.work import WorkCounter, peak_name
+from lit_glm.errors import RunError
+from lit_glm.hardware import exchange
+from lit_glm.hardware.shortage import is_shortage
+from lit_glm.jobs.build import Built, Place, build, place_of
+from lit_glm.jobs.interrupts import Interrupted, Signals
+from lit_glm.jobs.loggers import finish
+from lit_glm.jobs.signs import Heartbeat
+from lit_glm.jobs.stops import Stops
+from lit_glm.runs.job import Job
+from lit_glm.runs.row import table
+
+
+def run_rank(job: Job, run_dir: Path, beat: Optional[Heartbeat] = None) -> Dict[str, Any]:
+    """Run this process's part of a job.
+
+    Args:
+        job: what to do.
+        run_dir: the run folder.
+        beat: this rank's sign of life; None: one in the run folder.
+
+    Returns:
+        The result (rank 0), else an empty dict.
+
+    Raises:
+        InputError, RunError: what the user should read.
+        Interrupted: after a signal; what was done is saved.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    signals = Signals() if in_main_thread else None
+    stops = Stops(signals) if signals is not None else None
+    place = place_of(job, run_dir)
+    try:
+        beat = beat or Heartbeat(run_dir, place.rank)
+        built = build(place, beat, [stops] if stops is not None else [])
+        _train(place, built, signals)
+        result = _conclude(place, built)
+        if built.recorder.interrupted:
+            raise Interrupted((signals.received if signals else None) or signal.SIGTERM)
+        return result
+    finally:
+        if signals is not None and stops is not None:
+            stops.allow()
+            signals.restore()
+
+
+def _train(place: Place, built: Built, signals: Optional[Signals]) -> None:
+    """Train to the end; what there was not enough memory for is said as that."""
+    if signals is not None:
+        signals.module = built.module
+        built.module.stop_requested = signals.received is not None
+    resume_from = str(built.resume_from) if built.resume_from else None
+    try:
+        built.trainer.fit(built.module, datamodule=built.data, ckpt_path=resume_from)
+    except Exception as error:
+        if not is_shortage(error):
+            raise
+        lengths = Lengths.of(built.split)
+        said = memory.ran_out(place.config, lengths, built.runtime, place.local_rank, built.recorder.doing)
+        raise RunError(said, summary="out of memory") from error
+    finally:
+        if signals is not None:
+            signals.module = None
+
+
+def _conclude(place: Place, built: Built) -> Dict[str, Any]:
+    """Put together what all ranks have measured, and write the result (rank 0)."""
+    config, recorder, runtime = place.config, built.recorder, built.runtime
+    assert recorder.ended is not None
+    seconds, e2e = recorder.ended
+    per_rank: List[Any] = [(seconds, runtime.peak_memory(place.local_rank))]
+    if config.topology.world_size > 1:
+        per_rank = exchange.gather(per_rank[0], runtime.device(place.local_rank))
+    result: Dict[str, Any] = {}
+    if place.rank == 0:
+        steps = built.module.steps_done
+        counter = WorkCounter(config, built.split, built.data.sampler(0, 0))
+        result = recorder.account.finish(
+            _status(built, config.run.target_accuracy),
+            built.module,
+            slowest([entry for entry, _ in per_rank]),
+            e2e,
+            _peak([peak for _, peak in per_rank if peak is not None], built, config.topology.devices_per_node),
+            counter.until(steps),
+            counter.imbalance(steps),
+        )
+        recorder.events.finished(result)
+        print(table([result]), flush=True)
+    finish(built.trainer.loggers if place.rank == 0 else [])
+    if config.topology.world_size > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    if result.get("mfu_above_one"):
+        name = peak_name(config, runtime.has_tf32)
+        raise RunError(
+            f"mfu is {result['mfu_above_one']:.2f}, above 100 %: hardware.peak_tflops.{name}="
+            f"{config.hardware.peak_tflops[name]:g} is not the peak of this device; the run itself is "
+            f"complete ({place.run_dir})"
+        )
+    return result
+
+
+def _status(built: Built, target: float) -> str:
+    if built.recorder.interrupted:
+        return "interrupted"
+    return "success" if (built.recorder.account.accuracy or 0.0) >= target else "finished"
+
+
+def _peak(peaks: List[float], built: Built, per_node: int) -> Optional[float]:
+    """Of the node with the most: the sum over ranks that share a memory, else the highest card."""
+    nodes = [peaks[first : first + per_node] for first in range(0, len(peaks), per_node)]
+    return max(sum(node) if built.runtime.shares_memory else max(node) for node in nodes) if nodes else None

@@ -1,0 +1,74 @@
+"""Attention as products and a softmax, forward and backward: where no fused kernel serves.
+
+Shapes: N sequences, H heads, d = D / H.
+"""
+
+import math
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_glm.model.dropout import draw
+
+_SCORES = 2**21
+"""Scores that a processor computes at a time (8 MiB in fp32)."""
+
+
+class Products(torch.autograd.Function):
+    """Attention as products and a softmax; keeps the probabilities and one byte an element of a mask.
+
+    On a processor a few sequences at a time, so that their scores fit a cache. The backward pass takes a row's sum of
+    gradient x probability from the output, which is shorter than the row (Dao et al. 2022, FlashAttention, appendix
+    B.2), and overwrites what it no longer needs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, forbidden: Optional[Tensor], dropout: float) -> Tensor:
+        """[N, H, queries, d] of q [N, H, queries, d], k and v [N, H, keys, d]; `forbidden` is true where no key is."""
+        N, H, queries, d = q.shape
+        keys = k.shape[2]
+        ctx.factor, ctx.scale = 1.0 / math.sqrt(d), 1.0
+        ctx.sequences = max(1, _SCORES // (H * queries * keys)) if q.device.type == "cpu" else N
+        q, k, v = (part.reshape(N * H, -1, d) for part in (q, k, v))
+        out, kept = torch.empty_like(q, memory_format=torch.contiguous_format), []
+        for start in range(0, N, ctx.sequences):
+            some = slice(start * H, (start + ctx.sequences) * H)
+            scores = torch.bmm(q[some] * ctx.factor, k[some].transpose(1, 2))
+            if forbidden is not None:
+                own = forbidden if len(forbidden) != N else forbidden[start : start + ctx.sequences]
+                scores.view(-1, H, queries, keys).masked_fill_(own, torch.finfo(scores.dtype).min)
+            probabilities = F.softmax(scores, dim=-1, dtype=torch.float32).to(scores.dtype)
+            keep, ctx.scale = draw(probabilities, dropout) if dropout else (None, 1.0)
+            torch.bmm(probabilities if keep is None else probabilities * keep, v[some], out=out[some])
+            kept += [probabilities, keep]
+        if dropout:
+            out.mul_(ctx.scale)
+        ctx.save_for_backward(q, k, v, out, *kept)
+        return out.view(N, H, queries, d)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Gradients of q, k and v."""
+        q, k, v, out, *kept = ctx.saved_tensors
+        N, H, queries, d = grads[0].shape
+        grad = grads[0].reshape(N * H, queries, d)
+        row_sum = (grad.float() * out.float()).sum(-1, keepdim=True).to(grad.dtype)
+        if kept[1] is not None:
+            grad = grad * ctx.scale
+        grad_q, grad_k, grad_v = (torch.empty_like(part, memory_format=torch.contiguous_format) for part in (q, k, v))
+        for number in range(len(kept) // 2):
+            some = slice(number * ctx.sequences * H, (number + 1) * ctx.sequences * H)
+            probabilities, keep = kept[2 * number : 2 * number + 2]
+            dropped = probabilities if keep is None else probabilities * keep
+            torch.bmm(dropped.transpose(1, 2), grad[some], out=grad_v[some])
+            grad_scores = torch.bmm(grad[some], v[some].transpose(1, 2))
+            if keep is not None:
+                grad_scores.mul_(keep)
+            grad_scores.sub_(row_sum[some]).mul_(probabilities)
+            torch.bmm(grad_scores, k[some], out=grad_q[some])
+            torch.bmm(grad_scores.transpose(1, 2), q[some], out=grad_k[some])
+        grad_q.mul_(ctx.factor)
+        grad_k.mul_(ctx.factor)
+        return (*(part.view(N, H, -1, d) for part in (grad_q, grad_k, grad_v)), None, None)

@@ -1,0 +1,46 @@
+"""What went wrong in which rank: a note each in the run folder, the reason in its first line, the traceback below."""
+
+import traceback
+from pathlib import Path
+from typing import List, Optional
+
+_FOLDER = "errors"
+
+
+def reason_of(error: BaseException) -> str:
+    """An error in the words that result.json has it in."""
+    summary = getattr(error, "summary", "")
+    if summary:
+        return str(summary)
+    text = str(error).strip()
+    return text if hasattr(error, "exit_status") and text else f"{type(error).__name__}: {text}"
+
+
+def note_error(folder: Path, rank: int, error: BaseException) -> None:
+    """Leave a note; a disk that takes none must not hide the error."""
+    calls = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    try:
+        (folder / _FOLDER).mkdir(exist_ok=True)
+        (folder / _FOLDER / f"rank-{rank}.txt").write_text(f"{reason_of(error)}\n\n{calls}", encoding="utf-8")
+    except OSError:
+        pass
+
+
+def clear_errors(folder: Path) -> None:
+    """Forget those of an earlier try."""
+    for note in _notes(folder):
+        note.unlink()
+
+
+def first_error(folder: Path) -> Optional[str]:
+    """The reason that was noted first: what other ranks noted later came of it."""
+    notes = sorted(_notes(folder), key=lambda note: note.stat().st_mtime)
+    for note in notes:
+        text = note.read_text(encoding="utf-8", errors="replace").split("\n\nTraceback", 1)[0].strip()
+        if text:
+            return text
+    return None
+
+
+def _notes(folder: Path) -> List[Path]:
+    return [*(folder / _FOLDER).glob("rank-*.txt"), *folder.glob(f"nodes/*/{_FOLDER}/rank-*.txt")]

@@ -1,0 +1,49 @@
+"""Names that dependencies call private and this project cannot do without. They stand nowhere else.
+
+Each has its reason; `tests/test_upstream.py` fails when a release of the dependency changes one.
+"""
+
+from typing import Any, Callable, Optional, Tuple
+
+
+def agents_leave_after_a_failure() -> None:
+    """Have torchrun's agent end when its ranks have failed.
+
+    torch 1.12, the only release for the native runtime, waits 300 s for the agents of the other nodes after a failure
+    too, and gives its launcher no way to say less: those that are gone never come. Newer ones do not wait.
+    """
+    import torch
+
+    if not torch.__version__.startswith("1."):
+        return
+    from torch.distributed.elastic.agent.server.api import SimpleElasticAgent, WorkerState
+
+    wait: Any = SimpleElasticAgent._exit_barrier
+
+    def after_a_success(agent: Any) -> None:
+        if agent._worker_group.state == WorkerState.SUCCEEDED:
+            wait(agent)
+
+    SimpleElasticAgent._exit_barrier = after_a_success  # type: ignore[method-assign]
+
+
+def onednn_linear() -> Optional[Callable[..., Any]]:
+    """OneDNN's product of dense tensors, (x, weight, bias, "none", [], "") -> y; None before torch 2.
+
+    torch has no public way to it but tensors of a layout of their own, which are copied twice a call.
+    """
+    import torch
+
+    if not hasattr(torch, "compile"):
+        return None
+    found: Optional[Callable[..., Any]] = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    return found
+
+
+def numpy_globals() -> Tuple[Callable[..., Any], ...]:
+    """What a pickled numpy random state names: published checkpoints hold one, which torch's safe reader must allow."""
+    import numpy as np
+
+    core: Any = np._core if hasattr(np, "_core") else np.core  # numpy 2, numpy 1
+    kinds = dict.fromkeys(type(np.dtype(kind)) for kind in "?bBhHiIlLfdU")
+    return (core.multiarray._reconstruct, core.multiarray.scalar, np.ndarray, np.dtype, *kinds)
