@@ -9,12 +9,12 @@ import pytest
 
 from conftest import GOLDEN_RUN, TRAIN_FILE
 from lit_glm.batches.compact import open_split
-from lit_glm.bench.memory import Lengths, describe, estimate, largest_bs, parameters
+from lit_glm.bench.lengths import Lengths
+from lit_glm.bench.memory import describe, estimate, largest_bs, parameters
 from lit_glm.config.app import checked, compose
 from lit_glm.config.schema import HardwareConfig, TopologyConfig, TrainConfig
 from lit_glm.hardware.runtimes import make_runtime
 from lit_glm.model.build import shapes_of
-from lit_glm.record.store import SparseReader
 
 MEASURE = """
 import sys
@@ -76,8 +76,7 @@ def test_parameters_are_those_of_the_model() -> None:
 def test_lengths_from_the_file_and_from_the_compact_form() -> None:
     split = open_split(TRAIN_FILE, False, None)
     of_split = Lengths.of(split)
-    with SparseReader(TRAIN_FILE, False) as reader:
-        of_file = Lengths.of_file(reader)
+    of_file = Lengths.of_file(TRAIN_FILE)
     np.testing.assert_array_equal(of_split.candidates, of_file.candidates)
     np.testing.assert_array_equal(of_split.predicting, of_file.predicting)
     alike = np.diff(split.example_group_end) == 1  # contexts of the others differ by truncation

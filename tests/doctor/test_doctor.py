@@ -67,7 +67,7 @@ def test_a_rehearsal_says_that_it_is_one(capfd: Any) -> None:
 
 
 def test_more_devices_than_there_are(capfd: Any) -> None:
-    status, checks = doctor(capfd, *GOLDEN_RUN, "topology=4x8")
+    status, checks = doctor(capfd, *GOLDEN_RUN, "topology=4x8", "bs=1")
     assert (status, failed(checks)) == (1, ["devices"])
     assert checks["port"]["said"] == "not checked: devices failed"
 

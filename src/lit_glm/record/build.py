@@ -163,22 +163,23 @@ def build(raw_dir: Path, out_dir: Path, vocab_file: str, max_seq_length: int, wo
     ]
     if not jobs:
         raise InputError(f"data.raw_dir={raw_dir}: holds neither train.jsonl nor val.jsonl")
-    _mark(out_dir, [out for _, out, _ in jobs])
-    return [build_file(raw, out, train, vocab_file, max_seq_length, workers) for raw, out, train in jobs]
+    _check_free(out_dir, [out for _, out, _ in jobs])
+    built = []
+    for raw, out, train in jobs:
+        built.append(build_file(raw, out, train, vocab_file, max_seq_length, workers))
+        write_json(out_dir / MARKER, {"lit_glm": lit_glm.__version__, "max_seq_length": max_seq_length})
+    return built
 
 
-def _mark(out_dir: Path, files: List[Path]) -> None:
-    """Leave a mark beside files of ours, so that they may be made anew.
+def _check_free(out_dir: Path, files: List[Path]) -> None:
+    """Files of this program's may be made anew, no others.
 
     Raises:
-        InputError: if files are there that this program has not made.
+        InputError: if files are there that it has not made.
     """
-    marker = out_dir / MARKER
     foreign = [str(file) for file in files if file.exists()]
-    if foreign and not marker.is_file():
+    if foreign and not (out_dir / MARKER).is_file():
         raise InputError(
             f"data.out_dir={out_dir}: holds {', '.join(foreign)}, which prepare has not made (no {MARKER}) and "
             "would overwrite; choose another data.out_dir="
         )
-    out_dir.mkdir(parents=True, exist_ok=True)
-    write_json(marker, {"lit_glm": lit_glm.__version__, "files": [str(file.relative_to(out_dir)) for file in files]})
