@@ -27,7 +27,7 @@ def test_a_rank_that_is_killed_ends_the_job(victim: int, tmp_path: Path) -> None
     _nothing_left(run)
     final = result(run)
     assert final["status"] == "failed"
-    assert "exit status" in final["error"]
+    assert final["error"] == f"rank {victim} was killed by SIGKILL"
     assert len(rows(run / "steps.csv")) >= 10
 
 

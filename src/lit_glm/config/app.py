@@ -159,6 +159,7 @@ def _say(message: str, status: int) -> int:
 
 def _entered(task: Task, config: Any, composed: DictConfig) -> Outcome:
     """Call the task; whatever it raises ends here."""
+    environment = dict(os.environ)
     try:
         returned = task(config, composed)
     except (InputError, RunError) as error:
@@ -166,6 +167,9 @@ def _entered(task: Task, config: Any, composed: DictConfig) -> Outcome:
     except Exception:
         traceback.print_exc()
         return Outcome(_say("an unexpected error, see above: of the program or a plugin, not of the command line", 1))
+    finally:  # a chip's variables are not the user's for whatever runs next in this process
+        os.environ.clear()
+        os.environ.update(environment)
     return returned if isinstance(returned, Outcome) else Outcome(returned)
 
 
@@ -174,13 +178,8 @@ def _by_hydra(config_name: str, schema: "type[Config]", task: Task, searchpath: 
     statuses: List[int] = []
 
     def job(cfg: DictConfig) -> Optional[float]:
-        environment = dict(os.environ)
-        try:
-            cfg = _of_what_runs(config_name, cfg, searchpath)
-            outcome = _entered(lambda _, composed: task(checked(composed, schema), composed), None, cfg)
-        finally:  # a chip's variables are not the user's for the next combination
-            os.environ.clear()
-            os.environ.update(environment)
+        cfg = _of_what_runs(config_name, cfg, searchpath)
+        outcome = _entered(lambda _, composed: task(checked(composed, schema), composed), None, cfg)
         statuses.append(outcome.status)
         return outcome.objective
 

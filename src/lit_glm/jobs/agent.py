@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Dict, List
 
 import psutil
@@ -15,6 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from lit_glm.jobs.interrupts import EXIT_STATUS
 from lit_glm.output import survive_closed_output
+from lit_glm.runs.errors import note_killed
 from lit_glm.upstream import agents_leave_after_a_failure
 
 _MARGIN_S = 5.0
@@ -36,6 +38,8 @@ def main() -> int:
             if failure.exitcode < 0:
                 name = signal.Signals(-failure.exitcode).name
                 print(f"lit_glm: rank {rank} was killed by {name}", file=sys.stderr, flush=True)
+                if failure.exitcode not in (-signal.SIGTERM, -signal.SIGABRT):  # these come of other ranks' errors
+                    note_killed(Path(sys.argv[-2]), rank, name)
         codes = [failure.exitcode for failure in failures]
         return next((code for code in codes if code in _SAY_MORE), max(1, codes[0]))
     except SignalException as error:

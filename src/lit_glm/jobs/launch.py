@@ -238,7 +238,9 @@ def _raise_of(status: int, spec_dir: Path, run_dir: Path, for_memory: bool) -> N
     if status:
         reason = first_error(spec_dir)
         said = f"the job failed with exit status {status}; the rank's error stands above ({run_dir})"
-        if for_memory and reason is None:
-            reason = "out of memory: the kernel has killed a rank, the machine had no memory left"
+        if for_memory and (reason is None or "was killed" in reason):
+            reason = (
+                f"out of memory: the machine had none left, and the kernel has killed a process ({reason or status})"
+            )
             said = f"{said}; {reason}"
         raise RunError(said, summary=reason or said)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import List, Optional
 
 _FOLDER = "errors"
+_KILLED = "killed-"
 
 
 def reason_of(error: BaseException) -> str:
@@ -26,6 +27,15 @@ def note_error(folder: Path, rank: int, error: BaseException) -> None:
         pass
 
 
+def note_killed(folder: Path, rank: int, name: str) -> None:
+    """Leave a note of a rank that could not leave one itself: a signal has killed it."""
+    try:
+        (folder / _FOLDER).mkdir(exist_ok=True)
+        (folder / _FOLDER / f"{_KILLED}{rank}.txt").write_text(f"rank {rank} was killed by {name}\n", encoding="utf-8")
+    except OSError:
+        pass
+
+
 def clear_errors(folder: Path) -> None:
     """Forget those of an earlier try."""
     for note in _notes(folder):
@@ -33,8 +43,8 @@ def clear_errors(folder: Path) -> None:
 
 
 def first_error(folder: Path) -> Optional[str]:
-    """The reason that was noted first: what other ranks noted later came of it."""
-    notes = sorted(_notes(folder), key=lambda note: note.stat().st_mtime)
+    """The reason that counts: a rank that was killed, else what was noted first; other ranks' errors came of it."""
+    notes = sorted(_notes(folder), key=lambda note: (not note.name.startswith(_KILLED), note.stat().st_mtime))
     for note in notes:
         text = note.read_text(encoding="utf-8", errors="replace").split("\n\nTraceback", 1)[0].strip()
         if text:
@@ -43,4 +53,4 @@ def first_error(folder: Path) -> Optional[str]:
 
 
 def _notes(folder: Path) -> List[Path]:
-    return [*(folder / _FOLDER).glob("rank-*.txt"), *folder.glob(f"nodes/*/{_FOLDER}/rank-*.txt")]
+    return [*(folder / _FOLDER).glob("*-*.txt"), *folder.glob(f"nodes/*/{_FOLDER}/*-*.txt")]
