@@ -4,7 +4,8 @@
 #   srun --nodes=2 --ntasks-per-node=1 bash scripts/launch_slurm.sh hardware=r300 topology=2x8
 #   sbatch --nodes=2 --ntasks-per-node=1 --wrap 'srun bash scripts/launch_slurm.sh hardware=r300 topology=2x8'
 #
-# All arguments are handed to train. All nodes share one run folder, outputs/slurm-JOB, unless hydra.run.dir says another.
+# All arguments are handed to train. All nodes share one run folder, outputs/slurm-JOB.STEP, unless hydra.run.dir says
+# another; a job that Slurm has requeued goes on there.
 set -euo pipefail
 if [ -z "${SLURM_NODEID:-}" ] || [ -z "${SLURM_JOB_NODELIST:-}" ]; then
   echo "lit_glm: not under Slurm (SLURM_NODEID, SLURM_JOB_NODELIST); start it with srun:" >&2
@@ -17,7 +18,7 @@ if [ "${SLURM_NTASKS:-1}" != "${SLURM_STEP_NUM_NODES:-${SLURM_NTASKS:-1}}" ]; th
 fi
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))} NODE_RANK=$SLURM_NODEID
-folder="hydra.run.dir=outputs/slurm-$SLURM_JOB_ID"
+folder="hydra.run.dir=outputs/slurm-$SLURM_JOB_ID.${SLURM_STEP_ID:-0}"
 for argument in "$@"; do
   case "$argument" in hydra.run.dir=* | -m | --multirun | run.resume=*) folder="" ;; esac
 done

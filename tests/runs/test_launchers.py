@@ -56,6 +56,7 @@ def slurm(tmp_path: Path, node: int, tasks: int = 2) -> Dict[str, str]:
     return {
         "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
         "SLURM_JOB_ID": "7",
+        "SLURM_STEP_ID": "3",
         "SLURM_JOB_NODELIST": "node[0-1]",
         "SLURM_NODEID": str(node),
         "SLURM_NTASKS": str(tasks),
@@ -68,7 +69,7 @@ def test_launch_slurm(tmp_path: Path) -> None:
     port = str(free_port())
     tasks = [{**slurm(tmp_path, node), "MASTER_PORT": port} for node in (0, 1)]
     finish([script("launch_slurm.sh", *TWO_NODES, cwd=tmp_path, **variables) for variables in tasks])
-    check_trajectory(tmp_path / "outputs" / "slurm-7", "tanh", 2)
+    check_trajectory(tmp_path / "outputs" / "slurm-7.3", "tanh", 2)
 
 
 def test_launch_slurm_wants_one_task_a_node(tmp_path: Path) -> None:

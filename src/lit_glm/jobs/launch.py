@@ -90,7 +90,7 @@ def ending_recorded(run_dir: Path) -> Iterator[None]:
         noted = first_error(run_dir)
         if noted is None:
             note_error(run_dir, 0, error)
-        fail(run_dir, noted or reason_of(error))
+        fail(run_dir, getattr(error, "summary", "") or noted or reason_of(error))
         raise
 
 
@@ -239,8 +239,6 @@ def _raise_of(status: int, spec_dir: Path, run_dir: Path, for_memory: bool) -> N
         reason = first_error(spec_dir)
         said = f"the job failed with exit status {status}; the rank's error stands above ({run_dir})"
         if for_memory and (reason is None or "was killed" in reason):
-            reason = (
-                f"out of memory: the machine had none left, and the kernel has killed a process ({reason or status})"
-            )
-            said = f"{said}; {reason}"
+            said = f"{said}; out of memory: the machine had none left, and the kernel has killed a process"
+            reason = "out of memory"
         raise RunError(said, summary=reason or said)

@@ -147,7 +147,7 @@ def _place(span: Any, key: str) -> int:
 
 
 def _questions(record: Any, line: int, train: bool, generator: random.Random, skipped: Skipped) -> List[Question]:
-    passage = _get(record, "passage", dict, "no passage")
+    passage = _get(record, "passage", dict, "not a ReCoRD record")
     text = standardise(_get(passage, "text", str, "no text"))
     entities = _entities(text, _get(passage, "entities", list, "no entities"))
     queries = _get(record, "qas", list, "no questions")

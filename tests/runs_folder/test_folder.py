@@ -1,0 +1,165 @@
+"""A folder is taken, refused or overwritten; nothing of the user's in it is touched."""
+
+import json
+from pathlib import Path
+from typing import Any, List
+
+import pytest
+
+from conftest import lit_glm_here, rows
+
+DEBUG = ["experiment=debug", "run.max_steps=2", "logger={}"]
+
+
+def result(run: Path) -> Any:
+    return json.loads((run / "result.json").read_text())
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("SLURM_RESTART_COUNT", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("name", ["checkpoints/mine.pt", "wandb/mine", "steps.csv", ".hydra/config.yaml"])
+@pytest.mark.parametrize("more", [[], ["run.overwrite=true"]])
+def test_a_folder_with_files_of_the_users_is_refused(name: str, more: List[str], tmp_path: Path, capfd: Any) -> None:
+    mine = tmp_path / "mine" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("dear")
+    assert lit_glm_here("train", *DEBUG, "hydra.run.dir=mine", *more) == 2
+    said = capfd.readouterr().err
+    assert f"it has no job.json), but holds {name.split('/')[0]}" in said
+    assert mine.read_text() == "dear"
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == [name.split("/")[0]]
+
+
+def test_other_files_stay(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("dear")
+    assert lit_glm_here("train", *DEBUG, "hydra.run.dir=mine") == 0
+    assert lit_glm_here("train", *DEBUG, "hydra.run.dir=mine", "run.overwrite=true") == 0
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "dear"
+
+
+def test_a_folder_that_holds_a_run_is_refused_or_overwritten(tmp_path: Path, capfd: Any) -> None:
+    assert lit_glm_here("train", *DEBUG, "hydra.run.dir=run") == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert lit_glm_here("train", *DEBUG, "seed=7", "hydra.run.dir=run") == 2
+    said = capfd.readouterr().err
+    assert "run.resume=" in said
+    assert "run.overwrite=true" in said
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    assert lit_glm_here("train", *DEBUG, "seed=7", "hydra.run.dir=run", "run.overwrite=true") == 0
+    assert result(tmp_path / "run")["seed"] == 7
+    assert "seed: 7" in (tmp_path / "run" / ".hydra" / "config.yaml").read_text()
+
+
+def test_a_job_that_slurm_has_requeued_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    assert lit_glm_here("train", *DEBUG, "run.checkpoint_interval_steps=1", "hydra.run.dir=outputs/a/first") == 0
+    first = tmp_path / "outputs" / "a" / "first"
+    (first / "result.json").write_text(json.dumps({**result(first), "status": "running"}))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert lit_glm_here("train", *DEBUG, "run.checkpoint_interval_steps=1") == 0
+    assert (result(first)["status"], result(first)["interruptions"]) == ("finished", 1)
+    monkeypatch.setenv("SLURM_JOB_ID", "78")  # another job's run is none of this one's
+    assert lit_glm_here("train", *DEBUG, "run.checkpoint_interval_steps=1", "hydra.run.dir=outputs/a/second") == 0
+    assert result(tmp_path / "outputs" / "a" / "second")["interruptions"] == 0
+
+
+@pytest.mark.parametrize(("content", "said"), [("{torn", "is torn"), ('{"config": {"bss": 4}}', "written by lit_glm")])
+def test_a_job_file_that_cannot_be_read_is_said(content: str, said: str, tmp_path: Path, capfd: Any) -> None:
+    (tmp_path / "old=run").mkdir()
+    (tmp_path / "old=run" / "job.json").write_text(content)
+    assert lit_glm_here("train", *DEBUG, "run.resume='old=run'") == 2
+    output = capfd.readouterr().err
+    assert said in output
+    assert "Traceback" not in output
+
+
+def test_a_run_in_a_folder_with_an_equals_sign_goes_on(tmp_path: Path) -> None:
+    run = tmp_path / "lr=1" / "a=b"
+    assert lit_glm_here("train", *DEBUG, f"hydra.run.dir='{run}'") == 0
+    (run / "result.json").write_text(json.dumps({**result(run), "status": "running"}))
+    assert lit_glm_here("train", *DEBUG, f"run.resume='{run}'") == 0
+    assert result(run)["status"] == "finished"
+
+
+def test_generated_data_leave_other_data_alone(tmp_path: Path, capfd: Any) -> None:
+    mine = tmp_path / "data" / "raw"
+    mine.mkdir(parents=True)
+    (mine / "train.jsonl").write_text("dear")
+    assert lit_glm_here("train", *DEBUG, "data.out_dir=data") == 2
+    assert "data.out_dir=data: holds raw of other data" in capfd.readouterr().err
+    assert (mine / "train.jsonl").read_text() == "dear"
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "notes.txt").write_text("dear")
+    assert lit_glm_here("train", *DEBUG, "data.out_dir=more", "hydra.run.dir=a") == 0
+    assert lit_glm_here("train", *DEBUG, "data.out_dir=more", "data.synthetic.seed=1", "hydra.run.dir=b") == 0
+    assert (tmp_path / "more" / "notes.txt").read_text() == "dear"
+
+
+def test_a_global_batch_above_the_examples_is_refused_and_short_batches_count_what_they_hold(
+    tmp_path: Path, capfd: Any
+) -> None:
+    assert lit_glm_here("train", *DEBUG, "bs=65") == 2
+    assert "is 65 examples a step, but" in capfd.readouterr().err
+    assert lit_glm_here("train", *DEBUG, "bs=40", "run.max_steps=3", "hydra.run.dir=run") == 0
+    assert [row["samples"] for row in rows(tmp_path / "run" / "steps.csv")] == [
+        "40",
+        "80",
+        "120",
+    ]  # the published counter
+    final = result(tmp_path / "run")
+    assert final["num_trained_samples"] == 64 + 40
+    assert final["p_core"] == pytest.approx(104 / final["pure_compute_time"])
+
+
+def test_the_rate_that_trains_is_the_one_reported(tmp_path: Path) -> None:
+    assert lit_glm_here("train", *DEBUG, "optimizer.lr=0.5", "hydra.run.dir=run") == 0
+    assert (result(tmp_path / "run")["lr"], result(tmp_path / "run")["fix_hp"]) == (0.5, "bs=4,lr=0.5")
+
+
+def test_a_run_that_diverges_ends_and_says_so(tmp_path: Path, capfd: Any) -> None:
+    diverge = ["lr=1e30", "run.max_steps=60", "run.max_skipped_steps=6", "run.eval_interval_samples=100000"]
+    assert lit_glm_here("train", *DEBUG, *diverge, "optimizer.warmup=0", "hydra.run.dir=run") == 1
+    said = capfd.readouterr().err
+    assert "the run has diverged" in said
+    assert "run.max_skipped_steps=6" in said
+    assert "Traceback" not in said
+    final = result(tmp_path / "run")
+    assert final["status"] == "failed"
+    assert final["error"].startswith("diverged: 6 steps in a row without an update")
+
+
+MINE = """
+from pytorch_lightning import Callback
+
+class Raises(Callback):
+    def __init__(self, what):
+        self.what = what
+    def on_train_batch_end(self, trainer, module, *rest):
+        raise {"value": ValueError("out of chalk"), "memory": RuntimeError("CUDA out of memory: tried to")}[self.what]
+"""
+
+
+@pytest.mark.parametrize("what", ["value", "memory"])
+def test_an_error_inside_a_run(what: str, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / f"mine_{what}.py").write_text(MINE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    mine = [f"+callbacks.mine._target_=mine_{what}.Raises", f"+callbacks.mine.what={what}"]
+    assert lit_glm_here("train", *DEBUG, *mine, "hydra.run.dir=run") == 1
+    said = capfd.readouterr().err
+    note = (tmp_path / "run" / "errors" / "rank-0.txt").read_text()
+    if what == "value":
+        assert "Traceback" in said
+        assert "Traceback" in note
+        assert result(tmp_path / "run")["error"] == "ValueError: out of chalk"
+    else:
+        assert "Traceback" not in said
+        for part in ("out of memory in step 1 (bs=4): estimated", "in use at most", "largest bs estimated to fit is"):
+            assert part in said
+        assert result(tmp_path / "run")["error"] == "out of memory"
+    assert result(tmp_path / "run")["status"] == "failed"
