@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple, TypeVar, Union
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, TypeVar, Union
 
 import hydra
 import yaml
@@ -75,17 +75,25 @@ def checked(cfg: DictConfig, schema: "type[Config]") -> Config:
 
 def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
     """Compose a configuration in this process, as the command line would."""
-    return _composed(config_name, overrides)[0]
+    return _composed(config_name, overrides).config
 
 
-def _composed(config_name: str, overrides: Sequence[str]) -> Tuple[DictConfig, DictConfig]:
-    """The configuration, and the same with Hydra's own part."""
+class _Composed(NamedTuple):
+    config: DictConfig
+    whole: DictConfig
+    """The same with Hydra's own part."""
+    pair: List[str]
+    """The override that takes the published values of what runs, where the command line's names are another pair's."""
+
+
+def _composed(config_name: str, overrides: Sequence[str]) -> _Composed:
     with hydra.initialize_config_dir(str(CONF), version_base="1.3", job_name=config_name):
         whole = hydra.compose(config_name, overrides=list(overrides), return_hydra_config=True)
         better = _pair_that_runs(whole, overrides)
         if better is not None:
             whole = hydra.compose(config_name, overrides=[*overrides, better], return_hydra_config=True)
-    return OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"]), whole
+    config = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
+    return _Composed(config, whole, [] if better is None else [better])
 
 
 def _pair_that_runs(whole: DictConfig, overrides: Sequence[str]) -> Optional[str]:
@@ -128,20 +136,20 @@ def run_app(
         line = CommandLine.read(sys.argv[1:])
         if not line.asks:
             for overrides in line.samples(is_group(line.config_dir)) if line.multirun else [line.overrides]:
-                composed, whole = _composed(config_name, [*overrides, *line.searchpath])
+                composed = _composed(config_name, [*overrides, *line.searchpath])
             if not line.multirun:
-                config = checked(composed, schema)
+                config = checked(composed.config, schema)
             elif before_sweep is not None and not line.cfg:
-                before_sweep(whole, line)
+                before_sweep(composed.whole, line)
     except InputError as error:
         return _say(str(error), 2)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
         return _say(explain(error, schema, CONF), 2)  # Hydra says some wrong overrides with a bare ValueError
     if line.asks or line.cfg or line.multirun:
-        return _by_hydra(config_name, schema, task, line.searchpath)
-    HydraConfig.instance().set_config(whole)
+        return _by_hydra(config_name, schema, task, line, [] if line.asks or line.multirun else composed.pair)
+    HydraConfig.instance().set_config(composed.whole)
     try:
-        return _entered(task, config, composed).status
+        return _entered(task, config, composed.config).status
     finally:
         HydraConfig.instance().cfg = None
 
@@ -173,20 +181,32 @@ def _entered(task: Task, config: Any, composed: DictConfig) -> Outcome:
     return returned if isinstance(returned, Outcome) else Outcome(returned)
 
 
-def _by_hydra(config_name: str, schema: "type[Config]", task: Task, searchpath: List[str]) -> int:
-    """Hydra's own entry; in a sweep it calls the task for each combination, of which one that fails ends no other."""
+def _by_hydra(config_name: str, schema: "type[Config]", task: Task, line: CommandLine, more: List[str]) -> int:
+    """Hydra's own entry; in a sweep it calls the task for each combination, of which one that fails ends no other.
+
+    Args:
+        config_name: the primary file in conf/.
+        schema: what a combination must fit.
+        task: called for each.
+        line: the command line.
+        more: further overrides, which it does not have.
+    """
     statuses: List[int] = []
 
     def job(cfg: DictConfig) -> Optional[float]:
-        cfg = _of_what_runs(config_name, cfg, searchpath)
+        cfg = _of_what_runs(config_name, cfg, line.searchpath)
         outcome = _entered(lambda _, composed: task(checked(composed, schema), composed), None, cfg)
         statuses.append(outcome.status)
         return outcome.objective
 
+    arguments = list(sys.argv)
     try:
+        sys.argv = [arguments[0], *line.overrides, *more, *line.flags]  # Hydra wants flags behind all overrides
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
     except SystemExit as ended:  # Hydra has said what it could not do
         statuses.append(ended.code if isinstance(ended.code, int) else 1)
+    finally:
+        sys.argv = arguments
     return max(statuses, default=0)
 
 

@@ -24,6 +24,8 @@ class CommandLine:
     """Whether Hydra itself has to answer (help, info, completion): nothing is run."""
     config_dir: Optional[str] = None
     """The user's own folder of configuration."""
+    flags: Tuple[str, ...] = ()
+    """All that is no override, as it was typed."""
 
     @classmethod
     def read(cls, arguments: Sequence[str]) -> "CommandLine":
@@ -58,7 +60,10 @@ class CommandLine:
         if given.config_dir is not None and not Path(given.config_dir).is_dir():
             raise InputError(f"--config-dir {given.config_dir}: there is no such folder")
         asks = given.asks or given.info is not None
-        return cls(given.overrides, given.multirun, given.cfg is not None, asks, given.config_dir)
+        others = list(arguments)
+        for override in given.overrides:
+            others.remove(override)
+        return cls(given.overrides, given.multirun, given.cfg is not None, asks, given.config_dir, tuple(others))
 
     @property
     def searchpath(self) -> List[str]:

@@ -98,23 +98,27 @@ def _wandb_id(run_dir: Path) -> str:
 
 
 def _made(group: str, name: str, entry: Dict[str, Any]) -> Any:
-    from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
     if not isinstance(entry, dict) or not entry.get("_target_"):
         raise InputError(f"{group}.{name}: names no class (_target_); `{group}=NAME` takes a file of conf/{group}/")
     try:
-        return instantiate(entry)
-    except (InstantiationException, ImportError) as error:
+        made = instantiate(entry)
+        if group == "logger":
+            _ = made.experiment if hasattr(type(made), "experiment") else None  # what it cannot do is said now
+        return made
+    except InputError:
+        raise
+    except Exception as error:  # a package that is missing, an argument too many, a server out of reach
         cause: Optional[BaseException] = error
         while cause is not None and not isinstance(cause, ImportError):
             cause = cause.__cause__
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
         if cause is not None:
             raise InputError(
                 f"{group}.{name}: cannot be made ({reason}); its package may be missing: pip install 'lit-glm[{name}]'"
             ) from error
         given = ", ".join(key for key in entry if key != "_target_")
         raise InputError(
-            f"{group}.{name}: {entry['_target_']} does not take what it is given ({reason}); it is given {given}"
+            f"{group}.{name}: {entry['_target_']} cannot be made ({reason}); it is given {given}; see conf/{group}/"
         ) from error

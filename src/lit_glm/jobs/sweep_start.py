@@ -9,6 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lit_glm.config.app import checked, compose
 from lit_glm.config.line import CommandLine
+from lit_glm.config.ranges import FIGURES
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
 from lit_glm.jobs.summary import NOTES
@@ -33,6 +34,8 @@ def check_start(whole: Any, line: CommandLine) -> None:
     Raises:
         InputError: if the folder is somebody else's, or another process runs a sweep there.
     """
+    if whole.sweep.objective not in FIGURES:
+        raise InputError(f"sweep.objective={whole.sweep.objective}: must be one of {', '.join(FIGURES)}")
     given, sweep_dir = line.gives("hydra.sweep.dir"), Path(str(whole.hydra.sweep.dir))
     if given:
         foreign = [name for name in _WRITES if (sweep_dir / name).exists()]

@@ -214,6 +214,7 @@ def _load(path: Path) -> Any:
     except Exception as error:  # a broken file fails in many ways inside torch
         whole = "is no torch file" if not zipfile.is_zipfile(path) else "is damaged"
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = "not in its format" if "weights_only" in reason else reason  # torch's advice is to load it unsafely
         raise InputError(f"{path}: {whole} or cut short ({reason})") from error
 
 

@@ -1,0 +1,96 @@
+"""A folder of configuration of the user's own, and the published values of what runs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import lit_glm_here
+from lit_glm.config.app import checked, compose
+from lit_glm.config.line import CommandLine
+from lit_glm.config.schema import TrainConfig
+
+EXPERIMENT = """# @package _global_
+defaults:
+  - override /hardware: cpu
+  - override /model: glm_tiny
+  - override /data: synthetic
+bs: 4
+data: {synthetic: {num_train: 64, num_eval: 16}}
+run: {max_steps: 2, checkpoint_interval_steps: 1}
+logger: {}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for group in ("experiment", "hardware", "fix_hp"):
+        (tmp_path / "own" / group).mkdir(parents=True)
+    (tmp_path / "own" / "experiment" / "mine.yaml").write_text(EXPERIMENT)
+
+
+@pytest.mark.parametrize("resume", ["'a=b/run'", "auto"])
+def test_a_run_of_the_users_experiment_goes_on(resume: str, tmp_path: Path, capfd: Any) -> None:
+    mine = ["--config-dir", "own", "experiment=mine", "hydra.run.dir='a=b/run'"]
+    assert lit_glm_here("train", *mine) == 0
+    file = tmp_path / "a=b" / "run" / "result.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "status": "running"}))
+    assert lit_glm_here("train", *mine, f"run.resume={resume}") == 0, capfd.readouterr().err
+    assert json.loads(file.read_text())["interruptions"] == 1
+
+
+def test_a_slip_in_a_file_of_the_users_is_said_with_its_line(tmp_path: Path, capfd: Any) -> None:
+    (tmp_path / "own" / "hardware" / "mine.yaml").write_text('name: mine\nsource: "a" b: c\n')
+    assert lit_glm_here("train", "--config-dir", "own", "hardware=mine") == 2
+    said = capfd.readouterr().err
+    assert "own/hardware/mine.yaml, line 2, column 13" in said
+    assert said.count("\n") == 1
+
+
+def test_a_pairs_file_without_its_first_line_is_said(tmp_path: Path, capfd: Any) -> None:
+    (tmp_path / "own" / "fix_hp" / "cpu_1x1.yaml").write_text("bs: 2\n")
+    assert lit_glm_here("train", "--config-dir", "own", "experiment=mine") == 2
+    assert "fix_hp: the chosen file of this group lacks its first line, `# @package _global_`" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "pair", "bs"),
+    [
+        (["topology=1x8"], "r300_1x8", 5),
+        (["topology.num_nodes=2", "topology.devices_per_node=8"], "r300_2x8", 4),
+        (["topology.devices_per_node=8"], "r300_1x8", 5),
+        (["topology.devices_per_node=8", "bs=3"], "r300_1x8", 3),
+        (["topology.devices_per_node=3"], "none", 4),
+        (["topology.devices_per_node=3", "fix_hp=r300_1x8"], "r300_1x8", 5),
+    ],
+)
+def test_the_published_values_are_those_of_what_runs(overrides: Any, pair: str, bs: int) -> None:
+    config = checked(compose("train", ["hardware=r300", *overrides]), TrainConfig)
+    assert (config.tuned_for, config.bs) == (pair, bs)
+
+
+def test_what_is_printed_is_what_would_run(capfd: Any) -> None:
+    for place in (0, 2):
+        arguments = ["hardware=r300", "topology.devices_per_node=8"]
+        arguments[place:place] = ["--cfg", "job"]
+        assert lit_glm_here("train", *arguments) == 0
+        assert "tuned_for: r300_1x8" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"), [("--experiment=debug", "write experiment=debug without the dashes"), ("--fast", "see --help")]
+)
+def test_a_flag_that_does_not_exist(flag: str, said: str, capfd: Any) -> None:
+    assert lit_glm_here("train", flag) == 2
+    assert said in capfd.readouterr().err
+
+
+def test_combinations_of_a_command_line() -> None:
+    line = CommandLine.read(["-m", "bs=4,5", "model=glm_tiny", "lr=choice(1e-5,2e-5)", "data.train_file='a,b'"])
+    assert line.multirun
+    assert len(line.combinations()) == 4
+    assert line.samples(lambda key: key == "bs")[1:] == [
+        ["model=glm_tiny", "data.train_file='a,b'", "bs=5", "lr=1e-05"]
+    ]

@@ -1,0 +1,80 @@
+"""What people have instead of a checkpoint is named, with what to do; nothing advises to load it unsafely."""
+
+import bz2
+import gzip
+import io
+import tarfile
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+import torch
+
+from conftest import CHECKPOINT, lit_glm_here
+from lit_glm.errors import InputError
+from lit_glm.model.checkpoint import read_weights
+
+
+def tar() -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("blocklm-large-blank/200000/mp_rank_00_model_states.pt"))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1340000000\n", "Git LFS pointer"),
+        (lambda: b"\n<!DOCTYPE html><html>404</html>", "is a web page"),
+        (lambda: bz2.compress(b"x" * 100), "is a bzip2 archive: unpack it"),
+        (lambda: gzip.compress(b"x" * 100), "is a gzip archive: unpack it"),
+        (tar, "is a tar archive: unpack it"),
+        (lambda: b"", "is empty"),
+        (lambda: b'{"module": 1}', "is a JSON text"),
+        (lambda: b"404: Not Found", "is a text"),
+        (lambda: b"\x80\x02garbage", "is no torch file"),
+        (lambda: b"\x00" * 4096, "is no torch file"),
+    ],
+)
+def test_no_checkpoint(content: Callable[[], bytes], said: str, tmp_path: Path) -> None:
+    path = tmp_path / "blocklm-large-blank.pt"
+    path.write_bytes(content())
+    with pytest.raises(InputError, match=said) as raised:
+        read_weights(path)
+    text = str(raised.value)
+    assert text.startswith(str(path))
+    assert text.count("\n") < 2
+    assert "weights_only" not in text
+
+
+def test_weights_that_stand_directly_are_listed_shortly(tmp_path: Path) -> None:
+    torch.save({f"layer.{number}.weight": torch.zeros(1) for number in range(293)}, str(tmp_path / "bare.pt"))
+    with pytest.raises(InputError, match="layer.0.weight, .* and 285 more; these are weights") as raised:
+        read_weights(tmp_path / "bare.pt")
+    assert len(str(raised.value)) < 600
+
+
+def test_a_run_folder_is_evaluated_as_it_was_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert lit_glm_here("train", "experiment=debug", "run.max_steps=2", "logger={}", "hydra.run.dir=run") == 0
+    said = []
+    for checkpoint in ("run", "run/checkpoints/step-00000002.ckpt"):
+        capfd.readouterr()
+        assert lit_glm_here("evaluate", f"model.init_checkpoint={checkpoint}", "hydra.run.dir=scores") == 0
+        said.append(capfd.readouterr().out)
+    assert said[0] == said[1]
+    assert "examples  16" in said[0]
+    other = ["model.init_checkpoint=run", "model.hidden_size=32"]
+    assert lit_glm_here("evaluate", *other, "hydra.run.dir=other") == 2
+    assert "the file has [1024, 64], the model [1024, 32]" in capfd.readouterr().err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "predictions.jsonl").write_text("dear")
+    assert lit_glm_here("evaluate", "model.init_checkpoint=run", "hydra.run.dir=mine") == 2
+    assert (tmp_path / "mine" / "predictions.jsonl").read_text() == "dear"
+
+
+def test_the_golden_checkpoint_is_one() -> None:
+    assert len(read_weights(CHECKPOINT)) > 20
