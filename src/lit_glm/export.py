@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import List, Optional
 
 from lit_glm.errors import InputError
+from lit_glm.output import survive_closed_output
 
 
 def export(run_dir: Path, layout: str, out: Path) -> str:
@@ -54,6 +55,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser.add_argument("--to", required=True, choices=("published", "safetensors"), help="layout of the file")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="where it goes")
     given = parser.parse_args(arguments)
+    survive_closed_output()
     try:
         print(export(given.run_dir, given.to, given.out))
     except InputError as error:

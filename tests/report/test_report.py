@@ -271,3 +271,17 @@ def test_published_rows_are_those_of_the_notes() -> None:
     assert (ours["acc"], ours["mem_actual_gib"], ours["mem_total_gib"]) == (0.8031, 31.7, 32.0)
     assert all(row["source"] for row in rows.values())
     assert json.dumps(load())
+
+
+@pytest.mark.parametrize("more", [["--format", "html"], ["--lang", "zh"], ["third"], ["--check"]])
+def test_compare_refuses_what_it_does_not_use(more: List[str], tmp_path: Path, capfd: Any) -> None:
+    sides = [str(make_run(tmp_path / name)) for name in "ab"]
+    assert main(["--compare", *sides, *more]) == 2
+    assert "it does not take" in capfd.readouterr().err
+
+
+def test_compare_writes_into_a_folder(tmp_path: Path, capfd: Any) -> None:
+    sides = [str(make_run(tmp_path / name)) for name in "ab"]
+    assert main(["--compare", *sides, "--out", str(tmp_path / "out")]) == 0
+    assert capfd.readouterr().out == f"{tmp_path / 'out' / 'compare.md'}\n"
+    assert "## Loss, step by step" in (tmp_path / "out" / "compare.md").read_text()

@@ -187,8 +187,7 @@ def run_ranks(
     def stop(number: int, _frame: Any) -> None:
         raise _Stopped(number)
 
-    before = {number: signal.signal(number, stop) for number in stopping()}
-    killed = kernel_kills()
+    before, killed = {number: signal.signal(number, stop) for number in stopping()}, kernel_kills()
     command, environment = _agent_command(job, node, spec_dir, run_dir, module), _environment(job, node)
     agent = subprocess.Popen(
         command,

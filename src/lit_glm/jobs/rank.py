@@ -44,8 +44,9 @@ def run_rank(job: Job, run_dir: Path, beat: Optional[Heartbeat] = None) -> Dict[
     place = place_of(job, run_dir)
     try:
         beat = beat or Heartbeat(run_dir, place.rank)
-        built = build(place, beat, [stops] if stops is not None else [])
+        built = _build(place, beat, [stops] if stops is not None else [])
         _train(place, built, signals)
+        beat.answer()  # Lightning's teardown sets all signal handlers that Python knows of
         result = _conclude(place, built)
         if built.recorder.interrupted:
             raise Interrupted((signals.received if signals else None) or signal.SIGTERM)
@@ -54,6 +55,18 @@ def run_rank(job: Job, run_dir: Path, beat: Optional[Heartbeat] = None) -> Dict[
         if signals is not None and stops is not None:
             stops.allow()
             signals.restore()
+
+
+def _build(place: Place, beat: Heartbeat, callbacks: List[Any]) -> Built:
+    try:
+        return build(place, beat, callbacks)
+    except Exception as error:
+        if not is_shortage(error):
+            raise
+        said = (
+            f"out of memory before the first step, while model and data were made ({str(error).splitlines()[0][:200]})"
+        )
+        raise RunError(f"{said}; take a smaller model, or a machine with more memory", "out of memory") from error
 
 
 def _train(place: Place, built: Built, signals: Optional[Signals]) -> None:

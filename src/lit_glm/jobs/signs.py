@@ -27,10 +27,18 @@ class Heartbeat:
     def __init__(self, folder: Path, rank: int) -> None:
         self._path = folder / _FOLDER / str(rank)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        # Python writes the stack from within the signal handler: also while a collective never returns.
-        faulthandler.register(_ASK, _stack_of(self._path).open("w"), all_threads=False)
+        self._stack = _stack_of(self._path).open("w")
+        self.answer()
         self._path.write_text(str(os.getpid()))
         self._next = 0.0
+
+    def answer(self) -> None:
+        """Be ready to say where this process is; again after somebody has set signal handlers anew.
+
+        Python writes the stack from within the handler: also while a collective never returns.
+        """
+        faulthandler.unregister(_ASK)  # else one that was taken away meanwhile is taken for set
+        faulthandler.register(_ASK, self._stack, all_threads=False)
 
     def __call__(self) -> None:
         """Touch the file, if it is time."""

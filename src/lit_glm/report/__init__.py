@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
 from lit_glm.errors import InputError
+from lit_glm.output import survive_closed_output
 
 FORMATS = ("md", "csv", "html")
 LANGUAGES = ("en", "zh")
@@ -33,10 +34,18 @@ def _told(places: List[str]) -> Dict[str, str]:
     return told
 
 
-def _compare(places: List[str], limit: Optional[float]) -> int:
+def _compare(given: argparse.Namespace) -> int:
+    """Two runs side by side, in Markdown and English, on the screen or as compare.md in --out."""
+    from lit_glm.files import write_text
     from lit_glm.report.compare import compare
     from lit_glm.report.runs import find
 
+    places, limit = list(given.compare), given.max_loss_diff
+    refused = [f"--format {given.format}"] if given.format != "md" else []
+    refused += [f"--lang {given.lang}"] if given.lang != "en" else []
+    refused += [f"a third run ({place})" for place in given.runs] + (["--check"] if given.check else [])
+    if refused:
+        raise InputError(f"--compare takes two runs and writes Markdown in English; it does not take {refused[0]}")
     sides = []
     for place in places:
         runs, trouble = find([place])
@@ -44,7 +53,15 @@ def _compare(places: List[str], limit: Optional[float]) -> int:
             raise InputError("\n".join([f"--compare {place}: holds {len(runs)} runs, one is wanted", *trouble]))
         sides.append(runs[0])
     found = compare(*sides)
-    print(found.text, end="")
+    if given.out is None:
+        print(found.text, end="")
+    else:
+        try:
+            given.out.mkdir(parents=True, exist_ok=True)
+            write_text(given.out / "compare.md", found.text)
+        except OSError as error:
+            raise InputError(f"--out {given.out}: cannot be written ({error})") from error
+        print(given.out / "compare.md")
     if limit is None:
         return 0
     if found.largest is None:
@@ -68,7 +85,7 @@ def report(given: argparse.Namespace) -> int:
 
     places = list(given.runs)
     if given.compare:
-        return _compare(list(given.compare), given.max_loss_diff)
+        return _compare(given)
     kinds = _choices(given.format, FORMATS, "--format")
     languages = _choices(given.lang, LANGUAGES, "--lang")
     told = _told(places)
@@ -128,6 +145,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two runs side by side instead")
     parser.add_argument("--max-loss-diff", type=float, help="with --compare: exit status 1 above it")
     given = parser.parse_intermixed_args(arguments)
+    survive_closed_output()
     try:
         return report(given)
     except InputError as error:

@@ -4,7 +4,7 @@ from typing import Callable, Dict, List
 
 from lit_glm.report.runs import Row, Run
 from lit_glm.report.words import Words
-from lit_glm.runs.row import COLUMNS
+from lit_glm.runs.row import COLUMNS, skips_much
 
 _SECONDS: Callable[[float], str] = "{:.2f}".format
 _FORMATS: Dict[str, Callable[[float], str]] = {
@@ -52,6 +52,11 @@ def marks(row: Row, words: Words) -> List[str]:
     resumed = sum(_count(run) for run in row.runs)
     if resumed:
         said.append(words("resumed", resumed))
+    repeated = sum(int(run.number("repeated_steps") or 0) for run in row.runs)
+    if repeated:
+        said.append(words("repeated", repeated))
+    much = [run.result for run in row.runs if skips_much(run.result)]
+    said += [words("skipped", result["skipped_steps"], result["global_steps"]) for result in much]
     if len(row.runs) > 1:
         said.append(words("n_runs", len(row.runs)))
     data = row.runs[0].settings.get("data.name")
