@@ -1,10 +1,10 @@
 """What do Lightning, callbacks, logging and data add to a step, over a bare torch loop?
 
-`train` and a bare loop (the same model, batches made beforehand, forward, backward, clipping, AdamW) in turn, each in
-a process of its own. What is added is the part of step_s in steps.csv that is not compute_s, and what compute_s has
-beyond the bare loop's step: both as medians after the first fifth, in ms a step. A step of glm_tiny is not much longer
-than what is added; its share is what counts at GLM-Large: --large measures a step of that shape, and the share that
-the same milliseconds have of it.
+`train` and a bare loop (the same model, batches from the same kind of thread, forward, backward, clipping, AdamW) in
+turn, each in a process of its own. What is added is the part of step_s in steps.csv that is not compute_s, and what
+compute_s has beyond the bare loop's step: both as medians after the first fifth, in ms a step. A step of glm_tiny is
+not much longer than what is added; its share is what counts at GLM-Large: --large measures a step of that shape, and
+the share that the same milliseconds have of it.
 Both give no memory back between steps: whether the C library does depends on what happens to lie on top of its heap,
 and costs a bare loop at bs 64 more than all that is measured here.
 
@@ -31,6 +31,7 @@ def bare(bs: int, steps: int) -> None:
     """Print the seconds of each step of a bare loop."""
     import torch
 
+    from lit_glm.batches.ahead import Ahead
     from lit_glm.batches.collate import flat_batch
     from lit_glm.batches.compact import open_data
     from lit_glm.config.app import checked, compose
@@ -44,7 +45,7 @@ def bare(bs: int, steps: int) -> None:
     ensure(config.data)
     split, _ = open_data(config.data, config.model)
     order = torch.randperm(len(split)).tolist()
-    batches = [flat_batch(split, [order[(k * bs + i) % len(order)] for i in range(bs)]) for k in range(steps)]
+    batches = Ahead(flat_batch(split, [order[(k * bs + i) % len(order)] for i in range(bs)]) for k in range(steps))
     glm, _ = build_glm(config.model)
     optimizer = make_optimizer(glm.train(), config.optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -10,20 +10,16 @@ from lit_glm.training.module import StepValues
 
 def test_points_at_each_tenth_step_and_each_evaluation() -> None:
     done: List[str] = []
-    account = SimpleNamespace(
+    account: Any = SimpleNamespace(
         accuracy=0.5, seconds=lambda: Seconds(1.0, 2.0, 3.0), samples_here=lambda step: 40, peak_memory=lambda: 2.0**30
     )
-    recorder: Any = SimpleNamespace(evaluated_step=-1, account=account, values=StepValues(1.5, 1.5, 0.1, None, None))
     logger = SimpleNamespace(
         log_metrics=lambda metrics, step: done.append(f"{step}: {' '.join(sorted(metrics))}"),
         log_hyperparams=lambda params: done.append(str(params)),
     )
-    trainer: Any = SimpleNamespace(loggers=[logger])
-    curves = Curves(recorder, {"bs": 4}, every_steps=10)
-    recorder.evaluated_step = 0
-    curves.on_train_start(trainer, SimpleNamespace(steps_done=0))
+    curves = Curves(account, {"bs": 4}, every_steps=10)
+    curves.begin([logger], 0, 0)
     for step in (9, 10, 11, 12):
-        recorder.evaluated_step = 12 if step == 12 else 0
-        curves.on_train_batch_end(trainer, SimpleNamespace(steps_done=step), None, None, 0)
+        curves.step([logger], step, 12 if step == 12 else 0, StepValues(1.5, 1.5, 0.1, None, None))
     every = "mem/gib perf/p_core perf/p_train perf/p_whole train/loss train/lr"
     assert done == ["{'bs': 4}", "0: val/acc", f"10: {every}", f"12: {every} val/acc"]

@@ -21,6 +21,7 @@ import pytorch_lightning as pl
 from lit_glm.batches.sampler import EndlessBatches
 from lit_glm.bench.account import Account
 from lit_glm.bench.clock import PhaseClock, StepTimes
+from lit_glm.bench.curves import Curves
 from lit_glm.bench.events import Events
 from lit_glm.bench.figures import Seconds
 from lit_glm.bench.perflog import PerfLog
@@ -50,6 +51,12 @@ class Surroundings:
     """Seconds that training has waited for data so far."""
     examples: Tuple[int, int]
     """How many there are to train and to evaluate on."""
+    hyperparameters: Dict[str, Any]
+    """For loggers."""
+    put_off_signals: Callable[[], None]
+    """Called before Lightning sets handlers of its own,"""
+    take_signals: Callable[[], None]
+    """and after."""
 
 
 class Recorder(pl.Callback):
@@ -71,6 +78,7 @@ class Recorder(pl.Callback):
         self.clock = PhaseClock(around.waited)
         self.account = Account(config, runtime, self.clock, order, entry)
         self.events = Events(config, self.account)
+        self.curves = Curves(self.account, around.hyperparameters)
         self.skips = Skips(config.run.max_skipped_steps)
         self.values: Optional[StepValues] = None
         """Of the newest step."""
@@ -85,8 +93,13 @@ class Recorder(pl.Callback):
 
     # -- Lightning's hooks ---------------------------------------------------------------------------------------
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lightning sets its signal handlers between this hook and the next."""
+        self._around.put_off_signals()
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End of initialisation: the first evaluation, or the place where an interrupted run goes on."""
+        self._around.take_signals()
         module = self._module(pl_module)
         module.train()
         step, account = module.steps_done, self.account
@@ -105,6 +118,7 @@ class Recorder(pl.Callback):
             self.interrupted = self._evaluate(trainer, module, "INIT_EVALUATION") is None
             trainer.should_stop = self.interrupted
         account.init_seconds = account.e2e()
+        self.curves.begin(trainer.loggers, step, self.evaluated_step)
         self.events.tell("INIT_END")
         self.events.tell("TRAIN_START")
         self.clock.training_starts()
@@ -137,6 +151,7 @@ class Recorder(pl.Callback):
         self.values = module.outcome.read()  # the device has just been waited for: nothing else waits for values
         self._write_step(module.steps_done, self.values, times)
         self._after_step(trainer, module, times)
+        self.curves.step(trainer.loggers, module.steps_done, self.evaluated_step, self.values)
         self.skips.count(module.steps_done, self.values, trainer.is_global_zero)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:

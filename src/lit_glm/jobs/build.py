@@ -6,7 +6,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, List, Optional
+from typing import Any, Callable, Optional
 
 import pytorch_lightning as pl
 from pytorch_lightning.plugins.environments import LightningEnvironment
@@ -14,7 +14,6 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 from lit_glm.batches.compact import CompactSplit, open_data
 from lit_glm.batches.datamodule import RecordData, evaluation_batches
 from lit_glm.bench import memory
-from lit_glm.bench.curves import Curves
 from lit_glm.bench.environment import describe
 from lit_glm.bench.lengths import Lengths
 from lit_glm.bench.recorder import Recorder, Surroundings
@@ -28,6 +27,7 @@ from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.hardware.variables import set_environment
 from lit_glm.jobs.group import agree, collective_limit
 from lit_glm.jobs.loggers import hyperparameters, make_callbacks, make_loggers
+from lit_glm.jobs.stops import Stops
 from lit_glm.model.attention import check_kernel
 from lit_glm.model.build import build_glm
 from lit_glm.runs import checkpoints
@@ -77,13 +77,13 @@ def place_of(job: Job, run_dir: Path) -> Place:
     return Place(job, run_dir, int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0)))
 
 
-def build(place: Place, beat: Callable[[], None], callbacks: List[pl.Callback]) -> Built:
+def build(place: Place, beat: Callable[[], None], stops: Optional[Stops]) -> Built:
     """Make what a rank needs, and say what will run.
 
     Args:
         place: where this rank works.
         beat: its sign of life.
-        callbacks: called by Lightning beside the recorder and the configuration's own.
+        stops: has signals put off while Lightning sets its handlers; None: not in the main thread.
 
     Raises:
         InputError: names what of the configuration does not fit the machine, the data or the weights.
@@ -108,6 +108,9 @@ def build(place: Place, beat: Callable[[], None], callbacks: List[pl.Callback]) 
         beat,
         lambda: data.waited,
         (len(train_split), len(eval_split)),
+        hyperparameters(config),
+        stops.put_off if stops is not None else lambda: None,
+        stops.take if stops is not None else lambda: None,
     )
     recorder = Recorder(config, runtime, place.job.entry, data.sampler(0, 0), around)
     loggers = make_loggers(place.job, place.run_dir, checkpoints.step_of(resume_from))
@@ -119,7 +122,7 @@ def build(place: Place, beat: Callable[[], None], callbacks: List[pl.Callback]) 
         devices=config.topology.devices_per_node,
         num_nodes=config.topology.num_nodes,
         plugins=[precision, AtomicCheckpointIO(content), *no_cluster],
-        callbacks=[*callbacks, recorder, Curves(recorder, hyperparameters(config)), *make_callbacks(config)],
+        callbacks=[recorder, *make_callbacks(config)],
         logger=loggers or False,
         max_epochs=-1,
         limit_val_batches=0,

@@ -44,7 +44,7 @@ def run_rank(job: Job, run_dir: Path, beat: Optional[Heartbeat] = None) -> Dict[
     place = place_of(job, run_dir)
     try:
         beat = beat or Heartbeat(run_dir, place.rank)
-        built = _build(place, beat, [stops] if stops is not None else [])
+        built = _build(place, beat, stops)
         _train(place, built, signals)
         beat.answer()  # Lightning's teardown sets all signal handlers that Python knows of
         result = _conclude(place, built)
@@ -57,9 +57,9 @@ def run_rank(job: Job, run_dir: Path, beat: Optional[Heartbeat] = None) -> Dict[
             signals.restore()
 
 
-def _build(place: Place, beat: Heartbeat, callbacks: List[Any]) -> Built:
+def _build(place: Place, beat: Heartbeat, stops: Optional[Stops]) -> Built:
     try:
-        return build(place, beat, callbacks)
+        return build(place, beat, stops)
     except Exception as error:
         if not is_shortage(error):
             raise
