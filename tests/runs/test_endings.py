@@ -33,7 +33,7 @@ def test_a_rank_that_is_killed_ends_the_job(victim: int, tmp_path: Path) -> None
 
 def test_a_rank_that_hangs_ends_the_job(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    more = ["run.max_steps=100000", "run.eval_interval_samples=100000", "run.stall_timeout_s=8"]
+    more = ["run.max_steps=100000", "run.eval_interval_samples=100000", "run.stall_timeout_s=4"]
     process = _start(tmp_path, run, "1x2", *more)
     _wait_for_steps(run, process, 10)
     began = time.monotonic()
@@ -41,9 +41,9 @@ def test_a_rank_that_hangs_ends_the_job(tmp_path: Path) -> None:
     pid = hanging.pid
     hanging.send_signal(signal.SIGSTOP)
     said = process.communicate(timeout=80)
-    assert time.monotonic() - began < 8 + 60
+    assert time.monotonic() - began < 4 + 60
     assert process.returncode == 1, said
-    assert "no progress for 8 s (run.stall_timeout_s)" in said[1]
+    assert "no progress for 4 s (run.stall_timeout_s)" in said[1]
     assert f"rank 0 (process {pid}) is stopped" in said[1]
     waits = said[1].split("rank 1, innermost call first:")[1]  # for the other: for its gradients, or at a checkpoint
     assert "backward" in waits or "distributed_c10d.py" in waits
@@ -60,13 +60,13 @@ TWO_NODES = [*FOUR_CARDS[:-1], "topology.num_nodes=2", "topology.devices_per_nod
 @pytest.mark.parametrize(("victim", "number"), [(3, signal.SIGKILL), (2, signal.SIGSTOP)])
 def test_a_rank_that_ends_or_hangs_ends_both_nodes(victim: int, number: int, tmp_path: Path) -> None:
     port = free_port()
-    more = ["run.eval_interval_samples=100000", "run.stall_timeout_s=15", f"hydra.run.dir={tmp_path / 'run'}"]
+    more = ["run.eval_interval_samples=100000", "run.stall_timeout_s=8", f"hydra.run.dir={tmp_path / 'run'}"]
     nodes = [start([*TWO_NODES, *more], on_node(rank, "127.0.0.1", port), tmp_path) for rank in (0, 1)]
     _wait_for_steps(tmp_path / "run", nodes[0], 5)
     began = time.monotonic()
     ranks_of(nodes[victim // 2])[victim % 2].send_signal(number)
     outputs = [process.communicate(timeout=75)[1] for process in nodes]
-    assert time.monotonic() - began < (60 if number == signal.SIGKILL else 15 + 60)
+    assert time.monotonic() - began < (60 if number == signal.SIGKILL else 8 + 60)
     assert [process.returncode for process in nodes] == [1, 1], outputs
     said = f"rank {victim} was killed by SIGKILL" if number == signal.SIGKILL else f"rank {victim} (process"
     assert said in outputs[victim // 2]

@@ -7,6 +7,13 @@ from typing import Any, List
 import pytest
 
 from conftest import lit_glm_here, rows
+from lit_glm.config.app import checked, compose
+from lit_glm.config.schema import TrainConfig
+from lit_glm.errors import InputError
+from lit_glm.runs.find import by_identity, near
+from lit_glm.runs.folder import check_free
+from lit_glm.runs.job import Job
+from lit_glm.runs.lock import alone_in
 
 DEBUG = ["experiment=debug", "run.max_steps=2", "logger={}"]
 
@@ -163,3 +170,23 @@ def test_an_error_inside_a_run(what: str, tmp_path: Path, capfd: Any, monkeypatc
             assert part in said
         assert result(tmp_path / "run")["error"] == "out of memory"
     assert result(tmp_path / "run")["status"] == "failed"
+
+
+def test_folders_of_further_nodes_may_come_first(tmp_path: Path) -> None:
+    with alone_in(tmp_path / "run" / "nodes" / "1"):
+        check_free(tmp_path / "run", False)
+    (tmp_path / "run" / "nodes" / "thesis").mkdir()
+    with pytest.raises(InputError, match="but holds nodes"):
+        check_free(tmp_path / "run", False)
+
+
+def test_five_hundred_runs_are_compared_by_a_name_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of their configurations is built anew."""
+    config = checked(compose("train", DEBUG), TrainConfig)
+    for number in range(500):
+        folder = tmp_path / "outputs" / "day" / str(number)
+        folder.mkdir(parents=True)
+        Job(config, 0.0, []).write(folder)
+    monkeypatch.setattr(Job, "read", lambda folder: pytest.fail("a configuration was read"))
+    found = by_identity(near(tmp_path / "outputs" / "day" / "new"))
+    assert [len(runs) for runs in found.values()] == [500]

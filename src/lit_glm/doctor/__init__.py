@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any, Iterator
 
+from hydra.core.hydra_config import HydraConfig
+
 from lit_glm.config.app import run_app
 from lit_glm.config.schema import TrainConfig
 from lit_glm.doctor.finding import Finding, checked_by
@@ -57,17 +59,12 @@ def _line(finding: Finding) -> str:
 
 def main() -> int:
     """Compose, check, say; returns 1 if any check failed, 2 for a wrong configuration."""
-    arguments = list(sys.argv)
-    as_json = "--json" in sys.argv
-    places = [argument.split("=", 1)[1] for argument in sys.argv if argument.startswith("hydra.run.dir=")]
-    place = Path(places[-1].strip("'\"") if places else "outputs")
-    # Hydra would make the folder, and end on a full disk before anything is checked.
-    own = ("--json", *(f"hydra.run.dir={given}" for given in places))
-    sys.argv = [argument for argument in sys.argv if argument not in own]
+    arguments, as_json = list(sys.argv), "--json" in sys.argv
 
     def task(config: TrainConfig, _composed: Any) -> int:
+        given = str(HydraConfig.get().run.dir)
         findings = []
-        for finding in examine(config, place):
+        for finding in examine(config, Path("outputs" if given == "." else given)):
             findings.append(finding)
             if not as_json:
                 print(_line(finding), flush=True)
@@ -79,6 +76,7 @@ def main() -> int:
             print(f"lit_glm: {len(failed)} failed: {', '.join(failed)}" if failed else "lit_glm: nothing failed")
         return 1 if failed else 0
 
+    sys.argv = [argument for argument in arguments if argument != "--json"]
     try:
         return run_app("doctor", TrainConfig, task)
     finally:

@@ -43,10 +43,7 @@ class AttentionPlan(Protocol):
 
 def gelu_tanh(x: Tensor) -> Tensor:
     """GELU by its tanh approximation (Hendrycks and Gimpel 2016, section 2)."""
-    try:
-        return F.gelu(x, approximate="tanh")
-    except TypeError:  # torch 1.11 and older; 1.12 has it
-        return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)))
+    return F.gelu(x, approximate="tanh")
 
 
 def gelu_erf(x: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def check_free(run_dir: Path, overwrite: bool) -> None:
             )
         return
     foreign = [name for name in (*_FILES, *_FOLDERS) if (run_dir / name).exists()]
-    others = [path for path in (run_dir / _NODES).glob("*") if not (path / jobs.FILE).is_file()]
+    others = [path for path in (run_dir / _NODES).glob("*") if not path.name.isdigit()]
     foreign += [_NODES] if others else []
     if foreign:
         raise InputError(
