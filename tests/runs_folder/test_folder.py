@@ -190,3 +190,13 @@ def test_five_hundred_runs_are_compared_by_a_name_each(tmp_path: Path, monkeypat
     monkeypatch.setattr(Job, "read", lambda folder: pytest.fail("a configuration was read"))
     found = by_identity(near(tmp_path / "outputs" / "day" / "new"))
     assert [len(runs) for runs in found.values()] == [500]
+
+
+def test_memory_that_runs_out_in_an_evaluation(tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*_arguments: Any) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("lit_glm.bench.recorder.evaluate", no_room)
+    assert lit_glm_here("train", *DEBUG, "hydra.run.dir=run") == 1
+    assert "out of memory in the evaluation after step 0 (eval_bs=4): estimated" in capfd.readouterr().err
+    assert result(tmp_path / "run")["error"] == "out of memory"
