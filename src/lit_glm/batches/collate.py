@@ -85,7 +85,7 @@ def places_of(context_lengths: Any, candidate_rows: Any, row_candidate: Any) -> 
     contexts = _counting(first, first + context_lengths)
     candidates = _counting(first + longest, first + longest + candidate_rows)
     scatter = np.concatenate([contexts, candidates])
-    gather = np.full(groups * (longest + most), len(scatter))
+    gather = np.zeros(groups * (longest + most), np.int64)
     gather[scatter] = np.arange(len(scatter))
     owner = np.full(len(gather), -2)
     owner[contexts], owner[candidates] = -1, row_candidate
@@ -93,6 +93,7 @@ def places_of(context_lengths: Any, candidate_rows: Any, row_candidate: Any) -> 
     return Places(
         gather=_tensor(gather.reshape(groups, -1)),
         scatter=_tensor(scatter),
+        gather_candidates=_tensor(np.maximum(0, gather.reshape(groups, -1)[:, longest:] - len(contexts))),
         scatter_candidates=_tensor(_counting(own_first, own_first + candidate_rows)),
         owner=_tensor(owner.reshape(groups, -1)),
         first_candidate=longest,

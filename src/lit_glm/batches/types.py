@@ -43,9 +43,11 @@ class Places(_Movable):
     """
 
     gather: Tensor
-    """[G, K] row of each place; T where there is none."""
+    """[G, K] row of each place; row 0 at nobody's places, which are neither seen nor taken."""
     scatter: Tensor
     """[T] place of each row among the G K places."""
+    gather_candidates: Tensor
+    """[G, candidates' places] row of each place of candidates, counted among candidate rows."""
     scatter_candidates: Tensor
     """[R] place of each candidate row among the places of candidates alone."""
     owner: Tensor

@@ -6,6 +6,7 @@ from typing import Any, Dict, Optional
 from lit_glm.batches.sampler import EndlessBatches
 from lit_glm.bench.clock import PhaseClock
 from lit_glm.bench.figures import Seconds, figures
+from lit_glm.bench.others import Others
 from lit_glm.bench.work import Work, peak_name, utilisation
 from lit_glm.config.schema import TrainConfig
 from lit_glm.hardware.runtimes.base import Runtime
@@ -32,6 +33,8 @@ class Account:
         self.init_seconds = 0.0
         self.accuracy: Optional[float] = None
         self.files: Optional[LiveRun] = None
+        self.others: Optional[Others] = None
+        """On the first rank."""
         self._first_step = 0
         self._earlier = Seconds()
         self._earlier_e2e = 0.0
@@ -39,7 +42,11 @@ class Account:
     def begin(self, files: Optional[LiveRun], steps_done: int) -> None:
         """Training is about to begin, or to go on after some steps."""
         self.files, self._first_step = files, steps_done
-        if files is None or not files.before:
+        if files is None:
+            return
+        self.others = Others(self._runtime, self.config.topology.devices_per_node)
+        self.others.begin()
+        if not files.before:
             return
         # All of one moment: of steps and evaluations that stand, and never less than what they are contained in.
         before, compute, steps = files.before, files.steps.total("compute_s"), files.steps.total("step_s")
@@ -87,6 +94,9 @@ class Account:
         if self.files is None:
             return
         self.files.write(self.row(status, module, self.seconds(), self.e2e(), self.peak_memory()))
+        said = self.others.look() if self.others is not None else None
+        if said:
+            print(f"lit_glm: {said}", flush=True)
         in_use = self._runtime.memory_now(0)
         if in_use is not None:
             spent = round(self.e2e() + self._earlier_e2e, 3)
@@ -130,6 +140,7 @@ class Account:
             "runtime": self._runtime.name,
             "simulated": self._runtime.simulated,
             "tf32": self._tf32(),
+            **self._beside(),
         }
 
     def finish(
@@ -161,6 +172,14 @@ class Account:
         row.update(rank_imbalance=rank_imbalance, model_flops=work.flops, **rates)
         self.files.write(row)
         return row
+
+    def _beside(self) -> Dict[str, Any]:
+        """What others took meanwhile; of a run that was resumed the most of its parts."""
+        assert self.files is not None
+        assert self.others is not None
+        now = {"others_load": self.others.load(), "others_on_cards": self.others.on_cards}
+        parts = {name: [value, self.files.before.get(name)] for name, value in now.items()}
+        return {name: max((x for x in both if x is not None), default=None) for name, both in parts.items()}
 
     def _tf32(self) -> bool:
         return self._peak_name() == "tf32"

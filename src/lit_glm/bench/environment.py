@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import psutil
+import torch
 from omegaconf import OmegaConf
 
 import lit_glm
@@ -18,6 +19,7 @@ from lit_glm.config.schema import TrainConfig
 from lit_glm.hardware.names import PACKAGES, VISIBLE
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.hardware.runtimes.cpu import cpu_name
+from lit_glm.hardware.threads import COUNTS, WAITING, cores
 
 _PACKAGES = (
     "torch",
@@ -34,8 +36,9 @@ _PACKAGES = (
 )
 _VARIABLES = (
     *VISIBLE,
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
+    *COUNTS,
+    *WAITING,
+    "OMP_WAIT_POLICY",
     "GLOO_SOCKET_IFNAME",
 )
 
@@ -147,6 +150,8 @@ def describe(config: TrainConfig, runtime: Runtime, command: List[str]) -> Dict[
         "network": told.network or _network() or ("" if runtime.simulated else hardware.network) or None,
         "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "variables": {name: os.environ[name] for name in _known_variables() if name in os.environ},
     }

@@ -23,6 +23,7 @@ from lit_glm.config.explain import explain
 from lit_glm.config.line import CommandLine
 from lit_glm.config.ranges import out_of_range
 from lit_glm.errors import InputError, RunError
+from lit_glm.hardware.threads import bound_spinning
 from lit_glm.output import survive_closed_output
 
 _HERE = Path(__file__).resolve().parent
@@ -132,6 +133,7 @@ def run_app(
         0 done, 1 failed, 2 wrong input or configuration; what `task` returns, the highest over a sweep.
     """
     survive_closed_output()
+    bound_spinning()  # before anything loads torch
     try:
         line = CommandLine.read(sys.argv[1:])
         if not line.asks:

@@ -171,6 +171,18 @@ def nvml_memory() -> Dict[int, Tuple[float, float]]:
         return {}
 
 
+def nvml_processes(index: int, visible: str) -> Optional[int]:
+    """Processes that compute on a visible NVIDIA card; None without the package nvidia-ml-py or a driver."""
+    card = card_of(index, visible)
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return len(pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(card)))
+    except Exception:  # as above
+        return None
+
+
 class MemoryWatch:
     """Asks a monitor again and again in a thread, and keeps the largest value of each card."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Callable, Optional
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.plugins.environments import LightningEnvironment
 
 from lit_glm.batches.compact import CompactSplit, open_data
@@ -24,6 +25,7 @@ from lit_glm.hardware.accelerator import make_accelerator, make_strategy
 from lit_glm.hardware.precision import make_precision
 from lit_glm.hardware.runtimes import check_cards, check_devices, make_runtime
 from lit_glm.hardware.runtimes.base import Runtime
+from lit_glm.hardware.threads import threads_of
 from lit_glm.hardware.variables import set_environment
 from lit_glm.jobs.group import agree, collective_limit
 from lit_glm.jobs.loggers import hyperparameters, make_callbacks, make_loggers
@@ -31,6 +33,7 @@ from lit_glm.jobs.stops import Stops
 from lit_glm.model.attention import check_kernel
 from lit_glm.model.build import build_glm
 from lit_glm.runs import checkpoints
+from lit_glm.runs.folder import ENVIRONMENT, environment_of
 from lit_glm.runs.job import Job, identity
 from lit_glm.runs.live import LiveRun
 from lit_glm.training.checkpoint_io import AtomicCheckpointIO
@@ -94,9 +97,10 @@ def build(place: Place, beat: Callable[[], None], stops: Optional[Stops]) -> Bui
     runtime = _runtime(place)
     strategy = make_strategy(runtime, config.topology, collective_limit(config))
     precision = make_precision(config, runtime, place.local_rank)
+    train_split, eval_split = open_data(config.data, config.model)
+    _take_threads(place, Lengths.of(train_split))
     _open(place, runtime)
     beat()
-    train_split, eval_split = open_data(config.data, config.model)
     place.say(memory.describe(config, Lengths.of(train_split), runtime, place.local_rank))
     module = _module(place, runtime)
     data = RecordData(config, train_split, lambda: module.steps_done, runtime.pins_memory, runtime.synchronize)
@@ -150,13 +154,25 @@ def _runtime(place: Place) -> Runtime:
     return runtime
 
 
+def _take_threads(place: Place, lengths: Lengths) -> None:
+    """Take as many threads as a step's work deserves, or as the run began with."""
+    config = place.config
+    published = config.scoring.name == "published"
+    rows = lengths.candidates.mean() * config.data.max_seq_length if published else lengths.rows.mean()
+    before = environment_of(place.run_dir).get("threads") if place.job.resumes else None
+    width, devices = config.model.hidden_size, config.topology.devices_per_node
+    threads = threads_of(config.bs * float(rows), width, devices, before if isinstance(before, int) else None)
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
 def _open(place: Place, runtime: Runtime) -> None:
     """Say what runs, on what, and leave it in the folder."""
     config = place.config
     runtime.watch_memory(place.local_rank)
     if place.rank > 0:
         return
-    write_json(place.run_dir / "environment.json", describe(config, runtime, place.job.command))
+    write_json(place.run_dir / ENVIRONMENT, describe(config, runtime, place.job.command))
     what = "SIMULATED, no figure of the chip: " if runtime.simulated else ""
     precision = config.precision.name
     if precision == "fp32" and runtime.has_tf32:

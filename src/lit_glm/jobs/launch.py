@@ -14,6 +14,7 @@ import psutil
 from lit_glm.ending import GRACE_S, die_with_parent, end, kill_children
 from lit_glm.errors import InputError, RunError
 from lit_glm.hardware.shortage import kernel_kills
+from lit_glm.hardware.threads import OURS, for_ranks
 from lit_glm.jobs import signs
 from lit_glm.jobs.interrupts import EXIT_STATUS, Interrupted, stopping
 from lit_glm.jobs.nodes import Node, check_nodes, interface_towards, this_node
@@ -38,6 +39,7 @@ _LEAK = (
     "LOCAL_WORLD_SIZE",
     "PL_GLOBAL_SEED",
     "PL_SEED_WORKERS",
+    OURS,
 )
 """Variables of one job that must not reach another."""
 
@@ -146,8 +148,7 @@ def _agent_command(job: Job, node: Node, spec_dir: Path, run_dir: Path, module: 
 def _environment(job: Job, node: Node) -> Dict[str, str]:
     """Of the ranks: a chip's variables before anything is imported, and the share of the machine that a rank has."""
     environment = {**job.config.hardware.env, **clean_environment()}
-    threads = max(1, (os.cpu_count() or 1) // job.config.topology.devices_per_node)
-    environment.setdefault("OMP_NUM_THREADS", str(threads))
+    environment.update(for_ranks(job.config.topology.devices_per_node))
     interface = interface_towards(node.address) if job.config.topology.num_nodes > 1 else None
     if interface is not None:
         environment.setdefault("GLOO_SOCKET_IFNAME", interface)  # a host's own name often means the loopback to it

@@ -216,14 +216,44 @@ class PaddedPlan:
         """Attention of one layer; as `FlatPlan`."""
         width, places = qkv.shape[1] // 3, self.places
         if places is not None:
-            qkv = F.pad(qkv, (0, 0, 0, 1)).index_select(0, places.gather.view(-1))
+            qkv = _Gathered.apply(qkv, places.gather.view(-1), places.scatter)
         q, k, v = qkv.view(*self.shape, 3, heads, width // heads).permute(2, 0, 3, 1, 4).unbind(0)
         first = places.first_candidate if places is not None and candidates_only else 0
         out = attend(q[:, :, first:], k, v, self.mask, dropout, self.kernel, first)
         out = out.transpose(1, 2).reshape(-1, width)
         if places is None:
             return out
-        return out.index_select(0, places.scatter_candidates if candidates_only else places.scatter)
+        nobody = (places.owner[:, first:] == -2).view(-1, 1)
+        if candidates_only:
+            return _Taken.apply(out, places.scatter_candidates, places.gather_candidates.view(-1), nobody)
+        return _Taken.apply(out, places.scatter, places.gather.view(-1), nobody)
+
+
+class _Gathered(torch.autograd.Function):
+    """Rows at their places. Each has one place of its own: its gradient is found, not summed up over all places."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, gather: Tensor, scatter: Tensor) -> Tensor:
+        ctx.save_for_backward(scatter)
+        return rows.index_select(0, gather)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0].index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class _Taken(torch.autograd.Function):
+    """Rows taken from their places again; what stands at nobody's has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, placed: Tensor, scatter: Tensor, gather: Tensor, nobody: Tensor) -> Tensor:
+        ctx.save_for_backward(gather, nobody)
+        return placed.index_select(0, scatter)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        gather, nobody = ctx.saved_tensors
+        return grads[0].index_select(0, gather).masked_fill_(nobody, 0.0), None, None, None
 
 
 def plan_for(batch: FlatBatch, width: int, kernel: str) -> Any:

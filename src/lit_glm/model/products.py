@@ -17,7 +17,7 @@ _SCORES = 2**21
 
 
 class Products(torch.autograd.Function):
-    """Attention as products and a softmax; keeps the probabilities and one byte an element of a mask.
+    """Attention as products and a softmax; keeps the probabilities before and after dropout.
 
     On a processor a few sequences at a time, so that their scores fit a cache. The backward pass takes a row's sum of
     gradient x probability from the output, which is shorter than the row (Dao et al. 2022, FlashAttention, appendix
@@ -39,10 +39,12 @@ class Products(torch.autograd.Function):
             if forbidden is not None:
                 own = forbidden if len(forbidden) != N else forbidden[start : start + ctx.sequences]
                 scores.view(-1, H, queries, keys).masked_fill_(own, torch.finfo(scores.dtype).min)
-            probabilities = F.softmax(scores, dim=-1, dtype=torch.float32).to(scores.dtype)
-            keep, ctx.scale = draw(probabilities, dropout) if dropout else (None, 1.0)
-            torch.bmm(probabilities if keep is None else probabilities * keep, v[some], out=out[some])
-            kept += [probabilities, keep]
+            probabilities = dropped = _softmax(scores)
+            if dropout:
+                keep, ctx.scale = draw(probabilities, dropout)
+                dropped = keep.mul_(probabilities)
+            torch.bmm(dropped, v[some], out=out[some])
+            kept += [probabilities, dropped]
         if dropout:
             out.mul_(ctx.scale)
         ctx.save_for_backward(q, k, v, out, *kept)
@@ -55,20 +57,26 @@ class Products(torch.autograd.Function):
         N, H, queries, d = grads[0].shape
         grad = grads[0].reshape(N * H, queries, d)
         row_sum = (grad.float() * out.float()).sum(-1, keepdim=True).to(grad.dtype)
-        if kept[1] is not None:
+        if ctx.scale != 1.0:
             grad = grad * ctx.scale
         grad_q, grad_k, grad_v = (torch.empty_like(part, memory_format=torch.contiguous_format) for part in (q, k, v))
         for number in range(len(kept) // 2):
             some = slice(number * ctx.sequences * H, (number + 1) * ctx.sequences * H)
-            probabilities, keep = kept[2 * number : 2 * number + 2]
-            dropped = probabilities if keep is None else probabilities * keep
+            probabilities, dropped = kept[2 * number : 2 * number + 2]
             torch.bmm(dropped.transpose(1, 2), grad[some], out=grad_v[some])
             grad_scores = torch.bmm(grad[some], v[some].transpose(1, 2))
-            if keep is not None:
-                grad_scores.mul_(keep)
-            grad_scores.sub_(row_sum[some]).mul_(probabilities)
+            if dropped is probabilities:
+                grad_scores.sub_(row_sum[some]).mul_(probabilities)
+            else:  # (gradient x keep - row sum) x probability
+                grad_scores.mul_(dropped).addcmul_(probabilities, row_sum[some], value=-1)
             torch.bmm(grad_scores, k[some], out=grad_q[some])
             torch.bmm(grad_scores.transpose(1, 2), q[some], out=grad_k[some])
         grad_q.mul_(ctx.factor)
         grad_k.mul_(ctx.factor)
         return (*(part.view(N, H, -1, d) for part in (grad_q, grad_k, grad_v)), None, None)
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    if scores.dtype is torch.float16 and scores.device.type == "cpu":  # torch 1.12 has none there
+        return F.softmax(scores, dim=-1, dtype=torch.float32).to(scores.dtype)
+    return F.softmax(scores, dim=-1)  # sums in fp32, in halves too

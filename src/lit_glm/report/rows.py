@@ -4,7 +4,7 @@ from typing import Callable, Dict, List
 
 from lit_glm.report.runs import Row, Run
 from lit_glm.report.words import Words
-from lit_glm.runs.row import COLUMNS, skips_much
+from lit_glm.runs.row import COLUMNS, not_alone, skips_much
 
 _SECONDS: Callable[[float], str] = "{:.2f}".format
 _FORMATS: Dict[str, Callable[[float], str]] = {
@@ -57,6 +57,8 @@ def marks(row: Row, words: Words) -> List[str]:
         said.append(words("repeated", repeated))
     much = [run.result for run in row.runs if skips_much(run.result)]
     said += [words("skipped", result["skipped_steps"], result["global_steps"]) for result in much]
+    loads = [run.number("others_load") or 0.0 for run in row.runs if not_alone(run.result)]
+    said += [words("not_alone", f"{100 * max(loads):.0f} %")] if loads else []
     if len(row.runs) > 1:
         said.append(words("n_runs", len(row.runs)))
     data = row.runs[0].settings.get("data.name")

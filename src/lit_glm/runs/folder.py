@@ -1,9 +1,10 @@
 """A run folder is taken by one job, or refused: nothing in it that this project has not written is ever touched."""
 
+import json
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Dict, Iterator, List
+from typing import Any, Dict, Iterator, List
 
 from lit_glm.errors import InputError
 from lit_glm.files import write_text
@@ -13,13 +14,23 @@ from lit_glm.runs.job import Job
 from lit_glm.runs.lock import alone_in, is_running
 from lit_glm.runs.result import begin_result, give_room, keep_room, read_result
 
+ENVIRONMENT = "environment.json"
 _FILES = (
     "result.json", "steps.csv", "evals.csv", "memory.csv", "devices.csv", "perf.log", "mlperf.log", "mlflow_run",
-    "environment.json",
+    ENVIRONMENT,
 )  # fmt: skip
 _FOLDERS = ("checkpoints", "csv", "tensorboard", "mlruns", "wandb", "profile", "errors", "ranks", ".hydra")
 """What a run writes, besides job.json."""
 _NODES = "nodes"  # a folder each for the jobs of further nodes, which may come first
+
+
+def environment_of(run_dir: Path) -> Dict[str, Any]:
+    """What a run was measured on; empty where it has not come so far."""
+    try:
+        content = json.loads((run_dir / ENVIRONMENT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def check_free(run_dir: Path, overwrite: bool) -> None:

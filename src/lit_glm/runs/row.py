@@ -7,6 +7,8 @@ from lit_glm.runs.result import COMPLETE
 COLUMNS = ("config", "precision", "fix_hp", "e2e_time", "p_whole", "p_train", "p_core", "acc", "mem")
 """The published table's, in its order (its first column is named 配置 there)."""
 _SKIPPED_SHARE = 0.01
+OTHERS_SHARE = 0.1
+"""Share of the machine that others may take before a reader must be told."""
 
 
 def skips_much(result: Dict[str, Any]) -> bool:
@@ -14,6 +16,13 @@ def skips_much(result: Dict[str, Any]) -> bool:
     skipped, steps = result.get("skipped_steps"), result.get("global_steps")
     known = isinstance(skipped, int) and isinstance(steps, int)
     return known and steps > 0 and skipped > _SKIPPED_SHARE * steps  # type: ignore[operator]
+
+
+def not_alone(result: Dict[str, Any]) -> bool:
+    """Whether others took more than a tenth of the machine, or computed on the same cards."""
+    load, on_cards = result.get("others_load"), result.get("others_on_cards")
+    much = isinstance(load, float) and load > OTHERS_SHARE
+    return much or (isinstance(on_cards, int) and on_cards > 0)
 
 
 def marks(result: Dict[str, Any]) -> List[str]:
@@ -29,6 +38,8 @@ def marks(result: Dict[str, Any]) -> List[str]:
         said.append(f"resumed {result['interruptions']}x{again}")
     if skips_much(result):
         said.append(f"{result['skipped_steps']} of {result['global_steps']} steps skipped")
+    if not_alone(result):
+        said.append(f"beside others: {result.get('others_load') or 0:.0%} of the machine")
     if result.get("taken_from"):
         said.append(f"taken from {result['taken_from']}")
     return said

@@ -101,6 +101,10 @@ class Runtime:
         """Version of the cards' driver; None where nothing says it."""
         return None
 
+    def processes_on(self, index: int) -> Optional[int]:
+        """How many processes compute on a device, this one among them; None where nothing says it."""
+        return None
+
     def memory_now(self, index: int) -> Optional[float]:
         """Memory in use on a device at this moment, or at the monitor's last reading, bytes."""
         return None

@@ -4,7 +4,7 @@ from typing import Optional
 
 import torch
 
-from lit_glm.hardware.monitors import MemoryWatch, nvml_memory, output_of
+from lit_glm.hardware.monitors import MemoryWatch, nvml_memory, nvml_processes, output_of
 from lit_glm.hardware.runtimes.base import Runtime
 
 
@@ -68,6 +68,10 @@ class CUDARuntime(Runtime):
     def peak_memory(self, index: int) -> Optional[float]:
         """The largest reading of the monitor, and at least what torch's allocator has reserved at most."""
         return max(self._watch.peak(index) or 0.0, float(torch.cuda.max_memory_reserved(index)))
+
+    def processes_on(self, index: int) -> Optional[int]:
+        """As NVML counts them."""
+        return nvml_processes(index, "CUDA_VISIBLE_DEVICES")
 
     def memory_now(self, index: int) -> Optional[float]:
         """The monitor's last reading, else what the allocator holds."""
