@@ -57,3 +57,16 @@ def test_frozen_weights_need_no_gradient(monkeypatch: pytest.MonkeyPatch) -> Non
     x, weight = torch.randn(8, 4, requires_grad=True), torch.randn(6, 4)
     linear._OneDNN.apply(x, weight, None).sum().backward()
     torch.testing.assert_close(x.grad, weight.sum(0).expand(8, 4))
+
+
+@pytest.mark.skipif(not hasattr(torch, "compile"), reason="needs torch 2")
+def test_a_linear_layer_and_gelu_in_one_are_those_in_two() -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(40, 64), torch.randn(96, 64) / 8, torch.randn(96)
+    assert linear.linear_gelu(x, weight, bias) is None  # fp32: not faster
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = linear.linear_gelu(x, weight, bias)
+    assert out is not None
+    exact = torch.nn.functional.gelu(x.double() @ weight.double().t() + bias, approximate="tanh")
+    assert out.dtype is torch.bfloat16
+    assert (out.double() - exact).abs().max() < 0.05

@@ -10,7 +10,7 @@ import pytest
 from lit_glm.hardware import threads
 
 
-@pytest.fixture()
+@pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """No variable of OpenMP's is set, and there are eight cores."""
     for name in (*threads.COUNTS, *threads.WAITING, threads.OURS, "OMP_WAIT_POLICY", "KMP_LIBRARY"):

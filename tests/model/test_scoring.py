@@ -7,13 +7,14 @@ from typing import Any, List
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lit_glm.batches.collate import flat_batch, padded_batch, places_of
 from lit_glm.batches.compact import CompactSplit, open_split
 from lit_glm.errors import InputError
-from lit_glm.model.attention import FlatPlan, PaddedPlan, check_kernel
+from lit_glm.model.attention import FlatPlan, PaddedPlan, attend, check_kernel
 from lit_glm.model.flex import FlexPlan
 from lit_glm.model.glm import GLM, GLMShape
 from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, choice_loss, score_table
@@ -221,3 +222,13 @@ def test_activation_checkpointing_changes_nothing(scoring: str, tmp_path: Path) 
         gradients.append([p.grad for p in glm.parameters()])
     for plain, recomputed in zip(*gradients):
         np.testing.assert_array_equal(plain, recomputed)
+
+
+@pytest.mark.skipif(not hasattr(F, "scaled_dot_product_attention"), reason="needs torch 2")
+@pytest.mark.parametrize("keys", [31, 32, 45])
+def test_keys_in_whole_tiles_are_the_same_attention(keys: int) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 4, keys, 16, dtype=torch.bfloat16) for _ in range(3))
+    own = attend(q, k, v, None, 0.0, "fused")
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    assert (own.double() - exact).abs().max() < 0.02

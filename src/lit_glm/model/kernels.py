@@ -1,7 +1,7 @@
 """What a runtime may compute in its own way; by default torch's."""
 
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,5 +14,8 @@ class Kernels:
 
     linear: Callable[..., Tensor] = F.linear
     """(x [T, in], weight [out, in], bias [out] or None) -> [T, out]."""
+    linear_gelu: Optional[Callable[..., Optional[Tensor]]] = None
+    """A linear layer and GELU by its tanh approximation in one, (x, weight, bias) -> [T, out], where no gradient is
+    needed; its answer None: in two. None: there is no such product."""
     checkpoint: Callable[..., Any] = checkpoint
     """`fn(f, *args)` that recomputes f in the backward pass."""

@@ -84,6 +84,24 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Optional[Tensor]:
+    """A linear layer in bf16 with GELU computed as its results come, which saves the slower half of both.
+
+    Args:
+        x: [T, in].
+        weight: [out, in].
+        bias: [out].
+
+    Returns:
+        [T, out]; None where torch has no such product, and where it is not faster.
+    """
+    if _POINTWISE is None or not _autocasts() or torch.get_autocast_dtype("cpu") is not torch.bfloat16:
+        return None
+    half = [part.to(torch.bfloat16) for part in (x, weight, bias)]
+    out: Tensor = _POINTWISE(*half, "gelu", [], "tanh")
+    return out
+
+
 def _autocasts() -> bool:
     try:
         return bool(torch.is_autocast_enabled("cpu"))
