@@ -9,6 +9,7 @@ _COMMANDS = {
     "evaluate": "score a checkpoint: EM, F1, predictions",
     "export": "the fine-tuned weights of a run as a file",
     "report": "results of any number of runs as the published document, with plots",
+    "verify": "accepts a chip: operators, model, training, collectives, clock and speed against the processor's own",
     "doctor": "checks machine, runtime, devices, collectives, disk, data, checkpoint before a long run",
 }
 

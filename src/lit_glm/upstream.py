@@ -3,7 +3,7 @@
 Each has its reason; `tests/test_upstream.py` fails when a release of the dependency changes one.
 """
 
-from typing import Any, Callable, Optional, Tuple
+from typing import Any, Callable, ContextManager, Optional, Tuple
 
 
 def agents_leave_after_a_failure() -> None:
@@ -47,3 +47,19 @@ def numpy_globals() -> Tuple[Callable[..., Any], ...]:
     core: Any = np._core if hasattr(np, "_core") else np.core  # numpy 2, numpy 1
     kinds = dict.fromkeys(type(np.dtype(kind)) for kind in "?bBhHiIlLfdU")
     return (core.multiarray._reconstruct, core.multiarray.scalar, np.ndarray, np.dtype, *kinds)
+
+
+def seeing_operators(see: Callable[[Any, Any, Any], Any]) -> ContextManager[Any]:
+    """Have `see(operator, args, kwargs)` called in place of each operator below autograd; it calls the operator itself.
+
+    torch has it in a module of a private name, with a base class that changed after 1.12; nothing public tells which
+    operators a step calls with their arguments.
+    """
+    from torch.utils import _python_dispatch
+
+    class Seeing(_python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return see(func, args, kwargs or {})
+
+    push: Any = getattr(_python_dispatch, "push_torch_dispatch_mode", None)  # torch 1.12 makes it itself
+    return Seeing() if push is None else push(Seeing)

@@ -74,6 +74,7 @@ def main() -> int:
             print(json.dumps({"ok": not failed, "checks": said}, indent=1, ensure_ascii=False))
         else:
             print(f"lit_glm: {len(failed)} failed: {', '.join(failed)}" if failed else "lit_glm: nothing failed")
+            print(f"lit_glm: the chip's own arithmetic: python -m lit_glm.verify hardware={config.hardware.name}")
         return 1 if failed else 0
 
     sys.argv = [argument for argument in arguments if argument != "--json"]

@@ -143,10 +143,11 @@ class FP16(_Scaled):
     def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Update the masters, round them into the weights."""
         outcome = super().optimizer_step(optimizer, **kwargs)
-        self._round()
+        self.round_weights()
         return outcome
 
-    def _round(self) -> None:
+    def round_weights(self) -> None:
+        """Round the masters into the weights."""
         with torch.no_grad():
             for weight, master in zip(self._weights, self._masters):
                 weight.copy_(master)
@@ -166,17 +167,18 @@ class FP16(_Scaled):
         with torch.no_grad():
             for master, saved in zip(self._masters, masters):
                 master.copy_(saved)
-        self._round()
+        self.round_weights()
         self._restored = None
 
 
-def make_precision(config: TrainConfig, runtime: Runtime, index: int = 0) -> Precision:
+def make_precision(config: TrainConfig, runtime: Runtime, index: int = 0, tried: bool = True) -> Precision:
     """The plugin of a precision.
 
     Args:
         config: the run's.
         runtime: of the chip.
         index: of this rank's device, on which a small product is tried; no other device is touched.
+        tried: whether it is.
 
     Raises:
         InputError: if the chip or its runtime lacks it.
@@ -195,6 +197,8 @@ def make_precision(config: TrainConfig, runtime: Runtime, index: int = 0) -> Pre
         "fp16": lambda: FP16(scaling),
         "bf16": lambda: Mixed(runtime, torch.bfloat16),
     }[name]()
+    if not tried:
+        return plugin
     try:
         check_arithmetic(plugin, runtime.device(index))
     except (RuntimeError, TypeError, AttributeError, ValueError) as error:

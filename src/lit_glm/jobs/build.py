@@ -38,6 +38,7 @@ from lit_glm.runs.job import Job, identity
 from lit_glm.runs.live import LiveRun
 from lit_glm.training.checkpoint_io import AtomicCheckpointIO
 from lit_glm.training.module import RecordModule
+from lit_glm.verify import record as verifications
 
 
 @dataclass
@@ -192,9 +193,21 @@ def _open(place: Place, runtime: Runtime) -> None:
         )
     )
     place.say(f"run folder {place.run_dir}")
+    if runtime.has_driver and not _is_verified(place, runtime):
+        place.say(
+            f"no verification of this driver in {config.precision.name} has passed here: "
+            f"python -m lit_glm.verify hardware={config.hardware.name} finds out in two minutes what can be trusted"
+        )
     hint = runtime.precision_hint(config.precision.name)
     if hint:
         place.say(f"precision={config.precision.name}: {hint}")
+
+
+def _is_verified(place: Place, runtime: Runtime) -> bool:
+    config = place.config
+    driver = config.report.driver or runtime.driver_version()
+    found = verifications.newest([place.run_dir, Path.cwd()], config.hardware.name, driver, config.precision.name)
+    return found is not None and bool(found["passed"])
 
 
 def _module(place: Place, runtime: Runtime) -> RecordModule:

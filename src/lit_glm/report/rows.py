@@ -1,10 +1,12 @@
 """A row as the table shows it: its name, its marks, its cells in the published formats, why a cell is empty."""
 
+from pathlib import Path
 from typing import Callable, Dict, List
 
 from lit_glm.report.runs import Row, Run
 from lit_glm.report.words import Words
 from lit_glm.runs.row import COLUMNS, not_alone, skips_much
+from lit_glm.verify.record import newest
 
 _SECONDS: Callable[[float], str] = "{:.2f}".format
 _FORMATS: Dict[str, Callable[[float], str]] = {
@@ -91,6 +93,18 @@ def cell(row: Row, column: str) -> str:
     return text if spread is None else f"{text} [{form(spread[0])}, {form(spread[1])}]"
 
 
+def _verification(row: Row, name: str, words: Words) -> str:
+    """The newest verification of the same hardware, driver and precision."""
+    run = row.typical
+    precision = str(row["precision"])
+    driver = run.environment.get("driver")
+    found = newest([run.path, Path.cwd()], str(row["hardware"]), driver, precision)
+    if found is None:
+        return words("unverified", name, precision)
+    key = "verified" if found["passed"] else "verify_failed"
+    return words(key, name, precision, str(found.get("finished")).replace("T", " "))
+
+
 def reasons(row: Row, words: Words) -> List[str]:
     """Lines below the table: why cells are empty, what else is behind the row."""
     name = full_label(row, words)
@@ -113,5 +127,6 @@ def reasons(row: Row, words: Words) -> List[str]:
         lines.append(words("median_of", name, len(row.runs)))
     if row.differs:
         lines.append(words("differs", name, ", ".join(f"{key}={value}" for key, value in sorted(row.differs.items()))))
+    lines.append(_verification(row, name, words))
     lines += [words("error_was", name, run.result["error"]) for run in row.runs if run.result.get("error")]
     return lines
