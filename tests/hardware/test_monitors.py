@@ -1,11 +1,11 @@
-"""What the vendor's monitor prints, good and broken, and the thread that keeps the largest reading."""
+"""What the vendor's monitors print, good and broken."""
 
 import doctest
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Dict, Optional, Tuple
+from typing import Optional
 
 import pytest
 from hypothesis import given
@@ -13,13 +13,15 @@ from hypothesis import strategies as st
 
 from lit_glm.hardware import monitors
 from lit_glm.hardware.monitors import (
-    MemoryWatch,
+    Processors,
+    Reading,
     card_of,
-    nvml_memory,
+    nvml_readings,
     parse_names,
     parse_xpu_smi,
     parse_xpu_smi_m,
-    xpu_memory,
+    xpu_readings,
+    xpu_total,
 )
 
 
@@ -90,9 +92,9 @@ def test_the_tool_is_found_on_the_path(tmp_path: Path, monkeypatch: pytest.Monke
     tool = tmp_path / "xpu-smi"
     tool.write_text(f"#!/bin/sh\n[ \"$1\" = -m ] && echo '{new_line(0, 2048)}'\n")
     tool.chmod(0o755)
-    assert xpu_memory() == {}
+    assert xpu_readings() == []
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert xpu_memory() == {0: (2048 * 2**20, 32768 * 2**20)}
+    assert [entry.used_mib for entry in xpu_readings()] == [2048]
 
 
 def test_what_the_tool_prints_need_not_be_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,46 +102,68 @@ def test_what_the_tool_prints_need_not_be_text(tmp_path: Path, monkeypatch: pyte
     tool.write_text(f"#!/bin/sh\nprintf 'xpu_smi 4.0, 46 \\260C\\n'\necho '{old_line('2048MiB')}'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert xpu_memory() == {0: (2048 * 2**20, 32768 * 2**20)}  # the heading has the word, and is no card
+    assert [entry.used_mib for entry in xpu_readings()] == [2048]  # the heading has the word, and is no card
+
+
+def test_the_total_of_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "xpu-smi"
+    tool.write_text(f"#!/bin/sh\necho '{new_line(3, 2048)}'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert (xpu_total(3), xpu_total(0), xpu_total(None)) == (32768 * 2**20, None, None)
 
 
 def test_nvml_by_a_double_of_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     """No card was in reach: the double has the functions of nvidia-ml-py that are called."""
-    used = {0: 5 * 2**30, 1: 7 * 2**30}
+
+    def memory(handle: int, version: int = 1) -> SimpleNamespace:
+        reserved = 0 if version == 2 else 2**29  # the first version counts what the driver keeps
+        return SimpleNamespace(used=(5 + 2 * handle) * 2**30 + reserved, total=80 * 2**30)
+
+    def silent(handle: int) -> None:
+        raise RuntimeError("not supported")
+
     double = SimpleNamespace(
+        NVML_TEMPERATURE_GPU=0,
+        nvmlMemory_v2=2,
         nvmlInit=lambda: None,
-        nvmlDeviceGetCount=lambda: len(used),
+        nvmlDeviceGetCount=lambda: 2,
         nvmlDeviceGetHandleByIndex=lambda index: index,
-        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=used[handle], total=80 * 2**30),
+        nvmlDeviceGetMemoryInfo=memory,
+        nvmlDeviceGetTemperature=lambda handle, kind: 40 + handle,
+        nvmlDeviceGetPowerUsage=lambda handle: 250_000,
+        nvmlDeviceGetUtilizationRates=silent,
     )
     monkeypatch.setitem(sys.modules, "pynvml", double)
-    assert nvml_memory() == {0: (5 * 2**30, 80 * 2**30), 1: (7 * 2**30, 80 * 2**30)}
+    assert nvml_readings() == [
+        Reading(0, 40.0, 250.0, 5 * 1024, 80 * 1024, None),
+        Reading(1, 41.0, 250.0, 7 * 1024, 80 * 1024, None),
+    ]
+    del double.nvmlMemory_v2  # an older package
+    assert nvml_readings()[0].used_mib == 5 * 1024 + 512
 
     def fails() -> None:
         raise RuntimeError("driver not loaded")
 
     double.nvmlInit = fails
-    assert nvml_memory() == {}
+    assert nvml_readings() == []
 
 
-def test_the_largest_reading_of_a_visible_card_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = iter([100.0, 300.0, 200.0])
-    last = [100.0]
-
-    def read() -> Dict[int, Tuple[float, float]]:
-        last[0] = next(values, last[0])
-        return {0: (9.0, 1000.0), 5: (last[0], 1000.0)}
-
-    monkeypatch.setenv("SOME_VISIBLE_DEVICES", "5,0")
-    watch = MemoryWatch(read, every_s=0.01)
-    watch.start(0, "SOME_VISIBLE_DEVICES")
-    limit = time.monotonic() + 10
-    while watch.peak(0) != 300.0 and time.monotonic() < limit:
-        time.sleep(0.01)
-    assert (watch.peak(0), watch.total(0)) == (300.0, 1000.0)
-
-
-def test_without_a_monitor_there_is_no_figure() -> None:
-    watch = MemoryWatch(dict)
-    watch.start(0, "SOME_VISIBLE_DEVICES")
-    assert (watch.peak(0), watch.total(0)) == (None, None)
+def test_processors_by_files_like_the_kernels(tmp_path: Path) -> None:
+    zone = tmp_path / "intel-rapl:0"
+    zone.mkdir()
+    (zone / "name").write_text("package-0\n")
+    (zone / "energy_uj").write_text("5000000\n")
+    (zone / "max_energy_range_uj").write_text("9000000\n")
+    processors = Processors(tmp_path)
+    (first,) = processors.readings()
+    assert first.power_w == 0.0  # the counter stands
+    before = time.monotonic()
+    (zone / "energy_uj").write_text("1000000\n")  # it has begun anew: 5 J further
+    time.sleep(0.1)
+    (second,) = processors.readings()
+    assert second.power_w is not None
+    assert 0.0 < second.power_w <= 5.0 / (time.monotonic() - before) + 50.0
+    assert first.used_mib is not None
+    (none,) = Processors(tmp_path / "nothing").readings()
+    assert none.power_w is None

@@ -16,13 +16,18 @@ from hardware.test_monitors import new_line
 DOUBLE = Path(__file__).parent.parent / "doubles" / "xpytorch"
 pytestmark = pytest.mark.skipif(torch.__version__.startswith("1."), reason="XPyTorch exists for torch 2 only")
 ASK = """
-import json
+import json, os
+from pathlib import Path
+from lit_glm.hardware.watch import devices_watched
 from lit_glm.config.app import checked, compose
 from lit_glm.config.schema import TrainConfig
 from lit_glm.hardware.runtimes import make_runtime
 config = checked(compose("train", ["hardware=r300", "topology=1x2"]), TrainConfig)
 runtime = make_runtime(config.hardware, config.topology)
-runtime.watch_memory(1)
+file = Path(os.environ["HOME"]) / "devices.csv"
+with devices_watched(config.hardware, file, 0, 2, 0.0):
+    pass
+runtime.watch_memory(1, file)
 import torch, torch_xmlir
 print(json.dumps([runtime.name, runtime.backend, runtime.has_tf32, runtime.device_count(), str(runtime.device(1)),
     [runtime.device_name(card) for card in (0, 1)], runtime.peak_memory(1), runtime.total_memory(1),
@@ -38,7 +43,12 @@ def env(tmp_path: Path) -> Dict[str, str]:
     tool.write_text(f"#!/bin/sh\necho '{new_line(0, 1000)}'\necho '{new_line(5, 9000)}'\n")
     tool.chmod(0o755)
     path = os.pathsep.join(filter(None, [str(DOUBLE), os.environ.get("PYTHONPATH", "")]))
-    return {**os.environ, "PYTHONPATH": path, "PATH": f"{tool.parent}{os.pathsep}{os.environ['PATH']}"}
+    return {
+        **os.environ,
+        "HOME": str(tmp_path),
+        "PYTHONPATH": path,
+        "PATH": f"{tool.parent}{os.pathsep}{os.environ['PATH']}",
+    }
 
 
 def ask(env: Dict[str, str]) -> Any:

@@ -1,7 +1,7 @@
 """What a run has come to so far: time, samples and memory of this process and of those before an interruption."""
 
 import time
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 from lit_glm.batches.sampler import EndlessBatches
 from lit_glm.bench.clock import PhaseClock
@@ -140,6 +140,7 @@ class Account:
             "runtime": self._runtime.name,
             "simulated": self._runtime.simulated,
             "tf32": self._tf32(),
+            "training_spans": self._spans(e2e),
             **self._beside(),
         }
 
@@ -172,6 +173,12 @@ class Account:
         row.update(rank_imbalance=rank_imbalance, model_flops=work.flops, **rates)
         self.files.write(row)
         return row
+
+    def _spans(self, e2e: float) -> List[List[float]]:
+        """When it trained, in seconds since the entry of `train`, this part of the run behind the earlier ones."""
+        assert self.files is not None
+        begin = self._earlier_e2e + self.init_seconds
+        return [*(self.files.before.get("training_spans") or []), [begin, max(begin, e2e + self._earlier_e2e)]]
 
     def _beside(self) -> Dict[str, Any]:
         """What others took meanwhile; of a run that was resumed the most of its parts."""

@@ -8,7 +8,7 @@ from lit_glm.config.schema import walk
 FIGURES = (
     "acc", "p_core", "p_train", "p_whole", "e2e_time", "init_time", "raw_train_time", "no_eval_time",
     "pure_compute_time", "mfu", "mfu_flagperf", "tokens_per_s", "candidates_per_s", "mem_actual_gib", "rank_imbalance",
-    "num_trained_samples", "global_steps", "skipped_steps",
+    "energy_j", "samples_per_joule", "num_trained_samples", "global_steps", "skipped_steps",
 )  # fmt: skip
 """Numbers of result.json that a sweep can be judged by."""
 _INF = math.inf
@@ -56,6 +56,7 @@ _OPEN: Dict[str, Tuple[float, float]] = {
     "run.stall_timeout_s": (0, _INF),
     "run.rendezvous_timeout_s": (0, _INF),
     "hardware.memory_gib": (0, _INF),
+    "hardware.monitor_interval_s": (0, _INF),
     "precision.loss_scale.initial": (0, _INF),
     "precision.loss_scale.minimum": (0, _INF),
 }

@@ -29,6 +29,7 @@ class HardwareConfig:
     source: str = ""
     gelu: str = "tanh"
     network: str = ""
+    monitor_interval_s: float = 5.0
 
 
 @dataclass

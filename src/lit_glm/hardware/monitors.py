@@ -1,4 +1,4 @@
-"""Device memory as the vendor's monitor sees it: parsers of its output, and a thread that keeps the largest reading.
+"""Cards as the vendor's monitor sees them: memory, power, temperature, utilisation. Nothing here imports torch.
 
 Two formats of Kunlunxin's tool are known, by the driver's age; both print one line a card with fields separated by
 white space. A line that does not fit is left out: a monitor in an unknown format gives no figure, not a wrong one.
@@ -8,12 +8,15 @@ import os
 import re
 import shutil
 import subprocess
-import threading
+import time
 from dataclasses import dataclass
-from typing import Callable, Dict, List, Optional, Sequence, Tuple
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+import psutil
 
 _MIB = 2**20
-_SAMPLE_EVERY_S = 1.0  # FlagPerf's monitor takes a reading every 5 s
+_FIRST_S = 0.1  # between the first two readings of a counter
 
 
 @dataclass(frozen=True)
@@ -21,11 +24,12 @@ class Reading:
     """One card at one moment."""
 
     index: int
-    temperature_c: float
-    power_w: float
-    used_mib: float
-    total_mib: float
-    utilisation: float
+    temperature_c: Optional[float]
+    power_w: Optional[float]
+    used_mib: Optional[float]
+    total_mib: Optional[float]
+    utilisation: Optional[float]
+    """Percent."""
 
 
 def _number(field: str, unit: str = "") -> float:
@@ -55,7 +59,7 @@ def _readings(
             )
         except (IndexError, ValueError):
             continue
-        if 0 < reading.total_mib >= reading.used_mib:
+        if 0 < (reading.total_mib or 0.0) >= (reading.used_mib or 0.0):
             found.append(reading)
     return found
 
@@ -95,14 +99,21 @@ def output_of(*command: str) -> str:
         return ""
 
 
-def xpu_memory() -> Dict[int, Tuple[float, float]]:
-    """(used, total) bytes of each card, from whichever of the vendor's tools is installed; empty without one."""
+def xpu_readings() -> List[Reading]:
+    """From whichever of the vendor's tools is installed; none without one."""
     for tool, parse in ((("xpu-smi", "-m"), parse_xpu_smi_m), (("xpu_smi",), parse_xpu_smi)):
         if shutil.which(tool[0]):
             readings = parse(output_of(*tool))
             if readings:
-                return {entry.index: (entry.used_mib * _MIB, entry.total_mib * _MIB) for entry in readings}
-    return {}
+                return readings
+    return []
+
+
+def xpu_total(card: Optional[int]) -> Optional[float]:
+    """Memory of a card of the machine, bytes, by the vendor's tool; None where it does not say."""
+    totals = {entry.index: entry.total_mib for entry in xpu_readings()}
+    mib = None if card is None else totals.get(card)
+    return None if mib is None else mib * _MIB
 
 
 def parse_names(text: str) -> Dict[int, str]:
@@ -156,19 +167,41 @@ def xpu_driver() -> Optional[str]:
     return None
 
 
-def nvml_memory() -> Dict[int, Tuple[float, float]]:
-    """(used, total) bytes of each NVIDIA card by NVML; empty without the package nvidia-ml-py or a driver."""
+def nvml_readings() -> List[Reading]:
+    """NVIDIA cards by NVML; none without the package nvidia-ml-py or a driver, a field empty where a card is silent."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        found = {}
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            memory = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(index))
-            found[index] = (float(memory.used), float(memory.total))
-        return found
+        cards = [(index, pynvml.nvmlDeviceGetHandleByIndex(index)) for index in range(pynvml.nvmlDeviceGetCount())]
     except Exception:  # no package, no driver, or a driver of another age: then no reading
-        return {}
+        return []
+
+    def asked(question: Callable[[], Any]) -> Any:
+        try:
+            return question()
+        except Exception:  # this card does not say
+            return None
+
+    found = []
+    for index, handle in cards:
+        # The second version leaves out what the driver keeps for itself, as nvidia-smi does.
+        memory = asked(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2))  # noqa: B023
+        memory = memory or asked(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle))  # noqa: B023
+        warmth = asked(lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))  # noqa: B023
+        milliwatts = asked(lambda: pynvml.nvmlDeviceGetPowerUsage(handle))  # noqa: B023
+        rates = asked(lambda: pynvml.nvmlDeviceGetUtilizationRates(handle))  # noqa: B023
+        found.append(
+            Reading(
+                index,
+                None if warmth is None else float(warmth),
+                None if milliwatts is None else milliwatts / 1000.0,
+                None if memory is None else memory.used / _MIB,
+                None if memory is None else memory.total / _MIB,
+                None if rates is None else float(rates.gpu),
+            )
+        )
+    return found
 
 
 def nvml_processes(index: int, visible: str) -> Optional[int]:
@@ -183,60 +216,60 @@ def nvml_processes(index: int, visible: str) -> Optional[int]:
         return None
 
 
-class MemoryWatch:
-    """Asks a monitor again and again in a thread, and keeps the largest value of each card."""
+class Processors:
+    """Packages of this machine: power by the kernel's powercap files (Intel and AMD), memory of the whole machine."""
 
-    def __init__(self, read: Callable[[], Dict[int, Tuple[float, float]]], every_s: float = _SAMPLE_EVERY_S) -> None:
-        """Describe the watch.
+    def __init__(self, powercap: Path = Path("/sys/class/powercap")) -> None:
+        self._powercap = powercap
+        self._before: Dict[str, Tuple[float, float]] = {}
 
-        Args:
-            read: (used, total) bytes of each card of the machine, by its index there.
-            every_s: seconds between readings.
-        """
-        self._read, self._every = read, every_s
-        self._used: Dict[int, float] = {}
-        self._last: Dict[int, float] = {}
-        self._total: Dict[int, float] = {}
-        self._cards: Dict[int, int] = {}
-        self._thread: Optional[threading.Thread] = None
+    def readings(self) -> List[Reading]:
+        """A package each; one without power where the kernel shows none, or not to this user."""
+        memory = psutil.virtual_memory()
+        used, total, busy = (memory.total - memory.available) / _MIB, memory.total / _MIB, psutil.cpu_percent()
+        powers = [self._power(zone) for zone in self._packages()] or [None]
+        return [Reading(index, None, power, used, total, busy) for index, power in enumerate(powers)]
 
-    def start(self, index: int, visible: str) -> None:
-        """Watch a device of this process.
+    def _packages(self) -> List[Path]:
+        zones = sorted(self._powercap.glob("intel-rapl:*")) if self._powercap.is_dir() else []
+        return [zone for zone in zones if _file(zone / "name").startswith("package")]
 
-        Args:
-            index: its index among the visible ones.
-            visible: the variable that says which cards of the machine are visible, such as CUDA_VISIBLE_DEVICES.
-        """
-        card = card_of(index, visible)
-        if card is None:
-            return  # the monitor's numbers say nothing of these cards
-        self._cards[index] = card
-        self._sample()
-        if self._used and self._thread is None:
-            self._thread = threading.Thread(target=self._watch, name="memory watch", daemon=True)
-            self._thread.start()
+    def _power(self, zone: Path) -> Optional[float]:
+        """Mean power since the reading before; None at the first one."""
+        text, now = _file(zone / "energy_uj"), time.monotonic()
+        if not text.isdigit():
+            return None
+        before = self._before.get(str(zone))
+        self._before[str(zone)] = (now, float(text))
+        if before is None:
+            time.sleep(_FIRST_S)
+            return self._power(zone)
+        taken = float(text) - before[1]
+        if taken < 0:  # the counter has begun anew
+            taken += float(_file(zone / "max_energy_range_uj") or 0.0)
+        return taken / 1e6 / (now - before[0]) if now > before[0] and taken >= 0 else None
 
-    def _watch(self) -> None:
-        pause = threading.Event()
-        while not pause.wait(self._every):
-            self._sample()
 
-    def _sample(self) -> None:
-        for card, (used, total) in self._read().items():
-            self._used[card] = max(used, self._used.get(card, 0.0))
-            self._last[card] = used
-            self._total[card] = total
+def _file(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return ""
 
-    def peak(self, index: int) -> Optional[float]:
-        """Largest reading of a device so far, bytes; None without a reading. Never asks the monitor itself."""
-        return self._used.get(self._cards.get(index, -1))
 
-    def last(self, index: int) -> Optional[float]:
-        """Newest reading of a device, bytes; None without a reading. Never asks the monitor itself."""
-        return self._last.get(self._cards.get(index, -1))
+@dataclass(frozen=True)
+class Monitor:
+    """How the cards of a runtime are read."""
 
-    def total(self, index: int) -> Optional[float]:
-        """Memory of a device, bytes; None without a reading."""
-        if not self._total:
-            self._sample()
-        return self._total.get(self._cards.get(index, index))
+    read: Callable[[], List[Reading]]
+    visible: str = ""
+    """The variable that says which cards a process sees; "": all that there are belong to the job."""
+
+
+MONITORS: Dict[str, Monitor] = {
+    "xmlir": Monitor(xpu_readings, "XPU_VISIBLE_DEVICES"),
+    "xpytorch": Monitor(xpu_readings, "CUDA_VISIBLE_DEVICES"),
+    "cuda": Monitor(nvml_readings, "CUDA_VISIBLE_DEVICES"),
+    "cpu": Monitor(Processors().readings),
+}
+"""By the runtime's name."""

@@ -21,6 +21,7 @@ from lit_glm.bench.recorder import Recorder, Surroundings
 from lit_glm.config.app import CONF
 from lit_glm.config.schema import TrainConfig
 from lit_glm.files import write_json
+from lit_glm.hardware import watch
 from lit_glm.hardware.accelerator import make_accelerator, make_strategy
 from lit_glm.hardware.precision import make_precision
 from lit_glm.hardware.runtimes import check_cards, check_devices, make_runtime
@@ -170,7 +171,8 @@ def _take_threads(place: Place, lengths: Lengths) -> None:
 def _open(place: Place, runtime: Runtime) -> None:
     """Say what runs, on what, and leave it in the folder."""
     config = place.config
-    runtime.watch_memory(place.local_rank)
+    node = place.rank // config.topology.devices_per_node
+    runtime.watch_memory(place.local_rank, watch.file_of(place.run_dir, node))
     if place.rank > 0:
         return
     write_json(place.run_dir / ENVIRONMENT, describe(config, runtime, place.job.command))

@@ -11,10 +11,12 @@ from typing import Any, Dict, Iterator, List, Optional
 
 import psutil
 
+from lit_glm.bench.energy import energy
 from lit_glm.ending import GRACE_S, die_with_parent, end, kill_children
 from lit_glm.errors import InputError, RunError
 from lit_glm.hardware.shortage import kernel_kills
 from lit_glm.hardware.threads import OURS, for_ranks
+from lit_glm.hardware.watch import devices_watched, file_of
 from lit_glm.jobs import signs
 from lit_glm.jobs.interrupts import EXIT_STATUS, Interrupted, stopping
 from lit_glm.jobs.nodes import Node, check_nodes, interface_towards, this_node
@@ -64,15 +66,36 @@ def run_job(job: Job, run_dir: Path, composed: Dict[str, str], in_process: bool 
     node = this_node(job.config.topology) if world_size > 1 else Node(0, "127.0.0.1", 0)
     if node.rank > 0:
         return _help(job, node, run_dir)
-    with taken(job, run_dir, composed) as lock, ending_recorded(run_dir):
+    with taken(job, run_dir, composed) as lock, energy_recorded(job, run_dir), ending_recorded(run_dir):
         signs.clear(run_dir)
         if world_size == 1 and in_process:
-            return _run_here(job, run_dir)
-        run_ranks(job, node, run_dir, run_dir, lock=lock)
+            _run_here(job, run_dir)
+        else:
+            run_ranks(job, node, run_dir, run_dir, lock=lock)
     result = read_result(run_dir)
     if result is None:
         raise RunError(f"{run_dir}: the job ended without a result")
     return result
+
+
+@contextmanager
+def energy_recorded(job: Job, run_dir: Path) -> Iterator[None]:
+    """The cards of the first node are watched inside; what they took stands in the result then."""
+    config = job.config
+    before = (read_result(run_dir) or {}) if job.resumes else {}
+    begun = job.entry - float(before.get("e2e_time") or 0.0)
+    file = file_of(run_dir, 0)
+    try:
+        with devices_watched(config.hardware, file, 0, config.topology.devices_per_node, begun):
+            yield
+    finally:
+        result = read_result(run_dir)
+        if result is not None and result.get("training_spans") and file.is_file():
+            took = energy(run_dir, config.topology, result["training_spans"], result.get("num_trained_samples"))
+            amend_result(run_dir, **took)
+            if took["energy_j"] is not None:
+                mean = f"{took['power_mean_w']:.0f} W on the average"
+                print(f"lit_glm: {took['energy_j'] / 1000:.1f} kJ, {took['samples_per_joule']:.3g} samples/J, {mean}")
 
 
 @contextmanager
@@ -102,11 +125,13 @@ def _help(job: Job, node: Node, run_dir: Path) -> Dict[str, Any]:
     with alone_in(spec_dir) as lock:
         signs.clear(spec_dir)
         job.write(spec_dir)
-        run_ranks(job, node, spec_dir, run_dir, lock=lock)
+        devices = job.config.topology.devices_per_node
+        with devices_watched(job.config.hardware, file_of(run_dir, node.rank), node.rank, devices, job.entry):
+            run_ranks(job, node, spec_dir, run_dir, lock=lock)
     return {}
 
 
-def _run_here(job: Job, run_dir: Path) -> Dict[str, Any]:
+def _run_here(job: Job, run_dir: Path) -> None:
     from lit_glm.jobs.rank import run_rank
 
     def end_all(where: List[str]) -> None:
@@ -117,7 +142,7 @@ def _run_here(job: Job, run_dir: Path) -> Dict[str, Any]:
         os._exit(1)
 
     with watching(Watch(run_dir, [0], job.config.run.stall_timeout_s + STALL_MARGIN_S), end_all):
-        return run_rank(job, run_dir)
+        run_rank(job, run_dir)
 
 
 def clean_environment() -> Dict[str, str]:

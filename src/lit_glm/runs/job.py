@@ -21,6 +21,7 @@ _NOT_IDENTITY = (
     "run.resume",
     "run.overwrite",
     "run.stall_timeout_s",
+    "hardware.monitor_interval_s",
     "data.cache_dir",
     "sweep.skip_done",
     "sweep.objective",

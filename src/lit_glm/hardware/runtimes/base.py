@@ -1,5 +1,6 @@
 """What a chip's runtime must offer: the one interface between this project and any vendor's software."""
 
+from pathlib import Path
 from typing import Any, Callable, ContextManager, Optional
 
 import torch
@@ -109,8 +110,13 @@ class Runtime:
         """Memory in use on a device at this moment, or at the monitor's last reading, bytes."""
         return None
 
-    def watch_memory(self, index: int) -> None:
-        """Begin to watch a device's memory, where that takes more than asking the runtime in the end."""
+    def watch_memory(self, index: int, file: Path) -> None:
+        """Take a device's memory from its monitor too.
+
+        Args:
+            index: of the device.
+            file: that the node's watch writes (`lit_glm.hardware.watch`).
+        """
 
     def peak_memory(self, index: int) -> Optional[float]:
         """Highest memory in use on a device so far, bytes; None where nothing can say."""

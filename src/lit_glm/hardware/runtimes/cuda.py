@@ -1,11 +1,13 @@
 """NVIDIA cards, and the cards of other vendors whose torch answers as torch.cuda."""
 
+from pathlib import Path
 from typing import Optional
 
 import torch
 
-from lit_glm.hardware.monitors import MemoryWatch, nvml_memory, nvml_processes, output_of
+from lit_glm.hardware.monitors import nvml_processes, output_of
 from lit_glm.hardware.runtimes.base import Runtime
+from lit_glm.hardware.watch import WatchedMemory
 
 
 class CUDARuntime(Runtime):
@@ -21,7 +23,7 @@ class CUDARuntime(Runtime):
     )
 
     def __init__(self) -> None:
-        self._watch = MemoryWatch(nvml_memory)
+        self._watch = WatchedMemory()
 
     @staticmethod
     def missing() -> Optional[str]:
@@ -61,13 +63,13 @@ class CUDARuntime(Runtime):
         """As torch reports it."""
         return str(torch.cuda.get_device_name(index))
 
-    def watch_memory(self, index: int) -> None:
+    def watch_memory(self, index: int, file: Path) -> None:
         """NVML counts what the allocator does not see: the context, the collectives' buffers."""
-        self._watch.start(index, "CUDA_VISIBLE_DEVICES")
+        self._watch.start(file, index, "CUDA_VISIBLE_DEVICES")
 
     def peak_memory(self, index: int) -> Optional[float]:
         """The largest reading of the monitor, and at least what torch's allocator has reserved at most."""
-        return max(self._watch.peak(index) or 0.0, float(torch.cuda.max_memory_reserved(index)))
+        return max(self._watch.peak() or 0.0, float(torch.cuda.max_memory_reserved(index)))
 
     def processes_on(self, index: int) -> Optional[int]:
         """As NVML counts them."""
@@ -75,7 +77,8 @@ class CUDARuntime(Runtime):
 
     def memory_now(self, index: int) -> Optional[float]:
         """The monitor's last reading, else what the allocator holds."""
-        return self._watch.last(index) or float(torch.cuda.memory_reserved(index))
+        self._watch.look()
+        return self._watch.last or float(torch.cuda.memory_reserved(index))
 
     def driver_version(self) -> Optional[str]:
         """As nvidia-smi says."""

@@ -5,15 +5,19 @@ Never ask torch itself for "xpu" or "xccl": in today's torch these are Intel's n
 
 import importlib
 import importlib.util
-from typing import Any, Callable, ContextManager, Optional
+from pathlib import Path
+from typing import Any, Callable, ContextManager, Dict, Optional
 
 import torch
 
 from lit_glm.config.schema import LossScaleConfig
 from lit_glm.hardware.loss_scale import VendorLossScale
-from lit_glm.hardware.monitors import MemoryWatch, xpu_driver, xpu_memory
+from lit_glm.hardware.monitors import card_of, xpu_driver, xpu_total
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.hardware.runtimes.bkcl import tree_cannot_span
+from lit_glm.hardware.watch import WatchedMemory
+
+_VISIBLE = "XPU_VISIBLE_DEVICES"
 
 
 def _amp() -> Any:
@@ -49,7 +53,8 @@ class XMLIRRuntime(Runtime):
         import torch_xmlir
 
         self._vendor: Any = torch_xmlir
-        self._memory = MemoryWatch(xpu_memory)
+        self._memory = WatchedMemory()
+        self._totals: Dict[int, Optional[float]] = {}
         if not self._vendor.xpu.is_available():
             raise RuntimeError("torch_xmlir sees no XPU: check the driver (xpu_smi) and XPU_VISIBLE_DEVICES")
 
@@ -111,7 +116,9 @@ class XMLIRRuntime(Runtime):
         try:
             return float(self._vendor.xpu.get_device_properties(index).total_memory)
         except (AttributeError, RuntimeError, TypeError):
-            return self._memory.total(index)
+            if index not in self._totals:
+                self._totals[index] = xpu_total(card_of(index, _VISIBLE))
+            return self._totals[index]
 
     def driver_version(self) -> Optional[str]:
         """As the vendor's monitor says."""
@@ -119,15 +126,16 @@ class XMLIRRuntime(Runtime):
 
     def memory_now(self, index: int) -> Optional[float]:
         """The monitor's last reading, else what the runtime says, where it says anything."""
-        return self._memory.last(index) or self._statistic("memory_reserved", index)
+        self._memory.look()
+        return self._memory.last or self._statistic("memory_reserved", index)
 
-    def watch_memory(self, index: int) -> None:
+    def watch_memory(self, index: int, file: Path) -> None:
         """The vendor's command-line tool is asked, as in the published runs."""
-        self._memory.start(index, "XPU_VISIBLE_DEVICES")
+        self._memory.start(file, index, _VISIBLE)
 
     def peak_memory(self, index: int) -> Optional[float]:
         """The largest reading of the monitor, and at least what the runtime says, where it says anything."""
-        found = (self._memory.peak(index), self._statistic("max_memory_reserved", index))
+        found = (self._memory.peak(), self._statistic("max_memory_reserved", index))
         return max((value for value in found if value is not None), default=None)
 
     def _statistic(self, name: str, index: int) -> Optional[float]:

@@ -5,7 +5,7 @@ from typing import Optional
 
 import torch
 
-from lit_glm.hardware.monitors import MemoryWatch, card_of, xpu_driver, xpu_memory, xpu_names
+from lit_glm.hardware.monitors import card_of, xpu_driver, xpu_names
 from lit_glm.hardware.runtimes.bkcl import tree_cannot_span
 from lit_glm.hardware.runtimes.cuda import CUDARuntime
 
@@ -29,7 +29,7 @@ class XPyTorchRuntime(CUDARuntime):
     def __init__(self) -> None:
         import torch_xmlir  # noqa: F401
 
-        self._watch = MemoryWatch(xpu_memory)
+        super().__init__()
         if not torch.cuda.is_available():
             raise RuntimeError("torch_xmlir is installed but no XPU answers: check the driver (xpu-smi -m)")
 
