@@ -223,6 +223,7 @@ def _performance(found: List[Row], words: Words) -> List[Table]:
 
 
 def _behind(found: List[Row], words: Words) -> Table:
+    known = any(run.number("energy_j") is not None for row in found for run in row.runs)
     lines = [
         [
             full_label(row, words),
@@ -230,14 +231,25 @@ def _behind(found: List[Row], words: Words) -> Table:
             words.state(run.result["status"]),
             str(run.result.get("seed", "")),
             str(run.environment.get("host", "")),
+            *_energy(run, known),
             str(run.path),
         ]
         for row in found
         for run in row.runs
     ]
     return Table(
-        [words(key) for key in ("row",)] + ["scoring"] + [words(k) for k in ("status", "seed", "host", "folder")], lines
+        [words("row"), "scoring", *map(words, ("status", "seed", "host"))]
+        + [words(key) for key in ("energy", "samples_per_joule") if known]
+        + [words("folder")],
+        lines,
     )
+
+
+def _energy(run: Run, known: bool) -> List[str]:
+    """Two cells, empty where a card's power is unknown; none where no run of the document has any."""
+    joules, rate = run.number("energy_j"), run.number("samples_per_joule")
+    cells = ["" if joules is None else f"{joules / 1000:.1f}", "" if rate is None else f"{rate:.3g}"]
+    return cells if known else []
 
 
 # -- what is missing -------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure as Canvas
 
+from lit_glm.report.devices import draw_devices
 from lit_glm.report.rows import marked
 from lit_glm.report.runs import Row, Run, as_number
 from lit_glm.report.words import Words
@@ -52,6 +53,7 @@ def draw(rows: List[Row], words: Words) -> Tuple[List[Figure], List[str]]:
         ("fig_throughput", _throughput),
         ("fig_time", _time),
         ("fig_memory", _memory),
+        ("fig_devices", draw_devices),
         ("fig_grid", lambda _, words: _grid(rows, words)),
     ]
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "lit_glm"}):
