@@ -1,4 +1,4 @@
-"""The figure of what the cards did while a run went on: power, utilisation, temperature, with the phases behind them."""
+"""The figure of what the cards did while a run went on: power, utilisation, temperature, the phases behind them."""
 
 from typing import Any, List, Optional, Sequence, Tuple
 
@@ -41,7 +41,7 @@ def _seconds(text: Any) -> float:
 
 
 def draw_devices(shown: Sequence[Tuple[str, Run]], words: Words) -> Optional[Canvas]:
-    """Of the first run that has readings: a line a card and kind of reading; None where no monitor has said anything."""
+    """Of the first run that has readings: a line a card and kind of reading; None where no monitor has spoken."""
     for name, run in shown:
         cards = readings_of(run.path / "devices.csv")
         kinds = [kind for kind in _SHOWN if any(one[kind] is not None for card in cards.values() for one in card)]
