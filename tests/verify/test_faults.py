@@ -16,8 +16,7 @@ from lit_glm.config.schema import TrainConfig
 from lit_glm.hardware.runtimes.cpu import CPURuntime
 from lit_glm.model.kernels import Kernels
 from lit_glm.upstream import seeing_operators
-from lit_glm.verify import collectives, timing
-from lit_glm.verify.acceptance import Acceptance
+from lit_glm.verify import acceptance, collectives, timing
 from lit_glm.verify.operators import name_of, tensors_in
 
 Failed = List[Tuple[str, str]]
@@ -27,13 +26,15 @@ Failed = List[Tuple[str, str]]
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "_AT_LEAST_S", 0.02)
     monkeypatch.setattr(timing, "_COPIED", 2**20)
+    small = {"num_layers": 2, "hidden_size": 64, "vocab_size": 256, "max_sequence_length": 64}
+    monkeypatch.setattr(acceptance, "_NARROW", {**acceptance._NARROW, **small})
 
 
 def failed(runtime: Any = None, *overrides: str) -> Failed:
     """Names and words of the checks that fail."""
     config = checked(compose("verify", ["precision=fp32", *overrides]), TrainConfig)
-    acceptance = Acceptance([config], runtime or CPURuntime(), whole=False)
-    return [(check.name, check.said) for check in acceptance.checks() if check.status == "fail"]
+    checks = acceptance.Acceptance([config], runtime or CPURuntime(), whole=False).checks()
+    return [(check.name, check.said) for check in checks if check.status == "fail"]
 
 
 @contextmanager

@@ -19,7 +19,7 @@ def counterpart(name: str, operator: Any, args: Any, kwargs: Any) -> Any:
         args: on the processor, in float64; what the operator writes to is written to here too.
         kwargs: likewise.
     """
-    own = _OWN.get(name.split(".")[-1])
+    own = next((compute for end, compute in _OWN.items() if name.endswith(end)), None)
     if own is not None:
         return own(args, kwargs)
     if "scaled_dot_product" in name or name.startswith(("_efficient_attention", "_flash_attention")):
@@ -36,7 +36,7 @@ def _log_softmax(args: Any, kwargs: Any) -> Any:
     return torch.log_softmax(args[0], args[1])
 
 
-def _linear_pointwise(args: Any, kwargs: Any) -> Any:
+def _linear_and_more(args: Any, kwargs: Any) -> Any:
     x, weight, bias, kind, _, algorithm = args
     out = F.linear(x, weight, bias)
     return F.gelu(out, approximate=algorithm or "none") if kind == "gelu" else out
@@ -61,7 +61,7 @@ def _attention(name: str, args: Any, kwargs: Any) -> Optional[List[Tensor]]:
 
 
 _OWN: Dict[str, Callable[[Any, Any], Any]] = {
-    "_softmax": _softmax,
-    "_log_softmax": _log_softmax,
-    "_linear_pointwise": _linear_pointwise,
+    "log_softmax": _log_softmax,
+    "softmax": _softmax,
+    "linear_pointwise": _linear_and_more,
 }

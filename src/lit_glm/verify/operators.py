@@ -43,8 +43,8 @@ class Seen:
 
 def name_of(operator: Any) -> str:
     """Such as `aten.addmm`, without the overload."""
-    name: str = operator._schema.name if hasattr(operator, "_schema") else str(operator)
-    return name.replace("::", ".").replace("aten.", "", 1) if name.startswith("aten") else name.replace("::", ".")
+    parts = str(operator).split(".")  # aten.addmm.default
+    return parts[1] if parts[0] == "aten" else ".".join(parts[:2])
 
 
 def tensors_in(value: Any) -> List[Tensor]:
@@ -149,8 +149,7 @@ class Operators:
         return changed(out, back)
 
     def _judged(self, operator: Any, name: str, shapes: str, before: Any, after: Any, out: Any) -> Seen:
-        overload = str(getattr(operator, "_overloadname", ""))
-        writes = name.endswith("_") or "out" in overload
+        writes = name.endswith("_") or str(operator).endswith("out")
         try:
             inputs = changed(before, wide)
             exact: Any = counterpart(name, operator, *inputs)
