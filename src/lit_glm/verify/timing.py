@@ -14,7 +14,7 @@ _UNWAITED = 0.2
 _PROPORTIONAL = (1.5, 2.7)
 _ABOVE_PEAK = 1.05
 _FAR_BELOW = 0.1
-_AT_LEAST_S = 0.2
+_AT_LEAST_S = 0.1
 _COPIED = 2**28  # bytes
 
 
