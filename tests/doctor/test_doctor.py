@@ -12,7 +12,8 @@ from conftest import CHECKPOINT, EVAL_FILE, GOLDEN_RUN, TRAIN_FILE, lit_glm, lit
 from lit_glm.config.app import checked, compose
 from lit_glm.config.schema import TrainConfig
 from lit_glm.doctor import files
-from lit_glm.doctor.finding import Finding, checked_by
+from lit_glm.doctor.finding import checked_by
+from lit_glm.finding import Finding
 
 Checks = Dict[str, Dict[str, str]]
 

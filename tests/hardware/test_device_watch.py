@@ -9,7 +9,7 @@ from typing import List
 import pytest
 
 from lit_glm.bench.energy import energy, joules
-from lit_glm.config.schema import HardwareConfig, TopologyConfig
+from lit_glm.config.schema import HardwareConfig, TopologyConfig, TrainConfig
 from lit_glm.hardware.watch import COLUMNS, WatchedMemory, devices_watched, monitor_of, readings_of
 
 TOOL = """#!/bin/sh
@@ -92,6 +92,10 @@ def test_torn_and_foreign_lines_are_left_out(tmp_path: Path) -> None:
     assert memory.peak() == 2 * 2**30
 
 
+def config(nodes: int, devices: int) -> TrainConfig:
+    return TrainConfig(hardware=hardware(), topology=TopologyConfig(nodes, devices))
+
+
 def table(folder: Path, lines: List[str]) -> None:
     (folder / "devices.csv").write_text(",".join(COLUMNS) + "\n" + "".join(line + "\n" for line in lines))
 
@@ -100,23 +104,25 @@ def test_energy_is_the_integral_over_the_training_time(tmp_path: Path) -> None:
     # 100 W at 0 s rising to 200 W at 10 s, constant after; a second card at 50 W throughout.
     lines = ["0,0,0,1,100,40,", "10,0,0,1,200,60,", "20,0,0,1,200,50,", "0,0,1,1,50,30,", "20,0,1,1,50,30,"]
     table(tmp_path, lines)
-    took = energy(tmp_path, TopologyConfig(1, 2), [[5.0, 15.0]], 35.0)
+    took = energy(tmp_path, config(1, 2), [[5.0, 15.0]], 35.0)
     assert took["energy_j"] == pytest.approx(5 * 175 + 5 * 200 + 10 * 50)
     assert took["samples_per_joule"] == pytest.approx(35 / took["energy_j"])
     assert took["power_mean_w"] == pytest.approx(took["energy_j"] / 10)
     assert (took["power_max_w"], took["temperature_max_c"]) == (200, 60)
-    resumed = energy(tmp_path, TopologyConfig(1, 2), [[0.0, 5.0], [15.0, 20.0]], 35.0)
+    resumed = energy(tmp_path, config(1, 2), [[0.0, 5.0], [15.0, 20.0]], 35.0)
     assert resumed["energy_j"] == pytest.approx(5 * 125 + 5 * 200 + 10 * 50)
 
 
 def test_energy_is_unknown_where_any_card_is_silent(tmp_path: Path) -> None:
     table(tmp_path, ["0,0,0,1,100,40,", "20,0,0,1,100,40,", "0,0,1,1,,30,"])
-    assert energy(tmp_path, TopologyConfig(1, 2), [[5.0, 15.0]], 1.0)["energy_j"] is None
+    assert energy(tmp_path, config(1, 2), [[5.0, 15.0]], 1.0)["energy_j"] is None
     table(tmp_path, ["0,0,0,1,100,40,", "20,0,0,1,100,40,"])
-    assert (
-        energy(tmp_path, TopologyConfig(2, 1), [[5.0, 15.0]], 1.0)["energy_j"] is None
-    )  # the other node's are missing
-    assert energy(tmp_path, TopologyConfig(1, 1), [], 1.0)["energy_j"] is None
+    assert energy(tmp_path, config(2, 1), [[5.0, 15.0]], 1.0)["energy_j"] is None  # the other node's are missing
+    assert energy(tmp_path, config(1, 2), [[5.0, 15.0]], 1.0)["energy_j"] is None  # a card that was never read
+    table(tmp_path, ["0,0,0,1,100,40,", "0,0,1,1,100,40,"])
+    assert energy(tmp_path, config(1, 1), [[5.0, 15.0]], 1.0)["energy_j"] is None  # another job's card beside
+    table(tmp_path, ["0,0,0,1,100,40,"])
+    assert energy(tmp_path, config(1, 1), [], 1.0)["energy_j"] is None
     assert joules([], [[0.0, 1.0]]) is None
 
 

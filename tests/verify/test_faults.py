@@ -163,7 +163,7 @@ def test_a_wrong_layer_is_named_where_each_operator_is_right() -> None:
 @pytest.mark.parametrize("fault", ["none", "sum drops a rank", "broadcast does nothing", "gather swaps ranks"])
 def test_a_collective_that_is_wrong_is_named(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = 3
-    given = [(torch.arange(collectives._COUNT) % 13 + 1 + 7 * of) for of in range(ranks)]
+    given = [collectives.given(torch.int64, of, ranks, "cpu") for of in range(ranks)]
 
     def all_reduce(tensor: Any) -> None:
         counted = given[:-1] if fault == "sum drops a rank" else given

@@ -9,9 +9,13 @@ import pytest
 import torch
 
 from conftest import lit_glm, lit_glm_here
-from lit_glm.verify import record, timing
+from lit_glm.config.app import checked, compose
+from lit_glm.config.schema import TrainConfig
+from lit_glm.errors import InputError
+from lit_glm.finding import Finding
+from lit_glm.hardware.runtimes.cpu import CPURuntime
+from lit_glm.verify import acceptance, record, timing
 from lit_glm.verify.bounds import distance, of_operator
-from lit_glm.verify.check import Check
 
 
 def test_the_command_leaves_its_file_and_says_a_line_a_check(tmp_path: Path) -> None:
@@ -51,7 +55,7 @@ def test_the_newest_of_the_same_hardware_driver_and_precision(
         record.write(
             tmp_path / "outputs" / "verify" / "day" / name,
             {"hardware": "a", "driver": "1", "which": name},
-            [Check("clock", "ok", "waits")],
+            [Finding("clock", "ok", "waits")],
             {"fp32": name == "new"},
         )
     run = tmp_path / "outputs" / "2026-02-02" / "10-00-00"
@@ -59,6 +63,34 @@ def test_the_newest_of_the_same_hardware_driver_and_precision(
     newest: Any = record.newest([run], hardware, driver, precision)
     assert (newest and newest["which"]) == found
     assert found is None or newest["passed"]
+
+
+def test_a_precision_that_cannot_be_tried_is_not_recorded_as_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_arguments: Any, **_more: Any) -> Any:
+        raise InputError("precision=amp: this runtime has none")
+
+    monkeypatch.setattr(acceptance, "make_precision", refuses)
+    monkeypatch.setattr(timing, "_COPIED", 2**20)
+    config = checked(compose("verify", ["precision=amp"]), TrainConfig)
+    tried = acceptance.Acceptance([config], CPURuntime(), whole=False)
+    assert [check.status for check in tried.checks()][0] == "skip"
+    assert tried.passed == {}
+
+
+def test_pretended_cards_verify_nothing(tmp_path: Path) -> None:
+    told = {"hardware": "a", "driver": None, "simulated": True}
+    record.write(tmp_path / "verify" / "x", told, [Finding("clock", "ok", "waits")], {"fp32": True})
+    assert record.newest([tmp_path], "a", None, "fp32") is None
+
+
+def test_a_shape_that_was_asked_for_is_taken_on_a_processor_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(acceptance.Acceptance, "checks", lambda self: iter(()))
+    shape = ["model.num_layers=3", "model.hidden_size=128", "model.num_attention_heads=2", "precision=fp32"]
+    assert lit_glm_here("verify", *shape) == 0
+    assert "glm_large 3 x 128" in capfd.readouterr().out
 
 
 def test_distances() -> None:

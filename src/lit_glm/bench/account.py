@@ -94,7 +94,7 @@ class Account:
         if self.files is None:
             return
         self.files.write(self.row(status, module, self.seconds(), self.e2e(), self.peak_memory()))
-        said = self.others.look() if self.others is not None else None
+        said = self.others.look_now_and_then() if self.others is not None else None
         if said:
             print(f"lit_glm: {said}", flush=True)
         in_use = self._runtime.memory_now(0)
@@ -166,6 +166,8 @@ class Account:
             rank_imbalance: see `WorkCounter.imbalance`.
         """
         assert self.files is not None
+        assert self.others is not None
+        self.others.look()
         row = self.row(status, module, seconds, e2e, peak)
         rates = utilisation(self.config, work, row["pure_compute_time"], row["p_core"], self._peak_name())
         if rates["mfu"] is not None and rates["mfu"] > 1:
@@ -184,7 +186,7 @@ class Account:
         """What others took meanwhile; of a run that was resumed the most of its parts."""
         assert self.files is not None
         assert self.others is not None
-        now = {"others_load": self.others.load(), "others_on_cards": self.others.on_cards}
+        now = {"others_load": self.others.load, "others_on_cards": self.others.on_cards}
         parts = {name: [value, self.files.before.get(name)] for name, value in now.items()}
         return {name: max((x for x in both if x is not None), default=None) for name, both in parts.items()}
 

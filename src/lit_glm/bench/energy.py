@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-from lit_glm.config.schema import TopologyConfig
-from lit_glm.hardware.watch import file_of, readings_of
+from lit_glm.config.schema import TrainConfig
+from lit_glm.hardware.watch import file_of, monitor_of, readings_of
 
 Reading = Dict[str, Optional[float]]
 Span = Sequence[float]
@@ -38,12 +38,12 @@ def joules(readings: List[Reading], spans: List[Span]) -> Optional[float]:
     return total
 
 
-def energy(run_dir: Path, topology: TopologyConfig, spans: List[Span], samples: Optional[float]) -> Dict[str, Any]:
+def energy(run_dir: Path, config: TrainConfig, spans: List[Span], samples: Optional[float]) -> Dict[str, Any]:
     """Energy, power and temperature of a run.
 
     Args:
         run_dir: its folder.
-        topology: how many cards there are; the readings of all of them must be there.
+        config: the run's: the readings of all its cards must be there, and of no others.
         spans: begin and end of training, in the time of devices.csv; more than one if it was resumed.
         samples: trained meanwhile.
 
@@ -51,11 +51,14 @@ def energy(run_dir: Path, topology: TopologyConfig, spans: List[Span], samples: 
         Entries of result.json; None where any card's power is unknown.
     """
     cards: Dict[Tuple[str, str], List[Reading]] = {}
+    monitor, topology, complete = monitor_of(config.hardware), config.topology, bool(spans)
     for node in range(topology.num_nodes):
-        cards.update(readings_of(file_of(run_dir, node)))
-    nodes = {node for node, _ in cards}
+        found = readings_of(file_of(run_dir, node))
+        wanted = topology.devices_per_node if monitor is not None and monitor.visible else len(found)
+        complete = complete and bool(found) and len(found) == wanted
+        cards.update(found)
     of_each = [joules(readings, spans) for readings in cards.values()]
-    known = len(nodes) == topology.num_nodes and bool(spans) and all(one is not None for one in of_each)
+    known = complete and all(one is not None for one in of_each)
     total = sum(one for one in of_each if one is not None) if known else None
     seconds = sum(end - begin for begin, end in spans)
     during = [

@@ -19,7 +19,7 @@ from lit_glm.config.schema import TrainConfig
 from lit_glm.hardware.names import PACKAGES, VISIBLE
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.hardware.runtimes.cpu import cpu_name
-from lit_glm.hardware.threads import COUNTS, WAITING, cores
+from lit_glm.threads import COUNTS, WAITING, cores
 
 _PACKAGES = (
     "torch",

@@ -36,6 +36,8 @@ class Others:
         self._mark = (time.monotonic(), 0.0, 0.0)
         self._said = False
         self._next = 0.0
+        self.load: Optional[float] = None
+        """Share of the machine's processors that others have taken in training, as last looked; None: not known yet."""
         self.on_cards: Optional[int] = None
         """Other processes seen on the cards at most; None: nothing says it."""
 
@@ -44,32 +46,27 @@ class Others:
         self._mark = (time.monotonic(), processors_busy(), self._own())
         self._next = time.monotonic() + _EVERY_S
 
-    def load(self) -> Optional[float]:
-        """Share of the machine's processors that others have taken since then; None before that can be told."""
-        since, busy, own = self._mark
-        elapsed = time.monotonic() - since
-        if not busy or elapsed < _SHORT_S:
-            return None
-        taken = (processors_busy() - busy) - (self._own() - own)
-        return min(1.0, max(0.0, taken / (elapsed * (os.cpu_count() or 1))))
+    def look_now_and_then(self) -> Optional[str]:
+        """`look` when it is time: finding a job's processes reads all of the machine's."""
+        return self.look() if time.monotonic() >= self._next else None
 
     def look(self) -> Optional[str]:
-        """A line to say, once, when others take more than a tenth of the machine or compute on the cards.
-
-        Looks now and then only: finding a job's processes reads all of the machine's.
-        """
-        if time.monotonic() < self._next:
-            return None
+        """See what others take; a line to say, once, when that is a tenth of the machine, or cards are shared."""
         self._next = time.monotonic() + _EVERY_S
+        since, busy, own = self._mark
+        elapsed = time.monotonic() - since
+        if busy and elapsed >= _SHORT_S:
+            taken = (processors_busy() - busy) - (self._own() - own)
+            self.load = min(1.0, max(0.0, taken / (elapsed * (os.cpu_count() or 1))))
         for index in range(self._devices):
             there = self._runtime.processes_on(index)
             if there is not None:  # a rank of ours is one of them; in a container its number would be another
                 self.on_cards = max(self.on_cards or 0, there - 1)
-        load = self.load()
-        if self._said or ((load or 0.0) <= OTHERS_SHARE and not self.on_cards):
+        much = self.load is not None and self.load > OTHERS_SHARE
+        if self._said or not (much or self.on_cards):
             return None
         self._said = True
-        what = [f"others take {load:.0%} of this machine's processors"] if load and load > OTHERS_SHARE else []
+        what = [f"others take {self.load:.0%} of this machine's processors"] if much else []
         what += [f"{self.on_cards} other processes are on its cards"] if self.on_cards else []
         return f"not alone: {', '.join(what)}; figures measured beside others are not comparable (rows are marked)"
 

@@ -9,10 +9,9 @@ from hydra.core.hydra_config import HydraConfig
 
 from lit_glm.config.app import run_app
 from lit_glm.config.schema import TrainConfig
-from lit_glm.doctor.finding import Finding, checked_by
+from lit_glm.doctor.finding import checked_by
+from lit_glm.finding import Finding
 from lit_glm.hardware.variables import set_environment
-
-_MARKS = {"ok": "ok  ", "warn": "warn", "fail": "FAIL", "skip": "-   "}
 
 
 def examine(config: TrainConfig, place: Path) -> Iterator[Finding]:
@@ -52,11 +51,6 @@ def examine(config: TrainConfig, place: Path) -> Iterator[Finding]:
     yield checked_by("memory", lambda: files.memory(config, runtime))
 
 
-def _line(finding: Finding) -> str:
-    advice = f" -> {finding.advice}" if finding.advice else ""
-    return f"{_MARKS[finding.status]}  {finding.name}: {finding.said}{advice}"
-
-
 def main() -> int:
     """Compose, check, say; returns 1 if any check failed, 2 for a wrong configuration."""
     arguments, as_json = list(sys.argv), "--json" in sys.argv
@@ -67,7 +61,7 @@ def main() -> int:
         for finding in examine(config, Path("outputs" if given == "." else given)):
             findings.append(finding)
             if not as_json:
-                print(_line(finding), flush=True)
+                print(finding.line(), flush=True)
         failed = [finding.name for finding in findings if finding.status == "fail"]
         if as_json:
             said = [{key: getattr(entry, key) for key in ("name", "status", "said", "advice")} for entry in findings]

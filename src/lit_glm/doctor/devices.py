@@ -1,21 +1,16 @@
 """Runtime, cards, arithmetic, port, and a real all-reduce between all ranks of the topology."""
 
-import json
 import os
-import tempfile
-import time
-from pathlib import Path
 from typing import List
 
 from lit_glm.config.app import CONF
 from lit_glm.config.schema import TrainConfig
-from lit_glm.doctor.finding import Finding
 from lit_glm.errors import InputError
+from lit_glm.finding import Finding
 from lit_glm.hardware.runtimes import check_cards, check_devices, make_runtime
 from lit_glm.hardware.runtimes.base import Runtime
 
 _LIMIT_S = 6.0
-_MARGIN_S = 3.0
 
 
 def runtime(config: TrainConfig, kept: List[str]) -> Finding:
@@ -29,9 +24,9 @@ def runtime(config: TrainConfig, kept: List[str]) -> Finding:
     version = f", driver {made.driver_version()}" if made.has_driver else ""
     said = f"{made.name} for {config.hardware.name}{version}"
     if made.simulated:
-        return Finding("", "warn", f"{said}: a rehearsal on the processor", "no figure of it is the chip's", made)
+        return Finding("", "warn", f"{said}: a rehearsal on the processor", "no figure of it is the chip's", made=made)
     if kept:
-        return Finding("", "warn", said, "; ".join(kept), made)
+        return Finding("", "warn", said, "; ".join(kept), made=made)
     return Finding("", "ok", said, made=made)
 
 
@@ -84,19 +79,11 @@ def collectives(config: TrainConfig, made: Runtime) -> Finding:
     """Start all ranks of this node and sum over all ranks of the topology."""
     if config.topology.world_size == 1:
         return Finding("", "skip", "one device: there is nothing to exchange")
-    from lit_glm.jobs.launch import run_ranks
-    from lit_glm.jobs.nodes import this_node
-    from lit_glm.runs.job import Job
+    from lit_glm.jobs.trial import on_all_ranks
 
-    config.run.stall_timeout_s = config.run.rendezvous_timeout_s = _LIMIT_S
-    with tempfile.TemporaryDirectory(prefix="lit_glm-doctor-") as folder:
-        job = Job(config, time.monotonic(), [])
-        job.write(Path(folder))
-        node = this_node(config.topology)
-        run_ranks(job, node, Path(folder), Path(folder), "lit_glm.doctor.allreduce", _MARGIN_S)
-        if node.rank > 0:
-            return Finding("", "ok", "this node's ranks have summed with the others'; node 0 has the figures")
-        measured = json.loads((Path(folder) / "allreduce.json").read_text())
+    measured = on_all_ranks(config, "lit_glm.doctor.allreduce", _LIMIT_S)
+    if measured is None:
+        return Finding("", "ok", "this node's ranks have summed with the others'; node 0 has the figures")
     return Finding(
         "",
         "ok",

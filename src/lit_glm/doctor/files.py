@@ -11,8 +11,8 @@ from lit_glm.apart import call_apart
 from lit_glm.bench import memory as estimates
 from lit_glm.bench.lengths import Lengths
 from lit_glm.config.schema import TrainConfig
-from lit_glm.doctor.finding import Finding
 from lit_glm.errors import InputError
+from lit_glm.finding import Finding
 from lit_glm.hardware.runtimes.base import Runtime
 
 _GIB = 2**30

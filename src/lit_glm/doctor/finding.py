@@ -1,9 +1,9 @@
-"""What one check came to."""
+"""A check that never hides the others, and what to do where its error does not say it."""
 
-from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Callable
 
 from lit_glm.errors import InputError, RunError
+from lit_glm.finding import Finding
 
 _DATA = "copy the file again and compare the sizes, or make it anew with python -m lit_glm.prepare"
 _ADVICE = {
@@ -16,20 +16,6 @@ _ADVICE = {
     "checkpoint": "copy the checkpoint again and compare the sizes; its shape is that of model=...",
 }
 """What to do where the error itself does not say it."""
-
-
-@dataclass
-class Finding:
-    """One line of the doctor."""
-
-    name: str
-    status: str
-    """ok; warn: a run would go, but look at it; fail: it would not; skip: nothing to check."""
-    said: str
-    advice: str = ""
-    """What to do."""
-    made: Any = None
-    """What the check had to make, for later ones."""
 
 
 def checked_by(name: str, check: Callable[[], Finding]) -> Finding:

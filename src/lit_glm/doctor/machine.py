@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 
 from lit_glm.bench.environment import describe_machine
 from lit_glm.config.app import CONF
-from lit_glm.doctor.finding import Finding
+from lit_glm.finding import Finding
 
 _BUSY_PERCENT = 25.0
 

@@ -124,7 +124,7 @@ class WatchedMemory:
         self._peak: Optional[float] = None
 
     def start(self, file: Path, index: int, visible: str) -> None:
-        """Begin with what is written from now on.
+        """Name the file; what an earlier part of the run has left there counts for the peak.
 
         Args:
             file: of the node.

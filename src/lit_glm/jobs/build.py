@@ -26,7 +26,7 @@ from lit_glm.hardware.accelerator import make_accelerator, make_strategy
 from lit_glm.hardware.precision import make_precision
 from lit_glm.hardware.runtimes import check_cards, check_devices, make_runtime
 from lit_glm.hardware.runtimes.base import Runtime
-from lit_glm.hardware.threads import threads_of
+from lit_glm.threads import threads_of
 from lit_glm.hardware.variables import set_environment
 from lit_glm.jobs.group import agree, collective_limit
 from lit_glm.jobs.loggers import hyperparameters, make_callbacks, make_loggers
@@ -100,10 +100,11 @@ def build(place: Place, beat: Callable[[], None], stops: Optional[Stops]) -> Bui
     strategy = make_strategy(runtime, config.topology, collective_limit(config))
     precision = make_precision(config, runtime, place.local_rank)
     train_split, eval_split = open_data(config.data, config.model)
-    _take_threads(place, Lengths.of(train_split))
+    lengths = Lengths.of(train_split)
+    _take_threads(place, lengths)
     _open(place, runtime)
     beat()
-    place.say(memory.describe(config, Lengths.of(train_split), runtime, place.local_rank))
+    place.say(memory.describe(config, lengths, runtime, place.local_rank))
     module = _module(place, runtime)
     data = RecordData(config, train_split, lambda: module.steps_done, runtime.pins_memory, runtime.synchronize)
     resume_from, content = _where_it_goes_on(place, runtime)
@@ -195,19 +196,19 @@ def _open(place: Place, runtime: Runtime) -> None:
         )
     )
     place.say(f"run folder {place.run_dir}")
-    if runtime.has_driver and not _is_verified(place, runtime):
+    if runtime.has_driver and not _is_verified(place):
         place.say(
             f"no verification of this driver in {config.precision.name} has passed here: "
-            f"python -m lit_glm.verify hardware={config.hardware.name} finds out in two minutes what can be trusted"
+            f"python -m lit_glm.verify hardware={config.hardware.name} finds out what can be trusted"
         )
     hint = runtime.precision_hint(config.precision.name)
     if hint:
         place.say(f"precision={config.precision.name}: {hint}")
 
 
-def _is_verified(place: Place, runtime: Runtime) -> bool:
+def _is_verified(place: Place) -> bool:
     config = place.config
-    driver = config.report.driver or runtime.driver_version()
+    driver = environment_of(place.run_dir).get("driver")
     found = verifications.newest([place.run_dir, Path.cwd()], config.hardware.name, driver, config.precision.name)
     return found is not None and bool(found["passed"])
 

@@ -15,7 +15,7 @@ from lit_glm.bench.energy import energy
 from lit_glm.ending import GRACE_S, die_with_parent, end, kill_children
 from lit_glm.errors import InputError, RunError
 from lit_glm.hardware.shortage import kernel_kills
-from lit_glm.hardware.threads import OURS, for_ranks
+from lit_glm.threads import OURS, for_ranks
 from lit_glm.hardware.watch import devices_watched, file_of
 from lit_glm.jobs import signs
 from lit_glm.jobs.interrupts import EXIT_STATUS, Interrupted, stopping
@@ -79,19 +79,26 @@ def run_job(job: Job, run_dir: Path, composed: Dict[str, str], in_process: bool 
 
 
 @contextmanager
-def energy_recorded(job: Job, run_dir: Path) -> Iterator[None]:
-    """The cards of the first node are watched inside; what they took stands in the result then."""
-    config = job.config
-    before = (read_result(run_dir) or {}) if job.resumes else {}
+def node_watched(job: Job, run_dir: Path, node: int) -> Iterator[None]:
+    """The cards of a node are read inside; times go on where an earlier part of the run has ended."""
+    file, before = file_of(run_dir, node), (read_result(run_dir) or {}) if job.resumes else {}
+    if not job.resumes and file.exists():
+        file.unlink()  # of a run that has been thrown away: the first node's has gone with it
     begun = job.entry - float(before.get("e2e_time") or 0.0)
-    file = file_of(run_dir, 0)
+    with devices_watched(job.config.hardware, file, node, job.config.topology.devices_per_node, begun):
+        yield
+
+
+@contextmanager
+def energy_recorded(job: Job, run_dir: Path) -> Iterator[None]:
+    """As `node_watched` of the first node; what the cards of all nodes took stands in the result then."""
     try:
-        with devices_watched(config.hardware, file, 0, config.topology.devices_per_node, begun):
+        with node_watched(job, run_dir, 0):
             yield
     finally:
         result = read_result(run_dir)
-        if result is not None and result.get("training_spans") and file.is_file():
-            took = energy(run_dir, config.topology, result["training_spans"], result.get("num_trained_samples"))
+        if result is not None and result.get("training_spans") and file_of(run_dir, 0).is_file():
+            took = energy(run_dir, job.config, result["training_spans"], result.get("num_trained_samples"))
             amend_result(run_dir, **took)
             if took["energy_j"] is not None:
                 mean = f"{took['power_mean_w']:.0f} W on the average"
@@ -125,8 +132,7 @@ def _help(job: Job, node: Node, run_dir: Path) -> Dict[str, Any]:
     with alone_in(spec_dir) as lock:
         signs.clear(spec_dir)
         job.write(spec_dir)
-        devices = job.config.topology.devices_per_node
-        with devices_watched(job.config.hardware, file_of(run_dir, node.rank), node.rank, devices, job.entry):
+        with node_watched(job, run_dir, node.rank):
             run_ranks(job, node, spec_dir, run_dir, lock=lock)
     return {}
 

@@ -11,10 +11,9 @@ from lit_glm.config.schema import TrainConfig
 from lit_glm.ending import kill_children, leave
 from lit_glm.errors import InputError
 from lit_glm.hardware.runtimes import make_runtime
-from lit_glm.hardware.watch import devices_watched, file_of
 from lit_glm.jobs import signs
 from lit_glm.jobs.group import joined
-from lit_glm.jobs.launch import ending_recorded, energy_recorded
+from lit_glm.jobs.launch import ending_recorded, energy_recorded, node_watched
 from lit_glm.jobs.nodes import OuterRank
 from lit_glm.jobs.watch import STALL_MARGIN_S, Watch, said_of, watching
 from lit_glm.jobs.worker import said
@@ -88,11 +87,10 @@ def run_outer(
             if config.topology.world_size > 1:
                 told = exchange.broadcast(told, make_runtime(config.hardware, config.topology).device(outer.local_rank))
             folder, resumes = Path(told[0]), told[1]
+            job = Job(config, entry if outer.rank == 0 else time.monotonic(), sys.argv, resumes)
             node = outer.rank // config.topology.devices_per_node
             if outer.local_rank == 0 and node > 0:
-                file, devices = file_of(folder, node), config.topology.devices_per_node
-                keep.enter_context(devices_watched(config.hardware, file, node, devices, time.monotonic()))
-            job = Job(config, entry if outer.rank == 0 else time.monotonic(), sys.argv, resumes)
+                keep.enter_context(node_watched(job, folder, node))
             with _watched(config, folder, outer), ending_recorded(folder) if outer.rank == 0 else nullcontext():
                 run_rank(job, folder)
 

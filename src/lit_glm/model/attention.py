@@ -204,6 +204,8 @@ class PaddedPlan:
     kernel: str
     places: Optional[Places] = None
     """Where rows are gathered from and scattered to; None: row i stands at place i."""
+    nobody: Optional[Tensor] = None
+    """[G, K] places of no row, beside `places`."""
 
     @classmethod
     def gathered(cls, places: Places, kernel: str = "auto") -> "PaddedPlan":
@@ -211,7 +213,7 @@ class PaddedPlan:
         owner = places.owner
         own = (owner[:, :, None] == owner[:, None, :]) & _causal(owner.shape[1], owner.device)
         mask = Mask((own | (owner == -1)[:, None, :])[:, None])
-        return cls((int(owner.shape[0]), int(owner.shape[1])), mask, kernel, places)
+        return cls((int(owner.shape[0]), int(owner.shape[1])), mask, kernel, places, owner == -2)
 
     @classmethod
     def published(cls, separator: Tensor, length: int, kernel: str = "auto") -> "PaddedPlan":
@@ -236,7 +238,8 @@ class PaddedPlan:
         out = out.transpose(1, 2).reshape(-1, width)
         if places is None:
             return out
-        nobody = (places.owner[:, first:] == -2).view(-1, 1)
+        assert self.nobody is not None
+        nobody = self.nobody[:, first:].reshape(-1, 1)
         if candidates_only:
             return _Taken.apply(out, places.scatter_candidates, places.gather_candidates.view(-1), nobody)
         return _Taken.apply(out, places.scatter, places.gather.view(-1), nobody)

@@ -8,7 +8,7 @@ from typing import Any, List
 
 from hydra.core.hydra_config import HydraConfig
 
-from lit_glm.config.app import checked, compose, run_app
+from lit_glm.config.app import CONF, checked, compose, run_app
 from lit_glm.config.line import CommandLine
 from lit_glm.config.schema import TrainConfig
 from lit_glm.hardware.variables import set_environment
@@ -33,21 +33,23 @@ def main() -> int:
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's library tells when it starts and stops
         set_environment(config.hardware)  # before anything imports torch
 
-        from lit_glm.hardware.runtimes import check_devices, make_runtime
+        from lit_glm.hardware.runtimes import check_cards, check_devices, make_runtime
         from lit_glm.verify import record
         from lit_glm.verify.acceptance import Acceptance
 
         runtime = make_runtime(config.hardware, config.topology)
         check_devices(runtime, config.topology)
-        whole = any(CommandLine.read(sys.argv[1:]).gives(key) for key in ("model", "experiment"))
+        folder = Path(str(HydraConfig.get().run.dir)).resolve()
+        kept = check_cards(config.hardware, runtime, config.topology.devices_per_node, CONF / "hardware")
+        keys = [override.key_or_group for override in CommandLine.read(sys.argv[1:]).parsed()]
+        whole = any(key.split(".")[0] in ("model", "experiment") for key in keys)
         acceptance = Acceptance(_configurations(config), runtime, whole)
         if not as_json:
-            print(f"lit_glm: {acceptance.what()}", flush=True)
+            print("\n".join(f"lit_glm: {line}" for line in (*kept, acceptance.what())), flush=True)
         for check in acceptance.checks():
             if not as_json:
                 print(check.line(), flush=True)
-        folder = Path(str(HydraConfig.get().run.dir)).resolve()
-        content = record.write(folder, acceptance.device(), acceptance.done, acceptance.precisions())
+        content = record.write(folder, acceptance.device(), acceptance.done, acceptance.passed)
         failed = [check.name for check in acceptance.done if check.status == "fail"]
         if as_json:
             print(json.dumps(content, indent=1, ensure_ascii=False))

@@ -9,10 +9,10 @@ import torch
 from lit_glm.bench.work import peak_name
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
+from lit_glm.finding import Finding
 from lit_glm.hardware.precision import make_precision
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.verify import collectives, drawing, network, timing
-from lit_glm.verify.check import Check, of_error
 from lit_glm.verify.operators import Operators, Seen, fallbacks
 from lit_glm.verify.sample import Sample, make
 from lit_glm.verify.step import Stepper
@@ -50,8 +50,9 @@ class Acceptance:
                 replace(one, model=replace(one.model, **_NARROW), data=replace(one.data, max_seq_length=length))  # type: ignore[arg-type]
                 for one in configurations
             ]
-        self.done: List[Check] = []
-        self._passed: Dict[str, bool] = {}
+        self.done: List[Finding] = []
+        self.passed: Dict[str, bool] = {}
+        """Of each precision that could be tried: whether it passed, and all that belongs to none."""
 
     def what(self) -> str:
         """What is about to be verified."""
@@ -77,23 +78,16 @@ class Acceptance:
             "torch": torch.__version__,
         }
 
-    def precisions(self) -> Dict[str, bool]:
-        """Of each precision whether it passed; what belongs to none fails all."""
-        common = not any(check.status == "fail" and self._belongs_to_none(check) for check in self.done)
-        return {name: passed and common for name, passed in self._passed.items()}
-
-    def _belongs_to_none(self, check: Check) -> bool:
-        return not any(check.name.split(":")[0].endswith(f" {name}") for name in self._passed)
-
-    def checks(self) -> Iterator[Check]:
+    def checks(self) -> Iterator[Finding]:
         """Run everything."""
         for config in self.configurations:
-            passed = True
+            own = []
             for check in self._of_precision(config):
-                passed = passed and check.status != "fail"
-                self._passed[config.precision.name] = passed
-                self.done.append(check)
+                own.append(check)
                 yield check
+            self.done += own
+            if [check.status for check in own] != ["skip"]:
+                self.passed[config.precision.name] = not any(check.status == "fail" for check in own)
         config, runtime = self.configurations[0], self._runtime
         for name, run in (
             ("dropout", lambda: [drawing.check(runtime)]),
@@ -103,49 +97,52 @@ class Acceptance:
         ):
             for check in _kept(name, run):
                 self.done.append(check)
+                if check.status == "fail":
+                    self.passed = dict.fromkeys(self.passed, False)
                 yield check
 
-    def _of_precision(self, config: TrainConfig) -> Iterator[Check]:
+    def _of_precision(self, config: TrainConfig) -> Iterator[Finding]:
         name, runtime = config.precision.name, self._runtime
         try:
             plugin: Any = make_precision(config, runtime, tried=name != "fp32")  # what fp32 lacks is named below
         except InputError as error:
             first = str(error).splitlines()[0]
-            yield Check(f"precision {name}", "skip", first, advice="take it out of the hardware file's precisions")
+            yield Finding(f"precision {name}", "skip", first, advice="take it out of the hardware file's precisions")
             return
-        tf32 = peak_name(config, runtime.has_tf32) == "tf32"
+        which = peak_name(config, runtime.has_tf32)
+        tf32 = which == "tf32"
         sample = make(config)
         seen: List[Seen] = []
         yield from _kept(f"operators {name}", lambda: _operators(config, sample, runtime, tf32, seen))
         wrong = sorted({one.name for one in seen if one.status in ("differs", "missing")})
         if any(one.status == "missing" for one in seen):
-            yield Check(f"model {name}", "skip", f"not checked: there is no {', '.join(wrong)}")
+            yield Finding(f"model {name}", "skip", f"not checked: there is no {', '.join(wrong)}")
         else:
             for check in _kept(f"model {name}", lambda: network.layers(config, sample, runtime, tf32)):
                 yield _explained(check, wrong)
             for check in _kept(f"training {name}", lambda: network.training(config, sample, runtime, tf32)):
                 yield _explained(check, wrong)
-        which = peak_name(config, runtime.has_tf32)
         peak = config.hardware.peak_tflops.get(which)
         yield from _kept(f"speed {name}", lambda: timing.speed(config, runtime, plugin.computes_in, peak, which))
 
 
-def _kept(name: str, run: Callable[[], List[Check]]) -> List[Check]:
+def _kept(name: str, run: Callable[[], List[Finding]]) -> List[Finding]:
     """What a check says, or what it raised."""
     try:
         return run()
     except Exception as error:
-        return [of_error(name, error)]
+        text = " ".join(str(error).split())[:300]
+        return [Finding(name, "fail", f"{type(error).__name__}: {text}")]
 
 
-def _explained(check: Check, wrong: List[str]) -> Check:
+def _explained(check: Finding, wrong: List[str]) -> Finding:
     """What follows from an operator that is named already is no failure of its own."""
     if check.status == "fail" and wrong:
         return replace(check, status="warn", advice=f"follows from {', '.join(wrong)}, above")
     return check
 
 
-def _operators(config: TrainConfig, sample: Sample, runtime: Runtime, tf32: bool, seen: List[Seen]) -> List[Check]:
+def _operators(config: TrainConfig, sample: Sample, runtime: Runtime, tf32: bool, seen: List[Seen]) -> List[Finding]:
     """A training step and an evaluation of each scoring; what is wrong in lines of its own."""
     model = replace(
         sample.model, hidden_dropout=config.model.hidden_dropout, attention_dropout=config.model.attention_dropout
@@ -171,16 +168,16 @@ def _operators(config: TrainConfig, sample: Sample, runtime: Runtime, tf32: bool
                 f"{one.status}{f': {one.said}' if one.said else ''} {f'({one.shapes})' if one.shapes else ''}".strip()
             )
             figure, bound = (one.far.typical, one.bound) if one.status == "differs" else (None, None)
-            checks.append(Check(f"{label}: {one.name}", "fail", what, figure, bound, _ADVICE[one.status]))
+            checks.append(Finding(f"{label}: {one.name}", "fail", what, _ADVICE[one.status], figure, bound))
     unknown = sorted({one.name for one in seen if one.status == "unknown"})
     if unknown:
         said = f"{', '.join(unknown)}: nothing to compare with alone"
-        checks.append(Check(f"{label}: unknown", "warn", said, advice="judged by the model below"))
+        checks.append(Finding(f"{label}: unknown", "warn", said, advice="judged by the model below"))
     good = [one for one in seen if one.status == "ok"]
     nearest = max(good, key=lambda one: one.far.typical / (one.bound or 1.0), default=None)
     if nearest is not None:
         drawn = sum(one.status == "drawn" for one in seen)
         names = {one.name for one in good}
         said = f"{len(names)} in {len(good)} shapes agree, {drawn} draw numbers; nearest to its bound {nearest.name}"
-        checks.append(Check(label, "ok", said, nearest.far.typical, nearest.bound))
+        checks.append(Finding(label, "ok", said, figure=nearest.far.typical, bound=nearest.bound))
     return checks

@@ -1,59 +1,44 @@
 """Sum, broadcast and gather between all ranks of the topology, in the types that training uses.
 
-Started by `check` as one rank under torchrun: `-m lit_glm.verify.collectives SPEC_DIR OUT_DIR`.
+Started by `check` as one rank under torchrun: `-m lit_glm.verify.collectives FOLDER FOLDER`.
 """
 
 import os
 import sys
-import tempfile
-import time
 from pathlib import Path
-from typing import Any, List
+from typing import Any, Dict, List
+
+import torch
 
 from lit_glm.config.schema import TrainConfig
-from lit_glm.ending import die_with_parent, leave
+from lit_glm.ending import leave
 from lit_glm.errors import RunError
-from lit_glm.files import write_json
+from lit_glm.finding import Finding
 from lit_glm.hardware.runtimes import make_runtime
-from lit_glm.jobs.group import joined
-from lit_glm.jobs.signs import Heartbeat
-from lit_glm.jobs.worker import said
-from lit_glm.runs.job import Job
-from lit_glm.verify.check import Check
+from lit_glm.jobs.trial import as_rank, on_all_ranks
 
 _LIMIT_S = 30.0
-_MARGIN_S = 5.0
 _COUNT = 100_003
 """Elements; no multiple of anything, so that a library's last, shorter piece is tried too."""
-_FILE = "collectives.json"
 
 
-def check(config: TrainConfig) -> Check:
+def check(config: TrainConfig) -> Finding:
     """Start all ranks of this node, and say what they found."""
-    from lit_glm.jobs.launch import run_ranks
-    from lit_glm.jobs.nodes import this_node
-
-    if config.topology.world_size == 1:
-        return Check("collectives", "skip", "one device: there is nothing to exchange (topology=1x8 and the like)")
-    config.run.stall_timeout_s = config.run.rendezvous_timeout_s = _LIMIT_S
-    with tempfile.TemporaryDirectory(prefix="lit_glm-verify-") as folder:
-        job = Job(config, time.monotonic(), [])
-        job.write(Path(folder))
-        try:
-            run_ranks(job, this_node(config.topology), Path(folder), Path(folder), __name__, _MARGIN_S)
-        except RunError as error:
-            advice = "look at the collective library, its variables, and the links between the cards"
-            return Check("collectives", "fail", " ".join(str(error.summary or error).split())[:300], advice=advice)
-    kinds = ", ".join(_name(dtype) for dtype in kinds_of(config))
     ranks = config.topology.world_size
-    return Check("collectives", "ok", f"sum, broadcast and gather of {kinds} over {ranks} ranks are right")
+    if ranks == 1:
+        return Finding("collectives", "skip", "one device: there is nothing to exchange (topology=1x8 and the like)")
+    try:
+        on_all_ranks(config, __name__, _LIMIT_S)
+    except RunError as error:
+        advice = "look at the collective library, its variables, and the links between the cards"
+        return Finding("collectives", "fail", " ".join(str(error.summary or error).split())[:300], advice)
+    kinds = ", ".join(_name(dtype) for dtype in kinds_of(config))
+    return Finding("collectives", "ok", f"sum, broadcast and gather of {kinds} over {ranks} ranks are right")
 
 
 def kinds_of(config: TrainConfig) -> List[Any]:
-    """What training sends: gradients and losses, lengths, bytes."""
-    import torch
-
-    half = [torch.float16] if config.precision.name == "fp16" else []
+    """What training sends: gradients (halves too, where the chip trains in them), losses, lengths, bytes."""
+    half = [torch.float16] if "fp16" in config.hardware.precisions else []
     return [torch.float32, *half, torch.int64, torch.uint8]
 
 
@@ -61,61 +46,49 @@ def _name(dtype: Any) -> str:
     return str(dtype).replace("torch.", "")
 
 
-def exchanged(rank: int, ranks: int, device: Any, kinds: List[Any]) -> List[str]:
-    """Try every collective; what came out wrong, a line each.
+def given(dtype: Any, rank: int, ranks: int, device: Any) -> Any:
+    """What a rank gives: numbers at places of its own, zeros elsewhere, so that sums of any type are exact.
 
-    Every rank gives other numbers, so that one that is left out, doubled or out of order is seen.
+    A rank that is left out, doubled or out of order is seen at its places.
     """
-    import torch
+    places = torch.arange(_COUNT, device=device)
+    return torch.where(places % ranks == rank, places % 13 + 1, torch.zeros_like(places)).to(dtype)
 
+
+def exchanged(rank: int, ranks: int, device: Any, kinds: List[Any]) -> List[str]:
+    """Try every collective; what came out wrong, a line each."""
     wrong = []
-
-    def given(dtype: Any, of: int) -> Any:
-        return (torch.arange(_COUNT, device=device) % 13 + 1 + 7 * of).to(dtype)
-
     for dtype in kinds:
-        everyone = [given(dtype, one) for one in range(ranks)]
         if dtype is not torch.uint8:  # nobody sums bytes
-            summed = given(dtype, rank)
+            summed = given(dtype, rank, ranks, device)
             torch.distributed.all_reduce(summed)
-            if not torch.equal(summed, torch.stack(everyone).sum(0).to(dtype)):
+            if not torch.equal(summed, (torch.arange(_COUNT, device=device) % 13 + 1).to(dtype)):
                 wrong.append(f"the sum of {_name(dtype)} over {ranks} ranks is wrong on rank {rank}")
         for source in sorted({0, ranks - 1}):
-            sent = given(dtype, rank)
+            sent = given(dtype, rank, ranks, device)
             torch.distributed.broadcast(sent, source)
-            if not torch.equal(sent, everyone[source]):
+            if not torch.equal(sent, given(dtype, source, ranks, device)):
                 wrong.append(f"the broadcast of {_name(dtype)} from rank {source} is wrong on rank {rank}")
-        gathered = [torch.zeros_like(everyone[0]) for _ in range(ranks)]
-        torch.distributed.all_gather(gathered, given(dtype, rank))
+        own = given(dtype, rank, ranks, device)
+        gathered = [torch.zeros_like(own) for _ in range(ranks)]
+        torch.distributed.all_gather(gathered, own)
         wrong += [
             f"the gathering of {_name(dtype)} is wrong on rank {rank} for rank {one}'s part"
             for one in range(ranks)
-            if not torch.equal(gathered[one], everyone[one])
+            if not torch.equal(gathered[one], given(dtype, one, ranks, device))
         ]
     return wrong
 
 
-def main(spec_dir: Path, out_dir: Path) -> int:
-    """One rank."""
-    die_with_parent()
-    config = Job.read(spec_dir).config
-    Heartbeat(spec_dir, int(os.environ["RANK"]))
-
-    def work() -> None:
-        with joined(config):
-            import torch
-
-            device = make_runtime(config.hardware, config.topology).device(int(os.environ["LOCAL_RANK"]))
-            rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-            wrong = exchanged(rank, ranks, device, kinds_of(config))
-            if wrong:
-                raise RunError("; ".join(wrong), summary="; ".join(wrong))
-            if rank == 0:
-                write_json(out_dir / _FILE, {"ranks": ranks})
-            torch.distributed.barrier()
-
-    return said(work, lambda: spec_dir)
+def exchange(config: TrainConfig) -> Dict[str, Any]:
+    """One rank's part."""
+    device = make_runtime(config.hardware, config.topology).device(int(os.environ["LOCAL_RANK"]))
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    wrong = exchanged(rank, ranks, device, kinds_of(config))
+    if wrong:
+        raise RunError("; ".join(wrong), summary="; ".join(wrong))
+    return {"ranks": ranks}
 
 
 if __name__ == "__main__":
-    leave(main(Path(sys.argv[1]), Path(sys.argv[2])))
+    leave(as_rank(Path(sys.argv[1]), exchange))

@@ -4,16 +4,16 @@ import math
 
 import torch
 
+from lit_glm.finding import Finding
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.model.dropout import draw, dropout
-from lit_glm.verify.check import Check
 
 _SHARE = 0.1
 _COUNT = 2**20
 _SIGMAS = 6.0
 
 
-def check(runtime: Runtime) -> Check:
+def check(runtime: Runtime) -> Finding:
     """Both ways in which masks are drawn: of hidden states, and of attention where products compute it."""
     ones = torch.ones(_COUNT, device=runtime.device(0))
 
@@ -25,10 +25,12 @@ def check(runtime: Runtime) -> Check:
     share = max((float((mask == 0).double().mean()) for mask in first), key=lambda value: abs(value - _SHARE))
     off, bound = abs(share - _SHARE), _SIGMAS * math.sqrt(_SHARE * (1 - _SHARE) / _COUNT)
     if off > bound:
-        return Check("dropout", "fail", f"drops {share:.4f} instead of {_SHARE}", off, bound, "look at its generator")
+        return Finding("dropout", "fail", f"drops {share:.4f} instead of {_SHARE}", "look at its generator", off, bound)
     if not all(torch.equal(one, two) for one, two in zip(first, again)):
         advice = "runtime.manual_seed does not reach the device's generator: no run can be repeated or resumed exactly"
-        return Check("dropout", "fail", "the same seed draws another mask", advice=advice)
+        return Finding("dropout", "fail", "the same seed draws another mask", advice=advice)
     if any(torch.equal(one, two) for one, two in zip(first, other)):
-        return Check("dropout", "fail", "another seed draws the same mask", advice="every step would drop the same")
-    return Check("dropout", "ok", f"drops {share:.4f}, the same for the same seed, other for another", off, bound)
+        return Finding("dropout", "fail", "another seed draws the same mask", advice="every step would drop the same")
+    return Finding(
+        "dropout", "ok", f"drops {share:.4f}, the same for the same seed, other for another", figure=off, bound=bound
+    )

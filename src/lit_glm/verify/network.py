@@ -2,14 +2,12 @@
 
 import math
 from dataclasses import replace
-from typing import Any, List
-
-import torch
+from typing import List
 
 from lit_glm.config.schema import TrainConfig
+from lit_glm.finding import Finding
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.verify.bounds import distance, of_layers
-from lit_glm.verify.check import Check
 from lit_glm.verify.sample import Sample
 from lit_glm.verify.step import Stepper
 
@@ -17,11 +15,12 @@ _BACKWARD = 4.0
 """Gradients pass twice as many products as hidden states, and scores of nearly equal size cancel in the loss."""
 _NEGLIGIBLE = 1e-2
 """A gradient so small beside the largest one is compared with that: it may be zero but for rounding."""
-STEPS = 25
+_STEPS = 25
 _DRIFT = 8.0
+"""How far losses may drift apart over the steps, beside one forward pass."""
 
 
-def layers(config: TrainConfig, sample: Sample, runtime: Runtime, tf32: bool) -> List[Check]:
+def layers(config: TrainConfig, sample: Sample, runtime: Runtime, tf32: bool) -> List[Finding]:
     """Hidden states after every layer, scores and loss; then the gradient of every parameter."""
     exact_stages, exact_gradients = Stepper(config, sample, runtime, exact=True).insides(sample.flat)
     own = Stepper(config, sample, runtime)
@@ -36,13 +35,13 @@ def layers(config: TrainConfig, sample: Sample, runtime: Runtime, tf32: bool) ->
         if not far.within(limit) and not first:
             first = name
     checks = [
-        Check(
+        Finding(
             f"model {config.precision.name}",
             "fail" if first else "ok",
             f"{first} is the first that deviates" if first else f"{len(stages) - 3} layers, scores and loss agree",
+            "look at the operators that this layer calls, above" if first else "",
             worst,
             bound,
-            "look at the operators that this layer calls, above" if first else "",
         )
     ]
     bound *= _BACKWARD
@@ -58,46 +57,35 @@ def layers(config: TrainConfig, sample: Sample, runtime: Runtime, tf32: bool) ->
     said = f"{name} deviates most" if deviates else f"{len(ranked)} parameters agree"
     advice = "look at the operators of the backward pass, above" if deviates else ""
     checks.append(
-        Check(f"gradients {config.precision.name}", "fail" if deviates else "ok", said, far_off, bound, advice)
+        Finding(f"gradients {config.precision.name}", "fail" if deviates else "ok", said, advice, far_off, bound)
     )
     return checks
 
 
-def training(config: TrainConfig, sample: Sample, runtime: Runtime, tf32: bool) -> List[Check]:
+def training(config: TrainConfig, sample: Sample, runtime: Runtime, tf32: bool) -> List[Finding]:
     """25 steps against the processor's, then the same once more on the device."""
     short = replace(config, optimizer=replace(config.optimizer, lr=1e-4, warmup=0.0))
     small = replace(sample, model=replace(sample.model, num_layers=min(2, sample.model.num_layers)))
 
-    def losses(exact: bool) -> List[float]:
-        runtime.manual_seed(config.seed)
-        stepper = Stepper(short, small, runtime, exact)
-        return [stepper.train(small.flat) for _ in range(STEPS)]
-
-    exact, mine, again = losses(True), losses(False), losses(False)
-    dtype = _type_of(config)
-    bound = _DRIFT * of_layers(dtype, 2, small.model.hidden_size, tf32)
+    steppers = [Stepper(short, small, runtime, exact) for exact in (True, False, False)]
+    exact, mine, again = ([stepper.train(small.flat) for _ in range(_STEPS)] for stepper in steppers)
+    bound = _DRIFT * of_layers(steppers[1].computes_in, small.model.num_layers, small.model.hidden_size, tf32)
     far = max(abs(own - other) / max(1.0, abs(other)) for own, other in zip(mine, exact))
     name, falls = f"training {config.precision.name}", mine[-1] < mine[0]
     well = far <= bound and falls
-    said = f"{STEPS} losses, {mine[0]:.4f} to {mine[-1]:.4f}, as the processor's"
+    said = f"{_STEPS} losses, {mine[0]:.4f} to {mine[-1]:.4f}, as the processor's"
     checks = [
-        Check(
+        Finding(
             name,
             "ok" if well else "fail",
             said if well else f"losses leave the processor's (the last is {mine[-1]:.4f}, there {exact[-1]:.4f})",
+            "" if well else "look at clipping and optimizer: their operators are above too",
             far,
             bound,
-            "" if well else "look at clipping and optimizer: their operators are above too",
         )
     ]
     same = mine == again
     said = "the same bits twice" if same else "twice the same training gives other bits"
     advice = "" if same else "comparable, but a resumed run is not equal to an uninterrupted one"
-    checks.append(Check(f"repeatable {config.precision.name}", "ok" if same else "warn", said, advice=advice))
+    checks.append(Finding(f"repeatable {config.precision.name}", "ok" if same else "warn", said, advice=advice))
     return checks
-
-
-def _type_of(config: TrainConfig) -> torch.dtype:
-    kinds: Any = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    dtype: torch.dtype = kinds.get(config.precision.name, torch.float16)
-    return dtype

@@ -6,22 +6,24 @@ from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Optional
 
 from lit_glm.files import write_json
-from lit_glm.verify.check import Check
+from lit_glm.finding import Finding
 
 FILE = "verify.json"
 FOLDER = "verify"
 _SCHEMA_VERSION = 1
+_KEYS = ("name", "status", "said", "figure", "bound", "advice")
+_DEPTHS = ("", "*/", "*/*/")  # outputs/verify/DATE/TIME, and shallower ones that hydra.run.dir named
 _ABOVE = 6  # folders above a run in which outputs/ may be
 
 
-def write(folder: Path, device: Dict[str, Any], checks: List[Check], precisions: Dict[str, bool]) -> Dict[str, Any]:
+def write(folder: Path, device: Dict[str, Any], checks: List[Finding], precisions: Dict[str, bool]) -> Dict[str, Any]:
     """Leave a verification.
 
     Args:
         folder: where.
         device: hardware, runtime, driver and the like.
         checks: all lines.
-        precisions: whether all that belongs to a precision passed.
+        precisions: whether all that belongs to a precision passed; those that were not tried are not in it.
     """
     content = {
         "schema_version": _SCHEMA_VERSION,
@@ -29,7 +31,7 @@ def write(folder: Path, device: Dict[str, Any], checks: List[Check], precisions:
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S"),
         **device,
         "precisions": precisions,
-        "checks": [check.plain() for check in checks],
+        "checks": [{key: getattr(check, key) for key in _KEYS} for check in checks],
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / FILE, content)
@@ -46,6 +48,8 @@ def _places(starts: Iterable[Path]) -> Iterator[Path]:
 def newest(starts: Iterable[Path], hardware: str, driver: Optional[str], precision: str) -> Optional[Dict[str, Any]]:
     """The newest verification of the same hardware, driver and precision, failed ones too; None without one.
 
+    Of pretended cards none counts.
+
     Args:
         starts: folders at and above which `outputs/verify` is looked for: a run's, and the one that one works in.
         hardware: name of the hardware file.
@@ -54,12 +58,12 @@ def newest(starts: Iterable[Path], hardware: str, driver: Optional[str], precisi
     """
     found = []
     for place in dict.fromkeys(_places(starts)):
-        for file in place.glob(f"**/{FILE}") if place.is_dir() else []:
+        for file in (file for depth in _DEPTHS for file in place.glob(f"{depth}{FILE}")):
             try:
                 content = json.loads(file.read_text(encoding="utf-8"))
             except (OSError, ValueError):
                 continue
             fits = isinstance(content, dict) and (content.get("hardware"), content.get("driver")) == (hardware, driver)
-            if fits and precision in (content.get("precisions") or {}):
+            if fits and not content.get("simulated") and precision in (content.get("precisions") or {}):
                 found.append({**content, "file": str(file), "passed": bool(content["precisions"][precision])})
     return max(found, key=lambda content: str(content.get("finished")), default=None)

@@ -6,8 +6,8 @@ from typing import Any, Callable, List, Optional, Tuple
 import torch
 
 from lit_glm.config.schema import TrainConfig
+from lit_glm.finding import Finding
 from lit_glm.hardware.runtimes.base import Runtime
-from lit_glm.verify.check import Check
 
 _UNWAITED = 0.2
 """Share of the work's time that a read after synchronize may still take."""
@@ -54,7 +54,7 @@ def _size(runtime: Runtime) -> int:
     return 1024 if runtime.device(0).type == "cpu" else 4096
 
 
-def clock(runtime: Runtime) -> Check:
+def clock(runtime: Runtime) -> Finding:
     """Read a value after synchronize: what that takes has not been waited for."""
     products = Products(runtime, torch.float32, _size(runtime))
     count = products.enough()
@@ -66,15 +66,18 @@ def clock(runtime: Runtime) -> Check:
     share, ratio = sorted(shares)[1], sorted(ratios)[1]
     if share > _UNWAITED:
         advice = "synchronize comes back before the work is done: no figure of this runtime is to be trusted"
-        return Check("clock", "fail", "a value is not there yet after synchronize", share, _UNWAITED, advice)
+        return Finding("clock", "fail", "a value is not there yet after synchronize", advice, share, _UNWAITED)
     if not _PROPORTIONAL[0] <= ratio <= _PROPORTIONAL[1]:
         said = f"twice the work takes {ratio:.2f} times as long"
         advice = "repeat on an idle machine; if it stays, synchronize or the clock is not what it seems"
-        return Check("clock", "warn", said, ratio, 2.0, advice)
-    return Check("clock", "ok", f"synchronize waits; twice the work takes {ratio:.2f} times as long", share, _UNWAITED)
+        return Finding("clock", "warn", said, advice, ratio, 2.0)
+    said = f"synchronize waits; twice the work takes {ratio:.2f} times as long"
+    return Finding("clock", "ok", said, figure=share, bound=_UNWAITED)
 
 
-def speed(config: TrainConfig, runtime: Runtime, dtype: torch.dtype, peak: Optional[float], which: str) -> List[Check]:
+def speed(
+    config: TrainConfig, runtime: Runtime, dtype: torch.dtype, peak: Optional[float], which: str
+) -> List[Finding]:
     """The largest product against the file's peak, in TFLOP/s.
 
     Args:
@@ -94,20 +97,20 @@ def speed(config: TrainConfig, runtime: Runtime, dtype: torch.dtype, peak: Optio
         fastest = max(fastest, 2.0 * size**3 * count / seconds / 1e12)
     key = f"hardware.peak_tflops.{which}"
     if peak is None:
-        return [Check(name, "ok", f"{fastest:.3g} TFLOP/s; {key} is unknown, so there is no mfu", fastest)]
+        return [Finding(name, "ok", f"{fastest:.3g} TFLOP/s; {key} is unknown, so there is no mfu", figure=fastest)]
     share = fastest / peak
     said = f"{fastest:.3g} TFLOP/s, {share:.0%} of {key}={peak:g}"
     if share > _ABOVE_PEAK:
         file = f"conf/hardware/{config.hardware.name}.yaml"
         advice = f"the peak in {file} is not this device's, or the clock is wrong"
-        return [Check(name, "fail", said, fastest, peak, advice)]
+        return [Finding(name, "fail", said, advice, fastest, peak)]
     if share < _FAR_BELOW:
         advice = "is the device shared, throttled, or the precision emulated?"
-        return [Check(name, "warn", said, fastest, peak, advice)]
-    return [Check(name, "ok", said, fastest, peak)]
+        return [Finding(name, "warn", said, advice, fastest, peak)]
+    return [Finding(name, "ok", said, figure=fastest, bound=peak)]
 
 
-def bandwidth(runtime: Runtime) -> List[Check]:
+def bandwidth(runtime: Runtime) -> List[Finding]:
     """Memory of the device, and copies between it and the host; GB/s."""
     device = runtime.device(0)
     source = torch.ones(_COPIED // 4, device=device)
@@ -125,8 +128,8 @@ def bandwidth(runtime: Runtime) -> List[Check]:
         return bytes_moved / min(times) / 1e9
 
     own = rate(lambda: target.copy_(source), 2.0 * _COPIED)
-    checks = [Check("memory bandwidth", "ok", f"{own:.3g} GB/s, read and written", own)]
+    checks = [Finding("memory bandwidth", "ok", f"{own:.3g} GB/s, read and written", figure=own)]
     if device.type != "cpu":
         there = rate(lambda: target.copy_(host), _COPIED)
-        checks.append(Check("copy to the device", "ok", f"{there:.3g} GB/s from pageable memory", there))
+        checks.append(Finding("copy to the device", "ok", f"{there:.3g} GB/s from pageable memory", figure=there))
     return checks

@@ -93,13 +93,19 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Optional[Tensor]:
         bias: [out].
 
     Returns:
-        [T, out]; None where torch has no such product, and where it is not faster.
+        [T, out]; None where torch has no such product, and outside of autocast to bf16.
     """
-    if _POINTWISE is None or not _autocasts() or torch.get_autocast_dtype("cpu") is not torch.bfloat16:
+    if _POINTWISE is None or not _autocasts() or _autocasts_to() is not torch.bfloat16:
         return None
     half = [part.to(torch.bfloat16) for part in (x, weight, bias)]
     out: Tensor = _POINTWISE(*half, "gelu", [], "tanh")
     return out
+
+
+def _autocasts_to() -> torch.dtype:
+    if hasattr(torch, "get_autocast_dtype"):
+        return torch.get_autocast_dtype("cpu")
+    return torch.get_autocast_cpu_dtype()  # before torch 2.4
 
 
 def _autocasts() -> bool:

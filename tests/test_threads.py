@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lit_glm.hardware import threads
+from lit_glm import threads
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_ranks_share_the_cores(plain: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
 def test_affinity_counts() -> None:
     code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-    code += "from lit_glm.hardware.threads import cores; print(cores())"
+    code += "from lit_glm.threads import cores; print(cores())"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown == "1\n"
 

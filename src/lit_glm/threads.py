@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Dict, Optional
 
 WAITING = {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "0"}
-"""GNU's library: turns of its waiting loop, some 0.1 ms; Intel's: milliseconds, of which 1 is too long already."""
+"""GNU's library: turns of its waiting loop (benchmarks/beside.py); Intel's: milliseconds (not measured)."""
 _POLICIES = ("OMP_WAIT_POLICY", "KMP_LIBRARY", *WAITING)
 COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 OURS = "LIT_GLM_THREADS"

@@ -1,0 +1,30 @@
+"""What one check of `doctor` or `verify` came to: a line for people, entries for programs."""
+
+from dataclasses import dataclass
+from typing import Any, Optional
+
+_MARKS = {"ok": "ok  ", "warn": "warn", "fail": "FAIL", "skip": "-   "}
+
+
+@dataclass
+class Finding:
+    """One line."""
+
+    name: str
+    status: str
+    """ok; warn: look at it; fail: it would go wrong, or is not to be trusted; skip: nothing was checked."""
+    said: str
+    advice: str = ""
+    """What to do."""
+    figure: Optional[float] = None
+    """What was measured,"""
+    bound: Optional[float] = None
+    """and what it is held against."""
+    made: Any = None
+    """What the check had to make, for later ones."""
+
+    def line(self) -> str:
+        """For people."""
+        against = "" if self.figure is None or self.bound is None else f" ({self.figure:.2g}, bound {self.bound:.2g})"
+        advice = f" -> {self.advice}" if self.advice else ""
+        return f"{_MARKS[self.status]}  {self.name}: {self.said}{against}{advice}"
