@@ -23,8 +23,8 @@ from lit_glm.config.explain import explain
 from lit_glm.config.line import CommandLine
 from lit_glm.config.ranges import out_of_range
 from lit_glm.errors import InputError, RunError
-from lit_glm.threads import bound_spinning
 from lit_glm.output import survive_closed_output
+from lit_glm.threads import bound_spinning
 
 _HERE = Path(__file__).resolve().parent
 CONF = next(

@@ -26,7 +26,6 @@ from lit_glm.hardware.accelerator import make_accelerator, make_strategy
 from lit_glm.hardware.precision import make_precision
 from lit_glm.hardware.runtimes import check_cards, check_devices, make_runtime
 from lit_glm.hardware.runtimes.base import Runtime
-from lit_glm.threads import threads_of
 from lit_glm.hardware.variables import set_environment
 from lit_glm.jobs.group import agree, collective_limit
 from lit_glm.jobs.loggers import hyperparameters, make_callbacks, make_loggers
@@ -37,6 +36,7 @@ from lit_glm.runs import checkpoints
 from lit_glm.runs.folder import ENVIRONMENT, environment_of
 from lit_glm.runs.job import Job, identity
 from lit_glm.runs.live import LiveRun
+from lit_glm.threads import threads_of
 from lit_glm.training.checkpoint_io import AtomicCheckpointIO
 from lit_glm.training.module import RecordModule
 from lit_glm.verify import record as verifications

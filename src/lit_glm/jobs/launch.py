@@ -15,7 +15,6 @@ from lit_glm.bench.energy import energy
 from lit_glm.ending import GRACE_S, die_with_parent, end, kill_children
 from lit_glm.errors import InputError, RunError
 from lit_glm.hardware.shortage import kernel_kills
-from lit_glm.threads import OURS, for_ranks
 from lit_glm.hardware.watch import devices_watched, file_of
 from lit_glm.jobs import signs
 from lit_glm.jobs.interrupts import EXIT_STATUS, Interrupted, stopping
@@ -26,6 +25,7 @@ from lit_glm.runs.folder import taken
 from lit_glm.runs.job import Job
 from lit_glm.runs.lock import alone_in
 from lit_glm.runs.result import amend_result, fail, read_result
+from lit_glm.threads import OURS, for_ranks
 
 _STALL_GRACE_S = 5.0
 _LEAK = (
