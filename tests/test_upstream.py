@@ -17,7 +17,7 @@ SRC = Path(upstream.__file__).parent
 OLD = torch.__version__.startswith("1.")
 PRIVATE = (
     r"hydra\._internal|_signal_connector|_TrainingEpochLoop|_broadcast_sigterm|__class__ = |_save_loggers_on|"
-    r"_batches_that_stepped|SimpleElasticAgent|_run_exitfuncs|torch\._C\b|_exit_barrier|_linear_pointwise|np\._core"
+    r"_batches_that_stepped|SimpleElasticAgent|_run_exitfuncs|torch\._C\b|_exit_barrier|_linear_pointwise|np\._core|_foreach_"
 )
 
 
@@ -64,3 +64,13 @@ def test_a_numpy_random_state_names_nothing_else() -> None:
     state = np.random.RandomState(0).get_state()
     again = Listing(io.BytesIO(pickle.dumps(state, protocol=2))).load()
     np.testing.assert_array_equal(again[1], state[1])
+
+
+def test_functions_for_lists_of_tensors() -> None:
+    some = [torch.ones(3), torch.full((2, 2), 3.0)]
+    upstream.multiply_all(some, 0.5)
+    upstream.multiply_all([], 2.0)
+    assert [part.flatten().tolist() for part in some] == [[0.5] * 3, [1.5] * 4]
+    halves = [torch.zeros(3, dtype=torch.float16), torch.zeros(2, 2, dtype=torch.float16)]
+    upstream.copied_into(halves, some)
+    assert [part.flatten().tolist() for part in halves] == [[0.5] * 3, [1.5] * 4]

@@ -154,9 +154,9 @@ def _score(config: TrainConfig) -> Tuple[Optional[float], List[Tuple[int, int]],
     for line in done:
         print(f"lit_glm: {config.model.init_checkpoint}: {line}")
     precision = make_precision(config, runtime)
-    module = precision.convert_module(RecordModule(glm, config, runtime.manual_seed)).to(device).eval()
+    module = precision.convert_module(RecordModule(glm, config, runtime)).to(device).eval()
     with precision.forward_context():
-        accuracy, chosen = evaluate(module, evaluation_batches(split, config), device)
+        accuracy, chosen = evaluate(module, evaluation_batches(split, config, pin_memory=runtime.pins_memory), runtime)
     return accuracy, chosen, runtime
 
 

@@ -18,7 +18,7 @@ GROUPS = {
     "scoring": ["shared_context", "published"],
     "experiment": ["quickstart", "flagperf", "debug"],
     "logger": ["csv", "tensorboard", "mlflow", "wandb"],
-    "callbacks": ["default", "mlperf", "none"],
+    "callbacks": ["default", "mlperf", "none", "profile"],
     "optimizer": ["adamw"],
 }
 FILES = [(file.parent.name, file.stem) for file in sorted(CONF.glob("*/*.yaml")) if file.parent.name in GROUPS]

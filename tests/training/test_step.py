@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from conftest import GOLDEN, GOLDEN_RUN, lit_glm_here, rows
+from lit_glm.config.schema import OptimizerConfig
 from lit_glm.model.glm import GLM, GLMShape
 from lit_glm.training import module as module_file
 from lit_glm.training.metrics import ExactMatch, normalise, text_scores
-from lit_glm.training.optimizer import parameter_groups
+from lit_glm.training.optimizer import make_optimizer, parameter_groups, why_not_fused
+from lit_glm.upstream import seeing_operators
+from lit_glm.verify.operators import name_of
 
 
 def run(tmp_path: Path, *overrides: str) -> Path:
@@ -58,10 +61,25 @@ def test_parameter_groups_are_the_published_ones() -> None:
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
 
 
+@pytest.mark.skipif(torch.__version__.startswith("1."), reason="torch 1.12 has no fused update")
+def test_a_fused_update_that_is_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    assert why_not_fused(device) is None
+    assert make_optimizer(torch.nn.Linear(2, 2), OptimizerConfig()).defaults["fused"]
+
+    def forgets_decay(operator: Any, args: Any, kwargs: Any) -> Any:
+        fused = name_of(operator) == "_fused_adamw_"
+        return operator(*args, **{**kwargs, "weight_decay": 0.0} if fused else kwargs)
+
+    with seeing_operators(forgets_decay):
+        assert "where the plain one leaves" in str(why_not_fused(device))
+        assert not make_optimizer(torch.nn.Linear(2, 2), OptimizerConfig()).defaults["fused"]
+
+
 def test_exact_match_counts_examples() -> None:
     metric = ExactMatch()
-    metric.update(torch.tensor([0, 2, 1]), [(0,), (1, 2), (0, 3)])
-    metric.update(torch.tensor([3]), [(3,)])
+    metric.update([0, 2, 1], [(0,), (1, 2), (0, 3)])
+    metric.update([3], [(3,)])
     assert float(metric.compute()) == pytest.approx(3 / 4)
 
 

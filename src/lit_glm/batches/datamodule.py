@@ -39,7 +39,9 @@ def _padded(split: CompactSplit, indices: List[int], num_tokens: int) -> PaddedB
     return padded_batch(split, indices, num_tokens)
 
 
-def evaluation_batches(split: CompactSplit, config: TrainConfig, rank: int = 0, world_size: int = 1) -> Iterable[Any]:
+def evaluation_batches(
+    split: CompactSplit, config: TrainConfig, rank: int = 0, world_size: int = 1, pin_memory: bool = False
+) -> Iterable[Any]:
     """This rank's share of the evaluation set in file order; every example belongs to exactly one rank."""
     mine = list(range(rank, len(split), world_size))
     if config.scoring.name == "published":
@@ -52,6 +54,7 @@ def evaluation_batches(split: CompactSplit, config: TrainConfig, rank: int = 0, 
         batch_size=None,
         num_workers=config.data.num_workers,
         worker_init_fn=live_and_die_with_the_rank,
+        pin_memory=pin_memory,
     )
     return _ahead(loader)
 
@@ -116,7 +119,7 @@ class RecordData(pl.LightningDataModule):
             synchronize: waits for the device.
         """
         super().__init__()
-        self._config, self._split = config, split
+        self._config, self.split = config, split
         self._steps_done = steps_done
         self._pin_memory, self._synchronize = pin_memory, synchronize
         self.waited = 0.0
@@ -126,20 +129,20 @@ class RecordData(pl.LightningDataModule):
         """The order of this run's batches for a rank."""
         config = self._config
         return EndlessBatches(
-            len(self._split),
+            len(self.split),
             config.bs,
             rank,
             config.topology.world_size,
             config.data.shuffle_seed,
             start,
-            self._split.example_rows if config.data.balance_ranks else None,
+            self.split.example_rows if config.data.balance_ranks else None,
         )
 
     def train_dataloader(self) -> Iterable[Any]:
         """Endless; the run ends by its own rules."""
         assert self.trainer is not None
         loader = DataLoader(
-            _Batches(self._split, collate_for(self._config)),
+            _Batches(self.split, collate_for(self._config)),
             sampler=self.sampler(self._steps_done(), self.trainer.global_rank),
             batch_size=None,
             num_workers=self._config.data.num_workers,

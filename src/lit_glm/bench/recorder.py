@@ -74,7 +74,7 @@ class Recorder(pl.Callback):
             order: of the training examples.
             around: what else takes part.
         """
-        self.config, self._runtime, self._order, self._around = config, runtime, order, around
+        self.config, self.runtime, self._order, self._around = config, runtime, order, around
         self.clock = PhaseClock(around.waited)
         self.account = Account(config, runtime, self.clock, order, entry)
         self.events = Events(config, self.account)
@@ -137,13 +137,13 @@ class Recorder(pl.Callback):
             self.events.tell("EPOCH_BEGIN", {"epoch": epoch})
             self._epoch = epoch
         self.events.tell("STEP_BEGIN", step=step)
-        self._runtime.synchronize()
+        self.runtime.synchronize()
         self.clock.batch_ready()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """The step is done: write it down, then do what is due after it."""
-        self._runtime.after_step()
-        self._runtime.synchronize()
+        self.runtime.after_step()
+        self.runtime.synchronize()
         times = self.clock.step_computed()
         module = self._module(pl_module)
         self._around.beat()
@@ -228,10 +228,10 @@ class Recorder(pl.Callback):
             return decide
 
         with trainer.precision_plugin.forward_context():
-            accuracy, _ = evaluate(module, loader, module.device, stops, anybody)
+            accuracy, _ = evaluate(module, loader, self.runtime, stops, anybody)
         if accuracy is None:
             return None
-        self._runtime.synchronize()
+        self.runtime.synchronize()
         seconds = time.perf_counter() - start
         self.account.accuracy, self.evaluated_step = accuracy, step
         if event is not None:

@@ -209,6 +209,11 @@ class TrainConfig:
         return self.bs * self.topology.world_size
 
     @property
+    def profiled(self) -> bool:
+        """Whether some of its steps run under a profiler: its figures are not those of other runs."""
+        return any(str((entry or {}).get("_target_", "")).endswith("Profile") for entry in self.callbacks.values())
+
+    @property
     def fix_hp(self) -> str:
         """The column `fix_hp` of the published table."""
         return f"bs={self.bs},lr={self.lr:g}"

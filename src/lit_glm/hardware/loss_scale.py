@@ -5,6 +5,7 @@ from typing import Any, Dict
 from torch import Tensor
 
 from lit_glm.config.schema import LossScaleConfig
+from lit_glm.upstream import multiply_all
 
 _FACTOR = 2.0
 
@@ -28,10 +29,8 @@ class DynamicLossScale:
 
     def divide(self, optimizer: Any) -> None:
         """Take the scale out of the gradients of an optimizer's parameters."""
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad.div_(self.scale)
+        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        multiply_all([parameter.grad for parameter in parameters if parameter.grad is not None], 1.0 / self.scale)
 
     def update(self, overflow: bool) -> None:
         """Count a step.

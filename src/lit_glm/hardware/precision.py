@@ -4,6 +4,7 @@ Lightning's precision strings train in fp32 without an error on a device that Li
 say what they do, and `check_arithmetic` computes a small product on the device before the run believes them.
 """
 
+import math
 from contextlib import contextmanager
 from typing import Any, ContextManager, Dict, Iterator, List, Optional
 
@@ -15,6 +16,7 @@ from lit_glm.config.schema import LossScaleConfig, TrainConfig
 from lit_glm.errors import InputError
 from lit_glm.hardware.loss_scale import DynamicLossScale
 from lit_glm.hardware.runtimes.base import Runtime
+from lit_glm.upstream import copied_into, multiply_all
 
 
 class FP32(Precision):
@@ -37,7 +39,7 @@ class Mixed(Precision):
         return self._runtime.autocast(self.computes_in)
 
 
-class _Scaled(Precision):
+class Scaled(Precision):
     """What amp and fp16 share: the loss is multiplied, gradients are divided, steps that overflow are left out."""
 
     scaler: Any
@@ -56,20 +58,21 @@ class _Scaled(Precision):
     def _before_backward(self, module: Any) -> None:
         """Get gradients of an earlier micro-batch ready to be added to."""
 
-    def _divide(self, optimizer: Any) -> None:
+    def divide(self, optimizer: Any) -> None:
         """Leave unscaled fp32 gradients where the optimizer looks for them."""
         self.scaler.divide(optimizer)
 
-    def unscale(self, optimizer: Any) -> bool:
-        """Divide the gradients by the scale, and adapt it.
+    def accepts(self, norm: Tensor) -> bool:
+        """Adapt the scale to what the gradients came to.
+
+        Args:
+            norm: of all gradients, before clipping. It is computed anyway, and finite only if each of them is.
 
         Returns:
             Whether all are finite: with `False`, the step is to be left out. After averaging over the ranks all
             ranks hold the same gradients, so they agree.
         """
-        self._divide(optimizer)
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        finite = bool(torch.isfinite(torch.stack([gradient.sum() for gradient in gradients])).all())
+        finite = math.isfinite(float(norm))
         self.scaler.update(not finite)
         return finite
 
@@ -82,7 +85,7 @@ class _Scaled(Precision):
         self.scaler.load_state_dict(state_dict)
 
 
-class AMP(_Scaled):
+class AMP(Scaled):
     """fp32 weights, matrix products in fp16, loss scaling by the runtime's own scaler where it has one."""
 
     precision: Any = "16-mixed"
@@ -98,12 +101,11 @@ class AMP(_Scaled):
         return self._runtime.autocast(torch.float16)
 
     def _before_backward(self, module: Any) -> None:
-        for parameter in module.parameters():
-            if parameter.grad is not None:  # of an earlier micro-batch, divided already
-                parameter.grad.mul_(self.loss_scale)
+        # Of an earlier micro-batch, divided already.
+        multiply_all([p.grad for p in module.parameters() if p.grad is not None], self.loss_scale)
 
 
-class FP16(_Scaled):
+class FP16(Scaled):
     """fp16 weights, activations and gradients; fp32 master weights in the optimizer."""
 
     precision: Any = "16-true"
@@ -132,11 +134,13 @@ class FP16(_Scaled):
         if self._restored is not None:  # Lightning restores plugins before or after, by version
             self._put_back(self._restored)
 
-    def _divide(self, optimizer: Any) -> None:
-        for weight, master in zip(self._weights, self._masters):
-            if weight.grad is None:
-                continue
-            gradient = weight.grad.float().div_(self.loss_scale)
+    def divide(self, optimizer: Any) -> None:
+        """Add the gradients, in fp32 and divided, to those of the masters."""
+        pairs = [(weight, master) for weight, master in zip(self._weights, self._masters) if weight.grad is not None]
+        wide = [torch.empty_like(weight, dtype=torch.float32) for weight, _ in pairs]
+        copied_into(wide, [weight.grad for weight, _ in pairs])
+        multiply_all(wide, 1.0 / self.loss_scale)
+        for (weight, master), gradient in zip(pairs, wide):
             master.grad = gradient if master.grad is None else master.grad.add_(gradient)
             weight.grad = None  # the optimizer's zero_grad sees the masters alone
 
@@ -149,8 +153,7 @@ class FP16(_Scaled):
     def round_weights(self) -> None:
         """Round the masters into the weights."""
         with torch.no_grad():
-            for weight, master in zip(self._weights, self._masters):
-                weight.copy_(master)
+            copied_into(self._weights, self._masters)
 
     def state_dict(self) -> Dict[str, Any]:
         """The scale and the masters: the weights alone have lost what rounding took."""
@@ -165,8 +168,7 @@ class FP16(_Scaled):
 
     def _put_back(self, masters: List[Tensor]) -> None:
         with torch.no_grad():
-            for master, saved in zip(self._masters, masters):
-                master.copy_(saved)
+            copied_into(self._masters, masters)
         self.round_weights()
         self._restored = None
 

@@ -39,6 +39,7 @@ from lit_glm.runs.live import LiveRun
 from lit_glm.threads import threads_of
 from lit_glm.training.checkpoint_io import AtomicCheckpointIO
 from lit_glm.training.module import RecordModule
+from lit_glm.training.optimizer import HAS_FUSED, why_not_fused
 from lit_glm.verify import record as verifications
 
 
@@ -110,7 +111,7 @@ def build(place: Place, beat: Callable[[], None], stops: Optional[Stops]) -> Bui
     resume_from, content = _where_it_goes_on(place, runtime)
     around = Surroundings(
         lambda steps_done: LiveRun(place.run_dir, steps_done, place.job.resumes),
-        lambda rank, world: evaluation_batches(eval_split, config, rank, world),
+        lambda rank, world: evaluation_batches(eval_split, config, rank, world, runtime.pins_memory),
         lambda trainer, step: _save(trainer, place.run_dir, step),
         beat,
         lambda: data.waited,
@@ -215,12 +216,16 @@ def _is_verified(place: Place) -> bool:
 
 def _module(place: Place, runtime: Runtime) -> RecordModule:
     config = place.config
-    check_kernel(config.model.attention, runtime.device(place.local_rank), training=True)
+    device = runtime.device(place.local_rank)
+    check_kernel(config.model.attention, device, training=True)
+    reason = why_not_fused(device) if HAS_FUSED else None
+    if reason:
+        place.say(f"optimizer: torch's fused AdamW does not serve here ({reason}): the plain one is taken")
     runtime.manual_seed(config.seed)
     glm, done = build_glm(config.model, runtime.kernels())
     for line in done:
         place.say(f"{config.model.init_checkpoint}: {line}")
-    module = RecordModule(glm, config, runtime.manual_seed)
+    module = RecordModule(glm, config, runtime)
     module.identity = identity(config)
     return module
 

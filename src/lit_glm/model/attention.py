@@ -41,8 +41,22 @@ def check_kernel(kernel: str, device: torch.device, training: bool) -> None:
     """
     if (kernel == "fused" and not _HAS_FUSED) or (kernel == "flex" and not _has_flex()):
         raise InputError(f"model.attention={kernel}: torch {torch.__version__} has no such kernel; take auto")
+    if kernel == "flex" and device.type != "cpu" and not _compiles(device):
+        raise InputError(
+            "model.attention=flex: torch.compile does nothing here (some vendors' builds of torch replace it, "
+            "TORCHDYNAMO_DISABLE turns it off), and without it flex computes every pair of rows; take auto"
+        )
     if kernel == "flex" and training and device.type == "cpu":
         raise InputError("model.attention=flex: has no backward pass on processors; it is for cards; take auto")
+
+
+def _compiles(device: torch.device) -> bool:
+    """Whether a compiled function is one: what torch traces knows it."""
+
+    def asked(x: Tensor) -> Tensor:
+        return x + (1.0 if torch.compiler.is_compiling() else 0.0)
+
+    return bool(torch.compile(asked, backend="eager")(torch.zeros((), device=device)) == 1.0)
 
 
 def choose(kernel: str, device: torch.device, dropout: float) -> str:

@@ -43,7 +43,7 @@ class Products(torch.autograd.Function):
             if dropout:
                 keep, ctx.scale = draw(probabilities, dropout)
                 dropped = keep.mul_(probabilities)
-            torch.bmm(dropped, v[some], out=out[some])
+            _multiply(dropped, v[some], out[some])
             kept += [probabilities, dropped]
         if dropout:
             out.mul_(ctx.scale)
@@ -63,17 +63,25 @@ class Products(torch.autograd.Function):
         for number in range(len(kept) // 2):
             some = slice(number * ctx.sequences * H, (number + 1) * ctx.sequences * H)
             probabilities, dropped = kept[2 * number : 2 * number + 2]
-            torch.bmm(dropped.transpose(1, 2), grad[some], out=grad_v[some])
+            _multiply(dropped.transpose(1, 2), grad[some], grad_v[some])
             grad_scores = torch.bmm(grad[some], v[some].transpose(1, 2))
             if dropped is probabilities:
                 grad_scores.sub_(row_sum[some]).mul_(probabilities)
             else:  # (gradient x keep - row sum) x probability
                 grad_scores.mul_(dropped).addcmul_(probabilities, row_sum[some], value=-1)
-            torch.bmm(grad_scores, k[some], out=grad_q[some])
-            torch.bmm(grad_scores.transpose(1, 2), q[some], out=grad_k[some])
+            _multiply(grad_scores, k[some], grad_q[some])
+            _multiply(grad_scores.transpose(1, 2), q[some], grad_k[some])
         grad_q.mul_(ctx.factor)
         grad_k.mul_(ctx.factor)
         return (*(part.view(N, H, -1, d) for part in (grad_q, grad_k, grad_v)), None, None)
+
+
+def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Into a part of a result. On cards by a copy: a runtime need not know products that write where they are told."""
+    if out.device.type == "cpu":
+        torch.bmm(left, right, out=out)
+    else:
+        out.copy_(torch.bmm(left, right))
 
 
 def _softmax(scores: Tensor) -> Tensor:

@@ -44,6 +44,8 @@ def marks(row: Row, words: Words) -> List[str]:
     said: List[str] = [f"#{row.number}"] if row.number else []
     if row["simulated"]:
         said.append(words("simulated"))
+    if row["profiled"]:
+        said.append(words("profiled"))
     status = str(row["status"])
     if not row.runs[0].complete:
         said.append(words.state(status))

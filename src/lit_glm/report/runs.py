@@ -256,7 +256,8 @@ def _named(run: Run) -> List[Any]:
 def _kind(run: Run) -> List[Any]:
     """What must not be mixed within a row."""
     software = [(run.environment.get("packages") or {}).get("torch"), run.environment.get("driver")]
-    state = [bool(run.result.get("simulated")), run.complete or str(run.path)]
+    own = [bool(run.result.get(key)) for key in ("simulated", "profiled")]
+    state = [*own, run.complete or str(run.path)]
     return [*state, run.result.get("tf32"), run.result.get("runtime"), *software]
 
 

@@ -89,7 +89,8 @@ def read_plain(folder: Path) -> Optional[Dict[str, Any]]:
 
 def settings(config: TrainConfig) -> Dict[str, Any]:
     """All keys and values that decide what a job computes, flat."""
-    return {key: value for key, value in walk(config) if key not in _NOT_IDENTITY}
+    found = {key: value for key, value in walk(config) if key not in _NOT_IDENTITY}
+    return {**found, "profiled": True} if config.profiled else found
 
 
 def identity(config: TrainConfig) -> str:

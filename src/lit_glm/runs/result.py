@@ -44,6 +44,7 @@ def of_config(config: TrainConfig) -> Dict[str, Any]:
         "model": config.model.name,
         "gelu": config.model.gelu,
         "tuned_for": config.tuned_for,
+        "profiled": config.profiled,
     }
 
 

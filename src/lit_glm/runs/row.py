@@ -30,6 +30,8 @@ def marks(result: Dict[str, Any]) -> List[str]:
     said = []
     if result.get("simulated"):
         said.append("simulated")
+    if result.get("profiled"):
+        said.append("profiled")
     if result.get("status") not in COMPLETE:
         said.append(str(result.get("status")))
     if result.get("interruptions"):

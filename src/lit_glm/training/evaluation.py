@@ -4,6 +4,7 @@ from typing import Any, Callable, Iterable, List, Optional, Tuple
 
 import torch
 
+from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.training.metrics import ExactMatch
 
 OnBatch = Callable[[], bool]
@@ -13,7 +14,7 @@ OnBatch = Callable[[], bool]
 def evaluate(
     module: Any,
     loader: Iterable[Any],
-    device: torch.device,
+    runtime: Runtime,
     on_batch: Optional[OnBatch] = None,
     anybody: Callable[[bool], bool] = bool,
 ) -> Tuple[Optional[float], List[Tuple[int, int]]]:
@@ -22,27 +23,38 @@ def evaluate(
     Args:
         module: batch to [B, C] scores; left in the mode it came in.
         loader: batches of this rank.
-        device: where the model is.
+        runtime: of the device that the model is on.
         on_batch: see `OnBatch`.
         anybody: whether any rank ended early, given whether this one did.
 
     Returns:
         Accuracy over all ranks (None if ended early), and (example, chosen candidate) of this rank's examples.
     """
-    metric = ExactMatch().to(device)
+    metric = ExactMatch().to(module.device)
     training = module.training
     module.eval()
     chosen: List[Tuple[int, int]] = []
     stopped = False
+
+    def count(batch: Any, read: Callable[[], List[int]]) -> None:
+        best = read()
+        metric.update(best, batch.answers)
+        chosen.extend(zip(batch.indices, best))
+
+    waiting: Optional[Tuple[Any, Callable[[], List[int]]]] = None
     try:
         with torch.no_grad():
             for batch in loader:
-                best = module(batch.to(device)).argmax(dim=1)
-                metric.update(best, batch.answers)
-                chosen += zip(batch.indices, best.tolist())
+                best = module(batch.to(module.device, non_blocking=runtime.pins_memory)).argmax(dim=1)
+                # The batch before is read while the device computes this one.
+                before, waiting = waiting, (batch, runtime.read_later(best))
+                if before is not None:
+                    count(*before)
                 if on_batch is not None and on_batch():
                     stopped = True
                     break
+        if waiting is not None:
+            count(*waiting)
         return (None if anybody(stopped) else float(metric.compute())), chosen
     finally:
         module.train(training)

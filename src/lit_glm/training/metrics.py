@@ -22,14 +22,14 @@ class ExactMatch(Metric):
         self.add_state("correct", default=torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("total", default=torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(self, chosen: Tensor, answers: List[Tuple[int, ...]]) -> None:
+    def update(self, chosen: Sequence[int], answers: List[Tuple[int, ...]]) -> None:
         """Count a batch.
 
         Args:
-            chosen: [B] index of the best candidate.
+            chosen: index of the best candidate of each example.
             answers: right candidates of each example.
         """
-        self.correct += sum(int(choice) in right for choice, right in zip(chosen.tolist(), answers))
+        self.correct += sum(int(choice) in right for choice, right in zip(chosen, answers))
         self.total += len(answers)
 
     def compute(self) -> Tensor:

@@ -1,7 +1,8 @@
 """The training step: scores to loss, gradient, clipped and averaged, to an update, as published."""
 
+import math
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Optional, Union
+from typing import Any, Callable, Dict, List, Optional, Union
 
 import pytorch_lightning as pl
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from lit_glm.batches.types import FlatBatch, PaddedBatch
 from lit_glm.config.schema import TrainConfig
+from lit_glm.hardware.precision import Scaled
+from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.model.glm import GLM
 from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, choice_loss, score_table
 from lit_glm.training.optimizer import LearningRateSchedule, make_optimizer
@@ -31,9 +34,9 @@ class StepValues:
 
 @dataclass
 class StepOutcome:
-    """The same on the device, until somebody reads it."""
+    """The same, with what is still on the device, until somebody reads it."""
 
-    loss: Tensor
+    loss: float
     own_loss: Tensor
     lr: Optional[float]
     grad_norm: Optional[Tensor]
@@ -43,27 +46,27 @@ class StepOutcome:
 
     def read(self) -> StepValues:
         """All values in one copy from the device; waits for it."""
-        norm = self.loss if self.grad_norm is None else self.grad_norm
-        loss, own, norm_value = torch.stack([self.loss.float(), self.own_loss.float(), norm.float()]).tolist()
-        return StepValues(loss, own, self.lr, None if self.grad_norm is None else norm_value, self.loss_scale)
+        norm = self.own_loss if self.grad_norm is None else self.grad_norm
+        own, norm_value = torch.stack([self.own_loss.float(), norm.float()]).tolist()
+        return StepValues(self.loss, own, self.lr, None if self.grad_norm is None else norm_value, self.loss_scale)
 
 
 class RecordModule(pl.LightningModule):
     """GLM with its training step. Steps are counted here: a skipped step counts too."""
 
-    def __init__(self, glm: GLM, config: TrainConfig, seed: Callable[[int], Any]) -> None:
+    def __init__(self, glm: GLM, config: TrainConfig, runtime: Runtime) -> None:
         """Wrap a model.
 
         Args:
             glm: the model.
             config: the run's.
-            seed: seeds all generators that dropout draws from; a vendor's are not torch's.
+            runtime: seeds what dropout draws from, and reads what the host must know.
         """
         super().__init__()
         self.automatic_optimization = False  # clipping after every backward, and steps that are skipped, as published
         self.glm = glm
         self._config = config
-        self._seed = seed
+        self._runtime = runtime
         self.steps_done = 0
         self.steps_skipped = 0
         self.stop_requested = False
@@ -82,30 +85,33 @@ class RecordModule(pl.LightningModule):
         """One step, counted from 1; leaves what came of it in `outcome`."""
         step = self.steps_done + 1
         # Dropout is a function of (seed, step, rank) and not of what was drawn before: a resumed run draws the same.
-        self._seed((self._config.seed * 1_000_003 + step) * 4_099 + self.global_rank)
+        self._runtime.manual_seed((self._config.seed * 1_000_003 + step) * 4_099 + self.global_rank)
         optimizer: Any = self.optimizers()
         schedule: Any = self.lr_schedulers()
         precision: Any = self.trainer.precision_plugin
 
         accumulate = self._config.optimizer.accumulate
         loss = choice_loss(self(batch))
-        mean, stops = self._over_ranks(loss.detach())
+        read = self._over_ranks(loss.detach())
         lr: Optional[float] = None
         norm: Optional[Tensor] = None
-        scale = precision.loss_scale if hasattr(precision, "loss_scale") else None
-        finite = torch.isfinite(mean)
-        # Reading a value makes the host wait for the device. With one micro-batch an update, the backward pass is asked
-        # for before the loss is looked at, so that the device has work meanwhile; gradients of a loss that is not
-        # finite are thrown away. With several, they would spoil those of the micro-batches before.
-        if accumulate == 1 or finite:
+        scaled = precision if isinstance(precision, Scaled) else None
+        scale = scaled.loss_scale if scaled is not None else None
+        # Whoever reads a value waits for the device. With one micro-batch an update, the backward pass is asked for
+        # before the loss is looked at, so that the device has work meanwhile; gradients of a loss that is not finite
+        # are thrown away. With several, they would spoil those of the micro-batches before.
+        early = read() if accumulate > 1 else None
+        if early is None or math.isfinite(early[0]):
             self.manual_backward(loss if accumulate == 1 else loss / accumulate)
+        total, stops = early or read()
+        mean = total / self.trainer.world_size
         updates = step % accumulate == 0
-        if finite:
-            if not hasattr(precision, "unscale") or precision.unscale(optimizer):
-                norm = torch.nn.utils.clip_grad_norm_(
-                    [p for group in optimizer.param_groups for p in group["params"]], self._config.optimizer.clip_grad
-                )
-                lr = schedule.rate
+        if math.isfinite(mean):
+            if scaled is not None:
+                scaled.divide(optimizer)
+            clipped = torch.nn.utils.clip_grad_norm_(self._trained(optimizer), self._config.optimizer.clip_grad)
+            if scaled is None or scaled.accepts(clipped):
+                norm, lr = clipped, schedule.rate
                 if updates:
                     optimizer.step()
                     schedule.step()
@@ -116,16 +122,20 @@ class RecordModule(pl.LightningModule):
         if norm is None:
             self.steps_skipped += 1
         self.steps_done = step
-        self.outcome = StepOutcome(mean, loss.detach(), lr, norm, scale, bool(stops))
+        self.outcome = StepOutcome(mean, loss.detach(), lr, norm, scale, stops > 0)
 
-    def _over_ranks(self, loss: Tensor) -> "tuple[Tensor, Any]":
-        """Mean loss, and whether a rank was asked to stop, in one collective."""
+    def _over_ranks(self, loss: Tensor) -> Callable[[], List[float]]:
+        """Gives the sum of the losses, and how many ranks were asked to stop: in one collective, awaited when asked."""
         if self.trainer.world_size == 1:
-            return loss, self.stop_requested
-        both = torch.stack([loss.float(), loss.new_tensor(float(self.stop_requested)).float()])
-        torch.distributed.all_reduce(both)
-        both = both / self.trainer.world_size
-        return both[0], both[1] > 0
+            read, stops = self._runtime.read_later(loss.float().reshape(1)), float(self.stop_requested)
+            return lambda: [read()[0], stops]
+        asked = torch.full_like(loss, float(self.stop_requested), dtype=torch.float32)  # filled there, not copied
+        both = torch.stack([loss.float(), asked])
+        return self._runtime.read_later(both, torch.distributed.all_reduce(both, async_op=True))
+
+    @staticmethod
+    def _trained(optimizer: Any) -> List[Tensor]:
+        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def configure_optimizers(self) -> Any:
         """AdamW and the learning-rate schedule."""

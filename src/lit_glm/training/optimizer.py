@@ -1,7 +1,7 @@
 """AdamW in two groups and the published learning-rate schedule."""
 
 import inspect
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
 import torch
 from torch import nn
@@ -75,11 +75,28 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> List[Dict[str, An
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019), fused where torch has it for the device of the parameters."""
-    groups = parameter_groups(model, config.weight_decay)
     arguments: Dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
-    if "fused" in inspect.signature(torch.optim.AdamW).parameters:
-        try:
-            return torch.optim.AdamW(groups, fused=True, **arguments)
-        except (RuntimeError, TypeError, ValueError):  # has it, but not for this device
-            groups = parameter_groups(model, config.weight_decay)
-    return torch.optim.AdamW(groups, **arguments)
+    if HAS_FUSED and why_not_fused(next(model.parameters()).device) is None:
+        arguments["fused"] = True
+    return torch.optim.AdamW(parameter_groups(model, config.weight_decay), **arguments)
+
+
+HAS_FUSED = "fused" in inspect.signature(torch.optim.AdamW).parameters
+"""torch 2.0 and later."""
+
+
+def why_not_fused(device: torch.device) -> Optional[str]:
+    """Why torch's fused AdamW does not serve on a device, found by an update of four numbers; None if it does."""
+
+    def updated(**how: Any) -> torch.Tensor:
+        weight = nn.Parameter(torch.ones(4, device=device))
+        weight.grad = torch.full_like(weight, 0.5)
+        torch.optim.AdamW([weight], lr=0.1, weight_decay=0.1, **how).step()
+        return weight.detach()
+
+    try:
+        fused = updated(fused=True)
+        right = bool(torch.allclose(fused, updated(), rtol=1e-5))
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+    return None if right else f"it leaves {fused[0].item():g} where the plain one leaves {updated()[0].item():g}"

@@ -8,7 +8,7 @@ from pytorch_lightning.plugins.precision import Precision
 from torch import Tensor
 
 from lit_glm.config.schema import LossScaleConfig, TrainConfig
-from lit_glm.hardware.precision import FP16, make_precision
+from lit_glm.hardware.precision import FP16, Scaled, make_precision
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.model.build import build_glm
 from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, choice_loss, score_table
@@ -58,9 +58,12 @@ class Stepper:
         """One step; its loss before the update."""
         batch = batch.to(self.device)
         loss = self._backward(batch)
-        updates = not hasattr(self._plugin, "unscale") or self._plugin.unscale(self.optimizer)
-        if updates:
-            torch.nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], self._clip)
+        scaled = self._plugin if isinstance(self._plugin, Scaled) else None
+        if scaled is not None:
+            scaled.divide(self.optimizer)
+        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(trained, self._clip)
+        if scaled is None or scaled.accepts(norm):
             self.optimizer.step()
             if isinstance(self._plugin, FP16):
                 self._plugin.round_weights()

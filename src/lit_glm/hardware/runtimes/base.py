@@ -1,9 +1,10 @@
 """What a chip's runtime must offer: the one interface between this project and any vendor's software."""
 
 from pathlib import Path
-from typing import Any, Callable, ContextManager, Optional
+from typing import Any, Callable, ContextManager, List, Optional
 
 import torch
+from torch import Tensor
 
 from lit_glm.config.schema import LossScaleConfig
 from lit_glm.model.kernels import Kernels
@@ -55,6 +56,25 @@ class Runtime:
 
     def synchronize(self) -> None:
         """Wait until the current device has nothing left to do."""
+
+    def read_later(self, values: Tensor, pending: Optional[Any] = None) -> Callable[[], List[Any]]:
+        """Begin to read a few numbers of the device; whoever asks for them waits for them.
+
+        Args:
+            values: [N], not changed until they are asked for.
+            pending: a collective that still writes them (what `async_op=True` returns).
+
+        Returns:
+            Gives the numbers. By default they are read when they are asked for, behind everything that the device was
+            given meanwhile; a runtime with streams waits for the numbers alone.
+        """
+
+        def read() -> List[Any]:
+            if pending is not None:
+                pending.wait()
+            return values.tolist()
+
+        return read
 
     def after_step(self) -> None:
         """What the vendor asks for after each step."""
@@ -108,6 +128,10 @@ class Runtime:
 
     def memory_now(self, index: int) -> Optional[float]:
         """Memory in use on a device at this moment, or at the monitor's last reading, bytes."""
+        return None
+
+    def memory_snapshot(self) -> Optional[Any]:
+        """What the device's allocator holds, segment by segment; None where it does not tell."""
         return None
 
     def watch_memory(self, index: int, file: Path) -> None:

@@ -1,9 +1,10 @@
 """NVIDIA cards, and the cards of other vendors whose torch answers as torch.cuda."""
 
 from pathlib import Path
-from typing import Optional
+from typing import Any, Callable, List, Optional
 
 import torch
+from torch import Tensor
 
 from lit_glm.hardware.monitors import nvml_processes, output_of
 from lit_glm.hardware.runtimes.base import Runtime
@@ -54,6 +55,24 @@ class CUDARuntime(Runtime):
         """torch.cuda.synchronize."""
         torch.cuda.synchronize()
 
+    def read_later(self, values: Tensor, pending: Optional[Any] = None) -> Callable[[], List[Any]]:
+        """By a copy to page-locked memory, on a stream of its own where a collective must be waited for first."""
+        stream = torch.cuda.current_stream() if pending is None else torch.cuda.Stream()
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        with torch.cuda.stream(stream):
+            if pending is not None:
+                pending.wait()  # has the stream wait, not the host
+                values.record_stream(stream)
+            host.copy_(values, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record(stream)
+
+        def read() -> List[Any]:
+            done.synchronize()
+            return host.tolist()
+
+        return read
+
     def allow_tf32(self, allowed: bool) -> None:
         """Both switches; torch's own default for products differs by version."""
         torch.backends.cuda.matmul.allow_tf32 = allowed
@@ -70,6 +89,10 @@ class CUDARuntime(Runtime):
     def peak_memory(self, index: int) -> Optional[float]:
         """The largest reading of the monitor, and at least what torch's allocator has reserved at most."""
         return max(self._watch.peak() or 0.0, float(torch.cuda.max_memory_reserved(index)))
+
+    def memory_snapshot(self) -> Optional[Any]:
+        """As torch's allocator keeps it (what pytorch.org/memory_viz reads)."""
+        return torch.cuda.memory_snapshot()
 
     def processes_on(self, index: int) -> Optional[int]:
         """As NVML counts them."""

@@ -1,0 +1,131 @@
+"""How many kernels a step of GLM-Large launches on a card, counted without one: by the operators on device "meta".
+
+    python benchmarks/launches.py [--layers 24] [--groups 4]
+
+Counted are operators below autograd that compute (views do not); one for lists of tensors ("foreach") counts once,
+although a card needs a few launches for 293 tensors. Clipping by lists (as on CUDA) and the fused update are counted on
+the processor, since meta has neither; attention comes as products, where a card's fused kernel replaces about ten of
+them a layer. Nothing is read by the host: on meta that is an error.
+"""
+
+import argparse
+from collections import Counter
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterator, Optional
+
+import numpy as np
+import torch
+
+from lit_glm.batches.collate import places_of
+from lit_glm.batches.types import FlatBatch
+from lit_glm.config.app import checked, compose
+from lit_glm.config.schema import TrainConfig
+from lit_glm.hardware.precision import FP16, make_precision
+from lit_glm.hardware.runtimes.base import Runtime
+from lit_glm.model.build import build_glm
+from lit_glm.model.scoring import TRAIN_MASK, choice_loss, score_table
+from lit_glm.training.optimizer import make_optimizer
+from lit_glm.upstream import seeing_operators
+from lit_glm.verify.operators import _PLAIN, name_of
+
+PHASES = ("forward", "backward", "division by the scale", "clipping", "update", "rounding to fp16")
+
+
+class Meta(Runtime):
+    """A stand-in for a card: shapes and types, no content."""
+
+    def device(self, index: int) -> torch.device:
+        """Always the same."""
+        return torch.device("meta")
+
+    def autocast(self, dtype: torch.dtype) -> Any:
+        """None of its own."""
+        return torch.autocast("cpu", dtype=dtype)
+
+
+class Count:
+    """Operators by phase."""
+
+    def __init__(self) -> None:
+        self.phases: Dict[str, Counter] = {phase: Counter() for phase in PHASES}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Inside, operators are this phase's."""
+
+        def see(operator: Any, args: Any, kwargs: Any) -> Any:
+            own = name_of(operator)
+            if own not in ("t", "_unsafe_view") and not own.startswith(_PLAIN):
+                self.phases[name][own] += 1
+            return operator(*args, **kwargs)
+
+        with seeing_operators(see):
+            yield
+
+
+def batch(groups: int, n: int = 230, m: int = 26) -> FlatBatch:
+    tokens = torch.randint(5, 90, (groups * (n + m),))
+    places = places_of(np.full(groups, n), np.full(groups, m), np.arange(groups * m) // 13)
+    return FlatBatch(
+        tokens, tokens % 90, tokens % 3, tokens[-groups * m :], torch.arange(groups * m) // 13,
+        torch.arange(2 * groups), [n] * groups, [m] * groups, places, groups, 2,
+    )  # fmt: skip
+
+
+def step(precision: str, layers: int, groups: int) -> Count:
+    own = [f"precision={precision}", f"model.num_layers={layers}", "model.hidden_size=64"]
+    config = checked(compose("train", [*own, "model.num_attention_heads=4", "model.vocab_size=128"]), TrainConfig)
+    runtime, count = Meta(), Count()
+    plugin: Any = make_precision(config, runtime, tried=False)
+    glm = plugin.convert_module(build_glm(config.model, runtime.kernels())[0]).to("meta").train()
+    optimizer = make_optimizer(glm, config.optimizer)
+    if isinstance(plugin, FP16):
+        plugin.wrap_optimizers([optimizer])
+    with count.phase("forward"), plugin.forward_context():
+        loss = choice_loss(score_table(glm, batch(groups).to("meta"), TRAIN_MASK))
+    scaler = getattr(plugin, "scaler", None)
+    with count.phase("backward"):
+        (loss if scaler is None else scaler.multiply(loss.float())).backward()
+    divide: Optional[Callable[[Any], Any]] = getattr(plugin, "divide", None) or getattr(plugin, "unscale", None)
+    if divide is not None:
+        with count.phase("division by the scale"):
+            try:
+                divide(optimizer)
+            except RuntimeError:  # versions before this page read the device here
+                pass
+    # By lists, as torch does it on CUDA by itself; meta has no lists, so as many small tensors on the processor.
+    trained = [torch.nn.Parameter(torch.ones(1)) for group in optimizer.param_groups for _ in group["params"]]
+    for parameter in trained:
+        parameter.grad = torch.ones(1)
+    with count.phase("clipping"):
+        torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=True)
+    small = torch.nn.Linear(4, 4)
+    small.weight.grad, small.bias.grad = torch.ones(4, 4), torch.ones(4)
+    fused = torch.optim.AdamW([{"params": [small.weight]}, {"params": [small.bias]}], fused=True)
+    fused.step()  # makes its state
+    with count.phase("update"):
+        fused.step()
+    if isinstance(plugin, FP16):
+        with count.phase("rounding to fp16"):
+            plugin.round_weights()
+    return count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--groups", type=int, default=4)
+    parser.add_argument("--names", action="store_true", help="the operators of each phase too")
+    given = parser.parse_args()
+    print("| precision | " + " | ".join(PHASES) + " | in all |\n" + "|---" * (len(PHASES) + 2) + "|")
+    for precision in ("fp32", "bf16", "amp", "fp16"):
+        count = step(precision, given.layers, given.groups)
+        sums = [sum(count.phases[phase].values()) for phase in PHASES]
+        print(f"| {precision} | " + " | ".join(map(str, [*sums, sum(sums)])) + " |", flush=True)
+        if given.names:
+            for phase in PHASES:
+                print(f"  {phase}: {dict(count.phases[phase].most_common(12))}")
+
+
+if __name__ == "__main__":
+    main()
