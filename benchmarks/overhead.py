@@ -23,6 +23,8 @@ import time
 from pathlib import Path
 from typing import Dict, List
 
+from lit_glm.threads import bound_spinning, threads_of
+
 ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": "20000000000", "MALLOC_MMAP_THRESHOLD_": "20000000000"}
 OVERRIDES = ["experiment=quickstart", "run.eval_interval_samples=100000000", "run.eval_start_samples=100000000"]
 
@@ -34,6 +36,7 @@ def bare(bs: int, steps: int) -> None:
     from lit_glm.batches.ahead import Ahead
     from lit_glm.batches.collate import flat_batch
     from lit_glm.batches.compact import open_data
+    from lit_glm.bench.lengths import Lengths
     from lit_glm.config.app import checked, compose
     from lit_glm.config.schema import TrainConfig
     from lit_glm.model.build import build_glm
@@ -44,6 +47,9 @@ def bare(bs: int, steps: int) -> None:
     config = checked(compose("train", [*OVERRIDES, f"bs={bs}"]), TrainConfig)
     ensure(config.data)
     split, _ = open_data(config.data, config.model)
+    threads = threads_of(bs * float(Lengths.of(split).rows.mean()), config.model.hidden_size, 1, None)
+    if threads is not None:
+        torch.set_num_threads(threads)
     order = torch.randperm(len(split)).tolist()
     batches = Ahead(flat_batch(split, [order[(k * bs + i) % len(order)] for i in range(bs)]) for k in range(steps))
     glm, _ = build_glm(config.model)
@@ -86,6 +92,7 @@ def main() -> None:
     if given.bare:
         bare(int(given.bs), given.steps)
         return
+    bound_spinning()  # as `train` does for itself: threads wait in the same way in both
     environment = {**os.environ, **ALLOCATOR}
     print("| bs | bare step ms | train step ms | beside compute ms | added ms (of each round) | waiting for data |")
     print("|---|---|---|---|---|---|")

@@ -10,6 +10,8 @@ _COMMANDS = {
     "export": "the fine-tuned weights of a run as a file",
     "report": "results of any number of runs as the published document, with plots",
     "verify": "accepts a chip: operators, model, training, collectives, clock and speed against the processor's own",
+    "tune": "finds the largest and the fastest batch size of a chip and topology",
+    "plan": "predicts memory, time, throughput and energy of a run before anything is rented",
     "doctor": "checks machine, runtime, devices, collectives, disk, data, checkpoint before a long run",
 }
 

@@ -62,7 +62,7 @@ def test_the_estimate_is_near_what_the_kernel_counts(dropout: str, tmp_path: Pat
     assert done.returncode == 0, done.stderr
     before, highest = map(float, done.stdout.split())
     config = checked(compose("train", overrides), TrainConfig)
-    lengths = Lengths(np.full(8, 2), np.full(8, 256), np.full(8, 26))
+    lengths = Lengths(np.full(8, 2), np.full(8, 256), np.full(8, 26), np.full(8, 230**2 + 26 * 256.0))
     guess = estimate(config, lengths, before, keeps_scores=dropout != "0.0")
     assert guess.total - before == pytest.approx(highest - before, rel=0.35)
 

@@ -11,7 +11,7 @@ from lit_glm.batches.ahead import Ahead
 from lit_glm.batches.collate import flat_batch, padded_batch
 from lit_glm.batches.compact import CompactSplit
 from lit_glm.batches.processes import LoaderProcesses, live_and_die_with_the_rank
-from lit_glm.batches.sampler import EndlessBatches
+from lit_glm.batches.sampler import EndlessBatches, order_of
 from lit_glm.batches.types import FlatBatch, PaddedBatch
 from lit_glm.config.schema import TrainConfig
 
@@ -127,16 +127,7 @@ class RecordData(pl.LightningDataModule):
 
     def sampler(self, start: int, rank: int) -> EndlessBatches:
         """The order of this run's batches for a rank."""
-        config = self._config
-        return EndlessBatches(
-            len(self.split),
-            config.bs,
-            rank,
-            config.topology.world_size,
-            config.data.shuffle_seed,
-            start,
-            self.split.example_rows if config.data.balance_ranks else None,
-        )
+        return order_of(self._config, self.split, rank, start)
 
     def train_dataloader(self) -> Iterable[Any]:
         """Endless; the run ends by its own rules."""

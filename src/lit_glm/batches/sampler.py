@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+from lit_glm.config.schema import TrainConfig
+
 
 class EndlessBatches(Sampler):
     """The batches of one rank, epoch after epoch without end."""
@@ -24,6 +26,7 @@ class EndlessBatches(Sampler):
         seed: int,
         start: int = 0,
         lengths: Optional[Any] = None,
+        longest: Optional[Any] = None,
     ) -> None:
         """Describe the order.
 
@@ -35,6 +38,7 @@ class EndlessBatches(Sampler):
             seed: of the shuffles, together with the epoch.
             start: steps that are done already.
             lengths: [N] rows of each example, to give every rank of a global batch an equal share; None: as published.
+            longest: [N] rows by which the first step takes the longest examples; None: it takes what the shuffle says.
         """
         self._num_examples = num_examples
         self._batch_size = batch_size
@@ -42,6 +46,7 @@ class EndlessBatches(Sampler):
         self._seed = seed
         self._start = start
         self._lengths = lengths if world_size > 1 else None
+        self._longest = longest
         self._ordered: Any = (-1, None)
 
     @property
@@ -74,6 +79,9 @@ class EndlessBatches(Sampler):
         generator = torch.Generator()
         generator.manual_seed(self._seed + epoch)
         order = torch.randperm(self._num_examples, generator=generator).numpy()
+        if epoch == 0 and self._longest is not None:
+            most = np.argsort(-self._longest, kind="stable")[: self._batch_size * self._world_size]
+            order = np.concatenate([most, order[~np.isin(order, most)]])
         total = -(-self._num_examples // self._world_size) * self._world_size
         return np.resize(order, total)  # wraps round to the start to give every rank the same number
 
@@ -89,6 +97,31 @@ class EndlessBatches(Sampler):
         if self._lengths is None:
             return [[int(i) for i in batch[rank :: self._world_size]] for rank in range(self._world_size)]
         return balanced(batch, self._lengths[batch], self._world_size)
+
+
+def order_of(config: TrainConfig, split: Any, rank: int = 0, start: int = 0) -> EndlessBatches:
+    """The order of a run's training batches.
+
+    Args:
+        config: the run's.
+        split: training examples.
+        rank: whose batches.
+        start: steps that are done.
+    """
+    data = config.data
+    rows = split.example_rows
+    if data.longest_first and config.scoring.name == "published":
+        rows = np.diff(split.example_candidate_end)
+    return EndlessBatches(
+        len(split),
+        config.bs,
+        rank,
+        config.topology.world_size,
+        data.shuffle_seed,
+        start,
+        split.example_rows if data.balance_ranks else None,
+        rows if data.longest_first else None,
+    )
 
 
 def balanced(examples: Any, lengths: Any, world_size: int) -> List[List[int]]:

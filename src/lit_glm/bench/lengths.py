@@ -20,12 +20,19 @@ class Lengths:
     """Of the flat layout: contexts and candidates."""
     predicting: Any
     """Of these, rows that predict a token."""
+    pairs: Any
+    """Of query and key in attention: n^2 + m (n + m) of each group of an example."""
 
     @classmethod
     def of(cls, split: CompactSplit) -> "Lengths":
         """Of examples in the compact form."""
         ends = split.candidate_token_end[split.example_candidate_end]
-        return cls(np.diff(split.example_candidate_end), split.example_rows, np.diff(ends))
+        first = np.concatenate([[0], np.cumsum(split.group_candidates)])
+        context = np.diff(split.group_context_end).astype(float)
+        candidate = np.diff(split.candidate_token_end[first]).astype(float)
+        pairs = np.concatenate([[0.0], np.cumsum(context * context + candidate * (context + candidate))])
+        rows, pairs = split.example_rows, np.diff(pairs[split.example_group_end])
+        return cls(np.diff(split.example_candidate_end), rows, np.diff(ends), pairs)
 
     @classmethod
     def of_file(cls, path: Path) -> "Lengths":
@@ -46,4 +53,5 @@ def _of_file(path: Path, _progress: Progress) -> Any:
         tokens = reader.row_lengths("logit_mask")
         predicting = np.add.reduceat(tokens, choices[:, 0])
         contexts = np.maximum.reduceat(reader.vector("mask"), choices[:, 0])
-        return np.diff(choices, axis=1)[:, 0], contexts + predicting, predicting
+        rows = contexts + predicting
+        return np.diff(choices, axis=1)[:, 0], rows, predicting, contexts**2.0 + predicting * rows

@@ -79,7 +79,7 @@ def _activations(config: TrainConfig, lengths: Lengths, bs: int, keeps_scores: b
     else:
         rows = _largest(lengths.rows, bs)
         predicting = _largest(lengths.predicting, bs)
-        pairs = _largest(np.asarray(lengths.rows, dtype=float) ** 2, bs)
+        pairs = _largest(lengths.pairs, bs)
     layer = rows * (_KEPT * D * size + dropout)
     if keeps_scores:
         layer += pairs * model.num_attention_heads * (size + (1.0 if model.attention_dropout else 0.0))

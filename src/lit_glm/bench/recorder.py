@@ -113,7 +113,7 @@ class Recorder(pl.Callback):
         if is_new:
             self.events.submitted(self._around.examples)
         self.events.tell("INIT_START", ago=account.e2e())
-        if is_new:
+        if is_new and self.config.run.evaluate:
             # Stopped meanwhile: no step is done, so that the run goes on with this evaluation.
             self.interrupted = self._evaluate(trainer, module, "INIT_EVALUATION") is None
             trainer.should_stop = self.interrupted
@@ -189,7 +189,7 @@ class Recorder(pl.Callback):
         whole = step % config.optimizer.accumulate == 0
         stop = bool(module.outcome and module.outcome.stop_requested) and whole
         limit = reached_limit(step, config.global_batch, config.run)
-        due = evaluation_due(step, config.global_batch, config.run) or limit
+        due = config.run.evaluate and (evaluation_due(step, config.global_batch, config.run) or limit)
         evaluated = None
         if due and self.evaluated_step < step and not stop:
             with self.clock.outside_steps():
@@ -204,7 +204,8 @@ class Recorder(pl.Callback):
         if stop or ends:
             trainer.should_stop = True
             self.interrupted = stop and not ends
-        due_to_save = (step % config.run.checkpoint_interval_steps == 0 and whole) or stop or ends
+        every = config.run.checkpoint_interval_steps
+        due_to_save = every is not None and ((step % every == 0 and whole) or stop or ends)
         if times is not None and due_to_save and self._saved_step < step:
             self._saved_step = step
             self.doing = f"saving step {step}"

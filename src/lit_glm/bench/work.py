@@ -118,6 +118,14 @@ class WorkCounter:
         """Sequences that the ranks compute in a step: each pads to the most candidates among its own examples."""
         return float(sum(len(share) * self._candidates[share].max() for share in self._sampler.shares(step)))
 
+    def by_rank(self, step: int) -> Any:
+        """[ranks] FLOPs of each rank in a step."""
+        shares = self._sampler.shares(step)
+        if self._published:
+            sequences = np.array([len(share) * self._candidates[share].max() for share in shares])
+            return published_flops(self._config.model, sequences, self._config.data.max_seq_length)
+        return np.array([self._flops[share].sum() for share in shares])
+
     def imbalance(self, steps: int) -> Optional[float]:
         """By how much the rank with the most rows exceeds the mean of the ranks, mean over (at most 1,000) steps.
 

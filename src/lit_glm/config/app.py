@@ -21,17 +21,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lit_glm.config.explain import explain
 from lit_glm.config.line import CommandLine
+from lit_glm.config.pairs import tuned_bs
+from lit_glm.config.place import CONF
 from lit_glm.config.ranges import out_of_range
 from lit_glm.errors import InputError, RunError
 from lit_glm.output import survive_closed_output
 from lit_glm.threads import bound_spinning
-
-_HERE = Path(__file__).resolve().parent
-CONF = next(
-    folder
-    for folder in (_HERE.parent / "conf", _HERE.parent.parent.parent / "conf")  # in a wheel, in a checkout
-    if (folder / "train.yaml").is_file()
-)
 
 Config = TypeVar("Config")
 
@@ -60,6 +55,9 @@ def checked(cfg: DictConfig, schema: "type[Config]") -> Config:
     Raises:
         InputError: on an unknown key, a wrong type or a value out of range; names all that are out of range.
     """
+    if cfg.get("bs") == "auto":
+        cfg.bs, source = tuned_bs(cfg, _pairs_bs(cfg))
+        print(f"lit_glm: bs=auto: {cfg.bs}, {source}", flush=True)
     try:
         # Merging the plain content closes the way round the schema that Hydra leaves open (`+typo=1`, `++typo=1`).
         # The two steps say different things: the first which name is unknown, the second which type is wrong.
@@ -72,6 +70,18 @@ def checked(cfg: DictConfig, schema: "type[Config]") -> Config:
     if complaints:
         raise InputError("\n".join(complaints))
     return config
+
+
+def _pairs_bs(cfg: DictConfig) -> Optional[int]:
+    """What the fix_hp file that was picked up says of bs: the command line has put `auto` over it."""
+    own = CommandLine.read(sys.argv[1:]).config_dir
+    for place in (CONF, *([Path(own)] if own is not None else [])):
+        file = place / "fix_hp" / f"{cfg.get('tuned_for', 'none')}.yaml"
+        if file.is_file():
+            content: Any = OmegaConf.load(file)
+            bs = content.get("bs")
+            return int(bs) if isinstance(bs, int) else None
+    return None
 
 
 def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:

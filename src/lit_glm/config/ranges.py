@@ -40,6 +40,7 @@ _CLOSED: Dict[str, Tuple[float, float]] = {
     "run.eval_start_samples": (0, _INF),
     "run.checkpoint_interval_steps": (1, _INF),
     "run.max_skipped_steps": (1, _INF),
+    "tune.steps": (4, _INF),
     "precision.loss_scale.window": (1, _INF),
     "precision.loss_scale.hysteresis": (1, _INF),
 }
@@ -57,6 +58,10 @@ _OPEN: Dict[str, Tuple[float, float]] = {
     "run.rendezvous_timeout_s": (0, _INF),
     "hardware.memory_gib": (0, _INF),
     "hardware.monitor_interval_s": (0, _INF),
+    "hardware.link_gbytes_s": (0, _INF),
+    "hardware.network_gbytes_s": (0, _INF),
+    "hardware.power_w": (0, _INF),
+    "tune.max_minutes": (0, _INF),
     "precision.loss_scale.initial": (0, _INF),
     "precision.loss_scale.minimum": (0, _INF),
 }

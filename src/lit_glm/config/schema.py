@@ -29,6 +29,9 @@ class HardwareConfig:
     source: str = ""
     gelu: str = "tanh"
     network: str = ""
+    link_gbytes_s: Optional[float] = None
+    network_gbytes_s: Optional[float] = None
+    power_w: Optional[float] = None
     monitor_interval_s: float = 5.0
 
 
@@ -112,6 +115,7 @@ class DataConfig:
     cache_dir: Optional[str] = None
     balance_ranks: bool = False
     shuffle_seed: int = 0
+    longest_first: bool = False
     synthetic: Optional[SyntheticConfig] = None
 
 
@@ -150,9 +154,10 @@ class RunConfig:
     target_accuracy: float = 0.8
     eval_interval_samples: int = 19200
     eval_start_samples: int = 100
+    evaluate: bool = True
     resume: Optional[str] = None
     overwrite: bool = False
-    checkpoint_interval_steps: int = 1000
+    checkpoint_interval_steps: Optional[int] = 1000
     max_skipped_steps: int = 100
     stall_timeout_s: float = 1200.0
     rendezvous_timeout_s: float = 300.0

@@ -19,6 +19,7 @@ from lit_glm.bench.environment import describe
 from lit_glm.bench.lengths import Lengths
 from lit_glm.bench.recorder import Recorder, Surroundings
 from lit_glm.config.app import CONF
+from lit_glm.config.pairs import nearest_pair
 from lit_glm.config.schema import TrainConfig
 from lit_glm.files import write_json
 from lit_glm.hardware import watch
@@ -182,7 +183,11 @@ def _open(place: Place, runtime: Runtime) -> None:
     precision = config.precision.name
     if precision == "fp32" and runtime.has_tf32:
         precision += " (TF32 on)" if config.precision.tf32 else " (TF32 off)"
-    published = "none published" if config.tuned_for == "none" else config.tuned_for
+    published = (
+        config.tuned_for
+        if config.tuned_for != "none"
+        else f"none published{nearest_pair(config.hardware.name, config.topology.world_size)}"
+    )
     place.say(
         f"{what}{config.model.name} on {config.hardware.name} {config.topology.name}, {precision}, {config.fix_hp}, "
         f"global batch {config.global_batch}, values for the pair: {published}"

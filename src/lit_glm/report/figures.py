@@ -17,7 +17,7 @@ from lit_glm.report.words import Words
 
 _MOST_LINES = 8
 _MOST_POINTS = 600
-_STYLE: Any = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a dollar in a name is a dollar
     "font.family": "sans-serif",
@@ -56,7 +56,7 @@ def draw(rows: List[Row], words: Words) -> Tuple[List[Figure], List[str]]:
         ("fig_devices", draw_devices),
         ("fig_grid", lambda _, words: _grid(rows, words)),
     ]
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "lit_glm"}):
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": "lit_glm"}):
         for key, make in kinds:
             canvas = make(shown, words)
             if canvas is not None:

@@ -14,6 +14,8 @@ from lit_glm.runs.row import COLUMNS
 _RATIOS = ("e2e_time", "p_whole", "p_train", "p_core")
 _WORKLOAD = {"model.name": "glm_large", "data.name": "record", "data.max_seq_length": 512}
 """What the published rows trained, by our keys."""
+_DOUBT = " †"
+"""Behind a precision that the case files of the row contradict."""
 
 
 def load() -> List[Dict[str, Any]]:
@@ -31,12 +33,16 @@ def beside(found: List[Row], words: Words) -> Tuple[Table, Table]:
     lines = [
         [
             words.config(line["hardware"].upper().replace("_", "-"), line["topology"]),
-            *(cell(row, column) for column in COLUMNS[1:]),
+            *(
+                cell(row, column) + (_DOUBT if column == "precision" and line.get("fp16_flag") else "")
+                for column in COLUMNS[1:]
+            ),
             line["source"],
         ]
         for line, row in zip(published, wrapped)
     ]
-    table = Table([words("config"), *COLUMNS[1:], words("source")], lines, [words("published_note")])
+    said = [words("published_note"), f"{_DOUBT.strip()} {words('published_fp16_flag')}"]
+    table = Table([words("config"), *COLUMNS[1:], words("source")], lines, said)
     ratios, notes = [], []
     for row in found:
         matches, note = _matches(row, published, words)

@@ -22,6 +22,9 @@ _NOT_IDENTITY = (
     "run.overwrite",
     "run.stall_timeout_s",
     "hardware.monitor_interval_s",
+    "hardware.link_gbytes_s",
+    "hardware.network_gbytes_s",
+    "hardware.power_w",
     "data.cache_dir",
     "sweep.skip_done",
     "sweep.objective",
@@ -33,6 +36,8 @@ _NOT_IDENTITY = (
     "report.image",
 )
 """Keys that decide how a job is run and described, not what it computes."""
+_ADDED: Dict[str, Any] = {"data.longest_first": False, "run.evaluate": True}
+"""Keys that came later, with the values that they had before there were any: with these a job is what it was."""
 
 
 @dataclass
@@ -89,7 +94,9 @@ def read_plain(folder: Path) -> Optional[Dict[str, Any]]:
 
 def settings(config: TrainConfig) -> Dict[str, Any]:
     """All keys and values that decide what a job computes, flat."""
-    found = {key: value for key, value in walk(config) if key not in _NOT_IDENTITY}
+    found = {
+        key: value for key, value in walk(config) if key not in _NOT_IDENTITY and _ADDED.get(key, not value) != value
+    }
     return {**found, "profiled": True} if config.profiled else found
 
 

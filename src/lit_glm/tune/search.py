@@ -1,0 +1,96 @@
+"""Which batch size to try next: a function of the tries so far alone, so that an interrupted search goes on."""
+
+import statistics
+from dataclasses import dataclass
+from typing import Dict, List, Optional
+
+FITS, MEMORY, LIMIT, TIME = "fits", "out of memory", "not tried", "no time"
+
+
+@dataclass
+class Try:
+    """One try of a batch size."""
+
+    bs: int
+    status: str
+    p_core: Optional[float] = None
+    """Samples a second, of examples of average length."""
+    mfu: Optional[float] = None
+    memory_gib: Optional[float] = None
+    memory_total_gib: Optional[float] = None
+    samples_per_joule: Optional[float] = None
+    said: str = ""
+    """Why it does not fit."""
+
+
+def of_bs(tries: List[Try]) -> Dict[int, List[Try]]:
+    """Tries that fit, by batch size."""
+    found: Dict[int, List[Try]] = {}
+    for one in tries:
+        if one.status == FITS and one.p_core is not None:
+            found.setdefault(one.bs, []).append(one)
+    return dict(sorted(found.items()))
+
+
+def middle(tries: List[Try]) -> float:
+    """Median p_core."""
+    return statistics.median(one.p_core or 0.0 for one in tries)
+
+
+def largest(tries: List[Try]) -> Optional[int]:
+    """The largest batch size that fits; None: not even one."""
+    return max(of_bs(tries), default=None)
+
+
+def fastest(tries: List[Try]) -> Optional[int]:
+    """The fastest batch size: by the median, the smaller one of equals."""
+    known = of_bs(tries)
+    return max(known, key=lambda bs: (middle(known[bs]), -bs), default=None)
+
+
+def next_bs(tries: List[Try], most: int, repeats: int) -> Optional[int]:
+    """What to try next.
+
+    Args:
+        tries: so far.
+        most: the largest batch size that the data allows.
+        repeats: of one batch size at most.
+
+    Returns:
+        A batch size; None: all is known.
+    """
+    known = of_bs(tries)
+    too_large = [one.bs for one in tries if one.status != FITS]
+    low, high = max(known, default=0), min(too_large, default=most + 1)
+    if low == 0:
+        return 1 if not too_large else None
+    if high > most and low < most:
+        return min(2 * low, most)  # upwards, until something does not fit
+    if high - low > max(1, low // 16):
+        return (low + high) // 2
+    return _between(known) or _again(known, repeats)
+
+
+def _between(known: Dict[int, List[Try]]) -> Optional[int]:
+    """A batch size beside the fastest, where its neighbours are more than a quarter away."""
+    order = list(known)
+    best = max(known, key=lambda bs: middle(known[bs]))
+    place = order.index(best)
+    for low, high in ((place, place + 1), (place - 1, place)):
+        if low >= 0 and high < len(order) and order[high] - order[low] > max(1, order[low] // 4):
+            return (order[low] + order[high]) // 2
+    return None
+
+
+def _again(known: Dict[int, List[Try]], repeats: int) -> Optional[int]:
+    """The fastest and the one that comes next, while what they measured overlaps; at least twice each."""
+    best, *others = sorted(known, key=lambda bs: -middle(known[bs]))[:2]
+    for bs in [best, *others]:
+        if len(known[bs]) < min(2, repeats):
+            return bs
+    if not others:
+        return None
+    slower = others[0]
+    apart = min(one.p_core or 0.0 for one in known[best]) > max(one.p_core or 0.0 for one in known[slower])
+    fewer = min((best, slower), key=lambda bs: len(known[bs]))
+    return None if apart or len(known[fewer]) >= repeats else fewer
