@@ -18,6 +18,11 @@ EVAL_FILE = HDF5 / "eval_hdf5" / "eval_sparse.hdf5"
 CHECKPOINT = GOLDEN / "blocklm-large-blank"
 
 
+def pytest_addoption(parser: Any) -> None:
+    """For `tests/hardware/conformance.py`, which anyone runs against a runtime of theirs."""
+    parser.addoption("--runtime", default=None, help="package.module.Class: what tests/hardware/conformance.py checks")
+
+
 def pytest_collection_modifyitems(items: List[Any]) -> None:
     """Real processes first: their files take longest, and one that came last would run alone."""
     items.sort(key=lambda item: "runs" not in item.path.parts)

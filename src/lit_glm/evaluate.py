@@ -198,8 +198,14 @@ def _say(out: Path, report: Dict[str, Any], config: TrainConfig, runtime: Any, n
 
 
 def main() -> int:
-    """Compose, check and run; returns the exit status."""
-    return run_app("evaluate", TrainConfig, evaluate_checkpoint)
+    """Compose, check and run; a first word that is a path stands for model.init_checkpoint; returns the exit status."""
+    arguments = list(sys.argv)
+    if len(arguments) > 1 and "=" not in arguments[1] and not arguments[1].startswith("-"):
+        sys.argv = [arguments[0], f"model.init_checkpoint='{arguments[1]}'", *arguments[2:]]
+    try:
+        return run_app("evaluate", TrainConfig, evaluate_checkpoint)
+    finally:
+        sys.argv = arguments
 
 
 if __name__ == "__main__":

@@ -28,6 +28,10 @@ def prepare(config: PrepareConfig, _composed: Any) -> int:
 
     assert data.raw_dir is not None
     assert data.vocab_file is not None
+    from lit_glm.doctor.origin import vocabulary
+
+    if Path(data.vocab_file).is_file():
+        print(f"lit_glm: {vocabulary(Path(data.vocab_file))[1]}")
     for built in build(Path(data.raw_dir), Path(data.out_dir), data.vocab_file, data.max_seq_length, data.num_workers):
         print(built.report())
     return 0

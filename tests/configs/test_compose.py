@@ -13,11 +13,11 @@ GROUPS = {
     "hardware": ["cpu", "r300", "cuda", "a100", "h100", "h200", "bi_v100", "k100", "c500"],
     "topology": ["1x1", "1x2", "1x4", "1x8", "2x8", "4x8"],
     "precision": ["fp32", "amp", "fp16", "bf16"],
-    "model": ["glm_large", "glm_base", "glm_tiny"],
+    "model": ["glm_large", "glm_base", "glm_small", "glm_tiny"],
     "data": ["record", "synthetic"],
     "scoring": ["shared_context", "published"],
     "experiment": ["quickstart", "flagperf", "debug"],
-    "logger": ["csv", "tensorboard", "mlflow", "wandb"],
+    "logger": ["csv", "none", "tensorboard", "mlflow", "wandb"],
     "callbacks": ["default", "mlperf", "none", "profile"],
     "optimizer": ["adamw"],
 }

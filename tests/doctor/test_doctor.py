@@ -41,7 +41,7 @@ def test_two_ranks_of_a_healthy_machine(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     names = "machine software runtime devices precision port collectives disk data.train_file data.eval_file".split()
-    assert [line[6:].split(":")[0] for line in lines[:-2]] == [*names, "checkpoint", "memory"]
+    assert [line[6:].split(":")[0] for line in lines[:-2]] == [*names, "checkpoint", "published files", "memory"]
     assert "2 ranks over gloo: sums are right" in done.stdout
     assert "37 examples, 231 candidates, at most 96 tokens" in done.stdout
     assert not list(tmp_path.iterdir())  # it leaves nothing

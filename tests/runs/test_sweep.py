@@ -25,13 +25,15 @@ def test_a_sweep_and_the_same_again(tmp_path: Path) -> None:
     first = lit_glm("train", *SWEEP, "bs=2,abc,4", "topology=1x1,4x8", cwd=tmp_path)
     assert first.returncode == 2, first.stderr
     assert states(tmp_path) == [
-        ["bs=2,lr=0.001", "finished"],
+        ["bs=2,lr=0.001", "finished"],  # the best first, in the order of the sweep where they are equal
+        ["bs=4,lr=0.001", "finished"],
         ["bs=2,lr=0.001", "failed"],
         ["bs=abc,lr=0.001", "failed"],
         ["bs=abc,lr=0.001", "failed"],
-        ["bs=4,lr=0.001", "finished"],
         ["bs=4,lr=0.001", "failed"],
     ]
+    assert [f"job {number} of 6: " in first.stdout for number in (1, 2, 5, 6)] == [True] * 4
+    assert "\n1. " in first.stdout
     assert "topology=4x8 has 4 nodes" in first.stderr
     assert first.stdout.count("cpu 1x1") >= 4  # each run's own row, then the table over all
     assert "bs=abc: must be a whole number" in first.stderr

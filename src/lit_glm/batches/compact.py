@@ -85,19 +85,21 @@ class CompactSplit:
         if token >= vocab_size:
             raise InputError(
                 f"{self.source}: group text or target, row {row}: token id {token} is beyond the vocabulary "
-                f"(model.vocab_size={vocab_size})"
+                f"(model.vocab_size={vocab_size}); model=glm_small, glm_base and glm_large have BERT's of 30592"
             )
         position, row = self.meta["max_position"]
         if position > max_sequence_length:
             raise InputError(
                 f"{self.source}: group position, row {row}: position {position} is beyond the model's "
                 f"(model.max_sequence_length={max_sequence_length}); prepare the data with a smaller "
-                "data.max_seq_length or raise model.max_sequence_length"
+                "data.max_seq_length, or take a model with more (model=glm_small, glm_base, glm_large have 512; "
+                f"model.max_sequence_length={position})"
             )
         length, row = self.meta["max_length"]
         if length > max_seq_length:
             raise InputError(
-                f"{self.source}: group text, row {row}: {length} tokens, more than data.max_seq_length={max_seq_length}"
+                f"{self.source}: group text, row {row}: {length} tokens, more than "
+                f"data.max_seq_length={max_seq_length}; it was prepared with more: data.max_seq_length={length}"
             )
 
 

@@ -159,9 +159,13 @@ def describe(config: TrainConfig, lengths: Lengths, runtime: Optional[Runtime], 
     """One line for the start of a run; further ones where the estimate exceeds what there is. Arguments: `judge`."""
     found = judge(config, lengths, runtime, index)
     guess, of = found.guess, "" if found.own is None else f" of {found.own / _GIB:.1f}"
+    digits = 1 if guess.total >= 10 * _GIB else 2
+    shown = [round(part / _GIB, digits) for part in (guess.weights, guess.training, guess.activations)]
+    rest = round(guess.total / _GIB, digits) - sum(shown)  # so that what is read adds up
+    parts = [f"{part:.{digits}f}" for part in (*shown, max(0.0, rest))]
     text = (
-        f"memory: about {guess.total / _GIB:.1f}{of} GiB a device: weights {guess.weights / _GIB:.1f}, gradients and "
-        f"optimizer {guess.training / _GIB:.1f}, activations of the largest batch {guess.activations / _GIB:.1f}"
+        f"memory: about {guess.total / _GIB:.{digits}f}{of} GiB a device: weights {parts[0]}, gradients and "
+        f"optimizer {parts[1]}, activations of the largest batch {parts[2]}, in use already {parts[3]}"
     )
     if found.host:
         text += f"\nmemory: {found.host}"

@@ -6,7 +6,9 @@ from typing import Any, Optional
 
 import pytorch_lightning as pl
 
+from lit_glm.bench.account import Account
 from lit_glm.bench.recorder import recorder_of
+from lit_glm.training.schedule import next_evaluation
 
 
 class Progress(pl.Callback):
@@ -54,9 +56,8 @@ class Progress(pl.Callback):
             return
         self._next = time.monotonic() + self._every
         self._accuracy = account.accuracy
-        step, seconds = pl_module.steps_done, account.seconds()
-        rate = account.samples_here(step) / seconds.no_eval if seconds.no_eval else 0.0
-        text = f"step {step}  loss {values.loss:.4f}  accuracy {_percent(account.accuracy)}  {rate:.1f} samples/s"
+        step = pl_module.steps_done
+        text = _said(account, step, values.loss)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
         else:
@@ -66,6 +67,39 @@ class Progress(pl.Callback):
         """Leave the terminal as it was."""
         if self._bar is not None:
             self._bar.stop()
+
+
+def _said(account: Account, step: int, loss: float) -> str:
+    """Where the run is, how fast, and what is still to come at that speed."""
+    run, batch, seconds, total = (
+        account.config.run,
+        account.config.global_batch,
+        account.seconds(),
+        account.total_steps(),
+    )
+    here = account.samples_here(step)
+    rate = here / seconds.no_eval if seconds.no_eval else 0.0
+    parts = [
+        f"step {step} of {total} ({step / total:.0%})",
+        f"{step * batch:,} samples",
+        f"loss {loss:.4f}",
+        f"accuracy {_percent(account.accuracy)}",
+        f"{rate:.1f} samples/s",
+    ]
+    if rate and step < total:
+        left = (total - step) * batch / rate
+        if run.evaluate:  # those behind it have taken as long a share of the time so far
+            left *= max(1.0, seconds.raw_train / seconds.no_eval)
+            due = next_evaluation(step, batch, run, total)
+            parts.append(f"next evaluation after step {due}, in {_time((due - step) * batch / rate)}")
+        parts.append(f"at most {_time(left)} left")
+    return "  ".join(parts)
+
+
+def _time(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _percent(share: Optional[float]) -> str:

@@ -19,7 +19,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lit_glm.config.explain import explain
+from lit_glm.config.explain import check_words, explain
+from lit_glm.config.help import explained
 from lit_glm.config.line import CommandLine
 from lit_glm.config.pairs import tuned_bs
 from lit_glm.config.place import CONF
@@ -147,6 +148,7 @@ def run_app(
     try:
         line = CommandLine.read(sys.argv[1:])
         if not line.asks:
+            check_words(line, schema, CONF)
             for overrides in line.samples(is_group(line.config_dir)) if line.multirun else [line.overrides]:
                 composed = _composed(config_name, [*overrides, *line.searchpath])
             if not line.multirun:
@@ -219,6 +221,8 @@ def _by_hydra(config_name: str, schema: "type[Config]", task: Task, line: Comman
         statuses.append(ended.code if isinstance(ended.code, int) else 1)
     finally:
         sys.argv = arguments
+    if {"--help", "-h"} & set(line.flags):
+        print(explained(config_name))
     return max(statuses, default=0)
 
 

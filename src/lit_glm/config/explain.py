@@ -10,7 +10,10 @@ from hydra.errors import HydraException
 from omegaconf import MISSING
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from lit_glm.config.line import CommandLine
+from lit_glm.config.meant import instead
 from lit_glm.config.schema import walk
+from lit_glm.errors import InputError
 
 _TYPES = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "String": "text"}
 
@@ -84,6 +87,41 @@ def explain(error: BaseException, schema: Any, conf: Path) -> str:
             return _said(f"{name}: there is no such key or group", nearest(name, known), "did you mean", [])
         return f"{name}: {_first_line(cause)}"
     return _first_line(error) if error is cause else f"{_first_line(error)}\n{_first_line(cause)}"
+
+
+_FREE = ("hydra", "logger.", "callbacks.")
+"""Keys that this project does not know by name."""
+
+
+def check_words(line: CommandLine, schema: Any, conf: Path) -> None:
+    """Say what is written here instead of a word that people bring from other tools, and that -m was forgotten.
+
+    Raises:
+        InputError: with all of them.
+    """
+    keys = [key for key, _ in walk(schema())]
+    nodes = {".".join(key.split(".")[:n]) for key in keys for n in range(1, key.count(".") + 1)}
+    known = [*keys, *nodes, *(entry.name for entry in conf.iterdir() if entry.is_dir())]
+    said = []
+    for text, override in zip(line.overrides, line.words()):
+        if override is None:
+            groups = [folder.name for folder in sorted(conf.iterdir()) if (folder / f"{text}.yaml").is_file()]
+            meant = f"did you mean {groups[0]}={text}?" if groups else "`--help` lists the keys"
+            said.append(f"{text}: is no KEY=VALUE (without spaces around the =); {meant}")
+            continue
+        key, value = override.key_or_group, text.partition("=")[2]
+        if override.is_add() or override.is_delete() or key in known or key.startswith(_FREE):
+            if override.is_sweep_override() and not line.multirun and not line.lists and not key.startswith("hydra"):
+                at_once = f"; all of them in one run: {key}=[{value}]" if key in ("logger", "callbacks") else ""
+                said.append(f"{text}: several values are a sweep, written with -m: train -m {text} ...{at_once}")
+            elif key == "logger" and str(value).lower() == "null":
+                said.append("logger=null: write logger=none")
+            continue
+        better = instead(key, value, known)
+        if better is not None:
+            said.append(better)
+    if said:
+        raise InputError("\n".join(said))
 
 
 def _slip(error: yaml.YAMLError) -> str:

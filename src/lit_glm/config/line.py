@@ -8,6 +8,7 @@ from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 
 from lit_glm.errors import InputError
 
@@ -26,6 +27,8 @@ class CommandLine:
     """The user's own folder of configuration."""
     flags: Tuple[str, ...] = ()
     """All that is no override, as it was typed."""
+    lists: bool = False
+    """Whether the command takes several values of a key without -m."""
 
     @classmethod
     def read(cls, arguments: Sequence[str]) -> "CommandLine":
@@ -79,6 +82,16 @@ class CommandLine:
             HydraException: on what is no override.
         """
         return list(OverridesParser.create().parse_overrides(self.overrides))
+
+    def words(self) -> List[Optional[Override]]:
+        """The overrides one by one; None for what is none."""
+        found: List[Optional[Override]] = []
+        for text in self.overrides:
+            try:
+                found.append(OverridesParser.create().parse_override(text))
+            except HydraException:
+                found.append(None)
+        return found
 
     def gives(self, key: str) -> bool:
         """Whether a key or group is set here, or taken away."""

@@ -16,7 +16,7 @@ def published_topologies(hardware: str) -> Dict[str, int]:
     found = {}
     for file in sorted((CONF / "fix_hp").glob(f"{hardware}_*.yaml")):
         nodes, _, devices = file.stem[len(hardware) + 1 :].partition("x")
-        if nodes.isdigit() and devices.isdigit():  # bi_v100_1x8 is none of a chip "bi"
+        if nodes.isdigit() and devices.isdigit():  # a chip's name may begin another's
             found[f"{nodes}x{devices}"] = int(nodes) * int(devices)
     return found
 

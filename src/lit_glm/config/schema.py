@@ -22,6 +22,7 @@ class HardwareConfig:
     accelerator: str = "cpu"
     runtime: str = "auto"
     runtimes: List[str] = field(default_factory=list)
+    _target_: Optional[str] = None
     env: Dict[str, str] = field(default_factory=dict)
     memory_gib: Optional[float] = None
     precisions: List[str] = field(default_factory=lambda: ["fp32", "amp", "fp16", "bf16"])

@@ -23,7 +23,7 @@ def examine(config: TrainConfig, place: Path) -> Iterator[Finding]:
     """
     kept = set_environment(config.hardware)  # before anything imports torch
 
-    from lit_glm.doctor import devices, files, machine
+    from lit_glm.doctor import devices, files, machine, origin
 
     yield checked_by("machine", machine.describe)
     yield checked_by("software", machine.stack)
@@ -48,6 +48,7 @@ def examine(config: TrainConfig, place: Path) -> Iterator[Finding]:
     for key in ("train_file", "eval_file"):
         yield checked_by(f"data.{key}", lambda key=key: files.data(config, key))  # type: ignore[misc]
     yield checked_by("checkpoint", lambda: files.checkpoint(config))
+    yield checked_by("published files", lambda: origin.origin(config))
     yield checked_by("memory", lambda: files.memory(config, runtime))
 
 

@@ -70,7 +70,7 @@ def port(config: TrainConfig, made: Runtime) -> Finding:
             except InputError as error:
                 return Finding("", "warn", str(error), "one device needs none")
         return Finding("", "skip", "one device: no ranks meet")
-    node = this_node(config.topology)
+    node = this_node(config.topology, config.hardware.runtime == "simulated")
     chosen = "" if os.environ.get("MASTER_PORT") else " (a free one, chosen for each job; MASTER_PORT sets it)"
     return Finding("", "ok", f"node {node.rank} of {config.topology.num_nodes}, {node.address}:{node.port}{chosen}")
 

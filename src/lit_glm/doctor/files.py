@@ -116,7 +116,10 @@ def data(config: TrainConfig, key: str) -> Finding:
     decode, model = _decoder(config), config.model
     found = call_apart(_look, path, key == "eval_file")
     if found["highest"] >= model.vocab_size:
-        raise InputError(f"{path}: token id {found['highest']} is beyond model.vocab_size={model.vocab_size}")
+        raise InputError(
+            f"{path}: token id {found['highest']} is beyond model.vocab_size={model.vocab_size}; model=glm_small, "
+            "glm_base and glm_large have BERT's of 30592"
+        )
     if found["tokens"] > min(config.data.max_seq_length, model.max_sequence_length):
         raise InputError(
             f"{path}: {found['tokens']} tokens in a sequence, more than "

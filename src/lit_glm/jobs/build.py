@@ -196,7 +196,7 @@ def _open(place: Place, runtime: Runtime) -> None:
     place.say(
         f"scoring={config.scoring.name}: "
         + (
-            "the published workload, comparable with published rows"
+            "the published workload" + (", comparable with published rows" if not runtime.simulated else "")
             if is_published
             else "one pass a context; same scores as published, other speed (not comparable with published rows)"
         )

@@ -2,9 +2,10 @@
 
 import os
 import signal
+import socket
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Iterator
+from typing import Any, Dict, Iterator, List
 
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
@@ -35,6 +36,7 @@ def joined(config: TrainConfig) -> Iterator[None]:
     """
     import torch
 
+    _take_place(config)
     runtime = make_runtime(config.hardware, config.topology)
     check_devices(runtime, config.topology)
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -68,16 +70,34 @@ def joined(config: TrainConfig) -> Iterator[None]:
     line.let_go(0)
 
 
+def _take_place(config: TrainConfig) -> None:
+    """Where one machine stands for all nodes of a rehearsal, each rank takes its node's place."""
+    topology, rank = config.topology, int(os.environ.get("RANK", 0))
+    if topology.num_nodes == 1 or os.environ.get("LOCAL_WORLD_SIZE") != str(topology.world_size):
+        return
+    node, local = divmod(rank, topology.devices_per_node)
+    os.environ.update(
+        LOCAL_RANK=str(local),
+        LOCAL_WORLD_SIZE=str(topology.devices_per_node),
+        GROUP_RANK=str(node),
+        GROUP_WORLD_SIZE=str(topology.num_nodes),
+    )
+
+
 def agree(identity: str, step: int, device: Any) -> None:
     """All ranks run the same configuration from the same step, or none does.
 
     Raises:
         InputError: names the first rank that differs.
     """
+    import torch
+
     from lit_glm.hardware import exchange
 
-    told = exchange.gather((identity, step), device)
-    for rank, (name, start) in enumerate(told):
+    told = exchange.gather((identity, step, os.environ.get("GROUP_RANK", "0"), socket.gethostname()), device)
+    nodes: Dict[str, List[str]] = {}
+    for rank, (name, start, node, host) in enumerate(told):
+        nodes.setdefault(str(node), []).append(str(host))
         if name != told[0][0]:
             raise InputError(
                 f"rank {rank} was given another configuration than rank 0: type the same command everywhere"
@@ -87,3 +107,6 @@ def agree(identity: str, step: int, device: Any) -> None:
                 f"rank {rank} would go on after step {start}, rank 0 after step {told[0][1]}: all nodes must see the "
                 "same run folder (give them one hydra.run.dir on a shared disk)"
             )
+    if len(nodes) > 1 and torch.distributed.get_rank() == 0:
+        for node, hosts in sorted(nodes.items(), key=lambda entry: int(entry[0])):
+            print(f"lit_glm: node {node} ({hosts[0]}): {len(hosts)} rank{'s' * (len(hosts) > 1)} joined", flush=True)

@@ -63,7 +63,7 @@ def run_job(job: Job, run_dir: Path, composed: Dict[str, str], in_process: bool 
     """
     world_size = job.config.topology.world_size
     check_nodes(job.config.topology)
-    node = this_node(job.config.topology) if world_size > 1 else Node(0, "127.0.0.1", 0)
+    node = _node(job) if world_size > 1 else Node(0, "127.0.0.1", 0)
     if node.rank > 0:
         return _help(job, node, run_dir)
     with taken(job, run_dir, composed) as lock, energy_recorded(job, run_dir), ending_recorded(run_dir):
@@ -76,6 +76,10 @@ def run_job(job: Job, run_dir: Path, composed: Dict[str, str], in_process: bool 
     if result is None:
         raise RunError(f"{run_dir}: the job ended without a result")
     return result
+
+
+def _node(job: Job) -> Node:
+    return this_node(job.config.topology, job.config.hardware.runtime == "simulated")
 
 
 @contextmanager
@@ -162,8 +166,8 @@ def _agent_command(job: Job, node: Node, spec_dir: Path, run_dir: Path, module: 
         sys.executable,
         "-m",
         "lit_glm.jobs.agent",
-        f"--nnodes={topology.num_nodes}",
-        f"--nproc_per_node={topology.devices_per_node}",
+        f"--nnodes={topology.num_nodes // node.stands_for}",
+        f"--nproc_per_node={topology.devices_per_node * node.stands_for}",
         f"--node_rank={node.rank}",
         f"--master_addr={node.address}",
         f"--master_port={node.port}",
@@ -179,11 +183,21 @@ def _agent_command(job: Job, node: Node, spec_dir: Path, run_dir: Path, module: 
 def _environment(job: Job, node: Node) -> Dict[str, str]:
     """Of the ranks: a chip's variables before anything is imported, and the share of the machine that a rank has."""
     environment = {**job.config.hardware.env, **clean_environment()}
-    environment.update(for_ranks(job.config.topology.devices_per_node))
+    environment.update(for_ranks(job.config.topology.devices_per_node * node.stands_for))
     interface = interface_towards(node.address) if job.config.topology.num_nodes > 1 else None
     if interface is not None:
         environment.setdefault("GLOO_SOCKET_IFNAME", interface)  # a host's own name often means the loopback to it
     return environment
+
+
+def _meeting(job: Job, node: Node) -> str:
+    """Whom this node waits for, and where."""
+    nodes, limit = job.config.topology.num_nodes, f"up to {job.config.run.rendezvous_timeout_s:g} s"
+    place = f"{node.address}:{node.port}"
+    if node.rank > 0:
+        return f"node {node.rank} joins node 0 at {place} ({limit})"
+    others = "node 1" if nodes == 2 else f"nodes 1 to {nodes - 1}"
+    return f"node 0 is waiting for {others} at {place} ({limit})"
 
 
 class _Stopped(Exception):
@@ -220,6 +234,8 @@ def run_ranks(
         raise _Stopped(number)
 
     before, killed = {number: signal.signal(number, stop) for number in stopping()}, kernel_kills()
+    if job.config.topology.num_nodes > node.stands_for:
+        print(f"lit_glm: {_meeting(job, node)}", flush=True)
     command, environment = _agent_command(job, node, spec_dir, run_dir, module), _environment(job, node)
     agent = subprocess.Popen(
         command,
@@ -255,7 +271,7 @@ def run_ranks(
 
 def _watch(job: Job, node: Node, spec_dir: Path, margin_s: float) -> Watch:
     run, per_node = job.config.run, job.config.topology.devices_per_node
-    ranks = range(node.rank * per_node, (node.rank + 1) * per_node)
+    ranks = range(node.rank * per_node, (node.rank + node.stands_for) * per_node)
     # Before the first sign the nodes are still meeting, which has a limit of its own.
     return Watch(spec_dir, ranks, run.stall_timeout_s + margin_s, run.rendezvous_timeout_s + margin_s)
 

@@ -21,10 +21,16 @@ class Node:
     """Of node 0."""
     port: int
     """Where node 0 waits for the others."""
+    stands_for: int = 1
+    """Nodes whose ranks run here: all of a rehearsal's that was given no other machine."""
 
 
-def this_node(topology: TopologyConfig) -> Node:
+def this_node(topology: TopologyConfig, rehearses: bool = False) -> Node:
     """Find this node's place; several nodes need MASTER_ADDR, MASTER_PORT and NODE_RANK in the environment.
+
+    Args:
+        topology: how many nodes.
+        rehearses: whether cards are simulated: then one machine can stand for all nodes.
 
     Raises:
         InputError: if something is missing or does not fit the topology, or if the port is taken.
@@ -37,6 +43,8 @@ def this_node(topology: TopologyConfig) -> Node:
         node = Node(0, "127.0.0.1", _number("MASTER_PORT", 65535))
         check_port(node.port)
         return node
+    if rehearses and not any(os.environ.get(name) for name in ("MASTER_ADDR", "NODE_RANK", "SLURM_JOB_ID")):
+        return Node(0, "127.0.0.1", _free_port(), topology.num_nodes)
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if not os.environ.get(name)]
     if missing:
         raise InputError(

@@ -19,6 +19,7 @@ from lit_glm.jobs.interrupts import Interrupted, Signals
 from lit_glm.jobs.loggers import finish
 from lit_glm.jobs.signs import Heartbeat
 from lit_glm.jobs.stops import Stops
+from lit_glm.runs.ended import how_it_ended
 from lit_glm.runs.job import Job
 from lit_glm.runs.row import table
 
@@ -111,6 +112,7 @@ def _conclude(place: Place, built: Built) -> Dict[str, Any]:
         )
         recorder.events.finished(result)
         print(table([result]), flush=True)
+        place.say(how_it_ended(result, config, place.run_dir))
     finish(built.trainer.loggers if place.rank == 0 else [])
     if config.topology.world_size > 1:
         torch.distributed.barrier()

@@ -31,6 +31,8 @@ class SweepNotes(Callback):
 
     started: Optional[Path] = None
     """Folder of the sweep that this process has started."""
+    total: Optional[int] = None
+    """Its jobs, where they are known beforehand; a search's are not, and another process knows none."""
 
     def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
         """Remember the folder; notes of an earlier start of the same sweep are renewed job by job."""
@@ -93,6 +95,9 @@ def run_combination(
 
     hydra = HydraConfig.get()
     sweep_dir, status, result, folder = Path(hydra.sweep.dir), 1, None, run_dir
+    of = "" if SweepNotes.total is None else f" of {SweepNotes.total}"
+    changes = hydra.job.override_dirname or "the only combination"
+    print(f"lit_glm: job {int(hydra.job.num) + 1}{of}: {changes}", flush=True)
     taken_from = ""
     try:
         earlier = _earlier(config, run_dir)

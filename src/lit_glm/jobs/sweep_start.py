@@ -13,7 +13,7 @@ from lit_glm.config.ranges import FIGURES
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
 from lit_glm.jobs.summary import NOTES
-from lit_glm.jobs.sweep import places
+from lit_glm.jobs.sweep import SweepNotes, places
 from lit_glm.runs import find
 from lit_glm.runs.job import identity
 from lit_glm.runs.lock import alone_in
@@ -52,6 +52,9 @@ def check_start(whole: Any, line: CommandLine) -> None:
             "hydra.sweep.dir="
         )
         _kept.enter_context(alone_in(notes, advice))
+    searches = any(override.is_sweep_override() and not override.is_discrete_sweep() for override in line.parsed())
+    if "BasicSweeper" in str(whole.hydra.sweeper.get("_target_")) and not searches:
+        SweepNotes.total = len(line.combinations())
     if whole.sweep.skip_done:
         _announce(find.by_identity(places(sweep_dir, given)), line)
 

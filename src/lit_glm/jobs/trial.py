@@ -40,7 +40,7 @@ def on_all_ranks(config: TrainConfig, module: str, limit_s: float) -> Optional[D
         folder = Path(name)
         job = Job(config, time.monotonic(), [])
         job.write(folder)
-        node = this_node(config.topology)
+        node = this_node(config.topology, config.hardware.runtime == "simulated")
         run_ranks(job, node, folder, folder, module, _MARGIN_S)
         if node.rank > 0:
             return None

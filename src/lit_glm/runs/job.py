@@ -36,7 +36,7 @@ _NOT_IDENTITY = (
     "report.image",
 )
 """Keys that decide how a job is run and described, not what it computes."""
-_ADDED: Dict[str, Any] = {"data.longest_first": False, "run.evaluate": True}
+_ADDED: Dict[str, Any] = {"data.longest_first": False, "run.evaluate": True, "hardware._target_": None}
 """Keys that came later, with the values that they had before there were any: with these a job is what it was."""
 
 

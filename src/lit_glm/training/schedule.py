@@ -21,6 +21,20 @@ def evaluation_due(step: int, global_batch: int, run: RunConfig) -> bool:
     return step > 1 and samples >= run.eval_start_samples and step % every == 0
 
 
+def next_evaluation(step: int, global_batch: int, run: RunConfig, last: int) -> int:
+    """The next step behind this one that an evaluation follows.
+
+    Args:
+        step: steps done.
+        global_batch: examples a step, all ranks.
+        run: interval, start and limit.
+        last: the last step of the run, which an evaluation follows in any case.
+    """
+    every = math.ceil(run.eval_interval_samples / global_batch)
+    due = max(2, step + 1, math.ceil(run.eval_start_samples / global_batch))
+    return min(last, -(-due // every) * every)
+
+
 def reached_limit(step: int, global_batch: int, run: RunConfig) -> bool:
     """Whether training ends after this step for its length: above max_samples, or exactly max_steps."""
     return step * global_batch > run.max_samples or (run.max_steps is not None and step >= run.max_steps)

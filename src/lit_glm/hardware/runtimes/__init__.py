@@ -1,6 +1,8 @@
 """The runtimes that exist, and the choice between them."""
 
+import importlib
 import re
+import sys
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -13,16 +15,44 @@ from lit_glm.hardware.variables import set_environment
 
 RUNTIMES = ("cpu", "cuda", "xmlir", "xpytorch")
 """That a chip may run on; `simulated` rehearses any."""
+OUTSIDE = "_target_"
+"""The runtime of a hardware file that names a class of another package."""
 
 
-def _classes() -> Dict[str, "type[Runtime]"]:
+def named_class(target: str) -> "type[Runtime]":
+    """A runtime of a package outside this one.
+
+    Args:
+        target: package.module.Class, as `_target_` of a hardware file has it.
+
+    Raises:
+        InputError: if there is no such class, or if it is no Runtime.
+    """
+    module, _, name = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name) if module else None
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"hardware._target_={target}: cannot be found ({error}); it is package.module.Class, and the package "
+            f"must be installed in this environment ({sys.executable})"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Runtime)):
+        raise InputError(
+            f"hardware._target_={target}: is no subclass of lit_glm.hardware.runtimes.base.Runtime (docs/new_chip.md)"
+        )
+    return found
+
+
+def _classes(hardware: HardwareConfig) -> Dict[str, "type[Runtime]"]:
     from lit_glm.hardware.runtimes.cpu import CPURuntime
     from lit_glm.hardware.runtimes.cuda import CUDARuntime
     from lit_glm.hardware.runtimes.simulated import SimulatedRuntime
     from lit_glm.hardware.runtimes.xmlir import XMLIRRuntime
     from lit_glm.hardware.runtimes.xpytorch import XPyTorchRuntime
 
+    own = {} if hardware._target_ is None else {OUTSIDE: named_class(hardware._target_)}
     return {
+        **own,
         "cpu": CPURuntime,
         "cuda": CUDARuntime,
         "xmlir": XMLIRRuntime,
@@ -33,6 +63,8 @@ def _classes() -> Dict[str, "type[Runtime]"]:
 
 def _wanted(hardware: HardwareConfig) -> List[str]:
     """Runtimes that may be taken, best first: none that would give another chip's figures under this one's name."""
+    if hardware._target_ is not None:
+        return ["simulated"] if hardware.runtime == "simulated" else [OUTSIDE]
     unknown = sorted(set(hardware.runtimes) - set(RUNTIMES))
     if unknown or not (hardware.runtimes or hardware.runtime == "simulated"):
         raise InputError(
@@ -63,7 +95,7 @@ def check_runtime(hardware: HardwareConfig, topology: TopologyConfig) -> None:
     names = _wanted(hardware)
     if {"cpu", "simulated"} & set(names):
         return  # without importing torch
-    classes = _classes()
+    classes = _classes(hardware)
     reasons = [(name, classes[name].missing()) for name in names]
     there = [name for name, reason in reasons if reason is None]
     if not there:
@@ -74,7 +106,7 @@ def check_runtime(hardware: HardwareConfig, topology: TopologyConfig) -> None:
 
 
 def _unusable(hardware: HardwareConfig, reasons: List[str]) -> str:
-    ways = dict.fromkeys(_classes()[name].install for name in _wanted(hardware))
+    ways = dict.fromkeys(_classes(hardware)[name].install for name in _wanted(hardware))
     return (
         f"hardware={hardware.name}: none of its runtimes can be used here\n"
         + "\n".join(reasons)
@@ -93,7 +125,7 @@ def make_runtime(hardware: HardwareConfig, topology: TopologyConfig) -> Runtime:
     from lit_glm.hardware.runtimes.simulated import SimulatedRuntime
 
     set_environment(hardware)
-    classes = _classes()
+    classes = _classes(hardware)
     names = _wanted(hardware)
     reasons = []
     for name in names:

@@ -1,0 +1,80 @@
+"""Words that people bring from other tools, and what is written here instead."""
+
+import re
+from typing import Any, Dict, Optional, Sequence
+
+_KEYS: Dict[str, str] = {
+    "lr": "learning_rate, learningrate, max_lr, base_lr",
+    "bs": "batch_size, batchsize, train_batch_size, micro_batch_size, per_device_train_batch_size, batch",
+    "eval_bs": "eval_batch_size, per_device_eval_batch_size, val_batch_size, test_batch_size",
+    "seed": "random_seed, manual_seed, random_state",
+    "run.max_steps": "steps, max_steps, num_steps, train_steps, iterations, max_iters, train_iters",
+    "run.max_samples": "samples, max_samples, num_samples",
+    "run.target_accuracy": "target, target_acc, target_accuracy, accuracy",
+    "run.resume": "resume, resume_from, resume_from_checkpoint, ckpt_path",
+    "run.eval_interval_samples": "eval_interval, eval_every, eval_steps, val_check_interval",
+    "run.checkpoint_interval_steps": "save_steps, save_interval, checkpoint_interval, save_every",
+    "topology.devices_per_node": "gpus, num_gpus, n_gpus, ngpus, devices, num_devices, gpus_per_node, nproc_per_node",
+    "topology.num_nodes": "nodes, num_nodes, nnodes, n_nodes, num_machines",
+    "hydra.run.dir": "output_dir, out_dir, save_dir, run_dir, log_dir, default_root_dir",
+    "hydra.sweep.dir": "sweep_dir",
+    "model.init_checkpoint": "checkpoint, pretrained, weights, init_checkpoint, model_path, model_name_or_path, load",
+    "model.num_layers": "layers, num_layers, n_layers, n_layer",
+    "model.hidden_size": "hidden, hidden_size, d_model, width, n_embd",
+    "model.num_attention_heads": "heads, num_heads, n_heads, n_head, num_attention_heads",
+    "model.activation_checkpointing": "activation_checkpointing, gradient_checkpointing, checkpoint_activations",
+    "data.max_seq_length": "seq_length, max_seq_length, max_length, seq_len, sequence_length",
+    "data.num_workers": "workers, num_workers, dataloader_num_workers",
+    "data.raw_dir": "raw_dir, data_dir, data_path, dataset_dir",
+    "data.vocab_file": "vocab, vocab_file, vocabulary",
+    "optimizer.weight_decay": "weight_decay, wd",
+    "optimizer.accumulate": "accumulate, gradient_accumulation_steps, grad_accum, accumulate_grad_batches",
+    "optimizer.clip_grad": "clip, clip_grad, max_grad_norm, gradient_clip_val, grad_clip",
+    "optimizer.warmup": "warmup, warmup_ratio, warmup_steps",
+    "hardware": "device, accelerator, chip, card, backend_device",
+    "precision": "dtype, mixed_precision, amp_level",
+    "experiment": "exp, recipe, preset",
+    "logger": "loggers, report_to, log_to",
+    "sweep.objective": "objective, metric",
+    "run.overwrite": "overwrite, force",
+}
+_MEANT = {word: key for key, words in _KEYS.items() for word in words.split(", ")}
+_PRECISIONS = ("fp32", "fp16", "bf16", "amp", "tf32")
+_YES, _NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+
+
+def _plain(key: str) -> str:
+    return re.sub(r"[^a-z0-9]", "_", key.lower()).strip("_")
+
+
+def instead(key: str, value: Any, known: Sequence[str]) -> Optional[str]:
+    """What to write instead of a key that does not exist.
+
+    Args:
+        key: as it was typed.
+        value: as it was typed.
+        known: keys and groups that exist.
+
+    Returns:
+        A message; None: nothing is known of it.
+    """
+    word = _plain(key.rsplit(".", 1)[-1])
+    said = f"{key}={value}: there is no such key"
+    if word in _PRECISIONS:
+        if word == "tf32":
+            return f"{said}; write precision=fp32 precision.tf32={str(value).lower()}"
+        if str(value).lower() in _NO:
+            return f"{said}; write precision=fp32, or another of fp32, amp, fp16, bf16"
+        return f"{said}; write precision={word}"
+    if word in ("epochs", "epoch", "num_epochs", "max_epochs", "num_train_epochs"):
+        return (
+            f"{said}: runs end by samples or steps; write run.max_samples=N (an epoch: as many as there are training "
+            "examples) or run.max_steps=N"
+        )
+    meant = _MEANT.get(word)
+    if meant is None or key in known:
+        return None
+    if meant.startswith("topology."):
+        wide = f"topology=1x{value}" if meant.endswith("node") else f"topology={value}x8"
+        return f"{said}; write {wide} (nodes x devices a node), or {meant}={value}"
+    return f"{said}; write {meant}={value}"

@@ -1,0 +1,152 @@
+"""What a runtime must do to serve: run it against one of yours, on a machine that has the chip.
+
+    python -m pytest tests/hardware/conformance.py --runtime=package.module.Class
+
+Each check is one promise of `lit_glm.hardware.runtimes.base.Runtime`; its name says which. `verify` then judges the
+arithmetic, on the real step.
+"""
+
+import math
+from typing import Any, Tuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lit_glm.config.schema import LossScaleConfig
+from lit_glm.hardware.runtimes import named_class
+from lit_glm.hardware.runtimes.base import Runtime
+
+
+@pytest.fixture(scope="module")
+def runtime(request: pytest.FixtureRequest) -> Runtime:
+    target = request.config.getoption("--runtime") or "lit_glm.hardware.runtimes.cpu.CPURuntime"
+    kind = named_class(target)
+    reason = kind.missing()
+    if reason is not None:
+        pytest.skip(f"{target} cannot be used here: {reason}")
+    made = kind()
+    made.set_device(0)
+    return made
+
+
+@pytest.fixture
+def x(runtime: Runtime) -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.randn(64, 32).to(runtime.device(0))
+
+
+def test_it_has_a_name_and_a_known_backend(runtime: Runtime) -> None:
+    assert runtime.name
+    assert isinstance(runtime.backend, str)
+    assert isinstance(runtime.device_name(0), str)
+
+
+def test_it_counts_its_devices_and_each_holds_tensors(runtime: Runtime) -> None:
+    assert runtime.device_count() >= 1
+    device = runtime.device(0)
+    assert isinstance(device, torch.device)
+    there = torch.arange(5).to(device)
+    assert there.device.type == device.type
+    assert there.cpu().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_synchronize_returns_when_the_work_is_done(runtime: Runtime, x: torch.Tensor) -> None:
+    for _ in range(20):
+        x = x @ x.t() @ x / x.numel()
+    runtime.synchronize()
+    runtime.after_step()
+    assert math.isfinite(float(x.sum()))
+
+
+def test_a_seed_decides_what_is_drawn(runtime: Runtime, x: torch.Tensor) -> None:
+    def drawn(seed: int) -> torch.Tensor:
+        runtime.manual_seed(seed)
+        return F.dropout(x, 0.5).cpu()
+
+    assert torch.equal(drawn(3), drawn(3))
+    assert not torch.equal(drawn(3), drawn(4))
+
+
+def test_what_is_read_later_is_what_stood_there(runtime: Runtime, x: torch.Tensor) -> None:
+    values = x[0, :3].clone()
+    expected, read = values.tolist(), runtime.read_later(values)
+    _ = [x @ x.t() for _ in range(10)]  # asked for meanwhile
+    assert read() == pytest.approx(expected)
+
+
+def test_a_collective_that_is_pending_is_waited_for(runtime: Runtime, x: torch.Tensor) -> None:
+    waited = []
+
+    class Pending:
+        def wait(self) -> None:
+            waited.append(True)
+
+    assert runtime.read_later(x[0, :1].clone(), Pending())() == pytest.approx(x[0, :1].tolist())
+    assert waited
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_computes_in_the_type_or_says_that_it_cannot(
+    runtime: Runtime, x: torch.Tensor, dtype: torch.dtype
+) -> None:
+    layer = torch.nn.Linear(32, 8).to(x.device)
+    try:
+        with runtime.autocast(dtype):
+            out = layer(x)
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return  # refused when a run starts: it must not compute in another type without a word
+    assert out.dtype in (dtype, torch.float32)
+
+
+def test_recomputation_gives_the_same_gradients(runtime: Runtime, x: torch.Tensor) -> None:
+    layer = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.GELU()).to(x.device)
+    gradients = []
+    for how in (lambda f, v: f(v), runtime.checkpoint()):
+        layer.zero_grad()
+        how(layer, x.clone().requires_grad_()).square().sum().backward()
+        gradients.append(layer[0].weight.grad.cpu().clone())
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-6)
+
+
+def test_its_linear_layer_is_one(runtime: Runtime, x: torch.Tensor) -> None:
+    weight, bias = torch.randn(16, 32), torch.randn(16)
+    ours = runtime.kernels().linear(x, weight.to(x.device), bias.to(x.device))
+    torch.testing.assert_close(ours.cpu(), F.linear(x.cpu(), weight, bias), rtol=1e-3, atol=1e-3)
+
+
+def test_an_update_is_the_processors(runtime: Runtime, x: torch.Tensor) -> None:
+    found = []
+    for device in (x.device, torch.device("cpu")):
+        torch.manual_seed(1)
+        layer = torch.nn.Linear(32, 4).to(device)
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+        for _ in range(3):
+            layer(x.to(device)).square().mean().backward()
+            torch.nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        found.append(layer.weight.detach().cpu())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
+
+
+def _memory(runtime: Runtime) -> Tuple[Any, Any, Any]:
+    return runtime.memory_now(0), runtime.peak_memory(0), runtime.total_memory(0)
+
+
+def test_memory_is_known_truthfully_or_not_at_all(runtime: Runtime, x: torch.Tensor) -> None:
+    now, peak, total = _memory(runtime)
+    for value in (now, peak, total):
+        assert value is None or value > 0
+    if peak is not None and total is not None:
+        assert peak <= total
+    if now is not None and peak is not None and not runtime.shares_memory:
+        assert peak >= 0.5 * now
+
+
+def test_a_loss_scaler_of_its_own_has_the_interface(runtime: Runtime, x: torch.Tensor) -> None:
+    scaler = runtime.loss_scaler(LossScaleConfig(initial=8.0))
+    if scaler is None:
+        return  # ours serves
+    assert float(scaler.multiply(torch.ones((), device=x.device))) == pytest.approx(float(scaler.scale))
+    assert set(scaler.state_dict())
