@@ -12,7 +12,11 @@ import numpy as np
 import pytest
 
 from lit_glm.report import main
-from lit_glm.report.figures import percentiles, warm_up
+from lit_glm.report.figures import legends, percentiles, warm_up
+from lit_glm.report.rows import label
+from lit_glm.report.runs import find
+from lit_glm.report.runs import rows as rows_of
+from lit_glm.report.words import Words
 from report.folders import make_run
 
 PUBLISHED = "scoring=published"
@@ -128,7 +132,7 @@ def test_an_empty_cell_has_a_reason(tmp_path: Path, capfd: Any) -> None:
     assert (row[4:7], row[8]) == (["", "", ""], "")
     assert "mem is empty" in text
     assert "p_whole, p_train, p_core is empty" in text
-    assert "p_core has no value" in text.split("## Missing")[1]
+    assert "p_whole, p_train, p_core, mem has no value" in text.split("## Missing")[1]
 
 
 def test_ratios_only_where_everything_agrees(tmp_path: Path, capfd: Any) -> None:
@@ -148,15 +152,63 @@ def test_what_is_missing_and_check(tmp_path: Path, capfd: Any) -> None:
     make_run(tmp_path / "one", PUBLISHED, environment={"network": None, "driver": None})
     status, text, said = report(capfd, tmp_path, "--check")
     assert status == 1
+    assert said == ""
     for line in ("no complete row for 1x1", "no complete row for 2x8", "Accelerator driver version is unknown"):
-        assert line in text.split("## Missing")[1]
-        assert line in said
+        assert text.count(line) == 1
+    assert "| config" not in text  # the list alone
+    assert report(capfd, tmp_path, "--check", "--lang", "zh")[1].startswith("完整文档")
     make_run(tmp_path / "1x1", PUBLISHED, "topology=1x1")
     make_run(tmp_path / "2x8", PUBLISHED, "topology=2x8")
     told = ["report.driver=4.0.25", "report.network=InfiniBand"]
     status, text, said = report(capfd, tmp_path, "--check", *told)
-    assert (status, said) == (0, "")
-    assert "Nothing." in text.split("## Missing")[1]
+    assert (status, text, said) == (0, "Nothing.\n", "")
+    make_run(tmp_path / "missed", PUBLISHED, "bs=9", converged=False, skipped_steps=300, global_steps=1000)
+    status, text, _ = report(capfd, tmp_path, "--check", *told)
+    assert status == 1
+    assert "the target accuracy was not reached" in text
+    assert "300 of 1000 steps were skipped" in text
+
+
+def test_the_best_run_and_rows_in_its_order(tmp_path: Path, capfd: Any) -> None:
+    for bs, p_core, acc in ((4, 30.0, 0.81), (5, 40.0, 0.80), (6, 35.0, 0.83)):
+        make_run(tmp_path / str(bs), f"bs={bs}", p_core=p_core, acc=acc)
+    make_run(tmp_path / "failed", "bs=9", status="failed", p_core=99.0)
+    status, text, _ = report(capfd, tmp_path, "--best")
+    assert status == 0
+    assert f"best of 3 by acc (0.83): {tmp_path}/6" in text
+    assert f"best of 3 by p_core (40): {tmp_path}/5" in report(capfd, tmp_path, "--best", "--sort", "p_core")[1]
+    rows = performance(report(capfd, tmp_path, "--sort", "p_core")[1])
+    assert [row[2].split(",")[0] for row in rows] == ["bs=9", "bs=5", "bs=6", "bs=4"]
+    status, _, said = report(capfd, tmp_path, "--sort", "beauty")
+    assert status == 2
+    assert "--sort beauty: must be one of acc, p_core" in said
+
+
+def test_the_head_of_the_page_answers_at_a_glance(tmp_path: Path, capfd: Any) -> None:
+    origin = {"command": "python -m lit_glm.train hardware=r300", "git_commit": "abcdef0123456789"}
+    make_run(tmp_path / "one", PUBLISHED, environment=origin, mfu=0.31, energy_j=5.2e6, samples_per_joule=0.01)
+    make_run(tmp_path / "two", PUBLISHED, "topology=1x1", converged=False)
+    page = report(capfd, tmp_path, "--format", "html")[1]
+    assert page.index('<div class="cards">') < page.index("<table")
+    assert page.count('<section class="card reached">') == page.count('<section class="card missed">') == 1
+    for text in (
+        "reached: 80.",
+        "NOT reached: 80.",
+        "31.0%",
+        "5200.0 kJ",
+        "python -m lit_glm.train hardware=r300 · abcdef012345",
+    ):
+        assert text in page, text
+    assert page.index("<figure") < page.index("Environment")
+    assert "<details><summary>Published rows of other chips" in page
+
+
+def test_legends_name_what_differs(tmp_path: Path) -> None:
+    for bs, lr in ((4, "1e-5"), (5, "1e-5"), (5, "2e-5")):
+        make_run(tmp_path / f"{bs}{lr}", f"bs={bs}", f"lr={lr}")
+    found = rows_of(find([str(tmp_path)])[0])
+    assert legends(found, Words("en")) == ["bs=4 lr=1e-05", "bs=5 lr=1e-05", "bs=5 lr=2e-05"]
+    assert legends(found[:1], Words("en")) == [label(found[0], Words("en"))]
 
 
 def test_broken_folders_cost_nobody_else(tmp_path: Path, capfd: Any) -> None:
@@ -183,7 +235,7 @@ def test_hostile_names_stay_text(tmp_path: Path, capfd: Any) -> None:
     environment = {"host": HOSTILE, "machine": HOSTILE, "card": HOSTILE, "driver": "=cmd()"}
     make_run(folder, environment=environment, status="failed", error=HOSTILE, fix_hp="=1+1|<b>")
     _, page, _ = report(capfd, folder, "--format", "html")
-    assert "<script" not in page
+    assert page.count("<script") == 1
     assert "<b>" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     _, text, _ = report(capfd, folder)

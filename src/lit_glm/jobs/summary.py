@@ -8,11 +8,10 @@ from typing import Any, Dict, List, Optional, Tuple
 from lit_glm.errors import InputError
 from lit_glm.files import replacing, write_text
 from lit_glm.runs.result import COMPLETE, read_result
-from lit_glm.runs.row import COLUMNS, cells, table
+from lit_glm.runs.row import COLUMNS, cells, less_is_better, table
 
 NOTES = "jobs"
 """Folder of the notes, in the sweep's; it tells a sweep's folder from others."""
-_LESS_IS_BETTER = ("time", "mem_", "rank_imbalance", "skipped_steps", "num_trained_samples", "global_steps")
 
 
 def summarise(sweep_dir: Path) -> Tuple[str, int]:
@@ -47,16 +46,12 @@ def _has(result: Dict[str, Any], objective: str) -> bool:
     return result.get("status") in COMPLETE and isinstance(result.get(objective), (int, float))
 
 
-def _less_is_better(objective: str) -> bool:
-    return any(part in objective for part in _LESS_IS_BETTER)
-
-
 def _rank(result: Dict[str, Any], objective: str) -> Tuple[bool, float]:
     """Sorts the best first, and what has no figure last."""
     if not _has(result, objective):
         return True, 0.0
     value = float(result[objective])
-    return False, value if _less_is_better(objective) else -value
+    return False, value if less_is_better(objective) else -value
 
 
 def _line(number: int, note: Dict[str, Any], result: Dict[str, Any], objective: str) -> str:

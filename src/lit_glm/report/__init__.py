@@ -3,10 +3,14 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
+from typing import TYPE_CHECKING, Dict, List, Optional, Sequence
 
+from lit_glm.config.ranges import FIGURES
 from lit_glm.errors import InputError
 from lit_glm.output import survive_closed_output
+
+if TYPE_CHECKING:
+    from lit_glm.report.runs import Run
 
 FORMATS = ("md", "csv", "html")
 LANGUAGES = ("en", "zh")
@@ -84,6 +88,8 @@ def report(given: argparse.Namespace) -> int:
     from lit_glm.report.words import Words
 
     places = list(given.runs)
+    if given.sort is not None and given.sort not in FIGURES:
+        raise InputError(f"--sort {given.sort}: must be one of {', '.join(FIGURES)}")
     if given.compare:
         return _compare(given)
     kinds = _choices(given.format, FORMATS, "--format")
@@ -98,12 +104,18 @@ def report(given: argparse.Namespace) -> int:
         print(f"lit_glm: {line}", file=sys.stderr)
     if not runs:
         raise InputError("no run was found")
+    key = given.sort or ("acc" if given.best else None)
+    if given.best:
+        print(_best(runs, str(key)))
+        return 0
     now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
     missing: List[str] = []
     for language in languages:
         words = Words(language)
-        document = make_document(runs, left_out, told, words)
+        document = make_document(runs, left_out, told, words, key)
         missing = missing or document.missing
+        if given.check and given.out is None:
+            break  # the list alone
         generated = words("generated", lit_glm.__version__, now, len(runs))
         for kind in kinds:
             if kind == "csv":
@@ -121,10 +133,25 @@ def report(given: argparse.Namespace) -> int:
             except OSError as error:
                 raise InputError(f"--out {given.out}: cannot be written ({error})") from error
             print(path)
-    if given.check and missing:
-        print("\n".join(["lit_glm: missing for a complete document:", *missing]), file=sys.stderr)
-        return 1
-    return 0
+    if given.check:
+        words = Words(languages[0])
+        print("\n".join([f"{words('missing')}:", *missing] if missing else [words("nothing_missing")]))
+    return 1 if given.check and missing else 0
+
+
+def _best(runs: "List[Run]", key: str) -> str:
+    """The best complete run by a figure: its row, its folder, its command."""
+    from lit_glm.report.cards import command_of
+    from lit_glm.report.runs import better
+    from lit_glm.runs.row import table
+
+    known = [run for run in runs if run.complete and run.number(key) is not None]
+    if not known:
+        raise InputError(f"--sort {key}: no complete run has this figure")
+    best = min(known, key=lambda run: better(run.number(key), key))
+    command = command_of(best)
+    lines = [table([best.result]), f"best of {len(known)} by {key} ({best.number(key):.6g}): {best.path}"]
+    return "\n".join([*lines, *([f"its command: {command}"] if command else [])])
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
@@ -141,7 +168,11 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="write report.LANG.FORMAT there instead of to the screen"
     )
-    parser.add_argument("--check", action="store_true", help="exit status 1 when something is missing")
+    parser.add_argument(
+        "--check", action="store_true", help="say what is missing for a complete document, and nothing else; then 1"
+    )
+    parser.add_argument("--best", action="store_true", help="the best run alone, by --sort (default: acc)")
+    parser.add_argument("--sort", metavar="KEY", help="rows by a figure of result.json, the best first")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two runs side by side instead")
     parser.add_argument("--max-loss-diff", type=float, help="with --compare: exit status 1 above it")
     given = parser.parse_intermixed_args(arguments)

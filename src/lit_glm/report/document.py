@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Tuple
 
 from lit_glm.hardware.names import COMPILERS, FRAMEWORKS
-from lit_glm.report.published import beside
+from lit_glm.report.published import beside, load
 from lit_glm.report.rows import cell, full_label, marked, reasons
-from lit_glm.report.runs import Row, Run, rows
+from lit_glm.report.runs import Row, Run, better, rows
 from lit_glm.report.table import Table
 from lit_glm.report.words import Words
-from lit_glm.runs.row import COLUMNS
+from lit_glm.runs.row import COLUMNS, skips_much
 
 TOPOLOGIES = ("1x1", "1x8", "2x8")
 """Of a complete document, as published."""
@@ -47,13 +47,17 @@ class Document:
     performance: List[Table]
     published: Table
     ratios: Table
+    other_chips: Table
+    """Published rows of chips that the document is not about."""
     missing: List[str]
     left_out: List[str]
     behind: Table
     rows: List[Row]
 
 
-def make_document(runs: List[Run], left_out: List[str], told: Dict[str, str], words: Words) -> Document:
+def make_document(
+    runs: List[Run], left_out: List[str], told: Dict[str, str], words: Words, sort: Optional[str] = None
+) -> Document:
     """Arrange what the runs left.
 
     Args:
@@ -61,19 +65,25 @@ def make_document(runs: List[Run], left_out: List[str], told: Dict[str, str], wo
         left_out: places that hold no readable run, a line each.
         told: environment entries given on the command line, by the name of their `report.*` key.
         words: of the language.
+        sort: a figure by which rows stand, the best first; None: by chip and topology.
     """
     found = rows(runs)
+    if sort is not None:
+        found.sort(key=lambda row: better(row.median(sort), sort))
     hardware = list(dict.fromkeys(str(row["hardware"]) for row in found))
     environments = [
         _environment(name, [run for run in runs if run.result["hardware"] == name], told, words) for name in hardware
     ]
     published, ratios = beside(found, words)
+    count = sum(line["hardware"] in hardware for line in load())
+    own_rows = published.rows[:count] or published.rows  # those of the document's chips stand first
     return Document(
         words=words,
         environments=environments,
         general=[_general(name, [row for row in found if row["hardware"] == name], words) for name in hardware],
         performance=_performance(found, words),
-        published=published,
+        published=Table(published.columns, own_rows, published.notes),
+        other_chips=Table(published.columns, [row for row in published.rows if row not in own_rows]),
         ratios=ratios,
         missing=_missing(found, environments, words),
         left_out=left_out,
@@ -278,7 +288,14 @@ def _missing(found: List[Row], environments: List[Environment], words: Words) ->
             key = "missing_environment" if entry.key in _TOLD else "missing_environment_plain"
             lines.append(words(key, environment.name, entry.label, entry.key))
     for row in found:
+        empty = [column for column in COLUMNS[1:] if not cell(row, column)]
+        if empty:
+            lines.append(words("missing_cell", full_label(row, words), ", ".join(empty)))
+        if not row["simulated"] and any(run.complete and not run.result.get("converged") for run in row.runs):
+            lines.append(words("missing_target", full_label(row, words)))
         lines += [
-            words("missing_cell", full_label(row, words), column) for column in COLUMNS[1:] if not cell(row, column)
+            words("missing_steps", full_label(row, words), run.result["skipped_steps"], run.result["global_steps"])
+            for run in row.runs
+            if skips_much(run.result)
         ]
     return list(dict.fromkeys(lines))

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure as Canvas
 
 from lit_glm.report.devices import draw_devices
-from lit_glm.report.rows import marked
+from lit_glm.report.rows import label
 from lit_glm.report.runs import Row, Run, as_number
 from lit_glm.report.words import Words
 
@@ -37,30 +37,38 @@ class Figure:
 
     key: str
     caption: str
-    svg: Markup
+    svgs: List[Markup]
+    """Panels, beside each other on a desk and below each other on a phone."""
 
 
 Series = Tuple[str, Run]
+Panels = Optional[List[Canvas]]
+
+
+def _one(canvas: Optional[Canvas]) -> Panels:
+    return None if canvas is None else [canvas]
 
 
 def draw(rows: List[Row], words: Words) -> Tuple[List[Figure], List[str]]:
     """All figures that the runs have data for, at most eight rows in each; and what is not in them, a line each."""
-    shown: List[Series] = [(_legend(row, words), row.typical) for row in rows][:_MOST_LINES]
+    names = legends(rows, words)
+    shown: List[Series] = [(name, row.typical) for name, row in zip(names, rows)][:_MOST_LINES]
     drawn: List[Figure] = []
-    kinds: List[Tuple[str, Callable[[List[Series], Words], Optional[Canvas]]]] = [
+    kinds: List[Tuple[str, Callable[[List[Series], Words], Panels]]] = [
         ("fig_loss", _loss),
         ("fig_acc", _accuracy),
         ("fig_throughput", _throughput),
         ("fig_time", _time),
         ("fig_memory", _memory),
-        ("fig_devices", draw_devices),
+        ("fig_devices", lambda shown, words: _one(draw_devices(shown, words))),
         ("fig_grid", lambda _, words: _grid(rows, words)),
     ]
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "lit_glm"}):
         for key, make in kinds:
-            canvas = make(shown, words)
-            if canvas is not None:
-                drawn.append(Figure(key, words(key), _svg(canvas, words(key), key)))
+            panels = make(shown, words) or []
+            svgs = [_svg(canvas, words(key), f"{key}{number}") for number, canvas in enumerate(panels)]
+            if svgs:
+                drawn.append(Figure(key, words(key), svgs))
     there = {figure.key for figure in drawn}
     missing = [words(key) for key, _ in kinds if key not in there]
     notes = [words("fig_more", _MOST_LINES, len(rows) - _MOST_LINES)] if len(rows) > _MOST_LINES else []
@@ -68,8 +76,17 @@ def draw(rows: List[Row], words: Words) -> Tuple[List[Figure], List[str]]:
     return drawn, notes
 
 
-def _legend(row: Row, words: Words) -> str:
-    return f"{marked(row, words)} {row['precision']} {row['fix_hp']} {row['scoring']}"
+def legends(rows: List[Row], words: Words) -> List[str]:
+    """Names of the rows in a figure: what differs between them and nothing else; a single row has its label."""
+    parts = [
+        [label(row, words), str(row["precision"]), *str(row["fix_hp"]).split(","), str(row["scoring"])] for row in rows
+    ]
+    longest = max((len(part) for part in parts), default=0)
+    parts = [[*part, *[""] * (longest - len(part))] for part in parts]
+    differ = [place for place in range(longest) if len({part[place] for part in parts}) > 1]
+    names = [" ".join(part[place] for place in differ if part[place]) for part in parts]
+    several = [f"{name} #{row.number}".strip() if row.number else name for name, row in zip(names, rows)]
+    return [name or label(row, words) for name, row in zip(several, rows)]
 
 
 def _svg(canvas: Canvas, title: str, key: str) -> Markup:
@@ -87,9 +104,10 @@ def _svg(canvas: Canvas, title: str, key: str) -> Markup:
     return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{Markup.escape(title)}" ', 1))
 
 
-def _canvas(columns: int = 1, height: float = 3.2) -> Tuple[Canvas, Any]:
-    canvas = Canvas(figsize=(9.0, height))
-    return canvas, canvas.subplots(1, columns, squeeze=False)[0]
+def _canvas(columns: int = 1, height: float = 3.2) -> Tuple[List[Canvas], List[Any]]:
+    """Panels of a figure and their axes."""
+    panels = [Canvas(figsize=(9.0 / columns, height)) for _ in range(columns)]
+    return panels, [panel.subplots() for panel in panels]
 
 
 def _columns(table: List[Dict[str, str]], *names: str) -> List[Any]:
@@ -112,20 +130,21 @@ def _thin(*arrays: Any) -> List[Any]:
     return [array[::step] for array in arrays]
 
 
-def _finish(canvas: Canvas, lines: int) -> Canvas:
-    if lines:
-        handles, labels = canvas.axes[0].get_legend_handles_labels()
-        unique = dict(zip(labels, handles))
-        canvas.legend(unique.values(), unique.keys(), loc="outside lower left", fontsize=8)
-    return canvas
+def _finish(panels: List[Canvas], lines: int) -> List[Canvas]:
+    """The legend stands below the first panel, where it tells anything apart."""
+    handles, labels = panels[0].axes[0].get_legend_handles_labels()
+    unique = dict(zip(labels, handles))
+    if lines and unique:
+        panels[0].legend(unique.values(), unique.keys(), loc="outside lower left", fontsize=8)
+    return panels
 
 
 def _shown(name: str) -> str:
     return " " + name  # a legend leaves out names that begin with an underscore
 
 
-def _loss(shown: Sequence[Series], words: Words) -> Optional[Canvas]:
-    canvas, (left, right) = _canvas(2)
+def _loss(shown: Sequence[Series], words: Words) -> Panels:
+    panels, (left, right) = _canvas(2)
     lines = 0
     for name, run in shown:
         steps, loss, rate = _columns(run.table("steps.csv"), "step", "loss", "lr")
@@ -136,11 +155,11 @@ def _loss(shown: Sequence[Series], words: Words) -> Optional[Canvas]:
             lines += 1
     left.set(xlabel=words("step"), ylabel=words("loss"))
     right.set(xlabel=words("step"), ylabel=words("lr"))
-    return _finish(canvas, lines) if lines else None
+    return _finish(panels, lines) if lines else None
 
 
-def _accuracy(shown: Sequence[Series], words: Words) -> Optional[Canvas]:
-    canvas, (left, right) = _canvas(2)
+def _accuracy(shown: Sequence[Series], words: Words) -> Panels:
+    panels, (left, right) = _canvas(2)
     lines = 0
     for name, run in shown:
         step, accuracy, samples = _columns(run.table("evals.csv"), "step", "acc", "samples")
@@ -152,9 +171,14 @@ def _accuracy(shown: Sequence[Series], words: Words) -> Optional[Canvas]:
             clock = np.concatenate([[0.0], np.cumsum(seconds)]) / 60
             right.plot(clock[np.searchsorted(done, step, side="right")], 100 * accuracy, marker="o", ms=3, lw=1.2)
         lines += 1
+    targets = {as_number(run.settings.get("run.target_accuracy")) for _, run in shown} - {None}
+    for target in sorted(value for value in targets if value is not None):
+        for axes in (left, right):
+            axes.axhline(100 * target, lw=0.8, ls=":", color="0.4")
+        left.annotate(words("target", f"{100 * target:g}"), (0, 100 * target), fontsize=8, va="bottom", color="0.4")
     left.set(xlabel=words("samples"), ylabel=f"{words('accuracy')} (%)")
     right.set(xlabel=words("minutes"), ylabel=f"{words('accuracy')} (%)")
-    return _finish(canvas, lines) if lines else None
+    return _finish(panels, lines) if lines else None
 
 
 def warm_up(steps: int) -> int:
@@ -169,8 +193,8 @@ def percentiles(seconds: Any, samples: float) -> Tuple[float, float, float]:
     return p50, p90, p99
 
 
-def _throughput(shown: Sequence[Series], words: Words) -> Optional[Canvas]:
-    canvas, (axes,) = _canvas(1)
+def _throughput(shown: Sequence[Series], words: Words) -> Panels:
+    panels, (axes,) = _canvas(1)
     lines = 0
     for name, run in shown:
         steps, seconds, samples = _columns(run.table("steps.csv"), "step", "step_s", "samples")
@@ -180,17 +204,17 @@ def _throughput(shown: Sequence[Series], words: Words) -> Optional[Canvas]:
         p50, p90, p99 = percentiles(seconds, batch)
         first = warm_up(len(steps))
         rate = batch / seconds
-        said = f"{name}: p50 {p50:.4g}, p90 {p90:.4g}, p99 {p99:.4g}"
+        said = f"{name}: " + words("slowness", f"{p50:.4g}", f"{p90:.4g}", f"{p99:.4g}")
         (line,) = axes.plot(*_thin(steps[first:], rate[first:]), lw=0.8, label=_shown(said))
         axes.plot(steps[:first], rate[:first], ".", ms=3, color="0.6")
         axes.axhline(p50, lw=0.8, ls="--", color=line.get_color(), alpha=0.7)
         lines += 1
     axes.set(xlabel=words("step"), ylabel=words("rate"))
     axes.set_ylim(bottom=0)
-    return _finish(canvas, lines) if lines else None
+    return _finish(panels, lines) if lines else None
 
 
-def _time(shown: Sequence[Series], words: Words) -> Optional[Canvas]:
+def _time(shown: Sequence[Series], words: Words) -> Panels:
     parts = ("part_init", "part_data", "part_compute", "part_eval", "part_other")
     bars: List[Tuple[str, List[float]]] = []
     for name, run in shown:
@@ -207,7 +231,7 @@ def _time(shown: Sequence[Series], words: Words) -> Optional[Canvas]:
         bars.append((name, [init, waiting, compute, evaluation, other]))
     if not bars:
         return None
-    canvas, (axes,) = _canvas(1, 1.6 + 0.35 * len(bars))
+    panels, (axes,) = _canvas(1, 1.6 + 0.35 * len(bars))
     starts = np.zeros(len(bars))
     for number, part in enumerate(parts):
         widths = np.array([bar[1][number] for bar in bars])
@@ -216,12 +240,12 @@ def _time(shown: Sequence[Series], words: Words) -> Optional[Canvas]:
     axes.set_yticks(range(len(bars)), [_shown(name) for name, _ in bars])
     axes.invert_yaxis()
     axes.set_xlabel(words("seconds"))
-    canvas.legend(loc="outside lower left", ncols=5, fontsize=8)
-    return canvas
+    panels[0].legend(loc="outside lower left", ncols=5, fontsize=8)
+    return panels
 
 
-def _memory(shown: Sequence[Series], words: Words) -> Optional[Canvas]:
-    canvas, (axes,) = _canvas(1)
+def _memory(shown: Sequence[Series], words: Words) -> Panels:
+    panels, (axes,) = _canvas(1)
     lines = 0
     for name, run in shown:
         seconds, used = _columns(run.table("memory.csv"), "seconds", "gib")
@@ -230,10 +254,10 @@ def _memory(shown: Sequence[Series], words: Words) -> Optional[Canvas]:
             lines += 1
     axes.set(xlabel=words("minutes"), ylabel="GiB")
     axes.set_ylim(bottom=0)
-    return _finish(canvas, lines) if lines else None
+    return _finish(panels, lines) if lines else None
 
 
-def _grid(rows: List[Row], words: Words) -> Optional[Canvas]:
+def _grid(rows: List[Row], words: Words) -> Panels:
     """The largest set of rows that differ in bs and lr alone."""
     groups: Dict[Tuple[str, ...], List[Row]] = {}
     for row in rows:
@@ -248,7 +272,7 @@ def _grid(rows: List[Row], words: Words) -> Optional[Canvas]:
     sizes, rates = sorted({row["bs"] for row in group}), sorted({row["lr"] for row in group})
     if len(sizes) * len(rates) < 2:
         return None
-    canvas, axes = _canvas(2, 1.6 + 0.5 * len(sizes))
+    panels, axes = _canvas(2, 1.6 + 0.5 * len(sizes))
     for place, (figure, scale, form) in zip(axes, (("p_core", 1.0, "{:.4g}"), ("acc", 100.0, "{:.2f}%"))):
         values = np.full((len(sizes), len(rates)), np.nan)
         for row in group:
@@ -262,5 +286,5 @@ def _grid(rows: List[Row], words: Words) -> Optional[Canvas]:
         place.set_yticks(range(len(sizes)), [f"{size:g}" for size in sizes])
         place.grid(False)
         place.set(xlabel="lr", ylabel="bs", title=figure)
-    canvas.suptitle(" ".join(chosen[:4]), fontsize=9)
-    return canvas
+    panels[0].suptitle(" ".join(chosen[:4]), fontsize=9)
+    return panels

@@ -1,6 +1,8 @@
 """The document as Markdown, CSV and a page: the formats show what `document` has arranged and decide nothing."""
 
+import base64
 import csv
+import hashlib
 import io
 from typing import Any, List
 
@@ -8,6 +10,29 @@ from lit_glm.report.document import Document, Entry
 from lit_glm.report.rows import cell, label, marks
 from lit_glm.report.table import Table
 from lit_glm.runs.row import COLUMNS
+
+_SORTING = """
+document.querySelectorAll("table.rows").forEach(function (table) {
+  table.querySelectorAll("th").forEach(function (head, column) {
+    head.tabIndex = 0;
+    function sort() {
+      var body = table.tBodies[0], down = head.getAttribute("aria-sort") !== "descending";
+      var number = function (row) { return parseFloat(row.cells[column].textContent.replace(/[^0-9.eE+-]*/, "")); };
+      Array.from(body.rows).sort(function (a, b) {
+        var x = number(a), y = number(b);
+        var text = a.cells[column].textContent.localeCompare(b.cells[column].textContent);
+        var order = isNaN(x) || isNaN(y) ? text : x - y;
+        return down ? -order : order;
+      }).forEach(function (row) { body.appendChild(row); });
+      table.querySelectorAll("th").forEach(function (other) { other.removeAttribute("aria-sort"); });
+      head.setAttribute("aria-sort", down ? "descending" : "ascending");
+    }
+    head.addEventListener("click", sort);
+    head.addEventListener("keydown", function (event) { if (event.key === "Enter") sort(); });
+  });
+});
+"""
+"""Sorts a table by the column that is clicked; the page allows this script alone, by its hash."""
 
 
 def _safe(text: str) -> str:
@@ -51,6 +76,8 @@ def markdown(document: Document, generated: str) -> str:
     for table in document.performance:
         out += ["", f"#### {_safe(table.heading)}", "", *table_lines(table), *_notes(table.notes)]
     out += ["", f"## {words('published')}", "", *table_lines(document.published), *_notes(document.published.notes)]
+    if document.other_chips.rows:
+        out += ["", f"### {words('other_chips')}", "", *table_lines(document.other_chips)]
     out += ["", f"### {words('ratios')}"]
     out += ["", *table_lines(document.ratios)] if document.ratios.rows else []
     out += _notes(document.ratios.notes)
@@ -100,7 +127,9 @@ def page(document: Document, generated: str) -> str:
     from pathlib import Path
 
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
 
+    from lit_glm.report.cards import cards
     from lit_glm.report.figures import draw
 
     environment = Environment(
@@ -117,5 +146,8 @@ def page(document: Document, generated: str) -> str:
         figures=figures,
         figure_notes=notes,
         value_of=value_of,
+        cards=cards(document.rows, document.words),
+        sorting=Markup(_SORTING),
+        sorting_hash=base64.b64encode(hashlib.sha256(_SORTING.encode()).digest()).decode(),
     )
     return text

@@ -107,6 +107,19 @@ def _verification(row: Row, name: str, words: Words) -> str:
     return words(key, name, precision, str(found.get("finished")).replace("T", " "))
 
 
+def verified(row: Row, words: Words) -> str:
+    """Whether the newest verification of the chip passed, in a word or two."""
+    found = newest(
+        [row.typical.path, Path.cwd()],
+        str(row["hardware"]),
+        row.typical.environment.get("driver"),
+        str(row["precision"]),
+    )
+    if found is None:
+        return words("card_unverified")
+    return words("card_passed" if found["passed"] else "card_failed", str(found.get("finished")).partition("T")[0])
+
+
 def reasons(row: Row, words: Words) -> List[str]:
     """Lines below the table: why cells are empty, what else is behind the row."""
     name = full_label(row, words)

@@ -18,6 +18,7 @@ import psutil
 from omegaconf import OmegaConf
 
 from lit_glm.runs.result import COMPLETE
+from lit_glm.runs.row import less_is_better
 
 _NUMBERS = ("e2e_time", "p_whole", "p_train", "p_core", "acc", "mem_actual_gib", "mem_total_gib")
 _TEXTS = ("status", "hardware", "topology", "precision", "scoring", "fix_hp", "model", "error")
@@ -220,6 +221,13 @@ def _flat(node: Any, prefix: str = "") -> Dict[str, Any]:
     for key, value in node.items():
         flat.update(_flat(value, f"{prefix}{key}."))
     return flat
+
+
+def better(value: Optional[float], figure: str) -> Tuple[bool, float]:
+    """Sorts by a figure, the best first and what has none last."""
+    if value is None:
+        return True, 0.0
+    return False, value if less_is_better(figure) else -value
 
 
 def rows(runs: List[Run]) -> List[Row]:

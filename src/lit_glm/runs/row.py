@@ -11,6 +11,14 @@ OTHERS_SHARE = 0.1
 """Share of the machine that others may take before a reader must be told."""
 
 
+_LESS_IS_BETTER = ("time", "mem_", "rank_imbalance", "skipped_steps", "num_trained_samples", "global_steps", "energy_j")
+
+
+def less_is_better(figure: str) -> bool:
+    """Whether a figure of a result is the better the lower it is."""
+    return any(part in figure for part in _LESS_IS_BETTER)
+
+
 def skips_much(result: Dict[str, Any]) -> bool:
     """Whether more than a hundredth of a run's steps were without an update."""
     skipped, steps = result.get("skipped_steps"), result.get("global_steps")
