@@ -185,7 +185,7 @@ def test_the_best_run_and_rows_in_its_order(tmp_path: Path, capfd: Any) -> None:
 
 
 def test_the_head_of_the_page_answers_at_a_glance(tmp_path: Path, capfd: Any) -> None:
-    origin = {"command": "python -m lit_glm.train hardware=r300", "git_commit": "abcdef0123456789"}
+    origin = {"command": ["/somewhere/train.py", "hardware=r300"], "git_commit": "abcdef0123456789"}
     make_run(tmp_path / "one", PUBLISHED, environment=origin, mfu=0.31, energy_j=5.2e6, samples_per_joule=0.01)
     make_run(tmp_path / "two", PUBLISHED, "topology=1x1", converged=False)
     page = report(capfd, tmp_path, "--format", "html")[1]
