@@ -1,5 +1,6 @@
 """The estimate of a step's memory against the kernel's own count, and what is said when it does not fit."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -93,5 +94,8 @@ def test_the_largest_bs_is_named_where_it_does_not_fit() -> None:
     assert largest_bs(config, lengths, 0.0, False, 1e15) == len(lengths)
     runtime = make_runtime(HardwareConfig(runtime="simulated", memory_gib=0.001), TopologyConfig(1, 1))
     assert "no bs fits" in describe(config, lengths, runtime)
+    line = describe(config, lengths, runtime).split("\n")[0]
+    total, *parts = [float(number) for number in re.findall(r" (\d+\.\d+)(?=,| GiB| of|$)", line)]
+    assert sum(parts[1:] if " of " in line else parts) == pytest.approx(total, abs=1e-9)  # what is read adds up
     roomy = make_runtime(HardwareConfig(runtime="simulated", memory_gib=320.0), TopologyConfig(1, 1))
     assert "\n" not in describe(config, lengths, roomy)

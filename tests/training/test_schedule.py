@@ -1,7 +1,9 @@
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lit_glm.config.schema import RunConfig
-from lit_glm.training.schedule import converged, evaluation_due, reached_limit
+from lit_glm.training.schedule import converged, evaluation_due, next_evaluation, reached_limit
 
 
 def test_evaluations_are_due_as_published() -> None:
@@ -28,3 +30,18 @@ def test_the_smaller_limit_wins() -> None:
 @pytest.mark.parametrize(("accuracy", "expected"), [(None, False), (0.79, False), (0.8, True)])
 def test_converged(accuracy: "float | None", expected: bool) -> None:
     assert converged(accuracy, RunConfig(target_accuracy=0.8)) is expected
+
+
+@given(
+    batch=st.integers(1, 300),
+    interval=st.integers(1, 5000),
+    start=st.integers(0, 3000),
+    done=st.integers(0, 400),
+)
+def test_the_next_evaluation_is_the_first_that_is_due(batch: int, interval: int, start: int, done: int) -> None:
+    run = RunConfig(eval_interval_samples=interval, eval_start_samples=start, max_samples=10**9)
+    last = 10**6
+    found = next_evaluation(done, batch, run, last)
+    assert found > done
+    assert evaluation_due(found, batch, run)
+    assert not any(evaluation_due(step, batch, run) for step in range(done + 1, min(found, done + 50)))

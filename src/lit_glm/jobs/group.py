@@ -109,4 +109,4 @@ def agree(identity: str, step: int, device: Any) -> None:
             )
     if len(nodes) > 1 and torch.distributed.get_rank() == 0:
         for node, hosts in sorted(nodes.items(), key=lambda entry: int(entry[0])):
-            print(f"lit_glm: node {node} ({hosts[0]}): {len(hosts)} rank{'s' * (len(hosts) > 1)} joined", flush=True)
+            print(f"lit_glm: node {node}: {len(hosts)} rank{'s' * (len(hosts) > 1)} joined ({hosts[0]})", flush=True)
