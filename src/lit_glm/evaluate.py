@@ -200,8 +200,12 @@ def _say(out: Path, report: Dict[str, Any], config: TrainConfig, runtime: Any, n
 def main() -> int:
     """Compose, check and run; a first word that is a path stands for model.init_checkpoint; returns the exit status."""
     arguments = list(sys.argv)
-    if len(arguments) > 1 and "=" not in arguments[1] and not arguments[1].startswith("-"):
-        sys.argv = [arguments[0], f"model.init_checkpoint='{arguments[1]}'", *arguments[2:]]
+    flagged = {place + 1 for place, word in enumerate(arguments) if word in ("--config-dir", "-cd")}
+    for place, word in enumerate(arguments):
+        if place > 0 and place not in flagged and Path(word).exists():
+            quoted = word.replace("\\", "\\\\").replace("'", "\\'")
+            sys.argv = [*arguments[:place], f"model.init_checkpoint='{quoted}'", *arguments[place + 1 :]]
+            break
     try:
         return run_app("evaluate", TrainConfig, evaluate_checkpoint)
     finally:

@@ -16,7 +16,7 @@ GROUPS = {
     "model": ["glm_large", "glm_base", "glm_small", "glm_tiny"],
     "data": ["record", "synthetic"],
     "scoring": ["shared_context", "published"],
-    "experiment": ["quickstart", "flagperf", "debug"],
+    "experiment": ["quickstart", "flagperf", "rehearse", "debug"],
     "logger": ["csv", "none", "tensorboard", "mlflow", "wandb"],
     "callbacks": ["default", "mlperf", "none", "profile"],
     "optimizer": ["adamw"],

@@ -29,6 +29,10 @@ from lit_glm.config.schema import TrainConfig, walk
         ("bs=4,5", "written with -m: train -m bs=4,5"),
         ("logger=csv,tensorboard", "all of them in one run: logger=[csv,tensorboard]"),
         ("logger=null", "write logger=none"),
+        ("--learning_rate=1e-5", "write lr=1e-5"),
+        ("mixed_precision=bf16", "write precision=bf16"),
+        ("warmup_steps=100", "optimizer.warmup=SHARE"),
+        ("eval_steps=500", "run.eval_interval_samples=N (samples, not steps"),
         ("optimizer.wd=0.1", "write optimizer.weight_decay=0.1"),
     ],
 )
@@ -37,6 +41,11 @@ def test_a_word_of_another_tool_leads_to_the_key(typed: str, said: str, capfd: A
     error = capfd.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_a_key_inside_a_table_is_no_word_of_another_tool() -> None:
+    how = ["hardware=cpu", "hardware.peak_tflops.fp32=1.5", "precision=amp", "precision.loss_scale.window=7"]
+    assert lit_glm_here("train", *how, "--cfg", "job") == 0
 
 
 def test_all_wrong_words_are_said_at_once(capfd: Any) -> None:
@@ -63,7 +72,7 @@ def test_help_has_the_comments_of_the_keys(command: str) -> None:
     text = explained(command)
     assert "# tokens of context and candidate together" in text
     assert ("# seconds between readings of the cards' monitor" in text) == (command != "prepare")
-    assert ("# no try begins that would not end by then" in text) == (command == "tune")
+    assert ("# a try that has not ended by then is ended" in text) == (command == "tune")
     assert "defaults:" not in text
 
 

@@ -16,7 +16,7 @@ from lit_glm.batches.compact import CompactSplit, open_split
 from lit_glm.errors import InputError
 from lit_glm.model import attention
 from lit_glm.model.attention import FlatPlan, PaddedPlan, attend, check_kernel
-from lit_glm.model.flex import FlexPlan
+from lit_glm.model.flex import FlexPlan, compiles, has_flex
 from lit_glm.model.glm import GLM, GLMShape
 from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, choice_loss, score_table
 from lit_glm.record.cloze import encode
@@ -202,11 +202,11 @@ def test_a_kernel_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) 
     check_kernel("matmul", cpu, training=True)
     with pytest.raises(InputError, match="flex: (has no backward pass|torch .* no such)"):
         check_kernel("flex", cpu, training=True)
-    if attention._has_flex():
-        assert attention._compiles(cpu)
+    if has_flex():
+        assert compiles(cpu)
         monkeypatch.setattr(torch, "compile", lambda function, **how: function)  # as in XPyTorch
-        assert not attention._compiles(cpu)
-        monkeypatch.setattr(attention, "_compiles", lambda device: False)
+        assert not compiles(cpu)
+        monkeypatch.setattr(attention, "compiles", lambda device: False)
         with pytest.raises(InputError, match="flex: torch.compile does nothing here"):
             check_kernel("flex", torch.device("meta"), training=True)
     monkeypatch.setattr("lit_glm.model.attention._HAS_FUSED", False)

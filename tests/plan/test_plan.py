@@ -131,6 +131,18 @@ def test_the_command_takes_lists_and_learns_from_runs(
     assert shown == json.loads((tmp_path / "plan" / "plan.json").read_text())
     assert "PREDICTED, not measured" in (tmp_path / "plan" / "plan.md").read_text()
     assert "measured" in (tmp_path / "plan" / "plan.svg").read_text()
+    other = tmp_path / "other"
+    assert lit_glm_here("train", *GOLDEN_RUN, "precision=bf16", "run.max_steps=12", f"hydra.run.dir={other}") == 0
+    capsys.readouterr()
+    how = [*GOLDEN_RUN, "hardware=cpu,r300", "plan.cards=[1]", f"hydra.run.dir={tmp_path}/two"]
+    assert lit_glm_here("plan", *how, f"plan.runs={run},{other}") == 0
+    said = capsys.readouterr().out
+    assert said.count("| cpu 1x1") == said.count("| r300 1x1") == 1
+    assert f"{other}: not learnt from: it is of cpu in bf16" in said
+    assert lit_glm_here("plan", "hardware=cpu,no_such") == 2
+    assert "no_such" in capsys.readouterr().err
+    assert lit_glm_here("plan", "bs=interval(1,8)") == 2
+    assert "plan takes lists" in capsys.readouterr().err
     assert lit_glm_here("plan", "hardware=cpu", "plan.runs=nowhere") == 2
     assert "plan.runs=nowhere: is no run folder" in capsys.readouterr().err
     assert lit_glm_here("plan", "hardware=none_such") == 2

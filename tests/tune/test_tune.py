@@ -38,7 +38,7 @@ def test_a_search_leaves_its_files_and_auto_takes_them(
     assert not list(folder.glob("tries/*/checkpoints"))
     run = ["bs=auto", "run.max_steps=1", "run.evaluate=false", "run.checkpoint_interval_steps=null"]
     assert lit_glm_here("train", *TINY, *run, f"hydra.run.dir={tmp_path}/run") == 0
-    assert f"bs=auto: {found['fastest_bs']}, the fastest that outputs/tune/day/time found" in capfd.readouterr().out
+    assert f"bs=auto: {found['fastest_bs']}, the fastest that outputs/tune/day/time found" in capfd.readouterr().err
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (result["bs"], result["acc"], result["status"]) == (found["fastest_bs"], None, "finished")
     # Another configuration has no place in the same folder.
@@ -57,4 +57,4 @@ def test_auto_without_a_search_says_how_to_search(tmp_path: Path, monkeypatch: p
     assert "bs=auto: no batch size is known for cpu 1x1 fp32 shared_context glm_tiny" in capfd.readouterr().err
     how = ["hardware=r300", "topology=1x8", "bs=auto", "data.out_dir=none"]
     assert lit_glm_here("train", *how, "hardware.runtime=simulated") == 2
-    assert "bs=auto: 5, the fix_hp file of r300_1x8" in capfd.readouterr().out
+    assert "bs=auto: 5, the fix_hp file of r300_1x8" in capfd.readouterr().err

@@ -52,6 +52,8 @@ class Steps:
         on_device: Dict[str, Entry] = {}
         host, device = [], []
         for event in profiler.events():
+            if getattr(event, "is_user_annotation", False):
+                continue  # a name that somebody has given to a stretch of time: what is inside counts by itself
             span = (event.time_range.start, event.time_range.end)
             if str(event.device_type).endswith("CPU"):
                 host.append(span)
@@ -62,9 +64,7 @@ class Steps:
             entry.seconds += (span[1] - span[0]) / 1e6
         every = host + device
         window = (max(end for _, end in every) - min(start for start, _ in every)) / 1e6 if every else 0.0
-        waits = [
-            Entry(a.key, a.count, a.cpu_time_total / 1e6) for a in averages if any(word in a.key for word in _WAITS)
-        ]
+        waits = _outermost(profiler.events())
         ordered = sorted(on_device.values(), key=lambda entry: -entry.seconds)
         operators.sort(key=lambda entry: -entry.seconds)
         return cls(first, last, operators, ordered, waits, window, _union(device or host) / 1e6)
@@ -73,6 +73,26 @@ class Steps:
     def count(self) -> int:
         """Steps."""
         return self.last - self.first + 1
+
+
+def _waits(name: str) -> bool:
+    return any(word in name for word in _WAITS)
+
+
+def _outermost(events: Any) -> List[Entry]:
+    """Waits of the host that are inside no other: reading a value is an operator that waits by a runtime's function."""
+    found: Dict[str, Entry] = {}
+    for event in events:
+        if not _waits(event.name) or not str(event.device_type).endswith("CPU"):
+            continue
+        parent = event.cpu_parent
+        while parent is not None and not _waits(parent.name):
+            parent = parent.cpu_parent
+        if parent is None:
+            entry = found.setdefault(event.name, Entry(event.name, 0, 0.0))
+            entry.calls += 1
+            entry.seconds += event.cpu_time_total / 1e6
+    return list(found.values())
 
 
 def _union(spans: List[Tuple[float, float]]) -> float:
@@ -108,7 +128,8 @@ def _table(title: str, entries: List[Entry], steps: int) -> List[str]:
 def _memory(kinds: Dict[str, float], guess: Estimate, peak: Optional[float]) -> List[str]:
     if not kinds:
         return ["## Memory", "", "Not counted: the run ended before the step behind the profiled ones.", ""]
-    training = kinds.get("gradients", 0.0) + kinds.get("optimizer", 0.0)
+    whole = "gradients" in kinds  # a step without an update has none where the optimizer looks
+    training = kinds["gradients"] + kinds.get("optimizer", 0.0) if whole else None
     pairs = [
         ("weights", kinds.get("weights"), guess.weights),
         ("gradients", kinds.get("gradients"), None),
@@ -147,12 +168,12 @@ def kernels_document(found: Steps, kinds: Dict[str, float], guess: Estimate, pea
         "Own time of each name, without what it calls. `trace.json` is for chrome://tracing or ui.perfetto.dev.",
         "",
         f"- {1000 * found.window / found.count:.2f} ms a step; {who} {share:.1%} of it, gaps are {1 - share:.1%}",
-        f"- {waits / found.count:g} waits of the host a step",
+        *([f"- {waits / found.count:g} waits of the host for the device a step"] if found.kernels else []),
         "",
         *_table("Operators on the host", found.operators, found.count),
     ]
     if found.kernels:
         lines += _table("Kernels on the device", found.kernels, found.count)
-    if found.waits:
+    if found.waits and found.kernels:
         lines += _table("Waits of the host (with what they wait in)", found.waits, found.count)
     return "\n".join([*lines, *_memory(kinds, guess, peak)])

@@ -58,7 +58,7 @@ def checked(cfg: DictConfig, schema: "type[Config]") -> Config:
     """
     if cfg.get("bs") == "auto":
         cfg.bs, source = tuned_bs(cfg, _pairs_bs(cfg))
-        print(f"lit_glm: bs=auto: {cfg.bs}, {source}", flush=True)
+        print(f"lit_glm: bs=auto: {cfg.bs}, {source}", file=sys.stderr, flush=True)
     try:
         # Merging the plain content closes the way round the schema that Hydra leaves open (`+typo=1`, `++typo=1`).
         # The two steps say different things: the first which name is unknown, the second which type is wrong.

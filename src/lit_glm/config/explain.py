@@ -110,8 +110,9 @@ def check_words(line: CommandLine, schema: Any, conf: Path) -> None:
             said.append(f"{text}: is no KEY=VALUE (without spaces around the =); {meant}")
             continue
         key, value = override.key_or_group, text.partition("=")[2]
-        if override.is_add() or override.is_delete() or key in known or key.startswith(_FREE):
-            if override.is_sweep_override() and not line.multirun and not line.lists and not key.startswith("hydra"):
+        inside = any(key.startswith(f"{name}.") for name in keys)  # of a table such as hardware.peak_tflops
+        if override.is_add() or override.is_delete() or key in known or key.startswith(_FREE) or inside:
+            if override.is_sweep_override() and not line.multirun and not key.startswith("hydra"):
                 at_once = f"; all of them in one run: {key}=[{value}]" if key in ("logger", "callbacks") else ""
                 said.append(f"{text}: several values are a sweep, written with -m: train -m {text} ...{at_once}")
             elif key == "logger" and str(value).lower() == "null":

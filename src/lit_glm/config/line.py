@@ -10,6 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
+from lit_glm.config.meant import instead
 from lit_glm.errors import InputError
 
 
@@ -27,8 +28,6 @@ class CommandLine:
     """The user's own folder of configuration."""
     flags: Tuple[str, ...] = ()
     """All that is no override, as it was typed."""
-    lists: bool = False
-    """Whether the command takes several values of a key without -m."""
 
     @classmethod
     def read(cls, arguments: Sequence[str]) -> "CommandLine":
@@ -131,5 +130,9 @@ class CommandLine:
 
 def _unknown(flag: str) -> str:
     plain = flag.lstrip("-")
+    key, _, value = plain.partition("=")
+    better = instead(key.replace("-", "_"), value, ()) if value else None
+    if better is not None:
+        return f"{flag}: there is no such option; {better.partition('; ')[2] or better}"
     meant = f"; write {plain} without the dashes" if "=" in plain else "; keys are set as key=value, see --help"
     return f"{flag}: there is no such option{meant}"

@@ -12,7 +12,6 @@ _KEYS: Dict[str, str] = {
     "run.max_samples": "samples, max_samples, num_samples",
     "run.target_accuracy": "target, target_acc, target_accuracy, accuracy",
     "run.resume": "resume, resume_from, resume_from_checkpoint, ckpt_path",
-    "run.eval_interval_samples": "eval_interval, eval_every, eval_steps, val_check_interval",
     "run.checkpoint_interval_steps": "save_steps, save_interval, checkpoint_interval, save_every",
     "topology.devices_per_node": "gpus, num_gpus, n_gpus, ngpus, devices, num_devices, gpus_per_node, nproc_per_node",
     "topology.num_nodes": "nodes, num_nodes, nnodes, n_nodes, num_machines",
@@ -30,15 +29,21 @@ _KEYS: Dict[str, str] = {
     "optimizer.weight_decay": "weight_decay, wd",
     "optimizer.accumulate": "accumulate, gradient_accumulation_steps, grad_accum, accumulate_grad_batches",
     "optimizer.clip_grad": "clip, clip_grad, max_grad_norm, gradient_clip_val, grad_clip",
-    "optimizer.warmup": "warmup, warmup_ratio, warmup_steps",
+    "optimizer.warmup": "warmup, warmup_ratio",
     "hardware": "device, accelerator, chip, card, backend_device",
-    "precision": "dtype, mixed_precision, amp_level",
     "experiment": "exp, recipe, preset",
     "logger": "loggers, report_to, log_to",
     "sweep.objective": "objective, metric",
     "run.overwrite": "overwrite, force",
 }
 _MEANT = {word: key for key, words in _KEYS.items() for word in words.split(", ")}
+_TYPES = {"float32": "fp32", "fp32": "fp32", "float16": "fp16", "fp16": "amp", "bfloat16": "bf16", "bf16": "bf16"}
+_SAMPLES = "run.eval_interval_samples=N (samples, not steps: N = steps x bs x devices)"
+_OTHER_UNITS = {
+    **dict.fromkeys(("eval_interval", "eval_every", "eval_steps", "val_check_interval"), _SAMPLES),
+    "warmup_steps": "optimizer.warmup=SHARE (of optimizer.lr_decay_iters, not steps)",
+    "num_warmup_steps": "optimizer.warmup=SHARE (of optimizer.lr_decay_iters, not steps)",
+}
 _PRECISIONS = ("fp32", "fp16", "bf16", "amp", "tf32")
 _YES, _NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
@@ -71,6 +76,10 @@ def instead(key: str, value: Any, known: Sequence[str]) -> Optional[str]:
             f"{said}: runs end by samples or steps; write run.max_samples=N (an epoch: as many as there are training "
             "examples) or run.max_steps=N"
         )
+    if word in ("dtype", "mixed_precision", "torch_dtype", "amp_level"):
+        return f"{said}; write precision={_TYPES.get(str(value).lower(), 'fp32, amp, fp16 or bf16')}"
+    if word in _OTHER_UNITS:
+        return f"{said}; write {_OTHER_UNITS[word]}"
     meant = _MEANT.get(word)
     if meant is None or key in known:
         return None

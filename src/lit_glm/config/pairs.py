@@ -9,6 +9,8 @@ from lit_glm.errors import InputError
 
 TUNED = "tune.json"
 """What a search leaves in its folder."""
+MODEL_KEYS = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "activation_checkpointing")
+"""Of a model, what decides how large a batch may be."""
 
 
 def published_topologies(hardware: str) -> Dict[str, int]:
@@ -50,17 +52,23 @@ def tuned_bs(composed: Any, pair_bs: Any) -> Tuple[int, str]:
         "scoring": composed.scoring.name,
         "model": composed.model.name,
     }
+    also = {
+        "tf32": composed.precision.tf32,
+        **{key: composed.model[key] for key in MODEL_KEYS},
+        "max_seq_length": composed.data.max_seq_length,
+    }
     found = []
     for file in Path("outputs/tune").glob(f"*/*/{TUNED}"):
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if content.get("fastest_bs") and all(content.get(key) == value for key, value in wanted.items()):
-            found.append((file.stat().st_mtime, int(content["fastest_bs"]), str(file.parent)))
+        if content.get("fastest_bs") and all(content.get(key) == value for key, value in {**wanted, **also}.items()):
+            so_far = "" if content.get("done") else " so far"
+            found.append((file.stat().st_mtime, int(content["fastest_bs"]), f"{file.parent} found{so_far}"))
     if found:
         _, bs, place = max(found)
-        return bs, f"the fastest that {place} found"
+        return bs, f"the fastest that {place}"
     if pair_bs is not None:
         return int(pair_bs), f"the fix_hp file of {wanted['hardware']}_{wanted['topology']}"
     about = " ".join(wanted.values())

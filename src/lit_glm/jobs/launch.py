@@ -190,14 +190,14 @@ def _environment(job: Job, node: Node) -> Dict[str, str]:
     return environment
 
 
-def _meeting(job: Job, node: Node) -> str:
+def _say_whom_it_meets(job: Job, node: Node) -> None:
     """Whom this node waits for, and where."""
     nodes, limit = job.config.topology.num_nodes, f"up to {job.config.run.rendezvous_timeout_s:g} s"
-    place = f"{node.address}:{node.port}"
-    if node.rank > 0:
-        return f"node {node.rank} joins node 0 at {place} ({limit})"
+    if nodes == node.stands_for:
+        return
     others = "node 1" if nodes == 2 else f"nodes 1 to {nodes - 1}"
-    return f"node 0 is waiting for {others} at {place} ({limit})"
+    what = f"node {node.rank} joins node 0" if node.rank > 0 else f"node 0 is waiting for {others}"
+    print(f"lit_glm: {what} at {node.address}:{node.port} ({limit})", flush=True)
 
 
 class _Stopped(Exception):
@@ -223,8 +223,7 @@ def run_ranks(
         run_dir: where files go.
         module: what each rank runs, with the two folders as its arguments.
         margin_s: seconds beyond `run.stall_timeout_s` without a sign of life until the ranks are ended.
-        lock: descriptor that keeps the run folder, as long as a rank may be at work there: if this process is killed
-            its ranks take a moment to end.
+        lock: descriptor that keeps the run folder as long as a rank may be at work there, after this process too.
 
     Raises:
         InputError, RunError, Interrupted: how it ended otherwise.
@@ -234,8 +233,7 @@ def run_ranks(
         raise _Stopped(number)
 
     before, killed = {number: signal.signal(number, stop) for number in stopping()}, kernel_kills()
-    if job.config.topology.num_nodes > node.stands_for:
-        print(f"lit_glm: {_meeting(job, node)}", flush=True)
+    _say_whom_it_meets(job, node)
     command, environment = _agent_command(job, node, spec_dir, run_dir, module), _environment(job, node)
     agent = subprocess.Popen(
         command,

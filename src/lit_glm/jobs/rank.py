@@ -111,8 +111,8 @@ def _conclude(place: Place, built: Built) -> Dict[str, Any]:
             counter.imbalance(steps),
         )
         recorder.events.finished(result)
-        print(table([result]), flush=True)
         place.say(how_it_ended(result, config, place.run_dir))
+        print(table([result]), flush=True)  # the last thing on the screen
     finish(built.trainer.loggers if place.rank == 0 else [])
     if config.topology.world_size > 1:
         torch.distributed.barrier()

@@ -19,7 +19,7 @@ from lit_glm.output import survive_closed_output
 from lit_glm.runs.errors import note_error
 from lit_glm.runs.job import Job
 
-_FIRST_RANK_SPEAKS_S = 15.0
+_FIRST_RANK_SPEAKS_S = 6.0
 
 
 def main(spec_dir: Path, run_dir: Path) -> int:

@@ -5,7 +5,6 @@ places. A context attends to itself in both directions; a candidate's row attend
 own candidate (GLM, section 2.1).
 """
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -15,17 +14,12 @@ from torch import Tensor
 
 from lit_glm.batches.types import FlatBatch, Places
 from lit_glm.errors import InputError
-from lit_glm.model.flex import FlexPlan
+from lit_glm.model.flex import FlexPlan, compiles, has_flex
 from lit_glm.model.products import Products
 
 _SMALL_GROUP = 128 * 256  # rows x width of a group up to which one padded call beats a call a group on a processor
 _TILE = 32  # rows of bf16 that a matrix unit multiplies at a time
 _HAS_FUSED = hasattr(F, "scaled_dot_product_attention")  # torch 2.0 and later
-
-
-def _has_flex() -> bool:
-    names = ("torch.nn.attention", "torch.nn.attention.flex_attention")
-    return all(importlib.util.find_spec(name) is not None for name in names)
 
 
 def check_kernel(kernel: str, device: torch.device, training: bool) -> None:
@@ -39,24 +33,15 @@ def check_kernel(kernel: str, device: torch.device, training: bool) -> None:
     Raises:
         InputError: says what is missing.
     """
-    if (kernel == "fused" and not _HAS_FUSED) or (kernel == "flex" and not _has_flex()):
+    if (kernel == "fused" and not _HAS_FUSED) or (kernel == "flex" and not has_flex()):
         raise InputError(f"model.attention={kernel}: torch {torch.__version__} has no such kernel; take auto")
-    if kernel == "flex" and device.type != "cpu" and not _compiles(device):
+    if kernel == "flex" and device.type != "cpu" and not compiles(device):
         raise InputError(
             "model.attention=flex: torch.compile does nothing here (some vendors' builds of torch replace it, "
             "TORCHDYNAMO_DISABLE turns it off), and without it flex computes every pair of rows; take auto"
         )
     if kernel == "flex" and training and device.type == "cpu":
         raise InputError("model.attention=flex: has no backward pass on processors; it is for cards; take auto")
-
-
-def _compiles(device: torch.device) -> bool:
-    """Whether a compiled function is one: what torch traces knows it."""
-
-    def asked(x: Tensor) -> Tensor:
-        return x + (1.0 if torch.compiler.is_compiling() else 0.0)
-
-    return bool(torch.compile(asked, backend="eager")(torch.zeros((), device=device)) == 1.0)
 
 
 def choose(kernel: str, device: torch.device, dropout: float) -> str:

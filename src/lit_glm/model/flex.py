@@ -1,11 +1,27 @@
 """The flat layout in one call of FlexAttention, for cards. Shapes: T rows, D hidden, H heads."""
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any, List
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def has_flex() -> bool:
+    """Whether this torch has FlexAttention."""
+    names = ("torch.nn.attention", "torch.nn.attention.flex_attention")
+    return all(importlib.util.find_spec(name) is not None for name in names)
+
+
+def compiles(device: torch.device) -> bool:
+    """Whether a compiled function is one: what torch traces knows it."""
+
+    def asked(x: Tensor) -> Tensor:
+        return x + (1.0 if torch.compiler.is_compiling() else 0.0)
+
+    return bool(torch.compile(asked, backend="eager")(torch.zeros((), device=device)) == 1.0)
 
 
 @dataclass

@@ -6,7 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, List, Optional, Union
 
-from lit_glm.config.app import checked, compose, run_app
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from lit_glm.config.app import CONF, checked, compose, run_app
+from lit_glm.config.explain import explain
 from lit_glm.config.line import CommandLine
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
@@ -32,6 +36,36 @@ def _runs(given: Optional[Union[str, List[str]]]) -> List[Path]:
     return [Path(str(text)) for text in texts if str(text)]
 
 
+def _combinations(line: CommandLine) -> List[List[str]]:
+    """Each combination of the lists; what plan itself is told belongs to all of them.
+
+    Raises:
+        InputError: on what is a search and no list.
+    """
+    own: List[str] = []
+    rest: List[str] = []
+    for text, override in zip(line.overrides, line.parsed()):
+        if override.is_sweep_override() and not override.is_discrete_sweep():
+            raise InputError(f"{text}: plan takes lists (bs=1,2,4), no intervals")
+        key, _, value = text.partition("=")
+        if key == "plan.runs" and override.is_sweep_override():
+            text = f"plan.runs=[{value}]"
+        (own if key.startswith("plan.") else rest).append(text)
+    return [[*whole, *own, *line.searchpath] for _, whole in CommandLine(rest).combinations()]
+
+
+def _checked(overrides: List[str]) -> Any:
+    """One combination.
+
+    Raises:
+        InputError: names what of it does not exist or fit.
+    """
+    try:
+        return checked(compose("plan", overrides), PlanConfig)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise InputError(explain(error, PlanConfig, CONF)) from error
+
+
 def _task(combinations: List[List[str]], as_json: bool) -> Any:
     """What is done with the first combination's configuration: all of them are predicted."""
 
@@ -40,31 +74,29 @@ def _task(combinations: List[List[str]], as_json: bool) -> Any:
 
         from lit_glm.plan.document import write
         from lit_glm.plan.predict import predict
-        from lit_glm.plan.speed import Measured, speed_of
+        from lit_glm.plan.speed import Measured, speed_of, unused
         from lit_glm.plan.workload import Workload, examples_of
         from lit_glm.report.published import load
 
+        configs = [_checked(overrides) for overrides in combinations]
+        if min(config.plan.cards, default=1) < 1:
+            raise InputError(f"plan.cards={config.plan.cards}: numbers from 1 on")
         folder = Path(str(HydraConfig.get().run.dir)).resolve()
         measured = [Measured.read(path) for path in _runs(config.plan.runs)]
         published = load()
-        predictions, left_out = [], []
-        for overrides in combinations:
-            own: Any = checked(compose("plan", overrides), PlanConfig)
+        predictions, left_out = [], unused(measured, configs)
+        for own in configs:
             train, held, data = examples_of(own)
             work = Workload(own, train, held)
-            if not work.enough:
-                left_out.append(
-                    f"{own.topology.name}, bs={own.bs}: {own.global_batch} examples a step, {len(train)} there"
-                )
+            if work.enough:
+                predictions.append(predict(own, speed_of(own, measured, published, work), work, data))
                 continue
-            predictions.append(predict(own, speed_of(own, measured, published, work), work, data))
+            asked = f"{own.global_batch} examples a step, {len(train)} there"
+            left_out.append(f"{own.topology.name}, bs={own.bs}: {asked}")
         if not predictions:
             raise InputError("nothing to predict: " + "; ".join(left_out))
         shown = write(folder, predictions, measured, published, config, left_out)
-        if as_json:
-            print(json.dumps([prediction.row() for prediction in predictions], indent=1))
-        else:
-            print(shown)
+        print(json.dumps([prediction.row() for prediction in predictions], indent=1) if as_json else shown)
         return 0
 
     return task
@@ -74,16 +106,16 @@ def main() -> int:
     """Compose, predict, say; returns 2 for a wrong configuration."""
     arguments, as_json = list(sys.argv), "--json" in sys.argv
     sys.argv = [argument for argument in arguments if argument not in ("--json", "-m", "--multirun")]
+    combinations: List[List[str]] = []
     try:
-        combinations: List[List[str]] = []
-        try:
-            line = CommandLine.read(sys.argv[1:])
-            if not line.asks:
-                every = [whole for _, whole in line.combinations()]
-                combinations = [[*whole, *line.searchpath] for whole in every]
-                sys.argv = [sys.argv[0], *every[0], *line.flags]
-        except Exception:  # noqa: BLE001  # said by `run_app`, which reads the same line
-            pass
+        line = CommandLine.read(sys.argv[1:])
+        if not line.asks and all(line.words()):
+            combinations = _combinations(line)
+            first = combinations[0][: len(combinations[0]) - len(line.searchpath)]
+            sys.argv = [sys.argv[0], *first, *line.flags]
         return run_app("plan", PlanConfig, _task(combinations, as_json))
+    except InputError as error:
+        print(f"lit_glm: {error}", file=sys.stderr)
+        return error.exit_status
     finally:
         sys.argv = arguments

@@ -10,7 +10,7 @@ from lit_glm.files import write_text
 from lit_glm.plan.figure import Curve, draw_scaling
 from lit_glm.plan.interval import Interval
 from lit_glm.plan.predict import Prediction, predict
-from lit_glm.plan.speed import Measured, speed_of
+from lit_glm.plan.speed import Measured, same_chip, speed_of
 from lit_glm.plan.workload import Workload, examples_of
 from lit_glm.runs.row import lines_of
 
@@ -137,7 +137,8 @@ def _curve(config: Any, scoring: str, measured: List[Measured], published: List[
         ("measured", run.config.topology.world_size, float(run.result["p_core"]))
         for run in measured
         if run.plain
-        and run.config.hardware.name == name
+        and same_chip(run.config, config)
+        and run.config.model.name == config.model.name
         and run.config.scoring.name == scoring
         and run.result.get("p_core")
     ]

@@ -15,9 +15,9 @@ _UNKNOWN_LINK = Interval(8.0, 300.0)
 _UNKNOWN_NETWORK = Interval(12.5, 50.0)
 """GB/s of a server: one port of 100 Gb/s to two of 200."""
 _HIDDEN = 0.6
-"""Share of a step, its backward pass, that an all-reduce can hide behind."""
+"""Share of a step, its backward pass, that an all-reduce can hide behind: an assumption (two thirds of the FLOPs)."""
 _ESTIMATE = 0.08
-"""By how much the memory estimate is off where it is right: allocators round up, libraries work in buffers."""
+"""By how much the memory estimate is off: allocators round up (benchmarks/2026-11-25_cpu.md has it against runs)."""
 
 
 @dataclass

@@ -21,14 +21,16 @@ _UNKNOWN_EFFICIENCY = Interval(0.05, 0.55)
 """Share of a peak that such a model reaches, where nothing is known of the chip: from fp32 work on small cards to well
 tuned half precision (Chowdhery et al. 2022, PaLM, table 3, lists 0.21 to 0.46 for large models)."""
 _UNKNOWN_WAITING = Interval(0.0, 0.05)
+"""Over the computation: an assumption."""
 _OTHER_SCORING = Interval(0.5, 2.0)
-"""By how much the efficiency of one scoring may differ from the other's on the same chip."""
+"""By how much the efficiency of one scoring may differ from the other's on the same chip: an assumption."""
 _DAY_TO_DAY = 0.05
-"""Between two cards, and two days."""
+"""Between two cards, and two days: an assumption."""
 _GIB = 2.0**30
 _UNKNOWN_BASE = {"cpu": Interval(0.35 * _GIB, 0.75 * _GIB)}
 _CARD_BASE = Interval(0.3 * _GIB, 2.5 * _GIB)
-"""Memory beside weights, optimizer and activations: an interpreter with torch; a card's context and libraries."""
+"""Memory beside weights, optimizer and activations: an interpreter with torch; a card's context and libraries.
+An assumption, until a run has measured it."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,16 @@ def keeps_scores(config: TrainConfig) -> bool:
     return choose(config.model.attention, place, config.model.attention_dropout) == "matmul"
 
 
+def unused(runs: List[Measured], configs: List[Any]) -> List[str]:
+    """Runs that no configuration can learn from, and why."""
+    said = [f"{run.path}: not learnt from: simulated or profiled" for run in runs if not run.plain]
+    for run in runs:
+        if run.plain and not any(same_chip(run.config, config) for config in configs):
+            what = f"{run.config.hardware.name} in {run.config.precision.name}"
+            said.append(f"{run.path}: not learnt from: it is of {what}{' (TF32)' * run.config.precision.tf32}")
+    return said
+
+
 def speed_of(config: TrainConfig, runs: List[Measured], published: List[Dict[str, Any]], work: Workload) -> Speed:
     """What is known of a rank's speed under a configuration.
 
@@ -144,7 +156,7 @@ def speed_of(config: TrainConfig, runs: List[Measured], published: List[Dict[str
         published: rows of conf/published.yaml.
         work: of the configuration.
     """
-    own = [run for run in runs if run.plain and _same_chip(run.config, config)]
+    own = [run for run in runs if run.plain and same_chip(run.config, config)]
     if own:
         return _from_runs(config, own)
     peak = config.hardware.peak_tflops.get("tf32" if config.precision.tf32 else config.precision.name)
@@ -159,6 +171,8 @@ def speed_of(config: TrainConfig, runs: List[Measured], published: List[Dict[str
         basis = f"published p_core of {config.hardware.name} {rows[0]['topology']} ({rows[0]['fix_hp']})"
         if rows[0]["tf32"] and not config.precision.tf32:
             basis += ", which had TF32 on (precision.tf32=true)"
+            plain, rounded = (config.hardware.peak_tflops.get(name) for name in ("fp32", "tf32"))
+            rate = Interval(rate.low * (plain / rounded if plain and rounded else 0.1), rate.high)
         if config.scoring.name != "published":
             rate = Interval(rate.low * _OTHER_SCORING.low, rate.high * _OTHER_SCORING.high)
             basis += ", of the other scoring"
@@ -210,7 +224,8 @@ def _from_runs(config: TrainConfig, runs: List[Measured]) -> Speed:
     )
 
 
-def _same_chip(one: TrainConfig, other: TrainConfig) -> bool:
+def same_chip(one: TrainConfig, other: TrainConfig) -> bool:
+    """Whether what one has measured says something of the other's speed."""
     return (one.hardware.name, one.precision.name, one.precision.tf32) == (
         other.hardware.name,
         other.precision.name,

@@ -119,5 +119,9 @@ class Workload:
 
     def evaluations(self, steps: int) -> int:
         """While training, the last one included; the one before training belongs to the start."""
-        interval = -(-self._config.run.eval_interval_samples // self._config.global_batch)
-        return steps // max(1, interval) + (1 if steps % max(1, interval) else 0)
+        run, batch = self._config.run, self._config.global_batch
+        if not run.evaluate:
+            return 0
+        interval = max(1, -(-run.eval_interval_samples // batch))
+        early = max(0, -(-run.eval_start_samples // batch) - 1) // interval
+        return max(1, steps // interval - early + (1 if steps % interval else 0))

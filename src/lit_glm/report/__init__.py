@@ -148,6 +148,8 @@ def _best(runs: "List[Run]", key: str) -> str:
     known = [run for run in runs if run.complete and run.number(key) is not None]
     if not known:
         raise InputError(f"--sort {key}: no complete run has this figure")
+    plain = [run for run in known if not run.result.get("simulated") and not run.result.get("profiled")]
+    known = plain or known  # a rehearsal or a profiled run is the best of its kind alone
     best = min(known, key=lambda run: better(run.number(key), key))
     command = command_of(best)
     lines = [table([best.result]), f"best of {len(known)} by {key} ({best.number(key):.6g}): {best.path}"]

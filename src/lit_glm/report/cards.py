@@ -93,6 +93,13 @@ def _ratio(row: Row, published: List[Dict[str, Any]]) -> str:
     same = [line for line in published if all(line.get(key) == row[key] for key in keys) and line.get("p_core")]
     settings = row.runs[0].settings
     whole = settings.get("model.name") == "glm_large" and settings.get("data.name") == "record"
-    if own is None or row["simulated"] or not whole or not same or bool(row["tf32"]) != same[0]["tf32"]:
+    if (
+        own is None
+        or row["simulated"]
+        or row["profiled"]
+        or not whole
+        or not same
+        or bool(row["tf32"]) != same[0]["tf32"]
+    ):
         return ""
     return f"{own / same[0]['p_core']:.2f}x ({same[0]['fix_hp']})"

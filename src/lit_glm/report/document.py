@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Tuple
 
 from lit_glm.hardware.names import COMPILERS, FRAMEWORKS
+from lit_glm.report.general import distinct_of, general
 from lit_glm.report.published import beside, load
 from lit_glm.report.rows import cell, full_label, marked, reasons
 from lit_glm.report.runs import Row, Run, better, rows
@@ -76,11 +77,11 @@ def make_document(
     ]
     published, ratios = beside(found, words)
     count = sum(line["hardware"] in hardware for line in load())
-    own_rows = published.rows[:count] or published.rows  # those of the document's chips stand first
+    own_rows = published.rows[:count]  # those of the document's chips stand first
     return Document(
         words=words,
         environments=environments,
-        general=[_general(name, [row for row in found if row["hardware"] == name], words) for name in hardware],
+        general=[general(name, [row for row in found if row["hardware"] == name], words) for name in hardware],
         performance=_performance(found, words),
         published=Table(published.columns, own_rows, published.notes),
         other_chips=Table(published.columns, [row for row in published.rows if row not in own_rows]),
@@ -95,16 +96,12 @@ def make_document(
 # -- environment -------------------------------------------------------------------------------------------------
 
 
-def _distinct(values: List[Any]) -> List[str]:
-    return list(dict.fromkeys(str(value) for value in values if value not in (None, "")))
-
-
 def _environment(name: str, runs: List[Run], told: Dict[str, str], words: Words) -> Environment:
     known = [run.environment for run in runs if run.environment]
 
     def entry(key: str, values: List[Any]) -> Entry:
         given = told.get(_TOLD.get(key, ""))
-        return Entry(key, words(key), [given] if given else _distinct(values))
+        return Entry(key, words(key), [given] if given else distinct_of(values))
 
     def packages(environment: Dict[str, Any], names: Tuple[str, ...]) -> str:
         versions = environment.get("packages") or {}
@@ -154,61 +151,6 @@ def _nodes(run: Run) -> int:
 
 
 # -- figures -------------------------------------------------------------------------------------------------------
-
-
-def _general(name: str, found: List[Row], words: Words) -> Table:
-    runs = [run for row in found for run in row.runs]
-
-    def distinct(key: str, otherwise: str) -> str:
-        return ", ".join(_distinct([run.settings.get(key) for run in runs])) or otherwise
-
-    cards = _distinct([run.environment.get("card") for run in runs])
-    precisions = ", ".join(_distinct([row["precision"] for row in found]))
-    data = {"record": "ReCoRD", "synthetic": "synthetic"}
-    sets = ", ".join(data.get(text, text) for text in _distinct([run.settings.get("data.name") for run in runs]))
-    lines = [
-        ("task", words("task_value"), ""),
-        ("model", f"GLM ({distinct('model.name', str(runs[0].result.get('model')))})", ""),
-        ("data", sets, ""),
-        ("precision", words("see", precisions), words("precision_remark")),
-        ("fix_hp", words("see", "fix_hp"), words("fix_hp_remark")),
-        ("short_name", ", ".join(cards) or name, ""),
-        ("mem", words("see", "mem"), words("mem_remark")),
-        ("e2e_time", words("see", "e2e_time"), words("e2e_remark")),
-        ("p_whole", words("see", "p_whole"), words("p_whole_remark")),
-        ("p_train", words("see", "p_train"), words("p_train_remark")),
-        ("p_core", words("see", "p_core"), words("p_core_remark")),
-        ("acc", words("see", "acc"), words("acc_remark")),
-        ("changes", "; ".join(_changes(runs)) or words("none"), words("changes_remark")),
-    ]
-    columns = [words("name"), words("value"), words("remark")]
-    return Table(columns, [[words(key), value, remark] for key, value, remark in lines], heading=name)
-
-
-def _changes(runs: List[Run]) -> List[str]:
-    """Settings that are not those of the published case, with their values."""
-    from lit_glm.config.app import checked, compose
-    from lit_glm.config.schema import TrainConfig, walk
-    from lit_glm.errors import InputError
-
-    try:
-        published = dict(walk(checked(compose("train", ["experiment=flagperf"]), TrainConfig)))
-    except InputError:
-        return []
-    judged = (
-        "model.", "optimizer.", "scoring.name", "data.name", "data.max_seq_length", "precision.tf32",
-        "run.target_accuracy", "run.max_steps", "seed",
-    )  # fmt: skip
-    pair = ("model.activation_checkpointing", "model.gelu", "optimizer.lr", "model.init_checkpoint")
-    changed: Dict[str, List[str]] = {}
-    for run in runs:
-        for key, value in run.settings.items():
-            other_shape = run.settings.get("model.name") != published["model.name"]
-            if key.startswith("model.") and key != "model.name" and other_shape:
-                continue  # another model has another shape
-            if key.startswith(judged) and key not in pair and key in published and published[key] != value:
-                changed.setdefault(key, []).append(str(value))
-    return [f"{key}={', '.join(dict.fromkeys(values))}" for key, values in sorted(changed.items())]
 
 
 def _performance(found: List[Row], words: Words) -> List[Table]:

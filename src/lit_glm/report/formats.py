@@ -17,11 +17,12 @@ document.querySelectorAll("table.rows").forEach(function (table) {
     head.tabIndex = 0;
     function sort() {
       var body = table.tBodies[0], down = head.getAttribute("aria-sort") !== "descending";
-      var number = function (row) { return parseFloat(row.cells[column].textContent.replace(/[^0-9.eE+-]*/, "")); };
+      var text = function (row) { return row.cells[column].textContent.trim(); };
+      var plain = /^([-+]?[0-9][0-9.,e+-]*)?(%|x)?(\\/[0-9.]+)?( \\[.*\\])?$/;
+      var numbers = Array.from(body.rows).every(function (row) { return plain.test(text(row)); });
       Array.from(body.rows).sort(function (a, b) {
-        var x = number(a), y = number(b);
-        var text = a.cells[column].textContent.localeCompare(b.cells[column].textContent);
-        var order = isNaN(x) || isNaN(y) ? text : x - y;
+        var order = text(a).localeCompare(text(b), undefined, {numeric: true});
+        if (numbers) order = (parseFloat(text(a)) || 0) - (parseFloat(text(b)) || 0);
         return down ? -order : order;
       }).forEach(function (row) { body.appendChild(row); });
       table.querySelectorAll("th").forEach(function (other) { other.removeAttribute("aria-sort"); });
@@ -75,7 +76,9 @@ def markdown(document: Document, generated: str) -> str:
     out += ["", f"### {words('performance')}"]
     for table in document.performance:
         out += ["", f"#### {_safe(table.heading)}", "", *table_lines(table), *_notes(table.notes)]
-    out += ["", f"## {words('published')}", "", *table_lines(document.published), *_notes(document.published.notes)]
+    out += ["", f"## {words('published')}"]
+    out += ["", *table_lines(document.published)] if document.published.rows else []
+    out += _notes(document.published.notes)
     if document.other_chips.rows:
         out += ["", f"### {words('other_chips')}", "", *table_lines(document.other_chips)]
     out += ["", f"### {words('ratios')}"]

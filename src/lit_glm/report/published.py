@@ -71,6 +71,8 @@ def _matches(row: Row, published: List[Dict[str, Any]], words: Words) -> "Tuple[
     name = full_label(row, words)
     if row["simulated"]:
         return [], words("no_ratio_simulated", name)
+    if row["profiled"]:
+        return [], words("no_ratio_profiled", name)
     if not row.runs[0].complete:
         return [], words("no_ratio_incomplete", name)
     left = [line for line in published if line["hardware"] == row["hardware"]]

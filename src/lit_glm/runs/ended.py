@@ -21,7 +21,13 @@ def how_it_ended(result: Dict[str, Any], config: TrainConfig, run_dir: Path) -> 
     if result["status"] == "success":
         how = f"REACHED: accuracy {has}, target {target}, {when}"
     elif result["status"] == "interrupted":
-        how = f"STOPPED {when}: accuracy {has}, target {target}; it goes on with run.resume={run_dir}"
+        saved = run.checkpoint_interval_steps is not None
+        on = (
+            f"it goes on with run.resume={run_dir}"
+            if saved
+            else "nothing was saved (run.checkpoint_interval_steps=null)"
+        )
+        how = f"STOPPED {when}: accuracy {has}, target {target}; {on}"
     else:
         limit = f"run.max_samples={run.max_samples}"
         if run.max_steps is not None and step >= run.max_steps:

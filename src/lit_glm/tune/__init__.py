@@ -41,6 +41,7 @@ def tune(config: Any, _composed: Any) -> int:
     set_environment(config.hardware)  # before anything imports torch
 
     from lit_glm.hardware.runtimes import check_runtime
+    from lit_glm.jobs.interrupts import Interrupted
     from lit_glm.plan.workload import examples_of
     from lit_glm.runs.lock import alone_in
     from lit_glm.tune.lead import follow, lead
@@ -57,11 +58,15 @@ def tune(config: Any, _composed: Any) -> int:
     node = int(os.environ.get("NODE_RANK") or 0) if config.topology.num_nodes > 1 else 0
     folder = _folder(config, Path(str(HydraConfig.get().run.dir)))
     train, _, _ = examples_of(config)
-    if node > 0:
-        return follow(config, trials, folder, train)
-    print(f"lit_glm: search folder {folder}", flush=True)
-    with alone_in(folder):
-        return lead(config, trials, folder, train)
+    try:
+        if node > 0:
+            return follow(config, trials, folder)
+        print(f"lit_glm: search folder {folder}", flush=True)
+        with alone_in(folder):
+            return lead(config, trials, folder, train)
+    except Interrupted as stop:
+        print(f"lit_glm: {stop}; go on with run.resume={folder}", file=sys.stderr)
+        return stop.exit_status
 
 
 def _folder(config: TrainConfig, folder: Path) -> Path:
@@ -98,7 +103,11 @@ def _folder(config: TrainConfig, folder: Path) -> Path:
 
 def main() -> int:
     """Compose, search, say; 130 after Ctrl-C, with what is known so far on disk."""
+    arguments = list(sys.argv)
+    sys.argv = [argument for argument in arguments if not argument.startswith("bs=")]  # it is what is looked for
     try:
         return run_app("tune", TuneConfig, tune)
     except KeyboardInterrupt:
         return 130
+    finally:
+        sys.argv = arguments

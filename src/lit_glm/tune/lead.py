@@ -1,5 +1,6 @@
 """The first node decides which batch size comes next; the others run their part of the same tries."""
 
+import os
 import signal
 import sys
 import time
@@ -7,17 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
-from lit_glm.errors import RunError
-from lit_glm.files import write_json
 from lit_glm.jobs.interrupts import Interrupted, stopping
 from lit_glm.plan.workload import Workload
+from lit_glm.tune.orders import Orders, orders_of
 from lit_glm.tune.record import Record
 from lit_glm.tune.search import FITS, LIMIT, TIME, Try, fastest, largest, next_bs
 from lit_glm.tune.trial import Trials
-
-_LOOK_S = 0.2
-_ORDERS = "orders"
-"""Folder in which the first node tells the others: a file a try with its bs, the last one without."""
 
 
 def lead(config: Any, trials: Trials, folder: Path, train: Any) -> int:
@@ -28,9 +24,8 @@ def lead(config: Any, trials: Trials, folder: Path, train: Any) -> int:
         print(f"lit_glm: goes on after {len(record.tries)} tries", flush=True)
     runtime = _runtime(config)
     limit, most = record.seconds + 60.0 * config.tune.max_minutes, len(train) // config.topology.world_size
-    shared = config.topology.num_nodes > 1
-    orders = folder / _ORDERS
-    given = len(list(orders.glob("*.json"))) if orders.is_dir() else 0
+    orders = Orders(folder) if config.topology.num_nodes > 1 else None
+    record.write(done=False)  # from now on the folder is this search's
     status = 0
     try:
         while True:
@@ -44,13 +39,13 @@ def lead(config: Any, trials: Trials, folder: Path, train: Any) -> int:
             if tried is None:
                 number = sum(one.bs == bs for one in record.tries)
                 place = folder / "tries" / f"bs{bs}_{number}"
-                if shared:
-                    orders.mkdir(exist_ok=True)
-                    write_json(orders / f"{given:04}.json", {"bs": bs, "folder": str(place.relative_to(folder))})
-                    given += 1
-                tried = trials.run(bs, place, work, left)
+                if orders is not None:
+                    orders.give(bs, str(place.relative_to(folder)))
+                try:
+                    tried = trials.run(bs, place, work, left)
+                finally:
+                    record.seconds += time.monotonic() - begun
             record.tries.append(tried)
-            record.seconds += time.monotonic() - begun
             record.write(done=False)
             print(f"lit_glm: {_line(tried)}", flush=True)
             if tried.status == TIME:
@@ -66,8 +61,8 @@ def lead(config: Any, trials: Trials, folder: Path, train: Any) -> int:
         print(f"lit_glm: {stop}; go on with run.resume={folder}", file=sys.stderr)
         status = stop.exit_status
     finally:
-        if shared and orders.is_dir():
-            write_json(orders / f"{given:04}.json", {"bs": None})
+        if orders is not None:
+            orders.give(None, "")
     best, top = fastest(record.tries), largest(record.tries)
     last = best or top or 1
     print(record.conclude(_work(config, last, train), _software()), flush=True)
@@ -76,35 +71,13 @@ def lead(config: Any, trials: Trials, folder: Path, train: Any) -> int:
     return status or (0 if best is not None else 1)
 
 
-def follow(config: Any, trials: Trials, folder: Path, train: Any) -> int:
+def follow(config: Any, trials: Trials, folder: Path) -> int:
     """Run this node's part of each try that the first node begins."""
     _stop_in_order()
-    number = len(list((folder / _ORDERS).glob("*.json"))) if (folder / _ORDERS).is_dir() else 0
-    if number:
-        number -= 1  # the newest may be the one that is being begun
     print(f"lit_glm: waiting for node 0 to begin a try in {folder}", flush=True)
-    while True:
-        order = _wait_for(folder / _ORDERS / f"{number:04}.json", config.run.stall_timeout_s)
-        if order["bs"] is None:
-            if not (folder / _ORDERS / f"{number + 1:04}.json").exists():
-                return 0
-        else:
-            own = folder / order["folder"]
-            trials.run(int(order["bs"]), own, _work(config, int(order["bs"]), train), config.run.stall_timeout_s)
-        number += 1
-
-
-def _wait_for(file: Path, seconds: float) -> Any:
-    import json
-
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if file.is_file():
-            return json.loads(file.read_text(encoding="utf-8"))
-        time.sleep(_LOOK_S)
-    raise RunError(
-        f"node 0 began no try for {seconds:.0f} s (looked for {file}: is the folder one that all nodes see?)"
-    )
+    for bs, place in orders_of(folder, config.run.stall_timeout_s):
+        trials.take_part(bs, folder / place, int(os.environ["NODE_RANK"]), config.run.stall_timeout_s)
+    return 0
 
 
 def _stop_in_order() -> None:

@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.figure import Figure as Canvas
 
 from lit_glm.bench.memory import estimate
-from lit_glm.config.pairs import TUNED
+from lit_glm.config.pairs import MODEL_KEYS, TUNED
 from lit_glm.config.schema import TrainConfig
 from lit_glm.files import write_json, write_text
 from lit_glm.plan.speed import keeps_scores
@@ -84,6 +84,9 @@ def of(config: TrainConfig) -> Dict[str, Any]:
         "precision": config.precision.name,
         "scoring": config.scoring.name,
         "model": config.model.name,
+        "tf32": config.precision.tf32,
+        **{key: getattr(config.model, key) for key in MODEL_KEYS},
+        "max_seq_length": config.data.max_seq_length,
     }
 
 

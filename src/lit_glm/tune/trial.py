@@ -61,8 +61,25 @@ class Trials:
         Raises:
             RunError: if it failed otherwise than for want of memory or time.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         log = folder.with_suffix(".txt")
+        status = self._status(bs, folder, log, seconds)
+        if status is None:
+            return Try(bs, TIME, said=f"took more than the {seconds:.0f} s that were left")
+        result = read_result(folder) or {}
+        error = str(result.get("error") or "")
+        if "out of memory" in error or status in _KILLED:
+            return Try(bs, MEMORY, said=error or "killed, most likely for its memory")
+        if status != 0:
+            raise RunError(f"bs={bs} ended with status {status}: {error or _last_line(log)} (all it said: {log})")
+        return _judged(bs, folder, work, result)
+
+    def take_part(self, bs: int, folder: Path, node: int, seconds: float) -> None:
+        """Run another node's part of a try; what came of it is the first node's to say."""
+        self._status(bs, folder, folder.with_suffix(f".node{node}.txt"), seconds)
+
+    def _status(self, bs: int, folder: Path, log: Path, seconds: float) -> Optional[int]:
+        """Exit status of a try; None: it was ended for its time."""
+        folder.mkdir(parents=True, exist_ok=True)
         with log.open("w", encoding="utf-8") as output:
             process = subprocess.Popen(
                 self.command(bs, folder),
@@ -71,20 +88,13 @@ class Trials:
                 preexec_fn=partial(die_with_parent, signal.SIGTERM),
             )
             try:
-                status = process.wait(timeout=seconds)
+                return process.wait(timeout=seconds)
             except subprocess.TimeoutExpired:
                 end(psutil.Process(process.pid), GRACE_S)
-                return Try(bs, TIME, said=f"took more than the {seconds:.0f} s that were left")
+                return None
             except BaseException:
                 end(psutil.Process(process.pid), GRACE_S)
                 raise
-        result = read_result(folder) or {}
-        error = str(result.get("error") or "")
-        if "out of memory" in error or status in _KILLED:
-            return Try(bs, MEMORY, said=error or "killed, most likely for its memory")
-        if status != 0:
-            raise RunError(f"bs={bs} ended with status {status}: {error or _last_line(log)} (all it said: {log})")
-        return _judged(bs, folder, work, result)
 
 
 def _last_line(log: Path) -> str:
