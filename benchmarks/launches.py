@@ -1,6 +1,7 @@
 """How many kernels a step of GLM-Large launches on a card, counted without one: by the operators on device "meta".
 
     python benchmarks/launches.py [--layers 24] [--groups 4]
+    python benchmarks/launches.py --waits       # reads of tensors by the host, a step of a real run on the processor
 
 Counted are operators below autograd that compute (views do not); one for lists of tensors ("foreach") counts once,
 although a card needs a few launches for 293 tensors. Clipping by lists (as on CUDA) and the fused update are counted on
@@ -9,6 +10,10 @@ them a layer. Nothing is read by the host: on meta that is an error.
 """
 
 import argparse
+import contextlib
+import io
+import sys
+import tempfile
 from collections import Counter
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterator, Optional
@@ -111,12 +116,65 @@ def step(precision: str, layers: int, groups: int) -> Count:
     return count
 
 
+_READS = ("tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__")
+
+
+def reads(precision: str, steps: int = 6) -> Counter:
+    """How often the host reads a tensor in the steps of a run, by where: on a card each is a wait."""
+    from lit_glm import train
+    from lit_glm.bench.recorder import Recorder
+    from lit_glm.training.module import RecordModule
+
+    counts: Counter = Counter()
+    where = [""]
+
+    def counted(name: str) -> Any:
+        real = getattr(torch.Tensor, name)
+
+        def read(self: Any, *args: Any, **kwargs: Any) -> Any:
+            counts[where[0]] += 1
+            return real(self, *args, **kwargs)
+
+        return read
+
+    def inside(kind: Any, name: str, label: str) -> None:
+        real = getattr(kind, name)
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            where[0] = label
+            try:
+                return real(*args, **kwargs)
+            finally:
+                where[0] = ""
+
+        setattr(kind, name, called)
+
+    for name in _READS:
+        setattr(torch.Tensor, name, counted(name))
+    inside(RecordModule, "training_step", "in the step")
+    inside(Recorder, "on_train_batch_end", "behind it")
+    with tempfile.TemporaryDirectory() as folder:
+        limits = [f"run.max_steps={steps}", "run.eval_interval_samples=100000000", "run.eval_start_samples=100000000"]
+        own = [f"precision={precision}", f"hydra.run.dir={folder}/run", "run.checkpoint_interval_steps=1000"]
+        sys.argv = ["train", "experiment=debug", *limits, *own]
+        with contextlib.redirect_stdout(io.StringIO()):
+            train.main()
+    return Counter({label: counts[label] / steps for label in ("in the step", "behind it")})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--groups", type=int, default=4)
+    parser.add_argument("--waits", action="store_true")
+    parser.add_argument("--precision", default="fp32,bf16,amp,fp16")
     parser.add_argument("--names", action="store_true", help="the operators of each phase too")
     given = parser.parse_args()
+    if given.waits:  # the last step's evaluation is behind it
+        for precision in given.precision.split(","):
+            found = reads(precision)
+            print(precision, {label: round(value, 2) for label, value in found.items()}, flush=True)
+        return
     print("| precision | " + " | ".join(PHASES) + " | in all |\n" + "|---" * (len(PHASES) + 2) + "|")
     for precision in ("fp32", "bf16", "amp", "fp16"):
         count = step(precision, given.layers, given.groups)

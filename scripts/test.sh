@@ -7,7 +7,7 @@ if [ $# -eq 0 ]; then
   ruff check src tests benchmarks
   ruff format --check src tests benchmarks
   mypy
-  # Two at a time; a file's tests stay together, since they share what is made once a file. Files of long tests first.
-  exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+  # Three at a time on two cores, since tests of silence and of ends mostly wait; a file's tests stay together, since they share what is made once a file. Files of long tests first.
+  exec .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 fi
 exec .venv/bin/python -m pytest "$@"

@@ -9,7 +9,7 @@ from typing import List
 
 import pytest
 
-from conftest import command, lit_glm, rows
+from conftest import command, lit_glm, lit_glm_here, rows
 from runs.test_runs import _nothing_left
 
 SWEEP = ["-m", "experiment=debug", "run.max_steps=3", "hydra.sweep.dir=sweep", "logger={}"]
@@ -116,10 +116,11 @@ def test_topologies_in_turn_leave_nothing_behind(tmp_path: Path) -> None:
 
 def test_skip_done_can_be_switched_off(tmp_path: Path) -> None:
     """What is there is thrown away only if that is asked for."""
-    first = lit_glm("train", *SWEEP, "bs=2", "topology=1x1", cwd=tmp_path)
+    run = ["experiment=debug", "run.max_steps=3", "logger={}", "bs=2", f"hydra.run.dir={tmp_path}/sweep/0"]
+    assert lit_glm_here("train", *run) == 0
     before = (tmp_path / "sweep" / "0" / "result.json").read_bytes()
     again = lit_glm("train", *SWEEP, "bs=2", "topology=1x1", "sweep.skip_done=false", cwd=tmp_path)
-    assert (first.returncode, again.returncode) == (0, 2), again.stderr
+    assert again.returncode == 2, again.stderr
     assert "sweep/0: holds a run already (status finished)" in again.stderr
     assert (tmp_path / "sweep" / "0" / "result.json").read_bytes() == before
     over = ["sweep.skip_done=false", "run.overwrite=true"]

@@ -26,7 +26,7 @@ Failed = List[Tuple[str, str]]
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "_AT_LEAST_S", 0.02)
     monkeypatch.setattr(timing, "_COPIED", 2**20)
-    small = {"num_layers": 2, "hidden_size": 64, "vocab_size": 256, "max_sequence_length": 64}
+    small = {"num_layers": 2, "hidden_size": 32, "vocab_size": 128, "max_sequence_length": 48}
     monkeypatch.setattr(acceptance, "_NARROW", {**acceptance._NARROW, **small})
 
 
