@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes docs/report.png from runs: four quickstart runs, one a precision, their report, a screenshot of its head.
 #
-#   bash scripts/picture.sh            # needs Chromium; about six minutes on two cores (fp16 is slow on processors)
+#   bash scripts/picture.sh            # needs Chromium; three minutes on two cores
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-.venv/bin/python}

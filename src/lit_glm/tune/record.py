@@ -17,6 +17,7 @@ from lit_glm.plan.speed import keeps_scores
 from lit_glm.plan.workload import Workload
 from lit_glm.report.figures import STYLE
 from lit_glm.runs.job import identity
+from lit_glm.runs.result import of_config
 from lit_glm.runs.row import lines_of
 from lit_glm.tune.search import TIME, Try, fastest, largest, middle, of_bs
 
@@ -78,12 +79,9 @@ class Record:
 
 def of(config: TrainConfig) -> Dict[str, Any]:
     """What a search is of."""
+    known = of_config(config)
     return {
-        "hardware": config.hardware.name,
-        "topology": config.topology.name,
-        "precision": config.precision.name,
-        "scoring": config.scoring.name,
-        "model": config.model.name,
+        **{key: known[key] for key in ("hardware", "topology", "precision", "scoring", "model")},
         "tf32": config.precision.tf32,
         **{key: getattr(config.model, key) for key in MODEL_KEYS},
         "max_seq_length": config.data.max_seq_length,
