@@ -6,7 +6,7 @@ https://pracrand.sourceforge.net) give four masks, in the type that they are mul
 kernel is taken.
 """
 
-from typing import Any, Tuple
+from typing import Any, Optional, Tuple
 
 import numpy as np
 import torch
@@ -47,33 +47,41 @@ def _bits(count: int) -> Tensor:
 
 
 class _Dropout(torch.autograd.Function):
-    """x times a mask of zeros and 1 / (1 - p)."""
+    """x times a mask of zeros and 1 / (1 - p), and what it is added to, in one pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, p: float, onto: Optional[Tensor]) -> Tensor:
         keep, ctx.scale = draw(x, p)
         ctx.save_for_backward(keep)
-        return (x * keep).mul_(ctx.scale)
+        if onto is None:
+            return _scaled(x, keep, ctx.scale)
+        if onto.dtype is x.dtype:
+            return torch.addcmul(onto, x, keep, value=ctx.scale)
+        return torch.add(onto, x * keep, alpha=ctx.scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (keep,) = ctx.saved_tensors
-        return (grads[0] * keep).mul_(ctx.scale), None
+        return _scaled(grads[0].to(keep.dtype), keep, ctx.scale), None, grads[0] if ctx.needs_input_grad[2] else None
 
 
-def dropout(x: Tensor, p: float) -> Tensor:
+def _scaled(x: Tensor, keep: Tensor, scale: float) -> Tensor:
+    return torch.addcmul(x.new_zeros(()), x, keep, value=scale)
+
+
+def dropout(x: Tensor, p: float, onto: Optional[Tensor] = None) -> Tensor:
     """Set a share of the elements to zero and scale the others so that the mean stays.
 
     Args:
         x: any shape.
         p: the share; on the processor rounded to 1 / 65536, and scaled by what it was rounded to.
+        onto: what the outcome is added to; None: nothing.
     """
-    if p == 0.0:
-        return x
-    if x.device.type != "cpu":
-        return F.dropout(x, p)
-    dropped: Tensor = _Dropout.apply(x, p)
-    return dropped
+    if p and x.device.type == "cpu":
+        dropped: Tensor = _Dropout.apply(x, p, onto)
+        return dropped
+    dropped = F.dropout(x, p) if p else x
+    return dropped if onto is None else onto + dropped
 
 
 class Dropout(nn.Module):
@@ -83,6 +91,6 @@ class Dropout(nn.Module):
         super().__init__()
         self.p = p
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, onto: Optional[Tensor] = None) -> Tensor:
         """Any shape."""
-        return dropout(x, self.p) if self.training else x
+        return dropout(x, self.p if self.training else 0.0, onto)

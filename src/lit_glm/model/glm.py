@@ -111,8 +111,9 @@ class Layer(nn.Module):
     def forward(self, h: Tensor, plan: AttentionPlan, first_row: int) -> Tensor:
         """[T, D] -> [T - first_row, D]; with `first_row` > 0 only rows from there on leave the layer."""
         attended = self.attention(self.input_layernorm(h), plan, first_row > 0)
-        x = h[first_row:] + self.dropout(attended)
-        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+        x: Tensor = self.dropout(attended, h[first_row:])
+        out: Tensor = self.dropout(self.mlp(self.post_attention_layernorm(x)), x)
+        return out
 
 
 class Transformer(nn.Module):

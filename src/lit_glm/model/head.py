@@ -11,11 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_glm.model.kernels import autocasts
+
 _SLICE = 2**20
 """Elements of a table that a processor works on at a time (4 MiB in fp32)."""
-_PRODUCT = 2**26
-"""The same of other devices (256 MiB), and logits made at a time where no gradient needs them: enough rows for a
-product at full speed."""
+_PRODUCT = 2**25
+"""Logits that a processor makes at a time (128 MiB): enough rows for a product at full speed. In one piece the table of
+`published` is gigabytes, which the C library gives back after each step and the kernel clears again before the next."""
+_CARD = 2**26
+"""Elements that a card reads at a time, and makes where no gradient needs them."""
 
 
 def log_probabilities(
@@ -32,10 +36,11 @@ def log_probabilities(
     Returns:
         [T] float32. Its backward pass can run once: it overwrites the logits.
     """
-    if torch.is_grad_enabled():
-        return _of_targets(linear(h, embeddings, None), targets)
+    # Parts of the embeddings' gradient would be summed up in the half that they are computed in.
+    whole = torch.is_grad_enabled() and (h.device.type != "cpu" or autocasts() or h.dtype is not torch.float32)
+    rows = len(h) if whole else _rows(h, len(embeddings), _PRODUCT)
     parts = [
-        _of_targets(linear(h[rows], embeddings, None), targets[rows]) for rows in _slices(h, len(embeddings), _PRODUCT)
+        _of_targets(linear(part, embeddings, None), target) for part, target in zip(h.split(rows), targets.split(rows))
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -72,6 +77,10 @@ class _Picked(torch.autograd.Function):
 
 def _slices(table: Tensor, width: int, elements: int) -> Iterator[slice]:
     """Rows of a table, so many that `elements` of `width` a row are not exceeded."""
-    rows = max(1, (elements if table.device.type == "cpu" else _PRODUCT) // width)
+    rows = _rows(table, width, elements)
     for start in range(0, len(table), rows):
         yield slice(start, start + rows)
+
+
+def _rows(table: Tensor, width: int, elements: int) -> int:
+    return max(1, (elements if table.device.type == "cpu" else _CARD) // width)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Callable, Optional
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -19,3 +20,11 @@ class Kernels:
     needed; its answer None: in two. None: there is no such product."""
     checkpoint: Callable[..., Any] = checkpoint
     """`fn(f, *args)` that recomputes f in the backward pass."""
+
+
+def autocasts() -> bool:
+    """Whether a processor's products are computed in another type than they are given in."""
+    try:
+        return bool(torch.is_autocast_enabled("cpu"))
+    except TypeError:  # before torch 2.4
+        return bool(torch.is_autocast_cpu_enabled())

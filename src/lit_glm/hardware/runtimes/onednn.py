@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_glm.model.kernels import autocasts
 from lit_glm.upstream import onednn_linear
 
 _WORTH_IT = 2**23  # multiply-adds from which the other library's call costs less than it saves
@@ -77,7 +78,7 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
         and x.dtype is torch.float32
         and x.dim() == 2
         and len(x) * weight.numel() >= _WORTH_IT
-        and not _autocasts()
+        and not autocasts()
     ):
         out: Tensor = _OneDNN.apply(x, weight, bias)
         return out
@@ -95,7 +96,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Optional[Tensor]:
     Returns:
         [T, out]; None where torch has no such product, and outside of autocast to bf16.
     """
-    if _POINTWISE is None or not _autocasts() or _autocasts_to() is not torch.bfloat16:
+    if _POINTWISE is None or not autocasts() or _autocasts_to() is not torch.bfloat16:
         return None
     half = [part.to(torch.bfloat16) for part in (x, weight, bias)]
     out: Tensor = _POINTWISE(*half, "gelu", [], "tanh")
@@ -106,10 +107,3 @@ def _autocasts_to() -> torch.dtype:
     if hasattr(torch, "get_autocast_dtype"):
         return torch.get_autocast_dtype("cpu")
     return torch.get_autocast_cpu_dtype()  # before torch 2.4
-
-
-def _autocasts() -> bool:
-    try:
-        return bool(torch.is_autocast_enabled("cpu"))
-    except TypeError:  # before torch 2.4
-        return bool(torch.is_autocast_cpu_enabled())
