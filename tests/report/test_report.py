@@ -11,8 +11,9 @@ from typing import Any, Dict, List
 import numpy as np
 import pytest
 
+from lit_glm.bench.step_times import warm_up
 from lit_glm.report import main
-from lit_glm.report.figures import legends, percentiles, warm_up
+from lit_glm.report.figures import legends, percentiles
 from lit_glm.report.rows import label
 from lit_glm.report.runs import find
 from lit_glm.report.runs import rows as rows_of

@@ -34,3 +34,10 @@ def test_reached_or_not_and_why_it_stopped() -> None:
     assert "it goes on with run.resume=outputs/a" in said("interrupted")
     assert "nothing was evaluated" in said("finished", "run.evaluate=false", acc=None)
     assert "3 steps without an update" in said("finished", skipped_steps=3)
+
+
+def test_a_slow_start_is_said_and_a_usual_one_is_not() -> None:
+    slow = said("success", warm_up={"steps": 2, "seconds": 31.2, "slower": 2.84})
+    assert "the first 2 steps took 31.2 s, 2.8 times as long as the same work later" in slow
+    assert "warm-up" not in said("success", warm_up={"steps": 2, "seconds": 31.2, "slower": 1.2})
+    assert "warm-up" not in said("success", warm_up=None)

@@ -4,6 +4,7 @@ import time
 from typing import Any, Dict, List, Optional
 
 from lit_glm.batches.sampler import EndlessBatches
+from lit_glm.bench import step_times
 from lit_glm.bench.clock import PhaseClock
 from lit_glm.bench.figures import Seconds, figures
 from lit_glm.bench.others import Others
@@ -152,6 +153,7 @@ class Account:
         e2e: float,
         peak: Optional[float],
         work: Work,
+        flops: Any,
         rank_imbalance: Optional[float],
     ) -> Dict[str, Any]:
         """Write the final result (first rank).
@@ -163,6 +165,7 @@ class Account:
             e2e: seconds from the entry of `train` to the end of training.
             peak: highest memory in use, bytes.
             work: of all steps.
+            flops: [steps] of each step.
             rank_imbalance: see `WorkCounter.imbalance`.
         """
         assert self.files is not None
@@ -173,6 +176,8 @@ class Account:
         if rates["mfu"] is not None and rates["mfu"] > 1:
             rates["mfu_above_one"], rates["mfu"] = rates["mfu"], None  # no figure rather than a wrong one
         row.update(rank_imbalance=rank_imbalance, model_flops=work.flops, **rates)
+        row["step_s"] = step_times.summary(self.files.of_steps("step_s"))
+        row["warm_up"] = step_times.slow_start(self.files.of_steps("compute_s"), flops)
         self.files.write(row)
         return row
 

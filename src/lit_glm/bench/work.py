@@ -99,6 +99,12 @@ class WorkCounter:
             total = total + self._epochs[epoch][last - 1]
         return Work(*(float(value) for value in total))
 
+    def of_each(self, steps: int) -> Any:
+        """[steps] FLOPs of steps 1..steps, all ranks together."""
+        self.until(steps)
+        each = [np.diff(cumulative[:, 0], prepend=0.0) for cumulative in self._epochs]
+        return np.concatenate([*each, np.zeros(0)])[:steps]
+
     def _epoch(self, epoch: int) -> Any:
         """[steps of the epoch, 3] work up to each step, cumulative within the epoch."""
         order = self._sampler.order(epoch)

@@ -108,6 +108,7 @@ def _conclude(place: Place, built: Built) -> Dict[str, Any]:
             e2e,
             _peak([peak for _, peak in per_rank if peak is not None], built, config.topology.devices_per_node),
             counter.until(steps),
+            counter.of_each(steps),
             counter.imbalance(steps),
         )
         recorder.events.finished(result)

@@ -77,7 +77,7 @@ def _product(left: Tensor, right: Tensor, factor: float, out: Optional[Tensor] =
     """
     if left.device.type == "cpu":
         out = left.new_empty(left.shape[0], left.shape[1], right.shape[2]) if out is None else out
-        return out.baddbmm_(left, right, beta=0, alpha=factor)
+        return torch.baddbmm(out, left, right, beta=0, alpha=factor, out=out)
     product = torch.bmm(left, right)
     product = product if factor == 1.0 else product.mul_(factor)
     return product if out is None else out.copy_(product)

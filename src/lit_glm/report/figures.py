@@ -10,6 +10,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure as Canvas
 
+from lit_glm.bench.step_times import PERCENTILES, settled, warm_up
 from lit_glm.report.devices import draw_devices
 from lit_glm.report.rows import label
 from lit_glm.report.runs import Row, Run, as_number
@@ -181,15 +182,9 @@ def _accuracy(shown: Sequence[Series], words: Words) -> Panels:
     return _finish(panels, lines) if lines else None
 
 
-def warm_up(steps: int) -> int:
-    """How many of the first steps are left out of percentiles: a twentieth, at least 1 and at most 50."""
-    return min(50, max(1, steps // 20)) if steps > 1 else 0
-
-
 def percentiles(seconds: Any, samples: float) -> Tuple[float, float, float]:
     """Samples a second of the step that takes longer than 50, 90, 99 % of the steps after warm-up."""
-    settled = seconds[warm_up(len(seconds)) :]
-    p50, p90, p99 = (samples / float(np.percentile(settled, share)) for share in (50, 90, 99))
+    p50, p90, p99 = (samples / float(np.percentile(settled(seconds), share)) for share in PERCENTILES)
     return p50, p90, p99
 
 

@@ -5,6 +5,9 @@ from typing import Any, Dict, Optional
 
 from lit_glm.config.schema import TrainConfig
 
+_SLOW = 1.5
+"""From how many times its share of time a warm-up is worth a word."""
+
 
 def how_it_ended(result: Dict[str, Any], config: TrainConfig, run_dir: Path) -> str:
     """Two lines for people.
@@ -36,7 +39,19 @@ def how_it_ended(result: Dict[str, Any], config: TrainConfig, run_dir: Path) -> 
         how = f"NOT REACHED: {what}; {limit} was the limit, {when}"
     skipped = result.get("skipped_steps") or 0
     how += f"; {skipped} steps without an update" if skipped else ""
+    how += _slow_start(result.get("warm_up"))
     return f"{how}\nrun folder {run_dir}; the document of it: python -m lit_glm.report {run_dir}"
+
+
+def _slow_start(start: Optional[Dict[str, float]]) -> str:
+    """A line where the first steps took far longer than the same work later."""
+    if start is None or start["slower"] < _SLOW:
+        return ""
+    which = "step" if start["steps"] == 1 else f"{start['steps']} steps"
+    return (
+        f"\nwarm-up: the first {which} took {start['seconds']:.1f} s, {start['slower']:.1f} times as long as the same "
+        "work later (memory, kernels and files used for the first time); p_core, p_train and p_whole contain it"
+    )
 
 
 def _percent(share: Optional[float]) -> str:

@@ -2,11 +2,11 @@
 
 import time
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 from lit_glm.files import write_json
 from lit_glm.runs import result
-from lit_glm.runs.tables import EVALS, MEMORY, STEPS, Table
+from lit_glm.runs.tables import EVALS, MEMORY, STEPS, Table, read_table
 
 _RESULT_EVERY_S = 1.0
 
@@ -47,6 +47,10 @@ class LiveRun:
         """Write result.json."""
         self._written = time.monotonic()
         write_json(self.path / result.FILE, {**row, "schema_version": result.SCHEMA_VERSION})
+
+    def of_steps(self, column: str) -> List[float]:
+        """A column of steps.csv, of the steps before an interruption too."""
+        return [float(row[column]) for row in read_table(self.path / "steps.csv", STEPS)]
 
     def stale(self) -> bool:
         """Whether result.json is old enough to be written again."""
