@@ -12,6 +12,8 @@ from torch import Tensor
 
 from lit_glm.model.dropout import draw
 
+_SCALES = not torch.__version__.startswith("1.")
+"""Whether a product with beta=0 leaves out what stood there; torch 1.12 adds zero times that, which may be NaN."""
 _SCORES = 2**21
 """Scores that a processor computes at a time (8 MiB in fp32)."""
 
@@ -75,7 +77,7 @@ def _product(left: Tensor, right: Tensor, factor: float, out: Optional[Tensor] =
 
     On cards in steps: a runtime need not know products that scale, or write where they are told.
     """
-    if left.device.type == "cpu":
+    if left.device.type == "cpu" and _SCALES:
         out = left.new_empty(left.shape[0], left.shape[1], right.shape[2]) if out is None else out
         return torch.baddbmm(out, left, right, beta=0, alpha=factor, out=out)
     product = torch.bmm(left, right)
