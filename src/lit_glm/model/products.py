@@ -12,8 +12,6 @@ from torch import Tensor
 
 from lit_glm.model.dropout import draw
 
-_SCALES = not torch.__version__.startswith("1.")
-"""Whether a product with beta=0 leaves out what stood there; torch 1.12 adds zero times that, which may be NaN."""
 _SCORES = 2**21
 """Scores that a processor computes at a time (8 MiB in fp32)."""
 
@@ -37,7 +35,7 @@ class Products(torch.autograd.Function):
         out, kept = torch.empty_like(q, memory_format=torch.contiguous_format), []
         for start in range(0, N, ctx.sequences):
             some = slice(start * H, (start + ctx.sequences) * H)
-            scores = _product(q[some], k[some].transpose(1, 2), ctx.factor)
+            scores = torch.bmm(q[some] * ctx.factor, k[some].transpose(1, 2))
             if forbidden is not None:
                 own = forbidden if len(forbidden) != N else forbidden[start : start + ctx.sequences]
                 scores.view(-1, H, queries, keys).masked_fill_(own, torch.finfo(scores.dtype).min)
@@ -45,8 +43,10 @@ class Products(torch.autograd.Function):
             if dropout:
                 keep, ctx.scale = draw(probabilities, dropout)
                 dropped = keep.mul_(probabilities)
-            _product(dropped, v[some], ctx.scale, out[some])
+            _multiply(dropped, v[some], out[some])
             kept += [probabilities, dropped]
+        if dropout:
+            out.mul_(ctx.scale)
         ctx.save_for_backward(q, k, v, out, *kept)
         return out.view(N, H, queries, d)
 
@@ -57,32 +57,31 @@ class Products(torch.autograd.Function):
         N, H, queries, d = grads[0].shape
         grad = grads[0].reshape(N * H, queries, d)
         row_sum = (grad.float() * out.float()).sum(-1, keepdim=True).to(grad.dtype)
+        if ctx.scale != 1.0:
+            grad = grad * ctx.scale
         grad_q, grad_k, grad_v = (torch.empty_like(part, memory_format=torch.contiguous_format) for part in (q, k, v))
         for number in range(len(kept) // 2):
             some = slice(number * ctx.sequences * H, (number + 1) * ctx.sequences * H)
             probabilities, dropped = kept[2 * number : 2 * number + 2]
-            _product(dropped.transpose(1, 2), grad[some], ctx.scale, grad_v[some])
-            grad_scores = _product(grad[some], v[some].transpose(1, 2), ctx.scale)
+            _multiply(dropped.transpose(1, 2), grad[some], grad_v[some])
+            grad_scores = torch.bmm(grad[some], v[some].transpose(1, 2))
             if dropped is probabilities:
                 grad_scores.sub_(row_sum[some]).mul_(probabilities)
             else:  # (gradient x keep - row sum) x probability
                 grad_scores.mul_(dropped).addcmul_(probabilities, row_sum[some], value=-1)
-            _product(grad_scores, k[some], ctx.factor, grad_q[some])
-            _product(grad_scores.transpose(1, 2), q[some], ctx.factor, grad_k[some])
+            _multiply(grad_scores, k[some], grad_q[some])
+            _multiply(grad_scores.transpose(1, 2), q[some], grad_k[some])
+        grad_q.mul_(ctx.factor)
+        grad_k.mul_(ctx.factor)
         return (*(part.view(N, H, -1, d) for part in (grad_q, grad_k, grad_v)), None, None)
 
 
-def _product(left: Tensor, right: Tensor, factor: float, out: Optional[Tensor] = None) -> Tensor:
-    """Factor x left @ right, into a part of a result where one is given.
-
-    On cards in steps: a runtime need not know products that scale, or write where they are told.
-    """
-    if left.device.type == "cpu" and _SCALES:
-        out = left.new_empty(left.shape[0], left.shape[1], right.shape[2]) if out is None else out
-        return torch.baddbmm(out, left, right, beta=0, alpha=factor, out=out)
-    product = torch.bmm(left, right)
-    product = product if factor == 1.0 else product.mul_(factor)
-    return product if out is None else out.copy_(product)
+def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Into a part of a result. On cards by a copy: a runtime need not know products that write where they are told."""
+    if out.device.type == "cpu":
+        torch.bmm(left, right, out=out)
+    else:
+        out.copy_(torch.bmm(left, right))
 
 
 def _softmax(scores: Tensor) -> Tensor:
