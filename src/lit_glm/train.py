@@ -13,6 +13,7 @@ from lit_glm.config.app import Outcome, run_app  # noqa: E402
 from lit_glm.config.line import CommandLine  # noqa: E402
 from lit_glm.config.schema import TrainConfig  # noqa: E402
 from lit_glm.errors import InputError  # noqa: E402
+from lit_glm.importing import importing  # noqa: E402
 
 
 def train(config: TrainConfig, composed: Any) -> Outcome:
@@ -24,7 +25,8 @@ def train(config: TrainConfig, composed: Any) -> Outcome:
 
     set_environment(config.hardware)  # before anything imports torch
 
-    from lit_glm.hardware.runtimes import check_runtime
+    with importing():
+        from lit_glm.hardware.runtimes import check_runtime
     from lit_glm.jobs.nodes import outer_rank
     from lit_glm.runs.folder import composed_files
 

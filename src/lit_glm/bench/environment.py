@@ -29,7 +29,6 @@ _PACKAGES = (
     "omegaconf",
     "numpy",
     "h5py",
-    "scipy",
     "tokenizers",
     "safetensors",
     *PACKAGES,

@@ -16,6 +16,7 @@ from lit_glm.ending import GRACE_S, die_with_parent, end, kill_children
 from lit_glm.errors import InputError, RunError
 from lit_glm.hardware.shortage import kernel_kills
 from lit_glm.hardware.watch import devices_watched, file_of
+from lit_glm.importing import importing
 from lit_glm.jobs import signs
 from lit_glm.jobs.interrupts import EXIT_STATUS, Interrupted, stopping
 from lit_glm.jobs.nodes import Node, check_nodes, interface_towards, this_node
@@ -142,7 +143,8 @@ def _help(job: Job, node: Node, run_dir: Path) -> Dict[str, Any]:
 
 
 def _run_here(job: Job, run_dir: Path) -> None:
-    from lit_glm.jobs.rank import run_rank
+    with importing():
+        from lit_glm.jobs.rank import run_rank
 
     def end_all(where: List[str]) -> None:
         said = said_of(job.config, run_dir, where)

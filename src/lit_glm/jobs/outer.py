@@ -11,6 +11,7 @@ from lit_glm.config.schema import TrainConfig
 from lit_glm.ending import kill_children, leave
 from lit_glm.errors import InputError
 from lit_glm.hardware.runtimes import make_runtime
+from lit_glm.importing import importing
 from lit_glm.jobs import signs
 from lit_glm.jobs.group import joined
 from lit_glm.jobs.launch import ending_recorded, energy_recorded, node_watched
@@ -63,8 +64,9 @@ def run_outer(
     Returns:
         The exit status.
     """
-    from lit_glm.hardware import exchange
-    from lit_glm.jobs.rank import run_rank
+    with importing():
+        from lit_glm.hardware import exchange
+        from lit_glm.jobs.rank import run_rank
 
     folder = Path(os.devnull)
 

@@ -12,6 +12,7 @@ from typing import Callable
 
 from lit_glm.ending import die_with_parent, leave
 from lit_glm.errors import InputError, RunError
+from lit_glm.importing import importing
 from lit_glm.jobs.group import joined
 from lit_glm.jobs.interrupts import Interrupted
 from lit_glm.jobs.signs import Heartbeat
@@ -30,7 +31,8 @@ def main(spec_dir: Path, run_dir: Path) -> int:
     beat = Heartbeat(spec_dir, int(os.environ["RANK"]))
 
     def work() -> None:
-        from lit_glm.jobs.rank import run_rank
+        with importing():
+            from lit_glm.jobs.rank import run_rank
 
         with joined(job.config):
             beat()

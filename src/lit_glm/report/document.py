@@ -15,7 +15,7 @@ from lit_glm.runs.row import COLUMNS, skips_much
 TOPOLOGIES = ("1x1", "1x8", "2x8")
 """Of a complete document, as published."""
 _SCORINGS = ("published", "shared_context")
-_DEPENDENCIES = ("torch", "pytorch-lightning", "torchmetrics", "hydra-core", "omegaconf", "numpy", "h5py", "scipy")
+_DEPENDENCIES = ("torch", "pytorch-lightning", "torchmetrics", "hydra-core", "omegaconf", "numpy", "h5py")
 _TOLD = {"machine": "machine", "card": "card", "network": "network", "driver": "driver", "image": "image"}
 """Environment entries that a `report.*` key can give."""
 
