@@ -4,7 +4,7 @@ All engines take the same weights and the same batches in turn, in one process; 
 (benchmarks/reference.py: the published work) of the same round, or a share of a matrix product's speed in that round.
 `--memory` measures each engine's peak in a process of its own instead, by the kernel's own count.
 
-    python benchmarks/engines.py --shape 6x512 --bs 8 --rounds 2
+    python benchmarks/engines.py --shape 6x512 --bs 8 --rounds 1 --again 2     # warm: memory touched by the same batch
     python benchmarks/engines.py --shape large --bs 8 --engines shared_context,bf16 --rounds 4      # no reference
     python benchmarks/engines.py --shape large --bs 2 --memory
 """
@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("--engines", default="reference,published,shared_context,bf16")
     parser.add_argument("--parts", default="eval,train")
     parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--again", type=int, default=1, help="each batch so many times in turn; the last one counts")
     parser.add_argument("--file", type=Path, help="HDF5 file of the published layout (default: generated)")
     parser.add_argument("--memory", action="store_true")
     given = parser.parse_args()
@@ -155,7 +156,8 @@ def main() -> None:
         for part in given.parts.split(","):
             for engine in engines:
                 batch = padded if engine.padded else flat
-                took, value = timed(lambda: (engine.step if part == "train" else engine.evaluate)(batch))  # noqa: B023
+                for _ in range(given.again):
+                    took, value = timed(lambda: (engine.step if part == "train" else engine.evaluate)(batch))  # noqa: B023
                 seconds.setdefault((part, engine.name), []).append(took)
                 work = flops[engine.padded] / (1 if part == "train" else 3)
                 shares.setdefault((part, engine.name), []).append(work / took / peaks[engine.half])

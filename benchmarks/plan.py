@@ -2,9 +2,9 @@
 
     python benchmarks/plan.py [--hidden 512] [--news FOLDER]
 
-Each row is a run of its own, measured behind its first steps, beside what `plan` says of it from the run at bs 4 with
-4 layers: the middle of the predicted range (its geometric mean) over what was measured. --news: a folder that `prepare`
-has filled, for real lengths; else generated examples.
+Each row is a run of its own, measured behind its first steps and scaled to the work of its average step, beside what
+`plan` says of it from the run at bs 4 with 4 layers: the middle of the predicted range (its geometric mean) over what
+was measured. --news: a folder that `prepare` has filled, for real lengths; else generated examples.
 """
 
 import argparse
@@ -16,6 +16,10 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any, Dict, List
+
+from lit_glm.batches.compact import open_split
+from lit_glm.plan.workload import Workload
+from lit_glm.runs.job import Job
 
 
 def command(name: str, overrides: List[str]) -> str:
@@ -32,8 +36,12 @@ def measured(folder: Path, overrides: List[str]) -> Dict[str, float]:
     with (folder / "steps.csv").open() as file:
         steps = [float(row["step_s"]) for row in csv.DictReader(file)]
     first = max(3, len(steps) // 10)
-    result = json.loads((folder / "result.json").read_text())
-    return {"step_s": statistics.mean(steps[first:]), "memory_gib": result["mem_actual_gib"]}
+    result, config = json.loads((folder / "result.json").read_text()), Job.read(folder).config
+    split = open_split(config.data.train_file, False, config.data.cache_dir)
+    flops = Workload(config, split, None).counter.of_each(len(steps))
+    # The longest examples come first, so that those which are left out have more work than a step has on average.
+    average = statistics.mean(steps[first:]) * flops.mean() / flops[first:].mean()
+    return {"step_s": average, "memory_gib": result["mem_actual_gib"]}
 
 
 def middle(pair: List[float]) -> float:

@@ -83,11 +83,13 @@ def test_from_a_run_to_other_batch_sizes(bs: int, overhead: float) -> None:
     assert found.low <= truth <= found.high
 
 
-def test_lines_leave_out_what_came_in_between() -> None:
-    plain, line = a_run(0.5, 2e11).lines()
+def test_lines_with_and_without_what_came_in_between() -> None:
+    everything, plain, line = a_run(0.5, 2e11).lines()
     assert (line.overhead, line.rate) == (pytest.approx(0.5, rel=0.01), pytest.approx(2e11, rel=0.01))
-    assert plain.overhead == 0.0
-    assert [one.overhead for one in a_run(0.0, 2e11).lines()] == [0.0]
+    assert plain.overhead == everything.overhead == 0.0
+    assert everything.rate < plain.rate
+    assert [one.overhead for one in a_run(0.0, 2e11).lines()] == [0.0, 0.0]
+    assert a_run(0.0, 2e11).lines()[1].rate == pytest.approx(2e11, rel=0.01)
 
 
 @given(st.lists(st.floats(0.1, 1e6), min_size=1), st.floats(0.1, 1e6))

@@ -20,6 +20,10 @@ _GIB = 2**30
 _KEPT = 17.0
 """Rows of D numbers that a layer keeps for its backward pass: norms' inputs and outputs 4, Q K V 3, attention's output
 and residual 2, MLP 4 before and 4 behind the activation."""
+_KEPT_LAST = 4.0
+"""Of the last layer's contexts, which leave it in no row: norm's input and output, K, V (`shared_context`)."""
+_KEYS_AGAIN = 2.0
+"""Of processors: a context's keys and values stand a second time, beside those of its candidates."""
 _HEAD_COPIES = 1.0
 """Logits; the backward pass turns them into their own gradient."""
 
@@ -71,7 +75,8 @@ def _activations(config: TrainConfig, lengths: Lengths, bs: int, keeps_scores: b
     model = config.model
     D, L, V = model.hidden_size, model.num_layers, model.vocab_size
     size = 2.0 if config.precision.name == "fp16" else 3.0 if config.precision.name in ("amp", "bf16") else 4.0
-    dropout = 2.0 * D if model.hidden_dropout else 0.0  # two masks of a byte
+    on_processor = config.hardware.accelerator == "cpu"
+    dropout = 2.0 * D * (size if on_processor else 1.0) if model.hidden_dropout else 0.0  # two masks; torch's are bytes
     if config.scoring.name == "published":
         rows = float(min(bs, len(lengths)) * lengths.candidates.max() * config.data.max_seq_length)
         predicting = rows
@@ -80,10 +85,13 @@ def _activations(config: TrainConfig, lengths: Lengths, bs: int, keeps_scores: b
         rows = _largest(lengths.rows, bs)
         predicting = _largest(lengths.predicting, bs)
         pairs = _largest(lengths.pairs, bs)
-    layer = rows * (_KEPT * D * size + dropout)
-    if keeps_scores:
-        layer += pairs * model.num_attention_heads * (size + (1.0 if model.attention_dropout else 0.0))
-    kept = L * rows * D * size + layer if model.activation_checkpointing else L * layer
+    shared = config.scoring.name != "published"
+    again = _KEYS_AGAIN if on_processor and shared else 0.0
+    layer = rows * ((_KEPT + again) * D * size + dropout)
+    if keeps_scores:  # before and behind dropout
+        layer += pairs * model.num_attention_heads * size * (2.0 if model.attention_dropout else 1.0)
+    last = (rows * (_KEPT_LAST + again) + predicting * (_KEPT - _KEPT_LAST)) * D * size if shared else layer
+    kept = L * rows * D * size + layer if model.activation_checkpointing else (L - 1) * layer + last
     return kept + predicting * V * 4.0 * _HEAD_COPIES
 
 

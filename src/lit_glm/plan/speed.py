@@ -109,11 +109,12 @@ class Measured:
         return not any(self.result.get(mark) for mark in ("simulated", "profiled"))
 
     def lines(self) -> List[Line]:
-        """Its steps as lines: without any overhead, and by least squares where that says something.
+        """Its steps as lines: all of them, then without far outliers, then by least squares where that says something.
 
-        What came in between now and then is no property of the chip: far outliers are left out.
+        What came in between now and then may be no property of the chip; the range holds both.
         """
         flops, compute = self.flops, self.compute
+        everything = Line(0.0, float(flops.sum() / compute.sum()))
         for _ in range(3):
             off = compute - flops * (compute.sum() / flops.sum())
             kept = np.abs(off - np.median(off)) <= 4.0 * np.median(np.abs(off - np.median(off))) + 1e-9
@@ -123,8 +124,8 @@ class Measured:
         overhead, slope = np.linalg.lstsq(design, compute, rcond=None)[0]
         # Lengths that differ too little cannot tell the two apart.
         if overhead <= 0 or slope <= 0.25 / whole.rate:
-            return [whole]
-        return [whole, Line(float(overhead), float(1.0 / slope))]
+            return [everything, whole]
+        return [everything, whole, Line(float(overhead), float(1.0 / slope))]
 
 
 def keeps_scores(config: TrainConfig) -> bool:

@@ -12,7 +12,7 @@ from lit_glm.bench.lengths import Lengths
 from lit_glm.bench.work import WorkCounter
 from lit_glm.config.schema import TrainConfig
 
-_LOOKED_AT = 48
+_LOOKED_AT = 200
 """Steps over which the slowest rank is averaged; fewer of many ranks."""
 _DEALT = 2**17
 """Examples that are dealt out for it at most."""
@@ -97,9 +97,11 @@ class Workload:
         """FLOPs of one, all ranks together."""
 
     def _looked_at(self) -> Tuple[float, float]:
-        """FLOPs of the slowest rank and of a rank on the average, a step."""
-        count = min(_LOOKED_AT, max(1, _DEALT // self._config.global_batch), self.sampler.steps_per_epoch)
-        steps = np.unique(np.linspace(1, max(1, self.sampler.steps_per_epoch - 1), count).astype(int))
+        """FLOPs of the slowest rank and of a rank on the average, a step; of a run that ends early, of its steps."""
+        last = max(1, min(self.sampler.steps_per_epoch - 1, self.steps()))
+        count = min(_LOOKED_AT, max(1, _DEALT // self._config.global_batch), last)
+        first = 1 if count == last else 2  # the first one holds the longest examples where that is asked for
+        steps = np.unique(np.linspace(first, last, count).astype(int))
         work = np.stack([self.counter.by_rank(int(step)) for step in steps])
         return float(work.max(axis=1).mean()), float(work.mean())
 
