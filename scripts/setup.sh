@@ -16,16 +16,15 @@ find_python() {
   return 1
 }
 
-# --no-compile: Python compiles what it imports; pip would compile everything, half a minute of one core.
 install_torch() {
   # The CPU build. Wheels called +cpu lie on torch's own index and on machines that were given one; a plain `torch`
   # from PyPI would bring gigabytes of CUDA on Linux, and is what is left where neither is in reach.
   local version
   version=$(sed -n 's/^torch==//p' constraints/current.txt)
   .venv/bin/python -c "import torch; assert torch.__version__.split('+')[0] == '$version'" 2>/dev/null && return
-  .venv/bin/pip install -q --no-compile "torch==$version+cpu" 2>/dev/null \
-    || .venv/bin/pip install -q --no-compile "torch==$version" --index-url https://download.pytorch.org/whl/cpu 2>/dev/null \
-    || .venv/bin/pip install -q --no-compile "torch==$version"
+  .venv/bin/pip install -q "torch==$version+cpu" 2>/dev/null \
+    || .venv/bin/pip install -q "torch==$version" --index-url https://download.pytorch.org/whl/cpu 2>/dev/null \
+    || .venv/bin/pip install -q "torch==$version"
 }
 
 setup() { # setup EXTRA
@@ -39,6 +38,6 @@ setup() { # setup EXTRA
   install_torch
   local target="."
   [ -n "$1" ] && target=".[$1]"
-  .venv/bin/pip install -q --no-compile -c constraints/current.txt -e "$target"
+  .venv/bin/pip install -q -c constraints/current.txt -e "$target"
   echo "$wanted" > "$stamp"
 }

@@ -7,7 +7,6 @@ if [ $# -eq 0 ]; then
   ruff check src tests benchmarks
   ruff format --check src tests benchmarks
   mypy & types=$!
-  python -c 'import lit_glm.jobs.rank, lit_glm.report.document, pytest, hypothesis'  # compiled once, not by three at a time
   # Types are checked meanwhile. Three at a time on two cores, since tests of silence and of ends mostly wait; a file's tests stay together, since they share what is made once a file. Files of long tests first.
   .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
   wait "$types" || { echo "lit_glm: mypy found errors, see above" >&2; exit 1; }

@@ -30,9 +30,9 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
   .venv-seed/bin/pip install -q -U 'pip<25.1'
   # The published +cpu build where torch's own index is in reach, else PyPI's build of the same version.
   .venv-seed/bin/python -c "import torch; assert torch.__version__.split('+')[0] == '1.12.1'" 2>/dev/null \
-    || .venv-seed/bin/pip install -q --no-compile torch==1.12.1+cpu --index-url https://download.pytorch.org/whl/cpu 2>/dev/null \
-    || .venv-seed/bin/pip install -q --no-compile torch==1.12.1
-  .venv-seed/bin/pip install -q --no-compile -c constraints/seed.txt -e '.[test]'
+    || .venv-seed/bin/pip install -q torch==1.12.1+cpu --index-url https://download.pytorch.org/whl/cpu 2>/dev/null \
+    || .venv-seed/bin/pip install -q torch==1.12.1
+  .venv-seed/bin/pip install -q -c constraints/seed.txt -e '.[test]'
   echo "$wanted" > "$stamp"
 fi
 exec .venv-seed/bin/python -m pytest "$@"

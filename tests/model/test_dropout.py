@@ -47,3 +47,19 @@ def test_nothing_outside_training() -> None:
     layer, x = Dropout(0.5), torch.ones(8, 8)
     assert torch.equal(layer.eval()(x), x)
     assert not torch.equal(layer.train()(x), x)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("onto_type", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("x_type", [torch.float32, torch.bfloat16])
+def test_added_to_something_it_is_a_sum(p: float, onto_type: torch.dtype, x_type: torch.dtype) -> None:
+    """A residual stays in fp32 where what is added to it is a half."""
+    x, onto = torch.rand(40, 9).to(x_type).requires_grad_(), torch.rand(40, 9).to(onto_type).requires_grad_()
+    found = []
+    for together in (True, False):
+        torch.manual_seed(7)
+        out = dropout(x, p, onto) if together else onto + dropout(x, p)
+        found.append((out, *torch.autograd.grad((out * torch.arange(9.0)).sum(), (x, onto))))
+    for one, other in zip(*found):
+        assert one.dtype is other.dtype
+        torch.testing.assert_close(one, other, atol=0.02, rtol=0.02)

@@ -39,11 +39,11 @@ def slow_start(compute: Any, flops: Any) -> Optional[Dict[str, float]]:
 
     Returns:
         steps and seconds of the warm-up, and how many times as long it took as its work does later (`slower`); None
-        with fewer than four later steps.
+        with fewer than four later steps, or where one of both is not known of every step.
     """
     seconds, work = np.asarray(compute, float), np.asarray(flops, float)
     first = warm_up(len(seconds))
-    if len(seconds) - first < 4 or not (work > 0).all() or not (seconds > 0).all():
+    if len(seconds) != len(work) or len(seconds) - first < 4 or not (work > 0).all() or not (seconds > 0).all():
         return None
     later = float(np.median(seconds[first:] / work[first:]))
     took = float(seconds[:first].sum())
