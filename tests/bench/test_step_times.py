@@ -22,6 +22,8 @@ def test_a_long_first_batch_is_no_slow_start() -> None:
     assert late == pytest.approx({"steps": 1, "seconds": 12.0, "slower": 3.0})
 
 
-@pytest.mark.parametrize(("seconds", "flops"), [([1.0] * 4, [1.0] * 4), ([1.0] * 9, [0.0] * 9), ([], []), ([1.0] * 9, [1.0] * 8)])
+@pytest.mark.parametrize(
+    ("seconds", "flops"), [([1.0] * 4, [1.0] * 4), ([1.0] * 9, [0.0] * 9), ([], []), ([1.0] * 9, [1.0] * 8)]
+)
 def test_nothing_is_said_of_what_is_not_known(seconds: "list[float]", flops: "list[float]") -> None:
     assert slow_start(seconds, flops) is None
