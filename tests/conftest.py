@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import pytest
+from hypothesis import settings
 
+settings.register_profile("unhurried", deadline=None)  # tests run beside each other: none is judged by its time
+settings.load_profile("unhurried")
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two tests at a time: threads that spin take each other's cores
 GOLDEN = Path(__file__).parent / "parity" / "golden"

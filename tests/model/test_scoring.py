@@ -68,7 +68,7 @@ def model(gelu: str = "tanh") -> GLM:
     return GLM(GLMShape(2, 32, 4, 64, LIMIT, 0.0, 0.0, gelu, init_std=0.2))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(batch=st.lists(questions.filter(fits), min_size=1, max_size=4))
 def test_both_scorings_give_the_same_scores(batch: List[Question], tmp_path: Path) -> None:
     split, glm = split_of(batch, tmp_path), model()
