@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Callable, List
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_glm.errors import RunError
@@ -26,7 +26,6 @@ def searched(capacity: int, most: int, speed: Callable[[int, int], float], repea
         tries.append(Try(bs, FITS, speed(bs, len(tries))) if bs <= capacity else Try(bs, MEMORY))
 
 
-@settings(deadline=None)
 @given(capacity=st.integers(0, 3000), most=st.integers(1, 3000), knee=st.integers(1, 500))
 def test_the_largest_that_fits_is_found_to_a_sixteenth(capacity: int, most: int, knee: int) -> None:
     tries = searched(capacity, most, lambda bs, _: bs / (bs + knee))
@@ -40,7 +39,6 @@ def test_the_largest_that_fits_is_found_to_a_sixteenth(capacity: int, most: int,
     assert len(of_bs(tries)[found]) >= 2
 
 
-@settings(deadline=None)
 @given(peak=st.integers(1, 400))
 def test_a_fastest_one_in_between_is_found_nearly(peak: int) -> None:
     tries = searched(512, 10_000, lambda bs, _: 1.0 - abs(bs - peak) / 1000)
