@@ -110,6 +110,7 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true")
     given = parser.parse_args()
     names = given.engines.split(",")
+    CPURuntime()  # as in `train`, before a thread starts: those that run already do not flush numbers below 1e-38
     if given.memory and len(names) > 1:
         for name in names:
             own = [*sys.argv, "--engines", name, "--rounds", "1", "--parts", "train"]
