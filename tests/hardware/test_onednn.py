@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lit_glm.hardware.runtimes import onednn as linear
+from lit_glm.hardware.runtimes.cpu import CPURuntime
 from lit_glm.model.glm import Linear
 from lit_glm.model.kernels import Kernels
 
@@ -59,11 +60,21 @@ def test_frozen_weights_need_no_gradient(monkeypatch: pytest.MonkeyPatch) -> Non
     torch.testing.assert_close(x.grad, weight.sum(0).expand(8, 4))
 
 
+def test_a_processor_without_bf16_products_has_no_such_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*arguments: Any) -> Any:
+        raise RuntimeError("could not create a primitive descriptor for the inner product")
+
+    monkeypatch.setattr(linear, "_POINTWISE", refuses)
+    assert CPURuntime().kernels().linear_gelu is None
+
+
 @pytest.mark.skipif(not hasattr(torch, "compile"), reason="needs torch 2")
 def test_a_linear_layer_and_gelu_in_one_are_those_in_two() -> None:
     torch.manual_seed(0)
     x, weight, bias = torch.randn(40, 64), torch.randn(96, 64) / 8, torch.randn(96)
     assert linear.linear_gelu(x, weight, bias) is None  # fp32: not faster
+    if not linear.has_bf16():
+        pytest.skip("oneDNN does not multiply in bf16 on this processor")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = linear.linear_gelu(x, weight, bias)
     assert out is not None

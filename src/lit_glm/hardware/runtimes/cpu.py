@@ -56,7 +56,7 @@ class CPURuntime(Runtime):
     def kernels(self) -> Kernels:
         """Linear layers by the faster of torch's two libraries."""
         linear = onednn.linear if onednn.PREFERS_ONEDNN else F.linear
-        return Kernels(linear, onednn.linear_gelu, self.checkpoint())
+        return Kernels(linear, onednn.linear_gelu if onednn.has_bf16() else None, self.checkpoint())
 
     def peak_memory(self, index: int) -> Optional[float]:
         """Resident memory of this process and its children (data loaders): the kernel's high-water mark of each.
