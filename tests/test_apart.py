@@ -2,6 +2,8 @@
 
 import ctypes
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, List
 
@@ -54,6 +56,14 @@ def test_a_result_and_progress() -> None:
 def test_what_goes_wrong_is_said(function: Any, said: str) -> None:
     with pytest.raises(InputError, match=said):
         call_apart(function, "a.hdf5")
+
+
+@pytest.mark.parametrize("module", ["batches.convert", "batches.look", "bench.lengths"])
+def test_what_runs_apart_needs_neither_torch_nor_hydra(module: str) -> None:
+    """Each file that is looked at costs a process: half a second with numpy and h5py, three with torch."""
+    code = f"import sys, lit_glm.{module}; print({{'torch', 'hydra', 'omegaconf'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_a_full_disk_is_no_damage() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from conftest import command, lit_glm, rows
+from conftest import command, lit_glm, lit_glm_here, rows
 from lit_glm.runs.lock import alone_in
 from runs.test_runs import DEBUG, _start, _wait_for_steps, result
 from runs.test_sweep import SWEEP, states
@@ -76,7 +76,7 @@ def test_a_second_sweep_in_the_same_folder_is_refused(tmp_path: Path) -> None:
 
 def test_a_sweep_takes_nothing_from_single_runs_and_says_what_it_takes(tmp_path: Path) -> None:
     debug = ["experiment=debug", "run.max_steps=2", "logger={}"]
-    assert lit_glm("train", *debug, "bs=2", "hydra.run.dir=outputs/a/b", cwd=tmp_path).returncode == 0
+    assert lit_glm_here("train", *debug, "bs=2", f"hydra.run.dir={tmp_path}/outputs/a/b") == 0
     first = lit_glm("train", "-m", *debug, "bs=2,4", cwd=tmp_path)
     assert (first.returncode, first.stdout.count("there is nothing to do")) == (0, 0), first.stderr
     again = lit_glm("train", "-m", *debug, "bs=2,4", cwd=tmp_path)

@@ -25,9 +25,10 @@ FILES = (
     ".hydra/config.yaml",
     ".hydra/overrides.yaml",
 )
+STEPS = 60
 DEBUG = [
     "experiment=debug",
-    "run.max_steps=40",
+    f"run.max_steps={STEPS}",
     "run.max_samples=100000",
     "run.eval_interval_samples=40",
     "run.checkpoint_interval_steps=7",
@@ -64,15 +65,15 @@ def test_what_a_run_leaves(whole: Any) -> None:
     topology, run, done = whole
     assert all((run / name).is_file() for name in FILES)
     final = result(run)
-    assert (final["status"], final["global_steps"], final["topology"]) == ("finished", 40, topology)
+    assert (final["status"], final["global_steps"], final["topology"]) == ("finished", STEPS, topology)
     ranks = int(topology[-1])
-    assert final["num_trained_samples"] == 40 * 4 * ranks
+    assert final["num_trained_samples"] == STEPS * 4 * ranks
     steps = rows(run / "steps.csv")
-    assert [int(row["step"]) for row in steps] == list(range(1, 41))
+    assert [int(row["step"]) for row in steps] == list(range(1, STEPS + 1))
     assert final["p_core"] >= final["p_train"] >= final["p_whole"] > 0
-    assert final["step_s"]["count"] == 38
+    assert final["step_s"]["count"] == STEPS - 3
     assert 0 < final["step_s"]["p50"] <= final["step_s"]["p90"] <= final["step_s"]["p99"]
-    assert final["warm_up"]["steps"] == 2
+    assert final["warm_up"]["steps"] == 3
     # Of several ranks the slowest counts in each phase, so their sum may pass the whole by a little.
     assert final["e2e_time"] * (1 if ranks == 1 else 1.05) >= final["init_time"] + final["raw_train_time"] > 0
     if ranks == 1:
@@ -80,7 +81,7 @@ def test_what_a_run_leaves(whole: Any) -> None:
         assert final["pure_compute_time"] == pytest.approx(sum(float(row["compute_s"]) for row in steps), rel=1e-3)
     evaluated = [int(row["step"]) for row in rows(run / "evals.csv")]
     every = -(-40 // (4 * ranks))
-    assert evaluated == sorted({0, 40, *range(every, 41, every)})
+    assert evaluated == sorted({0, STEPS, *range(every, STEPS + 1, every)})
     assert final["acc"] == float(rows(run / "evals.csv")[-1]["acc"])
     assert final["mem_actual_gib"] < final["mem_total_gib"]
     assert final["mfu"] is None  # no peak is known of a processor
@@ -97,9 +98,9 @@ def test_events_are_those_of_flagperf(whole: Any) -> None:
     names = [event["event"] for event in events]
     assert names[:6] == ["SUBMIT_INFO", "INIT_START", "INIT_EVALUATION", "INIT_END", "TRAIN_START", "EPOCH_BEGIN"]
     assert names[-3:] == ["EPOCH_END", "TRAIN_END", "FINISHED"]
-    assert names.count("STEP_END") == names.count("STEP_BEGIN") == 40
+    assert names.count("STEP_END") == names.count("STEP_BEGIN") == STEPS
     assert {"file", "lineno", "time_ms", "rank"} <= set(events[0]["metadata"])
-    assert events[-1]["value"]["global_steps"] == 40
+    assert events[-1]["value"]["global_steps"] == STEPS
 
 
 def _wait_for_steps(run: Path, process: "subprocess.Popen[str]", steps: int) -> None:
@@ -135,39 +136,51 @@ def _same(run: Path, whole: Path, folder: Path) -> None:
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
 
 
-@pytest.mark.parametrize(
-    ("number", "exit_status", "status"),
-    [(signal.SIGKILL, -9, "running"), (signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "interrupted")],
-)
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(
-    number: int, exit_status: int, status: str, whole: Any, folder: Path
-) -> None:
+STOPS = [  # signal, exit status, status in result.json, steps that have been done by then
+    (signal.SIGINT, 130, "interrupted", (9, 13)),
+    (signal.SIGTERM, 143, "interrupted", (21, 25)),
+    (signal.SIGKILL, -9, "running", (33, 37)),
+]
+
+
+def test_a_run_that_is_stopped_in_every_way_goes_on_as_if_it_had_not_been(whole: Any, folder: Path) -> None:
+    """Three stops in a row; after the last, which is a kill, the newest checkpoint is torn too."""
     topology, unbroken, _ = whole
-    run = folder / f"stopped_{topology}_{number}"
-    process = _start(folder, run, topology)
-    _wait_for_steps(run, process, random.Random(number).randint(9, 25))
-    process.send_signal(number)
-    output = process.communicate(timeout=90)
-    assert process.returncode == exit_status, output
-    if number != signal.SIGKILL:  # ranks that lose their agent may say so
-        assert "Traceback" not in output[1], output[1]
-    stopped = result(run)
-    # A parent that is killed takes its agent with it, and the ranks of an agent may still stop in order.
-    in_order = number == signal.SIGKILL and topology == "1x2"
-    assert stopped["status"] in ({status, "interrupted"} if in_order else {status})
-    assert stopped["global_steps"] > 0
-    _nothing_left(run)
-    how = str(run) if number == signal.SIGKILL else "auto"
-    done = lit_glm(
-        "train", *DEBUG, f"topology={topology}", f"run.resume={how}", f"hydra.run.dir={folder / 'other'}", cwd=folder
-    )
+    run, how, told, spent = folder / f"stopped_{topology}", "none", "", 0.0
+    for number, exit_status, status, between in STOPS:
+        process = _start(folder, run, topology, *_going_on(how, folder))
+        _wait_for_steps(run, process, random.Random(number).randint(*between))
+        process.send_signal(number)
+        output = process.communicate(timeout=90)
+        assert process.returncode == exit_status, output
+        if number != signal.SIGKILL:  # ranks that lose their agent may say so
+            assert "Traceback" not in output[1], output[1]
+        assert told in output[0]
+        stopped = result(run)
+        # A parent that is killed takes its agent with it, and the ranks of an agent may still stop in order.
+        in_order = number == signal.SIGKILL and topology == "1x2"
+        assert stopped["status"] in ({status, "interrupted"} if in_order else {status})
+        assert stopped["global_steps"] > 0
+        assert stopped["e2e_time"] > spent
+        _nothing_left(run)
+        how, told, spent = "auto", "goes on after step", stopped["e2e_time"]
+    newest = sorted((run / "checkpoints").glob("*.ckpt"))[-1]
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    (run / "checkpoints" / "step-00000999.ckpt").write_bytes(b"foreign")
+    done = lit_glm("train", *DEBUG, f"topology={topology}", *_going_on(str(run), folder), cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "goes on after step" in done.stdout
+    assert "step-00000999.ckpt: passed over" in done.stderr
+    assert f"{newest.name}: passed over" in done.stderr
     assert not (folder / "other").exists()
     final = result(run)
-    assert (final["status"], final["interruptions"]) == ("finished", 1)
-    assert final["e2e_time"] > stopped["e2e_time"]
+    assert (final["status"], final["interruptions"]) == ("finished", 3)
+    assert final["e2e_time"] > spent
     _same(run, unbroken, folder)
+
+
+def _going_on(how: str, folder: Path) -> List[str]:
+    return [] if how == "none" else [f"run.resume={how}", f"hydra.run.dir={folder / 'other'}"]
 
 
 def _nothing_left(run: Path) -> None:
@@ -179,24 +192,6 @@ def _nothing_left(run: Path) -> None:
             return
         time.sleep(0.2)
     raise AssertionError(f"still running: {left}")
-
-
-def test_a_torn_checkpoint_is_passed_over(whole: Any, folder: Path) -> None:
-    topology, unbroken, _ = whole
-    run = folder / f"torn_{topology}"
-    process = _start(folder, run, topology)
-    _wait_for_steps(run, process, 15)
-    process.kill()
-    process.communicate()
-    _nothing_left(run)
-    newest = sorted((run / "checkpoints").glob("*.ckpt"))[-1]
-    newest.write_bytes(newest.read_bytes()[:-1000])
-    (run / "checkpoints" / "step-00000999.ckpt").write_bytes(b"foreign")
-    done = lit_glm("train", *DEBUG, f"topology={topology}", f"run.resume={run}", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    assert "step-00000999.ckpt: passed over" in done.stderr
-    assert f"{newest.name}: passed over" in done.stderr
-    _same(run, unbroken, folder)
 
 
 def test_going_on_under_another_configuration_is_refused(whole: Any, folder: Path, capfd: Any) -> None:

@@ -20,8 +20,11 @@ def states(folder: Path) -> List[List[str]]:
         return [[row["fix_hp"], row["status"]] for row in csv.DictReader(file)]
 
 
-def test_a_sweep_and_the_same_again(tmp_path: Path) -> None:
-    """One value asks for more nodes than there are, one is no number: what they make fails, the others run."""
+def test_a_sweep_and_another_in_the_same_folder(tmp_path: Path) -> None:
+    """One value asks for more nodes than there are, one is no number: what they make fails, the others run.
+
+    A combination is known by its configuration: folder 0 is another's in the second sweep, which destroys nothing.
+    """
     first = lit_glm("train", *SWEEP, "bs=2,abc,4", "topology=1x1,4x8", cwd=tmp_path)
     assert first.returncode == 2, first.stderr
     assert states(tmp_path) == [
@@ -42,13 +45,13 @@ def test_a_sweep_and_the_same_again(tmp_path: Path) -> None:
     results = [tmp_path / "sweep" / number / "result.json" for number in "04"]
     before = [path.read_bytes() for path in results]
     results[1].write_text(json.dumps({**json.loads(before[1]), "status": "running"}))
-    again = lit_glm("train", *SWEEP, "bs=2,4", "topology=1x1", cwd=tmp_path)
+    again = lit_glm("train", *SWEEP, "bs=3,4,2", "topology=1x1", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("there is nothing to do") == 1
     assert "the run goes on after step 3" in again.stdout
     assert results[0].read_bytes() == before[0]
     assert json.loads(results[1].read_text())["status"] == "finished"
-    assert states(tmp_path) == [["bs=2,lr=0.001", "finished"], ["bs=4,lr=0.001", "finished"]]
+    assert states(tmp_path) == [[f"bs={bs},lr=0.001", "finished"] for bs in (3, 4, 2)]
 
 
 def test_the_variables_of_one_combination_are_not_the_users_for_the_next(tmp_path: Path) -> None:
@@ -93,17 +96,6 @@ def test_a_sweep_that_is_killed_and_started_again(tmp_path: Path) -> None:
         assert (steps, result["interruptions"]) == (list(range(1, 41)), int(number == "1"))
     assert len(list(tmp_path.rglob("job.json"))) == 3  # no child has run the sweep again
     assert [line[0] for line in (tmp_path / "sweep" / "sweep.md").read_text().splitlines()] == ["|"] * 5
-
-
-def test_a_sweep_of_other_values_in_the_same_folder_destroys_nothing(tmp_path: Path) -> None:
-    """A combination is known by its configuration: folder 0 is another's in the second sweep."""
-    first = lit_glm("train", *SWEEP, "bs=4", "topology=1x1", cwd=tmp_path)
-    before = (tmp_path / "sweep" / "0" / "result.json").read_bytes()
-    again = lit_glm("train", *SWEEP, "bs=2,4", "topology=1x1", cwd=tmp_path)
-    assert (first.returncode, again.returncode) == (0, 0), again.stderr
-    assert (tmp_path / "sweep" / "0" / "result.json").read_bytes() == before
-    assert again.stdout.count("there is nothing to do") == 1
-    assert states(tmp_path) == [["bs=2,lr=0.001", "finished"], ["bs=4,lr=0.001", "finished"]]
 
 
 def test_topologies_in_turn_leave_nothing_behind(tmp_path: Path) -> None:

@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lit_glm.apart import Progress, call_apart
-from lit_glm.batches.compact import CompactSplit
 from lit_glm.record.store import SparseReader
+
+if TYPE_CHECKING:  # the process that reads a file on its own needs no more than numpy and h5py
+    from lit_glm.batches.compact import CompactSplit
 
 
 @dataclass
@@ -24,7 +26,7 @@ class Lengths:
     """Of query and key in attention: n^2 + m (n + m) of each group of an example."""
 
     @classmethod
-    def of(cls, split: CompactSplit) -> "Lengths":
+    def of(cls, split: "CompactSplit") -> "Lengths":
         """Of examples in the compact form."""
         ends = split.candidate_token_end[split.example_candidate_end]
         first = np.concatenate([[0], np.cumsum(split.group_candidates)])

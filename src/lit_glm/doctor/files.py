@@ -5,9 +5,10 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, List, Optional
 
 from lit_glm.apart import call_apart
+from lit_glm.batches.look import look
 from lit_glm.bench import memory as estimates
 from lit_glm.bench.lengths import Lengths
 from lit_glm.config.schema import TrainConfig
@@ -80,41 +81,13 @@ def _decoder(config: TrainConfig) -> Callable[[Any], str]:
     return decode
 
 
-def _look(path: Path, needs_answers: bool, _progress: Any) -> Dict[str, Any]:
-    """What is worth knowing of an HDF5 file; runs in a process of its own, which a damaged file may end."""
-    from lit_glm.batches.convert import CandidateRows
-    from lit_glm.record.store import SparseReader
-
-    with SparseReader(path, needs_answers) as reader:
-        separators, choices = reader.vector("mask"), reader.pairs("choice_start_end")
-        ends, highest = [], 0
-        for which, (start, stop) in (("first", choices[0]), ("last", choices[-1])):
-            if start == stop:
-                raise InputError(f"{path}: the {which} example has no candidates")
-            rows = CandidateRows(reader, separators, start, stop)
-            candidates = [
-                rows.target[row, rows.separator[row] : rows.separator[row] + rows.length[row] - 1].tolist()
-                for row in range(min(2, stop - start))
-            ]
-            ends.append((which, rows.text[0, : rows.separator[0]].tolist(), int(stop - start), candidates))
-            highest = max(highest, int(rows.text.max()), int(rows.target.max()))
-        tokens = int((separators + reader.row_lengths("logit_mask")).max())
-        return {
-            "examples": reader.num_examples,
-            "candidates": reader.num_candidates,
-            "tokens": tokens,
-            "ends": ends,
-            "highest": highest,
-        }
-
-
 def data(config: TrainConfig, key: str) -> Finding:
     """Open an HDF5 file, count, and decode its first and last example."""
     path = Path(getattr(config.data, key))
     if config.data.synthetic is not None and not path.exists():
         return Finding("", "ok", f"{path}: not there yet, train generates it on first use")
     decode, model = _decoder(config), config.model
-    found = call_apart(_look, path, key == "eval_file")
+    found = call_apart(look, path, key == "eval_file")
     if found["highest"] >= model.vocab_size:
         raise InputError(
             f"{path}: token id {found['highest']} is beyond model.vocab_size={model.vocab_size}; model=glm_small, "

@@ -29,6 +29,8 @@ from lit_glm.runs.result import amend_result, fail, read_result
 from lit_glm.threads import OURS, for_ranks
 
 _STALL_GRACE_S = 5.0
+_START_S = 30.0
+"""Seconds that a rank may need to its first sign of life beside other work: it imports torch before."""
 _LEAK = (
     "MASTER_ADDR",
     "MASTER_PORT",
@@ -272,8 +274,8 @@ def run_ranks(
 def _watch(job: Job, node: Node, spec_dir: Path, margin_s: float) -> Watch:
     run, per_node = job.config.run, job.config.topology.devices_per_node
     ranks = range(node.rank * per_node, (node.rank + node.stands_for) * per_node)
-    # Before the first sign the nodes are still meeting, which has a limit of its own.
-    return Watch(spec_dir, ranks, run.stall_timeout_s + margin_s, run.rendezvous_timeout_s + margin_s)
+    # Before the first sign the nodes are still meeting, which has a limit of its own, and then the ranks start.
+    return Watch(spec_dir, ranks, run.stall_timeout_s + margin_s, run.rendezvous_timeout_s + _START_S + margin_s)
 
 
 def _raise_of(status: int, spec_dir: Path, run_dir: Path, for_memory: bool) -> None:
