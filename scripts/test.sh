@@ -7,6 +7,8 @@ if [ $# -eq 0 ]; then
   ruff check src tests benchmarks
   ruff format --check src tests benchmarks
   mypy & types=$!
+  # Where Python is told to write no bytecode, each of some four hundred processes would compile src anew.
+  .venv/bin/python -m compileall -q src
   # Types are checked meanwhile. Three at a time on two cores, since tests of silence and of ends mostly wait; a file's tests stay together, since they share what is made once a file. Files of long tests first.
   .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
   wait "$types" || { echo "lit_glm: mypy found errors, see above" >&2; exit 1; }

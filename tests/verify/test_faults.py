@@ -26,6 +26,7 @@ Failed = List[Tuple[str, str]]
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "_AT_LEAST_S", 0.02)
     monkeypatch.setattr(timing, "_COPIED", 2**20)
+    monkeypatch.setattr(timing, "_size", lambda runtime: 256)
     small = {"num_layers": 2, "hidden_size": 32, "vocab_size": 128, "max_sequence_length": 48}
     monkeypatch.setattr(acceptance, "_NARROW", {**acceptance._NARROW, **small})
 
@@ -130,7 +131,7 @@ def test_synchronize_returns_at_once() -> None:
     class Hasty(CPURuntime):
         def kernels(self) -> Kernels:
             def linear(x: Any, weight: Any, bias: Any) -> Any:
-                if x.shape[0] >= 1024:
+                if x is weight:  # the square products of the clock
                     done_at[0] = max(done_at[0], time.perf_counter()) + 0.004
                     return x
                 return F.linear(x, weight, bias)
