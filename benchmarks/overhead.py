@@ -1,12 +1,10 @@
 """What do Lightning, callbacks, logging and data add to a step, over a bare torch loop?
 
-`train` and a bare loop (the same model, batches from the same kind of thread, forward, backward, clipping, AdamW) in
-turn, each in a process of its own. What is added is the part of step_s in steps.csv that is not compute_s, and what
-compute_s has beyond the bare loop's step: both as medians after the first fifth, in ms a step. A step of glm_tiny is
-not much longer than what is added; its share is what counts at GLM-Large: --large measures a step of that shape, and
-the share that the same milliseconds have of it.
-Both give no memory back between steps: whether the C library does depends on what happens to lie on top of its heap,
-and costs a bare loop at bs 64 more than all that is measured here.
+`train` itself is run, with a clock around the six calls that a bare loop has: scores, loss, backward, clipping, AdamW,
+zero_grad. What a step (step_s in steps.csv) takes beyond them and beyond waiting for data is what is added, step by
+step in one process: two processes of the same loop differ by more than that on a shared machine. Given as medians after
+the first fifth, inside of compute_s and beside it. A step of glm_tiny is not much longer than what is added; its share
+is what counts at GLM-Large: --large measures a step of that shape, and the share that the same milliseconds have of it.
 
     python benchmarks/overhead.py --bs 4,64 --steps 300 --rounds 3 --large
 """
@@ -14,110 +12,109 @@ and costs a bare loop at bs 64 more than all that is measured here.
 import argparse
 import csv
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Dict, List
+from typing import Any, Dict, List
 
-from lit_glm.threads import bound_spinning, threads_of
-
-ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": "20000000000", "MALLOC_MMAP_THRESHOLD_": "20000000000"}
 OVERRIDES = ["experiment=quickstart", "run.eval_interval_samples=100000000", "run.eval_start_samples=100000000"]
 
 
-def bare(bs: int, steps: int) -> None:
-    """Print the seconds of each step of a bare loop."""
+def clocked(owner: Any, name: str, seconds: List[float], begins: bool = False) -> None:
+    """Put a clock around a function: what its calls take is added to the newest entry, or begins one."""
+    function = getattr(owner, name)
+
+    def timed(*arguments: Any, **more: Any) -> Any:
+        start = time.perf_counter()
+        out = function(*arguments, **more)
+        took = time.perf_counter() - start
+        if begins:
+            seconds.append(took)
+        elif seconds:
+            seconds[-1] += took
+        return out
+
+    setattr(owner, name, timed)
+
+
+def measure(overrides: List[str]) -> None:
+    """Run `train` with the clocks, and print what they say of each training step."""
+    from lit_glm import train
+
+    seconds: List[float] = []
+    sys.argv = ["lit_glm.train", *overrides]
+    from lit_glm.threads import bound_spinning
+
+    bound_spinning()  # before torch, as `train` does for itself
     import torch
 
-    from lit_glm.batches.ahead import Ahead
-    from lit_glm.batches.collate import flat_batch
-    from lit_glm.batches.compact import open_data
-    from lit_glm.bench.lengths import Lengths
-    from lit_glm.config.app import checked, compose
-    from lit_glm.config.schema import TrainConfig
-    from lit_glm.model.build import build_glm
-    from lit_glm.model.scoring import TRAIN_MASK, choice_loss, score_table
-    from lit_glm.record.synthetic import ensure
-    from lit_glm.training.optimizer import make_optimizer
+    from lit_glm.training import module
 
-    config = checked(compose("train", [*OVERRIDES, f"bs={bs}"]), TrainConfig)
-    ensure(config.data)
-    split, _ = open_data(config.data, config.model)
-    threads = threads_of(bs * float(Lengths.of(split).rows.mean()), config.model.hidden_size, 1, None)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    order = torch.randperm(len(split)).tolist()
-    batches = Ahead(flat_batch(split, [order[(k * bs + i) % len(order)] for i in range(bs)]) for k in range(steps))
-    glm, _ = build_glm(config.model)
-    optimizer = make_optimizer(glm.train(), config.optimizer)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    seconds = []
-    for batch in batches:
-        start = time.perf_counter()
-        choice_loss(score_table(glm, batch, TRAIN_MASK)).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        seconds.append(time.perf_counter() - start)
+    clocked(module, "score_table", seconds, begins=True)  # an evaluation's are clocked too: before the first step only
+    clocked(module, "choice_loss", seconds)
+    clocked(torch.Tensor, "backward", seconds)
+    clocked(torch.nn.utils, "clip_grad_norm_", seconds)
+    clocked(torch.optim.AdamW, "step", seconds)
+    clocked(torch.optim.AdamW, "zero_grad", seconds)
+    status = train.main()
     print(json.dumps(seconds))
+    sys.exit(status)
 
 
-def settled(seconds: List[float]) -> float:
-    """Median after the first fifth."""
-    return statistics.median(seconds[len(seconds) // 5 :])
-
-
-def trained(bs: str, steps: int, environment: Dict[str, str], more: List[str]) -> List[Dict[str, str]]:
-    """Lines of steps.csv of a run."""
+def run(bs: str, steps: int, more: List[str]) -> Dict[str, List[float]]:
+    """Milliseconds of each step behind the first fifth: whole, of a bare loop's calls, and what is added where."""
     with tempfile.TemporaryDirectory() as folder:
-        own = [f"bs={bs}", f"run.max_steps={steps}", f"hydra.run.dir={folder}/run", *more]
-        command = [sys.executable, "-m", "lit_glm.train", *OVERRIDES, *own]
-        subprocess.run(command, check=True, capture_output=True, env=environment)
+        own = [f"bs={bs}", f"run.max_steps={steps}", "run.evaluate=false", f"hydra.run.dir={folder}/run", *more]
+        command = [sys.executable, __file__, "--measure", *OVERRIDES, *own]
+        shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        bare: List[float] = json.loads(shown.splitlines()[-1])
         with (Path(folder) / "run" / "steps.csv").open() as file:
-            return list(csv.DictReader(file))
+            rows = list(csv.DictReader(file))
+    assert len(bare) == len(rows) == steps
+    whole, compute, data = ([float(row[name]) for row in rows] for name in ("step_s", "compute_s", "data_s"))
+    found = {
+        "whole": whole,
+        "bare": bare,
+        "inside": [own - plain for own, plain in zip(compute, bare)],
+        "beside": [all_ - own - waited for all_, own, waited in zip(whole, compute, data)],
+    }
+    found["added"] = [a + b for a, b in zip(found["inside"], found["beside"])]
+    return {name: [1000 * value for value in values[steps // 5 :]] for name, values in found.items()}
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--measure"]:
+        measure(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bs", default="4,64")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--large", action="store_true", help="a step of GLM-Large too (needs 8 GiB)")
-    parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.bare:
-        bare(int(given.bs), given.steps)
-        return
-    bound_spinning()  # as `train` does for itself: threads wait in the same way in both
-    environment = {**os.environ, **ALLOCATOR}
-    print("| bs | bare step ms | train step ms | beside compute ms | added ms (of each round) | waiting for data |")
+    print("| bs | step ms | bare loop's calls ms | added ms (of each round) | of it inside compute | beside |")
     print("|---|---|---|---|---|---|")
     added: List[float] = []
     for bs in given.bs.split(","):
-        rounds = []
-        for _ in range(given.rounds):
-            own = [sys.executable, __file__, "--bare", "--bs", bs, "--steps", str(given.steps)]
-            shown = subprocess.run(own, check=True, capture_output=True, text=True, env=environment).stdout
-            rows = trained(bs, given.steps, environment, [])
-            step, compute, data = ([float(row[name]) for row in rows] for name in ("step_s", "compute_s", "data_s"))
-            beside = [whole - part for whole, part in zip(step, compute)]
-            rounds.append((settled(json.loads(shown)), settled(step), settled(beside), sum(data) / sum(step)))
-        over = [1000 * (train - plain) for plain, train, _, _ in rounds]
+        rounds = [run(bs, given.steps, []) for _ in range(given.rounds)]
+        over = [statistics.median(one["added"]) for one in rounds]
         added += over
-        plain, train, beside_s, waits = (statistics.median(column) for column in zip(*rounds))
-        each = ", ".join(f"{value:.2f}" for value in over)
-        times = f"{1000 * plain:.2f} | {1000 * train:.2f} | {1000 * beside_s:.2f}"
-        print(f"| {bs} | {times} | {statistics.median(over):.2f} ({each}) | {waits:.2%} |", flush=True)
+        whole, bare, inside, beside = (
+            statistics.median(statistics.median(one[name]) for one in rounds)
+            for name in ("whole", "bare", "inside", "beside")
+        )
+        each, middle = ", ".join(f"{value:.2f}" for value in over), statistics.median(over)
+        print(
+            f"| {bs} | {whole:.2f} | {bare:.2f} | {middle:.2f} ({each}) | {inside:.2f} | {beside:.2f} |",
+            flush=True,
+        )
     if given.large:
         shape = ["model=glm_large", "model.vocab_size=1024", "model.init_std=0.02"]
-        rows = trained("4", 6, environment, shape)
-        step = settled([float(row["step_s"]) for row in rows])
-        share = statistics.median(added) / 1000 / step
-        print(f"a step of 24 layers x 1024 (vocabulary 1024), bs 4: {step:.2f} s; added to it: {share:.3%}")
+        step = statistics.median(run("4", 6, shape)["whole"])
+        share = statistics.median(added) / step
+        print(f"a step of 24 layers x 1024 (vocabulary 1024), bs 4: {step / 1000:.2f} s; added to it: {share:.3%}")
 
 
 if __name__ == "__main__":
