@@ -97,7 +97,7 @@ def timed(call: Any) -> Tuple[float, Any]:
     return time.perf_counter() - start, value
 
 
-def main() -> None:
+def given_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="6x512")
     parser.add_argument("--bs", type=int, default=8)
@@ -108,7 +108,11 @@ def main() -> None:
     parser.add_argument("--again", type=int, default=1, help="each batch so many times in turn; the last one counts")
     parser.add_argument("--file", type=Path, help="HDF5 file of the published layout (default: generated)")
     parser.add_argument("--memory", action="store_true")
-    given = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    given = given_arguments()
     names = given.engines.split(",")
     CPURuntime()  # as in `train`, before a thread starts: those that run already do not flush numbers below 1e-38
     if given.memory and len(names) > 1:
@@ -136,10 +140,15 @@ def main() -> None:
         return
     print(f"{describe_machine()}; torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"bf16: {', '.join(bf16_units()) or 'no instructions for it'}; {given.shape}, bs={given.bs}, {file}")
-    seconds: Dict[Tuple[str, str], List[float]] = {}
-    shares: Dict[Tuple[str, str], List[float]] = {}
     for engine in engines:  # the optimizer's state and the allocator's blocks: not counted
         engine.step(padded_batch(split, [0], 512) if engine.padded else flat_batch(split, [0]))
+    measure(given, config, split, engines)
+
+
+def measure(given: argparse.Namespace, config: TrainConfig, split: Any, engines: List[Engine]) -> None:
+    """All engines in turn over the same batches, a line each, and a table in the end."""
+    seconds: Dict[Tuple[str, str], List[float]] = {}
+    shares: Dict[Tuple[str, str], List[float]] = {}
     for number in range(given.rounds):
         indices = [(number * given.bs + i) % len(split) for i in range(given.bs)]
         flat, padded = flat_batch(split, indices), padded_batch(split, indices, 512)

@@ -8,16 +8,9 @@ import re
 from pathlib import Path
 from typing import Any, Dict, List
 
-import numpy as np
 import pytest
 
-from lit_glm.bench.step_times import warm_up
 from lit_glm.report import main
-from lit_glm.report.figures import legends, percentiles
-from lit_glm.report.rows import label
-from lit_glm.report.runs import find
-from lit_glm.report.runs import rows as rows_of
-from lit_glm.report.words import Words
 from report.folders import make_run
 
 PUBLISHED = "scoring=published"
@@ -204,14 +197,6 @@ def test_the_head_of_the_page_answers_at_a_glance(tmp_path: Path, capfd: Any) ->
     assert "<details><summary>Published rows of other chips" in page
 
 
-def test_legends_name_what_differs(tmp_path: Path) -> None:
-    for bs, lr in ((4, "1e-5"), (5, "1e-5"), (5, "2e-5")):
-        make_run(tmp_path / f"{bs}{lr}", f"bs={bs}", f"lr={lr}")
-    found = rows_of(find([str(tmp_path)])[0])
-    assert legends(found, Words("en")) == ["bs=4 lr=1e-05", "bs=5 lr=1e-05", "bs=5 lr=2e-05"]
-    assert legends(found[:1], Words("en")) == [label(found[0], Words("en"))]
-
-
 def test_broken_folders_cost_nobody_else(tmp_path: Path, capfd: Any) -> None:
     make_run(tmp_path / "good")
     for name, content in (("torn", '{"hardware": "r3'), ("list", "[1, 2]"), ("other", '{"a": 1}')):
@@ -284,38 +269,6 @@ def test_no_runs_at_all(tmp_path: Path, capfd: Any) -> None:
     assert (status, "no run was found" in said) == (2, True)
 
 
-def test_compare(tmp_path: Path, capfd: Any) -> None:
-    a = make_run(tmp_path / "a", losses=[2.0, 1.5, 1.0])
-    b = make_run(tmp_path / "b", "lr=2e-5", losses=[2.0, 1.5, 1.25, 1.0], p_core=8.0)
-    status, text, _ = report(capfd, "--compare", a, b, "--max-loss-diff", "0.3")
-    assert status == 0
-    assert "largest difference: 0.25 (step 3: A 1, B 1.25)" in text
-    assert "steps in common: 3" in text
-    assert "first step that differs: 3" in text
-    rows = {row[0]: row[1:] for table in tables(text) for row in table}
-    assert rows["p_core"] == ["4", "8", "2.000"]
-    assert rows["lr"] == ["1e-05", "2e-05"]
-    status, _, said = report(capfd, "--compare", a, b, "--max-loss-diff", "0.2")
-    assert (status, "0.25 is above 0.2" in said) == (1, True)
-    status, _, said = report(capfd, "--compare", a, tmp_path / "nothing")
-    assert status == 2
-
-
-def test_compare_does_not_take_a_missing_or_broken_loss_for_none(tmp_path: Path, capfd: Any) -> None:
-    a = make_run(tmp_path / "a", losses=[2.0, float("nan"), 1.0])
-    b = make_run(tmp_path / "b", losses=[2.0, 1.5, 1.0])
-    status, text, said = report(capfd, "--compare", a, b, "--max-loss-diff", "0.1")
-    assert (status, "step 2" in text) == (1, True), said
-
-
-def test_warm_up_and_percentiles_by_hand() -> None:
-    assert [warm_up(steps) for steps in (0, 1, 2, 20, 40, 5000)] == [0, 0, 1, 1, 2, 50]
-    seconds = np.concatenate([[100.0], np.full(9, 2.0), np.full(10, 4.0)])  # the first step is warm-up
-    p50, p90, p99 = percentiles(seconds, 8.0)
-    assert (p50, p90, p99) == (2.0, 2.0, 2.0)
-    assert percentiles(np.concatenate([[1.0], np.full(99, 1.0)]), 8.0) == (8.0, 8.0, 8.0)
-
-
 def test_published_rows_are_those_of_the_notes() -> None:
     from lit_glm.report.published import load
 
@@ -324,17 +277,3 @@ def test_published_rows_are_those_of_the_notes() -> None:
     assert (ours["acc"], ours["mem_actual_gib"], ours["mem_total_gib"]) == (0.8031, 31.7, 32.0)
     assert all(row["source"] for row in rows.values())
     assert json.dumps(load())
-
-
-@pytest.mark.parametrize("more", [["--format", "html"], ["--lang", "zh"], ["third"], ["--check"]])
-def test_compare_refuses_what_it_does_not_use(more: List[str], tmp_path: Path, capfd: Any) -> None:
-    sides = [str(make_run(tmp_path / name)) for name in "ab"]
-    assert main(["--compare", *sides, *more]) == 2
-    assert "it does not take" in capfd.readouterr().err
-
-
-def test_compare_writes_into_a_folder(tmp_path: Path, capfd: Any) -> None:
-    sides = [str(make_run(tmp_path / name)) for name in "ab"]
-    assert main(["--compare", *sides, "--out", str(tmp_path / "out")]) == 0
-    assert capfd.readouterr().out == f"{tmp_path / 'out' / 'compare.md'}\n"
-    assert "## Loss, step by step" in (tmp_path / "out" / "compare.md").read_text()
