@@ -2,6 +2,12 @@
 
 import subprocess
 import sys
+from typing import List
+
+import psutil
+import pytest
+
+from lit_glm.hardware.runtimes.cpu import CPURuntime
 
 CODE = """
 import torch
@@ -19,3 +25,31 @@ def test_numbers_too_small_to_be_normal_are_zero_in_all_threads() -> None:
     few, many, plain = map(float, done.stdout.split())
     assert (few, many) == (0.0, 0.0)
     assert plain > 0
+
+
+CHILD = "x = bytearray(2**27); import sys; print(flush=True); sys.stdin.read()"
+
+
+def test_memory_of_children_counts_and_they_are_looked_for_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finding them reads all processes of the machine, and a server has thousands."""
+    looks: List[int] = []
+    look = psutil.Process.children
+    monkeypatch.setattr(psutil.Process, "children", lambda *args, **more: looks.append(1) or look(*args, **more))
+    alone = CPURuntime().memory_now(0)
+    loader = subprocess.Popen([sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert loader.stdout is not None
+    loader.stdout.readline()
+    runtime = CPURuntime()
+    looks.clear()
+    for _ in range(3):
+        now, peak = runtime.memory_now(0), runtime.peak_memory(0)
+    assert alone is not None
+    assert now is not None
+    assert peak is not None
+    assert min(now, peak) > alone + 2**27 - 2**24
+    assert len(looks) == 1
+    loader.communicate()
+    after = runtime.memory_now(0)
+    assert after is not None
+    assert after < now - 2**26  # it has gone,
+    assert (runtime.peak_memory(0) or 0.0) >= peak - 2**24  # but the peak stays

@@ -14,7 +14,8 @@ from lit_glm.hardware.runtimes import onednn
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.model.kernels import Kernels
 
-_LOOK_EVERY_S = 1.0
+_LOOK_S = (1.0, 10.0)
+"""Between looks for children: as long as this process has been at work, within these."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 _LARGEST_KEPT = 256 * 2**20
 
@@ -24,10 +25,10 @@ class CPURuntime(Runtime):
 
     name = "cpu"
     shares_memory = True
-    _children = 0.0
-    _next_look = 0.0
 
     def __init__(self) -> None:
+        self._children: List[psutil.Process] = []
+        self._childrens_peak, self._begun, self._next_look = 0.0, time.monotonic(), 0.0
         keep_memory()
         # Where one candidate is all but certain, gradients are below 1e-38, and a product of such numbers takes up to
         # thirty times as long. Threads that are started from here on take it over.
@@ -65,17 +66,22 @@ class CPURuntime(Runtime):
         """
         # Not getrusage's maximum: that holds what the program that started this one had before it did.
         own = _high_water(os.getpid()) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
-        if time.monotonic() > self._next_look:  # children are found by reading all processes of the machine
-            self._next_look = time.monotonic() + _LOOK_EVERY_S
-            children = sum(_high_water(process.pid) for process in psutil.Process().children(recursive=True))
-            self._children = max(self._children, children)
-        return own + self._children
+        theirs = sum(_high_water(process.pid) for process in self._family() if process.is_running())
+        self._childrens_peak = max(self._childrens_peak, theirs)
+        return own + self._childrens_peak
+
+    def _family(self) -> List[psutil.Process]:
+        """This process's children. They are found by reading all processes of the machine, so only now and then."""
+        now = time.monotonic()
+        if now >= self._next_look:
+            self._next_look = now + min(max(_LOOK_S[0], now - self._begun), _LOOK_S[1])
+            self._children = psutil.Process().children(recursive=True)
+        return self._children
 
     def memory_now(self, index: int) -> Optional[float]:
         """Resident memory of this process and its children."""
-        process = psutil.Process()
         total = 0.0
-        for one in (process, *process.children(recursive=True)):
+        for one in (psutil.Process(), *self._family()):
             try:
                 total += one.memory_info().rss
             except psutil.Error:  # a data loader that has ended meanwhile
