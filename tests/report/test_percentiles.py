@@ -1,4 +1,4 @@
-"""What the figures show: steps behind the warm-up, and runs named by what differs."""
+"""What figures show: steps behind the warm-up, and runs named by what differs."""
 
 from pathlib import Path
 
