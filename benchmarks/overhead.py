@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List
 
-OVERRIDES = ["experiment=quickstart", "run.eval_interval_samples=100000000", "run.eval_start_samples=100000000"]
+OVERRIDES = ["experiment=quickstart", "run.evaluate=false"]
 
 
 def clocked(owner: Any, name: str, seconds: List[float], begins: bool = False) -> None:
@@ -33,7 +33,7 @@ def clocked(owner: Any, name: str, seconds: List[float], begins: bool = False) -
         took = time.perf_counter() - start
         if begins:
             seconds.append(took)
-        elif seconds:
+        elif seconds:  # what is tried before training, an update of four numbers say, is no step
             seconds[-1] += took
         return out
 
@@ -53,7 +53,7 @@ def measure(overrides: List[str]) -> None:
 
     from lit_glm.training import module
 
-    clocked(module, "score_table", seconds, begins=True)  # an evaluation's are clocked too: before the first step only
+    clocked(module, "score_table", seconds, begins=True)
     clocked(module, "choice_loss", seconds)
     clocked(torch.Tensor, "backward", seconds)
     clocked(torch.nn.utils, "clip_grad_norm_", seconds)
@@ -67,7 +67,7 @@ def measure(overrides: List[str]) -> None:
 def run(bs: str, steps: int, more: List[str]) -> Dict[str, List[float]]:
     """Milliseconds of each step behind the first fifth: whole, of a bare loop's calls, and what is added where."""
     with tempfile.TemporaryDirectory() as folder:
-        own = [f"bs={bs}", f"run.max_steps={steps}", "run.evaluate=false", f"hydra.run.dir={folder}/run", *more]
+        own = [f"bs={bs}", f"run.max_steps={steps}", f"hydra.run.dir={folder}/run", *more]
         command = [sys.executable, __file__, "--measure", *OVERRIDES, *own]
         shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         bare: List[float] = json.loads(shown.splitlines()[-1])

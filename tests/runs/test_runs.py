@@ -146,9 +146,10 @@ STOPS = [  # signal, exit status, status in result.json, steps that have been do
 def test_a_run_that_is_stopped_in_every_way_goes_on_as_if_it_had_not_been(whole: Any, folder: Path) -> None:
     """Three stops in a row; after the last, which is a kill, the newest checkpoint is torn too."""
     topology, unbroken, _ = whole
-    run, how, told, spent = folder / f"stopped_{topology}", "none", "", 0.0
+    run, spent, told = folder / f"stopped_{topology}", 0.0, ""
+    more: List[str] = []
     for number, exit_status, status, between in STOPS:
-        process = _start(folder, run, topology, *_going_on(how, folder))
+        process = _start(folder, run, topology, *more)
         _wait_for_steps(run, process, random.Random(number).randint(*between))
         process.send_signal(number)
         output = process.communicate(timeout=90)
@@ -163,11 +164,13 @@ def test_a_run_that_is_stopped_in_every_way_goes_on_as_if_it_had_not_been(whole:
         assert stopped["global_steps"] > 0
         assert stopped["e2e_time"] > spent
         _nothing_left(run)
-        how, told, spent = "auto", "goes on after step", stopped["e2e_time"]
+        more = ["run.resume=auto", f"hydra.run.dir={folder / 'other'}"]
+        told, spent = "goes on after step", stopped["e2e_time"]
     newest = sorted((run / "checkpoints").glob("*.ckpt"))[-1]
     newest.write_bytes(newest.read_bytes()[:-1000])
     (run / "checkpoints" / "step-00000999.ckpt").write_bytes(b"foreign")
-    done = lit_glm("train", *DEBUG, f"topology={topology}", *_going_on(str(run), folder), cwd=folder)
+    more[0] = f"run.resume={run}"
+    done = lit_glm("train", *DEBUG, f"topology={topology}", *more, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "goes on after step" in done.stdout
     assert "step-00000999.ckpt: passed over" in done.stderr
@@ -177,10 +180,6 @@ def test_a_run_that_is_stopped_in_every_way_goes_on_as_if_it_had_not_been(whole:
     assert (final["status"], final["interruptions"]) == ("finished", 3)
     assert final["e2e_time"] > spent
     _same(run, unbroken, folder)
-
-
-def _going_on(how: str, folder: Path) -> List[str]:
-    return [] if how == "none" else [f"run.resume={how}", f"hydra.run.dir={folder / 'other'}"]
 
 
 def _nothing_left(run: Path) -> None:

@@ -1,4 +1,7 @@
-"""What the doctor wants to know of an HDF5 file. Runs in a process of its own (`lit_glm.apart`), without torch."""
+"""What the doctor wants to know of an HDF5 file. Runs in a process of its own (`lit_glm.apart`).
+
+Not in `lit_glm.doctor`, whose entry imports Hydra: that would be half of this process's time.
+"""
 
 from pathlib import Path
 from typing import Any, Dict
