@@ -36,6 +36,10 @@ def _log_softmax(args: Any, kwargs: Any) -> Any:
     return torch.log_softmax(args[0], args[1])
 
 
+def _linear(args: Any, kwargs: Any) -> Any:
+    return F.linear(*args)
+
+
 def _linear_and_more(args: Any, kwargs: Any) -> Any:
     x, weight, bias, kind, _, algorithm = args
     out = F.linear(x, weight, bias)
@@ -64,4 +68,5 @@ _OWN: Dict[str, Callable[[Any, Any], Any]] = {
     "log_softmax": _log_softmax,
     "softmax": _softmax,
     "linear_pointwise": _linear_and_more,
+    "mkldnn_linear": _linear,
 }

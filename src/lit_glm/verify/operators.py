@@ -23,9 +23,10 @@ _DRAWN = ("rand", "bernoulli", "dropout", "normal_", "uniform", "exponential", "
 _PLAIN = (
     "empty", "new_empty", "view", "reshape", "alias", "detach", "transpose", "permute", "slice", "select", "expand",
     "as_strided", "squeeze", "unsqueeze", "split", "unbind", "unfold", "diagonal", "lift", "set_", "resize",
-    "_local_scalar_dense", "record_stream", "is_pinned", "_pin_memory", "profiler.",
+    "_local_scalar_dense", "record_stream", "is_pinned", "_pin_memory", "profiler.", "to_mkldnn", "to_dense",
+    "_to_dense",
 )  # fmt: skip
-"""Beginnings of names of operators that compute nothing: they give memory, or look at it otherwise."""
+"""Beginnings of names of operators that compute nothing: they give memory, lay it out or look at it otherwise."""
 
 
 @dataclass
@@ -66,9 +67,9 @@ def changed(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def on_host(value: Any) -> Any:
-    """A tensor's copy on the processor; a device by the processor."""
+    """A tensor's copy on the processor, in rows; a device by the processor."""
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
+        return _in_rows(value.detach()).to("cpu", copy=True)
     return torch.device("cpu") if isinstance(value, torch.device) else value
 
 
@@ -157,7 +158,7 @@ class Operators:
             return Seen(name, shapes, "unknown", said=f"{type(error).__name__}: {' '.join(str(error).split())[:120]}")
         if exact is None and not writes:
             return Seen(name, shapes, "unknown", said="the processor has it in no other way")
-        mine = tensors_in(list(after)) if writes else tensors_in(out)
+        mine = tensors_in(list(after)) if writes else [_in_rows(tensor) for tensor in tensors_in(out)]
         theirs = tensors_in(list(inputs)) if writes else tensors_in(exact)
         pairs = [(own, other) for own, other in zip(mine, theirs) if own.numel()]
         terms = terms_of(tensors_in(list(before)), [own for own, _ in pairs])
@@ -184,6 +185,11 @@ _ADDS_IN_TYPE = ("index_add", "scatter_add", "embedding_dense_backward", "index_
 """Operators that add one number after the other to what is stored, in its type."""
 _TIES = 1e-4
 """Share of the comparisons that may come out otherwise: of numbers that only float64 tells apart."""
+
+
+def _in_rows(tensor: Tensor) -> Tensor:
+    """Itself; a tensor in oneDNN's own layout, which only its operators read, as any other."""
+    return tensor.to_dense() if tensor.is_mkldnn else tensor
 
 
 def _narrowest(tensors: List[Tensor]) -> torch.dtype:

@@ -48,6 +48,8 @@ class CPURuntime(Runtime):
 
     def precision_hint(self, name: str) -> str:
         """bf16 needs instructions for it; halves without them are converted and computed in fp32."""
+        if name == "bf16" and not sums_bf16_in_fp32():
+            return "this torch sums products of bf16 in bf16 on this processor: inexact and slow; take torch 2 or fp32"
         if name == "bf16" and not bf16_units():
             return "this processor has no bf16 units: torch converts and computes in fp32, slower than precision=fp32"
         if name in ("amp", "fp16"):
@@ -118,6 +120,15 @@ def bf16_units() -> List[str]:
     except (OSError, StopIteration):
         return []
     return [text for flag, text in known.items() if flag in flags]
+
+
+def sums_bf16_in_fp32() -> bool:
+    """Whether products of bf16 are summed in fp32, as they should be; torch 1.12 does so from AVX-512 on only.
+
+    Summed in bf16, 512 ones come to 256: the next number that bf16 has is 258.
+    """
+    ones = torch.ones(2, 512, dtype=torch.bfloat16)
+    return bool((ones @ ones.t() == 512).all())
 
 
 def cpu_name() -> str:
