@@ -145,6 +145,9 @@ def main() -> None:
     measure(given, config, split, engines)
 
 
+_TYPES = {False: torch.float32, True: torch.bfloat16}
+
+
 def measure(given: argparse.Namespace, config: TrainConfig, split: Any, engines: List[Engine]) -> None:
     """All engines in turn over the same batches, a line each, and a table in the end."""
     seconds: Dict[Tuple[str, str], List[float]] = {}
@@ -157,12 +160,9 @@ def measure(given: argparse.Namespace, config: TrainConfig, split: Any, engines:
             True: float(published_flops(config.model, sequences, 512)),
             False: float(shared_context_flops(config.model, flat.context_lengths, flat.candidate_rows).sum()),
         }
-        peaks = {half: peak(torch.bfloat16 if half else torch.float32) for half in (False, True)}
-        print(
-            f"round {number}: {len(flat.tokens)} rows, {sequences} sequences of 512; products "
-            f"{peaks[False] / 1e9:.0f} GFLOP/s in fp32, {peaks[True] / 1e9:.0f} in bf16",
-            flush=True,
-        )
+        peaks = {half: peak(_TYPES[half]) for half in sorted({engine.half for engine in engines})}
+        products = ", ".join(f"{speed / 1e9:.0f} GFLOP/s in {_TYPES[half]}" for half, speed in peaks.items())
+        print(f"round {number}: {len(flat.tokens)} rows, {sequences} sequences of 512; products {products}", flush=True)
         for part in given.parts.split(","):
             for engine in engines:
                 batch = padded if engine.padded else flat

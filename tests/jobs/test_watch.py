@@ -43,6 +43,7 @@ def test_silence_is_counted_from_the_last_sign_or_from_the_start(
     clock = [time.time()]
     monkeypatch.setattr(watch_file.time, "time", lambda: clock[0])
     silence, other = Watch(tmp_path, [7, 0], 30.0), Watch(tmp_path, [7], 30.0, 90.0)
+    this_rank()
     assert (newest(tmp_path, [7, 0]) > 0, newest(tmp_path, [7])) == (True, 0.0)
     os.utime(tmp_path / "ranks" / "0", (clock[0] - 50, clock[0] - 50))
     assert silence.seconds() == 0  # what another run has left does not count
@@ -59,6 +60,22 @@ def test_silence_is_counted_from_the_last_sign_or_from_the_start(
     assert other.seconds() == 0
     clear(tmp_path)
     assert newest(tmp_path, [7, 0]) == 0.0
+
+
+def test_a_rank_that_still_waits_for_others_to_join_has_given_no_sign(
+    tmp_path: Path, this_rank: Heartbeat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [time.time()]
+    monkeypatch.setattr(watch_file.time, "time", lambda: clock[0])
+    monkeypatch.setattr(watch_file.signs, "whereabouts", lambda folder, ranks: [f"ranks {ranks}"])
+    watch = Watch(tmp_path, [0], 30.0, 90.0)
+    found = []
+    for _ in range(20):
+        clock[0] += 5
+        found.append(watch.silent())
+    assert found == [[]] * 18 + [["ranks [0]"]] * 2
+    this_rank()
+    assert newest(tmp_path, [0]) > 0
 
 
 def test_a_sign_is_given_at_most_once_a_second(tmp_path: Path, this_rank: Heartbeat) -> None:

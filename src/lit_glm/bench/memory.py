@@ -76,7 +76,7 @@ def _activations(config: TrainConfig, lengths: Lengths, bs: int, keeps_scores: b
     D, L, V = model.hidden_size, model.num_layers, model.vocab_size
     size = 2.0 if config.precision.name == "fp16" else 3.0 if config.precision.name in ("amp", "bf16") else 4.0
     on_processor = config.hardware.accelerator == "cpu"
-    dropout = 2.0 * D * (size if on_processor else 1.0) if model.hidden_dropout else 0.0  # two masks; torch's are bytes
+    dropout = 2.0 * D * _zeros(model.hidden_dropout, on_processor)
     if config.scoring.name == "published":
         rows = float(min(bs, len(lengths)) * lengths.candidates.max() * config.data.max_seq_length)
         predicting = rows
@@ -88,11 +88,16 @@ def _activations(config: TrainConfig, lengths: Lengths, bs: int, keeps_scores: b
     shared = config.scoring.name != "published"
     again = _KEYS_AGAIN if on_processor and shared else 0.0
     layer = rows * ((_KEPT + again) * D * size + dropout)
-    if keeps_scores:  # before and behind dropout
-        layer += pairs * model.num_attention_heads * size * (2.0 if model.attention_dropout else 1.0)
+    if keeps_scores:
+        layer += pairs * model.num_attention_heads * (size + _zeros(model.attention_dropout, on_processor))
     last = (rows * (_KEPT_LAST + again) + predicting * (_KEPT - _KEPT_LAST)) * D * size if shared else layer
     kept = L * rows * D * size + layer if model.activation_checkpointing else (L - 1) * layer + last
     return kept + predicting * V * 4.0 * _HEAD_COPIES
+
+
+def _zeros(p: float, on_processor: bool) -> float:
+    """Bytes an element that dropout keeps: on a processor the places of the zeros, elsewhere a mask of bytes."""
+    return 8.0 * p if on_processor else float(p > 0)
 
 
 def _largest(lengths: Any, bs: int) -> float:

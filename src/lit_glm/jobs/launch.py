@@ -30,7 +30,7 @@ from lit_glm.threads import OURS, for_ranks
 
 _STALL_GRACE_S = 5.0
 _START_S = 30.0
-"""Seconds that a rank may need to its first sign of life beside other work: it imports torch before."""
+"""Seconds that a rank may need to its first sign of life beside other work: it imports torch and joins the others."""
 _LEAK = (
     "MASTER_ADDR",
     "MASTER_PORT",

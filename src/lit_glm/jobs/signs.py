@@ -22,7 +22,10 @@ def _stack_of(file: Path) -> Path:
 
 
 class Heartbeat:
-    """Touches a file, at most once a second, so that it may be called at every step and every batch."""
+    """Touches a file, at most once a second, so that it may be called at every step and every batch.
+
+    The first call is the first sign: until then a rank imports and waits for the others to join, and can only be asked.
+    """
 
     def __init__(self, folder: Path, rank: int) -> None:
         self._path = folder / _FOLDER / str(rank)
@@ -30,6 +33,7 @@ class Heartbeat:
         self._stack = _stack_of(self._path).open("w")
         self.answer()
         self._path.write_text(str(os.getpid()))
+        os.utime(self._path, (0, 0))
         self._next = 0.0
 
     def answer(self) -> None:
@@ -73,7 +77,7 @@ def whereabouts(folder: Path, ranks: Sequence[int]) -> List[str]:
         file = folder / _FOLDER / str(rank)
         try:
             process = psutil.Process(int(file.read_text()))
-            if process.create_time() > file.stat().st_mtime + _ROUNDING_S:
+            if process.create_time() > _stack_of(file).stat().st_mtime + _ROUNDING_S:
                 raise psutil.NoSuchProcess(process.pid)  # its number is another process's by now
             if process.status() == psutil.STATUS_STOPPED:
                 said.append(f"rank {rank} (process {process.pid}) is stopped (SIGSTOP)")

@@ -56,10 +56,11 @@ def as_rank(folder: Path, work: Callable[[TrainConfig], Dict[str, Any]]) -> int:
     """
     die_with_parent()
     config = Job.read(folder).config
-    Heartbeat(folder, int(os.environ["RANK"]))
+    beat = Heartbeat(folder, int(os.environ["RANK"]))
 
     def join_and_work() -> None:
         with joined(config):
+            beat()
             import torch
 
             found = work(config)

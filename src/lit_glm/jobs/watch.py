@@ -27,7 +27,7 @@ class Watch:
             folder: where the ranks give signs.
             ranks: of this machine.
             limit_s: how long all of them may be silent.
-            before_first_s: the same before the first sign, if that is longer: nodes are still meeting then.
+            before_first_s: the same before the first sign, if that is longer: nodes are still meeting, ranks joining.
         """
         self._folder, self._ranks = folder, ranks
         self._limit, self._first = limit_s, max(limit_s, before_first_s)

@@ -1,11 +1,14 @@
-"""Dropout whose masks cost little on the processor.
+"""Dropout that costs little on the processor.
 
-torch's own dropout draws one number after the other there, 32 bits each, and multiplies a half with a boolean by way of
-two copies: a fifth of a training step of GLM-Large in bf16. Here 64 random bits of numpy's SFC64 (Doty-Humphrey,
-https://pracrand.sourceforge.net) give four masks, in the type that they are multiplied in. Everywhere else torch's
-kernel is taken.
+torch's own dropout draws a number for each element there and multiplies with a mask: a fifth of a training step of
+GLM-Large in bf16. Here one number is drawn for each zero: how far it is from the one before. Such gaps are distributed
+geometrically (Devroye 1986, Non-Uniform Random Variate Generation, chapter X.2) and found in a table, by 16 random bits
+of numpy's SFC64 (Doty-Humphrey, https://pracrand.sourceforge.net). What is kept for the backward pass are the places of
+the zeros, a tenth of the elements, instead of a mask. Everywhere else torch's kernel is taken.
 """
 
+import math
+from functools import lru_cache
 from typing import Any, Optional, Tuple
 
 import numpy as np
@@ -16,57 +19,79 @@ from torch import Tensor, nn
 _LOWEST_64 = -(2**63)
 _STEPS = 2**16
 _FEW = 2**12  # 64-bit words up to which a generator of their own costs more than it saves
+_FARTHEST = 2.0**40  # a gap that no tensor has
 
 
 def draw(like: Tensor, p: float) -> Tuple[Tensor, float]:
-    """A mask of dropout.
+    """Which elements dropout sets to zero.
 
     Args:
-        like: gives shape, type and device.
-        p: share of zeros; on the processor rounded to 1 / 65536.
+        like: gives shape and device.
+        p: share of zeros; on the processor as near as gaps of multiples of 1 / 65536 in probability come to it.
 
     Returns:
-        1 where an element stays, 0 elsewhere; and what to multiply it with so that the mean stays.
+        What `clear` takes; and what to multiply the other elements with so that the mean stays.
     """
     if like.device.type != "cpu":
-        return (torch.rand(like.shape, device=like.device) >= p).to(like.dtype), 1.0 / (1.0 - p)
-    dropped = min(_STEPS - 1, round(p * _STEPS))
-    keep = torch.empty_like(like, memory_format=torch.contiguous_format)
-    torch.ge(_bits(like.numel()).view(like.shape), dropped - _STEPS // 2, out=keep)
-    return keep, _STEPS / (_STEPS - dropped)
+        return torch.rand(like.shape, device=like.device) < p, 1.0 / (1.0 - p)
+    gaps, share = _gaps(p)
+    return _places(like.numel(), gaps, share), 1.0 / (1.0 - share)
 
 
-def _bits(count: int) -> Tensor:
-    """[count] random int16; what torch's generator has been seeded with decides them."""
+def clear(x: Tensor, zeros: Tensor) -> Tensor:
+    """Set the elements to zero that `draw` has drawn, in place; x has its elements one after the other."""
+    if zeros.dtype is torch.bool:
+        return x.masked_fill_(zeros, 0.0)
+    x.view(-1).index_fill_(0, zeros, 0.0)
+    return x
+
+
+@lru_cache(maxsize=8)
+def _gaps(p: float) -> Tuple["np.ndarray[Any, Any]", float]:
+    """[65536] distances from a zero to the next, each as likely as any other; the share of zeros that they come to."""
+    quantiles = (np.arange(_STEPS) + 0.5) / _STEPS
+    gaps = np.floor(np.minimum(np.log1p(-quantiles) / math.log1p(-p), _FARTHEST)).astype(np.int64) + 1
+    return gaps, _STEPS / float(gaps.sum())
+
+
+def _places(count: int, gaps: "np.ndarray[Any, Any]", share: float) -> Tensor:
+    """The zeros among `count` elements, in order."""
+    expected = count * share
+    number = int(expected + 6.0 * math.sqrt(expected)) + 8  # too few once in a billion times
+    ends = np.take(gaps, _bits(number)).cumsum()
+    while ends[-1] <= count:
+        ends = np.concatenate((ends, ends[-1] + np.take(gaps, _bits(number)).cumsum()))
+    return torch.from_numpy(ends[: np.searchsorted(ends, count, side="right")] - 1)
+
+
+def _bits(count: int) -> "np.ndarray[Any, Any]":
+    """[count] random numbers below 65536; what torch's generator has been seeded with decides them."""
     words = (count + 3) // 4
     if words <= _FEW:
-        return torch.empty(words, dtype=torch.int64).random_(_LOWEST_64, None).view(torch.int16)[:count]
-    generator = np.random.Generator(np.random.SFC64(int(torch.empty((), dtype=torch.int64).random_())))
-    drawn = generator.integers(0, 2**64, words, dtype=np.uint64)
-    return torch.from_numpy(drawn.view(np.int16))[:count]
+        drawn = torch.empty(words, dtype=torch.int64).random_(_LOWEST_64, None).numpy()
+    else:
+        generator = np.random.Generator(np.random.SFC64(int(torch.empty((), dtype=torch.int64).random_())))
+        drawn = generator.integers(0, 2**64, words, dtype=np.uint64)
+    return drawn.view(np.uint16)[:count]
 
 
 class _Dropout(torch.autograd.Function):
-    """x times a mask of zeros and 1 / (1 - p), and what it is added to, in one pass."""
+    """x with zeros, the rest scaled, and what it is added to."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float, onto: Optional[Tensor]) -> Tensor:
-        keep, ctx.scale = draw(x, p)
-        ctx.save_for_backward(keep)
+        zeros, ctx.scale = draw(x, p)
+        ctx.save_for_backward(zeros)
+        ctx.dtype = x.dtype
         if onto is None:
-            return _scaled(x, keep, ctx.scale)
-        if onto.dtype is x.dtype:
-            return torch.addcmul(onto, x, keep, value=ctx.scale)
-        return torch.add(onto, x * keep, alpha=ctx.scale)
+            return clear((x * ctx.scale).contiguous(), zeros)
+        return torch.add(onto, clear(x.clone(memory_format=torch.contiguous_format), zeros), alpha=ctx.scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (keep,) = ctx.saved_tensors
-        return _scaled(grads[0].to(keep.dtype), keep, ctx.scale), None, grads[0] if ctx.needs_input_grad[2] else None
-
-
-def _scaled(x: Tensor, keep: Tensor, scale: float) -> Tensor:
-    return torch.addcmul(x.new_zeros(()), x, keep, value=scale)
+        (zeros,) = ctx.saved_tensors
+        own = grads[0].to(ctx.dtype) * ctx.scale
+        return clear(own.contiguous(), zeros), None, grads[0] if ctx.needs_input_grad[2] else None
 
 
 def dropout(x: Tensor, p: float, onto: Optional[Tensor] = None) -> Tensor:
@@ -74,7 +99,7 @@ def dropout(x: Tensor, p: float, onto: Optional[Tensor] = None) -> Tensor:
 
     Args:
         x: any shape.
-        p: the share; on the processor rounded to 1 / 65536, and scaled by what it was rounded to.
+        p: the share, below 1; on the processor rounded, and scaled by what it was rounded to.
         onto: what the outcome is added to; None: nothing.
     """
     if p and x.device.type == "cpu":

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_glm.model.dropout import draw
+from lit_glm.model.dropout import clear, draw
 
 _SCORES = 2**21
 """Scores that a processor computes at a time (8 MiB in fp32)."""
 
 
 class Products(torch.autograd.Function):
-    """Attention as products and a softmax; keeps the probabilities before and after dropout.
+    """Attention as products and a softmax; keeps the probabilities and where dropout put zeros.
 
     On a processor a few sequences at a time, so that their scores fit a cache. The backward pass takes a row's sum of
     gradient x probability from the output, which is shorter than the row (Dao et al. 2022, FlashAttention, appendix
@@ -29,7 +29,7 @@ class Products(torch.autograd.Function):
         """[N, H, queries, d] of q [N, H, queries, d], k and v [N, H, keys, d]; `forbidden` is true where no key is."""
         N, H, queries, d = q.shape
         keys = k.shape[2]
-        ctx.factor, ctx.scale = 1.0 / math.sqrt(d), 1.0
+        ctx.factor, ctx.scale, ctx.dropout = 1.0 / math.sqrt(d), 1.0, dropout
         ctx.sequences = max(1, _SCORES // (H * queries * keys)) if q.device.type == "cpu" else N
         q, k, v = (part.reshape(N * H, -1, d) for part in (q, k, v))
         out, kept = torch.empty_like(q, memory_format=torch.contiguous_format), []
@@ -39,12 +39,13 @@ class Products(torch.autograd.Function):
             if forbidden is not None:
                 own = forbidden if len(forbidden) != N else forbidden[start : start + ctx.sequences]
                 scores.view(-1, H, queries, keys).masked_fill_(own, torch.finfo(scores.dtype).min)
-            probabilities = dropped = _softmax(scores)
+            probabilities = _softmax(scores)
+            kept.append(probabilities)
             if dropout:
-                keep, ctx.scale = draw(probabilities, dropout)
-                dropped = keep.mul_(probabilities)
-            _multiply(dropped, v[some], out[some])
-            kept += [probabilities, dropped]
+                zeros, ctx.scale = draw(probabilities, dropout)
+                kept.append(zeros)
+                probabilities = clear(probabilities.clone(), zeros)
+            _multiply(probabilities, v[some], out[some])
         if dropout:
             out.mul_(ctx.scale)
         ctx.save_for_backward(q, k, v, out, *kept)
@@ -60,15 +61,17 @@ class Products(torch.autograd.Function):
         if ctx.scale != 1.0:
             grad = grad * ctx.scale
         grad_q, grad_k, grad_v = (torch.empty_like(part, memory_format=torch.contiguous_format) for part in (q, k, v))
-        for number in range(len(kept) // 2):
-            some = slice(number * ctx.sequences * H, (number + 1) * ctx.sequences * H)
-            probabilities, dropped = kept[2 * number : 2 * number + 2]
-            _multiply(dropped.transpose(1, 2), grad[some], grad_v[some])
+        for number, start in enumerate(range(0, N, ctx.sequences)):
+            some = slice(start * H, (start + ctx.sequences) * H)
             grad_scores = torch.bmm(grad[some], v[some].transpose(1, 2))
-            if dropped is probabilities:
-                grad_scores.sub_(row_sum[some]).mul_(probabilities)
-            else:  # (gradient x keep - row sum) x probability
-                grad_scores.mul_(dropped).addcmul_(probabilities, row_sum[some], value=-1)
+            if ctx.dropout:
+                probabilities, zeros = kept[2 * number : 2 * number + 2]
+                _multiply(clear(probabilities.clone(), zeros).transpose(1, 2), grad[some], grad_v[some])
+                clear(grad_scores, zeros)
+            else:
+                probabilities = kept[number]
+                _multiply(probabilities.transpose(1, 2), grad[some], grad_v[some])
+            grad_scores.sub_(row_sum[some]).mul_(probabilities)
             _multiply(grad_scores, k[some], grad_q[some])
             _multiply(grad_scores.transpose(1, 2), q[some], grad_k[some])
         grad_q.mul_(ctx.factor)

@@ -6,7 +6,7 @@ import torch
 
 from lit_glm.finding import Finding
 from lit_glm.hardware.runtimes.base import Runtime
-from lit_glm.model.dropout import draw, dropout
+from lit_glm.model.dropout import clear, draw, dropout
 
 _SHARE = 0.1
 _COUNT = 2**20
@@ -19,7 +19,7 @@ def check(runtime: Runtime) -> Finding:
 
     def masks(seed: int) -> "tuple[torch.Tensor, torch.Tensor]":
         runtime.manual_seed(seed)
-        return dropout(ones, _SHARE).cpu(), draw(ones, _SHARE)[0].cpu()
+        return dropout(ones, _SHARE).cpu(), clear(ones.clone(), draw(ones, _SHARE)[0]).cpu()
 
     first, again, other = masks(1), masks(1), masks(2)
     share = max((float((mask == 0).double().mean()) for mask in first), key=lambda value: abs(value - _SHARE))
