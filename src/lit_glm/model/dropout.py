@@ -51,6 +51,8 @@ def _gaps(p: float) -> Tuple["np.ndarray[Any, Any]", float]:
     """[65536] distances from a zero to the next, each as likely as any other; the share of zeros that they come to."""
     quantiles = (np.arange(_STEPS) + 0.5) / _STEPS
     gaps = np.floor(np.minimum(np.log1p(-quantiles) / math.log1p(-p), _FARTHEST)).astype(np.int64) + 1
+    # The farthest is what brings the mean to 1 / p; never 1, so that some elements stay.
+    gaps[-1] = max(2, gaps[-1] + round(min(_STEPS / p - float(gaps.sum()), _FARTHEST)))
     return gaps, _STEPS / float(gaps.sum())
 
 

@@ -61,16 +61,15 @@ class Products(torch.autograd.Function):
         if ctx.scale != 1.0:
             grad = grad * ctx.scale
         grad_q, grad_k, grad_v = (torch.empty_like(part, memory_format=torch.contiguous_format) for part in (q, k, v))
+        each = 2 if ctx.dropout else 1
         for number, start in enumerate(range(0, N, ctx.sequences)):
             some = slice(start * H, (start + ctx.sequences) * H)
             grad_scores = torch.bmm(grad[some], v[some].transpose(1, 2))
-            if ctx.dropout:
-                probabilities, zeros = kept[2 * number : 2 * number + 2]
-                _multiply(clear(probabilities.clone(), zeros).transpose(1, 2), grad[some], grad_v[some])
-                clear(grad_scores, zeros)
-            else:
-                probabilities = kept[number]
-                _multiply(probabilities.transpose(1, 2), grad[some], grad_v[some])
+            probabilities, *zeros = kept[number * each : (number + 1) * each]
+            dropped = clear(probabilities.clone(), *zeros) if zeros else probabilities
+            _multiply(dropped.transpose(1, 2), grad[some], grad_v[some])
+            if zeros:
+                clear(grad_scores, *zeros)
             grad_scores.sub_(row_sum[some]).mul_(probabilities)
             _multiply(grad_scores, k[some], grad_q[some])
             _multiply(grad_scores.transpose(1, 2), q[some], grad_k[some])
