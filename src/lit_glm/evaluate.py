@@ -149,7 +149,7 @@ def _score(config: TrainConfig) -> Tuple[Optional[float], List[Tuple[int, int]],
     split.check_fits(config.model.vocab_size, config.model.max_sequence_length, config.data.max_seq_length)
     read_names(Path(config.data.eval_file), len(split))  # said before the work
     device = runtime.device(0)
-    check_kernel(config.model.attention, device, training=False)
+    check_kernel(config.model.attention)
     glm, done = build_glm(config.model, runtime.kernels())
     for line in done:
         print(f"lit_glm: {config.model.init_checkpoint}: {line}")

@@ -1,11 +1,11 @@
-"""What happens in a run, as FlagPerf's events: written to perf.log, told to whoever listens.
+"""What happens in a run, as FlagPerf's events: written to perf.log.
 
 perf.log keeps FlagPerf's conventions: the first rank's own loss, the learning rate after the scheduler's step, samples
 as steps x global batch.
 """
 
 import time
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 from lit_glm.bench.account import Account
 from lit_glm.bench.perflog import PerfLog
@@ -19,8 +19,6 @@ class Events:
     def __init__(self, config: TrainConfig, account: Account) -> None:
         self._config, self._account = config, account
         self.log: Optional[PerfLog] = None
-        self.listeners: List[Callable[[str, Any, int], None]] = []
-        """Told of every event, its value and its time (ms)."""
 
     def tell(self, name: str, value: Optional[Any] = None, ago: float = 0.0, **keys: Any) -> None:
         """Something happened, so many seconds ago."""
@@ -28,8 +26,6 @@ class Events:
             return
         time_ms = int(1e3 * (time.time() - ago))
         self.log.event(name, value, time_ms, **keys)
-        for listener in self.listeners:
-            listener(name, value, time_ms)
 
     def submitted(self, examples: Tuple[int, int]) -> None:
         """A run that has not been here before; the numbers are of its examples to train and to evaluate on."""

@@ -68,10 +68,9 @@ _OPEN: Dict[str, Tuple[float, float]] = {
 _BELOW_ONE = ("model.hidden_dropout", "model.attention_dropout", "optimizer.beta1", "optimizer.beta2")
 _CHOICES: Dict[str, Tuple[str, ...]] = {
     "model.gelu": ("tanh", "erf"),
-    "model.attention": ("auto", "fused", "matmul", "flex"),
+    "model.attention": ("auto", "fused", "matmul"),
     "precision.name": ("fp32", "amp", "fp16", "bf16"),
     "scoring.name": ("shared_context", "published"),
-    "optimizer.lr_decay_style": ("linear",),
     "sweep.objective": FIGURES,
 }
 
@@ -96,11 +95,6 @@ def out_of_range(config: Any) -> List[str]:
             complaints.append(f"{key}={value}: must be at least 0 and below 1")
         elif key in _CHOICES and value not in _CHOICES[key]:
             complaints.append(f"{key}={value}: must be one of {', '.join(_CHOICES[key])}")
-    if values.get("model.attention") == "flex":
-        if values["model.attention_dropout"]:
-            complaints.append("model.attention=flex: has no dropout; it needs model.attention_dropout=0")
-        if values["scoring.name"] == "published":
-            complaints.append("model.attention=flex: is for scoring=shared_context")
     heads, hidden = values.get("model.num_attention_heads"), values.get("model.hidden_size")
     if heads and hidden and hidden % heads:
         complaints.append(f"model.hidden_size={hidden}: must be a multiple of model.num_attention_heads={heads}")

@@ -142,7 +142,6 @@ class OptimizerConfig:
     warmup: float = 0.1
     lr_decay_iters: int = 4338
     lr_decay_ratio: float = 0.1
-    lr_decay_style: str = "linear"
     accumulate: int = 1
 
 

@@ -1,7 +1,5 @@
 """Names of vendors' software that other packages need, without importing any of it."""
 
-RUNTIMES = ("cpu", "cuda", "xmlir", "xpytorch", "simulated")
-"""Values of hardware.runtime beside auto."""
 PACKAGES = ("xmlir", "xacc", "torch-xmlir", "nvidia-ml-py")
 """Distributions whose versions belong in a record of the environment."""
 FRAMEWORKS = ("xmlir", "torch-xmlir")

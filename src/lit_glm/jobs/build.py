@@ -222,7 +222,7 @@ def _is_verified(place: Place) -> bool:
 def _module(place: Place, runtime: Runtime) -> RecordModule:
     config = place.config
     device = runtime.device(place.local_rank)
-    check_kernel(config.model.attention, device, training=True)
+    check_kernel(config.model.attention)
     reason = why_not_fused(device) if HAS_FUSED else None
     if reason:
         place.say(f"optimizer: torch's fused AdamW does not serve here ({reason}): the plain one is taken")

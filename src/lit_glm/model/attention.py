@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lit_glm.batches.types import FlatBatch, Places
 from lit_glm.errors import InputError
-from lit_glm.model.flex import FlexPlan, compiles, has_flex
 from lit_glm.model.products import Products
 
 _SMALL_GROUP = 128 * 256  # rows x width of a group up to which one padded call beats a call a group on a processor
@@ -22,26 +21,17 @@ _TILE = 32  # rows of bf16 that a matrix unit multiplies at a time
 _HAS_FUSED = hasattr(F, "scaled_dot_product_attention")  # torch 2.0 and later
 
 
-def check_kernel(kernel: str, device: torch.device, training: bool) -> None:
-    """Refuse a kernel that is not there before anything is computed.
+def check_kernel(kernel: str) -> None:
+    """Reject an attention implementation that this torch does not have.
 
     Args:
-        kernel: `model.attention`: auto, fused (torch's own), matmul (products and a softmax) or flex (FlexAttention).
-        device: where it would run.
-        training: whether gradients are needed.
+        kernel: `model.attention`: auto, fused (torch's scaled_dot_product_attention) or matmul (matmul and softmax).
 
     Raises:
-        InputError: says what is missing.
+        InputError: if the implementation is missing.
     """
-    if (kernel == "fused" and not _HAS_FUSED) or (kernel == "flex" and not has_flex()):
-        raise InputError(f"model.attention={kernel}: torch {torch.__version__} has no such kernel; take auto")
-    if kernel == "flex" and device.type != "cpu" and not compiles(device):
-        raise InputError(
-            "model.attention=flex: torch.compile does nothing here (some vendors' builds of torch replace it, "
-            "TORCHDYNAMO_DISABLE turns it off), and without it flex computes every pair of rows; take auto"
-        )
-    if kernel == "flex" and training and device.type == "cpu":
-        raise InputError("model.attention=flex: has no backward pass on processors; it is for cards; take auto")
+    if kernel == "fused" and not _HAS_FUSED:
+        raise InputError(f"model.attention=fused: not available in torch {torch.__version__}; use auto or matmul")
 
 
 def choose(kernel: str, device: torch.device, dropout: float) -> str:
@@ -272,7 +262,7 @@ class _Taken(torch.autograd.Function):
 
 
 def plan_for(batch: FlatBatch, width: int, kernel: str) -> Any:
-    """Choose how the flat layout attends: one call a group, all groups in one padded call, or a block mask.
+    """Choose how the flat layout attends: one call a group, or all groups in one padded call.
 
     A call costs some tens of microseconds whatever it computes; padding costs arithmetic. On a processor one padded
     call is ahead while a group is small (`benchmarks/attention.py` has the measurement), on a card nearly always.
@@ -283,10 +273,9 @@ def plan_for(batch: FlatBatch, width: int, kernel: str) -> Any:
         kernel: `model.attention`.
     """
     small = batch.places.gather.shape[1] * width <= _SMALL_GROUP or batch.places.gather.device.type != "cpu"
-    if kernel != "flex" and small:
+    if small:
         return PaddedPlan.gathered(batch.places, kernel)
-    plan: Any = FlexPlan if kernel == "flex" else FlatPlan
-    return plan.of(batch.context_lengths, batch.candidate_rows, batch.row_candidate, kernel)
+    return FlatPlan.of(batch.context_lengths, batch.candidate_rows, batch.row_candidate, kernel)
 
 
 def _causal(size: int, device: torch.device) -> Tensor:

@@ -20,7 +20,6 @@ from omegaconf import OmegaConf
 from lit_glm.runs.result import COMPLETE
 from lit_glm.runs.row import less_is_better
 
-_NUMBERS = ("e2e_time", "p_whole", "p_train", "p_core", "acc", "mem_actual_gib", "mem_total_gib")
 _TEXTS = ("status", "hardware", "topology", "precision", "scoring", "fix_hp", "model", "error")
 _SILENT_S = 120.0
 _REPETITION = ("seed", "data.shuffle_seed")

@@ -17,7 +17,6 @@ class Try:
     """Samples a second, of examples of average length."""
     mfu: Optional[float] = None
     memory_gib: Optional[float] = None
-    memory_total_gib: Optional[float] = None
     samples_per_joule: Optional[float] = None
     said: str = ""
     """Why it does not fit."""

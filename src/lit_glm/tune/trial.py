@@ -115,6 +115,5 @@ def _judged(bs: int, folder: Path, work: Workload, result: "dict[str, Any]") -> 
         p_core,
         result.get("mfu"),
         result.get("mem_actual_gib"),
-        result.get("mem_total_gib"),
         result.get("samples_per_joule"),
     )
