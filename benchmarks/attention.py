@@ -13,7 +13,7 @@ from typing import Any, List
 import numpy as np
 import torch
 
-from lit_glm.batches.collate import places_of
+from lit_glm.data.collate import places_of
 from lit_glm.model.attention import FlatPlan, PaddedPlan
 
 

@@ -14,7 +14,7 @@ from typing import Any, Dict, List
 
 import numpy as np
 
-from lit_glm.record.store import SparseWriter
+from lit_glm.data.h5sparse import SparseWriter
 
 CLS, MASK, SOP, EOP = 101, 103, 30522, 30523
 

@@ -23,8 +23,8 @@ import numpy as np
 from engines import highest_memory
 from scipy.sparse import csr_matrix
 
-from lit_glm.batches.collate import flat_batch, padded_batch
-from lit_glm.batches.compact import open_split
+from lit_glm.data.collate import flat_batch, padded_batch
+from lit_glm.data.memmap_dataset import open_split
 
 
 class PublishedReader:

@@ -21,13 +21,13 @@ import corpus
 import torch
 from reference import Reference
 
-from lit_glm.batches.collate import flat_batch, padded_batch
-from lit_glm.batches.compact import open_split
-from lit_glm.bench.environment import describe_machine
-from lit_glm.bench.work import published_flops, shared_context_flops
-from lit_glm.config.app import checked, compose
+from lit_glm.config.hydra_main import checked, compose
 from lit_glm.config.schema import TrainConfig
+from lit_glm.data.collate import flat_batch, padded_batch
+from lit_glm.data.memmap_dataset import open_split
 from lit_glm.hardware.runtimes.cpu import CPURuntime, bf16_units
+from lit_glm.metrics.flops import published_flops, shared_context_flops
+from lit_glm.metrics.system_info import describe_machine
 from lit_glm.model.build import build_glm
 from lit_glm.model.glm import GLM
 from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, choice_loss, score_table

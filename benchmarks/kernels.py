@@ -14,10 +14,10 @@ import torch
 from engines import SHAPES, Engine
 from torch.profiler import ProfilerActivity, profile
 
-from lit_glm.batches.collate import flat_batch, padded_batch
-from lit_glm.batches.compact import open_split
-from lit_glm.config.app import checked, compose
+from lit_glm.config.hydra_main import checked, compose
 from lit_glm.config.schema import TrainConfig
+from lit_glm.data.collate import flat_batch, padded_batch
+from lit_glm.data.memmap_dataset import open_split
 from lit_glm.hardware.runtimes.cpu import CPURuntime
 from lit_glm.model.build import build_glm
 

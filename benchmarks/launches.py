@@ -21,17 +21,17 @@ from typing import Any, Callable, Dict, Iterator, Optional
 import numpy as np
 import torch
 
-from lit_glm.batches.collate import places_of
-from lit_glm.batches.types import FlatBatch
-from lit_glm.config.app import checked, compose
+from lit_glm.compat import seeing_operators
+from lit_glm.config.hydra_main import checked, compose
 from lit_glm.config.schema import TrainConfig
+from lit_glm.data.batch import FlatBatch
+from lit_glm.data.collate import places_of
 from lit_glm.hardware.precision import FP16, make_precision
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.model.build import build_glm
 from lit_glm.model.scoring import TRAIN_MASK, choice_loss, score_table
 from lit_glm.training.optimizer import make_optimizer
-from lit_glm.upstream import seeing_operators
-from lit_glm.verify.operators import _PLAIN, name_of
+from lit_glm.verification.operator_check import _PLAIN, name_of
 
 PHASES = ("forward", "backward", "division by the scale", "clipping", "update", "rounding to fp16")
 
@@ -122,7 +122,7 @@ _READS = ("tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__")
 def reads(precision: str, steps: int = 6) -> Counter:
     """How often the host reads a tensor in the steps of a run, by where: on a card each is a wait."""
     from lit_glm import train
-    from lit_glm.bench.recorder import Recorder
+    from lit_glm.metrics.benchmark_callback import Recorder
     from lit_glm.training.module import RecordModule
 
     counts: Counter = Counter()

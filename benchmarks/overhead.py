@@ -46,7 +46,7 @@ def measure(overrides: List[str]) -> None:
 
     seconds: List[float] = []
     sys.argv = ["lit_glm.train", *overrides]
-    from lit_glm.threads import bound_spinning
+    from lit_glm.openmp import bound_spinning
 
     bound_spinning()  # before torch, as `train` does for itself
     import torch

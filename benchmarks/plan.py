@@ -17,9 +17,9 @@ import tempfile
 from pathlib import Path
 from typing import Any, Dict, List
 
-from lit_glm.batches.compact import open_split
-from lit_glm.plan.workload import Workload
-from lit_glm.runs.job import Job
+from lit_glm.data.memmap_dataset import open_split
+from lit_glm.planning.workload import Workload
+from lit_glm.runs.job_spec import Job
 
 
 def command(name: str, overrides: List[str]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lit_glm.bench.environment import describe_machine
+from lit_glm.metrics.system_info import describe_machine
 from lit_glm.model import linear
 
 

@@ -21,13 +21,13 @@ from typing import Any, Dict, List
 import corpus
 import torch
 
-from lit_glm.batches.collate import flat_batch, padded_batch
-from lit_glm.batches.compact import open_split
-from lit_glm.batches.datamodule import RecordData
-from lit_glm.bench.work import WorkCounter
-from lit_glm.config.app import checked, compose
+from lit_glm.config.hydra_main import checked, compose
 from lit_glm.config.schema import TrainConfig
+from lit_glm.data.collate import flat_batch, padded_batch
+from lit_glm.data.datamodule import RecordData
+from lit_glm.data.memmap_dataset import open_split
 from lit_glm.hardware.runtimes.cpu import CPURuntime
+from lit_glm.metrics.flops import WorkCounter
 from lit_glm.model.build import build_glm
 from lit_glm.model.scoring import TRAIN_MASK, choice_loss, score_table
 

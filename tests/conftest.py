@@ -20,7 +20,7 @@ TRAIN_FILE = HDF5 / "train_hdf5" / "train_sparse.hdf5"
 EVAL_FILE = HDF5 / "eval_hdf5" / "eval_sparse.hdf5"
 CHECKPOINT = GOLDEN / "blocklm-large-blank"
 
-LONGEST = ("runs", "doctor", "documents", "tune", "verify", "hardware", "parity", "plan", "model")
+LONGEST = ("runs", "preflight", "documents", "tuning", "verification", "hardware", "parity", "planning", "model")
 """Folders, those of real processes before all others."""
 
 

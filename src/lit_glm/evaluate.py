@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
-from lit_glm.config.app import run_app
+from lit_glm.config.hydra_main import run_app
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
 
@@ -21,7 +21,7 @@ def read_names(eval_file: Path, num_examples: int) -> Optional[List[Dict[str, An
     Raises:
         InputError: if it belongs to another evaluation file.
     """
-    from lit_glm.record.build import NAMES_FILE
+    from lit_glm.data.prepare_hdf5 import NAMES_FILE
 
     path = eval_file.parent / NAMES_FILE
     if not path.is_file():
@@ -44,7 +44,7 @@ def summarise(
     Returns:
         A prediction an example, and em, f1 and the shares that were cut to length.
     """
-    from lit_glm.training.metrics import text_scores
+    from lit_glm.training.evaluation import text_scores
 
     predictions, exact, overlap = [], 0.0, 0.0
     for example, candidate in chosen:
@@ -72,7 +72,7 @@ def as_in_run(config: TrainConfig, given: List[str]) -> TrainConfig:
     """
     from dataclasses import fields, replace
 
-    from lit_glm.runs.job import FILE, Job
+    from lit_glm.runs.job_spec import FILE, Job
 
     path = Path(config.model.init_checkpoint or "")
     run_dir = path.parent.parent if path.suffix == ".ckpt" else path
@@ -92,8 +92,8 @@ def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
     """Score one checkpoint on one device."""
     from hydra.core.hydra_config import HydraConfig
 
-    from lit_glm.config.line import CommandLine
-    from lit_glm.hardware.variables import set_environment
+    from lit_glm.config.command_line import CommandLine
+    from lit_glm.hardware.env import set_environment
 
     for line in set_environment(config.hardware):  # before anything imports torch
         print(f"lit_glm: {line}", file=sys.stderr)
@@ -130,15 +130,15 @@ def _check_free(out: Path) -> None:
 
 def _score(config: TrainConfig) -> Tuple[Optional[float], List[Tuple[int, int]], Any]:
     """Accuracy, (example, chosen candidate) of all examples, and the runtime that scored them."""
-    from lit_glm.hardware.runtimes import make_runtime
-    from lit_glm.record.synthetic import ensure
+    from lit_glm.data.synthetic import ensure
+    from lit_glm.hardware.runtimes.selection import make_runtime
 
     if config.data.synthetic is not None:
         ensure(config.data)
     runtime = make_runtime(config.hardware, config.topology)
 
-    from lit_glm.batches.compact import open_split
-    from lit_glm.batches.datamodule import evaluation_batches
+    from lit_glm.data.datamodule import evaluation_batches
+    from lit_glm.data.memmap_dataset import open_split
     from lit_glm.hardware.precision import make_precision
     from lit_glm.model.attention import check_kernel
     from lit_glm.model.build import build_glm
@@ -163,7 +163,7 @@ def _score(config: TrainConfig) -> Tuple[Optional[float], List[Tuple[int, int]],
 def _write(
     out: Path, predictions: List[Dict[str, Any]], report: Dict[str, Any], config: TrainConfig, runtime: Any
 ) -> None:
-    from lit_glm.files import write_json, write_text
+    from lit_glm.atomic_files import write_json, write_text
 
     out.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in predictions)

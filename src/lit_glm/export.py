@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from typing import List, Optional
 
+from lit_glm.broken_pipe import survive_closed_output
 from lit_glm.errors import InputError
-from lit_glm.output import survive_closed_output
 
 
 def export(run_dir: Path, layout: str, out: Path) -> str:
@@ -23,10 +23,10 @@ def export(run_dir: Path, layout: str, out: Path) -> str:
     Raises:
         InputError: if the folder holds no usable checkpoint or the file cannot be written.
     """
-    from lit_glm.files import replacing
+    from lit_glm.atomic_files import replacing
     from lit_glm.model.checkpoint import save_published, save_safetensors
     from lit_glm.runs import checkpoints
-    from lit_glm.runs.job import FILE, Job, identity
+    from lit_glm.runs.job_spec import FILE, Job, identity
 
     if not (run_dir / FILE).is_file():
         raise InputError(f"{run_dir}: is no run folder (it has no {FILE})")

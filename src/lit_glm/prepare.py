@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lit_glm.config.app import run_app
+from lit_glm.config.hydra_main import run_app
 from lit_glm.config.schema import PrepareConfig
 from lit_glm.errors import InputError
 
@@ -13,7 +13,7 @@ def prepare(config: PrepareConfig, _composed: Any) -> int:
     """Run the conversion and say what became of each file."""
     data = config.data
     if data.name == "synthetic":
-        from lit_glm.record.synthetic import ensure
+        from lit_glm.data.synthetic import ensure
 
         ensure(data)
         print(f"{data.train_file}\n{data.eval_file}")
@@ -24,11 +24,11 @@ def prepare(config: PrepareConfig, _composed: Any) -> int:
                 f"data.{key} is not set: python -m lit_glm.prepare data.raw_dir=DIR data.vocab_file=FILE "
                 "data.out_dir=DIR"
             )
-    from lit_glm.record.build import build
+    from lit_glm.data.prepare_hdf5 import build
 
     assert data.raw_dir is not None
     assert data.vocab_file is not None
-    from lit_glm.doctor.origin import vocabulary
+    from lit_glm.preflight.provenance import vocabulary
 
     if Path(data.vocab_file).is_file():
         print(f"lit_glm: {vocabulary(Path(data.vocab_file))[1]}")

@@ -9,11 +9,11 @@ import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any, Callable, Dict, Tuple  # noqa: E402
 
-from lit_glm.config.app import Outcome, run_app  # noqa: E402
-from lit_glm.config.line import CommandLine  # noqa: E402
+from lit_glm.config.command_line import CommandLine  # noqa: E402
+from lit_glm.config.hydra_main import Outcome, run_app  # noqa: E402
 from lit_glm.config.schema import TrainConfig  # noqa: E402
 from lit_glm.errors import InputError  # noqa: E402
-from lit_glm.importing import importing  # noqa: E402
+from lit_glm.gc_pause import importing  # noqa: E402
 
 
 def train(config: TrainConfig, composed: Any) -> Outcome:
@@ -21,14 +21,14 @@ def train(config: TrainConfig, composed: Any) -> Outcome:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    from lit_glm.hardware.variables import set_environment
+    from lit_glm.hardware.env import set_environment
 
     set_environment(config.hardware)  # before anything imports torch
 
     with importing():
-        from lit_glm.hardware.runtimes import check_runtime
-    from lit_glm.jobs.nodes import outer_rank
-    from lit_glm.runs.folder import composed_files
+        from lit_glm.hardware.runtimes.selection import check_runtime
+    from lit_glm.launch.nodes import outer_rank
+    from lit_glm.runs.run_folder import composed_files
 
     hydra = HydraConfig.get()
     sweeps = hydra.mode is not None and hydra.mode.name != "RUN"
@@ -37,13 +37,13 @@ def train(config: TrainConfig, composed: Any) -> Outcome:
     check_runtime(config.hardware, config.topology)
     outer = outer_rank(config.topology)
     if sweeps:
-        from lit_glm.jobs.sweep import run_combination
+        from lit_glm.launch.sweep import run_combination
 
         if outer is not None:
             raise InputError("-m under torchrun: a sweep starts the ranks of its jobs itself; leave torchrun out")
         return run_combination(config, run_dir, files, lambda: prepare_data(config))
     if outer is not None:
-        from lit_glm.jobs.outer import run_outer
+        from lit_glm.launch.external_torchrun import run_outer
 
         find, prepare = (lambda: _folder(config, run_dir)), (lambda: prepare_data(config))
         return Outcome(run_outer(config, outer, _ENTRY, find, files, prepare))
@@ -57,8 +57,8 @@ def prepare_data(config: TrainConfig) -> None:
     Raises:
         InputError: if it does not fit the model, or has fewer examples than a step takes.
     """
-    from lit_glm.batches.compact import open_data
-    from lit_glm.record.synthetic import ensure
+    from lit_glm.data.memmap_dataset import open_data
+    from lit_glm.data.synthetic import ensure
 
     if config.data.synthetic is not None:
         ensure(config.data)
@@ -77,9 +77,9 @@ def _folder(config: TrainConfig, run_dir: Path) -> Tuple[Path, bool]:
     Raises:
         InputError: if a new run must not begin there.
     """
-    from lit_glm.runs.find import requeued, resolve
-    from lit_glm.runs.folder import check_free
-    from lit_glm.runs.job import check_same
+    from lit_glm.runs.discovery import requeued, resolve
+    from lit_glm.runs.job_spec import check_same
+    from lit_glm.runs.run_folder import check_free
 
     resume = config.run.resume
     folder = requeued(config, run_dir) if resume is None else resolve(resume, config, run_dir)
@@ -93,11 +93,10 @@ def _folder(config: TrainConfig, run_dir: Path) -> Tuple[Path, bool]:
 
 def run(config: TrainConfig, run_dir: Path, resumes: bool, files: Dict[str, str], prepare: Callable[[], None]) -> int:
     """Run one job unless it is complete; returns the exit status."""
-    from lit_glm.jobs.interrupts import Interrupted
-    from lit_glm.jobs.launch import run_job
-    from lit_glm.runs.job import Job
-    from lit_glm.runs.result import COMPLETE, read_result
-    from lit_glm.runs.row import table
+    from lit_glm.launch.launcher import run_job
+    from lit_glm.launch.signals import Interrupted
+    from lit_glm.runs.job_spec import Job
+    from lit_glm.runs.result import COMPLETE, read_result, table
 
     result = read_result(run_dir) if resumes else None
     if result is not None and result.get("status") in COMPLETE:
@@ -114,7 +113,7 @@ def run(config: TrainConfig, run_dir: Path, resumes: bool, files: Dict[str, str]
 
 
 def _before_sweep(whole: Any, line: CommandLine) -> None:
-    from lit_glm.jobs.sweep_start import check_start
+    from lit_glm.launch.sweep import check_start
 
     check_start(whole, line)
 
@@ -126,7 +125,7 @@ def main() -> int:
         status = run_app("train", TrainConfig, train, _before_sweep)
     except KeyboardInterrupt:
         stopped = True
-    sweep = sys.modules.get("lit_glm.jobs.sweep")  # imported when a sweep starts
+    sweep = sys.modules.get("lit_glm.launch.sweep")  # imported when a sweep starts
     if sweep is not None:
         status = max(status, sweep.finish())  # the jobs have noted which signal it was
     return 130 if stopped and status < 128 else status

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from conftest import lit_glm_here
-from lit_glm.config.app import CONF, checked, compose
+from lit_glm.config.hydra_main import CONF, checked, compose
 from lit_glm.config.schema import TrainConfig
 
 GROUPS = {

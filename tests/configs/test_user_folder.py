@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from conftest import lit_glm_here
-from lit_glm.config.app import checked, compose
-from lit_glm.config.line import CommandLine
+from lit_glm.config.command_line import CommandLine
+from lit_glm.config.hydra_main import checked, compose
 from lit_glm.config.schema import TrainConfig
 
 EXPERIMENT = """# @package _global_

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from conftest import CHECKPOINT, GOLDEN, lit_glm_here
-from lit_glm.verify import timing
+from lit_glm.verification import timing_check
 
 pytestmark = pytest.mark.skipif(torch.__version__.startswith("1."), reason="the pages are tried on the current stack")
 ROOT = Path(__file__).parent.parent.parent
@@ -139,8 +139,8 @@ def adapted(command: str, arguments: List[str], place: Path) -> List[str]:
 @pytest.mark.parametrize(("page", "text"), RUN)
 def test_a_command_of_the_pages(page: str, text: str, place: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     monkeypatch.chdir(place)
-    monkeypatch.setattr(timing, "_AT_LEAST_S", 0.02)  # of verify: its figures are not looked at here
-    monkeypatch.setattr(timing, "_COPIED", 2**20)
+    monkeypatch.setattr(timing_check, "_AT_LEAST_S", 0.02)  # of verify: its figures are not looked at here
+    monkeypatch.setattr(timing_check, "_COPIED", 2**20)
     words = shlex.split(text)
     command, arguments = (words[2].split(".")[1], words[3:]) if words[0] == "python" else (words[1], words[2:])
     run = adapted(command, arguments, place)

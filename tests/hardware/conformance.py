@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from lit_glm.config.schema import LossScaleConfig
-from lit_glm.hardware.runtimes import named_class
 from lit_glm.hardware.runtimes.base import Runtime
+from lit_glm.hardware.runtimes.selection import named_class
 
 
 @pytest.fixture(scope="module")

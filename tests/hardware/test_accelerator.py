@@ -12,8 +12,8 @@ import torch
 from conftest import GOLDEN_RUN, lit_glm_here
 from lit_glm.config.schema import HardwareConfig, TopologyConfig
 from lit_glm.hardware.accelerator import make_accelerator
-from lit_glm.hardware.runtimes import make_runtime
 from lit_glm.hardware.runtimes.cpu import CPURuntime
+from lit_glm.hardware.runtimes.selection import make_runtime
 
 INTELS = """
 import sys, torch

@@ -13,7 +13,7 @@ from conftest import GOLDEN_RUN, lit_glm
 from hardware.conformance import *  # noqa: F403  # its checks, here on the processor
 from lit_glm.config.schema import HardwareConfig
 from lit_glm.errors import InputError
-from lit_glm.hardware.runtimes import named_class
+from lit_glm.hardware.runtimes.selection import named_class
 
 RUNTIME = """
 from lit_glm.hardware.runtimes.cpu import CPURuntime

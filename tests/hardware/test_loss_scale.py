@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_glm.config.app import checked, compose
+from lit_glm.config.hydra_main import checked, compose
 from lit_glm.config.schema import LossScaleConfig, TrainConfig
 from lit_glm.hardware.loss_scale import DynamicLossScale, VendorLossScale
 

@@ -8,7 +8,7 @@ import torch
 from lit_glm.hardware.runtimes import onednn as linear
 from lit_glm.hardware.runtimes.cpu import CPURuntime
 from lit_glm.model.glm import Linear
-from lit_glm.model.kernels import Kernels
+from lit_glm.model.runtime_ops import Kernels
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 

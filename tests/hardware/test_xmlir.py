@@ -111,7 +111,7 @@ def test_a_tree_needs_pairs_of_nodes(tmp_path: Path) -> None:
 @native
 def test_the_runtimes_own_memory_counts_where_it_tells_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(DOUBLES))
-    from lit_glm.hardware.runtimes.xmlir import XMLIRRuntime
+    from lit_glm.hardware.runtimes.kunlunxin import XMLIRRuntime
 
     runtime = XMLIRRuntime()
     assert runtime.peak_memory(0) is None  # no monitor, no statistics

@@ -18,10 +18,10 @@ pytestmark = pytest.mark.skipif(torch.__version__.startswith("1."), reason="XPyT
 ASK = """
 import json, os
 from pathlib import Path
-from lit_glm.hardware.watch import devices_watched
-from lit_glm.config.app import checked, compose
+from lit_glm.hardware.device_monitor import devices_watched
+from lit_glm.config.hydra_main import checked, compose
 from lit_glm.config.schema import TrainConfig
-from lit_glm.hardware.runtimes import make_runtime
+from lit_glm.hardware.runtimes.selection import make_runtime
 config = checked(compose("train", ["hardware=r300", "topology=1x2"]), TrainConfig)
 runtime = make_runtime(config.hardware, config.topology)
 file = Path(os.environ["HOME"]) / "devices.csv"

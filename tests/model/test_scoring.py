@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lit_glm.batches.collate import flat_batch, padded_batch, places_of
-from lit_glm.batches.compact import CompactSplit, open_split
+from lit_glm.data.cloze import encode
+from lit_glm.data.collate import flat_batch, padded_batch, places_of
+from lit_glm.data.h5sparse import SparseWriter
+from lit_glm.data.memmap_dataset import CompactSplit, open_split
+from lit_glm.data.superglue_jsonl import Question
 from lit_glm.errors import InputError
 from lit_glm.model.attention import FlatPlan, PaddedPlan, attend, check_kernel
 from lit_glm.model.glm import GLM, GLMShape
 from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, choice_loss, score_table
-from lit_glm.record.cloze import encode
-from lit_glm.record.raw import Question
-from lit_glm.record.store import SparseWriter
 
 LIMIT = 48
 
@@ -169,9 +169,9 @@ def test_products_a_few_sequences_at_a_time_are_the_same(dropout: float, monkeyp
     qkv = torch.randn(5 * 8, 3 * 16)
     plan, found = PaddedPlan.published(torch.tensor([3, 7, 1, 8, 2]), 8, "matmul"), []
     one_by_one = lambda like, p: (torch.rand(like.shape) < p, 1.0 / (1.0 - p))  # noqa: E731
-    monkeypatch.setattr("lit_glm.model.products.draw", one_by_one)  # so that slices draw what the whole would
+    monkeypatch.setattr("lit_glm.model.matmul_attention.draw", one_by_one)  # so that slices draw what the whole would
     for scores in (2**20, 2 * 4 * 8 * 8, 1):
-        monkeypatch.setattr("lit_glm.model.products._SCORES", scores)
+        monkeypatch.setattr("lit_glm.model.matmul_attention._SCORES", scores)
         x = qkv.clone().requires_grad_()
         torch.manual_seed(1)
         out = plan(x, 4, dropout, False)

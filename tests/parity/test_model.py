@@ -9,14 +9,14 @@ import torch
 from torch.nn.functional import linear
 
 from conftest import CHECKPOINT, GOLDEN
-from lit_glm.batches.collate import flat_batch
-from lit_glm.batches.compact import open_split
-from lit_glm.batches.types import PaddedBatch
+from lit_glm.data.batch import PaddedBatch
+from lit_glm.data.collate import flat_batch
+from lit_glm.data.h5sparse import SparseWriter
+from lit_glm.data.memmap_dataset import open_split
 from lit_glm.model.attention import PaddedPlan
 from lit_glm.model.checkpoint import load_checkpoint
 from lit_glm.model.glm import GLM, GLMShape
 from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, choice_loss, score_published, score_table
-from lit_glm.record.store import SparseWriter
 
 Z = np.load(GOLDEN / "model.npz")
 SCORINGS = ("published", "shared_context")

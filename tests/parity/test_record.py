@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from conftest import EVAL_FILE, GOLDEN, TRAIN_FILE, lit_glm_here
-from lit_glm.batches.collate import padded_batch
-from lit_glm.batches.compact import open_split
-from lit_glm.record.store import SparseReader
-from lit_glm.record.tokenizer import WordPieces
+from lit_glm.data.collate import padded_batch
+from lit_glm.data.h5sparse import SparseReader
+from lit_glm.data.memmap_dataset import open_split
+from lit_glm.data.tokenizer import WordPieces
 
 VOCAB = GOLDEN / "bert-large-uncased-vocab.txt"
 

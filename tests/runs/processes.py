@@ -42,8 +42,8 @@ def ranks_of(process: "subprocess.Popen[str]") -> List[psutil.Process]:
     for child in children:
         try:
             started_by = child.parent()  # loaders are ranks' children
-            by_agent = started_by is not None and "lit_glm.jobs.agent" in started_by.cmdline()
-            if by_agent and "lit_glm.jobs.worker" in child.cmdline() and "RANK" in child.environ():
+            by_agent = started_by is not None and "lit_glm.launch.torchrun_agent" in started_by.cmdline()
+            if by_agent and "lit_glm.launch.worker" in child.cmdline() and "RANK" in child.environ():
                 found[int(child.environ()["RANK"])] = child
         except psutil.Error:  # a short command of a rank's, which has ended
             continue

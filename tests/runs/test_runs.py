@@ -224,7 +224,9 @@ def test_a_stop_in_the_first_evaluation_loses_nothing(folder: Path, monkeypatch:
     monkeypatch.chdir(folder)
     short = ["experiment=debug", "run.max_steps=4", "hydra.run.dir=early"]
     with monkeypatch.context() as patch:
-        patch.setattr("lit_glm.bench.recorder.evaluate", lambda *arguments: (None, []))  # as when a signal has come
+        patch.setattr(
+            "lit_glm.metrics.benchmark_callback.evaluate", lambda *arguments: (None, [])
+        )  # as when a signal has come
         assert lit_glm_here("train", *short) == 143
     assert (result(folder / "early")["status"], result(folder / "early")["global_steps"]) == ("interrupted", 0)
     assert lit_glm_here("train", *short, "run.resume=early") == 0
@@ -270,7 +272,7 @@ def test_evaluate_names_its_predictions(whole: Any, folder: Path, monkeypatch: p
 def test_commands_answer_without_torch(arguments: List[str], tmp_path: Path) -> None:
     code = (
         "import sys, runpy; sys.argv = sys.argv[1:]\n"
-        "try: runpy.run_module('lit_glm.cli', run_name='__main__')\n"
+        "try: runpy.run_module('lit_glm.__main__', run_name='__main__')\n"
         "finally: print('torch' in sys.modules, file=sys.stderr)"
     )
     done = subprocess.run(

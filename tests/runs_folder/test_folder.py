@@ -7,13 +7,13 @@ from typing import Any, List
 import pytest
 
 from conftest import lit_glm_here, rows
-from lit_glm.config.app import checked, compose
+from lit_glm.config.hydra_main import checked, compose
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
-from lit_glm.runs.find import by_identity, near
-from lit_glm.runs.folder import check_free
-from lit_glm.runs.job import Job
+from lit_glm.runs.discovery import by_identity, near
+from lit_glm.runs.job_spec import Job
 from lit_glm.runs.lock import alone_in
+from lit_glm.runs.run_folder import check_free
 
 DEBUG = ["experiment=debug", "run.max_steps=2", "logger={}"]
 
@@ -196,7 +196,7 @@ def test_memory_that_runs_out_in_an_evaluation(tmp_path: Path, capfd: Any, monke
     def no_room(*_arguments: Any) -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr("lit_glm.bench.recorder.evaluate", no_room)
+    monkeypatch.setattr("lit_glm.metrics.benchmark_callback.evaluate", no_room)
     assert lit_glm_here("train", *DEBUG, "hydra.run.dir=run") == 1
     assert "out of memory in the evaluation after step 0 (eval_bs=4): estimated" in capfd.readouterr().err
     assert result(tmp_path / "run")["error"] == "out of memory"

@@ -12,17 +12,17 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from lit_glm.batches.collate import flat_batch
-from lit_glm.batches.compact import open_split
-from lit_glm.batches.datamodule import collate_for
-from lit_glm.config.app import checked, compose
+from lit_glm.config.hydra_main import checked, compose
 from lit_glm.config.schema import TrainConfig
+from lit_glm.data.collate import flat_batch
+from lit_glm.data.datamodule import collate_for
+from lit_glm.data.memmap_dataset import open_split
+from lit_glm.data.synthetic import ensure
 from lit_glm.hardware.accelerator import make_accelerator, make_strategy
 from lit_glm.hardware.precision import Scaled, make_precision
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.model import attention
 from lit_glm.model.build import build_glm
-from lit_glm.record.synthetic import ensure
 from lit_glm.training.evaluation import evaluate
 from lit_glm.training.module import RecordModule
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from conftest import GOLDEN, GOLDEN_RUN, lit_glm_here, rows
+from lit_glm.compat import seeing_operators
 from lit_glm.config.schema import OptimizerConfig
 from lit_glm.model.glm import GLM, GLMShape
 from lit_glm.training import module as module_file
-from lit_glm.training.metrics import ExactMatch, normalise, text_scores
+from lit_glm.training.evaluation import ExactMatch, normalise, text_scores
 from lit_glm.training.optimizer import make_optimizer, parameter_groups, why_not_fused
-from lit_glm.upstream import seeing_operators
-from lit_glm.verify.operators import name_of
+from lit_glm.verification.operator_check import name_of
 
 
 def run(tmp_path: Path, *overrides: str) -> Path:

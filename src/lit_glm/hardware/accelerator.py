@@ -8,7 +8,7 @@ from pytorch_lightning.accelerators import Accelerator
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
 from lit_glm.config.schema import TopologyConfig
-from lit_glm.hardware import exchange
+from lit_glm.hardware import object_collectives
 from lit_glm.hardware.runtimes.base import Runtime
 
 
@@ -89,7 +89,7 @@ class ChipDDPStrategy(_OptimizersKnown, DDPStrategy):
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """Objects travel as tensors on the chip."""
-        return exchange.broadcast(obj, self.root_device, src) if torch.distributed.is_initialized() else obj
+        return object_collectives.broadcast(obj, self.root_device, src) if torch.distributed.is_initialized() else obj
 
     def reduce(self, tensor: Any, group: Optional[Any] = None, reduce_op: Any = "mean") -> Any:
         """Sum and divide: not every backend has an average."""

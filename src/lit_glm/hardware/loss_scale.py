@@ -4,8 +4,8 @@ from typing import Any, Dict
 
 from torch import Tensor
 
+from lit_glm.compat import multiply_all
 from lit_glm.config.schema import LossScaleConfig
-from lit_glm.upstream import multiply_all
 
 _FACTOR = 2.0
 

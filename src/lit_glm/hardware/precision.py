@@ -12,11 +12,11 @@ import torch
 from pytorch_lightning.plugins.precision import Precision
 from torch import Tensor, nn
 
+from lit_glm.compat import copied_into, multiply_all
 from lit_glm.config.schema import LossScaleConfig, TrainConfig
 from lit_glm.errors import InputError
 from lit_glm.hardware.loss_scale import DynamicLossScale
 from lit_glm.hardware.runtimes.base import Runtime
-from lit_glm.upstream import copied_into, multiply_all
 
 
 class FP32(Precision):

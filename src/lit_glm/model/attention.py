@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_glm.batches.types import FlatBatch, Places
+from lit_glm.data.batch import FlatBatch, Places
 from lit_glm.errors import InputError
-from lit_glm.model.products import Products
+from lit_glm.model.matmul_attention import Products
 
 _SMALL_GROUP = 128 * 256  # rows x width of a group up to which one padded call beats a call a group on a processor
 _TILE = 32  # rows of bf16 that a matrix unit multiplies at a time

@@ -8,7 +8,7 @@ from torch import Tensor
 from lit_glm.config.schema import ModelConfig
 from lit_glm.model.checkpoint import load_checkpoint
 from lit_glm.model.glm import GLM, GLMShape
-from lit_glm.model.kernels import Kernels
+from lit_glm.model.runtime_ops import Kernels
 
 
 def _shape(config: ModelConfig) -> GLMShape:

@@ -7,6 +7,7 @@ ITERATION/mp_rank_00_model_states.pt and names ITERATION in latest_checkpointed_
 import pickle
 import re
 import zipfile
+from collections import OrderedDict
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
@@ -14,11 +15,9 @@ from typing import Any, Dict, Iterator, List, Optional
 import torch
 from torch import Tensor
 
+from lit_glm.compat import numpy_globals
 from lit_glm.errors import InputError
 from lit_glm.model.glm import GLM
-from lit_glm.model.mistaken import mistaken_for
-from lit_glm.model.unpickle import restricted_load
-from lit_glm.upstream import numpy_globals
 
 _POSITION = "transformer.position_embeddings.weight"
 _BLOCK_POSITION = "transformer.block_position_embeddings.weight"
@@ -258,3 +257,104 @@ def _read_safetensors(path: Path) -> Dict[str, Tensor]:
     except Exception as error:
         raise InputError(f"{path}: is no whole safetensors file ({error})") from error
     return weights
+
+
+_TORCH = {
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch._utils", "_rebuild_tensor"),
+    ("torch._utils", "_rebuild_parameter"),
+    ("torch", "Size"),
+    ("torch", "device"),
+    ("torch.serialization", "_get_layout"),
+}
+_STORAGES = {
+    f"{name}Storage"
+    for name in ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool", "Untyped")
+}
+_NUMPY = {(f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")} | {
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("_codecs", "encode"),
+}
+
+
+def _allowed(module: str, name: str) -> Any:
+    if module == "collections" and name == "OrderedDict":
+        return OrderedDict
+    if module == "torch" and (name in _STORAGES or isinstance(getattr(torch, name, None), torch.dtype)):
+        return getattr(torch, name)
+    if module == "torch.storage" and name in ("_TypedStorage", "_UntypedStorage", "TypedStorage", "UntypedStorage"):
+        return getattr(torch.storage, name, None)
+    if (module, name) in _TORCH or (module, name) in _NUMPY:
+        if module.startswith("numpy._core"):
+            module = module.replace("numpy._core", "numpy.core")
+        return getattr(__import__(module, fromlist=[name]), name)
+    if module.startswith("numpy.dtypes") or (module == "builtins" and name in ("set", "frozenset", "complex")):
+        return getattr(__import__(module, fromlist=[name]), name)
+    return None
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        found = _allowed(module, name)
+        if found is None:
+            raise InputError(f"it names {module}.{name}, which a checkpoint has no need of; nothing was executed")
+        return found
+
+
+class _Module:
+    """Stands in for the pickle module where torch asks for one."""
+
+    Unpickler = _Unpickler
+    UnpicklingError = pickle.UnpicklingError
+
+    @staticmethod
+    def load(file: Any, **_: Any) -> Any:
+        return _Unpickler(file).load()
+
+
+def restricted_load(path: Path) -> Any:
+    """torch.load onto the CPU through the restricted unpickler.
+
+    Raises:
+        InputError: if the file names something that is not allowed.
+    """
+    with path.open("rb") as file:
+        return torch.load(file, map_location="cpu", pickle_module=_Module)
+
+
+_UNPACK = "unpack it (tar xf, unzip, ...) and give the file or folder that comes out"
+_STARTS = (
+    (b"version https://git-lfs", "is a Git LFS pointer, not the file itself: git lfs pull, or download the file"),
+    (b"BZh", f"is a bzip2 archive: {_UNPACK}"),
+    (b"\x1f\x8b", f"is a gzip archive: {_UNPACK}"),
+    (b"\xfd7zXZ\0", f"is an xz archive: {_UNPACK}"),
+    (b"7z\xbc\xaf\x27\x1c", f"is a 7z archive: {_UNPACK}"),
+    (b"(\xb5/\xfd", f"is a zstd archive: {_UNPACK}"),
+    (b"Rar!", f"is a rar archive: {_UNPACK}"),
+    (b"\x89HDF", "is an HDF5 file: data goes to data.train_file or data.eval_file"),
+)
+_PAGES = (b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")
+_HEAD = 512
+_TAR = slice(257, 262)
+
+
+def mistaken_for(path: Path) -> Optional[str]:
+    """What a file is and what to do about it; None if it may be a torch file."""
+    with path.open("rb") as file:
+        head = file.read(_HEAD)
+    if not head:
+        return "is empty: copy or download it again"
+    for start, said in _STARTS:
+        if head.startswith(start):
+            return said
+    if head[_TAR] == b"ustar":
+        return f"is a tar archive: {_UNPACK}"
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if text.lower().startswith(_PAGES):
+        return "is a web page: the download gave an error or a login page; download it again, and compare the size"
+    if text.startswith((b"{", b"[")):
+        return "is a JSON text, not a file of weights"
+    if len(head) > 1 and all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head):
+        return "is a text, not a file of weights"
+    return None

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_glm.model.dropout import Dropout
-from lit_glm.model.head import log_probabilities
-from lit_glm.model.kernels import Kernels
+from lit_glm.model.lm_head import log_probabilities
+from lit_glm.model.runtime_ops import Kernels
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_glm.batches.types import FlatBatch, PaddedBatch
+from lit_glm.data.batch import FlatBatch, PaddedBatch
 from lit_glm.model.attention import PaddedPlan, plan_for
 from lit_glm.model.glm import GLM
 

@@ -7,8 +7,8 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 
+from lit_glm.atomic_files import replacing
 from lit_glm.errors import RunError
-from lit_glm.files import replacing
 
 _KEEP = 2
 _NAME = re.compile(r"step-(\d+)\.ckpt")
@@ -68,7 +68,7 @@ def save(content: Dict[str, Any], target: Path) -> None:
 def load(path: Path) -> Dict[str, Any]:
     """Read a checkpoint of ours onto the CPU; never executes code from it."""
     if torch.__version__.startswith("1."):  # no weights_only there
-        from lit_glm.model.unpickle import restricted_load
+        from lit_glm.model.checkpoint import restricted_load
 
         content: Dict[str, Any] = restricted_load(path)
     else:

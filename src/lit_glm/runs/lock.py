@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
 
+from lit_glm.atomic_files import take
 from lit_glm.errors import InputError
-from lit_glm.files import take
 
 _PROBE_S = 1.0  # somebody who only asks holds the lock for an instant
 FILE = ".lock"

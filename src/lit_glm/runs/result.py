@@ -1,11 +1,11 @@
-"""result.json: how a run stands and ended, with its figures; from the first moment on, so that every run has a row."""
+"""result.json: status and metrics of a run, written from the start so that every run has a row; and the row's text."""
 
 import json
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
+from lit_glm.atomic_files import write_json
 from lit_glm.config.schema import TrainConfig
-from lit_glm.files import write_json
 
 FILE = "result.json"
 SCHEMA_VERSION = 2
@@ -88,3 +88,142 @@ def fail(run_dir: Path, reason: str) -> None:
     """Say in the result that the run failed, unless it ended well."""
     if not is_complete(run_dir):
         amend_result(run_dir, status="failed", error=reason)
+
+
+COLUMNS = ("config", "precision", "fix_hp", "e2e_time", "p_whole", "p_train", "p_core", "acc", "mem")
+"""The published table's, in its order (its first column is named 配置 there)."""
+_SKIPPED_SHARE = 0.01
+OTHERS_SHARE = 0.1
+"""Share of the machine that others may take before a reader must be told."""
+
+
+_LESS_IS_BETTER = ("time", "mem_", "rank_imbalance", "skipped_steps", "num_trained_samples", "global_steps", "energy_j")
+
+
+def less_is_better(figure: str) -> bool:
+    """Whether a figure of a result is the better the lower it is."""
+    return any(part in figure for part in _LESS_IS_BETTER)
+
+
+def skips_much(result: Dict[str, Any]) -> bool:
+    """Whether more than a hundredth of a run's steps were without an update."""
+    skipped, steps = result.get("skipped_steps"), result.get("global_steps")
+    known = isinstance(skipped, int) and isinstance(steps, int)
+    return known and steps > 0 and skipped > _SKIPPED_SHARE * steps  # type: ignore[operator]
+
+
+def not_alone(result: Dict[str, Any]) -> bool:
+    """Whether others took more than a tenth of the machine, or computed on the same cards."""
+    load, on_cards = result.get("others_load"), result.get("others_on_cards")
+    much = isinstance(load, float) and load > OTHERS_SHARE
+    return much or (isinstance(on_cards, int) and on_cards > 0)
+
+
+def marks(result: Dict[str, Any]) -> List[str]:
+    """What is to be known of a row."""
+    said = []
+    if result.get("simulated"):
+        said.append("simulated")
+    if result.get("profiled"):
+        said.append("profiled")
+    if result.get("status") not in COMPLETE:
+        said.append(str(result.get("status")))
+    if result.get("interruptions"):
+        repeated = result.get("repeated_steps")
+        again = f", {repeated} steps repeated" if repeated else ""
+        said.append(f"resumed {result['interruptions']}x{again}")
+    if skips_much(result):
+        said.append(f"{result['skipped_steps']} of {result['global_steps']} steps skipped")
+    if not_alone(result):
+        said.append(f"beside others: {result.get('others_load') or 0:.0%} of the machine")
+    if result.get("taken_from"):
+        said.append(f"taken from {result['taken_from']}")
+    return said
+
+
+def cells(result: Dict[str, Any]) -> List[str]:
+    """A result in the published formats, one text a column; empty where nothing was measured."""
+
+    def number(name: str, digits: int) -> str:
+        return "" if result.get(name) is None else f"{result[name]:.{digits}f}"
+
+    said = marks(result)
+    mark = f" ({', '.join(said)})" if said else ""
+    actual, total = number("mem_actual_gib", 1), number("mem_total_gib", 1)
+    return [
+        f"{result['hardware']} {result['topology']}{mark}",
+        str(result["precision"]),
+        str(result["fix_hp"]),
+        number("e2e_time", 2),
+        number("p_whole", 2),
+        number("p_train", 2),
+        number("p_core", 2),
+        "" if result.get("acc") is None else f"{100 * result['acc']:.2f}%",
+        f"{actual}/{total}" if actual and total else "",
+    ]
+
+
+def table(results: List[Dict[str, Any]]) -> str:
+    """Results as a Markdown table, columns and order as published."""
+    return lines_of([list(COLUMNS), *(cells(result) for result in results)])
+
+
+def lines_of(rows: List[List[str]]) -> str:
+    """Rows of text as a Markdown table, columns aligned; the first row is the head."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+_SLOW = 1.5
+"""From how many times its share of time a warm-up is worth a word."""
+
+
+def how_it_ended(result: Dict[str, Any], config: TrainConfig, run_dir: Path) -> str:
+    """Two lines for people.
+
+    Args:
+        result: of result.json.
+        config: the run's.
+        run_dir: its folder.
+    """
+    run, step, samples = config.run, result["global_steps"], result["num_trained_samples"]
+    when = f"at step {step} ({samples:,} samples, {result['raw_train_time']:.1f} s of training)"
+    accuracy, target = result.get("acc"), f"{100 * run.target_accuracy:g}%"
+    has = _percent(accuracy)
+    if result["status"] == "success":
+        how = f"REACHED: accuracy {has}, target {target}, {when}"
+    elif result["status"] == "interrupted":
+        saved = run.checkpoint_interval_steps is not None
+        on = (
+            f"it goes on with run.resume={run_dir}"
+            if saved
+            else "nothing was saved (run.checkpoint_interval_steps=null)"
+        )
+        how = f"STOPPED {when}: accuracy {has}, target {target}; {on}"
+    else:
+        limit = f"run.max_samples={run.max_samples}"
+        if run.max_steps is not None and step >= run.max_steps:
+            limit = f"run.max_steps={run.max_steps}"
+        what = f"accuracy {has}, target {target}" if run.evaluate else "nothing was evaluated (run.evaluate=false)"
+        how = f"NOT REACHED: {what}; {limit} was the limit, {when}"
+    skipped = result.get("skipped_steps") or 0
+    how += f"; {skipped} steps without an update" if skipped else ""
+    how += _slow_start(result.get("warm_up"))
+    return f"{how}\nrun folder {run_dir}; the document of it: python -m lit_glm.report {run_dir}"
+
+
+def _slow_start(start: Optional[Dict[str, float]]) -> str:
+    """A line where the first steps took far longer than the same work later."""
+    if start is None or start["slower"] < _SLOW:
+        return ""
+    which = "step" if start["steps"] == 1 else f"{start['steps']} steps"
+    return (
+        f"\nwarm-up: the first {which} took {start['seconds']:.1f} s, {start['slower']:.1f} times as long as the same "
+        "work later (memory, kernels and files used for the first time); p_core, p_train and p_whole contain it"
+    )
+
+
+def _percent(share: Optional[float]) -> str:
+    return "unknown" if share is None else f"{100 * share:.2f}%"

@@ -1,11 +1,66 @@
-"""Scores a model on this rank's share of the evaluation set."""
+"""Evaluation of a model: the loop over batches, exact match as published, and ReCoRD's EM and F1 on text."""
 
-from typing import Any, Callable, Iterable, List, Optional, Tuple
+import re
+import string
+from collections import Counter
+from typing import Any, Callable, Iterable, List, Optional, Sequence, Tuple
 
 import torch
+from torch import Tensor
+from torchmetrics import Metric
 
 from lit_glm.hardware.runtimes.base import Runtime
-from lit_glm.training.metrics import ExactMatch
+
+
+class ExactMatch(Metric):
+    """Share of examples whose chosen candidate is one of the right answers, over all ranks."""
+
+    full_state_update = False
+    correct: Tensor
+    total: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("correct", default=torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("total", default=torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, chosen: Sequence[int], answers: List[Tuple[int, ...]]) -> None:
+        """Count a batch.
+
+        Args:
+            chosen: index of the best candidate of each example.
+            answers: right candidates of each example.
+        """
+        self.correct += sum(int(choice) in right for choice, right in zip(chosen, answers))
+        self.total += len(answers)
+
+    def compute(self) -> Tensor:
+        """The share; not a number without examples."""
+        return self.correct.cpu().double() / self.total.cpu().double()  # not every chip has doubles
+
+
+def normalise(text: str) -> str:
+    """ReCoRD's (SQuAD's) normalisation: lower case, no punctuation, no articles, single spaces."""
+    text = "".join(char for char in text.lower() if char not in set(string.punctuation))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def text_scores(prediction: str, answers: Sequence[str]) -> Tuple[float, float]:
+    """EM and token-level F1 of a predicted text, the best over the right answers.
+
+    As in ReCoRD's official evaluation script (Zhang et al. 2018, https://sheng-z.github.io/ReCoRD-explorer).
+    """
+    exact, best = 0.0, 0.0
+    predicted = normalise(prediction).split()
+    for answer in answers:
+        tokens = normalise(answer).split()
+        exact = max(exact, float(predicted == tokens))
+        common = sum((Counter(predicted) & Counter(tokens)).values())
+        if common:
+            precision, recall = common / len(predicted), common / len(tokens)
+            best = max(best, 2 * precision * recall / (precision + recall))
+    return exact, best
+
 
 OnBatch = Callable[[], bool]
 """Called after each batch; True ends the evaluation early."""

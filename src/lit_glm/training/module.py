@@ -8,8 +8,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from lit_glm.batches.types import FlatBatch, PaddedBatch
 from lit_glm.config.schema import TrainConfig
+from lit_glm.data.batch import FlatBatch, PaddedBatch
 from lit_glm.hardware.precision import Scaled
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.model.glm import GLM

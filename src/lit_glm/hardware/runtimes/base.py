@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lit_glm.config.schema import LossScaleConfig
-from lit_glm.model.kernels import Kernels
+from lit_glm.model.runtime_ops import Kernels
 
 
 class Runtime:
@@ -139,7 +139,7 @@ class Runtime:
 
         Args:
             index: of the device.
-            file: that the node's watch writes (`lit_glm.hardware.watch`).
+            file: that the node's watch writes (`lit_glm.hardware.device_monitor`).
         """
 
     def peak_memory(self, index: int) -> Optional[float]:

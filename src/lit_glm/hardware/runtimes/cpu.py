@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from lit_glm.hardware.runtimes import onednn
 from lit_glm.hardware.runtimes.base import Runtime
-from lit_glm.model.kernels import Kernels
+from lit_glm.model.runtime_ops import Kernels
 
 _LOOK_S = (1.0, 10.0)
 """Between looks for children: as long as this process has been at work, within these."""

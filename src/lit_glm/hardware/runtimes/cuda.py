@@ -6,9 +6,9 @@ from typing import Any, Callable, List, Optional
 import torch
 from torch import Tensor
 
+from lit_glm.hardware.device_monitor import WatchedMemory
 from lit_glm.hardware.monitors import nvml_processes, output_of
 from lit_glm.hardware.runtimes.base import Runtime
-from lit_glm.hardware.watch import WatchedMemory
 
 
 class CUDARuntime(Runtime):

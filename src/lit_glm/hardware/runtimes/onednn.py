@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_glm.model.kernels import autocasts
-from lit_glm.upstream import onednn_linear
+from lit_glm.compat import onednn_linear
+from lit_glm.model.runtime_ops import autocasts
 
 _WORTH_IT = 2**23  # multiply-adds from which the other library's call costs less than it saves
 

@@ -1,0 +1,34 @@
+"""`lit-glm COMMAND ...` and `python -m lit_glm COMMAND ...`, the same as `python -m lit_glm.COMMAND ...`."""
+
+import importlib
+import sys
+
+_COMMANDS = {
+    "train": "one benchmark run, or with -m a sweep",
+    "prepare": "raw ReCoRD to the HDF5 files that train reads",
+    "evaluate": "score a checkpoint: EM, F1, predictions",
+    "export": "the fine-tuned weights of a run as a file",
+    "report": "results of any number of runs as the published document, with plots",
+    "verify": "accepts a chip: operators, model, training, collectives, clock and speed against the processor's own",
+    "tune": "finds the largest and the fastest batch size of a chip and topology",
+    "plan": "predicts memory, time, throughput and energy of a run before anything is rented",
+    "doctor": "checks machine, runtime, devices, collectives, disk, data, checkpoint before a long run",
+}
+
+
+def main() -> int:
+    """Hand over to the command; returns its exit status."""
+    if len(sys.argv) < 2 or sys.argv[1] not in _COMMANDS:
+        asked = len(sys.argv) > 1 and sys.argv[1] not in ("-h", "--help")
+        if asked:
+            print(f"lit_glm: {sys.argv[1]}: there is no such command", file=sys.stderr)
+        print("\n".join(f"  lit-glm {name:9} {text}" for name, text in _COMMANDS.items()))
+        return 2 if asked else 0
+    command = sys.argv.pop(1)
+    sys.argv[0] = f"lit-glm {command}"
+    status: int = importlib.import_module(f"lit_glm.{command}").main()
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""What Hydra's help leaves out: the comments of the configuration files, beside the keys that they explain."""
+
+from pathlib import Path
+from typing import Any, Dict, List
+
+from omegaconf import OmegaConf
+
+from lit_glm.config.paths import CONF
+
+_NOT_KEYS = ("defaults:", "hydra:")
+
+
+def explained(config_name: str) -> str:
+    """The keys that a command uses, as its files of conf/ have them, with their comments.
+
+    Args:
+        config_name: the primary file.
+    """
+    files: List[Path] = [CONF / f"{config_name}.yaml"]
+    groups: Dict[str, Path] = {}
+    defaults = _defaults(files[0])
+    if "train" in defaults:
+        files.insert(0, CONF / "train.yaml")
+        defaults += _defaults(files[0])
+    for entry in defaults:
+        for group, name in entry.items() if isinstance(entry, dict) else []:
+            file = CONF / str(group) / f"{name}.yaml"
+            if file.is_file() and group != "hydra_settings":
+                groups[str(group)] = file
+    parts = ["== What the keys mean =="]
+    for file in [*files, *groups.values()]:
+        lines = _keys(file)
+        if lines:
+            inside = "" if file.parent == CONF else f", below {file.parent.name}:"
+            parts += ["", f"# conf/{file.relative_to(CONF)}{inside}", *lines]
+    return "\n".join(parts)
+
+
+def _defaults(file: Path) -> List[Any]:
+    content: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    return list(content.get("defaults") or [])
+
+
+def _keys(file: Path) -> List[str]:
+    """A file without its defaults, Hydra's part, and the remarks at its head."""
+    kept: List[str] = []
+    inside = True
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if line and not line[0].isspace() and not line.startswith("#"):
+            inside = not line.startswith(_NOT_KEYS)
+        if inside and line.strip() and not line.startswith("#"):
+            kept.append(line.rstrip())
+    return kept

@@ -1,0 +1,152 @@
+"""Says in the user's words what Hydra and OmegaConf found wrong, with the nearest names that exist."""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, List, Sequence
+
+import yaml
+from hydra.errors import HydraException
+from omegaconf import MISSING
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from lit_glm.config.command_line import CommandLine
+from lit_glm.config.key_aliases import instead
+from lit_glm.config.schema import walk
+from lit_glm.errors import InputError
+
+_TYPES = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "String": "text"}
+
+
+def nearest(name: str, known: Sequence[str]) -> List[str]:
+    """At most three of the known names, the most similar first; keys are compared whole and by their last part."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    last = name.rsplit(".", 1)[-1]
+    by_last = {key.rsplit(".", 1)[-1]: key for key in reversed(list(known))}
+    close += [by_last[tail] for tail in difflib.get_close_matches(last, list(by_last), n=3, cutoff=0.6)]
+    close = close or difflib.get_close_matches(last, known, n=3, cutoff=0.0)
+    return list(dict.fromkeys(close))[:3]
+
+
+def explain(error: BaseException, schema: Any, conf: Path) -> str:
+    """Turn an error of Hydra or OmegaConf into one message.
+
+    Args:
+        error: what was raised.
+        schema: the dataclass of the configuration, for the names of its keys.
+        conf: the folder of the configuration files, for the names of its groups.
+
+    Returns:
+        What was wrong, and the nearest valid names.
+    """
+    keys = [key for key, _ in walk(schema())]
+    nodes = sorted({".".join(key.split(".")[:n]) for key in keys for n in range(1, key.count(".") + 1)})
+    groups = sorted(entry.name for entry in conf.iterdir() if entry.is_dir() and any(entry.glob("*.yaml")))
+    text = str(error)
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    cause = causes[-1]
+
+    if isinstance(cause, yaml.YAMLError):
+        return _slip(cause)
+    if isinstance(cause, OSError) and not isinstance(cause, HydraException):
+        return f"a configuration file cannot be read: {_first_line(cause)}"
+    if isinstance(cause, MissingMandatoryValue):
+        must = [key for key, default in walk(schema()) if default == MISSING]
+        return f"{', '.join(must)}: must have a value, and the chosen file (conf/{must[0].split('.')[0]}/) gives none"
+
+    option = re.search(r"(?:Could not find|In '[^']*': Could not find) '([\w/]+)'", text)
+    if option and "/" in option.group(1):
+        group, name = option.group(1).rsplit("/", 1)
+        names = sorted(file.stem for file in (conf / group).glob("*.yaml"))
+        if names:
+            return _said(f"{group}={name}: there is no such {group}", nearest(name, names), "it may be", names)
+
+    wrong_type = re.search(r"Value '(.*)' of type '\w+' (?:could not be converted to|is not a valid) (\w+)", str(cause))
+    if wrong_type is None:
+        wrong_type = re.search(r"Value '(.*)' is not a valid (\w+)", str(cause))
+    key = _key_of(cause) or _key_of(error)
+    if wrong_type:
+        kind = _TYPES.get(wrong_type.group(2), wrong_type.group(2))
+        return f"{key}={wrong_type.group(1)}: must be {kind}"
+    if "field is not Optional" in str(cause) or "not Optional" in str(cause):
+        return f"{key}=null: must have a value"
+
+    unknown = re.search(r"Could not override '([^']+)'", text)
+    name = unknown.group(1) if unknown else key
+    if name and (unknown or "not in" in str(cause)):
+        name = name.lstrip("/")
+        known = keys + nodes + groups
+        if name in groups and name not in nodes:
+            return (
+                f"{name}: the chosen file of this group lacks its first line, `# @package _global_`: its keys are the "
+                "run's own"
+            )
+        if name not in known:
+            return _said(f"{name}: there is no such key or group", nearest(name, known), "did you mean", [])
+        return f"{name}: {_first_line(cause)}"
+    return _first_line(error) if error is cause else f"{_first_line(error)}\n{_first_line(cause)}"
+
+
+_FREE = ("hydra", "logger.", "callbacks.")
+"""Keys that this project does not know by name."""
+
+
+def check_words(line: CommandLine, schema: Any, conf: Path) -> None:
+    """Say what is written here instead of a word that people bring from other tools, and that -m was forgotten.
+
+    Raises:
+        InputError: with all of them.
+    """
+    keys = [key for key, _ in walk(schema())]
+    nodes = {".".join(key.split(".")[:n]) for key in keys for n in range(1, key.count(".") + 1)}
+    known = [*keys, *nodes, *(entry.name for entry in conf.iterdir() if entry.is_dir())]
+    said = []
+    for text, override in zip(line.overrides, line.words()):
+        if override is None:
+            groups = [folder.name for folder in sorted(conf.iterdir()) if (folder / f"{text}.yaml").is_file()]
+            meant = f"did you mean {groups[0]}={text}?" if groups else "`--help` lists the keys"
+            said.append(f"{text}: is no KEY=VALUE (without spaces around the =); {meant}")
+            continue
+        key, value = override.key_or_group, text.partition("=")[2]
+        inside = any(key.startswith(f"{name}.") for name in keys)  # of a table such as hardware.peak_tflops
+        if override.is_add() or override.is_delete() or key in known or key.startswith(_FREE) or inside:
+            if override.is_sweep_override() and not line.multirun and not key.startswith("hydra"):
+                at_once = f"; all of them in one run: {key}=[{value}]" if key in ("logger", "callbacks") else ""
+                said.append(f"{text}: several values are a sweep, written with -m: train -m {text} ...{at_once}")
+            elif key == "logger" and str(value).lower() == "null":
+                said.append("logger=null: write logger=none")
+            continue
+        better = instead(key, value, known)
+        if better is not None:
+            said.append(better)
+    if said:
+        raise InputError("\n".join(said))
+
+
+def _slip(error: yaml.YAMLError) -> str:
+    """Where a YAML file is not what it should be."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+    where = f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}" if mark is not None else "a YAML file"
+    return f"{where}: {problem}; texts with ': ' or ' #' in them need quotes, and levels are told by spaces alone"
+
+
+def _key_of(error: BaseException) -> str:
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        return str(error.full_key)
+    found = re.search(r"full_key: (\S+)", str(error))
+    return found.group(1) if found else ""
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _said(problem: str, close: List[str], lead: str, all_names: List[str]) -> str:
+    if all_names:
+        best = f" (nearest: {', '.join(close)})" if close else ""
+        return f"{problem}; {lead} one of {', '.join(all_names)}{best}"
+    if close:
+        return f"{problem}; {lead} {', '.join(close)}? (`--cfg job` prints all keys, `--help` all groups)"
+    return problem

@@ -1,0 +1,105 @@
+"""Questions to rows of the published layout: GLM's ReCoRD pattern 0, cut to length, a row a candidate.
+
+    [CLS] passage query-before [MASK] query-after [PAD] | <sop> candidate...      targets: candidate... <eop>
+
+The passage loses tokens at its end, as many as needed for each candidate, so candidates may keep different contexts.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional, Tuple
+
+import numpy as np
+
+from lit_glm.data.superglue_jsonl import Question
+from lit_glm.data.tokenizer import WordPieces
+
+
+@dataclass
+class Encoded:
+    """Some questions as sparse rows, in the form that `SparseWriter.add` takes."""
+
+    columns: Dict[str, Tuple[Any, Any, Any]]
+    separators: List[int]
+    counts: List[int]
+    right: List[List[int]]
+    names: List[Dict[str, Any]]
+    """What `evaluate` needs to name its predictions: idx, candidates, answers, tokens cut off."""
+    too_long: List[int]
+    """Lines whose query leaves no room for the passage."""
+
+
+@dataclass
+class _Rows:
+    lengths: List[int] = field(default_factory=list)
+    indices: List[Any] = field(default_factory=list)
+    values: List[Any] = field(default_factory=list)
+
+    def add(self, first: int, values: Any) -> None:
+        """Append a row whose entries begin at column `first`; zeros are not stored."""
+        places = np.flatnonzero(values)
+        self.lengths.append(len(places))
+        self.indices.append(places + first)
+        self.values.append(values[places])
+
+    def arrays(self) -> Tuple[Any, Any, Any]:
+        empty: List[Any] = [np.zeros(0, np.int64)]
+        return np.asarray(self.lengths), np.concatenate(self.indices or empty), np.concatenate(self.values or empty)
+
+
+def encode(questions: List[Question], pieces: WordPieces, max_seq_length: int) -> Encoded:
+    """Tokenise questions and lay out a row for each candidate.
+
+    Args:
+        questions: any number of them.
+        pieces: the vocabulary.
+        max_seq_length: most tokens of context and candidate together.
+    """
+    rows = {name: _Rows() for name in ("text", "target", "logit_mask", "position")}
+    encoded = Encoded({}, [], [], [], [], [])
+    ids: Dict[str, List[int]] = {}
+
+    def ids_of(text: str) -> Any:  # passages and candidates come again and again
+        if text not in ids:
+            ids[text] = pieces.encode(text)
+        return ids[text]
+
+    for question in questions:
+        candidates = [[*ids_of(candidate), pieces.eop] for candidate in question.candidates]
+        cuts = _cuts(question, candidates, ids_of, max_seq_length)
+        if cuts is None:
+            encoded.too_long.append(question.line)
+            continue
+        passage = ids_of(question.passage)
+        query = [*ids_of(question.before), pieces.mask, *ids_of(question.after), pieces.eos]
+        for candidate, cut in zip(candidates, cuts):
+            context = np.asarray([pieces.cls, *passage[: len(passage) - cut], *query])
+            target = np.asarray(candidate)
+            n, m = len(context), len(target)
+            blank = int(np.flatnonzero(context == pieces.mask)[-1])
+            rows["text"].add(0, np.concatenate([context, [pieces.sop], target[:-1]]))
+            rows["target"].add(n, target)
+            rows["logit_mask"].add(n, np.ones(m, np.int64))
+            rows["position"].add(0, np.concatenate([np.arange(n), np.full(m, blank)]))
+            rows["position"].add(n, np.arange(1, m + 1))
+            encoded.separators.append(n)
+        encoded.counts.append(len(candidates))
+        encoded.right.append(question.right)
+        encoded.names.append(
+            {
+                "idx": question.idx,
+                "guid": question.guid,
+                "candidates": question.candidates,
+                "answers": question.answers,
+                "tokens_removed": cuts,
+            }
+        )
+    encoded.columns = {name: matrix.arrays() for name, matrix in rows.items()}
+    return encoded
+
+
+def _cuts(question: Question, candidates: List[List[int]], ids_of: Any, limit: int) -> Optional[List[int]]:
+    """Tokens that the passage loses for each candidate; None if it has not that many."""
+    passage = len(ids_of(question.passage))
+    text = passage + len(ids_of(question.before)) + 1 + len(ids_of(question.after))
+    cuts = [max(0, 1 + text + 1 + len(candidate) - limit) for candidate in candidates]
+    return None if max(cuts) > passage else cuts

@@ -1,0 +1,144 @@
+"""Examples to batches, one function a scoring. B examples, C candidate slots, N candidates, S tokens, T rows."""
+
+from typing import Any, List, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lit_glm.data.batch import FlatBatch, PaddedBatch, Places
+from lit_glm.data.memmap_dataset import CompactSplit
+
+
+def _counting(starts: Any, ends: Any) -> Any:
+    """All numbers of the ranges starts..ends-1, one range after the other: [5, 1], [7, 2] -> [5, 6, 1]."""
+    lengths = ends - starts
+    stops = np.cumsum(lengths)
+    return np.arange(stops[-1]) + np.repeat(starts - stops + lengths, lengths)
+
+
+def _tensor(array: Any) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))
+
+
+def _answers(split: CompactSplit, indices: Sequence[int]) -> Optional[List[Tuple[int, ...]]]:
+    return [split.answers_of(index) for index in indices] if len(split.answers) else None
+
+
+def flat_batch(split: CompactSplit, indices: Sequence[int]) -> FlatBatch:
+    """Collect examples without padding.
+
+    Args:
+        split: where they are.
+        indices: which ones; B of them.
+    """
+    # Whole arrays only: what is done example by example in Python would compete with the training loop for its lock.
+    index = np.asarray(indices)
+    groups = _counting(split.example_group_end[index], split.example_group_end[index + 1])
+    context_start, context_end = split.group_context_end[groups], split.group_context_end[groups + 1]
+    context_lengths = context_end - context_start
+    contexts = _counting(context_start, context_end)
+
+    first, last = split.example_candidate_end[index], split.example_candidate_end[index + 1]
+    candidates, counts = _counting(first, last), last - first
+    num_candidates = int(counts.max())
+    start, end = split.candidate_token_end[candidates], split.candidate_token_end[candidates + 1]
+    lengths = end - start
+    rows = _counting(start, end)
+
+    tokens, positions, blocks = np.zeros((3, len(contexts) + len(rows)), dtype=np.int64)
+    own = slice(len(contexts), None)
+    tokens[: len(contexts)], tokens[own] = split.context_tokens[contexts], split.candidate_inputs[rows]
+    positions[: len(contexts)] = contexts - np.repeat(context_start, context_lengths)
+    positions[own] = np.repeat(split.candidate_blank[candidates], lengths)
+    blocks[own] = rows - np.repeat(start - 1, lengths)
+    row_candidate = np.repeat(np.arange(len(candidates)), lengths)
+    group_sizes = split.group_candidates[groups]
+    candidate_rows = np.add.reduceat(lengths, np.cumsum(group_sizes) - group_sizes)  # every group has a candidate
+    return FlatBatch(
+        tokens=_tensor(tokens),
+        positions=_tensor(positions),
+        blocks=_tensor(blocks),
+        targets=_tensor(split.candidate_targets[rows]),
+        row_candidate=_tensor(row_candidate),
+        slot=_tensor(split.candidate_slot[candidates] + np.repeat(np.arange(len(index)) * num_candidates, counts)),
+        context_lengths=context_lengths.tolist(),
+        candidate_rows=candidate_rows.tolist(),
+        places=places_of(context_lengths, candidate_rows, row_candidate),
+        num_examples=len(index),
+        num_candidates=num_candidates,
+        answers=_answers(split, indices),
+        indices=tuple(index.tolist()),
+    )
+
+
+def places_of(context_lengths: Any, candidate_rows: Any, row_candidate: Any) -> Places:
+    """Lay the rows of a flat batch out in groups of one size.
+
+    Args:
+        context_lengths: [G] rows of each group's context.
+        candidate_rows: [G] rows of each group's candidates.
+        row_candidate: [R] which candidate each candidate row belongs to.
+    """
+    groups, longest, most = len(context_lengths), int(context_lengths.max()), int(candidate_rows.max())
+    first = np.arange(groups) * (longest + most)
+    contexts = _counting(first, first + context_lengths)
+    candidates = _counting(first + longest, first + longest + candidate_rows)
+    scatter = np.concatenate([contexts, candidates])
+    gather = np.zeros(groups * (longest + most), np.int64)
+    gather[scatter] = np.arange(len(scatter))
+    owner = np.full(len(gather), -2)
+    owner[contexts], owner[candidates] = -1, row_candidate
+    own_first = np.arange(groups) * most
+    return Places(
+        gather=_tensor(gather.reshape(groups, -1)),
+        scatter=_tensor(scatter),
+        gather_candidates=_tensor(np.maximum(0, gather.reshape(groups, -1)[:, longest:] - len(contexts))),
+        scatter_candidates=_tensor(_counting(own_first, own_first + candidate_rows)),
+        owner=_tensor(owner.reshape(groups, -1)),
+        first_candidate=longest,
+    )
+
+
+def padded_batch(split: CompactSplit, indices: Sequence[int], num_tokens: int) -> PaddedBatch:
+    """Collect examples as the published implementation does.
+
+    Args:
+        split: where they are.
+        indices: which ones; B of them.
+        num_tokens: S, the length that every candidate slot is padded to.
+    """
+    counts = np.diff(split.example_candidate_end)[np.asarray(indices)]
+    shape = (len(counts), int(counts.max()), num_tokens)
+    text, target, logit_mask = (np.zeros(shape, np.int64) for _ in range(3))
+    position = np.zeros((*shape[:2], 2, num_tokens), np.int64)
+    separator, loss_mask = np.zeros(shape[:2], np.int64), np.zeros(shape[:2], np.int64)
+    for b, index in enumerate(indices):
+        candidate = int(split.example_candidate_end[index])
+        for group in range(split.example_group_end[index], split.example_group_end[index + 1]):
+            context = split.context_tokens[split.group_context_end[group] : split.group_context_end[group + 1]]
+            n = len(context)
+            for _ in range(split.group_candidates[group]):
+                own = slice(split.candidate_token_end[candidate], split.candidate_token_end[candidate + 1])
+                inputs = split.candidate_inputs[own]
+                stop = n + len(inputs)
+                place = (b, int(split.candidate_slot[candidate]))
+                text[place][:n], text[place][n:stop] = context, inputs
+                target[place][n:stop] = split.candidate_targets[own]
+                logit_mask[place][n:stop] = 1
+                position[place][0, :n], position[place][0, n:stop] = np.arange(n), split.candidate_blank[candidate]
+                position[place][1, n:stop] = np.arange(1, stop - n + 1)
+                separator[place], loss_mask[place] = n, 1
+                candidate += 1
+        for array in (text, target, logit_mask, position, separator):
+            array[b, counts[b] :] = array[b, 0]  # empty slots hold copies of candidate 0
+    return PaddedBatch(
+        text=_tensor(text),
+        position=_tensor(position),
+        separator=_tensor(separator),
+        target=_tensor(target),
+        logit_mask=_tensor(logit_mask),
+        loss_mask=_tensor(loss_mask),
+        answers=_answers(split, indices),
+        indices=tuple(int(i) for i in indices),
+    )

@@ -1,0 +1,114 @@
+"""`python -m lit_glm.doctor [overrides] [--json]`: pre-flight checks before a long run (30 s)."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+from hydra.core.hydra_config import HydraConfig
+
+from lit_glm.check_result import Finding
+from lit_glm.config.hydra_main import run_app
+from lit_glm.config.schema import TrainConfig
+from lit_glm.errors import InputError, RunError
+from lit_glm.hardware.env import set_environment
+
+_DATA = "copy the file again and compare the sizes, or make it anew with python -m lit_glm.prepare"
+_ADVICE = {
+    "devices": "choose a topology or a hardware file that fits, or look at what hides cards (..._VISIBLE_DEVICES)",
+    "precision": "choose another precision",
+    "port": "set MASTER_PORT to a free one, the same on every node, or unset it on a single node",
+    "collectives": "look at the network between the ranks and at the variables of the collective library",
+    "data.train_file": _DATA,
+    "data.eval_file": _DATA,
+    "checkpoint": "copy the checkpoint again and compare the sizes; its shape is that of model=...",
+}
+"""What to do where the error itself does not say it."""
+
+
+def checked_by(name: str, check: Callable[[], Finding]) -> Finding:
+    """Run a check; whatever it raises is a finding too.
+
+    Args:
+        name: of the line.
+        check: leaves its finding's name empty.
+    """
+    try:
+        found = check()
+    except (InputError, RunError) as error:
+        first, *more = [line.strip() for line in str(error).splitlines()]
+        return Finding(name, "fail", first, "; ".join(more) or _ADVICE.get(name, ""))
+    except Exception as error:  # a check must never hide the others
+        return Finding(name, "fail", f"{type(error).__name__}: {' '.join(str(error).split())}")
+    found.name = name
+    found.said = " ".join(found.said.split())
+    return found
+
+
+def examine(config: TrainConfig, place: Path) -> Iterator[Finding]:
+    """Check one thing after the other.
+
+    Args:
+        config: of the run that is to come.
+        place: folder that its run folder would be made in.
+    """
+    kept = set_environment(config.hardware)  # before anything imports torch
+
+    from lit_glm.preflight import device_checks, file_checks, host, provenance
+
+    yield checked_by("machine", host.describe)
+    yield checked_by("software", host.stack)
+    found = checked_by("runtime", lambda: device_checks.runtime(config, kept))
+    yield found
+    runtime = found.made
+    missing = "there is no runtime" if runtime is None else ""
+    for name, check in (
+        ("devices", device_checks.cards),
+        ("precision", device_checks.arithmetic),
+        ("port", device_checks.port),
+        ("collectives", device_checks.collectives),
+    ):
+        if missing:
+            yield Finding(name, "skip", f"not checked: {missing}")
+            continue
+        found = checked_by(name, lambda check=check: check(config, runtime))  # type: ignore[misc]
+        yield found
+        if found.status == "fail" and name in ("devices", "port"):
+            missing = f"{name} failed"
+    yield checked_by("disk", lambda: file_checks.disk(config, place))
+    for key in ("train_file", "eval_file"):
+        yield checked_by(f"data.{key}", lambda key=key: file_checks.data(config, key))  # type: ignore[misc]
+    yield checked_by("checkpoint", lambda: file_checks.checkpoint(config))
+    yield checked_by("published files", lambda: provenance.origin(config))
+    yield checked_by("memory", lambda: file_checks.memory(config, runtime))
+
+
+def main() -> int:
+    """Compose, check, say; returns 1 if any check failed, 2 for a wrong configuration."""
+    arguments, as_json = list(sys.argv), "--json" in sys.argv
+
+    def task(config: TrainConfig, _composed: Any) -> int:
+        given = str(HydraConfig.get().run.dir)
+        findings = []
+        for finding in examine(config, Path("outputs" if given == "." else given)):
+            findings.append(finding)
+            if not as_json:
+                print(finding.line(), flush=True)
+        failed = [finding.name for finding in findings if finding.status == "fail"]
+        if as_json:
+            said = [{key: getattr(entry, key) for key in ("name", "status", "said", "advice")} for entry in findings]
+            print(json.dumps({"ok": not failed, "checks": said}, indent=1, ensure_ascii=False))
+        else:
+            print(f"lit_glm: {len(failed)} failed: {', '.join(failed)}" if failed else "lit_glm: nothing failed")
+            print(f"lit_glm: the chip's own arithmetic: python -m lit_glm.verify hardware={config.hardware.name}")
+        return 1 if failed else 0
+
+    sys.argv = [argument for argument in arguments if argument != "--json"]
+    try:
+        return run_app("doctor", TrainConfig, task)
+    finally:
+        sys.argv = arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())

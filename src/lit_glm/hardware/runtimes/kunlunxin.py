@@ -1,0 +1,198 @@
+"""Kunlunxin's two runtimes: xmlir (torch 1.12, device "xpu") and XPyTorch (torch 2, patched to look like CUDA).
+
+xmlir: Python 3.8, torch 1.12.1+cpu, package torch_xmlir. Never ask torch itself for "xpu" or "xccl": in current torch
+these are Intel's names.
+"""
+
+import importlib
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any, Callable, ContextManager, Dict, Optional
+
+import torch
+
+from lit_glm.config.schema import LossScaleConfig
+from lit_glm.hardware.device_monitor import WatchedMemory
+from lit_glm.hardware.loss_scale import VendorLossScale
+from lit_glm.hardware.monitors import card_of, xpu_driver, xpu_names, xpu_total
+from lit_glm.hardware.runtimes.base import Runtime
+from lit_glm.hardware.runtimes.cuda import CUDARuntime
+
+
+def tree_cannot_span(nodes: int) -> Optional[str]:
+    """Why its tree all-reduce cannot work between so many nodes (FlagPerf's GLM case, environment_variables.sh)."""
+    tree = os.environ.get("BKCL_SOCKET_FORCE_TREE", "0")
+    if nodes == 1 or nodes % 2 == 0 or tree in ("", "0"):
+        return None
+    return (
+        f"BKCL_SOCKET_FORCE_TREE={tree} (conf/hardware/, or your environment): a tree all-reduce needs an even number "
+        f"of nodes, not {nodes}; set BKCL_SOCKET_FORCE_TREE=0, or take another number"
+    )
+
+
+_VISIBLE = "XPU_VISIBLE_DEVICES"
+
+
+def _amp() -> Any:
+    """The vendor's package for mixed precision; None if it has none."""
+    try:
+        return importlib.import_module("torch_xmlir.amp")
+    except ImportError:
+        return None
+
+
+class XMLIRRuntime(Runtime):
+    """torch_xmlir.xpu."""
+
+    name = "xmlir"
+    backend = "xccl"
+    has_driver = True
+    install = (
+        "the vendor's wheels, pip install --no-deps xmlir-*.whl xacc-*.whl, for Python 3.8 (docs/r300.md, lines 2 to 4)"
+    )
+
+    @staticmethod
+    def missing() -> Optional[str]:
+        """Looks for the package without importing it: its switches are read at import."""
+        if importlib.util.find_spec("torch_xmlir") is None:
+            return "the package torch_xmlir is not installed (Kunlunxin's xmlir and xacc, Python 3.8, torch 1.12.1+cpu)"
+        if not torch.__version__.startswith("1.12."):
+            return (
+                f"torch_xmlir is installed, but torch {torch.__version__} is not the 1.12.1+cpu of the native runtime"
+            )
+        return None
+
+    def __init__(self) -> None:
+        import torch_xmlir
+
+        self._vendor: Any = torch_xmlir
+        self._memory = WatchedMemory()
+        self._totals: Dict[int, Optional[float]] = {}
+        if not self._vendor.xpu.is_available():
+            raise RuntimeError("torch_xmlir sees no XPU: check the driver (xpu_smi) and XPU_VISIBLE_DEVICES")
+
+    @staticmethod
+    def cannot_span(nodes: int) -> Optional[str]:
+        """A tree has pairs of nodes."""
+        return tree_cannot_span(nodes)
+
+    def device_count(self) -> int:
+        """Visible cards."""
+        return int(self._vendor.xpu.device_count())
+
+    def device(self, index: int) -> torch.device:
+        """xpu:N, made by the vendor's own function."""
+        device: torch.device = self._vendor.device(f"xpu:{index}")
+        return device
+
+    def set_device(self, index: int) -> None:
+        """torch_xmlir.xpu.set_device."""
+        self._vendor.xpu.set_device(index)
+
+    def synchronize(self) -> None:
+        """Two spellings are in use."""
+        xpu = self._vendor.xpu
+        (xpu.synchronize if hasattr(xpu, "synchronize") else xpu.xpu_synchronize)()
+
+    def after_step(self) -> None:
+        """The published run empties the cache after every step."""
+        self._vendor.xpu.empty_cache()
+
+    def manual_seed(self, seed: int) -> None:
+        """The vendor's generators are not torch's."""
+        super().manual_seed(seed)
+        self._vendor.xpu.manual_seed_all(seed)
+
+    def checkpoint(self) -> Callable[..., Any]:
+        """The vendor's own: torch's saves the state of CUDA's generators."""
+        function: Callable[..., Any] = importlib.import_module("torch_xmlir.nn.checkpoint").checkpoint
+        return function
+
+    def autocast(self, dtype: torch.dtype) -> ContextManager[Any]:
+        """The vendor's own, where the package has one."""
+        own = getattr(_amp(), "autocast", None)
+        return own(dtype=dtype) if own is not None else super().autocast(dtype)
+
+    def loss_scaler(self, config: LossScaleConfig) -> Optional[VendorLossScale]:
+        """torch_xmlir.amp.GradScaler; it knows no hysteresis and no minimum."""
+        scaler = getattr(_amp(), "GradScaler", None)
+        if scaler is None:
+            return None
+        return VendorLossScale(scaler(init_scale=config.initial, growth_interval=config.window))
+
+    def device_name(self, index: int) -> str:
+        """As the runtime reports it."""
+        return str(self._vendor.xpu.get_device_name(index))
+
+    def total_memory(self, index: int) -> Optional[float]:
+        """From the device's properties where they have it, else from the vendor's monitor."""
+        try:
+            return float(self._vendor.xpu.get_device_properties(index).total_memory)
+        except (AttributeError, RuntimeError, TypeError):
+            if index not in self._totals:
+                self._totals[index] = xpu_total(card_of(index, _VISIBLE))
+            return self._totals[index]
+
+    def driver_version(self) -> Optional[str]:
+        """As the vendor's monitor says."""
+        return xpu_driver()
+
+    def memory_now(self, index: int) -> Optional[float]:
+        """The monitor's last reading, else what the runtime says, where it says anything."""
+        self._memory.look()
+        return self._memory.last or self._statistic("memory_reserved", index)
+
+    def watch_memory(self, index: int, file: Path) -> None:
+        """The vendor's command-line tool is asked, as in the published runs."""
+        self._memory.start(file, index, _VISIBLE)
+
+    def peak_memory(self, index: int) -> Optional[float]:
+        """The largest reading of the monitor, and at least what the runtime says, where it says anything."""
+        found = (self._memory.peak(), self._statistic("max_memory_reserved", index))
+        return max((value for value in found if value is not None), default=None)
+
+    def _statistic(self, name: str, index: int) -> Optional[float]:
+        """Of the runtime's allocator; several builds have none, or raise."""
+        try:
+            return float(getattr(self._vendor.xpu, name)(index))
+        except (AttributeError, RuntimeError, TypeError, NotImplementedError):
+            return None
+
+
+class XPyTorchRuntime(CUDARuntime):
+    """torch.cuda as the vendor patches it; told from NVIDIA by the presence of torch_xmlir."""
+
+    name = "xpytorch"
+    has_tf32 = False
+    install = "XPyTorch, the vendor's own build of torch 2 with torch_xmlir (docs/hardware.md)"
+
+    @staticmethod
+    def missing() -> Optional[str]:
+        """Looks for the package without importing it: its switches are read at import."""
+        if importlib.util.find_spec("torch_xmlir") is None:
+            return "the package torch_xmlir is not installed (XPyTorch from Kunlunxin, for its own builds of torch 2)"
+        if torch.__version__.startswith("1."):
+            return f"torch {torch.__version__} is too old for the CUDA-compatible runtime"
+        return None
+
+    def __init__(self) -> None:
+        import torch_xmlir  # noqa: F401
+
+        super().__init__()
+        if not torch.cuda.is_available():
+            raise RuntimeError("torch_xmlir is installed but no XPU answers: check the driver (xpu-smi -m)")
+
+    @staticmethod
+    def cannot_span(nodes: int) -> Optional[str]:
+        """A tree has pairs of nodes."""
+        return tree_cannot_span(nodes)
+
+    def driver_version(self) -> Optional[str]:
+        """As the vendor's monitor says."""
+        return xpu_driver()
+
+    def device_name(self, index: int) -> str:
+        """Asked of the monitor: torch says "GPU" for every card."""
+        card = card_of(index, "CUDA_VISIBLE_DEVICES")
+        return "" if card is None else xpu_names().get(card, "")

@@ -1,0 +1,122 @@
+"""Calls a function in a process of its own: what a damaged file does to a C library must not end the one that asks.
+
+The child is this file as a program; function and arguments go there pickled, progress and result come back.
+"""
+
+import errno
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from importlib import import_module
+from typing import Any, Callable, Optional
+
+from lit_glm.errors import InputError
+
+_SILENCE_S = 300.0
+"""A library that follows a damaged structure may go round for ever."""
+_MOST_BYTES = 2**34
+"""Of address space: a size that is damaged must not take all of the machine's memory."""
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+Progress = Callable[[int, int], None]
+"""Told (done, in all)."""
+
+
+def call_apart(function: Callable[..., Any], *arguments: Any, progress: Optional[Progress] = None) -> Any:
+    """Call a function elsewhere.
+
+    Args:
+        function: of a module, found by its name; its last parameter is a `Progress`.
+        arguments: all others; they and what it returns must be picklable.
+        progress: told how far it is.
+
+    Returns:
+        What it returned.
+
+    Raises:
+        InputError: what it raised as that; or that it died, and of what.
+        OSError: if what it writes cannot be written.
+    """
+    places = os.pathsep.join(filter(None, [*sys.path, os.environ.get("PYTHONPATH", "")]))
+    child = subprocess.Popen(
+        [sys.executable, "-m", "lit_glm.isolated_process"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": places},
+    )
+    silent = threading.Event()
+    try:
+        assert child.stdin is not None
+        pickle.dump((function.__module__, function.__qualname__, arguments), child.stdin)
+        child.stdin.close()
+        return _heard(child, silent, progress)
+    except (EOFError, pickle.UnpicklingError, BrokenPipeError):
+        status = child.wait()
+        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
+        how = f"gave no sign for {_SILENCE_S:g} s" if silent.is_set() else how
+        raise InputError(f"{arguments[0]}: the process that read it {how}: the file is damaged") from None
+    finally:
+        if child.poll() is None:
+            child.kill()
+        child.wait()
+
+
+def _heard(child: Any, silent: threading.Event, progress: Optional[Progress]) -> Any:
+    """Listen until the child has an answer; one that says nothing for too long is ended."""
+
+    def end() -> None:
+        silent.set()
+        child.kill()
+
+    while True:
+        timer = threading.Timer(_SILENCE_S, end)
+        timer.start()
+        try:
+            kind, value = pickle.load(child.stdout)  # noqa: S301 (of our own child)
+        finally:
+            timer.cancel()
+        if kind == "returned":
+            return value
+        if kind == "refused":
+            raise InputError(value)
+        if kind == "failed":
+            raise OSError(value)
+        if progress is not None:
+            progress(*value)
+
+
+def main() -> None:
+    """The child."""
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if hard == resource.RLIM_INFINITY or hard > _MOST_BYTES:
+        resource.setrlimit(resource.RLIMIT_AS, (_MOST_BYTES, hard))
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is no answer
+    module, name, arguments = pickle.load(sys.stdin.buffer)  # noqa: S301 (of our own parent)
+
+    def answer(kind: str, value: Any) -> None:
+        pickle.dump((kind, value), answers)
+        answers.flush()
+
+    try:
+        function: Any = import_module(module)
+        for part in name.split("."):
+            function = getattr(function, part)
+        answer("returned", function(*arguments, lambda done, total: answer("progress", (done, total))))
+    except InputError as error:
+        answer("refused", str(error))
+    except OSError as error:
+        if error.errno in _NO_ROOM or "requested and" in str(error):  # numpy's words for a disk that is full
+            answer("failed", str(error))
+        else:
+            answer("refused", f"{arguments[0]}: cannot be read ({error})")
+    except Exception as error:  # a damaged file fails in many ways inside its library
+        reason = (str(error).strip().splitlines() or [""])[0]
+        answer("refused", f"{arguments[0]}: is damaged, or no file of this kind ({type(error).__name__}: {reason})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""From a job to everything that one rank needs: runtime, data, model, recorder, and Lightning's trainer around them."""
+
+import logging
+import os
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins.environments import LightningEnvironment
+
+from lit_glm.atomic_files import write_json
+from lit_glm.config.hydra_main import CONF
+from lit_glm.config.schema import TrainConfig
+from lit_glm.config.tuned_values import nearest_pair
+from lit_glm.data.datamodule import RecordData, evaluation_batches
+from lit_glm.data.memmap_dataset import CompactSplit, open_data
+from lit_glm.data.sequence_lengths import Lengths
+from lit_glm.hardware import device_monitor
+from lit_glm.hardware.accelerator import make_accelerator, make_strategy
+from lit_glm.hardware.env import set_environment
+from lit_glm.hardware.precision import make_precision
+from lit_glm.hardware.runtimes.base import Runtime
+from lit_glm.hardware.runtimes.selection import check_cards, check_devices, make_runtime
+from lit_glm.launch.process_group import agree, collective_limit
+from lit_glm.launch.signals import Stops
+from lit_glm.metrics import memory_estimate
+from lit_glm.metrics.benchmark_callback import Recorder, Surroundings
+from lit_glm.metrics.loggers import hyperparameters, make_callbacks, make_loggers
+from lit_glm.metrics.system_info import describe
+from lit_glm.model.attention import check_kernel
+from lit_glm.model.build import build_glm
+from lit_glm.openmp import threads_of
+from lit_glm.runs import checkpoints, verifications
+from lit_glm.runs.job_spec import Job, identity
+from lit_glm.runs.run_folder import ENVIRONMENT, environment_of
+from lit_glm.runs.run_writer import LiveRun
+from lit_glm.training.checkpoint_io import AtomicCheckpointIO
+from lit_glm.training.module import RecordModule
+from lit_glm.training.optimizer import HAS_FUSED, why_not_fused
+
+
+@dataclass
+class Place:
+    """Where a rank works."""
+
+    job: Job
+    run_dir: Path
+    rank: int
+    local_rank: int
+
+    @property
+    def config(self) -> TrainConfig:
+        """Of the job."""
+        return self.job.config
+
+    def say(self, text: str) -> None:
+        """Say something, once a job."""
+        if self.rank == 0:
+            for line in text.split("\n"):
+                print(f"lit_glm: {line}", flush=True)
+
+
+@dataclass
+class Built:
+    """What `build` makes."""
+
+    runtime: Runtime
+    split: CompactSplit
+    """Training examples."""
+    module: RecordModule
+    data: RecordData
+    recorder: Recorder
+    trainer: pl.Trainer
+    resume_from: Optional[Path]
+
+
+def place_of(job: Job, run_dir: Path) -> Place:
+    """Where this process works, by torchrun's variables."""
+    return Place(job, run_dir, int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def build(place: Place, beat: Callable[[], None], stops: Optional[Stops]) -> Built:
+    """Make what a rank needs, and say what will run.
+
+    Args:
+        place: where this rank works.
+        beat: its sign of life.
+        stops: has signals put off while Lightning sets its handlers; None: not in the main thread.
+
+    Raises:
+        InputError: names what of the configuration does not fit the machine, the data or the weights.
+    """
+    config = place.config
+    _quiet()
+    beat()
+    runtime = _runtime(place)
+    strategy = make_strategy(runtime, config.topology, collective_limit(config))
+    precision = make_precision(config, runtime, place.local_rank)
+    train_split, eval_split = open_data(config.data, config.model)
+    lengths = Lengths.of(train_split)
+    _take_threads(place, lengths)
+    _open(place, runtime)
+    beat()
+    place.say(memory_estimate.describe(config, lengths, runtime, place.local_rank))
+    module = _module(place, runtime)
+    data = RecordData(config, train_split, lambda: module.steps_done, runtime.pins_memory, runtime.synchronize)
+    resume_from, content = _where_it_goes_on(place, runtime)
+    around = Surroundings(
+        lambda steps_done: LiveRun(place.run_dir, steps_done, place.job.resumes),
+        lambda rank, world: evaluation_batches(eval_split, config, rank, world, runtime.pins_memory),
+        lambda trainer, step: _save(trainer, place.run_dir, step),
+        beat,
+        lambda: data.waited,
+        (len(train_split), len(eval_split)),
+        hyperparameters(config),
+        stops.put_off if stops is not None else lambda: None,
+        stops.take if stops is not None else lambda: None,
+    )
+    recorder = Recorder(config, runtime, place.job.entry, data.sampler(0, 0), around)
+    loggers = make_loggers(place.job, place.run_dir, checkpoints.step_of(resume_from))
+    # One device needs no cluster; inside a Slurm allocation Lightning would look for one.
+    no_cluster = [LightningEnvironment()] if config.topology.world_size == 1 else []
+    trainer = pl.Trainer(
+        accelerator=make_accelerator(runtime, config.hardware.accelerator),
+        strategy=strategy,
+        devices=config.topology.devices_per_node,
+        num_nodes=config.topology.num_nodes,
+        plugins=[precision, AtomicCheckpointIO(content), *no_cluster],
+        callbacks=[recorder, *make_callbacks(config)],
+        logger=loggers or False,
+        max_epochs=-1,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=str(place.run_dir),
+        detect_anomaly=False,
+    )
+    return Built(runtime, train_split, module, data, recorder, trainer, resume_from)
+
+
+def _runtime(place: Place) -> Runtime:
+    """The chip's runtime, its cards compared with the hardware file."""
+    config = place.config
+    kept = set_environment(config.hardware)
+    runtime = make_runtime(config.hardware, config.topology)
+    check_devices(runtime, config.topology)
+    kept += check_cards(config.hardware, runtime, config.topology.devices_per_node, CONF / "hardware")
+    if place.rank == 0:
+        for line in kept:
+            print(f"lit_glm: {line}", file=sys.stderr)
+    return runtime
+
+
+def _take_threads(place: Place, lengths: Lengths) -> None:
+    """Take as many threads as a step's work deserves, or as the run began with."""
+    config = place.config
+    published = config.scoring.name == "published"
+    rows = lengths.candidates.mean() * config.data.max_seq_length if published else lengths.rows.mean()
+    before = environment_of(place.run_dir).get("threads") if place.job.resumes else None
+    width, devices = config.model.hidden_size, config.topology.devices_per_node
+    threads = threads_of(config.bs * float(rows), width, devices, before if isinstance(before, int) else None)
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _open(place: Place, runtime: Runtime) -> None:
+    """Say what runs, on what, and leave it in the folder."""
+    config = place.config
+    node = place.rank // config.topology.devices_per_node
+    runtime.watch_memory(place.local_rank, device_monitor.file_of(place.run_dir, node))
+    if place.rank > 0:
+        return
+    write_json(place.run_dir / ENVIRONMENT, describe(config, runtime, place.job.command))
+    what = "SIMULATED, no figure of the chip: " if runtime.simulated else ""
+    precision = config.precision.name
+    if precision == "fp32" and runtime.has_tf32:
+        precision += " (TF32 on)" if config.precision.tf32 else " (TF32 off)"
+    published = (
+        config.tuned_for
+        if config.tuned_for != "none"
+        else f"none published{nearest_pair(config.hardware.name, config.topology.world_size)}"
+    )
+    place.say(
+        f"{what}{config.model.name} on {config.hardware.name} {config.topology.name}, {precision}, {config.fix_hp}, "
+        f"global batch {config.global_batch}, values for the pair: {published}"
+    )
+    is_published = config.scoring.name == "published"
+    place.say(
+        f"scoring={config.scoring.name}: "
+        + (
+            "the published workload" + (", comparable with published rows" if not runtime.simulated else "")
+            if is_published
+            else "one pass a context; same scores as published, other speed (not comparable with published rows)"
+        )
+    )
+    place.say(f"run folder {place.run_dir}")
+    if runtime.has_driver and not _is_verified(place):
+        place.say(
+            f"no verification of this driver in {config.precision.name} has passed here: "
+            f"python -m lit_glm.verify hardware={config.hardware.name} finds out what can be trusted"
+        )
+    hint = runtime.precision_hint(config.precision.name)
+    if hint:
+        place.say(f"precision={config.precision.name}: {hint}")
+
+
+def _is_verified(place: Place) -> bool:
+    config = place.config
+    driver = environment_of(place.run_dir).get("driver")
+    found = verifications.newest([place.run_dir, Path.cwd()], config.hardware.name, driver, config.precision.name)
+    return found is not None and bool(found["passed"])
+
+
+def _module(place: Place, runtime: Runtime) -> RecordModule:
+    config = place.config
+    device = runtime.device(place.local_rank)
+    check_kernel(config.model.attention)
+    reason = why_not_fused(device) if HAS_FUSED else None
+    if reason:
+        place.say(f"optimizer: torch's fused AdamW does not serve here ({reason}): the plain one is taken")
+    runtime.manual_seed(config.seed)
+    glm, done = build_glm(config.model, runtime.kernels())
+    for line in done:
+        place.say(f"{config.model.init_checkpoint}: {line}")
+    module = RecordModule(glm, config, runtime)
+    module.identity = identity(config)
+    return module
+
+
+def _where_it_goes_on(place: Place, runtime: Runtime) -> "tuple[Optional[Path], Optional[dict[str, Any]]]":
+    """The checkpoint that the run goes on from, with its content; all ranks take the same."""
+    path, content = None, None
+    if place.job.resumes:
+        path, content, passed_over = checkpoints.newest(place.run_dir, identity(place.config), whole=True)
+        if place.rank == 0:
+            for line in passed_over:
+                print(f"lit_glm: {line}", file=sys.stderr)
+        from_start = "from the start: there is no checkpoint"
+        place.say(f"the run goes on {f'after step {checkpoints.step_of(path)}' if path else from_start}")
+    if place.config.topology.world_size > 1:
+        agree(identity(place.config), checkpoints.step_of(path), runtime.device(place.local_rank))
+    return path, content if path is not None else None
+
+
+def _save(trainer: pl.Trainer, run_dir: Path, step: int) -> None:
+    trainer.save_checkpoint(checkpoints.path_of(run_dir, step), weights_only=False)
+    if trainer.is_global_zero:
+        checkpoints.tidy(run_dir)
+
+
+def _quiet() -> None:
+    """Lightning's hints are for its own users; ours read what this project prints."""
+    for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for module in ("pytorch_lightning", "lightning_fabric", "torch.jit", "torch.utils.data"):
+        warnings.filterwarnings("ignore", module=module)
+    warnings.filterwarnings("ignore", message=".*barrier\\(\\).*|.*pkg_resources.*|.*isinstance.treespec.*")

@@ -1,0 +1,186 @@
+"""Ties the ranks of several nodes together: one that ends without a word, wherever, ends all within seconds.
+
+torchrun's agents watch their own node only, and a collective library may wait for a peer on another one as long as its
+own limit lets it, half an hour with some. So each rank holds a connection to rank 0. The kernel closes those of a
+process that is gone, however it ended, and notices when a host no longer answers.
+"""
+
+import os
+import secrets
+import selectors
+import socket
+import struct
+import sys
+import threading
+import time
+import traceback
+from typing import Any, Callable, Dict, Tuple
+
+from lit_glm.errors import RunError
+from lit_glm.launch.signals import EXIT_STATUS
+
+_GRACE_S = 10.0
+"""For the error of a collective, or torchrun's signal: they end a rank in better order than this does."""
+_CONNECT_S = 30.0
+_HELLO_S = 5.0
+_WORD_S = 2.0
+_PROBES = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}  # a host that is gone is noticed after 30 s
+_HELLO = struct.Struct("!16si")
+_WORD = struct.Struct("!ii")  # a rank, and the exit status that it ends with
+_TOKEN_BYTES = 16
+_MAPPED = "::ffff:"  # an IPv4 address as IPv6 has it
+_FRAMES = 8
+
+
+def _end(words: str, status: int) -> None:
+    main = sys._current_frames().get(threading.main_thread().ident or 0)
+    calls = "".join(traceback.format_stack(main)[-_FRAMES:])
+    print(f"lit_glm: {words}; it was in\n{calls}", file=sys.stderr, end="", flush=True)
+    os._exit(status)
+
+
+class Lifeline:
+    """This rank's end of it. A thread waits; nothing is sent until somebody ends."""
+
+    def __init__(self, rank: int, peers: Dict[int, socket.socket]) -> None:
+        """Begin to watch.
+
+        Args:
+            rank: this one.
+            peers: connections by rank: all others on rank 0, rank 0 alone elsewhere.
+        """
+        self._rank, self._peers = rank, peers
+        self._addresses = {rank: _address(connection) for rank, connection in peers.items()}
+        self._over, self._lost = threading.Event(), threading.Event()
+        self._status = 0
+        self._lock = threading.Lock()
+        threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
+
+    def let_go(self, status: int) -> None:
+        """Tell the others that this rank ends, and with which status: after any but 0 they end too."""
+        self._over.set()
+        self._tell(self._rank, status)
+
+    def interrupted(self) -> bool:
+        """Whether another rank was: then an error of this one comes from that. Waits a moment for the word."""
+        return self._lost.wait(_WORD_S) and self._status in EXIT_STATUS.values()
+
+    def _tell(self, rank: int, status: int) -> None:
+        with self._lock:
+            for connection in self._peers.values():
+                try:
+                    connection.sendall(_WORD.pack(rank, status))
+                except OSError:
+                    pass  # gone by itself
+
+    def _watch(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            for rank, connection in self._peers.items():
+                selector.register(connection, selectors.EVENT_READ, rank)
+            while selector.get_map():
+                for key, _ in selector.select():
+                    lost, status = self._heard(key.fileobj, key.data)
+                    if status:
+                        self._mourn(lost, status)
+                        return
+                    selector.unregister(key.fileobj)
+
+    def _heard(self, connection: Any, rank: int) -> Tuple[int, int]:
+        """Which rank has ended, with which status: that of the connection if it ended without a word."""
+        try:
+            said = connection.recv(_WORD.size, socket.MSG_WAITALL)
+        except OSError:
+            said = b""
+        return _WORD.unpack(said) if len(said) == _WORD.size else (rank, 1)
+
+    def _mourn(self, lost: int, status: int) -> None:
+        self._status = status
+        self._lost.set()
+        if self._over.is_set():
+            return
+        if self._rank == 0:
+            self._tell(lost, status)
+        where = f" on {self._addresses[lost]}" if lost in self._addresses else ""
+        how = "was interrupted" if status in EXIT_STATUS.values() else "failed, was killed or is out of reach"
+        time.sleep(_GRACE_S)
+        if not self._over.is_set():
+            words = f"rank {self._rank} ends because rank {lost}{where} {how}"
+            _end(words, status if status in EXIT_STATUS.values() else 1)
+
+
+def _address(connection: socket.socket) -> str:
+    address = str(connection.getpeername()[0])
+    return address[len(_MAPPED) :] if address.startswith(_MAPPED) else address
+
+
+def _listener() -> socket.socket:
+    """Reachable by both versions of IP, where this machine has both."""
+    if socket.has_dualstack_ipv6():
+        try:
+            return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+        except OSError:
+            pass  # switched off
+    return socket.create_server(("", 0))
+
+
+def _probed(connection: socket.socket) -> socket.socket:
+    connection.settimeout(None)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _PROBES.items():
+        if hasattr(socket, name):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return connection
+
+
+def _welcome(listener: socket.socket, token: bytes, others: int) -> Dict[int, socket.socket]:
+    """Connections of all other ranks; whoever does not know the token is sent away."""
+    peers: Dict[int, socket.socket] = {}
+    limit = time.monotonic() + _CONNECT_S
+    while len(peers) < others:
+        listener.settimeout(max(0.1, limit - time.monotonic()))
+        try:
+            connection, _ = listener.accept()
+        except socket.timeout:
+            raise RunError(
+                f"only {len(peers)} of {others} ranks have reached port {listener.getsockname()[1]} of rank 0 in "
+                f"{_CONNECT_S:g} s: nodes must reach each other on any port"
+            ) from None
+        try:
+            connection.settimeout(_HELLO_S)
+            theirs, rank = _HELLO.unpack(connection.recv(_HELLO.size))  # sent as one
+        except (OSError, struct.error):
+            connection.close()
+            continue
+        if secrets.compare_digest(theirs, token):
+            peers[rank] = _probed(connection)
+        else:
+            connection.close()
+    return peers
+
+
+def tie(rank: int, world_size: int, address: str, agree: Callable[[Any], Any]) -> Lifeline:
+    """Connect this rank with rank 0; called by all ranks.
+
+    Args:
+        rank: this one.
+        world_size: how many there are.
+        address: of rank 0, as the other ranks see it.
+        agree: gives all ranks what rank 0 has given it.
+
+    Raises:
+        RunError: if they cannot reach each other.
+    """
+    if rank == 0:
+        with _listener() as listener:
+            token = secrets.token_bytes(_TOKEN_BYTES)
+            agree((listener.getsockname()[1], token))
+            return Lifeline(0, _welcome(listener, token, world_size - 1))
+    port, token = agree(None)
+    try:
+        connection = socket.create_connection((address, port), timeout=_CONNECT_S / 3)  # of each address it has
+        connection.sendall(_HELLO.pack(token, rank))
+    except OSError as error:
+        raise RunError(
+            f"rank {rank} cannot reach rank 0 at {address}:{port} ({error}): nodes must reach each other on any port"
+        ) from error
+    return Lifeline(rank, {0: _probed(connection)})

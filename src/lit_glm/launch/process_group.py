@@ -1,0 +1,112 @@
+"""The ranks of a job: how they meet, that they do the same, and that none stays behind alone."""
+
+import os
+import signal
+import socket
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Dict, Iterator, List
+
+from lit_glm.config.schema import TrainConfig
+from lit_glm.errors import InputError
+from lit_glm.hardware.runtimes.selection import check_devices, make_runtime
+from lit_glm.launch.heartbeat import STALL_MARGIN_S
+from lit_glm.launch.signals import Interrupted
+
+_LATER_S = 15.0
+
+
+def collective_limit(config: TrainConfig) -> float:
+    """Seconds until a collective gives up, where its library obeys torch.
+
+    Whoever watches for signs of life comes before, and can say which rank hangs.
+    """
+    return config.run.stall_timeout_s + STALL_MARGIN_S + _LATER_S
+
+
+@contextmanager
+def joined(config: TrainConfig) -> Iterator[None]:
+    """Open the process group of this rank, as torchrun's variables describe it; none for one device.
+
+    An error inside ends the other ranks too, on whichever node they are.
+
+    Raises:
+        InputError: if the number of ranks or of devices is not the topology's.
+        RunError: if the nodes do not reach each other.
+    """
+    import torch
+
+    _take_place(config)
+    runtime = make_runtime(config.hardware, config.topology)
+    check_devices(runtime, config.topology)
+    local_rank = int(os.environ["LOCAL_RANK"])
+    runtime.set_device(local_rank)
+    found = int(os.environ.get("WORLD_SIZE", config.topology.world_size))
+    if found != config.topology.world_size:
+        raise InputError(
+            f"topology={config.topology.name} is {config.topology.world_size} ranks, but {found} were found; "
+            "is the same command running on every node?"
+        )
+    if config.topology.world_size == 1:
+        yield
+        return
+    torch.distributed.init_process_group(runtime.backend, timeout=timedelta(seconds=collective_limit(config)))
+    if config.topology.num_nodes == 1:  # its agent sees to that
+        yield
+        return
+    from lit_glm.hardware import object_collectives
+    from lit_glm.launch.peer_monitor import tie
+
+    device = runtime.device(local_rank)
+    rank = torch.distributed.get_rank()
+    line = tie(rank, found, os.environ["MASTER_ADDR"], lambda told: object_collectives.broadcast(told, device))
+    try:
+        yield
+    except BaseException as error:
+        if not hasattr(error, "exit_status") and line.interrupted():
+            error = Interrupted(signal.SIGTERM)
+        line.let_go(getattr(error, "exit_status", 1))
+        raise error
+    line.let_go(0)
+
+
+def _take_place(config: TrainConfig) -> None:
+    """Where one machine stands for all nodes of a rehearsal, each rank takes its node's place."""
+    topology, rank = config.topology, int(os.environ.get("RANK", 0))
+    if topology.num_nodes == 1 or os.environ.get("LOCAL_WORLD_SIZE") != str(topology.world_size):
+        return
+    node, local = divmod(rank, topology.devices_per_node)
+    os.environ.update(
+        LOCAL_RANK=str(local),
+        LOCAL_WORLD_SIZE=str(topology.devices_per_node),
+        GROUP_RANK=str(node),
+        GROUP_WORLD_SIZE=str(topology.num_nodes),
+    )
+
+
+def agree(identity: str, step: int, device: Any) -> None:
+    """All ranks run the same configuration from the same step, or none does.
+
+    Raises:
+        InputError: names the first rank that differs.
+    """
+    import torch
+
+    from lit_glm.hardware import object_collectives
+
+    told = object_collectives.gather((identity, step, os.environ.get("GROUP_RANK", "0"), socket.gethostname()), device)
+    nodes: Dict[str, List[str]] = {}
+    for rank, (name, start, node, host) in enumerate(told):
+        nodes.setdefault(str(node), []).append(str(host))
+        if name != told[0][0]:
+            raise InputError(
+                f"rank {rank} was given another configuration than rank 0: type the same command everywhere"
+            )
+        if start != told[0][1]:
+            raise InputError(
+                f"rank {rank} would go on after step {start}, rank 0 after step {told[0][1]}: all nodes must see the "
+                "same run folder (give them one hydra.run.dir on a shared disk)"
+            )
+    if len(nodes) > 1 and torch.distributed.get_rank() == 0:
+        for node, hosts in sorted(nodes.items(), key=lambda entry: int(entry[0])):
+            print(f"lit_glm: node {node}: {len(hosts)} rank{'s' * (len(hosts) > 1)} joined ({hosts[0]})", flush=True)

@@ -1,0 +1,311 @@
+"""A sweep (Hydra multirun): one process per combination, completed combinations are skipped, one table over all.
+
+Jobs may run anywhere (Hydra's joblib and submitit launchers): each writes a record into the sweep folder, and the
+process that started the sweep builds sweep.md and sweep.csv from these records.
+"""
+
+import csv
+import json
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lit_glm.atomic_files import replacing, write_json, write_text
+from lit_glm.config.command_line import CommandLine
+from lit_glm.config.hydra_main import Outcome, checked, compose
+from lit_glm.config.schema import TrainConfig
+from lit_glm.config.validators import FIGURES
+from lit_glm.errors import InputError, RunError
+from lit_glm.runs import discovery
+from lit_glm.runs.job_spec import FILE, Job, check_same, identity
+from lit_glm.runs.lock import alone_in, is_running
+from lit_glm.runs.result import COLUMNS, COMPLETE, cells, is_complete, less_is_better, of_config, read_result, table
+
+NOTES = "jobs"
+"""Folder of the notes, in the sweep's; it tells a sweep's folder from others."""
+
+
+def summarise(sweep_dir: Path) -> Tuple[str, int]:
+    """Write sweep.csv and sweep.md from the notes of the jobs: the best first, by the sweep's objective.
+
+    Returns:
+        The table for the terminal with a line a run beneath, and the exit status: the highest of any job.
+    """
+    notes = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((sweep_dir / NOTES).glob("*.json"))]
+    objective = next((str(note["objective"]) for note in notes if note.get("objective")), "")
+    pairs = sorted(((note, _result(note, sweep_dir)) for note in notes), key=lambda pair: _rank(pair[1], objective))
+    notes, results = [note for note, _ in pairs], [result for _, result in pairs]
+    text = table(results)
+    sweep_dir.mkdir(parents=True, exist_ok=True)
+    write_text(sweep_dir / "sweep.md", text + "\n")
+    with replacing(sweep_dir / "sweep.csv") as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*COLUMNS, "scoring", "status", "run_dir", "overrides", "taken_from"])
+        for note, result in pairs:
+            told = [note["run_dir"] or "", note["overrides"], note.get("taken_from", "")]
+            writer.writerow([*cells(result), result["scoring"], result["status"], *told])
+    lines = [text]
+    if len(results) > 1 and _has(results[0], objective):
+        lines += [_line(number, note, result, objective) for number, (note, result) in enumerate(pairs, 1)]
+    lines += filter(None, [_best(notes, results, objective)])
+    status = max([int(note["exit_status"]) for note in notes], default=0)
+    return "\n".join(lines), status
+
+
+def _has(result: Dict[str, Any], objective: str) -> bool:
+    """Whether a run is complete and has the figure that the sweep is judged by."""
+    return result.get("status") in COMPLETE and isinstance(result.get(objective), (int, float))
+
+
+def _rank(result: Dict[str, Any], objective: str) -> Tuple[bool, float]:
+    """Sorts the best first, and what has no figure last."""
+    if not _has(result, objective):
+        return True, 0.0
+    value = float(result[objective])
+    return False, value if less_is_better(objective) else -value
+
+
+def _line(number: int, note: Dict[str, Any], result: Dict[str, Any], objective: str) -> str:
+    value = f"{float(result[objective]):.6g}" if _has(result, objective) else str(result.get("status"))
+    return f"{number}. {value}  {note['overrides'] or 'the only combination'}  {note['run_dir'] or ''}".rstrip()
+
+
+def _result(note: Dict[str, Any], sweep_dir: Path) -> Dict[str, Any]:
+    own: Dict[str, Any] = note["row"]
+    if note["run_dir"] is None or note["exit_status"] == InputError.exit_status:
+        return own  # what the folder holds is an earlier run's
+    result = read_result(Path(note["run_dir"])) or own
+    taken_from = note.get("taken_from")
+    if not taken_from:
+        return result
+    inside = str(taken_from).startswith(f"{sweep_dir}/")
+    return {**result, "taken_from": str(Path(taken_from).relative_to(sweep_dir)) if inside else taken_from}
+
+
+def _best(notes: List[Dict[str, Any]], results: List[Dict[str, Any]], objective: str) -> Optional[str]:
+    """A line that names the best complete run, which stands first; None without one."""
+    if not results or not _has(results[0], objective):
+        return None
+    what = notes[0]["overrides"] or "the only combination"
+    return f"lit_glm: best by {objective} ({float(results[0][objective]):.6g}): {what}, {notes[0]['run_dir']}"
+
+
+class SweepNotes(Callback):
+    """Hydra calls it when a sweep starts, and after each job wherever that ran."""
+
+    started: Optional[Path] = None
+    """Folder of the sweep that this process has started."""
+    total: Optional[int] = None
+    """Its jobs, where they are known beforehand; a search's are not, and another process knows none."""
+
+    def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
+        """Remember the folder; notes of an earlier start of the same sweep are renewed job by job."""
+        SweepNotes.started = Path(config.hydra.sweep.dir).resolve()
+        for note in (SweepNotes.started / NOTES).glob("*.json"):
+            note.unlink()
+
+    def on_job_end(self, config: Any, job_return: Any, **kwargs: Any) -> None:
+        """Note a job that was refused before it could leave a note itself."""
+        if config.hydra.mode is None or config.hydra.mode.name == "RUN":
+            return
+        sweep_dir, number = Path(config.hydra.sweep.dir), int(config.hydra.job.num)
+        if not _note_file(sweep_dir, number).exists():
+            _note(sweep_dir, number, None, RunError.exit_status, _refused(config))  # its own process said the status
+
+
+def _note_file(sweep_dir: Path, number: int) -> Path:
+    return sweep_dir / NOTES / f"{number:05d}.json"
+
+
+def _refused(config: Any) -> Dict[str, Any]:
+    """What a row can say of a combination that was refused: its composed configuration may lack anything."""
+
+    def text(key: str) -> str:
+        try:
+            value = OmegaConf.select(config, key)
+        except OmegaConfBaseException:
+            return ""
+        return "" if value is None else str(value)
+
+    row: Dict[str, Any] = {name: text(f"{name}.name") for name in ("hardware", "precision", "scoring")}
+    row["topology"] = "x".join(text(f"topology.{key}") for key in ("num_nodes", "devices_per_node"))
+    return {**row, "fix_hp": f"bs={text('bs')},lr={text('lr')}", "status": "failed"}
+
+
+def _note(sweep_dir: Path, number: int, run_dir: Optional[Path], status: int, row: Dict[str, Any], **more: Any) -> None:
+    """Leave a note of a job, with the row of the table that it has without a result."""
+    file = _note_file(sweep_dir, number)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    overrides = HydraConfig.get().job.override_dirname if HydraConfig.initialized() else ""
+    folder = None if run_dir is None else str(run_dir.resolve())
+    write_json(file, {"run_dir": folder, "exit_status": status, "overrides": overrides, "row": row, **more})
+
+
+def run_combination(
+    config: TrainConfig, run_dir: Path, files: Dict[str, str], prepare_data: Callable[[], None]
+) -> Outcome:
+    """Run one job of a sweep, or go on with it, or find it done.
+
+    Args:
+        config: the combination's.
+        run_dir: where a new run goes.
+        files: what .hydra/ is to hold.
+        prepare_data: called before the job starts.
+
+    Raises:
+        KeyboardInterrupt: the job was stopped, and the rest of the sweep is not wanted either.
+    """
+    from lit_glm.launch.signals import Interrupted
+
+    hydra = HydraConfig.get()
+    sweep_dir, status, result, folder = Path(hydra.sweep.dir), 1, None, run_dir
+    of = "" if SweepNotes.total is None else f" of {SweepNotes.total}"
+    changes = hydra.job.override_dirname or "the only combination"
+    print(f"lit_glm: job {int(hydra.job.num) + 1}{of}: {changes}", flush=True)
+    taken_from = ""
+    try:
+        earlier = _earlier(config, run_dir)
+        folder = run_dir.resolve() if earlier is None else earlier.resolve()
+        if earlier is None and (run_dir / FILE).exists() and config.sweep.skip_done:
+            folder = run_dir.resolve().with_name(f"{run_dir.name}-{identity(config)}")  # the folder is another's
+        taken_from = "" if earlier is None else str(folder)
+        result = _run(config, folder, earlier is not None, sweep_dir, files, prepare_data)
+        status = 0
+    except (InputError, RunError) as error:
+        print(f"lit_glm: {error}", file=sys.stderr)
+        status = error.exit_status
+    except Interrupted as stop:
+        print(f"lit_glm: {stop}; start the same sweep again to go on", file=sys.stderr)
+        status = stop.exit_status
+        raise KeyboardInterrupt from None
+    finally:
+        row = {**of_config(config), "status": "failed"}
+        told = {"taken_from": taken_from, "objective": config.sweep.objective}
+        _note(sweep_dir, int(hydra.job.num), folder, status, row, **told)
+    value = (result or {}).get(config.sweep.objective)
+    return Outcome(status, None if value is None else float(value))
+
+
+def _run(
+    config: TrainConfig,
+    folder: Path,
+    goes_on: bool,
+    sweep_dir: Path,
+    files: Dict[str, str],
+    prepare_data: Callable[[], None],
+) -> Dict[str, Any]:
+    """The result of a combination, run if it is not there."""
+    from lit_glm.launch.launcher import run_job
+    from lit_glm.runs.run_folder import check_free
+
+    result = read_result(folder) if goes_on else None
+    if result is not None and result.get("status") in COMPLETE:
+        print(f"lit_glm: {folder}: the run is complete, there is nothing to do")
+        print(table([result]), flush=True)
+        return result
+    if goes_on and is_running(folder):
+        raise RunError(
+            f"{folder}: another process is at work on this combination, which is left to it; start the same sweep "
+            "again when it has ended: what is complete then is not run again"
+        )
+    if not goes_on:
+        check_free(folder, config.run.overwrite)
+    prepare_data()
+    job = Job(config, time.monotonic(), sys.argv, goes_on, str(sweep_dir.resolve()))
+    return run_job(job, folder, files, in_process=False)
+
+
+def places(sweep_dir: Path, given: bool) -> discovery.Places:
+    """Where earlier runs of a sweep's combinations are: in its own folder if that was named, else in all sweeps'."""
+    return [(sweep_dir, 3)] if given else [(Path("multirun"), 4)]
+
+
+def _earlier(config: TrainConfig, run_dir: Path) -> Optional[Path]:
+    """The run of the same configuration that a sweep left before, or that `run.resume` names."""
+    if config.run.resume is not None:
+        folder = discovery.resolve(config.run.resume, config, run_dir)
+    elif config.sweep.skip_done:
+        hydra = HydraConfig.get()
+        given = any(str(override).startswith("hydra.sweep.dir=") for override in hydra.overrides.hydra)
+        runs = discovery.by_identity(places(Path(hydra.sweep.dir), given)).get(identity(config), [])
+        folder = discovery.best_of(runs)
+    else:
+        folder = None
+    if folder is not None:
+        check_same(config, folder)
+    return folder
+
+
+def finish() -> int:
+    """Make the table of the sweep that this process has started, if it has; returns its exit status."""
+    sweep_dir, SweepNotes.started = SweepNotes.started, None
+    if sweep_dir is None:
+        return 0
+    text, status = summarise(sweep_dir)
+    print(text)
+    print(f"lit_glm: {sweep_dir}/sweep.md, sweep.csv")
+    return status
+
+
+_WRITES = ("sweep.md", "sweep.csv", "multirun.yaml")
+_MOST_LOOKED_AT = 300
+_kept = ExitStack()  # the sweep's folder, as long as this process lives
+
+
+def check_start(whole: Any, line: CommandLine) -> None:
+    """Take the folder of a sweep, and say which of its combinations are there already.
+
+    Args:
+        whole: the configuration of some combination, Hydra's part included.
+        line: the command line.
+
+    Raises:
+        InputError: if the folder is somebody else's, or another process runs a sweep there.
+    """
+    if whole.sweep.objective not in FIGURES:
+        raise InputError(f"sweep.objective={whole.sweep.objective}: must be one of {', '.join(FIGURES)}")
+    given, sweep_dir = line.gives("hydra.sweep.dir"), Path(str(whole.hydra.sweep.dir))
+    if given:
+        foreign = [name for name in _WRITES if (sweep_dir / name).exists()]
+        notes = sweep_dir / NOTES
+        if not notes.is_dir() and foreign:
+            raise InputError(
+                f"{sweep_dir}: is no folder of a sweep (it has no {NOTES}/), but holds {', '.join(foreign)}, which a "
+                "sweep would write; give another hydra.sweep.dir="
+            )
+        if notes.is_dir() and not all(path.suffix == ".json" or path.name == ".lock" for path in notes.iterdir()):
+            raise InputError(f"{notes}: holds files of somebody else; give another hydra.sweep.dir=")
+        advice = (
+            "wait for the end of that sweep (started again, this one then takes what is complete), or give another "
+            "hydra.sweep.dir="
+        )
+        _kept.enter_context(alone_in(notes, advice))
+    searches = any(override.is_sweep_override() and not override.is_discrete_sweep() for override in line.parsed())
+    if "BasicSweeper" in str(whole.hydra.sweeper.get("_target_")) and not searches:
+        SweepNotes.total = len(line.combinations())
+    if whole.sweep.skip_done:
+        _announce(discovery.by_identity(places(sweep_dir, given)), line)
+
+
+def _announce(there: Dict[str, List[Path]], line: CommandLine) -> None:
+    combinations = line.combinations() if there else []
+    if len(combinations) > _MOST_LOOKED_AT:
+        print(f"lit_glm: sweep: {len(there)} earlier configurations are compared with each combination in its turn")
+        return
+    for changes, overrides in combinations:
+        try:
+            config = checked(compose("train", [*overrides, *line.searchpath]), TrainConfig)
+        except (InputError, HydraException, OmegaConfBaseException):
+            continue  # said when its turn comes
+        run = discovery.best_of(there.get(identity(config), []))
+        if run is not None:
+            how = "complete, taken from" if is_complete(run) else "goes on in"
+            print(f"lit_glm: sweep: {' '.join(changes) or 'the only combination'}: {how} {run}", flush=True)

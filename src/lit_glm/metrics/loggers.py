@@ -1,0 +1,223 @@
+"""Lightning loggers: created from the configuration, fed with metrics; and the CSV logger of this project."""
+
+import os
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+from omegaconf import OmegaConf
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities import rank_zero_only
+
+import lit_glm
+from lit_glm.atomic_files import write_text
+from lit_glm.config.schema import TrainConfig
+from lit_glm.errors import InputError
+from lit_glm.metrics.run_metrics import Account
+from lit_glm.metrics.timing import rate
+from lit_glm.runs.job_spec import Job
+from lit_glm.runs.result import of_config
+from lit_glm.runs.run_writer import Table
+from lit_glm.training.module import StepValues
+
+
+def hyperparameters(config: TrainConfig) -> Dict[str, Any]:
+    """What loggers are told of a run, so that runs can be compared there."""
+    names = ("bs", "lr", "seed", "hardware", "topology", "precision", "scoring", "model")
+    known = of_config(config)
+    return {**{name: known[name] for name in names}, "version": lit_glm.__version__}
+
+
+def run_name(config: TrainConfig) -> str:
+    """What a run is called where many are shown."""
+    return (
+        f"{config.hardware.name} {config.topology.name} {config.precision.name} {config.scoring.name} "
+        f"{config.model.name} {config.fix_hp} seed={config.seed}"
+    )
+
+
+def make_callbacks(config: TrainConfig) -> List[Any]:
+    """Those of the group `callbacks`.
+
+    Raises:
+        InputError: if one cannot be made.
+    """
+    return [_made("callbacks", name, entry) for name, entry in config.callbacks.items()]
+
+
+def make_loggers(job: Job, run_dir: Path, steps_done: int) -> List[Any]:
+    """Those of the group `logger`; a run that goes on continues what they have.
+
+    Args:
+        job: the run's.
+        run_dir: where their files go.
+        steps_done: steps that stand.
+
+    Raises:
+        InputError: if one cannot be made.
+    """
+    made = []
+    for name, entry in job.config.logger.items():
+        own = _own_arguments(str(entry.get("_target_", "")), job, run_dir, steps_done)
+        logger = _made("logger", name, {**own, **entry})
+        made.append(logger)
+        if "MLFlow" in type(logger).__name__ and os.environ.get("RANK", "0") == "0":
+            write_text(_mlflow_id(run_dir), str(logger.run_id))
+    return made
+
+
+def finish(loggers: List[Any]) -> None:
+    """Have loggers complete their files: a rank ends without the interpreter's exit functions."""
+    for logger in loggers:
+        for name in ("finish", "close"):
+            end = getattr(getattr(logger, "experiment", None), name, None)
+            if callable(end):
+                end()
+                break
+
+
+def _mlflow_id(run_dir: Path) -> Path:
+    return run_dir / "mlflow_run"
+
+
+def _own_arguments(target: str, job: Job, run_dir: Path, steps_done: int) -> Dict[str, Any]:
+    """What a logger of a known kind is given beside what its file says."""
+    place: Dict[str, Any] = {"save_dir": str(run_dir)}
+    if target.endswith("CSVCurves"):
+        return {**place, "keep_steps": steps_done if job.resumes else None}
+    if target.endswith("TensorBoardLogger"):
+        # Points behind the checkpoint are written again: the viewer is told to forget the first ones.
+        return {**place, "purge_step": steps_done + 1} if job.resumes else place
+    if target.endswith("WandbLogger"):
+        return {**place, "name": run_name(job.config), "id": _wandb_id(run_dir), "resume": "allow"}
+    if target.endswith("MLFlowLogger"):
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # newer ones want a database server without it
+        before = _mlflow_id(run_dir)
+        goes_on = job.resumes and before.is_file()
+        store = os.environ.get("MLFLOW_TRACKING_URI") or f"file:{Path(job.sweep_dir or run_dir).resolve()}/mlruns"
+        run_id = before.read_text(encoding="utf-8").strip() if goes_on else None
+        return {"tracking_uri": store, "run_name": run_name(job.config), "run_id": run_id}
+    return place
+
+
+def _wandb_id(run_dir: Path) -> str:
+    import hashlib
+
+    return hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12]
+
+
+def _made(group: str, name: str, entry: Dict[str, Any]) -> Any:
+    from hydra.utils import instantiate
+
+    if not isinstance(entry, dict) or not entry.get("_target_"):
+        raise InputError(f"{group}.{name}: names no class (_target_); `{group}=NAME` takes a file of conf/{group}/")
+    try:
+        made = instantiate(entry)
+        if group == "logger":
+            _ = made.experiment if hasattr(type(made), "experiment") else None  # what it cannot do is said now
+        return made
+    except InputError:
+        raise
+    except Exception as error:  # a package that is missing, an argument too many, a server out of reach
+        cause: Optional[BaseException] = error
+        while cause is not None and not isinstance(cause, ImportError):
+            cause = cause.__cause__
+        reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
+        if cause is not None:
+            raise InputError(
+                f"{group}.{name}: cannot be made ({reason}); its package may be missing: pip install 'lit-glm[{name}]'"
+            ) from error
+        given = ", ".join(key for key in entry if key != "_target_")
+        raise InputError(
+            f"{group}.{name}: {entry['_target_']} cannot be made ({reason}); it is given {given}; see conf/{group}/"
+        ) from error
+
+
+class Curves:
+    """train/loss, train/lr, train/grad_norm, perf/p_core, perf/p_train, perf/p_whole, val/acc, mem/gib over steps."""
+
+    def __init__(self, account: Account, hyperparameters: Dict[str, Any], every_steps: int = 10) -> None:
+        """Choose how often.
+
+        Args:
+            account: knows the figures.
+            hyperparameters: told once.
+            every_steps: steps between points; an evaluation is always one.
+        """
+        self._account, self._hyperparameters, self._every = account, hyperparameters, every_steps
+        self._evaluated_step = -1
+
+    def begin(self, loggers: List[Any], step: int, evaluated_step: int) -> None:
+        """Hyperparameters, and the evaluation before training as the first point."""
+        for logger in loggers:
+            logger.log_hyperparams(self._hyperparameters)
+        self._log(loggers, step, evaluated_step, {})
+
+    def step(self, loggers: List[Any], step: int, evaluated_step: int, values: StepValues) -> None:
+        """A point every few steps."""
+        if not loggers or (step % self._every and evaluated_step == self._evaluated_step):
+            return
+        seconds, samples = self._account.seconds(), self._account.samples_here(step)
+        memory = self._account.peak_memory()
+        point = {
+            "train/loss": values.loss,
+            "train/lr": values.lr,
+            "train/grad_norm": values.grad_norm,
+            "perf/p_core": rate(samples, seconds.pure_compute),
+            "perf/p_train": rate(samples, seconds.no_eval),
+            "perf/p_whole": rate(samples, seconds.raw_train),
+            "mem/gib": None if memory is None else memory / 2**30,
+        }
+        self._log(loggers, step, evaluated_step, point)
+
+    def _log(self, loggers: List[Any], step: int, evaluated_step: int, point: Dict[str, Optional[float]]) -> None:
+        if evaluated_step != self._evaluated_step:
+            self._evaluated_step = evaluated_step
+            point["val/acc"] = self._account.accuracy
+        known = {name: float(value) for name, value in point.items() if value is not None}
+        for logger in loggers if known else []:
+            logger.log_metrics(known, step=step)
+
+
+COLUMNS = (
+    "step", "train/loss", "train/lr", "train/grad_norm", "perf/p_core", "perf/p_train", "perf/p_whole", "val/acc",
+    "mem/gib",
+)  # fmt: skip
+
+
+class CSVCurves(Logger):
+    """RUN_DIR/csv/metrics.csv, and hparams.yaml beside it."""
+
+    def __init__(self, save_dir: str, keep_steps: Optional[int] = None) -> None:
+        """Describe the table.
+
+        Args:
+            save_dir: the run folder.
+            keep_steps: points up to this step stay; None: begin anew.
+        """
+        super().__init__()
+        self._folder, self._keep = Path(save_dir) / "csv", keep_steps
+        self._table: Optional[Table] = None
+
+    @property
+    def name(self) -> str:
+        """Of the logger."""
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        """A run has one."""
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Write them down."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(OmegaConf.create(dict(params)), self._folder / "hparams.yaml")
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Dict[str, float], step: Optional[int] = None) -> None:
+        """A line of the table."""
+        if self._table is None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._table = Table(self._folder / "metrics.csv", COLUMNS, self._keep)
+        self._table.add(step=step, **{name: value for name, value in metrics.items() if name in COLUMNS})

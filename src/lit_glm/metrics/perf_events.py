@@ -1,0 +1,138 @@
+"""perf.log: the events of a run in the format and with the conventions of FlagPerf.
+
+[PerfLog] {"event": "STEP_END", "value": {...}, "metadata": {"file": F, "lineno": N, "time_ms": T, "rank": 0}}
+
+FlagPerf's conventions: rank 0's own loss, the learning rate after the scheduler's step, samples as steps x global
+batch.
+"""
+
+import inspect
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any, Dict, Optional, Tuple
+
+from lit_glm.config.schema import TrainConfig
+from lit_glm.metrics.run_metrics import Account
+from lit_glm.training.module import StepValues
+
+_FLUSH_EVERY_S = 0.05
+
+
+class PerfLog:
+    """perf.log of a run folder, appended to line by line."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+        self._flushed = 0.0
+
+    def event(self, name: str, value: Optional[Any], time_ms: int, **keys: Any) -> None:
+        """Write one event.
+
+        Args:
+            name: STEP_END, EVALUATE, ...
+            value: a dict goes under "value", a plain text under "other"; None: neither.
+            time_ms: when it happened, since the epoch.
+            keys: step, epoch or loss.
+        """
+        here = inspect.currentframe()
+        teller = here.f_back.f_back if here is not None and here.f_back is not None else None  # of `Events.tell`
+        line: Dict[str, Any] = {"event": name}
+        if value is not None:
+            line["other" if isinstance(value, str) else "value"] = value
+        line.update(keys)
+        line["metadata"] = {
+            "file": "" if teller is None else teller.f_code.co_filename,
+            "lineno": 0 if teller is None else teller.f_lineno,
+            "time_ms": time_ms,
+            "rank": 0,
+        }
+        self._file.write(f"[PerfLog] {json.dumps(_finite(line))}\n")
+        # steps.csv has every step at once; a second write to a file would be a good part of a short one.
+        if not name.startswith("STEP_") or time.monotonic() > self._flushed + _FLUSH_EVERY_S:
+            self._file.flush()
+            self._flushed = time.monotonic()
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: what is not a number becomes null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return value
+
+
+class Events:
+    """Does nothing until it has a log: on the first rank alone."""
+
+    def __init__(self, config: TrainConfig, account: Account) -> None:
+        self._config, self._account = config, account
+        self.log: Optional[PerfLog] = None
+
+    def tell(self, name: str, value: Optional[Any] = None, ago: float = 0.0, **keys: Any) -> None:
+        """Something happened, so many seconds ago."""
+        if self.log is None:
+            return
+        time_ms = int(1e3 * (time.time() - ago))
+        self.log.event(name, value, time_ms, **keys)
+
+    def submitted(self, examples: Tuple[int, int]) -> None:
+        """A run that has not been here before; the numbers are of its examples to train and to evaluate on."""
+        config = self._config
+        told = {"model": config.model.name, "config": config.fix_hp}
+        counts = {"train_examples": examples[0], "eval_examples": examples[1]}
+        self.tell("SUBMIT_INFO", {**told, **counts}, ago=self._account.e2e())
+
+    def step_ended(self, step: int, epoch: int, values: StepValues, next_lr: float, seconds: float, ends: bool) -> None:
+        """A step is done, and its evaluation if one was due.
+
+        Args:
+            step: counted from 1.
+            epoch: from 0.
+            values: what came of it.
+            next_lr: after the scheduler's step.
+            seconds: of the whole step.
+            ends: whether training ends with it.
+        """
+        if self.log is None:
+            return
+        config, so_far = self._config, self._account.all_seconds()
+        loss = values.own_loss / config.optimizer.accumulate
+        value: Dict[str, Any] = {
+            "global_steps": step,
+            "num_trained_samples": step * config.global_batch,
+            "epoch": epoch,
+            "loss": loss,
+            "eval_accuracy": self._account.accuracy,
+            "no_eval_time": so_far.no_eval,
+            "pure_compute_time": so_far.pure_compute,
+            "learning_rate": next_lr,
+            "seq/s": config.global_batch / seconds if seconds else None,
+            "end_training": ends,
+        }
+        if values.loss_scale is not None:
+            value["loss_scale"] = values.loss_scale
+        self.tell("STEP_END", value, step=step, loss=loss)
+
+    def finished(self, result: Dict[str, Any]) -> None:
+        """The run has its result."""
+        steps = result["global_steps"]
+        self.tell(
+            "FINISHED",
+            {
+                "e2e_time": result["e2e_time"],
+                "global_steps": steps,
+                "num_trained_samples": steps * self._config.global_batch,
+                "training_sequences_per_second": result["p_whole"],
+                "converged": result["converged"],
+                "final_accuracy": result["acc"],
+                "raw_train_time": result["raw_train_time"],
+                "init_time": result["init_time"],
+                "pure_training_computing_time": result["pure_compute_time"],
+                "throughput(ips)_raw": result["p_whole"],
+                "throughput(ips)_no_eval": result["p_train"],
+                "throughput(ips)_pure_compute": result["p_core"],
+            },
+        )

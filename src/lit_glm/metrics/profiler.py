@@ -1,0 +1,335 @@
+"""`callbacks=profile`: torch's profiler over a few steps, memory by kind in the next one, and kernels.md."""
+
+import os
+import pickle
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Set, Tuple
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from lit_glm.atomic_files import replacing, write_text
+from lit_glm.data.sequence_lengths import Lengths
+from lit_glm.errors import InputError
+from lit_glm.metrics.benchmark_callback import Recorder, recorder_of
+from lit_glm.metrics.memory_estimate import Estimate, judge
+from lit_glm.runs.result import lines_of
+
+_SHOWN = 25
+_WAITS = ("Synchronize", "_local_scalar_dense", "aten::is_nonzero")
+"""What the host waits in: the runtimes' own functions, and the operator that reads a value."""
+_GIB = 2**30
+
+
+@dataclass
+class Entry:
+    """Calls of one name, over all steps."""
+
+    name: str
+    calls: int
+    seconds: float
+    """Its own, without what it calls."""
+
+
+@dataclass
+class Steps:
+    """What was seen."""
+
+    first: int
+    last: int
+    operators: List[Entry]
+    """On the host."""
+    kernels: List[Entry]
+    """On the device; empty without one."""
+    waits: List[Entry]
+    window: float
+    """Seconds from the first to the last event."""
+    busy: float
+    """Of these, during which the device (without one: an operator) was at work."""
+
+    @classmethod
+    def of(cls, profiler: Any, first: int, last: int) -> "Steps":
+        """Read a profiler that has stopped.
+
+        Args:
+            profiler: torch's.
+            first: step that it saw first.
+            last: step that it saw last.
+        """
+        averages = [average for average in profiler.key_averages() if not average.key.startswith("ProfilerStep")]
+        operators = [Entry(a.key, a.count, a.self_cpu_time_total / 1e6) for a in averages if a.self_cpu_time_total > 0]
+        on_device: Dict[str, Entry] = {}
+        host, device = [], []
+        for event in profiler.events():
+            if getattr(event, "is_user_annotation", False):
+                continue  # a name that somebody has given to a stretch of time: what is inside counts by itself
+            span = (event.time_range.start, event.time_range.end)
+            if str(event.device_type).endswith("CPU"):
+                host.append(span)
+                continue
+            device.append(span)
+            entry = on_device.setdefault(event.name, Entry(event.name, 0, 0.0))
+            entry.calls += 1
+            entry.seconds += (span[1] - span[0]) / 1e6
+        every = host + device
+        window = (max(end for _, end in every) - min(start for start, _ in every)) / 1e6 if every else 0.0
+        waits = _outermost(profiler.events())
+        ordered = sorted(on_device.values(), key=lambda entry: -entry.seconds)
+        operators.sort(key=lambda entry: -entry.seconds)
+        return cls(first, last, operators, ordered, waits, window, _union(device or host) / 1e6)
+
+    @property
+    def count(self) -> int:
+        """Steps."""
+        return self.last - self.first + 1
+
+
+def _waits(name: str) -> bool:
+    return any(word in name for word in _WAITS)
+
+
+def _outermost(events: Any) -> List[Entry]:
+    """Waits of the host that are inside no other: reading a value is an operator that waits by a runtime's function."""
+    found: Dict[str, Entry] = {}
+    for event in events:
+        if not _waits(event.name) or not str(event.device_type).endswith("CPU"):
+            continue
+        parent = event.cpu_parent
+        while parent is not None and not _waits(parent.name):
+            parent = parent.cpu_parent
+        if parent is None:
+            entry = found.setdefault(event.name, Entry(event.name, 0, 0.0))
+            entry.calls += 1
+            entry.seconds += event.cpu_time_total / 1e6
+    return list(found.values())
+
+
+def _union(spans: List[Tuple[float, float]]) -> float:
+    """Length of what at least one span covers."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def _table(title: str, entries: List[Entry], steps: int) -> List[str]:
+    whole = sum(entry.seconds for entry in entries)
+    rows = [["name", "share", "ms a step", "calls a step", "us a call"]]
+    rows += [
+        [
+            f"`{entry.name[:80]}`",
+            f"{entry.seconds / whole:.1%}" if whole else "",
+            f"{1000 * entry.seconds / steps:.3f}",
+            f"{entry.calls / steps:g}",
+            f"{1e6 * entry.seconds / entry.calls:.1f}",
+        ]
+        for entry in entries[:_SHOWN]
+    ]
+    rest = entries[_SHOWN:]
+    if rest:
+        seconds, calls = sum(entry.seconds for entry in rest), sum(entry.calls for entry in rest)
+        share = f"{seconds / whole:.1%}" if whole else ""
+        rows.append([f"{len(rest)} others", share, f"{1000 * seconds / steps:.3f}", f"{calls / steps:g}", ""])
+    return [f"## {title}", "", f"{1000 * whole / steps:.2f} ms a step in all.", "", lines_of(rows), ""]
+
+
+def _memory(kinds: Dict[str, float], guess: Estimate, peak: Optional[float]) -> List[str]:
+    if not kinds:
+        return ["## Memory", "", "Not counted: the run ended before the step behind the profiled ones.", ""]
+    whole = "gradients" in kinds  # a step without an update has none where the optimizer looks
+    training = kinds["gradients"] + kinds.get("optimizer", 0.0) if whole else None
+    pairs = [
+        ("weights", kinds.get("weights"), guess.weights),
+        ("gradients", kinds.get("gradients"), None),
+        ("optimizer (its state; fp16: masters too)", kinds.get("optimizer"), None),
+        ("gradients and optimizer", training, guess.training),
+        ("activations kept for the backward pass", kinds.get("activations"), guess.activations),
+        ("in use before the model", None, guess.base),
+        ("peak of the device", peak, guess.total),
+    ]
+    rows = [["kind", "measured GiB", "estimated GiB"]]
+    rows += [[name, _gib(own), _gib(other)] for name, own, other in pairs]
+    note = "Measured in one step; the estimate is of the largest batch in the data."
+    return ["## Memory by kind", "", note, "", lines_of(rows), ""]
+
+
+def _gib(value: Optional[float]) -> str:
+    return "" if value is None else f"{value / _GIB:.4f}"
+
+
+def kernels_document(found: Steps, kinds: Dict[str, float], guess: Estimate, peak: Optional[float]) -> str:
+    """kernels.md.
+
+    Args:
+        found: what the profiler saw.
+        kinds: bytes of weights, gradients, optimizer, activations; empty: not counted.
+        guess: the estimate before the run.
+        peak: highest memory in use on the device, bytes.
+    """
+    share = found.busy / found.window if found.window else 0.0
+    who = "the device was at work" if found.kernels else "an operator was at work (no device of its own was seen)"
+    waits = sum(entry.calls for entry in found.waits)
+    lines = [
+        f"# Profile of steps {found.first} to {found.last}",
+        "",
+        "The profiler itself takes time: shares can be trusted, milliseconds are above those of a run without it.",
+        "Own time of each name, without what it calls. `trace.json` is for chrome://tracing or ui.perfetto.dev.",
+        "",
+        f"- {1000 * found.window / found.count:.2f} ms a step; {who} {share:.1%} of it, gaps are {1 - share:.1%}",
+        *([f"- {waits / found.count:g} waits of the host for the device a step"] if found.kernels else []),
+        "",
+        *_table("Operators on the host", found.operators, found.count),
+    ]
+    if found.kernels:
+        lines += _table("Kernels on the device", found.kernels, found.count)
+    if found.waits and found.kernels:
+        lines += _table("Waits of the host (with what they wait in)", found.waits, found.count)
+    return "\n".join([*lines, *_memory(kinds, guess, peak)])
+
+
+FOLDER = "profile"
+DOCUMENT = "kernels.md"
+_BETWEEN, _PROFILING, _COUNTING, _DONE = range(4)
+
+
+class Profile(pl.Callback):
+    """On the first rank; the others train beside it."""
+
+    def __init__(self, from_step: int = 10, steps: int = 5) -> None:
+        """Choose.
+
+        Args:
+            from_step: the first profiled step, counted from 1.
+            steps: how many.
+
+        Raises:
+            InputError: if one of them is below 1.
+        """
+        for name, value in (("from_step", from_step), ("steps", steps)):
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"callbacks.profile.{name}={value}: a whole number from 1 on")
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its lines on the screen are for those who write profilers
+        self._from, self._count = from_step, steps
+        self._state = _DONE
+        self._profiler: Any = None
+        self._first, self._steps_seen = 0, 0
+        self._found: Optional[Steps] = None
+        self._held = ExitStack()
+        self._storages: Dict[int, int] = {}
+        self._known: Set[int] = set()
+        self._kinds: Dict[str, float] = {}
+        self._folder = Path()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Whether there is anything to do here: a run that goes on keeps the profile that it has."""
+        self._folder = Path(trainer.default_root_dir) / FOLDER
+        if trainer.is_global_zero and not (self._folder / DOCUMENT).is_file():
+            self._state = _BETWEEN
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Begin to profile, or to count."""
+        step = pl_module.steps_done + 1
+        if self._state == _BETWEEN and self._found is None and step >= self._from:
+            self._state, self._first = _PROFILING, step
+            self._profiler = torch.profiler.profile(activities=torch.profiler.supported_activities())
+            self._profiler.start()
+        elif self._state == _BETWEEN and self._found is not None:
+            self._state = _COUNTING
+            self._known = {_storage(tensor).data_ptr() for tensor in pl_module.state_dict().values()}
+            self._held.enter_context(torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor))
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, loss: Tensor) -> None:
+        """All that the backward pass needs is there: the moment at which a step holds most."""
+        if self._state != _COUNTING:
+            return
+        self._held.close()
+        self._kinds["activations"] = float(sum(self._storages.values()))
+        snapshot = recorder_of(trainer).runtime.memory_snapshot()
+        if snapshot is not None:
+            self._folder.mkdir(exist_ok=True)
+            with replacing(self._folder / "memory_snapshot.pickle") as temporary, temporary.open("wb") as file:
+                pickle.dump({"segments": snapshot, "device_traces": []}, file)
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
+        """All gradients are there."""
+        if self._state == _COUNTING:
+            updated = [p for group in optimizer.param_groups for p in group["params"]]
+            weights = list(pl_module.parameters())
+            own = {id(parameter) for parameter in weights}
+            masters = [parameter for parameter in updated if id(parameter) not in own]
+            self._kinds["weights"] = _bytes(weights)
+            self._kinds["gradients"] = _bytes([p.grad for p in [*weights, *masters] if p.grad is not None])
+            self._kinds["optimizer"] = _bytes(masters)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """End what `on_train_batch_start` began."""
+        if self._state == _PROFILING and pl_module.steps_done >= self._first + self._count - 1:
+            self._end_profile(pl_module.steps_done)
+        elif self._state == _COUNTING:
+            self._held.close()
+            for optimizer in trainer.optimizers:
+                state = [value for entry in optimizer.state.values() for value in entry.values()]
+                tensors = [value for value in state if isinstance(value, Tensor)]
+                self._kinds["optimizer"] = self._kinds.get("optimizer", 0.0) + _bytes(tensors)
+            self._write(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """The run was shorter than what was asked for: what there is, is kept."""
+        if self._state == _PROFILING:
+            self._end_profile(pl_module.steps_done)
+        if self._state == _BETWEEN and self._found is not None:
+            self._write(trainer)
+        elif self._state == _BETWEEN:
+            print(
+                f"lit_glm: callbacks=profile: no step was profiled: the run ended after step {pl_module.steps_done}, "
+                f"before callbacks.profile.from_step={self._from}",
+                flush=True,
+            )
+
+    def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        """A run that failed in a profiled step leaves torch without a profiler and without hooks."""
+        self._held.close()
+        if self._state == _PROFILING:
+            self._profiler.stop()
+        self._state = _DONE
+
+    # -- what is written -----------------------------------------------------------------------------------------
+
+    def _end_profile(self, step: int) -> None:
+        self._profiler.stop()
+        self._folder.mkdir(exist_ok=True)
+        with replacing(self._folder / "trace.json") as temporary:
+            self._profiler.export_chrome_trace(str(temporary))
+        self._found = Steps.of(self._profiler, self._first, step)
+        self._profiler, self._state = None, _BETWEEN
+
+    def _write(self, trainer: Any) -> None:
+        self._state = _DONE
+        recorder: Recorder = recorder_of(trainer)
+        guess: Estimate = judge(recorder.config, Lengths.of(trainer.datamodule.split), recorder.runtime).guess
+        assert self._found is not None
+        text = kernels_document(self._found, self._kinds, guess, recorder.runtime.peak_memory(0))
+        write_text(self._folder / DOCUMENT, text)
+        print(
+            f"lit_glm: profile of steps {self._found.first} to {self._found.last}: {self._folder}/{DOCUMENT}",
+            flush=True,
+        )
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        storage = _storage(tensor)
+        if storage.data_ptr() not in self._known:
+            self._storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+
+def _storage(tensor: Tensor) -> Any:
+    """Torch 1.12 has its storage under another name."""
+    return tensor.untyped_storage() if hasattr(tensor, "untyped_storage") else tensor.storage()
+
+
+def _bytes(tensors: List[Any]) -> float:
+    return float(sum(tensor.numel() * tensor.element_size() for tensor in tensors))

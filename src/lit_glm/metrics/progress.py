@@ -1,0 +1,106 @@
+"""What a person sees while a run goes on: a bar on a terminal, now and then a line elsewhere."""
+
+import sys
+import time
+from typing import Any, Optional
+
+import pytorch_lightning as pl
+
+from lit_glm.metrics.benchmark_callback import recorder_of
+from lit_glm.metrics.run_metrics import Account
+from lit_glm.training.stopping_rules import next_evaluation
+
+
+class Progress(pl.Callback):
+    """Reads what the recorder knows; costs nothing between its updates."""
+
+    def __init__(self, every_s: float = 0.5, line_every_s: float = 10.0) -> None:
+        """Choose how often.
+
+        Args:
+            every_s: seconds between updates of the bar.
+            line_every_s: seconds between lines where there is no terminal.
+        """
+        self._terminal = sys.stdout.isatty()
+        self._every = every_s if self._terminal else line_every_s
+        self._next = 0.0
+        self._bar: Optional[Any] = None
+        self._task: Any = None
+        self._accuracy: Optional[float] = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Begin."""
+        if not trainer.is_global_zero:
+            return
+        recorder = recorder_of(trainer)
+        account = recorder.account
+        self._accuracy = account.accuracy
+        when = f"after step {pl_module.steps_done}" if pl_module.steps_done else "before training"
+        print(f"lit_glm: accuracy {when} {_percent(account.accuracy)}", flush=True)
+        if self._terminal:
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+            self._bar = Progress(BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+            self._bar.start()
+            self._task = self._bar.add_task("", total=account.total_steps(), completed=pl_module.steps_done)
+        self._next = time.monotonic() + self._every
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Say where the run is, if it is time."""
+        if not trainer.is_global_zero:
+            return
+        recorder = recorder_of(trainer)
+        account, values = recorder.account, recorder.values
+        assert values is not None
+        if time.monotonic() < self._next and account.accuracy == self._accuracy:
+            return
+        self._next = time.monotonic() + self._every
+        self._accuracy = account.accuracy
+        step = pl_module.steps_done
+        text = _said(account, step, values.loss)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=text)
+        else:
+            print(f"lit_glm: {text}", flush=True)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _said(account: Account, step: int, loss: float) -> str:
+    """Where the run is, how fast, and what is still to come at that speed."""
+    run, batch, seconds, total = (
+        account.config.run,
+        account.config.global_batch,
+        account.seconds(),
+        account.total_steps(),
+    )
+    here = account.samples_here(step)
+    rate = here / seconds.no_eval if seconds.no_eval else 0.0
+    parts = [
+        f"step {step} of {total} ({step / total:.0%})",
+        f"{step * batch:,} samples",
+        f"loss {loss:.4f}",
+        f"accuracy {_percent(account.accuracy)}",
+        f"{rate:.1f} samples/s",
+    ]
+    if rate and step < total:
+        left = (total - step) * batch / rate
+        if run.evaluate:  # those behind it have taken as long a share of the time so far
+            left *= max(1.0, seconds.raw_train / seconds.no_eval)
+            due = next_evaluation(step, batch, run, total)
+            parts.append(f"next evaluation after step {due}, in {_time((due - step) * batch / rate)}")
+        parts.append(f"at most {_time(left)} left")
+    return "  ".join(parts)
+
+
+def _time(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _percent(share: Optional[float]) -> str:
+    return "-" if share is None else f"{100 * share:.2f}%"

@@ -1,0 +1,201 @@
+"""What a run has come to so far: time, samples and memory of this process and of those before an interruption."""
+
+import time
+from typing import Any, Dict, List, Optional
+
+from lit_glm.config.schema import TrainConfig
+from lit_glm.data.sampler import EndlessBatches
+from lit_glm.hardware.runtimes.base import Runtime
+from lit_glm.metrics import timing
+from lit_glm.metrics.contention import Others
+from lit_glm.metrics.flops import Work, peak_name, utilisation
+from lit_glm.metrics.timing import PhaseClock, Seconds, figures
+from lit_glm.runs.result import of_config
+from lit_glm.runs.run_writer import LiveRun
+from lit_glm.training.module import RecordModule
+from lit_glm.training.stopping_rules import converged
+
+
+class Account:
+    """Sums of one rank; on the first one with the run's files, so that what was measured before counts too."""
+
+    def __init__(self, config: TrainConfig, runtime: Runtime, clock: PhaseClock, order: EndlessBatches, entry: float):
+        """Begin.
+
+        Args:
+            config: the run's.
+            runtime: asked for memory.
+            clock: of the phases.
+            order: of the training examples: says how many a step holds.
+            entry: `time.monotonic()` at the entry of `train`.
+        """
+        self.config, self._runtime, self._clock, self._order, self._entry = config, runtime, clock, order, entry
+        self.init_seconds = 0.0
+        self.accuracy: Optional[float] = None
+        self.files: Optional[LiveRun] = None
+        self.others: Optional[Others] = None
+        """On the first rank."""
+        self._first_step = 0
+        self._earlier = Seconds()
+        self._earlier_e2e = 0.0
+
+    def begin(self, files: Optional[LiveRun], steps_done: int) -> None:
+        """Training is about to begin, or to go on after some steps."""
+        self.files, self._first_step = files, steps_done
+        if files is None:
+            return
+        self.others = Others(self._runtime, self.config.topology.devices_per_node)
+        self.others.begin()
+        if not files.before:
+            return
+        # All of one moment: of steps and evaluations that stand, and never less than what they are contained in.
+        before, compute, steps = files.before, files.steps.total("compute_s"), files.steps.total("step_s")
+        evaluations = sum(float(row["seconds"]) for row in files.evals.rows if row["step"] != "0")
+        raw = max(float(before.get("raw_train_time") or 0.0), steps + evaluations)
+        init = float(before.get("init_time") or 0.0)
+        self._earlier = Seconds(compute, steps, raw, init)
+        self._earlier_e2e = max(float(before.get("e2e_time") or 0.0), init + raw)
+
+    def e2e(self) -> float:
+        """Seconds since the entry of `train`."""
+        return time.monotonic() - self._entry
+
+    def seconds(self) -> Seconds:
+        """Measured by this rank in this process."""
+        seconds = self._clock.seconds()
+        seconds.init = self.init_seconds
+        return seconds
+
+    def all_seconds(self) -> Seconds:
+        """As `seconds`, with what was measured before an interruption."""
+        return self.seconds() + self._earlier
+
+    def samples(self, step: int) -> int:
+        """Examples that all ranks have really computed in steps 1..step."""
+        return self._order.samples_until(step)
+
+    def samples_here(self, step: int) -> int:
+        """The same of the steps that this process has done."""
+        return self.samples(step) - self.samples(self._first_step)
+
+    def total_steps(self) -> int:
+        """Steps of the run if the target is not reached before."""
+        run = self.config.run
+        by_samples = run.max_samples // self.config.global_batch + 1
+        return by_samples if run.max_steps is None else min(run.max_steps, by_samples)
+
+    def peak_memory(self) -> Optional[float]:
+        """Highest memory in use by this rank, bytes; unknown where ranks share a memory, before they are summed."""
+        alone = self.config.topology.devices_per_node == 1 or not self._runtime.shares_memory
+        return self._runtime.peak_memory(0) if alone else None
+
+    def write(self, status: str, module: RecordModule) -> None:
+        """Write result.json with what is known now, and a line of memory.csv."""
+        if self.files is None:
+            return
+        self.files.write(self.row(status, module, self.seconds(), self.e2e(), self.peak_memory()))
+        said = self.others.look_now_and_then() if self.others is not None else None
+        if said:
+            print(f"lit_glm: {said}", flush=True)
+        in_use = self._runtime.memory_now(0)
+        if in_use is not None:
+            spent = round(self.e2e() + self._earlier_e2e, 3)
+            self.files.memory.add(step=module.steps_done, seconds=spent, gib=round(in_use / 2**30, 4))
+
+    def row(
+        self, status: str, module: RecordModule, seconds: Seconds, e2e: float, peak: Optional[float]
+    ) -> Dict[str, Any]:
+        """A result.
+
+        Args:
+            status: running, success, finished, interrupted or failed.
+            module: for its counters.
+            seconds: of this process; what was measured before an interruption is added here.
+            e2e: seconds since the entry of `train` of this process.
+            peak: highest memory in use, bytes.
+        """
+        config, files, step = self.config, self.files, module.steps_done
+        assert files is not None
+        total, before = self._runtime.total_memory(0), files.before.get("mem_actual_gib")
+        used = None if peak is None or total is None else peak / 2**30
+        return {
+            "status": status,
+            **of_config(config),
+            "e2e_time": e2e + self._earlier_e2e,
+            **figures(self.samples(step), seconds + self._earlier),
+            "acc": self.accuracy,
+            "mem_actual_gib": used if used is None else max(used, float(before or 0.0)),
+            "mem_total_gib": None if total is None else total / 2**30,
+            "mfu": None,
+            "mfu_flagperf": None,
+            "tokens_per_s": None,
+            "candidates_per_s": None,
+            "rank_imbalance": None,
+            "converged": converged(self.accuracy, config.run),
+            "num_trained_samples": self.samples(step),
+            "global_steps": step,
+            "skipped_steps": module.steps_skipped,
+            "repeated_steps": files.repeated_steps,
+            "interruptions": files.interruptions,
+            "runtime": self._runtime.name,
+            "simulated": self._runtime.simulated,
+            "tf32": self._tf32(),
+            "training_spans": self._spans(e2e),
+            **self._beside(),
+        }
+
+    def finish(
+        self,
+        status: str,
+        module: RecordModule,
+        seconds: Seconds,
+        e2e: float,
+        peak: Optional[float],
+        work: Work,
+        flops: Any,
+        rank_imbalance: Optional[float],
+    ) -> Dict[str, Any]:
+        """Write the final result (first rank).
+
+        Args:
+            status: how the run ended.
+            module: for its counters.
+            seconds: of the slowest rank in each phase.
+            e2e: seconds from the entry of `train` to the end of training.
+            peak: highest memory in use, bytes.
+            work: of all steps.
+            flops: [steps] of each step.
+            rank_imbalance: see `WorkCounter.imbalance`.
+        """
+        assert self.files is not None
+        assert self.others is not None
+        self.others.look()
+        row = self.row(status, module, seconds, e2e, peak)
+        rates = utilisation(self.config, work, row["pure_compute_time"], row["p_core"], self._peak_name())
+        if rates["mfu"] is not None and rates["mfu"] > 1:
+            rates["mfu_above_one"], rates["mfu"] = rates["mfu"], None  # no figure rather than a wrong one
+        row.update(rank_imbalance=rank_imbalance, model_flops=work.flops, **rates)
+        row["step_s"] = timing.summary(self.files.of_steps("step_s"))
+        row["warm_up"] = timing.slow_start(self.files.of_steps("compute_s"), flops)
+        self.files.write(row)
+        return row
+
+    def _spans(self, e2e: float) -> List[List[float]]:
+        """When it trained, in seconds since the entry of `train`, this part of the run behind the earlier ones."""
+        assert self.files is not None
+        begin = self._earlier_e2e + self.init_seconds
+        return [*(self.files.before.get("training_spans") or []), [begin, max(begin, e2e + self._earlier_e2e)]]
+
+    def _beside(self) -> Dict[str, Any]:
+        """What others took meanwhile; of a run that was resumed the most of its parts."""
+        assert self.files is not None
+        assert self.others is not None
+        now = {"others_load": self.others.load, "others_on_cards": self.others.on_cards}
+        parts = {name: [value, self.files.before.get(name)] for name, value in now.items()}
+        return {name: max((x for x in both if x is not None), default=None) for name, both in parts.items()}
+
+    def _tf32(self) -> bool:
+        return self._peak_name() == "tf32"
+
+    def _peak_name(self) -> str:
+        return peak_name(self.config, self._runtime.has_tf32)

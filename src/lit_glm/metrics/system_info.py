@@ -1,0 +1,171 @@
+"""environment.json: what the figures were measured on. Never a secret: variables come from a list of known names."""
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import psutil
+import torch
+from omegaconf import OmegaConf
+
+import lit_glm
+from lit_glm.config.hydra_main import CONF
+from lit_glm.config.schema import TrainConfig
+from lit_glm.hardware.runtimes.base import Runtime
+from lit_glm.hardware.runtimes.cpu import cpu_name
+from lit_glm.hardware.vendor_packages import PACKAGES, VISIBLE
+from lit_glm.openmp import COUNTS, WAITING, cores
+
+_PACKAGES = (
+    "torch",
+    "pytorch-lightning",
+    "torchmetrics",
+    "hydra-core",
+    "omegaconf",
+    "numpy",
+    "h5py",
+    "tokenizers",
+    "safetensors",
+    *PACKAGES,
+)
+_VARIABLES = (
+    *VISIBLE,
+    *COUNTS,
+    *WAITING,
+    "OMP_WAIT_POLICY",
+    "GLOO_SOCKET_IFNAME",
+)
+
+
+_SECRET = re.compile(r"token|secret|password|passwd|api_?key|credential", re.IGNORECASE)
+
+
+def _output(*command: str, folder: Optional[Path] = None) -> Optional[str]:
+    try:
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _os_name() -> str:
+    try:
+        lines = Path("/etc/os-release").read_text(encoding="utf-8").splitlines()
+        return next(line.split("=", 1)[1].strip('"') for line in lines if line.startswith("PRETTY_NAME="))
+    except (OSError, StopIteration):
+        return platform.platform()
+
+
+def _versions() -> Dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _machine() -> Optional[str]:
+    """Maker and model as the firmware gives them (DMI); None where the kernel does not show them."""
+    name = " ".join(filter(None, (_read(f"/sys/class/dmi/id/{key}") for key in ("sys_vendor", "product_name"))))
+    return name or None
+
+
+def _network() -> Optional[str]:
+    """Kind and rate of the fastest InfiniBand or RoCE port, as the kernel gives them; None without one."""
+    ports = []
+    for port in Path("/sys/class/infiniband").glob("*/ports/*"):
+        rate = re.match(r"([\d.]+) Gb/sec", _read(f"{port}/rate"))
+        if rate:
+            ports.append((float(rate.group(1)), _read(f"{port}/link_layer") or "InfiniBand"))
+    return "{1}, {0:g} Gb/s".format(*max(ports)) if ports else None
+
+
+def describe_machine() -> str:
+    """This machine in one line."""
+    name = f"{_machine()}, " if _machine() else ""
+    size = f"{os.cpu_count()} cores of {cpu_name()}, {psutil.virtual_memory().total / 2**30:.1f} GiB"
+    return f"{platform.node()}: {name}{size}, {_os_name()}, kernel {platform.release()}"
+
+
+def _image() -> Optional[str]:
+    """Container image as the container's maker has left it; "" outside a container, None where nothing says."""
+    named = os.environ.get("LIT_GLM_CONTAINER_IMAGE")
+    if named:
+        return named
+    marks = ("/.dockerenv", "/run/.containerenv", "/run/systemd/container", "/.singularity.d")
+    inside = any(Path(mark).exists() for mark in marks) or "KUBERNETES_SERVICE_HOST" in os.environ
+    inside = inside or any(word in _read("/proc/1/cgroup") for word in ("docker", "kubepods", "containerd"))
+    return None if inside else ""
+
+
+def describe(config: TrainConfig, runtime: Runtime, command: List[str]) -> Dict[str, Any]:
+    """Ask the system what it is; `report.*` wins, the hardware file fills what nothing else knows.
+
+    Args:
+        config: the run's.
+        runtime: asked for cards and driver.
+        command: the command line of the run.
+    """
+    hardware, told = config.hardware, config.report
+    source = Path(lit_glm.__file__).resolve().parent
+    commit = _output("git", "rev-parse", "HEAD", folder=source)
+    changed = _output("git", "status", "--porcelain", "--untracked-files=no", folder=source) if commit else None
+    cards = [runtime.device_name(index) for index in range(config.topology.devices_per_node)]
+    of_file = "" if runtime.simulated else hardware.server  # a rehearsal says nothing of the chip's server
+    return {
+        "lit_glm": lit_glm.__version__,
+        "git_commit": commit,
+        "git_dirty": bool(changed) if commit else None,
+        "command": [_without_secret(argument) for argument in command],
+        "host": platform.node(),
+        "pid": os.getpid(),
+        "machine": told.machine or _machine() or of_file or None,
+        "os": _os_name(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "packages": _versions(),
+        "container_image": told.image if told.image is not None else _image(),
+        "driver": told.driver or runtime.driver_version(),
+        "has_driver": runtime.has_driver or runtime.simulated,
+        "card": told.card or hardware.card or (cards[0] if cards else ""),
+        "cards": [name or hardware.card for name in cards],
+        "runtime": runtime.name,
+        "simulated": runtime.simulated,
+        "server": hardware.server,
+        "network": told.network or _network() or ("" if runtime.simulated else hardware.network) or None,
+        "cpu": cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "variables": {name: os.environ[name] for name in _known_variables() if name in os.environ},
+    }
+
+
+def _known_variables() -> List[str]:
+    """Names from our own list and from the hardware files, never from the command line; none of a secret."""
+    files: List[Any] = [OmegaConf.load(path) for path in sorted((CONF / "hardware").glob("*.yaml"))]
+    names = [*_VARIABLES, *(str(name) for content in files for name in content.get("env") or {})]
+    return [name for name in dict.fromkeys(names) if not _SECRET.search(name)]
+
+
+def _without_secret(argument: str) -> str:
+    """An override that speaks of a secret keeps its key alone; an address loses its user and password."""
+    key, found, _ = argument.partition("=")
+    if _SECRET.search(argument):
+        return f"{key}=..." if found else "..."
+    return re.sub(r"//[^/@\s]+@", "//...@", argument)

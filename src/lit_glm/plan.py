@@ -1,0 +1,125 @@
+"""`python -m lit_glm.plan [group=name,name] ...`: what a run would take, before anything is rented."""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, List, Optional, Union
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from lit_glm.config.command_line import CommandLine
+from lit_glm.config.hydra_errors import explain
+from lit_glm.config.hydra_main import CONF, checked, compose, run_app
+from lit_glm.config.schema import TrainConfig
+from lit_glm.errors import InputError
+
+
+@dataclass
+class PlanOptions:
+    """What plan learns from and shows."""
+
+    runs: Any = None
+    cards: List[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
+
+
+@dataclass
+class PlanConfig(TrainConfig):
+    """The configuration of `train`, and what plan learns from."""
+
+    plan: PlanOptions = field(default_factory=PlanOptions)
+
+
+def _runs(given: Optional[Union[str, List[str]]]) -> List[Path]:
+    texts = given.split(",") if isinstance(given, str) else given or []
+    return [Path(str(text)) for text in texts if str(text)]
+
+
+def _combinations(line: CommandLine) -> List[List[str]]:
+    """Each combination of the lists; what plan itself is told belongs to all of them.
+
+    Raises:
+        InputError: on what is a search and no list.
+    """
+    own: List[str] = []
+    rest: List[str] = []
+    for text, override in zip(line.overrides, line.parsed()):
+        if override.is_sweep_override() and not override.is_discrete_sweep():
+            raise InputError(f"{text}: plan takes lists (bs=1,2,4), no intervals")
+        key, _, value = text.partition("=")
+        if key == "plan.runs" and override.is_sweep_override():
+            text = f"plan.runs=[{value}]"
+        (own if key.startswith("plan.") else rest).append(text)
+    return [[*whole, *own, *line.searchpath] for _, whole in CommandLine(rest).combinations()]
+
+
+def _checked(overrides: List[str]) -> Any:
+    """One combination.
+
+    Raises:
+        InputError: names what of it does not exist or fit.
+    """
+    try:
+        return checked(compose("plan", overrides), PlanConfig)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise InputError(explain(error, PlanConfig, CONF)) from error
+
+
+def _task(combinations: List[List[str]], as_json: bool) -> Any:
+    """What is done with the first combination's configuration: all of them are predicted."""
+
+    def task(config: Any, _composed: Any) -> int:
+        from hydra.core.hydra_config import HydraConfig
+
+        from lit_glm.planning.cost_model import Measured, speed_of, unused
+        from lit_glm.planning.document import write
+        from lit_glm.planning.prediction import predict
+        from lit_glm.planning.workload import Workload, examples_of
+        from lit_glm.reporting.published_rows import load
+
+        configs = [_checked(overrides) for overrides in combinations]
+        if min(config.plan.cards, default=1) < 1:
+            raise InputError(f"plan.cards={config.plan.cards}: numbers from 1 on")
+        folder = Path(str(HydraConfig.get().run.dir)).resolve()
+        measured = [Measured.read(path) for path in _runs(config.plan.runs)]
+        published = load()
+        predictions, left_out = [], unused(measured, configs)
+        for own in configs:
+            train, held, data = examples_of(own)
+            work = Workload(own, train, held)
+            if work.enough:
+                predictions.append(predict(own, speed_of(own, measured, published, work), work, data))
+                continue
+            asked = f"{own.global_batch} examples a step, {len(train)} there"
+            left_out.append(f"{own.topology.name}, bs={own.bs}: {asked}")
+        if not predictions:
+            raise InputError("nothing to predict: " + "; ".join(left_out))
+        shown = write(folder, predictions, measured, published, config, left_out)
+        print(json.dumps([prediction.row() for prediction in predictions], indent=1) if as_json else shown)
+        return 0
+
+    return task
+
+
+def main() -> int:
+    """Compose, predict, say; returns 2 for a wrong configuration."""
+    arguments, as_json = list(sys.argv), "--json" in sys.argv
+    sys.argv = [argument for argument in arguments if argument not in ("--json", "-m", "--multirun")]
+    combinations: List[List[str]] = []
+    try:
+        line = CommandLine.read(sys.argv[1:])
+        if not line.asks and all(line.words()):
+            combinations = _combinations(line)
+            first = combinations[0][: len(combinations[0]) - len(line.searchpath)]
+            sys.argv = [sys.argv[0], *first, *line.flags]
+        return run_app("plan", PlanConfig, _task(combinations, as_json))
+    except InputError as error:
+        print(f"lit_glm: {error}", file=sys.stderr)
+        return error.exit_status
+    finally:
+        sys.argv = arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""plan.json, plan.md and plan.svg in the run folder, and the table on the screen."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+from lit_glm.atomic_files import write_text
+from lit_glm.config.schema import ScoringConfig, TopologyConfig
+from lit_glm.planning.cost_model import Measured, same_chip, speed_of
+from lit_glm.planning.interval import Interval
+from lit_glm.planning.prediction import Prediction, predict
+from lit_glm.planning.scaling_plot import Curve, draw_scaling
+from lit_glm.planning.workload import Workload, examples_of
+from lit_glm.runs.result import lines_of
+
+_FITS = {True: "yes", False: "no", None: "unknown"}
+_HEAD = [
+    "config",
+    "precision",
+    "scoring",
+    "bs",
+    "memory GiB",
+    "fits",
+    "step s",
+    "p_core",
+    "total",
+    "energy MJ",
+    "rests on",
+]
+
+
+def duration(span: Interval) -> str:
+    """Hours, minutes or seconds, whichever reads best."""
+    for unit, seconds in (("h", 3600.0), ("min", 60.0)):
+        if span.high >= 2 * seconds:
+            return f"{(span * (1 / seconds)).text()} {unit}"
+    return f"{span.text()} s"
+
+
+def table(predictions: List[Prediction], basis: Dict[str, int]) -> str:
+    """The rows; what they rest on by number."""
+    rows = [_HEAD]
+    for one in predictions:
+        config = one.config
+        memory = one.memory_gib.text()
+        there = config.hardware.memory_gib
+        rows.append(
+            [
+                f"{config.hardware.name} {config.topology.name}",
+                config.precision.name + (" (TF32)" if config.precision.tf32 else ""),
+                config.scoring.name,
+                str(config.bs),
+                memory if there is None else f"{memory} of {there:g}",
+                _FITS[one.fits],
+                one.step_s.text(),
+                one.p_core.text(),
+                duration(one.total_s),
+                "" if one.energy_j is None else (one.energy_j * 1e-6).text(),
+                f"[{basis[one.basis]}]",
+            ]
+        )
+    return lines_of(rows)
+
+
+def write(
+    folder: Path,
+    predictions: List[Prediction],
+    measured: List[Measured],
+    published: List[Dict[str, Any]],
+    config: Any,
+    left_out: List[str],
+) -> str:
+    """Write the files.
+
+    Args:
+        folder: the run folder.
+        predictions: the rows.
+        measured: runs, for the figure.
+        published: rows of conf/published.yaml, for the figure.
+        config: of the first combination: the figure is about its chip.
+        left_out: what could not be predicted, and why.
+
+    Returns:
+        What is said on the screen.
+    """
+    basis: Dict[str, int] = {}
+    for one in predictions:
+        basis.setdefault(one.basis, len(basis) + 1)
+    lines = ["PREDICTED, not measured: each figure from low to high.", "", table(predictions, basis), ""]
+    lines += [f"[{number}] {text}" for text, number in basis.items()]
+    lines += [f"left out: {text}" for text in left_out]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "plan.json", json.dumps([one.row() for one in predictions], indent=1))
+    curves = [
+        curve
+        for scoring in ("published", "shared_context")
+        for curve in [_curve(config, scoring, measured, published)]
+        if curve
+    ]
+    picture = draw_scaling(curves, str(config.hardware.name))
+    if picture is not None:
+        write_text(folder / "plan.svg", picture)
+    shown = "\n".join(lines)
+    write_text(folder / "plan.md", shown + ("\n\n![throughput and cost](plan.svg)\n" if picture else "\n"))
+    return f"{shown}\nlit_glm: {folder}/plan.md, plan.json" + (", plan.svg" if picture else "")
+
+
+def _curve(config: Any, scoring: str, measured: List[Measured], published: List[Dict[str, Any]]) -> Optional[Curve]:
+    """The chip of a configuration over the number of cards, under one scoring."""
+    name = config.hardware.name
+    per_node = max(8, config.topology.devices_per_node)
+    rows: List[Prediction] = []
+    own_scoring = config.scoring.name == scoring
+    scorings = config.scoring if own_scoring else ScoringConfig(scoring, scoring == "published", scoring != "published")
+    for cards in config.plan.cards:
+        topology = TopologyConfig(max(1, cards // per_node), min(cards, per_node))
+        own = replace(
+            config,
+            topology=topology,
+            scoring=scorings,
+            model=replace(
+                config.model,
+                activation_checkpointing=config.model.activation_checkpointing
+                if own_scoring
+                else scorings.activation_checkpointing,
+            ),
+            data=replace(config.data, balance_ranks=scorings.balance_ranks),
+        )
+        train, held, data = examples_of(own)
+        work = Workload(own, train, held)
+        if work.enough:
+            rows.append(predict(own, speed_of(own, measured, published, work), work, data))
+    if not rows:
+        return None
+    points = [
+        ("measured", run.config.topology.world_size, float(run.result["p_core"]))
+        for run in measured
+        if run.plain
+        and same_chip(run.config, config)
+        and run.config.model.name == config.model.name
+        and run.config.scoring.name == scoring
+        and run.result.get("p_core")
+    ]
+    if scoring == "published":
+        for line in published:
+            nodes, devices = str(line["topology"]).split("x")
+            if line["hardware"] == name and line.get("p_core") and line["precision"] == config.precision.name:
+                points.append(("published", int(nodes) * int(devices), float(line["p_core"])))
+    return Curve(scoring, rows, points)

@@ -1,0 +1,129 @@
+"""What a step computes: FLOPs of the slowest rank, from the examples' lengths and the sampler that would deal them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Tuple
+
+import numpy as np
+
+from lit_glm.config.schema import TrainConfig
+from lit_glm.data.memmap_dataset import open_split
+from lit_glm.data.sampler import EndlessBatches, order_of
+from lit_glm.data.sequence_lengths import Lengths
+from lit_glm.metrics.flops import WorkCounter
+
+_LOOKED_AT = 200
+"""Steps over which the slowest rank is averaged; fewer of many ranks."""
+_DEALT = 2**17
+"""Examples that are dealt out for it at most."""
+_TYPICAL_TRAIN, _TYPICAL_EVAL = 100_730, 10_000
+"""Queries of ReCoRD (Zhang et al. 2018, table 2): an example each, where the data is not here."""
+
+
+@dataclass
+class TypicalExamples:
+    """Lengths of examples like ReCoRD's, where the data itself is not here: one context an example."""
+
+    example_rows: Any
+    example_candidate_end: Any
+    example_group_end: Any
+    group_context_end: Any
+    group_candidates: Any
+    candidate_token_end: Any
+
+    @classmethod
+    def like_record(cls, count: int, most_rows: int) -> "TypicalExamples":
+        """Lengths of news of about ReCoRD's shape: contexts of 290 +- 130 tokens, 9 of 10 candidates of 3 tokens.
+
+        Args:
+            count: how many.
+            most_rows: `data.max_seq_length`, to which contexts are cut.
+        """
+        draw = np.random.default_rng(0)
+        context = np.clip(draw.normal(290, 130, count), 60, most_rows - 8).astype(int)
+        candidates = np.clip(draw.poisson(10.5, count), 3, 10)
+        tokens = draw.integers(2, 6, int(candidates.sum()))
+
+        def ends(lengths: Any) -> Any:
+            return np.concatenate([[0], np.cumsum(lengths)])
+
+        candidate_end = ends(candidates)
+        predicting = np.add.reduceat(tokens, candidate_end[:-1])
+        return cls(context + predicting, candidate_end, np.arange(count + 1), ends(context), candidates, ends(tokens))
+
+    def __len__(self) -> int:
+        return len(self.example_rows)
+
+
+def examples_of(config: TrainConfig) -> "Tuple[Any, Any, str]":
+    """Training and evaluation examples of a configuration, and what that rests on.
+
+    Raises:
+        InputError: if a file is there and cannot be read.
+    """
+    from lit_glm.data.synthetic import ensure
+
+    if config.data.synthetic is not None:
+        ensure(config.data)
+    files = config.data.train_file, config.data.eval_file
+    if all(Path(file).is_file() for file in files):
+        train, held = (open_split(file, False, config.data.cache_dir) for file in files)
+        return train, held, "lengths of the data"
+    typical, few = (
+        TypicalExamples.like_record(count, config.data.max_seq_length) for count in (_TYPICAL_TRAIN, _TYPICAL_EVAL)
+    )
+    return typical, few, f"{config.data.train_file} is not here: lengths like ReCoRD's"
+
+
+class Workload:
+    """The work of a configuration's steps."""
+
+    def __init__(self, config: TrainConfig, train: Any, held: Any) -> None:
+        """Look at some steps.
+
+        Args:
+            config: the run's.
+            train: training examples.
+            held: those to evaluate on; None: evaluations are not asked for.
+        """
+        self._config = config
+        self.sampler = order_of(config, train)
+        self.ranks = config.topology.world_size
+        self.counter = WorkCounter(config, train, self.sampler)
+        self.lengths = Lengths.of(train)
+        self.enough = len(train) >= config.global_batch
+        self.slowest, self.mean = self._looked_at() if self.enough else (0.0, 0.0)
+        self.evaluation = 0.0 if held is None else self._evaluation(held)
+        """FLOPs of one, all ranks together."""
+
+    def _looked_at(self) -> Tuple[float, float]:
+        """FLOPs of the slowest rank and of a rank on the average, a step; of a run that ends early, of its steps."""
+        last = max(1, min(self.sampler.steps_per_epoch - 1, self.steps()))
+        count = min(_LOOKED_AT, max(1, _DEALT // self._config.global_batch), last)
+        first = 1 if count == last else 2  # the first one holds the longest examples where that is asked for
+        steps = np.unique(np.linspace(first, last, count).astype(int))
+        work = np.stack([self.counter.by_rank(int(step)) for step in steps])
+        return float(work.max(axis=1).mean()), float(work.mean())
+
+    def _evaluation(self, held: Any) -> float:
+        """FLOPs of one evaluation, all ranks together: a third of what training on the same examples takes."""
+        alone = EndlessBatches(len(held), self._config.eval_bs, 0, 1, 0)
+        counter = WorkCounter(self._config, held, alone)
+        count = min(alone.steps_per_epoch, _LOOKED_AT)
+        done = sum(float(counter.by_rank(step).sum()) for step in range(1, count + 1))
+        return done / count * alone.steps_per_epoch / 3.0
+
+    def steps(self) -> int:
+        """Until the sample limit or the step limit."""
+        run = self._config.run
+        by_samples = run.max_samples // self._config.global_batch + 1
+        return by_samples if run.max_steps is None else min(run.max_steps, by_samples)
+
+    def evaluations(self, steps: int) -> int:
+        """While training, the last one included; the one before training belongs to the start."""
+        run, batch = self._config.run, self._config.global_batch
+        if not run.evaluate:
+            return 0
+        interval = max(1, -(-run.eval_interval_samples // batch))
+        early = max(0, -(-run.eval_start_samples // batch) - 1) // interval
+        return max(1, steps // interval - early + (1 if steps % interval else 0))

@@ -1,0 +1,55 @@
+"""One rank of the doctor's all-reduce; started under torchrun as `-m lit_glm.preflight.all_reduce FOLDER FOLDER`."""
+
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict
+
+import torch
+
+from lit_glm.config.schema import TrainConfig
+from lit_glm.errors import RunError
+from lit_glm.hardware.runtimes.selection import make_runtime
+from lit_glm.launch.all_ranks import as_rank
+from lit_glm.process_utils import leave
+
+_MIB = 16
+_ROUNDS = 5
+
+
+def sum_up(config: TrainConfig) -> Dict[str, Any]:
+    """Sum over the ranks, check the sum, time it."""
+    runtime = make_runtime(config.hardware, config.topology)
+    device = runtime.device(int(os.environ["LOCAL_RANK"]))
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+    def seconds(tensor: torch.Tensor) -> float:
+        times = []
+        for _ in range(_ROUNDS):
+            tensor.fill_(rank + 1.0)
+            runtime.synchronize()
+            start = time.perf_counter()
+            torch.distributed.all_reduce(tensor)
+            runtime.synchronize()
+            times.append(time.perf_counter() - start)
+            if float(tensor[0]) != ranks * (ranks + 1) / 2:
+                raise RunError(
+                    f"the sum over {ranks} ranks came out as {float(tensor[0]):g}, not {ranks * (ranks + 1) / 2:g}"
+                )
+        return statistics.median(times)
+
+    latency, long = seconds(torch.zeros(1, device=device)), seconds(torch.zeros(_MIB * 2**18, device=device))
+    return {
+        "ranks": ranks,
+        "backend": runtime.backend,
+        "mib": _MIB,
+        "seconds": long,
+        "latency_s": latency,
+        "gib_per_s": _MIB / 1024 / long,
+    }
+
+
+if __name__ == "__main__":
+    leave(as_rank(Path(sys.argv[1]), sum_up))

@@ -1,0 +1,64 @@
+"""The machine and its Python packages."""
+
+import platform
+import re
+import sys
+from importlib import metadata
+from typing import Dict, List
+
+import psutil
+from packaging.requirements import Requirement
+
+from lit_glm.check_result import Finding
+from lit_glm.config.hydra_main import CONF
+from lit_glm.metrics.system_info import describe_machine
+
+_BUSY_PERCENT = 25.0
+
+
+def describe() -> Finding:
+    """Who this machine is, and whether somebody else is computing on it."""
+    busy = psutil.cpu_percent(interval=0.5)
+    free = psutil.virtual_memory().available / 2**30
+    said = f"{describe_machine()}; {free:.1f} GiB of memory free, processor {busy:.0f} % busy"
+    if busy > _BUSY_PERCENT:
+        return Finding("", "warn", said, "something else is computing here: figures would not be comparable")
+    return Finding("", "ok", said)
+
+
+def constraints() -> "tuple[str, Dict[str, str]]":
+    """Name and content of the file with the versions that are tested on this Python."""
+    name = "seed.txt" if sys.version_info < (3, 9) else "current.txt"
+    text = (CONF.parent / "constraints" / name).read_text(encoding="utf-8")
+    return name, dict(re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE))
+
+
+def stack() -> Finding:
+    """Compare installed packages with what this project needs and with what it is tested with."""
+    name, tested = constraints()
+    try:
+        needs = [Requirement(text) for text in metadata.requires("lit-glm") or []]
+    except metadata.PackageNotFoundError:
+        return Finding("", "warn", "lit-glm is not installed as a package", "pip install -e . in its checkout")
+    wrong: List[str] = []
+    others: List[str] = []
+    there: List[str] = []
+    for need in needs:
+        if need.marker is not None and not need.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = metadata.version(need.name)
+        except metadata.PackageNotFoundError:
+            wrong.append(f"{need.name} is missing")
+            continue
+        there.append(f"{need.name} {version}")
+        if not need.specifier.contains(version, prereleases=True):
+            wrong.append(f"{need.name} {version} is not {need.specifier}")
+        elif version.split("+")[0] != tested.get(need.name, version):
+            others.append(f"{need.name} {version} (tested: {tested[need.name]})")
+    python = f"Python {platform.python_version()}"
+    if wrong:
+        return Finding("", "fail", f"{python}: {', '.join(wrong)}", f"pip install -c constraints/{name} -e .")
+    if others:
+        return Finding("", "warn", f"{python}: {', '.join(others)}", f"figures elsewhere are made with {name}")
+    return Finding("", "ok", f"{python}, {', '.join(there)}: as in constraints/{name}")

@@ -1,0 +1,66 @@
+"""Whether data, vocabulary and weights are the published ones, as far as a file tells (docs/data.md)."""
+
+import hashlib
+from pathlib import Path
+from typing import Callable, List, Optional, Tuple
+
+from lit_glm.check_result import Finding
+from lit_glm.config.schema import ModelConfig, TrainConfig
+from lit_glm.errors import InputError
+
+_VOCABULARY = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
+"""SHA-256 of vocab.txt of google-bert/bert-large-uncased: 30,522 word pieces."""
+_QUESTIONS = {"train": 100_730, "eval": 10_000}
+"""Of ReCoRD (Zhang et al. 2018, table 2); training has an example for each distinct right answer, so no fewer."""
+
+
+def vocabulary(file: Path) -> Tuple[bool, str]:
+    """Whether a vocabulary is bert-large-uncased's, and what it is."""
+    content = file.read_bytes()
+    same = hashlib.sha256(content).hexdigest() == _VOCABULARY
+    pieces = content.count(b"\n")
+    return same, f"vocabulary {'is' if same else f'of {pieces} lines is not'} bert-large-uncased's"
+
+
+def _examples(path: Path, kind: str) -> Tuple[bool, str]:
+    from lit_glm.data.sequence_lengths import Lengths
+
+    count, known = len(Lengths.of_file(path)), _QUESTIONS[kind]
+    same = count == known if kind == "eval" else known <= count < 2 * known
+    said = "as ReCoRD's" if same else f"not ReCoRD's, which has {known:,} questions"
+    return same, f"{count:,} examples to {'train' if kind == 'train' else 'evaluate'} on: {said}"
+
+
+def _weights(path: Path) -> Tuple[bool, str]:
+    from lit_glm.metrics.memory_estimate import parameters
+    from lit_glm.model.checkpoint import read_weights
+
+    count, known = sum(weight.numel() for weight in read_weights(path).values()), parameters(ModelConfig())
+    same = count == known
+    return same, f"weights of {count:,} values: {'as many as' if same else 'not'} blocklm-large-blank's {known:,}"
+
+
+def origin(config: TrainConfig) -> Finding:
+    """One line over all files that are there."""
+    found: List[Tuple[bool, str]] = []
+
+    def compare(what: Callable[[], Tuple[bool, str]]) -> None:
+        try:
+            found.append(what())
+        except InputError:
+            pass  # a file that cannot be read is another check's to say
+
+    vocab, weights = config.data.vocab_file, config.model.init_checkpoint
+    if vocab is not None and Path(vocab).is_file():
+        compare(lambda: vocabulary(Path(vocab)))
+    if config.data.synthetic is None:
+        for kind, name in (("train", config.data.train_file), ("eval", config.data.eval_file)):
+            if Path(name).is_file():
+                compare(lambda name=name, kind=kind: _examples(Path(name), kind))  # type: ignore[misc]
+    if weights is not None and Path(weights).exists():
+        compare(lambda: _weights(Path(weights)))
+    if not found:
+        return Finding("", "skip", "nothing to compare with what was published: docs/data.md says where to get it")
+    other: Optional[str] = None if all(same for same, _ in found) else "docs/data.md says where the published files are"
+    said = "; ".join(text for _, text in found)
+    return Finding("", "ok" if other is None else "warn", said, other or "")

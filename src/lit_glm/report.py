@@ -1,0 +1,190 @@
+"""`python -m lit_glm.report RUN_DIR ...`: results of any number of runs as the published document."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Dict, List, Optional, Sequence
+
+from lit_glm.broken_pipe import survive_closed_output
+from lit_glm.config.validators import FIGURES
+from lit_glm.errors import InputError
+
+if TYPE_CHECKING:
+    from lit_glm.reporting.run_reader import Run
+
+FORMATS = ("md", "csv", "html")
+LANGUAGES = ("en", "zh")
+_TOLD = ("machine", "card", "network", "driver", "image")
+
+
+def _choices(text: str, known: Sequence[str], option: str) -> List[str]:
+    chosen = [part.strip() for part in text.split(",") if part.strip()]
+    wrong = [part for part in chosen if part not in known]
+    if wrong or not chosen:
+        raise InputError(f"{option} {text}: must be one or more of {','.join(known)}")
+    return list(dict.fromkeys(chosen))
+
+
+def _told(places: List[str]) -> Dict[str, str]:
+    """Take `report.KEY=VALUE` out of the places."""
+    given = [place for place in places if place.startswith("report.") and "=" in place]
+    told = {}
+    for argument in given:
+        places.remove(argument)
+        key, _, value = argument[len("report.") :].partition("=")
+        if key not in _TOLD:
+            raise InputError(f"report.{key}: there is no such key; there are report.{', report.'.join(_TOLD)}")
+        told[key] = value
+    return told
+
+
+def _compare(given: argparse.Namespace) -> int:
+    """Two runs side by side, in Markdown and English, on the screen or as compare.md in --out."""
+    from lit_glm.atomic_files import write_text
+    from lit_glm.reporting.comparison import compare
+    from lit_glm.reporting.run_reader import find
+
+    places, limit = list(given.compare), given.max_loss_diff
+    refused = [f"--format {given.format}"] if given.format != "md" else []
+    refused += [f"--lang {given.lang}"] if given.lang != "en" else []
+    refused += [f"a third run ({place})" for place in given.runs] + (["--check"] if given.check else [])
+    if refused:
+        raise InputError(f"--compare takes two runs and writes Markdown in English; it does not take {refused[0]}")
+    sides = []
+    for place in places:
+        runs, trouble = find([place])
+        if len(runs) != 1:
+            raise InputError("\n".join([f"--compare {place}: holds {len(runs)} runs, one is wanted", *trouble]))
+        sides.append(runs[0])
+    found = compare(*sides)
+    if given.out is None:
+        print(found.text, end="")
+    else:
+        try:
+            given.out.mkdir(parents=True, exist_ok=True)
+            write_text(given.out / "compare.md", found.text)
+        except OSError as error:
+            raise InputError(f"--out {given.out}: cannot be written ({error})") from error
+        print(given.out / "compare.md")
+    if limit is None:
+        return 0
+    if found.largest is None:
+        print(f"lit_glm: --max-loss-diff {limit:g}: no step in common, nothing was compared", file=sys.stderr)
+        return 1
+    if found.largest > limit:
+        print(f"lit_glm: largest loss difference {found.largest:.3g} is above {limit:g}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def report(given: argparse.Namespace) -> int:
+    """Write what the command line asks for; returns the exit status."""
+    import datetime
+
+    import lit_glm
+    from lit_glm.reporting import formats
+    from lit_glm.reporting.document import make_document
+    from lit_glm.reporting.i18n import Words
+    from lit_glm.reporting.run_reader import find
+
+    places = list(given.runs)
+    if given.sort is not None and given.sort not in FIGURES:
+        raise InputError(f"--sort {given.sort}: must be one of {', '.join(FIGURES)}")
+    if given.compare:
+        return _compare(given)
+    kinds = _choices(given.format, FORMATS, "--format")
+    languages = _choices(given.lang, LANGUAGES, "--lang")
+    told = _told(places)
+    if not places:
+        raise InputError("which runs? Give run folders, sweep folders or patterns of them")
+    if given.out is None and (len(kinds) > 1 or len(languages) > 1):
+        raise InputError(f"--format {given.format} --lang {given.lang}: several files need --out DIR")
+    runs, left_out = find(places)
+    for line in left_out:
+        print(f"lit_glm: {line}", file=sys.stderr)
+    if not runs:
+        raise InputError("no run was found")
+    key = given.sort or ("acc" if given.best else None)
+    if given.best:
+        print(_best(runs, str(key)))
+        return 0
+    now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
+    missing: List[str] = []
+    for language in languages:
+        words = Words(language)
+        document = make_document(runs, left_out, told, words, key)
+        missing = missing or document.missing
+        if given.check and given.out is None:
+            break  # the list alone
+        generated = words("generated", lit_glm.__version__, now, len(runs))
+        for kind in kinds:
+            if kind == "csv":
+                text = formats.comma_separated(document)
+            else:
+                text = (formats.page if kind == "html" else formats.markdown)(document, generated)
+            text = text.encode("utf-8", "replace").decode("utf-8")  # names of files may be no text
+            if given.out is None:
+                sys.stdout.write(text)
+                continue
+            path = given.out / f"report.{language}.{kind}"
+            try:
+                given.out.mkdir(parents=True, exist_ok=True)
+                path.write_text(text, encoding="utf-8")
+            except OSError as error:
+                raise InputError(f"--out {given.out}: cannot be written ({error})") from error
+            print(path)
+    if given.check:
+        words = Words(languages[0])
+        print("\n".join([f"{words('missing')}:", *missing] if missing else [words("nothing_missing")]))
+    return 1 if given.check and missing else 0
+
+
+def _best(runs: "List[Run]", key: str) -> str:
+    """The best complete run by a figure: its row, its folder, its command."""
+    from lit_glm.reporting.run_reader import better
+    from lit_glm.reporting.summary_tiles import command_of
+    from lit_glm.runs.result import table
+
+    known = [run for run in runs if run.complete and run.number(key) is not None]
+    if not known:
+        raise InputError(f"--sort {key}: no complete run has this figure")
+    plain = [run for run in known if not run.result.get("simulated") and not run.result.get("profiled")]
+    known = plain or known  # a rehearsal or a profiled run is the best of its kind alone
+    best = min(known, key=lambda run: better(run.number(key), key))
+    command = command_of(best)
+    lines = [table([best.result]), f"best of {len(known)} by {key} ({best.number(key):.6g}): {best.path}"]
+    return "\n".join([*lines, *([f"its command: {command}"] if command else [])])
+
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    """Parse, report; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        "lit_glm.report",
+        description="Results of runs as the published document: environment, general figures, a table of rows.",
+        epilog="report.machine=..., report.card=, report.network=, report.driver=, report.image= fill in what no "
+        "program can know.",
+    )
+    parser.add_argument("runs", nargs="*", metavar="RUN_DIR", help="run folders, sweep folders, patterns of them")
+    parser.add_argument("--format", default="md", help="md, csv, html; several with commas (default: md)")
+    parser.add_argument("--lang", default="en", help="en, zh; several with commas (default: en)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="write report.LANG.FORMAT there instead of to the screen"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="say what is missing for a complete document, and nothing else; then 1"
+    )
+    parser.add_argument("--best", action="store_true", help="the best run alone, by --sort (default: acc)")
+    parser.add_argument("--sort", metavar="KEY", help="rows by a figure of result.json, the best first")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two runs side by side instead")
+    parser.add_argument("--max-loss-diff", type=float, help="with --compare: exit status 1 above it")
+    given = parser.parse_intermixed_args(arguments)
+    survive_closed_output()
+    try:
+        return report(given)
+    except InputError as error:
+        print(f"lit_glm: {error}", file=sys.stderr)
+        return error.exit_status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""Two runs side by side: configuration, figures, and the losses step by step."""
+
+import math
+from dataclasses import dataclass
+from typing import List, Optional, Tuple
+
+from lit_glm.reporting.formats import table_lines
+from lit_glm.reporting.run_reader import Run, differences
+from lit_glm.reporting.table import Table
+
+_FIGURES = (
+    "e2e_time", "p_whole", "p_train", "p_core", "init_time", "raw_train_time", "no_eval_time", "pure_compute_time",
+    "acc", "mem_actual_gib", "mfu", "num_trained_samples", "global_steps", "skipped_steps",
+)  # fmt: skip
+
+
+_MOST_SHOWN = 20
+"""Steps in the table of losses, evenly taken."""
+
+
+@dataclass
+class Comparison:
+    """What came of it."""
+
+    text: str
+    largest: Optional[float]
+    """Largest difference of the loss at a step that both have; None if they share none."""
+
+
+def compare(one: Run, other: Run) -> Comparison:
+    """Compare two runs.
+
+    Args:
+        one: A.
+        other: B; ratios are B / A.
+    """
+    settings = Table(["key", "A", "B"], [[key, _text(a), _text(b)] for key, a, b in differences(one, other)])
+    lines = [f"A: {one.path}", f"B: {other.path}", "", "## Configuration and environment", ""]
+    lines += table_lines(settings) if settings.rows else ["No difference."]
+    lines += ["", "## Figures", "", *table_lines(_figures(one, other))]
+    steps = _losses(one, other)
+    lines += ["", "## Loss, step by step", ""]
+    if not steps:
+        return Comparison("\n".join([*lines, "No step in common."]) + "\n", None)
+    worst = max(steps, key=lambda step: _apart(*step[1:]))
+    largest = _apart(*worst[1:])
+    first = next((step for step in steps if _apart(*step[1:])), None)
+    lines += [
+        f"steps in common: {len(steps)}",
+        f"largest difference: {largest:.3g} (step {worst[0]}: A {worst[1]:.6g}, B {worst[2]:.6g})",
+        f"mean difference: {sum(_apart(a, b) for _, a, b in steps) / len(steps):.3g}",
+        "first step that differs: " + ("none" if first is None else str(first[0])),
+    ]
+    shown = steps[:: max(1, len(steps) // _MOST_SHOWN)]
+    lines_of = [[str(step), f"{a:.6g}", f"{b:.6g}", f"{_apart(a, b):.3g}"] for step, a, b in shown]
+    lines += ["", *table_lines(Table(["step", "loss A", "loss B", "difference"], lines_of))]
+    return Comparison("\n".join(lines) + "\n", largest)
+
+
+def _apart(a: float, b: float) -> float:
+    """Difference of two losses; infinite where one is a finite number and the other is not."""
+    if math.isfinite(a) and math.isfinite(b):
+        return abs(b - a)
+    return 0.0 if math.isfinite(a) == math.isfinite(b) else math.inf
+
+
+def _text(value: object) -> str:
+    return "" if value is None else str(value)
+
+
+def _figures(one: Run, other: Run) -> Table:
+    lines = []
+    for key in _FIGURES:
+        a, b = one.number(key), other.number(key)
+        if a is None and b is None:
+            continue
+        ratio = f"{b / a:.3f}" if a and b is not None else ""
+        lines.append([key, "" if a is None else f"{a:.6g}", "" if b is None else f"{b:.6g}", ratio])
+    named = ("status", "scoring", "simulated", "hardware", "topology", "precision")
+    lines += [[key, _text(one.result.get(key)), _text(other.result.get(key)), ""] for key in named]
+    return Table(["figure", "A", "B", "B / A"], lines)
+
+
+def _losses(one: Run, other: Run) -> List[Tuple[int, float, float]]:
+    """(step, A's loss, B's loss) of the steps that both have."""
+
+    def losses(run: Run) -> "dict[int, float]":
+        found = {}
+        for row in run.table("steps.csv"):
+            try:
+                step, loss = int(row["step"]), float(row["loss"] or "nan")  # a skipped step may have none
+            except (KeyError, ValueError):
+                continue
+            found[step] = loss
+        return found
+
+    left, right = losses(one), losses(other)
+    return [(step, left[step], right[step]) for step in sorted({*left} & {*right})]

@@ -1,0 +1,243 @@
+"""The document as data: runs to sections, tables and notes in one language, before any format."""
+
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional, Tuple
+
+from lit_glm.hardware.vendor_packages import COMPILERS, FRAMEWORKS
+from lit_glm.reporting.definitions import distinct_of, general
+from lit_glm.reporting.i18n import Words
+from lit_glm.reporting.published_rows import beside, load
+from lit_glm.reporting.row_format import cell, full_label, marked, reasons
+from lit_glm.reporting.run_reader import Row, Run, better, rows
+from lit_glm.reporting.table import Table
+from lit_glm.runs.result import COLUMNS, skips_much
+
+TOPOLOGIES = ("1x1", "1x8", "2x8")
+"""Of a complete document, as published."""
+_SCORINGS = ("published", "shared_context")
+_DEPENDENCIES = ("torch", "pytorch-lightning", "torchmetrics", "hydra-core", "omegaconf", "numpy", "h5py")
+_TOLD = {"machine": "machine", "card": "card", "network": "network", "driver": "driver", "image": "image"}
+"""Environment entries that a `report.*` key can give."""
+
+
+@dataclass
+class Entry:
+    """One line of the environment; `values` is empty where it is unknown."""
+
+    key: str
+    label: str
+    values: List[str]
+
+
+@dataclass
+class Environment:
+    """Of one hardware: two lists of entries."""
+
+    name: str
+    hardware: List[Entry]
+    software: List[Entry]
+
+
+@dataclass
+class Document:
+    """Everything that the formats show."""
+
+    words: Words
+    environments: List[Environment]
+    general: List[Table]
+    performance: List[Table]
+    published: Table
+    ratios: Table
+    other_chips: Table
+    """Published rows of chips that the document is not about."""
+    missing: List[str]
+    left_out: List[str]
+    behind: Table
+    rows: List[Row]
+
+
+def make_document(
+    runs: List[Run], left_out: List[str], told: Dict[str, str], words: Words, sort: Optional[str] = None
+) -> Document:
+    """Arrange what the runs left.
+
+    Args:
+        runs: at least one.
+        left_out: places that hold no readable run, a line each.
+        told: environment entries given on the command line, by the name of their `report.*` key.
+        words: of the language.
+        sort: a figure by which rows stand, the best first; None: by chip and topology.
+    """
+    found = rows(runs)
+    if sort is not None:
+        found.sort(key=lambda row: better(row.median(sort), sort))
+    hardware = list(dict.fromkeys(str(row["hardware"]) for row in found))
+    environments = [
+        _environment(name, [run for run in runs if run.result["hardware"] == name], told, words) for name in hardware
+    ]
+    published, ratios = beside(found, words)
+    count = sum(line["hardware"] in hardware for line in load())
+    own_rows = published.rows[:count]  # those of the document's chips stand first
+    return Document(
+        words=words,
+        environments=environments,
+        general=[general(name, [row for row in found if row["hardware"] == name], words) for name in hardware],
+        performance=_performance(found, words),
+        published=Table(published.columns, own_rows, published.notes),
+        other_chips=Table(published.columns, [row for row in published.rows if row not in own_rows]),
+        ratios=ratios,
+        missing=_missing(found, environments, words),
+        left_out=left_out,
+        behind=_behind(found, words),
+        rows=found,
+    )
+
+
+# -- environment -------------------------------------------------------------------------------------------------
+
+
+def _environment(name: str, runs: List[Run], told: Dict[str, str], words: Words) -> Environment:
+    known = [run.environment for run in runs if run.environment]
+
+    def entry(key: str, values: List[Any]) -> Entry:
+        given = told.get(_TOLD.get(key, ""))
+        return Entry(key, words(key), [given] if given else distinct_of(values))
+
+    def packages(environment: Dict[str, Any], names: Tuple[str, ...]) -> str:
+        versions = environment.get("packages") or {}
+        return ", ".join(f"{package} {versions[package]}" for package in names if package in versions)
+
+    def framework(environment: Dict[str, Any]) -> str:
+        vendor = packages(environment, FRAMEWORKS) if not environment.get("simulated") else ""
+        return ", ".join(filter(None, [vendor, packages(environment, ("torch", "pytorch-lightning"))]))
+
+    def compiler(environment: Dict[str, Any]) -> str:
+        nothing = words("no_compiler") if environment.get("packages") else ""
+        return packages(environment, COMPILERS) or nothing
+
+    def driver(environment: Dict[str, Any]) -> Optional[str]:
+        return environment.get("driver") or (None if environment.get("has_driver", True) else words("no_driver"))
+
+    def image(environment: Dict[str, Any]) -> Optional[str]:
+        return words("no_container") if environment.get("container_image") == "" else environment.get("container_image")
+
+    several = any(row_nodes > 1 for row_nodes in (_nodes(run) for run in runs))
+    networks = [environment.get("network") for environment in known]
+    return Environment(
+        name,
+        [
+            entry("machine", [environment.get("machine") for environment in known]),
+            entry(
+                "card",
+                [environment.get("card") or next(iter(environment.get("cards") or []), None) for environment in known],
+            ),
+            entry("network", networks if several or any(networks) else []),
+        ],
+        [
+            entry("os", [environment.get("os") for environment in known]),
+            entry("kernel", [environment.get("kernel") for environment in known]),
+            entry("driver", [driver(environment) for environment in known]),
+            entry("image", [image(environment) for environment in known]),
+            entry("framework", [framework(environment) for environment in known]),
+            entry("compiler", [compiler(environment) for environment in known]),
+            entry("dependencies", [packages(environment, _DEPENDENCIES) for environment in known]),
+        ],
+    )
+
+
+def _nodes(run: Run) -> int:
+    nodes = str(run.result.get("topology")).partition("x")[0]
+    return int(nodes) if nodes.isdecimal() else 1
+
+
+# -- figures -------------------------------------------------------------------------------------------------------
+
+
+def _performance(found: List[Row], words: Words) -> List[Table]:
+    tables = []
+    scorings = [name for name in _SCORINGS if any(row["scoring"] == name for row in found)]
+    scorings += sorted({str(row["scoring"]) for row in found} - set(_SCORINGS))
+    for scoring in scorings:
+        own = [row for row in found if str(row["scoring"]) == scoring]
+        notes = [note for row in own for note in reasons(row, words)]
+        if any(row["simulated"] for row in own):
+            notes.insert(0, words("mark_means_simulated"))
+        known = scoring in _SCORINGS
+        tables.append(
+            Table(
+                [words("config"), *COLUMNS[1:]],
+                [[marked(row, words), *(cell(row, column) for column in COLUMNS[1:])] for row in own],
+                [words("unit"), *dict.fromkeys(notes)],
+                words(f"scoring_{scoring}") if known else f"scoring={scoring}",
+            )
+        )
+    return tables
+
+
+def _behind(found: List[Row], words: Words) -> Table:
+    known = any(run.number("energy_j") is not None for row in found for run in row.runs)
+    lines = [
+        [
+            full_label(row, words),
+            str(run.result.get("scoring")),
+            words.state(run.result["status"]),
+            str(run.result.get("seed", "")),
+            str(run.environment.get("host", "")),
+            *_energy(run, known),
+            str(run.path),
+        ]
+        for row in found
+        for run in row.runs
+    ]
+    return Table(
+        [words("row"), "scoring", *map(words, ("status", "seed", "host"))]
+        + [words(key) for key in ("energy", "samples_per_joule") if known]
+        + [words("folder")],
+        lines,
+    )
+
+
+def _energy(run: Run, known: bool) -> List[str]:
+    """Two cells, empty where a card's power is unknown; none where no run of the document has any."""
+    joules, rate = run.number("energy_j"), run.number("samples_per_joule")
+    cells = ["" if joules is None else f"{joules / 1000:.1f}", "" if rate is None else f"{rate:.3g}"]
+    return cells if known else []
+
+
+# -- what is missing -------------------------------------------------------------------------------------------------
+
+
+def _missing(found: List[Row], environments: List[Environment], words: Words) -> List[str]:
+    lines: List[str] = []
+    for environment in environments:
+        own = [row for row in found if row["hardware"] == environment.name]
+        real = [row for row in own if not row["simulated"]]
+        if not real:
+            lines.append(words("missing_simulated", environment.name))
+        for scoring in dict.fromkeys(str(row["scoring"]) for row in own):
+            there = {str(row["topology"]) for row in real if row.runs[0].complete and str(row["scoring"]) == scoring}
+            lines += [
+                words("missing_topology", environment.name, topology, scoring)
+                for topology in TOPOLOGIES
+                if topology not in there
+            ]
+        for run in (run for row in own for run in row.runs if not run.environment):
+            lines.append(words("missing_environment_file", environment.name, run.path))
+        for entry in (*environment.hardware, *environment.software):
+            alone = entry.key == "network" and all(row.nodes[0] <= 1 for row in own)
+            if entry.values or alone:
+                continue
+            key = "missing_environment" if entry.key in _TOLD else "missing_environment_plain"
+            lines.append(words(key, environment.name, entry.label, entry.key))
+    for row in found:
+        empty = [column for column in COLUMNS[1:] if not cell(row, column)]
+        if empty:
+            lines.append(words("missing_cell", full_label(row, words), ", ".join(empty)))
+        if not row["simulated"] and any(run.complete and not run.result.get("converged") for run in row.runs):
+            lines.append(words("missing_target", full_label(row, words)))
+        lines += [
+            words("missing_steps", full_label(row, words), run.result["skipped_steps"], run.result["global_steps"])
+            for run in row.runs
+            if skips_much(run.result)
+        ]
+    return list(dict.fromkeys(lines))

@@ -1,0 +1,156 @@
+"""The document as Markdown, CSV and a page: the formats show what `document` has arranged and decide nothing."""
+
+import base64
+import csv
+import hashlib
+import io
+from typing import Any, List
+
+from lit_glm.reporting.document import Document, Entry
+from lit_glm.reporting.row_format import cell, label, marks
+from lit_glm.reporting.table import Table
+from lit_glm.runs.result import COLUMNS
+
+_SORTING = """
+document.querySelectorAll("table.rows").forEach(function (table) {
+  table.querySelectorAll("th").forEach(function (head, column) {
+    head.tabIndex = 0;
+    function sort() {
+      var body = table.tBodies[0], down = head.getAttribute("aria-sort") !== "descending";
+      var text = function (row) { return row.cells[column].textContent.trim(); };
+      var plain = /^([-+]?[0-9][0-9.,e+-]*)?(%|x)?(\\/[0-9.]+)?( \\[.*\\])?$/;
+      var numbers = Array.from(body.rows).every(function (row) { return plain.test(text(row)); });
+      Array.from(body.rows).sort(function (a, b) {
+        var order = text(a).localeCompare(text(b), undefined, {numeric: true});
+        if (numbers) order = (parseFloat(text(a)) || 0) - (parseFloat(text(b)) || 0);
+        return down ? -order : order;
+      }).forEach(function (row) { body.appendChild(row); });
+      table.querySelectorAll("th").forEach(function (other) { other.removeAttribute("aria-sort"); });
+      head.setAttribute("aria-sort", down ? "descending" : "ascending");
+    }
+    head.addEventListener("click", sort);
+    head.addEventListener("keydown", function (event) { if (event.key === "Enter") sort(); });
+  });
+});
+"""
+"""Sorts a table by the column that is clicked; the page allows this script alone, by its hash."""
+
+
+def _safe(text: str) -> str:
+    """Text for Markdown: no cell, line or tag of a name's own."""
+    for char in "\\`*|<>":
+        text = text.replace(char, "\\" + char)
+    return " ".join(text.replace("](", "]\\(").split())
+
+
+def table_lines(table: Table) -> List[str]:
+    """A table in Markdown, columns aligned."""
+    rows = [[_safe(text) for text in row] for row in (table.columns, *table.rows)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(table.columns))]
+    lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(row, widths)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return lines
+
+
+def _notes(lines: List[str]) -> List[str]:
+    return ["", *(f"- {_safe(line)}" for line in lines)] if lines else []
+
+
+def markdown(document: Document, generated: str) -> str:
+    """The whole document as Markdown."""
+    words = document.words
+    out = [f"# {words('title')}", "", _safe(generated), "", f"## {words('environment')}"]
+    several = len(document.environments) > 1
+    for environment in document.environments:
+        out += ["", f"### {_safe(environment.name)}"] if several else []
+        for heading, entries in (
+            ("hardware_environment", environment.hardware),
+            ("software_environment", environment.software),
+        ):
+            out += ["", f"{'####' if several else '###'} {words(heading)}", ""]
+            out += [f"- {entry.label}: {_safe(value_of(entry))}".rstrip() for entry in entries]
+    out += ["", f"## {words('runs')}", "", f"### {words('general')}"]
+    for table in document.general:
+        out += ["", f"#### {_safe(table.heading)}"] if several else []
+        out += ["", *table_lines(table)]
+    out += ["", f"### {words('performance')}"]
+    for table in document.performance:
+        out += ["", f"#### {_safe(table.heading)}", "", *table_lines(table), *_notes(table.notes)]
+    out += ["", f"## {words('published')}"]
+    out += ["", *table_lines(document.published)] if document.published.rows else []
+    out += _notes(document.published.notes)
+    if document.other_chips.rows:
+        out += ["", f"### {words('other_chips')}", "", *table_lines(document.other_chips)]
+    out += ["", f"### {words('ratios')}"]
+    out += ["", *table_lines(document.ratios)] if document.ratios.rows else []
+    out += _notes(document.ratios.notes)
+    out += ["", f"## {words('missing')}", *_notes(document.missing or [words("nothing_missing")])]
+    if document.left_out:
+        out += ["", f"## {words('left_out')}", *_notes(document.left_out)]
+    out += ["", f"## {words('runs_behind')}", "", *table_lines(document.behind)]
+    return "\n".join(out) + "\n"
+
+
+def value_of(entry: Entry) -> str:
+    """One text of an environment entry; several where runs differ in it."""
+    return "; ".join(entry.values)
+
+
+def comma_separated(document: Document) -> str:
+    """The rows of all tables, a line each: the published columns in their formats, then the figures as numbers."""
+    words = document.words
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    figures = ("e2e_time", "p_whole", "p_train", "p_core", "acc", "mem_actual_gib", "mem_total_gib")
+    more = ("scoring", "status", "converged", "simulated", "runs", "marks", "run_dirs")
+    ends = [f"{name}_{end}" for name in figures for end in ("median", "min", "max")]
+    writer.writerow([words("config"), *COLUMNS[1:], *more, *ends])
+    for row in document.rows:
+        shown = [cell(row, column).partition(" [")[0] for column in COLUMNS[1:]]
+        converged = all(run.result.get("converged") for run in row.runs)
+        state = [row["scoring"], row["status"], converged, bool(row["simulated"]), len(row.runs)]
+        folders = ";".join(str(run.path) for run in row.runs)
+        numbers = [
+            "" if value is None else value
+            for name in figures
+            for value in (row.median(name), *(row.spread(name) or (row.median(name), row.median(name))))
+        ]
+        said = "; ".join(marks(row, words))
+        writer.writerow([_no_formula(value) for value in (label(row, words), *shown, *state, said, folders)] + numbers)
+    return out.getvalue()
+
+
+def _no_formula(value: Any) -> Any:
+    """A text that a spreadsheet would take for a formula stays a text."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+
+
+def page(document: Document, generated: str) -> str:
+    """The whole document as one self-contained HTML file, figures inside."""
+    from pathlib import Path
+
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    from lit_glm.reporting.plots import draw
+    from lit_glm.reporting.summary_tiles import cards
+
+    environment = Environment(
+        loader=FileSystemLoader(str(Path(__file__).parent)),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    figures, notes = draw(document.rows, document.words)
+    text: str = environment.get_template("page.html").render(
+        document=document,
+        words=document.words,
+        generated=generated,
+        figures=figures,
+        figure_notes=notes,
+        value_of=value_of,
+        cards=cards(document.rows, document.words),
+        sorting=Markup(_SORTING),
+        sorting_hash=base64.b64encode(hashlib.sha256(_SORTING.encode()).digest()).decode(),
+    )
+    return text

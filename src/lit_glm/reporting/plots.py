@@ -1,0 +1,344 @@
+"""The plots of the HTML page, drawn by matplotlib as SVG; text stays text, so that it scales and can be searched."""
+
+import io
+import re
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+from matplotlib.figure import Figure as Canvas
+
+from lit_glm.hardware.device_monitor import readings_of
+from lit_glm.metrics.timing import PERCENTILES, settled, warm_up
+from lit_glm.reporting.i18n import Words
+from lit_glm.reporting.row_format import label
+from lit_glm.reporting.run_reader import Row, Run, as_number
+
+_SHOWN = ("power_w", "utilisation", "temperature_c", "mem_gib")
+_MOST_CARDS = 16
+Span = Tuple[float, float]
+
+
+def phases(run: Run) -> List[Tuple[str, List[Span]]]:
+    """When a run that was never interrupted was in which phase, in seconds since the entry of `train`."""
+    init, e2e = run.number("init_time"), run.number("e2e_time")
+    if init is None or e2e is None or run.result.get("interruptions"):
+        return []
+    spans: List[Span] = []
+    steps = [_seconds(row.get("step_s")) for row in run.table("steps.csv")]
+    done = np.concatenate([[0.0], np.cumsum(steps)])
+    earlier = 0.0
+    for row in run.table("evals.csv"):
+        step, seconds = _seconds(row.get("step")), _seconds(row.get("seconds"))
+        if not 0 < step < len(done):
+            continue
+        begin = init + float(done[int(step)]) + earlier
+        spans.append((begin, begin + seconds))
+        earlier += seconds
+    return [("part_init", [(0.0, init)]), ("part_training", [(init, e2e)]), ("part_eval", spans)]
+
+
+def _seconds(text: Any) -> float:
+    try:
+        return float(text or 0.0)
+    except ValueError:
+        return 0.0
+
+
+def draw_devices(shown: Sequence[Tuple[str, Run]], words: Words) -> Optional[Canvas]:
+    """Of the first run that has readings: a line a card and kind of reading; None where no monitor has spoken."""
+    for name, run in shown:
+        cards = readings_of(run.path / "devices.csv")
+        kinds = [kind for kind in _SHOWN if any(one[kind] is not None for card in cards.values() for one in card)]
+        if "power_w" not in kinds and "temperature_c" not in kinds:
+            continue  # of processors without counters there is nothing that other figures do not show
+        canvas = Canvas(figsize=(9.0, 1.2 + 1.5 * len(kinds)))
+        axes = canvas.subplots(len(kinds), 1, squeeze=False, sharex=True)[:, 0]
+        for place, kind in zip(axes, kinds):
+            for (node, card), readings in list(cards.items())[:_MOST_CARDS]:
+                points = [(one["time_s"], one[kind]) for one in readings if one[kind] is not None]
+                if points:
+                    place.plot(*zip(*points), lw=1, label=f" {node}:{card}")
+            for number, (part, spans) in enumerate(phases(run)):
+                for index, (begin, end) in enumerate(spans):
+                    label = words(part) if place is axes[0] and index == 0 else None
+                    place.axvspan(begin, end, color=f"C{7 + number}", alpha=0.12, lw=0, label=label)
+            place.set_ylabel(words(kind))
+            place.set_ylim(bottom=0)
+        axes[0].set_title(name, fontsize=9)
+        axes[-1].set_xlabel(words("seconds"))
+        handles, labels = axes[0].get_legend_handles_labels()
+        canvas.legend(handles, labels, loc="outside lower left", ncols=6, fontsize=8)
+        return canvas
+    return None
+
+
+_MOST_LINES = 8
+_MOST_POINTS = 600
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # a dollar in a name is a dollar
+    "font.family": "sans-serif",
+    "font.size": 9.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+}
+
+
+@dataclass
+class Figure:
+    """One figure of the page."""
+
+    key: str
+    caption: str
+    svgs: List[Markup]
+    """Panels, beside each other on a desk and below each other on a phone."""
+
+
+Series = Tuple[str, Run]
+Panels = Optional[List[Canvas]]
+
+
+def _one(canvas: Optional[Canvas]) -> Panels:
+    return None if canvas is None else [canvas]
+
+
+def draw(rows: List[Row], words: Words) -> Tuple[List[Figure], List[str]]:
+    """All figures that the runs have data for, at most eight rows in each; and what is not in them, a line each."""
+    names = legends(rows, words)
+    shown: List[Series] = [(name, row.typical) for name, row in zip(names, rows)][:_MOST_LINES]
+    drawn: List[Figure] = []
+    kinds: List[Tuple[str, Callable[[List[Series], Words], Panels]]] = [
+        ("fig_loss", _loss),
+        ("fig_acc", _accuracy),
+        ("fig_throughput", _throughput),
+        ("fig_time", _time),
+        ("fig_memory", _memory),
+        ("fig_devices", lambda shown, words: _one(draw_devices(shown, words))),
+        ("fig_grid", lambda _, words: _grid(rows, words)),
+    ]
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": "lit_glm"}):
+        for key, make in kinds:
+            panels = make(shown, words) or []
+            svgs = [_svg(canvas, words(key), f"{key}{number}") for number, canvas in enumerate(panels)]
+            if svgs:
+                drawn.append(Figure(key, words(key), svgs))
+    there = {figure.key for figure in drawn}
+    missing = [words(key) for key, _ in kinds if key not in there]
+    notes = [words("fig_more", _MOST_LINES, len(rows) - _MOST_LINES)] if len(rows) > _MOST_LINES else []
+    notes += [words("fig_missing", "; ".join(missing))] if missing else []
+    return drawn, notes
+
+
+def legends(rows: List[Row], words: Words) -> List[str]:
+    """Names of the rows in a figure: what differs between them and nothing else; a single row has its label."""
+    parts = [
+        [label(row, words), str(row["precision"]), *str(row["fix_hp"]).split(","), str(row["scoring"])] for row in rows
+    ]
+    longest = max((len(part) for part in parts), default=0)
+    parts = [[*part, *[""] * (longest - len(part))] for part in parts]
+    differ = [place for place in range(longest) if len({part[place] for part in parts}) > 1]
+    names = [" ".join(part[place] for place in differ if part[place]) for part in parts]
+    several = [f"{name} #{row.number}".strip() if row.number else name for name, row in zip(names, rows)]
+    return [name or label(row, words) for name, row in zip(several, rows)]
+
+
+def _svg(canvas: Canvas, title: str, key: str) -> Markup:
+    import warnings
+
+    out = io.StringIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # glyphs that matplotlib's own font lacks: the browser has them
+        canvas.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    text = out.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    for name in set(re.findall(r'\bid="([^"]+)"', text)):  # ids of several figures in one page must not meet
+        text = text.replace(f'id="{name}"', f'id="{key}-{name}"')
+        text = text.replace(f'"#{name}"', f'"#{key}-{name}"').replace(f"url(#{name})", f"url(#{key}-{name})")
+    return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{Markup.escape(title)}" ', 1))
+
+
+def _canvas(columns: int = 1, height: float = 3.2) -> Tuple[List[Canvas], List[Any]]:
+    """Panels of a figure and their axes."""
+    panels = [Canvas(figsize=(9.0 / columns, height)) for _ in range(columns)]
+    return panels, [panel.subplots() for panel in panels]
+
+
+def _columns(table: List[Dict[str, str]], *names: str) -> List[Any]:
+    """Columns as arrays, lines without a number in the first two of them left out."""
+    rows = [[_float(row.get(name)) for name in names] for row in table]
+    kept = np.array([row for row in rows if np.isfinite(row[:2]).all()]).reshape(-1, len(names))
+    return list(kept.T)
+
+
+def _float(text: Optional[str]) -> float:
+    try:
+        return float(text or "nan")
+    except ValueError:
+        return float("nan")
+
+
+def _thin(*arrays: Any) -> List[Any]:
+    """At most so many points, evenly taken."""
+    step = max(1, len(arrays[0]) // _MOST_POINTS)
+    return [array[::step] for array in arrays]
+
+
+def _finish(panels: List[Canvas], lines: int) -> List[Canvas]:
+    """The legend stands below the first panel, where it tells anything apart."""
+    handles, labels = panels[0].axes[0].get_legend_handles_labels()
+    unique = dict(zip(labels, handles))
+    if lines and unique:
+        panels[0].legend(unique.values(), unique.keys(), loc="outside lower left", fontsize=8)
+    return panels
+
+
+def _shown(name: str) -> str:
+    return " " + name  # a legend leaves out names that begin with an underscore
+
+
+def _loss(shown: Sequence[Series], words: Words) -> Panels:
+    panels, (left, right) = _canvas(2)
+    lines = 0
+    for name, run in shown:
+        steps, loss, rate = _columns(run.table("steps.csv"), "step", "loss", "lr")
+        if len(steps):
+            steps, loss, rate = _thin(steps, loss, rate)
+            left.plot(steps, loss, lw=1, label=_shown(name))
+            right.plot(steps, rate, lw=1.2)
+            lines += 1
+    left.set(xlabel=words("step"), ylabel=words("loss"))
+    right.set(xlabel=words("step"), ylabel=words("lr"))
+    return _finish(panels, lines) if lines else None
+
+
+def _accuracy(shown: Sequence[Series], words: Words) -> Panels:
+    panels, (left, right) = _canvas(2)
+    lines = 0
+    for name, run in shown:
+        step, accuracy, samples = _columns(run.table("evals.csv"), "step", "acc", "samples")
+        if not len(step):
+            continue
+        left.plot(samples, 100 * accuracy, marker="o", ms=3, lw=1.2, label=_shown(name))
+        done, seconds = _columns(run.table("steps.csv"), "step", "step_s")
+        if len(done):
+            clock = np.concatenate([[0.0], np.cumsum(seconds)]) / 60
+            right.plot(clock[np.searchsorted(done, step, side="right")], 100 * accuracy, marker="o", ms=3, lw=1.2)
+        lines += 1
+    targets = {as_number(run.settings.get("run.target_accuracy")) for _, run in shown} - {None}
+    for target in sorted(value for value in targets if value is not None):
+        for axes in (left, right):
+            axes.axhline(100 * target, lw=0.8, ls=":", color="0.4")
+        left.annotate(words("target", f"{100 * target:g}"), (0, 100 * target), fontsize=8, va="bottom", color="0.4")
+    left.set(xlabel=words("samples"), ylabel=f"{words('accuracy')} (%)")
+    right.set(xlabel=words("minutes"), ylabel=f"{words('accuracy')} (%)")
+    return _finish(panels, lines) if lines else None
+
+
+def percentiles(seconds: Any, samples: float) -> Tuple[float, float, float]:
+    """Samples a second of the step that takes longer than 50, 90, 99 % of the steps after warm-up."""
+    p50, p90, p99 = (samples / float(np.percentile(settled(seconds), share)) for share in PERCENTILES)
+    return p50, p90, p99
+
+
+def _throughput(shown: Sequence[Series], words: Words) -> Panels:
+    panels, (axes,) = _canvas(1)
+    lines = 0
+    for name, run in shown:
+        steps, seconds, samples = _columns(run.table("steps.csv"), "step", "step_s", "samples")
+        if not len(steps) or not (seconds > 0).all():
+            continue
+        batch = float(samples[0] / steps[0])
+        p50, p90, p99 = percentiles(seconds, batch)
+        first = warm_up(len(steps))
+        rate = batch / seconds
+        said = f"{name}: " + words("slowness", f"{p50:.4g}", f"{p90:.4g}", f"{p99:.4g}")
+        (line,) = axes.plot(*_thin(steps[first:], rate[first:]), lw=0.8, label=_shown(said))
+        axes.plot(steps[:first], rate[:first], ".", ms=3, color="0.6")
+        axes.axhline(p50, lw=0.8, ls="--", color=line.get_color(), alpha=0.7)
+        lines += 1
+    axes.set(xlabel=words("step"), ylabel=words("rate"))
+    axes.set_ylim(bottom=0)
+    return _finish(panels, lines) if lines else None
+
+
+def _time(shown: Sequence[Series], words: Words) -> Panels:
+    parts = ("part_init", "part_data", "part_compute", "part_eval", "part_other")
+    bars: List[Tuple[str, List[float]]] = []
+    for name, run in shown:
+        keys = ("e2e_time", "init_time", "no_eval_time", "pure_compute_time")
+        e2e, init, no_eval, compute = (run.number(key) for key in keys)
+        if e2e is None or init is None or no_eval is None or compute is None:
+            continue
+        evaluation = sum(_float(row.get("seconds")) for row in run.table("evals.csv") if row.get("step") != "0")
+        evaluation = evaluation if np.isfinite(evaluation) else 0.0
+        other = max(0.0, e2e - init - no_eval - evaluation)
+        waiting = sum(_float(row.get("data_s")) for row in run.table("steps.csv"))
+        waiting = min(waiting, no_eval - compute) if np.isfinite(waiting) else 0.0
+        other += max(0.0, no_eval - compute - waiting)
+        bars.append((name, [init, waiting, compute, evaluation, other]))
+    if not bars:
+        return None
+    panels, (axes,) = _canvas(1, 1.6 + 0.35 * len(bars))
+    starts = np.zeros(len(bars))
+    for number, part in enumerate(parts):
+        widths = np.array([bar[1][number] for bar in bars])
+        axes.barh(range(len(bars)), widths, left=starts, label=words(part), height=0.6)
+        starts += widths
+    axes.set_yticks(range(len(bars)), [_shown(name) for name, _ in bars])
+    axes.invert_yaxis()
+    axes.set_xlabel(words("seconds"))
+    panels[0].legend(loc="outside lower left", ncols=5, fontsize=8)
+    return panels
+
+
+def _memory(shown: Sequence[Series], words: Words) -> Panels:
+    panels, (axes,) = _canvas(1)
+    lines = 0
+    for name, run in shown:
+        seconds, used = _columns(run.table("memory.csv"), "seconds", "gib")
+        if len(seconds):
+            axes.plot(*_thin(seconds / 60, used), lw=1.2, label=_shown(name))
+            lines += 1
+    axes.set(xlabel=words("minutes"), ylabel="GiB")
+    axes.set_ylim(bottom=0)
+    return _finish(panels, lines) if lines else None
+
+
+def _grid(rows: List[Row], words: Words) -> Panels:
+    """The largest set of rows that differ in bs and lr alone."""
+    groups: Dict[Tuple[str, ...], List[Row]] = {}
+    for row in rows:
+        if not row.runs[0].complete or row.number > 1:
+            continue  # of rows that differ in something else, the first
+        key = tuple(str(row[name]) for name in ("hardware", "topology", "precision", "scoring", "simulated"))
+        if as_number(row["bs"]) is not None and as_number(row["lr"]) is not None:
+            groups.setdefault(key, []).append(row)
+    if not groups:
+        return None
+    chosen, group = max(groups.items(), key=lambda item: len(item[1]))
+    sizes, rates = sorted({row["bs"] for row in group}), sorted({row["lr"] for row in group})
+    if len(sizes) * len(rates) < 2:
+        return None
+    panels, axes = _canvas(2, 1.6 + 0.5 * len(sizes))
+    for place, (figure, scale, form) in zip(axes, (("p_core", 1.0, "{:.4g}"), ("acc", 100.0, "{:.2f}%"))):
+        values = np.full((len(sizes), len(rates)), np.nan)
+        for row in group:
+            found = row.median(figure)
+            if found is not None:
+                values[sizes.index(row["bs"]), rates.index(row["lr"])] = scale * found
+        place.imshow(values, cmap="Blues", aspect="auto", alpha=0.7)
+        for (y, x), value in np.ndenumerate(values):
+            place.text(x, y, form.format(value) if np.isfinite(value) else "–", ha="center", va="center")
+        place.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
+        place.set_yticks(range(len(sizes)), [f"{size:g}" for size in sizes])
+        place.grid(False)
+        place.set(xlabel="lr", ylabel="bs", title=figure)
+    panels[0].suptitle(" ".join(chosen[:4]), fontsize=9)
+    return panels

@@ -1,0 +1,148 @@
+"""A row as the table shows it: its name, its marks, its cells in the published formats, why a cell is empty."""
+
+from pathlib import Path
+from typing import Callable, Dict, List
+
+from lit_glm.reporting.i18n import Words
+from lit_glm.reporting.run_reader import Row, Run
+from lit_glm.runs.result import COLUMNS, not_alone, skips_much
+from lit_glm.runs.verifications import newest
+
+_SECONDS: Callable[[float], str] = "{:.2f}".format
+_FORMATS: Dict[str, Callable[[float], str]] = {
+    "e2e_time": _SECONDS,
+    "p_whole": _SECONDS,
+    "p_train": _SECONDS,
+    "p_core": _SECONDS,
+    "acc": lambda share: f"{100 * share:.2f}%",
+    "mem": "{:.1f}".format,
+}
+
+
+def label(row: Row, words: Words) -> str:
+    """Name of a row, such as `CARD 1x8`: the card's name where it is short, else the hardware file's."""
+    card = str(row.runs[0].settings.get("hardware.card") or "")
+    hardware = str(row["hardware"])
+    short = card if card and card.lower().replace("-", "_") == hardware.lower() else hardware
+    return words.config(short, str(row["topology"]))
+
+
+def full_label(row: Row, words: Words) -> str:
+    """Name of a row that no other row has: with its hyperparameters, and numbered where even these agree."""
+    number = f" #{row.number}" if row.number else ""
+    return f"{label(row, words)} {row['fix_hp']}{number}"
+
+
+def marked(row: Row, words: Words) -> str:
+    """Name of a row and what a reader must know of it."""
+    said = marks(row, words)
+    return label(row, words) + (f" ({', '.join(said)})" if said else "")
+
+
+def marks(row: Row, words: Words) -> List[str]:
+    """What a reader must know before comparing the row."""
+    said: List[str] = [f"#{row.number}"] if row.number else []
+    if row["simulated"]:
+        said.append(words("simulated"))
+    if row["profiled"]:
+        said.append(words("profiled"))
+    status = str(row["status"])
+    if not row.runs[0].complete:
+        said.append(words.state(status))
+    open_ended = [run for run in row.runs if run.complete and not run.result.get("converged")]
+    if open_ended:
+        several = len(row.runs) > 1
+        said.append(words("some_unconverged", len(open_ended), len(row.runs)) if several else words("unconverged"))
+    resumed = sum(_count(run) for run in row.runs)
+    if resumed:
+        said.append(words("resumed", resumed))
+    repeated = sum(int(run.number("repeated_steps") or 0) for run in row.runs)
+    if repeated:
+        said.append(words("repeated", repeated))
+    much = [run.result for run in row.runs if skips_much(run.result)]
+    said += [words("skipped", result["skipped_steps"], result["global_steps"]) for result in much]
+    loads = [run.number("others_load") or 0.0 for run in row.runs if not_alone(run.result)]
+    said += [words("not_alone", f"{100 * max(loads):.0f} %")] if loads else []
+    if len(row.runs) > 1:
+        said.append(words("n_runs", len(row.runs)))
+    data = row.runs[0].settings.get("data.name")
+    if data not in (None, "record"):
+        said.append(words("not_default_data", data))
+    return said
+
+
+def _count(run: Run) -> int:
+    interruptions = run.result.get("interruptions")
+    return interruptions if isinstance(interruptions, int) else 0
+
+
+def cell(row: Row, column: str) -> str:
+    """One cell in the published format; "" where nothing was measured. Several runs: median [lowest, highest]."""
+    if column in ("precision", "fix_hp"):
+        tf32 = " (TF32)" if column == "precision" and row["precision"] == "fp32" and row["tf32"] else ""
+        return str(row[column] if row[column] is not None else "") + tf32
+    form = _FORMATS[column]
+    key = "mem_actual_gib" if column == "mem" else column
+    middle, spread = row.median(key), row.spread(key)
+    if middle is None:
+        return ""
+    text = form(middle)
+    if column == "mem":
+        total = row.median("mem_total_gib")
+        if total is None:
+            return ""
+        text = f"{text}/{form(total)}"
+    return text if spread is None else f"{text} [{form(spread[0])}, {form(spread[1])}]"
+
+
+def _verification(row: Row, name: str, words: Words) -> str:
+    """The newest verification of the same hardware, driver and precision."""
+    run = row.typical
+    precision = str(row["precision"])
+    driver = run.environment.get("driver")
+    found = newest([run.path, Path.cwd()], str(row["hardware"]), driver, precision)
+    if found is None:
+        return words("unverified", name, precision)
+    key = "verified" if found["passed"] else "verify_failed"
+    return words(key, name, precision, str(found.get("finished")).replace("T", " "))
+
+
+def verified(row: Row, words: Words) -> str:
+    """Whether the newest verification of the chip passed, in a word or two."""
+    found = newest(
+        [row.typical.path, Path.cwd()],
+        str(row["hardware"]),
+        row.typical.environment.get("driver"),
+        str(row["precision"]),
+    )
+    if found is None:
+        return words("card_unverified")
+    return words("card_passed" if found["passed"] else "card_failed", str(found.get("finished")).partition("T")[0])
+
+
+def reasons(row: Row, words: Words) -> List[str]:
+    """Lines below the table: why cells are empty, what else is behind the row."""
+    name = full_label(row, words)
+    state = words.state(str(row["status"]))
+    lines = []
+    empty = [column for column in COLUMNS[1:] if not cell(row, column)]
+    rates = [column for column in empty if column.startswith("p_")]
+    if rates and not row.runs[0].complete:
+        lines.append(words("why_no_step", name, ", ".join(rates), state))
+    for column, why in (("e2e_time", "why_no_e2e"), ("acc", "why_no_acc")):
+        if column in empty and not row.runs[0].complete:
+            lines.append(words(why, name, state))
+    if "mem" in empty and row["mem_actual_gib"] is None:
+        lines.append(words("why_no_mem", name))
+    plain = [column for column in empty if row.runs[0].complete or column in ("precision", "fix_hp")]
+    plain = [column for column in plain if column != "mem" or row["mem_actual_gib"] is not None]
+    if plain:
+        lines.append(words("why_no_value", name, ", ".join(plain)))
+    if len(row.runs) > 1:
+        lines.append(words("median_of", name, len(row.runs)))
+    if row.differs:
+        lines.append(words("differs", name, ", ".join(f"{key}={value}" for key, value in sorted(row.differs.items()))))
+    if not row["simulated"]:
+        lines.append(_verification(row, name, words))
+    lines += [words("error_was", name, run.result["error"]) for run in row.runs if run.result.get("error")]
+    return lines

@@ -1,0 +1,293 @@
+"""Reads run folders, whatever state they are in, and turns those that belong together into one row.
+
+A folder that cannot be read is named and left out: it never costs the report of the others.
+"""
+
+import csv
+import glob
+import json
+import os
+import platform
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+import psutil
+from omegaconf import OmegaConf
+
+from lit_glm.runs.result import COMPLETE, less_is_better
+
+_TEXTS = ("status", "hardware", "topology", "precision", "scoring", "fix_hp", "model", "error")
+_SILENT_S = 120.0
+_REPETITION = ("seed", "data.shuffle_seed")
+"""Keys in which repetitions of one measurement may differ."""
+_PLACES = ("data.cache_dir", "data.out_dir", "data.train_file", "data.eval_file", "data.raw_dir", "data.vocab_file")
+"""Keys that say where things lie: runs on machines with other paths are still repetitions."""
+
+
+@dataclass
+class Run:
+    """One run folder."""
+
+    path: Path
+    result: Dict[str, Any]
+    environment: Dict[str, Any] = field(default_factory=dict)
+    settings: Dict[str, Any] = field(default_factory=dict)
+    """Flat configuration: dotted key -> value."""
+
+    @property
+    def name(self) -> str:
+        """Short, for legends: the folder and the one above it."""
+        return "/".join(self.path.parts[-2:])
+
+    @property
+    def complete(self) -> bool:
+        """Whether it ended as it should."""
+        return self.result.get("status") in COMPLETE
+
+    def number(self, key: str) -> Optional[float]:
+        """A figure of the result; None unless it is a finite number."""
+        return as_number(self.result.get(key))
+
+    def table(self, name: str) -> List[Dict[str, str]]:
+        """Lines of steps.csv, evals.csv or memory.csv; none if there is no such file."""
+        rows: List[Dict[str, str]] = []
+        try:
+            with (self.path / name).open(encoding="utf-8", errors="replace", newline="") as file:
+                rows.extend(row for row in csv.DictReader(file) if None not in row.values() and None not in row)
+        except (OSError, csv.Error):
+            pass  # what could be read of it counts
+        return rows
+
+
+@dataclass
+class Row:
+    """One line of the table: runs that differ only in seed or repetition."""
+
+    runs: List[Run]
+    differs: Dict[str, Any] = field(default_factory=dict)
+    """Settings that set it apart from other rows of the same name."""
+    number: int = 0
+    """Counts the rows of the same name, from 1; 0 where there is only one."""
+
+    def __getitem__(self, key: str) -> Any:
+        return self.runs[0].result.get(key)
+
+    @property
+    def nodes(self) -> Tuple[int, int]:
+        """Nodes and devices a node, for sorting; (0, 0) if the topology is no such thing."""
+        nodes, _, devices = str(self["topology"]).partition("x")
+        return (int(nodes), int(devices)) if nodes.isdecimal() and devices.isdecimal() else (0, 0)
+
+    def values(self, key: str) -> List[float]:
+        """A figure of all runs that have it."""
+        return [value for value in (run.number(key) for run in self.runs) if value is not None]
+
+    def median(self, key: str) -> Optional[float]:
+        """Median over the runs; None if none has it."""
+        values = self.values(key)
+        return statistics.median(values) if values else None
+
+    def spread(self, key: str) -> Optional[Tuple[float, float]]:
+        """Lowest and highest; None below two values."""
+        values = self.values(key)
+        return (min(values), max(values)) if len(values) > 1 else None
+
+    @property
+    def typical(self) -> Run:
+        """The run whose p_core is nearest the median: the one that figures show."""
+        middle = self.median("p_core")
+        if middle is None:
+            return self.runs[0]
+        return min(self.runs, key=lambda run: abs((run.number("p_core") or 0.0) - float(middle or 0.0)))
+
+
+def as_number(value: Any) -> Optional[float]:
+    """A finite number, or None: results of other versions and broken ones hold what they like."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value) if abs(value) < float("inf") else None
+    except OverflowError:
+        return None
+
+
+def find(patterns: List[str]) -> Tuple[List[Run], List[str]]:
+    """Read run folders.
+
+    Args:
+        patterns: run folders, folders above them (sweeps), globs of either.
+
+    Returns:
+        The runs, each once, in the order given and below a folder by name; and a line for each place that has none.
+    """
+    runs: Dict[Path, Run] = {}
+    trouble: List[str] = []
+    for pattern in patterns:
+        places = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
+        found = [folder for place in places for folder in _folders(Path(place))]
+        if not places:
+            trouble.append(f"{pattern}: there is no such folder")
+        elif not found:
+            trouble.append(f"{pattern}: holds no run (no result.json)")
+        for folder in found:
+            if folder.resolve() in runs:
+                continue
+            try:
+                runs[folder.resolve()] = _read(folder)
+            except (OSError, ValueError, RecursionError) as error:
+                trouble.append(f"{folder}: result.json cannot be read ({error})")
+    return list(runs.values()), trouble
+
+
+def _folders(place: Path) -> Iterator[Path]:
+    if place.name == "result.json":
+        place = place.parent
+    for root, folders, files in os.walk(str(place)):
+        folders.sort(key=lambda name: (len(name), name) if name.isdigit() else (0, name))
+        if "result.json" in files:
+            folders.clear()
+            yield Path(root)
+        if "jobs" in folders:  # of a sweep: combinations that an earlier sweep had done stand where that left them
+            for note in sorted((Path(root) / "jobs").glob("*.json")):
+                run_dir = _json(note).get("run_dir")
+                if isinstance(run_dir, str) and (Path(run_dir) / "result.json").is_file():
+                    yield Path(run_dir)
+
+
+def _read(folder: Path) -> Run:
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    if not isinstance(result, dict) or not {"hardware", "topology", "status"} <= set(result):
+        raise ValueError("it is not a result of train")
+    result.update({key: str(result[key]) for key in _TEXTS if result.get(key) is not None})
+    if not result["hardware"] or not result["status"]:
+        raise ValueError("hardware or status is empty")
+    environment = {key: value for key, value in _json(folder / "environment.json").items() if _is_plain(key, value)}
+    if result["status"] == "running" and not _alive(folder, environment):
+        result["status"] = "killed"
+    return Run(folder, result, environment, _settings(folder))
+
+
+def _is_plain(key: str, value: Any) -> bool:
+    """Whether an entry of environment.json has the type that `train` gives it."""
+    if key in ("packages", "variables"):
+        return isinstance(value, dict) and all(isinstance(version, str) for version in value.values())
+    if key in ("cards", "command"):
+        return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+    return not isinstance(value, (dict, list))
+
+
+def _settings(folder: Path) -> Dict[str, Any]:
+    """The configuration as the job had it, else as Hydra has left it."""
+    config = _json(folder / "job.json").get("config")
+    if isinstance(config, dict):
+        return _flat(config)
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "config.yaml"), resolve=True)
+        return _flat(loaded)
+    except Exception:  # none, torn, or of something else
+        return {}
+
+
+def _alive(folder: Path, environment: Dict[str, Any]) -> bool:
+    """Whether a run that says it is running is: by its process on this machine, by the age of its files elsewhere."""
+    pid = environment.get("pid")
+    if isinstance(pid, int) and environment.get("host") == platform.node():
+        try:
+            line = " ".join(psutil.Process(pid).cmdline())
+            return "lit_glm" in line or "lit-glm" in line
+        except psutil.Error:
+            return False
+    newest = max((path.stat().st_mtime for path in folder.iterdir() if path.is_file()), default=0.0)
+    return time.time() - newest < _SILENT_S
+
+
+def _json(path: Path) -> Dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+
+
+def _flat(node: Any, prefix: str = "") -> Dict[str, Any]:
+    if not isinstance(node, dict):
+        return {prefix[:-1]: node}
+    flat: Dict[str, Any] = {}
+    for key, value in node.items():
+        flat.update(_flat(value, f"{prefix}{key}."))
+    return flat
+
+
+def better(value: Optional[float], figure: str) -> Tuple[bool, float]:
+    """Sorts by a figure, the best first and what has none last."""
+    if value is None:
+        return True, 0.0
+    return False, value if less_is_better(figure) else -value
+
+
+def rows(runs: List[Run]) -> List[Row]:
+    """Put runs into rows: one a hardware, topology, precision, fix_hp and scoring.
+
+    Runs whose settings differ in more than the seed get rows of their own, which say in what they differ; so do
+    rehearsals, and runs that did not end as they should.
+    """
+    groups: Dict[str, Row] = {}
+    for run in runs:
+        key = json.dumps([_named(run), _kind(run), _compared(run)], sort_keys=True, default=str)
+        groups.setdefault(key, Row([])).runs.append(run)
+    found = list(groups.values())
+    for row in found:
+        others = [other for other in found if other is not row and _named(other.runs[0]) == _named(row.runs[0])]
+        own = _compared(row.runs[0])
+        for other in others:
+            theirs = _compared(other.runs[0])
+            for name in sorted({*own, *theirs}):
+                if own.get(name) != theirs.get(name):
+                    row.differs[name] = own.get(name)
+    found.sort(key=lambda row: (str(row["hardware"]), row.nodes, str(row["precision"]), str(row["fix_hp"])))
+    for row in found:
+        namesakes = [other for other in found if _named(other.runs[0]) == _named(row.runs[0])]
+        row.number = namesakes.index(row) + 1 if len(namesakes) > 1 else 0
+    return found
+
+
+def _named(run: Run) -> List[Any]:
+    named = [run.result.get(key) for key in ("scoring", "hardware", "topology", "precision", "fix_hp")]
+    return named if run.settings else [*named, run.result.get("model")]
+
+
+def _kind(run: Run) -> List[Any]:
+    """What must not be mixed within a row."""
+    software = [(run.environment.get("packages") or {}).get("torch"), run.environment.get("driver")]
+    own = [bool(run.result.get(key)) for key in ("simulated", "profiled")]
+    state = [*own, run.complete or str(run.path)]
+    return [*state, run.result.get("tf32"), run.result.get("runtime"), *software]
+
+
+def _compared(run: Run) -> Dict[str, Any]:
+    skip = (*_REPETITION, *_PLACES)
+    own = ("run.resume", "run.stall_timeout_s", "run.rendezvous_timeout_s", "run.checkpoint_interval_steps")
+    described = ("hardware.", "topology.", "report.", "sweep.", "logger.", "callbacks.", "hydra.")
+    measured = ("hardware.env.", "hardware.runtime")
+    return {
+        key: value
+        for key, value in run.settings.items()
+        if key.startswith(measured) or (key not in skip + own and not key.startswith(described))
+    }
+
+
+def differences(one: Run, other: Run) -> List[Tuple[str, Any, Any]]:
+    """Settings and versions in which two runs differ: (key, one's, other's)."""
+    names = ("python", "os", "kernel", "driver", "host", "card", "git_commit")
+
+    def everything(run: Run) -> Dict[str, Any]:
+        packages = run.environment.get("packages") or {}
+        found = {f"package {name}": version for name, version in packages.items()}
+        found.update({f"environment {name}": run.environment.get(name) for name in names})
+        return {**found, **run.settings}
+
+    left, right = everything(one), everything(other)
+    return [(key, left.get(key), right.get(key)) for key in sorted({*left, *right}) if left.get(key) != right.get(key)]

@@ -1,0 +1,93 @@
+"""Where earlier runs are: the one that should go on, and those of a configuration."""
+
+import os
+from pathlib import Path
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
+
+from lit_glm.config.schema import TrainConfig
+from lit_glm.errors import InputError
+from lit_glm.runs.job_spec import FILE, identity, read_plain
+from lit_glm.runs.lock import is_running
+from lit_glm.runs.result import is_complete
+
+Places = Sequence[Tuple[Path, int]]
+"""Folders, and how many levels below each run folders are looked for."""
+
+
+def resolve(resume: str, config: TrainConfig, run_dir: Path) -> Optional[Path]:
+    """The run folder that `run.resume` means.
+
+    Args:
+        resume: a run folder, or auto.
+        config: of the command line.
+        run_dir: where a new run would go; runs beside it are looked at too.
+
+    Returns:
+        The folder; None if `auto` finds none, and a new run is to be started.
+
+    Raises:
+        InputError: if the folder is no run folder.
+    """
+    if resume != "auto":
+        folder = Path(resume)
+        if not (folder / FILE).is_file():
+            raise InputError(f"run.resume={resume}: is no run folder (it has no {FILE})")
+        return folder
+    return newest_unfinished(by_identity(near(run_dir)).get(identity(config), []))
+
+
+def requeued(config: TrainConfig, run_dir: Path) -> Optional[Path]:
+    """The run of this very Slurm job, if Slurm has put it back into the queue and started it again."""
+    if os.environ.get("SLURM_RESTART_COUNT", "0") in ("", "0"):
+        return None
+    runs = by_identity(near(run_dir)).get(identity(config), [])
+    own = [run for run in runs if (read_plain(run) or {}).get("slurm_job") == os.environ.get("SLURM_JOB_ID")]
+    return max(own, key=_time, default=None)
+
+
+def newest_unfinished(runs: List[Path]) -> Optional[Path]:
+    """The newest of some runs that is neither complete nor being worked at."""
+    return max((run for run in runs if not is_complete(run) and not is_running(run)), key=_time, default=None)
+
+
+def best_of(runs: List[Path]) -> Optional[Path]:
+    """The newest complete run of a configuration, else the newest."""
+    return max([run for run in runs if is_complete(run)] or runs, key=_time, default=None)
+
+
+def near(run_dir: Path) -> Places:
+    """Where runs are that may go on: the folder itself, its siblings, and all below outputs/ and multirun/."""
+    return [
+        (run_dir, 0),
+        (run_dir.parent, 1),
+        (run_dir.parent.parent, 2),
+        (Path("outputs"), 3),
+        (Path("multirun"), 3),
+    ]
+
+
+def by_identity(places: Places) -> Dict[str, List[Path]]:
+    """Run folders by the name of their configuration. Reads one small file a folder, and compares nothing else."""
+    found: Dict[str, List[Path]] = {}
+    for folder in run_folders(places):
+        name = (read_plain(folder) or {}).get("identity")
+        if isinstance(name, str):
+            found.setdefault(name, []).append(folder)
+    return found
+
+
+def run_folders(places: Places) -> Iterator[Path]:
+    """All run folders in some places, each once."""
+    seen = set()
+    for place, depth in places:
+        for root, folders, files in os.walk(str(place)):
+            if FILE in files and os.path.realpath(root) not in seen:
+                seen.add(os.path.realpath(root))
+                yield Path(root)
+            folders[:] = [name for name in folders if name != "nodes"]  # jobs of a run's further nodes
+            if len(Path(root).relative_to(place).parts) >= depth or FILE in files:
+                folders.clear()
+
+
+def _time(folder: Path) -> float:
+    return (folder / FILE).stat().st_mtime

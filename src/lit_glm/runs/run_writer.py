@@ -1,0 +1,111 @@
+"""The files that rank 0 writes during a run: CSV tables row by row, result.json about once per second."""
+
+import csv
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
+
+from lit_glm.atomic_files import replacing, write_json
+from lit_glm.runs import result
+
+STEPS = ("step", "epoch", "samples", "loss", "lr", "grad_norm", "data_s", "compute_s", "step_s", "loss_scale")
+EVALS = ("step", "samples", "acc", "seconds")
+MEMORY = ("step", "seconds", "gib")
+"""Of memory.csv: memory in use on the first rank's device, about once a second, seconds since the entry of train."""
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+class Table:
+    """A CSV file that is complete up to its last line at any moment."""
+
+    def __init__(self, path: Path, columns: Sequence[str], keep_steps: Optional[int] = None) -> None:
+        """Open a table.
+
+        Args:
+            path: the file.
+            columns: its header.
+            keep_steps: lines up to this step stay, later ones and a torn last one go; None: begin anew.
+        """
+        self._columns = columns
+        self.rows: List[Dict[str, str]] = []
+        found: List[Dict[str, str]] = []
+        if keep_steps is not None and path.is_file():
+            found = read_table(path, columns)
+            self.rows = [row for row in found if int(row["step"]) <= keep_steps]
+        self.cut = len(found) - len(self.rows)
+        """Lines that went."""
+        with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            file.write(",".join(columns) + "\n")
+            file.writelines(",".join(row[name] for name in columns) + "\n" for row in self.rows)
+        self._file = path.open("a", encoding="utf-8")
+
+    def add(self, **values: Any) -> None:
+        """Append a line; a value that does not exist is an empty field."""
+        self._file.write(",".join(_text(values.get(name)) for name in self._columns) + "\n")
+        self._file.flush()  # a run that is killed has this line
+
+    def total(self, column: str) -> float:
+        """Sum of a column over the lines that were kept."""
+        return sum(float(row[column]) for row in self.rows if row[column])
+
+
+def read_table(path: Path, columns: Sequence[str]) -> List[Dict[str, str]]:
+    """The complete lines of a table; a last line without its line feed was being written when the run was killed."""
+    text = path.read_text(encoding="utf-8")
+    complete = text[: text.rfind("\n") + 1].splitlines()
+    rows = list(csv.DictReader(complete))
+    return [row for row in rows if all(row.get(name) is not None for name in columns)]
+
+
+_RESULT_EVERY_S = 1.0
+
+
+class LiveRun:
+    """A run that goes on continues its files; what it did before is read from them."""
+
+    def __init__(self, run_dir: Path, steps_done: int, resumes: bool) -> None:
+        """Open the files.
+
+        Args:
+            run_dir: the run folder.
+            steps_done: steps that stand; later lines of an interrupted run are cut off.
+            resumes: whether the folder holds an earlier part of this run.
+        """
+        self.path = run_dir
+        keep = steps_done if resumes else None
+        self.steps = Table(run_dir / "steps.csv", STEPS, keep)
+        self.evals = Table(run_dir / "evals.csv", EVALS, keep)
+        self.memory = Table(run_dir / "memory.csv", MEMORY, keep)
+        self.before: Dict[str, Any] = (result.read_result(run_dir) or {}) if resumes else {}
+        self.interruptions = int(self.before.get("interruptions") or 0) + int(resumes)
+        self.repeated_steps = int(self.before.get("repeated_steps") or 0) + self.steps.cut
+        """Steps that were done, and done again because no checkpoint had them."""
+        self._written = 0.0
+
+    @property
+    def accuracy(self) -> Optional[float]:
+        """Of the last evaluation that stands."""
+        return float(self.evals.rows[-1]["acc"]) if self.evals.rows else None
+
+    @property
+    def evaluated_step(self) -> int:
+        """Of that evaluation; -1 without one."""
+        return int(self.evals.rows[-1]["step"]) if self.evals.rows else -1
+
+    def write(self, row: Dict[str, Any]) -> None:
+        """Write result.json."""
+        self._written = time.monotonic()
+        write_json(self.path / result.FILE, {**row, "schema_version": result.SCHEMA_VERSION})
+
+    def of_steps(self, column: str) -> List[float]:
+        """A column of steps.csv, of the steps before an interruption too."""
+        return [float(row[column]) for row in read_table(self.path / "steps.csv", STEPS)]
+
+    def stale(self) -> bool:
+        """Whether result.json is old enough to be written again."""
+        return time.monotonic() - self._written > _RESULT_EVERY_S

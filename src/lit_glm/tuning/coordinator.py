@@ -1,0 +1,134 @@
+"""The first node decides which batch size comes next; the others run their part of the same tries."""
+
+import os
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Optional
+
+from lit_glm.launch.signals import Interrupted, stopping
+from lit_glm.planning.workload import Workload
+from lit_glm.tuning.search import FITS, LIMIT, TIME, Try, fastest, largest, next_bs
+from lit_glm.tuning.search_state import Record
+from lit_glm.tuning.trial_queue import Orders, orders_of
+from lit_glm.tuning.trial_runner import Trials
+
+
+def lead(config: Any, trials: Trials, folder: Path, train: Any) -> int:
+    """Search to the end, or as far as time allows; returns the exit status."""
+    _stop_in_order()
+    record = Record(folder, config)
+    if record.tries:
+        print(f"lit_glm: goes on after {len(record.tries)} tries", flush=True)
+    runtime = _runtime(config)
+    limit, most = record.seconds + 60.0 * config.tune.max_minutes, len(train) // config.topology.world_size
+    orders = Orders(folder) if config.topology.num_nodes > 1 else None
+    record.write(done=False)  # from now on the folder is this search's
+    status = 0
+    try:
+        while True:
+            bs = next_bs(record.tries, most, config.tune.repeats)
+            left = limit - record.seconds
+            if bs is None or left <= 0:
+                break
+            begun = time.monotonic()
+            work = _work(config, bs, train)
+            tried = _beyond_memory(work, config, bs, runtime)
+            if tried is None:
+                number = sum(one.bs == bs for one in record.tries)
+                place = folder / "tries" / f"bs{bs}_{number}"
+                if orders is not None:
+                    orders.give(bs, str(place.relative_to(folder)))
+                try:
+                    tried = trials.run(bs, place, work, left)
+                finally:
+                    record.seconds += time.monotonic() - begun
+            record.tries.append(tried)
+            record.write(done=False)
+            print(f"lit_glm: {_line(tried)}", flush=True)
+            if tried.status == TIME:
+                break
+        if record.seconds >= limit or (record.tries and record.tries[-1].status == TIME):
+            print(
+                f"lit_glm: tune.max_minutes={config.tune.max_minutes:g} are over: what is known so far; "
+                f"go on with more of them and run.resume={folder}",
+                flush=True,
+            )
+    except Interrupted as stop:
+        record.write(done=False)
+        print(f"lit_glm: {stop}; go on with run.resume={folder}", file=sys.stderr)
+        status = stop.exit_status
+    finally:
+        if orders is not None:
+            orders.give(None, "")
+    best, top = fastest(record.tries), largest(record.tries)
+    last = best or top or 1
+    print(record.conclude(_work(config, last, train), _software()), flush=True)
+    answered = [one for one in record.tries if one.status != TIME]
+    record.write(done=next_bs(answered, most, config.tune.repeats) is None)
+    return status or (0 if best is not None else 1)
+
+
+def follow(config: Any, trials: Trials, folder: Path) -> int:
+    """Run this node's part of each try that the first node begins."""
+    _stop_in_order()
+    print(f"lit_glm: waiting for node 0 to begin a try in {folder}", flush=True)
+    for bs, place in orders_of(folder, config.run.stall_timeout_s):
+        trials.take_part(bs, folder / place, int(os.environ["NODE_RANK"]), config.run.stall_timeout_s)
+    return 0
+
+
+def _stop_in_order() -> None:
+    """A signal ends the try that runs, and the search behind it, with what is known on disk."""
+
+    def stop(number: int, _frame: Any) -> None:
+        raise Interrupted(number)
+
+    for number in stopping():
+        signal.signal(number, stop)
+
+
+def _runtime(config: Any) -> Any:
+    """Asked for the device's memory; None where it can only be asked by the ranks themselves."""
+    if config.hardware.accelerator != "cpu" and config.hardware.runtime != "simulated":
+        return None  # a driver that this process has opened would stand in the tries' way
+    from lit_glm.hardware.runtimes.selection import make_runtime
+
+    return make_runtime(config.hardware, config.topology)
+
+
+def _work(config: Any, bs: int, train: Any) -> Workload:
+    data = replace(config.data, longest_first=True)
+    return Workload(replace(config, bs=bs, data=data), train, None)
+
+
+def _beyond_memory(work: Workload, config: Any, bs: int, runtime: Optional[Any]) -> Optional[Try]:
+    """A batch size that the estimate puts far beyond a machine's memory would take the machine with it."""
+    from lit_glm.metrics.memory_estimate import judge
+
+    if runtime is None:
+        return None
+    found = judge(replace(config, bs=bs), work.lengths, runtime)
+    if (found.own is None or found.guess.total <= 1.1 * found.own) and not found.host:
+        return None
+    own = "" if found.own is None else f" of {found.own / 2**30:.1f}"
+    return Try(bs, LIMIT, said=found.host or f"estimated at {found.guess.total / 2**30:.1f}{own} GiB")
+
+
+def _line(tried: Try) -> str:
+    if tried.status != FITS:
+        return f"bs={tried.bs}: {tried.status} ({tried.said[:160]})"
+    memory = "" if tried.memory_gib is None else f", {tried.memory_gib:.2f} GiB"
+    return f"bs={tried.bs}: {tried.p_core or 0.0:.4g} samples/s{memory}"
+
+
+def _software() -> str:
+    import datetime
+
+    import torch
+
+    import lit_glm
+
+    return f"lit_glm {lit_glm.__version__}, torch {torch.__version__}, {datetime.date.today()}"

@@ -1,0 +1,183 @@
+"""One check after the other, and what one failure says of the next."""
+
+import platform
+from dataclasses import replace
+from typing import Any, Callable, Dict, Iterator, List
+
+import torch
+
+from lit_glm.check_result import Finding
+from lit_glm.config.schema import TrainConfig
+from lit_glm.errors import InputError
+from lit_glm.hardware.precision import make_precision
+from lit_glm.hardware.runtimes.base import Runtime
+from lit_glm.metrics.flops import peak_name
+from lit_glm.verification import collectives_check, dropout_check, model_check, timing_check
+from lit_glm.verification.fixtures import Sample, make
+from lit_glm.verification.operator_check import Operators, Seen, fallbacks
+from lit_glm.verification.stepper import Stepper
+
+_NARROW = {
+    "num_layers": 2,
+    "hidden_size": 256,
+    "num_attention_heads": 4,
+    "vocab_size": 2048,
+    "max_sequence_length": 128,
+}
+_ADVICE = {
+    "differs": "the device computes it wrongly: report it to the chip's vendor with these shapes",
+    "missing": "the device's software lacks it: a newer one, or another runtime of the chip",
+    "falls back": "it runs on the processor, with two copies: its time is not the chip's",
+}
+
+
+class Acceptance:
+    """All checks of a chip."""
+
+    def __init__(self, configurations: List[TrainConfig], runtime: Runtime, whole: bool) -> None:
+        """Get ready.
+
+        Args:
+            configurations: one a precision.
+            runtime: of the chip.
+            whole: take the model as it is, on a processor too.
+        """
+        self.configurations, self._runtime = configurations, runtime
+        self._cut = runtime.device(0).type == "cpu" and not whole
+        if self._cut:
+            length = _NARROW["max_sequence_length"]
+            self.configurations = [
+                replace(one, model=replace(one.model, **_NARROW), data=replace(one.data, max_seq_length=length))  # type: ignore[arg-type]
+                for one in configurations
+            ]
+        self.done: List[Finding] = []
+        self.passed: Dict[str, bool] = {}
+        """Of each precision that could be tried: whether it passed, and all that belongs to none."""
+
+    def what(self) -> str:
+        """What is about to be verified."""
+        config, model = self.configurations[0], self.configurations[0].model
+        cut = "cut to " if self._cut else ""
+        precisions = ", ".join(one.precision.name for one in self.configurations)
+        return (
+            f"{self._runtime.name} for {config.hardware.name}, {precisions}; "
+            f"{model.name} {cut}{model.num_layers} x {model.hidden_size}, {config.data.max_seq_length} tokens"
+        )
+
+    def device(self) -> Dict[str, Any]:
+        """What the verification belongs to."""
+        config, runtime = self.configurations[0], self._runtime
+        return {
+            "hardware": config.hardware.name,
+            "topology": config.topology.name,
+            "runtime": runtime.name,
+            "simulated": runtime.simulated,
+            "driver": config.report.driver or runtime.driver_version(),
+            "card": runtime.device_name(0),
+            "host": platform.node(),
+            "torch": torch.__version__,
+        }
+
+    def checks(self) -> Iterator[Finding]:
+        """Run everything."""
+        for config in self.configurations:
+            own = []
+            for check in self._of_precision(config):
+                own.append(check)
+                yield check
+            self.done += own
+            if [check.status for check in own] != ["skip"]:
+                self.passed[config.precision.name] = not any(check.status == "fail" for check in own)
+        config, runtime = self.configurations[0], self._runtime
+        for name, run in (
+            ("dropout", lambda: [dropout_check.check(runtime)]),
+            ("collectives", lambda: [collectives_check.check(config)]),
+            ("clock", lambda: [timing_check.clock(runtime)]),
+            ("bandwidth", lambda: timing_check.bandwidth(runtime)),
+        ):
+            for check in _kept(name, run):
+                self.done.append(check)
+                if check.status == "fail":
+                    self.passed = dict.fromkeys(self.passed, False)
+                yield check
+
+    def _of_precision(self, config: TrainConfig) -> Iterator[Finding]:
+        name, runtime = config.precision.name, self._runtime
+        try:
+            plugin: Any = make_precision(config, runtime, tried=name != "fp32")  # what fp32 lacks is named below
+        except InputError as error:
+            first = str(error).splitlines()[0]
+            yield Finding(f"precision {name}", "skip", first, advice="take it out of the hardware file's precisions")
+            return
+        which = peak_name(config, runtime.has_tf32)
+        tf32 = which == "tf32"
+        sample = make(config)
+        seen: List[Seen] = []
+        yield from _kept(f"operators {name}", lambda: _operators(config, sample, runtime, tf32, seen))
+        wrong = sorted({one.name for one in seen if one.status in ("differs", "missing")})
+        if any(one.status == "missing" for one in seen):
+            yield Finding(f"model {name}", "skip", f"not checked: there is no {', '.join(wrong)}")
+        else:
+            for check in _kept(f"model {name}", lambda: model_check.layers(config, sample, runtime, tf32)):
+                yield _explained(check, wrong)
+            for check in _kept(f"training {name}", lambda: model_check.training(config, sample, runtime, tf32)):
+                yield _explained(check, wrong)
+        peak = config.hardware.peak_tflops.get(which)
+        yield from _kept(f"speed {name}", lambda: timing_check.speed(config, runtime, plugin.computes_in, peak, which))
+
+
+def _kept(name: str, run: Callable[[], List[Finding]]) -> List[Finding]:
+    """What a check says, or what it raised."""
+    try:
+        return run()
+    except Exception as error:
+        text = " ".join(str(error).split())[:300]
+        return [Finding(name, "fail", f"{type(error).__name__}: {text}")]
+
+
+def _explained(check: Finding, wrong: List[str]) -> Finding:
+    """What follows from an operator that is named already is no failure of its own."""
+    if check.status == "fail" and wrong:
+        return replace(check, status="warn", advice=f"follows from {', '.join(wrong)}, above")
+    return check
+
+
+def _operators(config: TrainConfig, sample: Sample, runtime: Runtime, tf32: bool, seen: List[Seen]) -> List[Finding]:
+    """A training step and an evaluation of each scoring; what is wrong in lines of its own."""
+    model = replace(
+        sample.model, hidden_dropout=config.model.hidden_dropout, attention_dropout=config.model.attention_dropout
+    )
+    operators = Operators(runtime.device(0), tf32)
+    backs: List[Any] = []
+    for batch in (sample.flat, sample.padded):
+        stepper = Stepper(config, replace(sample, model=model), runtime)
+        with operators.watching():
+            stepper.train(batch)
+            stepper.evaluate(batch)
+        if not any(one.status == "missing" for one in operators.seen.values()):
+            backs += fallbacks(lambda: (stepper.train(batch), stepper.evaluate(batch)))  # noqa: B023
+    seen += operators.seen.values()
+    for name, said in dict(backs).items():
+        if not any(one.name == name and one.status == "falls back" for one in seen):
+            seen.append(Seen(name, "", "falls back", said=said))
+    label = f"operators {config.precision.name}"
+    checks = []
+    for one in seen:
+        if one.status in _ADVICE:
+            what = (
+                f"{one.status}{f': {one.said}' if one.said else ''} {f'({one.shapes})' if one.shapes else ''}".strip()
+            )
+            figure, bound = (one.far.typical, one.bound) if one.status == "differs" else (None, None)
+            checks.append(Finding(f"{label}: {one.name}", "fail", what, _ADVICE[one.status], figure, bound))
+    unknown = sorted({one.name for one in seen if one.status == "unknown"})
+    if unknown:
+        said = f"{', '.join(unknown)}: nothing to compare with alone"
+        checks.append(Finding(f"{label}: unknown", "warn", said, advice="judged by the model below"))
+    good = [one for one in seen if one.status == "ok"]
+    nearest = max(good, key=lambda one: one.far.typical / (one.bound or 1.0), default=None)
+    if nearest is not None:
+        drawn = sum(one.status == "drawn" for one in seen)
+        names = {one.name for one in good}
+        said = f"{len(names)} in {len(good)} shapes agree, {drawn} draw numbers; nearest to its bound {nearest.name}"
+        checks.append(Finding(label, "ok", said, figure=nearest.far.typical, bound=nearest.bound))
+    return checks

@@ -1,0 +1,91 @@
+"""The whole model against the processor's in float64: layer by layer, all gradients, a short training."""
+
+import math
+from dataclasses import replace
+from typing import List
+
+from lit_glm.check_result import Finding
+from lit_glm.config.schema import TrainConfig
+from lit_glm.hardware.runtimes.base import Runtime
+from lit_glm.verification.error_bounds import distance, of_layers
+from lit_glm.verification.fixtures import Sample
+from lit_glm.verification.stepper import Stepper
+
+_BACKWARD = 4.0
+"""Gradients pass twice as many products as hidden states, and scores of nearly equal size cancel in the loss."""
+_NEGLIGIBLE = 1e-2
+"""A gradient so small beside the largest one is compared with that: it may be zero but for rounding."""
+_STEPS = 25
+_DRIFT = 8.0
+"""How far losses may drift apart over the steps, beside one forward pass."""
+
+
+def layers(config: TrainConfig, sample: Sample, runtime: Runtime, tf32: bool) -> List[Finding]:
+    """Hidden states after every layer, scores and loss; then the gradient of every parameter."""
+    exact_stages, exact_gradients = Stepper(config, sample, runtime, exact=True).insides(sample.flat)
+    own = Stepper(config, sample, runtime)
+    stages, gradients = own.insides(sample.flat)
+    width = sample.model.hidden_size
+    worst, first = 0.0, ""
+    bound = of_layers(own.computes_in, sample.model.num_layers, width, tf32)
+    for number, ((name, mine), (_, theirs)) in enumerate(zip(stages, exact_stages)):
+        limit = of_layers(own.computes_in, min(number + 1, sample.model.num_layers), width, tf32)
+        far = distance(mine.float(), theirs.double())
+        worst = max(worst, far.typical * bound / limit)
+        if not far.within(limit) and not first:
+            first = name
+    checks = [
+        Finding(
+            f"model {config.precision.name}",
+            "fail" if first else "ok",
+            f"{first} is the first that deviates" if first else f"{len(stages) - 3} layers, scores and loss agree",
+            "look at the operators that this layer calls, above" if first else "",
+            worst,
+            bound,
+        )
+    ]
+    bound *= _BACKWARD
+    largest = max(float(gradient.square().mean().sqrt()) for gradient in exact_gradients.values())
+    ranked = []
+    for name, theirs in exact_gradients.items():
+        if name not in gradients:
+            ranked.append((math.inf, name))
+            continue
+        ranked.append((distance(gradients[name], theirs, _NEGLIGIBLE * largest).typical, name))
+    far_off, name = max(ranked)
+    deviates = far_off > bound
+    said = f"{name} deviates most" if deviates else f"{len(ranked)} parameters agree"
+    advice = "look at the operators of the backward pass, above" if deviates else ""
+    checks.append(
+        Finding(f"gradients {config.precision.name}", "fail" if deviates else "ok", said, advice, far_off, bound)
+    )
+    return checks
+
+
+def training(config: TrainConfig, sample: Sample, runtime: Runtime, tf32: bool) -> List[Finding]:
+    """25 steps against the processor's, then the same once more on the device."""
+    short = replace(config, optimizer=replace(config.optimizer, lr=1e-4, warmup=0.0))
+    small = replace(sample, model=replace(sample.model, num_layers=min(2, sample.model.num_layers)))
+
+    steppers = [Stepper(short, small, runtime, exact) for exact in (True, False, False)]
+    exact, mine, again = ([stepper.train(small.flat) for _ in range(_STEPS)] for stepper in steppers)
+    bound = _DRIFT * of_layers(steppers[1].computes_in, small.model.num_layers, small.model.hidden_size, tf32)
+    far = max(abs(own - other) / max(1.0, abs(other)) for own, other in zip(mine, exact))
+    name, falls = f"training {config.precision.name}", mine[-1] < mine[0]
+    well = far <= bound and falls
+    said = f"{_STEPS} losses, {mine[0]:.4f} to {mine[-1]:.4f}, as the processor's"
+    checks = [
+        Finding(
+            name,
+            "ok" if well else "fail",
+            said if well else f"losses leave the processor's (the last is {mine[-1]:.4f}, there {exact[-1]:.4f})",
+            "" if well else "look at clipping and optimizer: their operators are above too",
+            far,
+            bound,
+        )
+    ]
+    same = mine == again
+    said = "the same bits twice" if same else "twice the same training gives other bits"
+    advice = "" if same else "comparable, but a resumed run is not equal to an uninterrupted one"
+    checks.append(Finding(f"repeatable {config.precision.name}", "ok" if same else "warn", said, advice=advice))
+    return checks

@@ -1,0 +1,231 @@
+"""The operators that a step really calls, each compared with the processor's in float64 as it is called.
+
+Nothing is listed by hand: a dispatch mode sees every operator below autograd with its arguments. The first time that
+one comes with new shapes or types its inputs are copied to the processor, the device computes, and the copies are
+computed in float64 there.
+"""
+
+import math
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, Iterator, List, Tuple
+
+import torch
+from torch import Tensor
+
+from lit_glm.compat import seeing_operators
+from lit_glm.hardware.oom import is_shortage
+from lit_glm.verification.error_bounds import Distance, distance, of_operator, terms_of, worst
+from lit_glm.verification.reference_ops import counterpart
+
+_DRAWN = ("rand", "bernoulli", "dropout", "normal_", "uniform", "exponential", "multinomial")
+_PLAIN = (
+    "empty", "new_empty", "view", "reshape", "alias", "detach", "transpose", "permute", "slice", "select", "expand",
+    "as_strided", "squeeze", "unsqueeze", "split", "unbind", "unfold", "diagonal", "lift", "set_", "resize",
+    "_local_scalar_dense", "record_stream", "is_pinned", "_pin_memory", "profiler.", "to_mkldnn", "to_dense",
+    "_to_dense",
+)  # fmt: skip
+"""Beginnings of names of operators that compute nothing: they give memory, lay it out or look at it otherwise."""
+
+
+@dataclass
+class Seen:
+    """An operator with the shapes and types that it was called with."""
+
+    name: str
+    shapes: str
+    status: str
+    """ok, differs, missing, falls back, drawn, unknown."""
+    far: Distance = field(default_factory=lambda: Distance(0.0, 0.0))
+    bound: float = 0.0
+    said: str = ""
+
+
+def name_of(operator: Any) -> str:
+    """Such as `aten.addmm`, without the overload."""
+    parts = str(operator).split(".")  # aten.addmm.default
+    return parts[1] if parts[0] == "aten" else ".".join(parts[:2])
+
+
+def tensors_in(value: Any) -> List[Tensor]:
+    """All tensors of an operator's arguments or results."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [tensor for entry in value for tensor in tensors_in(entry)] if isinstance(value, (list, tuple)) else []
+
+
+def changed(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Arguments with everything that is no container changed."""
+    if isinstance(value, dict):
+        return {key: changed(entry, change) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(changed(entry, change) for entry in value)
+    return change(value)
+
+
+def on_host(value: Any) -> Any:
+    """A tensor's copy on the processor, in rows; a device by the processor."""
+    if isinstance(value, Tensor):
+        return _in_rows(value.detach()).to("cpu", copy=True)
+    return torch.device("cpu") if isinstance(value, torch.device) else value
+
+
+def wide(value: Any) -> Any:
+    """Floating tensors and types by float64."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.double()
+    return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
+
+
+class Operators:
+    """Sees all operators of a device and judges each kind of call once."""
+
+    def __init__(self, device: torch.device, tf32: bool) -> None:
+        """Begin.
+
+        Args:
+            device: what is looked at; operators of other devices are not.
+            tf32: whether products of float32 may round their inputs.
+        """
+        self._device, self._tf32 = device, tf32
+        self.seen: Dict[Any, Seen] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, everything is seen."""
+        with seeing_operators(self._see):
+            yield
+
+    def _see(self, operator: Any, args: Any, kwargs: Any) -> Any:
+        name, tensors = name_of(operator), tensors_in([args, kwargs])
+        here = not tensors or any(tensor.device.type == self._device.type for tensor in tensors)
+        if not here or name == "t" or name.startswith(_PLAIN):
+            return operator(*args, **kwargs)
+        key = (str(operator), str([_outline(entry) for entry in (args, kwargs)]))
+        if key in self.seen and self.seen[key].status != "missing":
+            return operator(*args, **kwargs)
+        shapes = ", ".join(f"{_type(tensor)}{list(tensor.shape)}" for tensor in tensors[:4])
+        if any(word in name for word in _DRAWN):
+            self.seen[key] = Seen(name, shapes, "drawn")
+            return operator(*args, **kwargs)
+        before = changed((args, kwargs), on_host)
+        try:
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                out = operator(*args, **kwargs)
+        except (NotImplementedError, RuntimeError) as error:
+            if is_shortage(error):
+                raise
+            self.seen[key] = Seen(name, shapes, "missing", said=str(error).strip().splitlines()[0][:200])
+            return self._by_the_processor(operator, args, before, error)
+        found = self._judged(operator, name, shapes, before, (args, kwargs), out)
+        backs = [str(entry.message) for entry in said if "fall" in str(entry.message).lower()]
+        elsewhere = [tensor for tensor in tensors_in(out) if tensor.device.type != self._device.type]
+        if backs or (elsewhere and "to_copy" not in name and "copy_" not in name):
+            found.status, found.said = "falls back", (backs or [f"its result is on {elsewhere[0].device}"])[0][:200]
+        self.seen[key] = found
+        return out
+
+    def _by_the_processor(self, operator: Any, args: Any, before: Any, error: Exception) -> Any:
+        """What the device cannot do, in float64, so that the step goes on."""
+        wide_args, wide_kwargs = changed(before, wide)
+        try:
+            out = counterpart(name_of(operator), operator, wide_args, wide_kwargs)
+        except Exception:
+            raise error from None
+        if name_of(operator).endswith("_"):
+            for mine, theirs in zip(tensors_in(args), tensors_in(wide_args)):
+                mine.copy_(theirs)
+            return args[0]
+        floating = next((tensor.dtype for tensor in tensors_in(args) if tensor.is_floating_point()), torch.float32)
+
+        def back(part: Any) -> Any:
+            if not isinstance(part, Tensor):
+                return part
+            return part.to(self._device, floating if part.is_floating_point() else part.dtype)
+
+        return changed(out, back)
+
+    def _judged(self, operator: Any, name: str, shapes: str, before: Any, after: Any, out: Any) -> Seen:
+        writes = name.endswith("_") or str(operator).endswith("out")
+        try:
+            inputs = changed(before, wide)
+            exact: Any = counterpart(name, operator, *inputs)
+        except Exception as error:
+            return Seen(name, shapes, "unknown", said=f"{type(error).__name__}: {' '.join(str(error).split())[:120]}")
+        if exact is None and not writes:
+            return Seen(name, shapes, "unknown", said="the processor has it in no other way")
+        mine = tensors_in(list(after)) if writes else [_in_rows(tensor) for tensor in tensors_in(out)]
+        theirs = tensors_in(list(inputs)) if writes else tensors_in(exact)
+        pairs = [(own, other) for own, other in zip(mine, theirs) if own.numel()]
+        terms = terms_of(tensors_in(list(before)), [own for own, _ in pairs])
+        far, bound, status = [Distance(0.0, 0.0)], 0.0, "ok"
+        for own, other in pairs:
+            if own.is_floating_point():
+                narrowest = _narrowest([own, *tensors_in(list(before))])
+                in_type = any(word in name for word in _ADDS_IN_TYPE)
+                own_bound = of_operator(narrowest, terms, self._tf32, "attention" in name, in_type)
+                # What nearly cancels is as far off as what it was made of.
+                least = _size(tensors_in(list(inputs))) if narrowest is torch.float32 else 0.0
+                distant = distance(own, other.double(), least)
+                bound = max(bound, own_bound)
+                status = status if distant.within(own_bound) else "differs"
+            else:
+                share = float((own.cpu() != other.to(own.dtype)).double().mean())
+                distant = Distance(share, share)
+                status = status if share <= _TIES else "differs"
+            far.append(distant)
+        return Seen(name, shapes, status, worst(far), bound)
+
+
+_ADDS_IN_TYPE = ("index_add", "scatter_add", "embedding_dense_backward", "index_put")
+"""Operators that add one number after the other to what is stored, in its type."""
+_TIES = 1e-4
+"""Share of the comparisons that may come out otherwise: of numbers that only float64 tells apart."""
+
+
+def _in_rows(tensor: Tensor) -> Tensor:
+    """Itself; a tensor in oneDNN's own layout, which only its operators read, as any other."""
+    return tensor.to_dense() if tensor.is_mkldnn else tensor
+
+
+def _narrowest(tensors: List[Tensor]) -> torch.dtype:
+    floating = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
+    return max(floating, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _size(tensors: List[Tensor]) -> float:
+    """Of a product of the inputs: root mean square of the first, less where another one's is below 1."""
+    floating = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    sizes = [float(tensor.double().square().mean().sqrt()) for tensor in floating]
+    known = [size for size in sizes if 0.0 < size < float("inf")]
+    return known[0] * math.prod(min(1.0, size) for size in known[1:]) if known else 0.0
+
+
+def _type(tensor: Tensor) -> str:
+    return str(tensor.dtype).replace("torch.", "")
+
+
+def _outline(value: Any) -> Any:
+    """What tells one kind of call from another: shapes and types, and all that is no tensor."""
+    plain: Callable[[Any], Any] = lambda entry: (  # noqa: E731
+        (str(entry.dtype), tuple(entry.shape)) if isinstance(entry, Tensor) else repr(entry)
+    )
+    return changed(value, plain)
+
+
+def fallbacks(step: Callable[[], Any]) -> List[Tuple[str, str]]:
+    """Operators that torch sends to the processor and back without a word, as its profiler sees them in a step."""
+    with torch.autograd.profiler.profile() as profile:
+        step()
+    found: Dict[str, str] = {}
+    for event in profile.function_events:
+        if event.name == "aten::_to_cpu":
+            parent = event.cpu_parent
+            while parent is not None and (not parent.name.startswith("aten::") or parent.name == event.name):
+                parent = parent.cpu_parent
+            found[parent.name if parent is not None else "unknown"] = "its inputs are copied to the processor"
+    return [(name.replace("aten::", ""), said) for name, said in found.items()]

@@ -1,0 +1,84 @@
+"""Words that people bring from other tools lead to the right key; help has the comments of conf/."""
+
+import re
+import sys
+from typing import Any
+
+import pytest
+
+from conftest import lit_glm_here
+from lit_glm.config.help_text import explained
+from lit_glm.config.hydra_main import CONF, checked, compose
+from lit_glm.config.key_aliases import _KEYS
+from lit_glm.config.schema import TrainConfig, walk
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("learning_rate=1e-4", "write lr=1e-4"),
+        ("batch_size=8", "write bs=8"),
+        ("epochs=3", "write run.max_samples=N"),
+        ("gpus=8", "write topology=1x8"),
+        ("nodes=2", "write topology=2x8"),
+        ("fp32=true", "write precision=fp32"),
+        ("bf16=1", "write precision=bf16"),
+        ("tf32=true", "write precision=fp32 precision.tf32=true"),
+        ("--experiment=quickstart", "write experiment=quickstart without the dashes"),
+        ("quickstart", "did you mean experiment=quickstart?"),
+        ("bs=4,5", "written with -m: train -m bs=4,5"),
+        ("logger=csv,tensorboard", "all of them in one run: logger=[csv,tensorboard]"),
+        ("logger=null", "write logger=none"),
+        ("--learning_rate=1e-5", "write lr=1e-5"),
+        ("mixed_precision=bf16", "write precision=bf16"),
+        ("warmup_steps=100", "optimizer.warmup=SHARE"),
+        ("eval_steps=500", "run.eval_interval_samples=N (samples, not steps"),
+        ("optimizer.wd=0.1", "write optimizer.weight_decay=0.1"),
+    ],
+)
+def test_a_word_of_another_tool_leads_to_the_key(typed: str, said: str, capfd: Any) -> None:
+    assert lit_glm_here("train", typed) == 2
+    error = capfd.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_a_key_inside_a_table_is_no_word_of_another_tool() -> None:
+    how = ["hardware=cpu", "hardware.peak_tflops.fp32=1.5", "precision=amp", "precision.loss_scale.window=7"]
+    assert lit_glm_here("train", *how, "--cfg", "job") == 0
+
+
+def test_all_wrong_words_are_said_at_once(capfd: Any) -> None:
+    assert lit_glm_here("train", "learning_rate=1e-4", "lr", "=", "gpus=2") == 2
+    assert capfd.readouterr().err.count("\n") == 3
+
+
+def test_every_word_leads_to_something_that_exists() -> None:
+    keys = {key for key, _ in walk(TrainConfig())}
+    groups = {folder.name for folder in CONF.iterdir() if folder.is_dir()}
+    assert {key for key in _KEYS if not key.startswith("hydra.")} <= keys | groups
+    words = [word for words in _KEYS.values() for word in words.split(", ")]
+    assert len(words) == len(set(words))
+
+
+@pytest.mark.parametrize("loggers", ["none", "[csv,tensorboard]", "csv"])
+def test_loggers_are_chosen_in_any_number(loggers: str) -> None:
+    config = checked(compose("train", [f"logger={loggers}"]), TrainConfig)
+    assert set(config.logger) == set(re.findall(r"\w+", loggers)) - {"none"}
+
+
+@pytest.mark.parametrize("command", ["train", "prepare", "evaluate", "doctor", "verify", "plan", "tune"])
+def test_help_has_the_comments_of_the_keys(command: str) -> None:
+    text = explained(command)
+    assert "# tokens of context and candidate together" in text
+    assert ("# seconds between readings of the cards' monitor" in text) == (command != "prepare")
+    assert ("# a try that has not ended by then is ended" in text) == (command == "tune")
+    assert "defaults:" not in text
+
+
+def test_help_shows_them(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train"])
+    assert lit_glm_here("train", "--help") == 0
+    shown = capfd.readouterr().out
+    assert "== What can be chosen" in shown
+    assert "# training stops at the first evaluation that reaches it" in shown

@@ -1,0 +1,80 @@
+"""The files of conf/fix_hp/ against the published table, and what is said where nothing was published."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import lit_glm_here
+from lit_glm.config.hydra_main import CONF, checked, compose
+from lit_glm.config.schema import TrainConfig
+from lit_glm.config.tuned_values import nearest_pair, published_topologies
+
+MOST = 5553080
+# FlagPerf training/VENDOR/glm-pytorch/config, commit 1b5a030: pair -> bs, max_samples, lr, seed
+PUBLISHED = {
+    "a100_1x1": (16, 24135, 1e-5, 10483),
+    "a100_1x2": (8, MOST, 1e-5, 10483),
+    "a100_1x4": (8, MOST, 1e-5, 10483),
+    "a100_1x8": (8, MOST, 1e-5, 10483),
+    "a100_2x8": (8, MOST, 1e-5, 10483),
+    "bi_v100_1x1": (8, 24135, 1e-5, 10483),
+    "bi_v100_1x8": (8, MOST, 1e-5, 10483),
+    "bi_v100_2x8": (8, MOST, 1e-5, 10483),
+    "k100_1x1": (16, 24135, 1e-5, 10483),
+    "k100_1x8": (8, MOST, 1e-5, 10483),
+    "c500_1x1": (16, 24135, 1e-5, 10483),
+    "c500_1x8": (16, MOST, 1e-5, 10483),
+    "c500_2x8": (16, MOST, 2e-5, 10483),
+    "r300_1x1": (4, 4000, 1e-5, 4096),
+    "r300_1x8": (5, MOST, 1e-5, 4096),
+    "r300_2x8": (4, 20000, 1e-5, 4096),
+}
+COMMON = {
+    "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "clip_grad": 1.0, "warmup": 0.1,
+    "lr_decay_ratio": 0.1, "lr_decay_iters": 4338, "accumulate": 1,
+}  # fmt: skip
+
+
+def composed(*overrides: str) -> Any:
+    return checked(compose("train", list(overrides)), TrainConfig)
+
+
+def test_every_pair_has_a_file_and_no_file_is_of_no_pair() -> None:
+    assert {file.stem for file in (CONF / "fix_hp").glob("*.yaml")} == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("pair", PUBLISHED)
+def test_a_pair_is_as_published(pair: str) -> None:
+    hardware, _, topology = pair.rpartition("_")
+    config = composed("experiment=flagperf", f"hardware={hardware}", f"topology={topology}")
+    bs, most, lr, seed = PUBLISHED[pair]
+    assert (config.bs, config.eval_bs, config.run.max_samples, config.lr, config.seed) == (bs, bs, most, lr, seed)
+    assert config.tuned_for == pair
+    assert {key: getattr(config.optimizer, key) for key in COMMON} == COMMON
+    assert (config.scoring.name, config.precision.name, config.model.activation_checkpointing) == (
+        "published", "fp32", True,
+    )  # fmt: skip
+    own = {"HSA_FORCE_FINE_GRAIN_PCIE": "1", "GPU_FLUSH_ON_EXECUTION": "1"} if hardware == "k100" else {}
+    assert {key: value for key, value in config.hardware.env.items() if key in own or "HSA" in key} == own
+
+
+def test_without_published_values_it_says_none_and_takes_the_nearest_only_if_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    how = ["experiment=debug", "hardware=a100", "topology=4x8"]
+    config = composed(*how)
+    assert (config.tuned_for, config.bs) == ("none", 4)
+    assert nearest_pair("a100", 32) == " (nearest: a100_2x8, taken with fix_hp=a100_2x8)"
+    asked = composed("hardware=a100", "topology=4x8", "fix_hp=a100_2x8")
+    assert (asked.tuned_for, asked.bs) == ("a100_2x8", 8)
+    assert nearest_pair("h100", 1) == ""
+    run = [f"hydra.run.dir={tmp_path}/run", "run.max_steps=1", "hardware.runtime=simulated", "data.num_workers=0"]
+    assert lit_glm_here("train", "experiment=debug", "hardware=bi_v100", *run, "~fix_hp") == 0
+    said = capsys.readouterr().out
+    assert "values for the pair: none published (nearest: bi_v100_1x1, taken with fix_hp=bi_v100_1x1)" in said
+
+
+def test_a_chip_is_no_part_of_anothers_name() -> None:
+    assert set(published_topologies("bi_v100")) == {"1x1", "1x8", "2x8"}
+    assert published_topologies("bi") == {}

@@ -1,0 +1,70 @@
+"""Batches made ahead are the same batches, in order; errors and endings pass through; evaluation cuts by rows."""
+
+import threading
+import time
+from itertools import count
+from typing import Any, Iterator, List
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lit_glm.data.dataloader import Ahead
+from lit_glm.data.datamodule import by_rows
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 16, 49, 50, 99])
+def test_all_of_it_in_order_again_and_again(depth: int) -> None:
+    ahead = Ahead(range(50), depth)
+    assert list(ahead) == list(range(50))
+    assert list(ahead) == list(range(50))
+
+
+def test_it_is_ahead_but_not_by_much() -> None:
+    made: List[int] = []
+
+    def source() -> Iterator[int]:
+        for number in count():
+            made.append(number)
+            yield number
+
+    items = iter(Ahead(source(), 6))
+    assert next(items) == 0
+    time.sleep(0.3)
+    assert len(made) == 8  # one taken, six waiting, one in the making
+    for taken in range(1, 60):
+        assert next(items) == taken
+        assert len(made) <= taken + 8  # the one taken, six ready, one in the making
+    items.close()  # type: ignore[attr-defined]
+
+
+def test_the_thread_ends_with_the_iterator() -> None:
+    before = set(threading.enumerate())
+    items = iter(Ahead(count()))
+    next(items)
+    (ours,) = [thread for thread in set(threading.enumerate()) - before if thread.name == "batches ahead"]
+    items.close()  # type: ignore[attr-defined]
+    ours.join(10)
+    assert not ours.is_alive()
+
+
+def test_an_error_is_raised_where_the_item_would_have_been() -> None:
+    def source() -> Iterator[int]:
+        yield 1
+        raise ValueError("broken")
+
+    items = iter(Ahead(source()))
+    assert next(items) == 1
+    with pytest.raises(ValueError, match="broken"):
+        next(items)
+
+
+@given(rows=st.lists(st.integers(1, 50), min_size=1, max_size=40), most=st.integers(1, 120))
+def test_evaluation_batches_by_rows(rows: Any, most: int) -> None:
+    batches = by_rows(list(range(len(rows))), np.asarray(rows), most)
+    assert [example for batch in batches for example in batch] == list(range(len(rows)))
+    sizes = [sum(rows[example] for example in batch) for batch in batches]
+    assert all(size <= most or len(batch) == 1 for size, batch in zip(sizes, batches))
+    # No batch could have taken the next one's first example too.
+    assert all(size + rows[batch[0]] > most for size, batch in zip(sizes, batches[1:]))

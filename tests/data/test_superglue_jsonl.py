@@ -1,0 +1,87 @@
+"""Lines that cannot be used are counted by reason, with their numbers, and left out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import GOLDEN, lit_glm_here
+from lit_glm.data.h5sparse import SparseReader
+from lit_glm.data.superglue_jsonl import Skipped, read_questions
+
+VOCAB = GOLDEN / "bert-large-uncased-vocab.txt"
+
+
+def record(query: str = "Then @placeholder left.", answers: Any = ("Ann",), text: str = "Ann met Bob.") -> str:
+    spans = [{"start": text.index(name), "end": text.index(name) + len(name) - 1} for name in ("Ann", "Bob")]
+    qas = [{"idx": 0, "query": query, "answers": [{"start": 0, "end": 2, "text": answer} for answer in answers]}]
+    return json.dumps({"idx": 0, "source": "", "passage": {"text": text, "entities": spans}, "qas": qas})
+
+
+LINES = [
+    record(),
+    "{broken",
+    json.dumps({"idx": 3}),
+    record(query="Nothing to fill."),
+    record(query="@placeholder and @placeholder"),
+    record(answers=()),
+    "",
+    record(query="word " * 600 + "@placeholder"),
+    record(answers=("Cyd",)),
+    json.dumps([1, 2]),
+]
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_reasons_and_line_numbers(train: bool, tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(LINES) + "\n")
+    skipped = Skipped()
+    kept = [question.line for _, found in read_questions(path, train, skipped) for question in found]
+    assert kept == ([1, 8, 9] if train else [1, 8])
+    expected = {
+        "not JSON": [2],
+        "not a ReCoRD record": [3, 10],
+        "no @placeholder": [4],
+        "more than one @placeholder": [5],
+        "no right answer": [6],
+    }
+    assert skipped.lines == (expected if train else {**expected, "no right answer among the entities": [9]})
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_prepare_reports_them(workers: int, tmp_path: Path, capfd: Any) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "val.jsonl").write_text("\n".join(LINES) + "\n")
+    out = tmp_path / "out"
+    arguments = [
+        f"data.raw_dir={raw}",
+        f"data.vocab_file={VOCAB}",
+        f"data.out_dir={out}",
+        f"data.num_workers={workers}",
+    ]
+    assert lit_glm_here("prepare", *arguments) == 0
+    said = capfd.readouterr().out
+    assert "1 examples" in said
+    assert "left out 8" in said
+    assert "1 x query longer than data.max_seq_length=512: line 8" in said
+    assert not (out / "train_hdf5").exists()
+    with SparseReader(out / "eval_hdf5" / "eval_sparse.hdf5", needs_answers=True) as reader:
+        assert reader.num_examples == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ([], "data.raw_dir is not set"),
+        (["data.raw_dir=nowhere", f"data.vocab_file={VOCAB}"], "holds neither train.jsonl nor val.jsonl"),
+        (["data.raw_dir=.", "data.vocab_file=nowhere.txt"], "data.vocab_file=nowhere.txt: cannot be read"),
+    ],
+)
+def test_wrong_folders(overrides: "list[str]", said: str, capfd: Any) -> None:
+    assert lit_glm_here("prepare", *overrides) == 2
+    output = capfd.readouterr()
+    assert said in output.err
+    assert "Traceback" not in output.err

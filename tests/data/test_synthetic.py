@@ -1,0 +1,89 @@
+"""The generated corpus: the same by seed, and no way to the answer but reading the passage."""
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any, Dict, List
+
+import pytest
+
+from lit_glm.config.schema import DataConfig, SyntheticConfig
+from lit_glm.data.synthetic import ensure, vocabulary, write_raw
+from lit_glm.data.tokenizer import WordPieces
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    write_raw(folder, seed=0, num_train=2000, num_eval=1000)
+    return folder
+
+
+def records(folder: Path, name: str) -> List[Dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def names_of(record: Dict[str, Any]) -> List[str]:
+    text = record["passage"]["text"]
+    return [text[span["start"] : span["end"] + 1] for span in record["passage"]["entities"]]
+
+
+def test_same_seed_same_bytes(corpus: Path, tmp_path: Path) -> None:
+    for folder, seed in ((tmp_path / "same", 0), (tmp_path / "other", 1)):
+        write_raw(folder, seed, 2000, 1000)
+        equal = (folder / "train.jsonl").read_bytes() == (corpus / "train.jsonl").read_bytes()
+        assert equal is (seed == 0)
+
+
+def test_baselines_that_ignore_the_passage_stay_near_chance(corpus: Path) -> None:
+    train, held_out = records(corpus, "train.jsonl"), records(corpus, "val.jsonl")
+    how_often = Counter(record["qas"][0]["answers"][0]["text"] for record in train)
+    by_words: Counter = Counter()
+    for record in train:
+        for word in record["qas"][0]["query"].split():
+            by_words[word, record["qas"][0]["answers"][0]["text"]] += 1
+    generator = random.Random(0)
+    chance = sum(1 / len(names_of(record)) for record in held_out) / len(held_out)
+    baselines = {
+        "most often right in training": lambda names, query: max(names, key=lambda name: how_often[name]),
+        "goes best with the words of the query": lambda names, query: max(
+            names, key=lambda name: sum(by_words[word, name] for word in query.split())
+        ),
+        "first by alphabet": lambda names, query: min(names),
+        "random": lambda names, query: generator.choice(names),
+        **{f"stands at {place}": (lambda names, query, place=place: names[place]) for place in range(4)},
+    }
+    for name, choose in baselines.items():
+        right = sum(
+            choose(names_of(record), record["qas"][0]["query"]) == record["qas"][0]["answers"][0]["text"]
+            for record in held_out
+        )
+        assert abs(right / len(held_out) - chance) < 0.06, name
+
+
+def test_everybody_is_named_once_and_words_are_in_the_vocabulary(corpus: Path) -> None:
+    pieces = WordPieces(corpus / "vocab.txt")
+    unknown = vocabulary().index("[UNK]")
+    for record in records(corpus, "val.jsonl"):
+        names = names_of(record)
+        assert len(set(names)) == len(names)
+        assert all(record["passage"]["text"].count(name) == 1 for name in names)
+        assert not any(name in record["qas"][0]["query"] for name in names)
+        text = record["passage"]["text"].replace("@highlight\n", "- ") + " " + record["qas"][0]["query"]
+        assert unknown not in pieces.encode(text.replace("@placeholder", ""))
+
+
+def test_is_made_once_and_anew_for_other_settings(tmp_path: Path) -> None:
+    def data(seed: int) -> DataConfig:
+        return DataConfig(
+            "synthetic", out_dir=str(tmp_path / "out"), max_seq_length=64, synthetic=SyntheticConfig(seed, 20, 10)
+        )
+
+    ensure(data(0))
+    made = (tmp_path / "out" / "train_hdf5" / "train_sparse.hdf5").stat().st_mtime_ns
+    ensure(data(0))
+    assert (tmp_path / "out" / "train_hdf5" / "train_sparse.hdf5").stat().st_mtime_ns == made
+    ensure(data(1))
+    assert (tmp_path / "out" / "train_hdf5" / "train_sparse.hdf5").stat().st_mtime_ns != made
+    assert not list(tmp_path.glob(".*.part-*"))

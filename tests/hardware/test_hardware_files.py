@@ -1,0 +1,168 @@
+"""Chips without the chip: a rehearsal gives the processor's numbers and says so; a missing runtime is said."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import GOLDEN_RUN, lit_glm, lit_glm_here
+from lit_glm.config.schema import HardwareConfig, TopologyConfig
+from lit_glm.errors import InputError
+from lit_glm.hardware.env import set_environment
+from lit_glm.hardware.runtimes.cpu import CPURuntime
+from lit_glm.hardware.runtimes.selection import check_cards, make_runtime
+from parity.test_training import check_trajectory
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_golden_steps_on_two_simulated_cards(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    chip = ["hardware=r300", "hardware.runtime=simulated", "topology=1x2"]
+    done = lit_glm("train", *chip, *GOLDEN_RUN, f"hydra.run.dir={run}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    check_trajectory(run, "erf", 2)
+    result = json.loads((run / "result.json").read_text())
+    assert (result["simulated"], result["runtime"], result["mem_total_gib"]) == (True, "simulated", 32.0)
+    assert "SIMULATED" in done.stdout
+    assert "r300 1x2 (simulated" in done.stdout
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["variables"]["BKCL_PCIE_RING"] == "1"
+    assert environment["cards"] == ["simulated", "simulated"]
+
+
+def test_a_missing_runtime_is_said_with_the_way_out(tmp_path: Path, capfd: Any) -> None:
+    assert lit_glm_here("train", *GOLDEN_RUN, "hardware=r300", f"hydra.run.dir={tmp_path}") == 2
+    said = capfd.readouterr().err
+    assert "torch_xmlir is not installed" in said
+    assert "Install it: the vendor's wheels, pip install" in said
+    assert "hardware.runtime=simulated" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (
+            "hardware.runtimes=[abacus]",
+            "hardware.runtimes=[abacus] (conf/hardware/r300.yaml): one or more of cpu, cuda",
+        ),
+        ("hardware.runtimes=[]", "hardware.runtimes=[] (conf/hardware/r300.yaml): one or more of"),
+        ("hardware.runtimes=[cpu]", "a processor's figures would stand under"),
+    ],
+)
+def test_runtimes_that_a_chip_cannot_have(override: str, said: str, tmp_path: Path, capfd: Any) -> None:
+    assert lit_glm_here("train", *GOLDEN_RUN, "hardware=r300", override, f"hydra.run.dir={tmp_path}/run") == 2
+    assert said in capfd.readouterr().err
+
+
+def test_more_devices_than_there_are(tmp_path: Path) -> None:
+    more = CPURuntime().device_count() + 1
+    done = lit_glm("train", *GOLDEN_RUN, f"topology.devices_per_node={more}", "bs=1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count(f"topology=1x{more} asks for {more} devices a node") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_variables_of_a_chip_never_replace_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIT_GLM_A", "mine")
+    monkeypatch.delenv("LIT_GLM_B", raising=False)
+    said = set_environment(HardwareConfig(name="chip", env={"LIT_GLM_A": "theirs", "LIT_GLM_B": "theirs"}))
+    assert (os.environ["LIT_GLM_A"], os.environ.pop("LIT_GLM_B")) == ("mine", "theirs")
+    assert len(said) == 1
+    assert "LIT_GLM_A=mine is set and stays" in said[0]
+
+
+@pytest.mark.parametrize("runtime", ["cpu", "cuda"])
+def test_no_other_runtimes_figures_under_a_chips_name(runtime: str, tmp_path: Path, capfd: Any) -> None:
+    chip = ["hardware=r300", f"hardware.runtime={runtime}"]
+    assert lit_glm_here("train", *GOLDEN_RUN, *chip, f"hydra.run.dir={tmp_path}/run") == 2
+    assert f"hardware.runtime={runtime}: hardware=r300 runs on xmlir, xpytorch" in capfd.readouterr().err
+
+
+def test_simulated_cards_have_indices() -> None:
+    runtime = make_runtime(HardwareConfig(runtime="simulated", memory_gib=32.0), TopologyConfig(1, 2))
+    assert (runtime.device_count(), runtime.total_memory(0)) == (2, 32 * 2**30)
+    with pytest.raises(InputError, match="card 2 does not exist"):
+        runtime.device(2)
+
+
+def test_a_chip_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """docs/hardware.md: copy a file, change it, run; here in a copy of the checkout."""
+    import shutil
+
+    shutil.copytree(str(ROOT / "conf"), str(tmp_path / "conf"))
+    shutil.copytree(str(ROOT / "src"), str(tmp_path / "src"))
+    chip = (ROOT / "conf" / "hardware" / "cpu.yaml").read_text()
+    chip = chip.replace("name: cpu", "name: newchip").replace("env: {}", "env: {NEWCHIP_RING: '1'}")
+    (tmp_path / "conf" / "hardware" / "newchip.yaml").write_text(chip)
+    run = tmp_path / "run"
+    done = lit_glm(
+        "train",
+        *GOLDEN_RUN,
+        "hardware=newchip",
+        "run.max_steps=2",
+        f"hydra.run.dir={run}",
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path / "src")},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "newchip 1x1" in done.stdout
+    assert json.loads((run / "environment.json").read_text())["variables"]["NEWCHIP_RING"] == "1"
+
+
+class _Card(CPURuntime):
+    """A double of a card that calls itself what a test wants."""
+
+    def device_name(self, index: int) -> str:
+        return "NVIDIA H100 80GB HBM3"
+
+    def total_memory(self, index: int) -> float:
+        return 79.1 * 2**30
+
+
+def test_a_card_is_checked_against_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = ROOT / "conf" / "hardware"
+    wrong = HardwareConfig(name="a100", detect="A100", memory_gib=40.0)
+    with pytest.raises(InputError, match="'NVIDIA H100 80GB HBM3'; take hardware=h100"):
+        check_cards(wrong, _Card(), 1, folder)
+    assert check_cards(HardwareConfig(name="h100", detect="H100", memory_gib=80.0), _Card(), 1, folder) == []
+    hints = check_cards(HardwareConfig(name="cuda"), _Card(), 1, folder)
+    assert "hardware=h100 knows its peak" in hints[0]
+    with pytest.raises(InputError, match="hardware=c500, but card 0 calls itself 'NVIDIA H100"):
+        check_cards(HardwareConfig(name="c500", card="C500"), _Card(), 1, folder)
+    monkeypatch.setattr(_Card, "device_name", lambda self, index: "NVIDIA GeForce RTX 4090")
+    with pytest.raises(InputError, match="hardware=c500, but card 0 .* RTX 4090'; take hardware=another file"):
+        check_cards(HardwareConfig(name="c500", card="C500", vendor="MetaX"), _Card(), 1, folder)
+    monkeypatch.undo()
+    monkeypatch.setattr(_Card, "device_name", lambda self, index: "NVIDIA H200 NVL")
+    with pytest.raises(InputError, match="'NVIDIA H200 NVL'; take hardware=cuda"):
+        check_cards(HardwareConfig(name="h200", detect="NVIDIA H200$"), _Card(), 1, folder)
+    monkeypatch.setattr(_Card, "device_name", lambda self, index: "KUNLUN P800")
+    hints = check_cards(HardwareConfig(name="r300", card="R300", vendor="Kunlunxin"), _Card(), 1, folder)
+    assert hints == ["card 0 calls itself 'KUNLUN P800'; hardware=r300 has the figures of R300"]
+    monkeypatch.undo()
+    other = check_cards(HardwareConfig(name="h100", detect="H100", memory_gib=40.0), _Card(), 1, folder)
+    assert "card 0 has 79.1 GiB" in other[0]
+
+
+def test_what_a_card_is_called_must_be_a_pattern(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("name: mine\ndetect: C500 (64G\n")
+    with pytest.raises(InputError, match="mine.yaml: detect=C500 .64G: not a regular expression"):
+        check_cards(HardwareConfig(name="cuda"), _Card(), 1, tmp_path)
+
+
+def test_no_vendor_outside_its_places() -> None:
+    names = "kunlunxin|xmlir|xpytorch|iluvatar|metax|hygon|nvidia|cuda|nvml|nccl|xccl|bkcl|xacc|xpu"
+    names += "|r300|a100|h[12]00|bi_v100|k100|c500"
+    found = subprocess.run(
+        ["grep", "-rliE", names, "--exclude=*.pyc", str(ROOT / "src" / "lit_glm")],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.split()
+    outside = {str(Path(path).relative_to(ROOT / "src" / "lit_glm")) for path in found}
+    assert all(path.startswith("hardware/") for path in outside), outside

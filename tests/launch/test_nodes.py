@@ -1,0 +1,103 @@
+"""Where a process stands among its nodes, and what it says when the environment does not fit the topology."""
+
+import socket
+
+import pytest
+
+from lit_glm.config.schema import TopologyConfig
+from lit_glm.errors import InputError
+from lit_glm.launch.nodes import check_nodes, check_port, interface_towards, outer_rank, this_node
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm = ("SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS")
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "TORCHELASTIC_RUN_ID", *slurm):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_one_node_finds_a_port_itself() -> None:
+    node = this_node(TopologyConfig(1, 2))
+    assert (node.rank, node.address) == (0, "127.0.0.1")
+    check_port(node.port)
+
+
+def test_several_nodes_need_their_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NODE_RANK", "1")
+    with pytest.raises(InputError, match="missing here: MASTER_ADDR, MASTER_PORT"):
+        this_node(TopologyConfig(2, 8))
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    node = this_node(TopologyConfig(2, 8))
+    assert (node.rank, node.address, node.port) == (1, "10.0.0.1", 29500)
+
+
+@pytest.mark.parametrize(("name", "value"), [("NODE_RANK", "2"), ("NODE_RANK", "one"), ("MASTER_PORT", "70000")])
+def test_a_variable_out_of_range(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, text in {"MASTER_ADDR": "h", "MASTER_PORT": "29500", "NODE_RANK": "0", name: value}.items():
+        monkeypatch.setenv(key, text)
+    with pytest.raises(InputError, match=f"{name}={value}: must be a number from 0 to"):
+        this_node(TopologyConfig(2, 8))
+
+
+def test_slurm_must_have_started_as_many_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, text in {
+        "MASTER_ADDR": "h",
+        "MASTER_PORT": "29500",
+        "NODE_RANK": "0",
+        "SLURM_STEP_NUM_NODES": "3",
+    }.items():
+        monkeypatch.setenv(key, text)
+    with pytest.raises(InputError, match="topology=2x8 has 2 nodes, but Slurm started 3"):
+        this_node(TopologyConfig(2, 8))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("SLURM_STEP_NUM_NODES", "2", "Slurm started 2"),
+        ("SLURM_STEP_NUM_TASKS", "8", "Slurm started 8 tasks: one a node"),
+        ("NODE_RANK", "1", "NODE_RANK=1"),
+    ],
+)
+@pytest.mark.parametrize("devices", [1, 8])
+def test_one_node_that_is_one_of_several(
+    name: str, value: str, said: str, devices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=f"topology=1x{devices} has 1 node, but {said}"):
+        check_nodes(TopologyConfig(1, devices))
+
+
+def test_one_task_of_slurms_is_one_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "1")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    monkeypatch.setenv("NODE_RANK", "0")
+    assert this_node(TopologyConfig(1, 8)).rank == 0
+
+
+def test_a_busy_port_is_said() -> None:
+    with socket.socket() as busy:
+        busy.bind(("", 0))
+        busy.listen(1)
+        port = busy.getsockname()[1]
+        with pytest.raises(InputError, match=f"MASTER_PORT={port}: is in use on this machine"):
+            check_port(port)
+    check_port(port)
+
+
+def test_an_outer_torchrun_must_fit_the_topology(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert outer_rank(TopologyConfig(1, 2)) is None
+    ranks = {"TORCHELASTIC_RUN_ID": "x", "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+    for key, text in ranks.items():
+        monkeypatch.setenv(key, text)
+    found = outer_rank(TopologyConfig(2, 2))
+    assert found is not None
+    assert (found.rank, found.local_rank) == (3, 1)
+    with pytest.raises(InputError, match="topology=1x2 is 2 ranks, 2 a node, but torchrun started 4, 2 a node"):
+        outer_rank(TopologyConfig(1, 2))
+
+
+def test_the_way_to_this_machine_is_its_loopback() -> None:
+    assert interface_towards("127.0.0.1") == "lo"
+    assert interface_towards("no such host.invalid") is None

@@ -1,0 +1,101 @@
+"""The estimate of a step's memory against the kernel's own count, and what is said when it does not fit."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import GOLDEN_RUN, TRAIN_FILE
+from lit_glm.config.hydra_main import checked, compose
+from lit_glm.config.schema import HardwareConfig, TopologyConfig, TrainConfig
+from lit_glm.data.memmap_dataset import open_split
+from lit_glm.data.sequence_lengths import Lengths
+from lit_glm.hardware.runtimes.selection import make_runtime
+from lit_glm.metrics.memory_estimate import describe, estimate, largest_bs, parameters
+from lit_glm.model.build import shapes_of
+
+MEASURE = """
+import sys
+import numpy as np
+import torch
+from lit_glm.data.collate import places_of
+from lit_glm.data.batch import FlatBatch
+from lit_glm.config.hydra_main import checked, compose
+from lit_glm.config.schema import TrainConfig
+from lit_glm.hardware.runtimes.cpu import CPURuntime
+from lit_glm.model.build import build_glm
+from lit_glm.model.scoring import TRAIN_MASK, choice_loss, score_table
+from lit_glm.training.optimizer import make_optimizer
+
+def highest():
+    with open("/proc/self/status") as file:
+        return next(float(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+
+CPURuntime()
+config = checked(compose("train", sys.argv[1:]), TrainConfig)
+groups, n, m = config.bs, 230, 26
+counting = torch.arange
+tokens = torch.randint(5, 90, (groups * (n + m),))
+batch = FlatBatch(
+    tokens, tokens % 90, tokens % 3, tokens[-groups * m :], counting(groups * m) // 13, counting(2 * groups),
+    [n] * groups, [m] * groups, places_of(np.full(groups, n), np.full(groups, m), np.arange(groups * m) // 13),
+    groups, 2,
+)
+before = highest()
+glm, _ = build_glm(config.model)
+optimizer = make_optimizer(glm.train(), config.optimizer)
+for _ in range(2):
+    choice_loss(score_table(glm, batch, TRAIN_MASK)).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+print(before, highest())
+"""
+SHAPE = ["model.num_layers=8", "model.hidden_size=384", "model.num_attention_heads=6", "model.vocab_size=4000"]
+
+
+@pytest.mark.parametrize("dropout", ["0.0", "0.1"])
+def test_the_estimate_is_near_what_the_kernel_counts(dropout: str, tmp_path: Path) -> None:
+    overrides = [*SHAPE, "bs=8", f"model.hidden_dropout={dropout}", f"model.attention_dropout={dropout}"]
+    done = subprocess.run([sys.executable, "-c", MEASURE, *overrides], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    before, highest = map(float, done.stdout.split())
+    config = checked(compose("train", overrides), TrainConfig)
+    lengths = Lengths(np.full(8, 2), np.full(8, 256), np.full(8, 26), np.full(8, 230**2 + 26 * 256.0))
+    guess = estimate(config, lengths, before, keeps_scores=dropout != "0.0")
+    assert guess.total - before == pytest.approx(highest - before, rel=0.35)
+
+
+def test_parameters_are_those_of_the_model() -> None:
+    for name in ("glm_tiny", "glm_large"):
+        config = checked(compose("train", [f"model={name}"]), TrainConfig)
+        assert parameters(config.model) == sum(weight.numel() for weight in shapes_of(config.model).values())
+
+
+def test_lengths_from_the_file_and_from_the_compact_form() -> None:
+    split = open_split(TRAIN_FILE, False, None)
+    of_split = Lengths.of(split)
+    of_file = Lengths.of_file(TRAIN_FILE)
+    np.testing.assert_array_equal(of_split.candidates, of_file.candidates)
+    np.testing.assert_array_equal(of_split.predicting, of_file.predicting)
+    alike = np.diff(split.example_group_end) == 1  # contexts of the others differ by truncation
+    np.testing.assert_array_equal(of_split.rows[alike], of_file.rows[alike])
+    assert (of_split.rows >= of_file.rows).all()
+
+
+def test_the_largest_bs_is_named_where_it_does_not_fit() -> None:
+    config = checked(compose("train", [*GOLDEN_RUN, "bs=8", "hardware.runtime=simulated"]), TrainConfig)
+    lengths = Lengths.of(open_split(TRAIN_FILE, False, None))
+    needed = [estimate(config, lengths, 0.0, False, bs).total for bs in (3, 4)]
+    assert largest_bs(config, lengths, 0.0, False, (needed[0] + needed[1]) / 2) == 3
+    assert largest_bs(config, lengths, 0.0, False, 1.0) == 0
+    assert largest_bs(config, lengths, 0.0, False, 1e15) == len(lengths)
+    runtime = make_runtime(HardwareConfig(runtime="simulated", memory_gib=0.001), TopologyConfig(1, 1))
+    assert "no bs fits" in describe(config, lengths, runtime)
+    line = describe(config, lengths, runtime).split("\n")[0]
+    total, *parts = [float(number) for number in re.findall(r" (\d+\.\d+)(?=,| GiB| of|$)", line)]
+    assert sum(parts[1:] if " of " in line else parts) == pytest.approx(total, abs=1e-9)  # what is read adds up
+    roomy = make_runtime(HardwareConfig(runtime="simulated", memory_gib=320.0), TopologyConfig(1, 1))
+    assert "\n" not in describe(config, lengths, roomy)

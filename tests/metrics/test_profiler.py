@@ -1,0 +1,85 @@
+"""`callbacks=profile`: what a run leaves, and that its tables are torch's own numbers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import GOLDEN_RUN, lit_glm_here
+from lit_glm.config.hydra_main import checked, compose
+from lit_glm.config.schema import TrainConfig
+from lit_glm.metrics.memory_estimate import parameters
+from lit_glm.metrics.profiler import Steps, _union
+from lit_glm.reporting.run_reader import find, rows
+from lit_glm.runs.job_spec import Job, identity, settings
+
+PROFILE = [*GOLDEN_RUN, "run.max_steps=8", "callbacks=profile", "callbacks.profile.from_step=3"]
+
+
+def test_a_run_leaves_its_profile_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = tmp_path / "run"
+    assert lit_glm_here("train", *PROFILE, "callbacks.profile.steps=2", f"hydra.run.dir={run}") == 0
+    assert f"profile of steps 3 to 4: {run}/profile/kernels.md" in capsys.readouterr().out
+    text = (run / "profile" / "kernels.md").read_text()
+    assert "`aten::addmm`" in text
+    trace = json.loads((run / "profile" / "trace.json").read_text())
+    assert any(event.get("name") == "aten::addmm" for event in trace["traceEvents"])
+    model = Job.read(run).config.model
+    weights = f"{4 * parameters(model) / 2**30:.4f}"
+    cells = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in text.splitlines() if line[:1] == "|"}
+    assert cells["weights"] == cells["gradients"] == weights
+    assert float(cells["activations kept for the backward pass"]) > 0
+    assert json.loads((run / "result.json").read_text())["profiled"] is True
+
+
+def test_its_figures_are_not_mixed_with_others(tmp_path: Path) -> None:
+    plain, profiled = tmp_path / "plain", tmp_path / "profiled"
+    assert lit_glm_here("train", *GOLDEN_RUN, "run.max_steps=4", f"hydra.run.dir={plain}") == 0
+    how = [*GOLDEN_RUN, "run.max_steps=4", "callbacks=profile", "callbacks.profile.from_step=1"]
+    assert lit_glm_here("train", *how, "callbacks.profile.steps=9", f"hydra.run.dir={profiled}") == 0
+    assert "ended before the step behind" in (profiled / "profile" / "kernels.md").read_text()
+    assert len(rows(find([str(plain), str(profiled)])[0])) == 2
+    assert identity(Job.read(plain).config) != identity(Job.read(profiled).config)
+    assert "profiled" not in settings(Job.read(plain).config)
+
+
+def test_a_run_that_is_too_short_says_that_nothing_was_profiled(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    how = [*GOLDEN_RUN, "run.max_steps=2", "callbacks=profile", f"hydra.run.dir={tmp_path}/run"]
+    assert lit_glm_here("train", *how) == 0
+    assert "no step was profiled: the run ended after step 2" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "profile").exists()
+
+
+def test_a_profile_from_step_nought_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    how = [*GOLDEN_RUN, "callbacks=profile", "callbacks.profile.from_step=0", f"hydra.run.dir={tmp_path}/run"]
+    assert lit_glm_here("train", *how) == 2
+    assert "callbacks.profile.from_step=0" in capsys.readouterr().err
+
+
+def test_the_tables_are_torchs_own_numbers() -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        for _ in range(3):
+            float((torch.ones(8, 8) @ torch.ones(8, 8)).sum())
+    found = Steps.of(profiler, 5, 7)
+    own = {average.key: average for average in profiler.key_averages()}
+    assert {entry.name: entry.calls for entry in found.operators}["aten::mm"] == 3
+    for entry in found.operators:
+        assert entry.seconds == pytest.approx(own[entry.name].self_cpu_time_total / 1e6)
+    assert [(entry.name, entry.calls) for entry in found.waits] == [("aten::_local_scalar_dense", 3)]
+    assert found.count == 3
+    assert 0 < found.busy <= found.window
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), max_size=9))
+def test_time_that_several_cover_counts_once(spans: list) -> None:
+    covered = {moment for start, length in spans for moment in range(start, start + length)}
+    assert _union([(start, start + length) for start, length in spans]) == len(covered)
+
+
+def test_only_a_profiled_configuration_says_so() -> None:
+    for callbacks, profiled in (("default", False), ("profile", True), ("none", False)):
+        config = checked(compose("train", [f"callbacks={callbacks}"]), TrainConfig)
+        assert config.profiled is profiled

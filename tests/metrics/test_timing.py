@@ -1,0 +1,96 @@
+"""Throughput arithmetic: definitions, order by construction, no number without time."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lit_glm.metrics.timing import PhaseClock, Seconds, figures, slowest
+from lit_glm.runs.result import cells, table
+
+RESULT = {
+    "status": "success", "hardware": "r300", "topology": "1x8", "precision": "fp32", "fix_hp": "bs=5,lr=1e-05",
+    "e2e_time": 100.0, "p_whole": 3.4712, "p_train": 3.9, "p_core": 3.95, "acc": 0.8052, "mem_actual_gib": 31.8,
+    "mem_total_gib": 32.0, "simulated": False,
+}  # fmt: skip
+
+
+def test_definitions() -> None:
+    result = figures(1200, Seconds(pure_compute=100.0, no_eval=120.0, raw_train=150.0, init=30.0))
+    assert (result["p_core"], result["p_train"], result["p_whole"]) == (12.0, 10.0, 8.0)
+    assert (result["init_time"], result["raw_train_time"]) == (30.0, 150.0)
+
+
+@pytest.mark.parametrize("seconds", [Seconds(), Seconds(init=3.0)])
+def test_no_number_without_time_or_samples(seconds: Seconds) -> None:
+    assert figures(10, seconds)["p_whole"] is None
+    assert figures(0, Seconds(1.0, 1.0, 1.0))["p_core"] is None
+
+
+class FakeTime:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+moments = st.floats(0, 50, allow_nan=False, allow_subnormal=False)  # the process may flush them
+
+
+@given(st.lists(st.tuples(moments, moments, moments, moments), min_size=1, max_size=12))
+def test_phases_are_contained_in_each_other(steps: "list[tuple[float, float, float, float]]") -> None:
+    time = FakeTime()
+    waited = 0.0
+    clock = PhaseClock(lambda: waited, time)
+    clock.training_starts()
+    evaluations = computed = 0.0
+    for data, compute, bookkeeping, evaluation in steps:
+        time.now += data
+        waited += data
+        clock.batch_ready()
+        time.now += compute
+        times = clock.step_computed()
+        assert times.data == pytest.approx(data, abs=1e-6)
+        assert times.compute == pytest.approx(compute, abs=1e-6)
+        computed += compute
+        time.now += bookkeeping
+        with clock.outside_steps():
+            time.now += evaluation
+        evaluations += evaluation
+    seconds = clock.seconds()
+    assert seconds.pure_compute == pytest.approx(computed, abs=1e-5)
+    assert seconds.no_eval == pytest.approx(time.now - 100.0 - evaluations - steps[-1][2], abs=1e-4)
+    assert seconds.raw_train >= seconds.no_eval >= seconds.pure_compute
+    result = figures(64, seconds)
+    if result["p_core"] and result["p_train"] and result["p_whole"]:
+        assert result["p_core"] >= result["p_train"] >= result["p_whole"]
+
+
+def test_slowest_rank_of_each_phase() -> None:
+    assert slowest([Seconds(1, 5, 6, 2), Seconds(2, 4, 7, 1)]) == Seconds(2, 5, 7, 2)
+
+
+def test_published_formats() -> None:
+    assert cells(RESULT) == [
+        "r300 1x8",
+        "fp32",
+        "bs=5,lr=1e-05",
+        "100.00",
+        "3.47",
+        "3.90",
+        "3.95",
+        "80.52%",
+        "31.8/32.0",
+    ]
+    empty = {**RESULT, "p_core": None, "acc": None, "mem_actual_gib": None}
+    assert cells(empty)[6:] == ["", "", ""]
+    head = table([RESULT]).splitlines()[0].split("|")
+    names = ["config", "precision", "fix_hp", "e2e_time", "p_whole", "p_train", "p_core", "acc", "mem"]
+    assert [name.strip() for name in head[1:-1]] == names
+
+
+@pytest.mark.parametrize(
+    ("change", "mark"), [({"simulated": True}, "simulated"), ({"status": "interrupted"}, "interrupted")]
+)
+def test_what_is_no_measurement_is_marked(change: "dict[str, object]", mark: str) -> None:
+    assert f"({mark})" in cells({**RESULT, **change})[0]

@@ -1,0 +1,78 @@
+"""The head's log-probabilities and their gradient against torch's log-softmax, in one slice and in many."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import GOLDEN_RUN, lit_glm_here, rows
+from lit_glm.model import lm_head
+from lit_glm.model.lm_head import log_probabilities
+
+T, D, V = 37, 8, 50
+
+
+def parts(dtype: torch.dtype = torch.float32) -> "tuple[Tensor, Tensor, Tensor]":
+    torch.manual_seed(0)
+    h, embeddings = torch.randn(T, D).to(dtype).requires_grad_(), torch.randn(V, D).to(dtype).requires_grad_()
+    return h, embeddings, torch.randint(0, V, (T,))
+
+
+def with_gradients(picked: Tensor, h: Tensor, embeddings: Tensor) -> Any:
+    (picked * torch.linspace(-1, 2, T)).sum().backward()
+    return picked.detach(), h.grad, embeddings.grad
+
+
+@pytest.mark.parametrize("elements", [1, 3 * V, 10 * V, T * V - 1, T * V])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_slices_give_torchs_numbers(elements: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    h, embeddings, targets = parts(dtype)
+    table = (h @ embeddings.t()).float()
+    expected = with_gradients(table.log_softmax(1).gather(1, targets[:, None])[:, 0], h, embeddings)
+    monkeypatch.setattr(lm_head, "_SLICE", elements)
+    monkeypatch.setattr(lm_head, "_PRODUCT", 2 * elements)
+    h, embeddings, targets = parts(dtype)
+    found = with_gradients(log_probabilities(h, embeddings, targets), h, embeddings)
+    with torch.no_grad():
+        evaluated = log_probabilities(h, embeddings, targets)
+    tolerance = {"atol": 1e-5, "rtol": 1e-5} if dtype is torch.float32 else {"atol": 0.05, "rtol": 0.02}
+    for ours, torchs in zip((*found, evaluated), (*expected, expected[0])):
+        torch.testing.assert_close(ours, torchs, **tolerance)
+    assert found[0].dtype is torch.float32
+
+
+def test_the_whole_table_at_once_as_a_card_may_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lm_head, "_SLICE", 1)
+    monkeypatch.setattr(lm_head, "_slices", lambda table, width, elements: iter([slice(0, len(table))]))
+    h, embeddings, targets = parts()
+    found = with_gradients(log_probabilities(h, embeddings, targets), h, embeddings)
+    h, embeddings, targets = parts()
+    picked = (h @ embeddings.t()).log_softmax(1).gather(1, targets[:, None])[:, 0]
+    for ours, torchs in zip(found, with_gradients(picked, h, embeddings)):
+        torch.testing.assert_close(ours, torchs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("scoring", ["shared_context", "published"])
+def test_training_by_slices_is_the_same(
+    precision: str, scoring: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The golden vocabulary is small: without this, runs in tests would take torch's own function for the head."""
+    losses = []
+    for elements in (2**30, 1000):
+        monkeypatch.setattr(lm_head, "_SLICE", elements)
+        run = tmp_path / str(elements)
+        more = [f"precision={precision}", f"scoring={scoring}", "run.max_steps=4", f"hydra.run.dir={run}"]
+        assert lit_glm_here("train", *GOLDEN_RUN, *more) == 0
+        losses.append([float(row["loss"]) for row in rows(run / "steps.csv")])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5 if precision == "fp32" else 0.02)
+
+
+def test_a_second_backward_pass_is_refused_rather_than_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lm_head, "_SLICE", V)
+    picked = log_probabilities(*parts()).sum()
+    picked.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        picked.backward()

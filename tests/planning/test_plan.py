@@ -1,0 +1,160 @@
+"""Predictions: against published rows, against runs that hold to a line, and as the command says them."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any, List
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import GOLDEN_RUN, lit_glm_here
+from lit_glm.config.hydra_main import checked, compose
+from lit_glm.plan import PlanConfig
+from lit_glm.planning.cost_model import Measured, speed_of
+from lit_glm.planning.interval import Interval, around
+from lit_glm.planning.prediction import Prediction, all_reduce, predict
+from lit_glm.planning.workload import TypicalExamples, Workload
+from lit_glm.reporting.published_rows import load
+
+TYPICAL = TypicalExamples.like_record(20_000, 512)
+
+
+def planned(*overrides: str, runs: Any = (), rows: Any = None) -> Prediction:
+    config: Any = checked(compose("plan", list(overrides)), PlanConfig)
+    work = Workload(config, TYPICAL, TYPICAL)
+    return predict(config, speed_of(config, list(runs), load() if rows is None else rows, work), work, "")
+
+
+def middle(interval: Interval) -> float:
+    return (interval.low * interval.high) ** 0.5
+
+
+@pytest.mark.parametrize(("topology", "published"), [("1x8", 42.4), ("2x8", 84.9)])
+def test_from_one_a100_to_more(topology: str, published: float) -> None:
+    one = [row for row in load() if row["hardware"] == "a100" and row["topology"] == "1x1"]
+    found = planned(
+        "hardware=a100", f"topology={topology}", "scoring=published", "precision.tf32=true", rows=one
+    ).p_core
+    assert middle(found) == pytest.approx(published, rel=0.10)
+    assert found.low <= published <= found.high
+
+
+def test_an_unknown_chip_gets_a_wide_range_and_one_without_a_peak_none() -> None:
+    h100 = planned("hardware=h100")
+    assert h100.p_core.high / h100.p_core.low > 5
+    assert "nothing is known of this chip" in h100.basis
+    with pytest.raises(Exception, match="hardware=cuda: nothing to predict its speed from.*plan.runs=RUN_DIR"):
+        planned("hardware=cuda")
+
+
+def test_the_ring() -> None:
+    how = ["model.num_layers=2", "precision=fp32", "hardware.link_gbytes_s=100", "hardware.network_gbytes_s=10"]
+
+    def seconds(topology: str) -> Interval:
+        config: Any = checked(compose("plan", ["hardware=a100", f"topology={topology}", *how]), PlanConfig)
+        return all_reduce(config)
+
+    assert seconds("1x1") == Interval(0.0, 0.0)
+    assert seconds("1x2").low * 7 / 4 == pytest.approx(seconds("1x8").low)  # 2 (N - 1) / N
+    assert seconds("2x8").low * (14 / 8) / (30 / 16) == pytest.approx(10 * seconds("1x8").low)  # the network is slowest
+
+
+def a_run(overhead: float, rate: float, noise: float = 0.0) -> Measured:
+    """A test double of a run whose steps hold to a line."""
+    config: Any = checked(compose("plan", ["hardware=cpu", "bs=4"]), PlanConfig)
+    work = Workload(config, TYPICAL, None)
+    flops = np.array([float(work.counter.by_rank(step).max()) for step in range(1, 61)])
+    draw = np.random.default_rng(0)
+    compute = (overhead + flops / rate) * (1.0 + noise * draw.random(60))
+    compute[17] *= 9  # something came in between
+    return Measured(Path("run"), config, {}, flops, compute, 0.01, 2.0**30)
+
+
+@pytest.mark.parametrize("bs", [1, 2, 8, 32])
+@pytest.mark.parametrize("overhead", [0.0, 0.8])
+def test_from_a_run_to_other_batch_sizes(bs: int, overhead: float) -> None:
+    rate = 3e11
+    found = planned("hardware=cpu", f"bs={bs}", runs=[a_run(overhead, rate, 0.05)]).step_s
+    config: Any = checked(compose("plan", ["hardware=cpu", f"bs={bs}"]), PlanConfig)
+    truth = (overhead + Workload(config, TYPICAL, None).slowest / rate) * 1.025
+    assert found.low <= truth <= found.high
+
+
+def test_lines_with_and_without_what_came_in_between() -> None:
+    everything, plain, line = a_run(0.5, 2e11).lines()
+    assert (line.overhead, line.rate) == (pytest.approx(0.5, rel=0.01), pytest.approx(2e11, rel=0.01))
+    assert plain.overhead == everything.overhead == 0.0
+    assert everything.rate < plain.rate
+    assert [one.overhead for one in a_run(0.0, 2e11).lines()] == [0.0, 0.0]
+    assert a_run(0.0, 2e11).lines()[1].rate == pytest.approx(2e11, rel=0.01)
+
+
+@given(st.lists(st.floats(0.1, 1e6), min_size=1), st.floats(0.1, 1e6))
+def test_intervals(values: List[float], factor: float) -> None:
+    one = around(values)
+    assert all(one.low <= value <= one.high for value in values)
+    assert (one * factor).low == pytest.approx(one.low * factor)
+    assert one.over(factor).low <= one.over(factor).high
+    assert one.widened(0.1).low < one.low <= one.high < one.widened(0.1).high
+
+
+def test_the_slowest_of_thousands_of_ranks_in_seconds() -> None:
+    start = time.monotonic()
+    found = planned("hardware=a100", "topology.num_nodes=512", "topology.devices_per_node=8", "bs=4")
+    assert time.monotonic() - start < 30
+    assert found.steps == 5553080 // (4096 * 4) + 1
+    config: Any = checked(compose("plan", ["topology=4x8", "data.balance_ranks=false"]), PlanConfig)
+    work = Workload(config, TYPICAL, None)
+    assert work.slowest > work.mean
+
+
+def test_the_command_takes_lists_and_learns_from_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    assert lit_glm_here("train", *GOLDEN_RUN, "run.max_steps=20", f"hydra.run.dir={run}") == 0
+    capsys.readouterr()
+    lists = ["bs=1,2,4", "scoring=shared_context,published", "plan.cards=[1,2]"]
+    how = [*GOLDEN_RUN, *lists, f"plan.runs={run}", f"hydra.run.dir={tmp_path}/plan"]
+    assert lit_glm_here("plan", *how, "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [(row["scoring"], row["bs"]) for row in shown] == [
+        (scoring, bs) for bs in (1, 2, 4) for scoring in ("shared_context", "published")
+    ]
+    for row in shown:
+        for key in ("memory_gib", "step_s", "p_core", "total_s"):
+            assert 0 < row[key][0] <= row[key][1]
+        assert row["energy_j"] is None
+        assert row["predicted"] is True
+    assert shown == json.loads((tmp_path / "plan" / "plan.json").read_text())
+    assert "PREDICTED, not measured" in (tmp_path / "plan" / "plan.md").read_text()
+    assert "measured" in (tmp_path / "plan" / "plan.svg").read_text()
+    other = tmp_path / "other"
+    assert lit_glm_here("train", *GOLDEN_RUN, "precision=bf16", "run.max_steps=12", f"hydra.run.dir={other}") == 0
+    capsys.readouterr()
+    how = [*GOLDEN_RUN, "hardware=cpu,r300", "plan.cards=[1]", f"hydra.run.dir={tmp_path}/two"]
+    assert lit_glm_here("plan", *how, f"plan.runs={run},{other}") == 0
+    said = capsys.readouterr().out
+    assert said.count("| cpu 1x1") == said.count("| r300 1x1") == 1
+    assert f"{other}: not learnt from: it is of cpu in bf16" in said
+    assert lit_glm_here("plan", "hardware=cpu,no_such") == 2
+    assert "no_such" in capsys.readouterr().err
+    assert lit_glm_here("plan", "bs=interval(1,8)") == 2
+    assert "plan takes lists" in capsys.readouterr().err
+    assert lit_glm_here("plan", "hardware=cpu", "plan.runs=nowhere") == 2
+    assert "plan.runs=nowhere: is no run folder" in capsys.readouterr().err
+    assert lit_glm_here("plan", "hardware=none_such") == 2
+    assert "none_such" in capsys.readouterr().err
+
+
+def test_fit_and_energy_by_the_hardware_file() -> None:
+    small = planned("hardware=r300", "scoring=published", "bs=4")
+    assert small.fits is True
+    assert small.energy_j is not None
+    assert small.energy_j.high == pytest.approx(small.total_s.high * 150.0)
+    assert planned("hardware=r300", "scoring=published", "bs=400", "model.activation_checkpointing=false").fits is False
+    assert planned("hardware=cpu", runs=[a_run(0.0, 1e11)]).fits is None

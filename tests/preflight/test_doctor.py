@@ -1,0 +1,170 @@
+"""The doctor finds what would end a long run, says what to do, and lets the other checks go on."""
+
+import json
+import shutil
+import socket
+from pathlib import Path
+from typing import Any, Dict, List
+
+import pytest
+
+from conftest import CHECKPOINT, EVAL_FILE, GOLDEN_RUN, TRAIN_FILE, lit_glm, lit_glm_here
+from lit_glm.check_result import Finding
+from lit_glm.config.hydra_main import checked, compose
+from lit_glm.config.schema import TrainConfig
+from lit_glm.doctor import checked_by
+from lit_glm.preflight import file_checks
+
+Checks = Dict[str, Dict[str, str]]
+
+
+def doctor(capfd: Any, *arguments: str) -> "tuple[int, Checks]":
+    """Exit status and findings by name, in this process."""
+    capfd.readouterr()
+    status = lit_glm_here("doctor", *arguments, "--json")
+    said = json.loads(capfd.readouterr().out)
+    assert said["ok"] == (status == 0)
+    return status, {entry["name"]: entry for entry in said["checks"]}
+
+
+def failed(checks: Checks) -> List[str]:
+    return [name for name, entry in checks.items() if entry["status"] == "fail"]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_two_ranks_of_a_healthy_machine(tmp_path: Path) -> None:
+    done = lit_glm("doctor", *GOLDEN_RUN, "topology=1x2", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    names = "machine software runtime devices precision port collectives disk data.train_file data.eval_file".split()
+    assert [line[6:].split(":")[0] for line in lines[:-2]] == [*names, "checkpoint", "published files", "memory"]
+    assert "2 ranks over gloo: sums are right" in done.stdout
+    assert "37 examples, 231 candidates, at most 96 tokens" in done.stdout
+    assert not list(tmp_path.iterdir())  # it leaves nothing
+
+
+def test_a_wrong_configuration_is_not_the_doctors_business(capfd: Any) -> None:
+    assert lit_glm_here("doctor", "bs=0") == 2
+    assert "bs=0: must be at least 1" in capfd.readouterr().err
+
+
+def test_a_missing_runtime(capfd: Any) -> None:
+    status, checks = doctor(capfd, *GOLDEN_RUN, "hardware=r300")
+    assert (status, failed(checks)) == (1, ["runtime"])
+    assert "hardware.runtime=simulated" in checks["runtime"]["advice"]
+    assert checks["collectives"]["status"] == "skip"
+    assert checks["data.eval_file"]["status"] == "ok"
+
+
+def test_a_rehearsal_says_that_it_is_one(capfd: Any) -> None:
+    status, checks = doctor(capfd, *GOLDEN_RUN, "hardware=r300", "hardware.runtime=simulated")
+    assert status == 0
+    assert "rehearsal" in checks["runtime"]["said"]
+    assert "32.0 GiB" in checks["devices"]["said"]
+
+
+def test_more_devices_than_there_are(capfd: Any) -> None:
+    status, checks = doctor(capfd, *GOLDEN_RUN, "topology=4x8", "bs=1")
+    assert (status, failed(checks)) == (1, ["devices"])
+    assert checks["port"]["said"] == "not checked: devices failed"
+
+
+def test_a_busy_port(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as busy:
+        busy.bind(("", 0))
+        busy.listen(1)
+        port = busy.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        status, checks = doctor(capfd, *GOLDEN_RUN, "topology=1x2")
+    assert (status, failed(checks)) == (1, ["port"])
+    assert f"MASTER_PORT={port}: is in use on this machine" in checks["port"]["said"]
+
+
+def test_a_full_disk(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = shutil.disk_usage("/")
+    monkeypatch.setattr(file_checks.shutil, "disk_usage", lambda _: real._replace(free=1000))
+    status, checks = doctor(capfd, *GOLDEN_RUN)
+    assert (status, failed(checks)) == (1, ["disk"])
+    assert "hydra.run.dir=" in checks["disk"]["advice"]
+
+
+def test_a_disk_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def no_space(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(file_checks.os, "fsync", no_space)
+    config = checked(compose("doctor", ["model=glm_tiny"]), TrainConfig)
+    found = file_checks.disk(config, tmp_path)
+    assert found.status == "fail"
+    assert "No space left" in found.said
+
+
+def test_a_broken_checkpoint(capfd: Any, tmp_path: Path) -> None:
+    whole = next(CHECKPOINT.rglob("*.pt")).read_bytes()
+    (tmp_path / "broken.pt").write_bytes(whole[: len(whole) // 2])
+    status, checks = doctor(capfd, *GOLDEN_RUN, f"model.init_checkpoint={tmp_path}/broken.pt")
+    assert (status, failed(checks)) == (1, ["checkpoint"])
+    assert "cut short" in checks["checkpoint"]["said"]
+
+
+def test_a_checkpoint_of_another_shape(capfd: Any) -> None:
+    status, checks = doctor(capfd, *GOLDEN_RUN, "model.num_layers=2")
+    assert (status, failed(checks)) == (1, ["checkpoint"])
+    assert "unexpected: transformer.layers.2" in checks["checkpoint"]["advice"]
+
+
+@pytest.mark.parametrize("key", ["train_file", "eval_file"])
+def test_a_truncated_data_file(key: str, capfd: Any, tmp_path: Path) -> None:
+    whole = (TRAIN_FILE if key == "train_file" else EVAL_FILE).read_bytes()
+    (tmp_path / "cut.hdf5").write_bytes(whole[: len(whole) // 2])
+    status, checks = doctor(capfd, *GOLDEN_RUN, f"data.{key}={tmp_path}/cut.hdf5")
+    assert status == 1
+    assert f"data.{key}" in failed(checks)
+    assert "cut short" in checks[f"data.{key}"]["said"]
+    assert checks["checkpoint"]["status"] == "ok"
+
+
+def test_data_that_the_model_cannot_take(capfd: Any) -> None:
+    status, checks = doctor(capfd, *GOLDEN_RUN, "model.init_checkpoint=null", "model.vocab_size=100")
+    assert status == 1
+    assert "beyond model.vocab_size=100" in checks["data.train_file"]["said"]
+
+
+def test_a_batch_beyond_the_memory(capfd: Any) -> None:
+    large = [entry for entry in GOLDEN_RUN if not entry.startswith("model.")]
+    chip = ["hardware=r300", "hardware.runtime=simulated", "hardware.memory_gib=4"]
+    status, checks = doctor(capfd, *large, *chip)
+    assert (status, failed(checks)) == (1, ["memory"])
+    assert "no bs fits" in checks["memory"]["advice"]
+
+
+def test_words_where_the_vocabulary_is_known(capfd: Any) -> None:
+    assert lit_glm_here("prepare", "data=synthetic", "data.synthetic.num_train=4", "data.synthetic.num_eval=2") == 0
+    few = ["data.synthetic.num_train=4", "data.synthetic.num_eval=2"]
+    _, checks = doctor(capfd, "experiment=debug", *few)
+    assert "[CLS]" in checks["data.train_file"]["said"]
+    assert "4 candidates:" in checks["data.train_file"]["said"]
+
+
+def test_versions_that_are_not_the_tested_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lit_glm.preflight import host
+
+    real = host.metadata.version
+    monkeypatch.setattr(host.metadata, "version", lambda name: "99.0" if name == "h5py" else real(name))
+    found = host.stack()
+    assert found.status == "warn"
+    assert "h5py 99.0 (tested: " in found.said
+    monkeypatch.setattr(host.metadata, "version", lambda name: "0.1" if name == "h5py" else real(name))
+    assert host.stack().status == "fail"
+
+
+def test_a_check_that_breaks_is_a_finding() -> None:
+    def broken() -> Finding:
+        raise KeyError("surprise")
+
+    found = checked_by("thing", broken)
+    assert (found.status, found.said) == ("fail", "KeyError: 'surprise'")

@@ -1,0 +1,48 @@
+"""`report --compare A B`: two runs beside each other, step by step."""
+
+from pathlib import Path
+from typing import Any, List
+
+import pytest
+
+from lit_glm.report import main
+from reporting.folders import make_run
+from reporting.test_report import report, tables
+
+
+def test_compare(tmp_path: Path, capfd: Any) -> None:
+    a = make_run(tmp_path / "a", losses=[2.0, 1.5, 1.0])
+    b = make_run(tmp_path / "b", "lr=2e-5", losses=[2.0, 1.5, 1.25, 1.0], p_core=8.0)
+    status, text, _ = report(capfd, "--compare", a, b, "--max-loss-diff", "0.3")
+    assert status == 0
+    assert "largest difference: 0.25 (step 3: A 1, B 1.25)" in text
+    assert "steps in common: 3" in text
+    assert "first step that differs: 3" in text
+    rows = {row[0]: row[1:] for table in tables(text) for row in table}
+    assert rows["p_core"] == ["4", "8", "2.000"]
+    assert rows["lr"] == ["1e-05", "2e-05"]
+    status, _, said = report(capfd, "--compare", a, b, "--max-loss-diff", "0.2")
+    assert (status, "0.25 is above 0.2" in said) == (1, True)
+    status, _, said = report(capfd, "--compare", a, tmp_path / "nothing")
+    assert status == 2
+
+
+def test_compare_does_not_take_a_missing_or_broken_loss_for_none(tmp_path: Path, capfd: Any) -> None:
+    a = make_run(tmp_path / "a", losses=[2.0, float("nan"), 1.0])
+    b = make_run(tmp_path / "b", losses=[2.0, 1.5, 1.0])
+    status, text, said = report(capfd, "--compare", a, b, "--max-loss-diff", "0.1")
+    assert (status, "step 2" in text) == (1, True), said
+
+
+@pytest.mark.parametrize("more", [["--format", "html"], ["--lang", "zh"], ["third"], ["--check"]])
+def test_compare_refuses_what_it_does_not_use(more: List[str], tmp_path: Path, capfd: Any) -> None:
+    sides = [str(make_run(tmp_path / name)) for name in "ab"]
+    assert main(["--compare", *sides, *more]) == 2
+    assert "it does not take" in capfd.readouterr().err
+
+
+def test_compare_writes_into_a_folder(tmp_path: Path, capfd: Any) -> None:
+    sides = [str(make_run(tmp_path / name)) for name in "ab"]
+    assert main(["--compare", *sides, "--out", str(tmp_path / "out")]) == 0
+    assert capfd.readouterr().out == f"{tmp_path / 'out' / 'compare.md'}\n"
+    assert "## Loss, step by step" in (tmp_path / "out" / "compare.md").read_text()

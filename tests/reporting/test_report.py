@@ -1,0 +1,279 @@
+"""The document over a mixed pile of runs: nothing is mixed silently, what is missing is said."""
+
+import csv
+import io
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, Dict, List
+
+import pytest
+
+from lit_glm.report import main
+from reporting.folders import make_run
+
+PUBLISHED = "scoring=published"
+
+
+def report(capfd: Any, *arguments: Any) -> "tuple[int, str, str]":
+    capfd.readouterr()
+    status = main([str(argument) for argument in arguments])
+    said = capfd.readouterr()
+    return status, said.out, said.err
+
+
+def tables(text: str) -> List[List[List[str]]]:
+    """All tables of a Markdown document, cells stripped."""
+    found = re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
+    split = [[[cell.strip() for cell in line.strip().strip("|").split(" |")] for line in t.splitlines()] for t in found]
+    return [[row for row in table if not set(row[0]) <= {"-", "|"}] for table in split]
+
+
+def performance(text: str) -> List[List[str]]:
+    """Rows of all tables with the published columns, up to the published rows themselves."""
+    measured = text.split("## Published rows")[0].split("## 已发布结果")[0]
+    rows = [table for table in tables(measured) if len(table[0]) == 9]
+    return [row for table in rows for row in table[1:]]
+
+
+def test_one_run_as_the_published_row(tmp_path: Path, capfd: Any) -> None:
+    make_run(tmp_path / "run", PUBLISHED)
+    status, text, _ = report(capfd, tmp_path / "run")
+    assert status == 0
+    assert performance(text) == [
+        ["R300 1x8", "fp32", "bs=5,lr=1e-05", "2000.00", "3.40", "3.80", "4.00", "80.52%", "31.8/32.0"]
+    ]
+    head = next(table[0] for table in tables(text) if len(table[0]) == 9)
+    assert head[1:] == ["precision", "fix_hp", "e2e_time", "p_whole", "p_train", "p_core", "acc", "mem"]
+
+
+def test_the_chinese_document_has_the_published_fields_in_their_order(tmp_path: Path, capfd: Any) -> None:
+    make_run(tmp_path / "run", PUBLISHED)
+    _, text, _ = report(capfd, tmp_path, "--lang", "zh")
+    fields = (
+        "环境配置 硬件环境 机器型号 加速卡型号 多机网络类型、带宽 "
+        "软件环境 OS版本 OS_kernel版本 加速卡驱动版本 Docker镜像和版本 训练框架版本 训练编译器版本 依赖软件版本 "
+        "运行情况 通用指标 任务类别 模型 数据集 数据精度 超参修改 硬件设备简称 硬件存储使用 端到端时间 "
+        "总吞吐量 训练吞吐量 计算吞吐量 训练结果 额外修改项 性能指标 配置"
+    )
+    place = 0
+    for name in fields.split():
+        found = text.find(name.replace("_", " "), place)
+        assert found >= 0, name
+        place = found
+    assert "机器型号: R480-X8" in text
+    assert "训练框架版本: xmlir 0.0.1" in text
+    assert performance(text)[0][0] == "R300单机8卡（1x8）"
+
+
+def test_seeds_become_one_row_with_median_and_spread(tmp_path: Path, capfd: Any) -> None:
+    for number, p_core in enumerate((4.0, 5.0, 4.2)):
+        make_run(tmp_path / str(number), f"seed={number}", p_core=p_core, acc=0.80 + 0.01 * number)
+    _, text, _ = report(capfd, tmp_path)
+    (row,) = performance(text)
+    assert row[0] == "R300 1x8 (3 runs)"
+    assert row[6] == "4.20 [4.00, 5.00]"
+    assert row[7] == "81.00% [80.00%, 82.00%]"
+    assert "median [lowest, highest] of 3 runs" in text
+
+
+def test_runs_that_differ_in_more_than_the_seed_do_not_share_a_row(tmp_path: Path, capfd: Any) -> None:
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b", "optimizer.weight_decay=0.2", p_core=9.0)
+    _, text, _ = report(capfd, tmp_path)
+    assert [row[6] for row in performance(text)] in (["4.00", "9.00"], ["9.00", "4.00"])
+    assert "optimizer.weight_decay=0.2" in text
+
+
+@pytest.mark.parametrize(
+    ("result", "mark"),
+    [
+        ({"simulated": True}, "SIMULATED"),
+        ({"status": "interrupted", "converged": False}, "interrupted"),
+        ({"status": "failed", "converged": False, "error": "rank 3 died"}, "failed"),
+        ({"status": "running", "converged": False}, "killed"),
+        ({"status": "finished", "converged": False}, "not converged"),
+        ({"interruptions": 2}, "resumed 2x"),
+    ],
+)
+def test_what_must_be_known_stands_in_the_row(result: Dict[str, Any], mark: str, tmp_path: Path, capfd: Any) -> None:
+    make_run(tmp_path / "good")
+    make_run(tmp_path / "other", environment={"host": "elsewhere"}, **result)
+    for path in (tmp_path / "other").iterdir():
+        os.utime(str(path), (1, 1))  # nobody has written there for long
+    _, text, _ = report(capfd, tmp_path)
+    rows = performance(text)
+    assert len(rows) == (1 if mark in ("not converged", "resumed 2x") else 2)
+    assert sum(mark in row[0] for row in rows) == 1
+    if "error" in result:
+        assert "rank 3 died" in text
+
+
+def test_each_scoring_has_a_table_of_its_own(tmp_path: Path, capfd: Any) -> None:
+    make_run(tmp_path / "a", PUBLISHED)
+    make_run(tmp_path / "b", p_core=400.0)
+    _, text, _ = report(capfd, tmp_path)
+    measured = text.split("## Published rows")[0]
+    found = [table for table in tables(measured) if len(table[0]) == 9]
+    assert [[row[6] for row in table[1:]] for table in found] == [["4.00"], ["400.00"]]
+
+
+def test_an_empty_cell_has_a_reason(tmp_path: Path, capfd: Any) -> None:
+    make_run(tmp_path / "run", mem_actual_gib=None, status="failed", p_core=None, p_train=None, p_whole=None)
+    _, text, _ = report(capfd, tmp_path)
+    (row,) = performance(text)
+    assert (row[4:7], row[8]) == (["", "", ""], "")
+    assert "mem is empty" in text
+    assert "p_whole, p_train, p_core is empty" in text
+    assert "p_whole, p_train, p_core, mem has no value" in text.split("## Missing")[1]
+
+
+def test_ratios_only_where_everything_agrees(tmp_path: Path, capfd: Any) -> None:
+    make_run(tmp_path / "same", PUBLISHED, "hardware=a100", "bs=16", "precision.tf32=true", p_core=87.0)
+    make_run(tmp_path / "fp32", PUBLISHED, "hardware=a100", "bs=16")
+    make_run(tmp_path / "scoring", "hardware=a100", "bs=16", "precision.tf32=true")
+    make_run(tmp_path / "simulated", PUBLISHED, simulated=True)
+    _, text, _ = report(capfd, tmp_path)
+    ratios = text.split("### Ratios")[1].split("## Missing")[0]
+    assert "2.00x" in ratios  # 87.0 / 43.5
+    assert ratios.count("no ratio: the published rows have another precision") == 1
+    assert ratios.count("no ratio: scoring=shared_context does other work") == 1
+    assert ratios.count("no ratio: simulated") == 1
+
+
+def test_what_is_missing_and_check(tmp_path: Path, capfd: Any) -> None:
+    make_run(tmp_path / "one", PUBLISHED, environment={"network": None, "driver": None})
+    status, text, said = report(capfd, tmp_path, "--check")
+    assert status == 1
+    assert said == ""
+    for line in ("no complete row for 1x1", "no complete row for 2x8", "Accelerator driver version is unknown"):
+        assert text.count(line) == 1
+    assert "| config" not in text  # the list alone
+    assert report(capfd, tmp_path, "--check", "--lang", "zh")[1].startswith("完整文档")
+    make_run(tmp_path / "1x1", PUBLISHED, "topology=1x1")
+    make_run(tmp_path / "2x8", PUBLISHED, "topology=2x8")
+    told = ["report.driver=4.0.25", "report.network=InfiniBand"]
+    status, text, said = report(capfd, tmp_path, "--check", *told)
+    assert (status, text, said) == (0, "Nothing.\n", "")
+    make_run(tmp_path / "missed", PUBLISHED, "bs=9", converged=False, skipped_steps=300, global_steps=1000)
+    status, text, _ = report(capfd, tmp_path, "--check", *told)
+    assert status == 1
+    assert "the target accuracy was not reached" in text
+    assert "300 of 1000 steps were skipped" in text
+
+
+def test_the_best_run_and_rows_in_its_order(tmp_path: Path, capfd: Any) -> None:
+    for bs, p_core, acc in ((4, 30.0, 0.81), (5, 40.0, 0.80), (6, 35.0, 0.83)):
+        make_run(tmp_path / str(bs), f"bs={bs}", p_core=p_core, acc=acc)
+    make_run(tmp_path / "failed", "bs=9", status="failed", p_core=99.0)
+    status, text, _ = report(capfd, tmp_path, "--best")
+    assert status == 0
+    assert f"best of 3 by acc (0.83): {tmp_path}/6" in text
+    assert f"best of 3 by p_core (40): {tmp_path}/5" in report(capfd, tmp_path, "--best", "--sort", "p_core")[1]
+    rows = performance(report(capfd, tmp_path, "--sort", "p_core")[1])
+    assert [row[2].split(",")[0] for row in rows] == ["bs=9", "bs=5", "bs=6", "bs=4"]
+    status, _, said = report(capfd, tmp_path, "--sort", "beauty")
+    assert status == 2
+    assert "--sort beauty: must be one of acc, p_core" in said
+
+
+def test_the_head_of_the_page_answers_at_a_glance(tmp_path: Path, capfd: Any) -> None:
+    origin = {"command": ["/somewhere/train.py", "hardware=r300"], "git_commit": "abcdef0123456789"}
+    make_run(tmp_path / "one", PUBLISHED, environment=origin, mfu=0.31, energy_j=5.2e6, samples_per_joule=0.01)
+    make_run(tmp_path / "two", PUBLISHED, "topology=1x1", converged=False)
+    page = report(capfd, tmp_path, "--format", "html")[1]
+    assert page.index('<div class="cards">') < page.index("<table")
+    assert page.count('<section class="card reached">') == page.count('<section class="card missed">') == 1
+    for text in (
+        "reached: 80.",
+        "NOT reached: 80.",
+        "31.0%",
+        "5200.0 kJ",
+        "python -m lit_glm.train hardware=r300 · abcdef012345",
+    ):
+        assert text in page, text
+    assert page.index("<figure") < page.index("Environment")
+    assert "<details><summary>Published rows of other chips" in page
+
+
+def test_broken_folders_cost_nobody_else(tmp_path: Path, capfd: Any) -> None:
+    make_run(tmp_path / "good")
+    for name, content in (("torn", '{"hardware": "r3'), ("list", "[1, 2]"), ("other", '{"a": 1}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(content)
+    make_run(tmp_path / "bare")
+    for name in ("environment.json", "job.json", "steps.csv", "evals.csv", "memory.csv"):
+        (tmp_path / "bare" / name).unlink()
+    make_run(tmp_path / "strange", p_core="fast", acc=True, e2e_time=float("nan"))
+    status, text, said = report(capfd, tmp_path, tmp_path / "nowhere*", "--format", "html")
+    assert status == 0
+    assert said.count("result.json cannot be read") == 3
+    assert "nowhere*: there is no such folder" in said
+    assert "<svg" in text
+
+
+HOSTILE = '<script>alert(1)</script>"&|`$x$ ]('
+
+
+def test_hostile_names_stay_text(tmp_path: Path, capfd: Any) -> None:
+    folder = tmp_path / "a<b>&'$x$"
+    environment = {"host": HOSTILE, "machine": HOSTILE, "card": HOSTILE, "driver": "=cmd()"}
+    make_run(folder, environment=environment, status="failed", error=HOSTILE, fix_hp="=1+1|<b>")
+    _, page, _ = report(capfd, folder, "--format", "html")
+    assert page.count("<script") == 1
+    assert "<b>" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    _, text, _ = report(capfd, folder)
+    assert "<script" not in text.replace("\\<script", "")
+    _, table, _ = report(capfd, folder, "--format", "csv")
+    (row,) = csv.DictReader(io.StringIO(table))
+    assert row["fix_hp"] == "'=1+1|<b>"  # no spreadsheet takes it for a formula
+
+
+def test_csv_has_the_figures_as_numbers(tmp_path: Path, capfd: Any) -> None:
+    make_run(tmp_path / "a", "seed=1", p_core=4.0)
+    make_run(tmp_path / "b", "seed=2", p_core=5.0)
+    _, text, _ = report(capfd, tmp_path, "--format", "csv")
+    (row,) = csv.DictReader(io.StringIO(text))
+    assert [float(row[f"p_core_{end}"]) for end in ("median", "min", "max")] == [4.5, 4.0, 5.0]
+    assert (row["p_core"], row["runs"], row["scoring"]) == ("4.50", "2", "shared_context")
+
+
+def test_all_formats_and_languages_into_a_folder(tmp_path: Path, capfd: Any) -> None:
+    make_run(tmp_path / "run")
+    out = tmp_path / "out"
+    status, said, _ = report(capfd, tmp_path / "run", "--format", "md,csv,html", "--lang", "en,zh", "--out", out)
+    names = {f"report.{language}.{kind}" for language in ("en", "zh") for kind in ("md", "csv", "html")}
+    assert (status, {path.name for path in out.iterdir()}) == (0, names)
+    assert len(said.splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--format", "pdf"], "--format pdf: must be one or more of md,csv,html"),
+        (["--lang", "fr"], "--lang fr: must be"),
+        (["--format", "md,csv"], "several files need --out DIR"),
+        (["report.colour=red"], "report.colour: there is no such key"),
+    ],
+)
+def test_wrong_arguments(arguments: List[str], message: str, tmp_path: Path, capfd: Any) -> None:
+    make_run(tmp_path / "run")
+    status, _, said = report(capfd, tmp_path / "run", *arguments)
+    assert (status, message in said, "Traceback" in said) == (2, True, False)
+
+
+def test_no_runs_at_all(tmp_path: Path, capfd: Any) -> None:
+    status, _, said = report(capfd, tmp_path)
+    assert (status, "no run was found" in said) == (2, True)
+
+
+def test_published_rows_are_those_of_the_notes() -> None:
+    from lit_glm.reporting.published_rows import load
+
+    rows = {(row["hardware"], row["topology"], row["fix_hp"]): row for row in load()}
+    ours = rows["r300", "2x8", "bs=4,lr=1e-05"]
+    assert (ours["acc"], ours["mem_actual_gib"], ours["mem_total_gib"]) == (0.8031, 31.7, 32.0)
+    assert all(row["source"] for row in rows.values())
+    assert json.dumps(load())

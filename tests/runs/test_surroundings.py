@@ -1,0 +1,141 @@
+"""What happens around a command: nobody reads its output, a session closes, a sweep is at work, a trial fails."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import command, lit_glm, lit_glm_here, rows
+from lit_glm.runs.lock import alone_in
+from runs.test_runs import DEBUG, _start, _wait_for_steps, result
+from runs.test_sweep import SWEEP, states
+
+
+@pytest.mark.parametrize("topology", ["1x1", "1x2"])
+def test_a_closed_output_ends_nothing(topology: str, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command("train", "experiment=debug", f"topology={topology}", "hydra.run.dir=run"),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, said
+    assert result(tmp_path / "run")["status"] == "finished"
+    assert b"BrokenPipe" not in said
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_hangup_is_a_stop_unless_it_is_ignored(ignored: bool, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    if ignored:
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it to the command
+        process = _start(tmp_path, run, "1x1")
+        signal.signal(signal.SIGHUP, before)
+    else:
+        process = _start(tmp_path, run, "1x1", "run.max_steps=4000", "run.eval_interval_samples=100000")
+    _wait_for_steps(run, process, 9)
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=60)
+    assert process.returncode == (0 if ignored else 129)
+    assert result(run)["status"] == ("finished" if ignored else "interrupted")
+    assert len(list((run / "checkpoints").glob("step-*.ckpt"))) > 0
+
+
+def test_curves_go_on_where_a_killed_run_does(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = _start(tmp_path, run, "1x1", "run.max_steps=60")
+    _wait_for_steps(run, process, 22)
+    process.kill()
+    process.communicate()
+    assert len(rows(run / "csv" / "metrics.csv")) > 2  # early points of a killed run
+    final = lit_glm("train", *DEBUG, "run.max_steps=60", f"run.resume={run}", cwd=tmp_path)
+    assert final.returncode == 0, final.stderr
+    steps = [int(row["step"]) for row in rows(run / "csv" / "metrics.csv")]
+    assert steps == sorted(set(steps))
+    assert {0, 10, 20, 30, 40, 50, 60} <= set(steps)
+    found = result(run)
+    assert found["p_core"] >= found["p_train"] >= found["p_whole"]
+    assert "(resumed 1x" in final.stdout
+
+
+def test_a_second_sweep_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    with alone_in(tmp_path / "sweep" / "jobs"):
+        done = lit_glm("train", *SWEEP, "bs=2,4", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "is at work here; wait for the end of that sweep" in done.stderr
+    assert not (tmp_path / "sweep" / "0").exists()
+
+
+def test_a_sweep_takes_nothing_from_single_runs_and_says_what_it_takes(tmp_path: Path) -> None:
+    debug = ["experiment=debug", "run.max_steps=2", "logger={}"]
+    assert lit_glm_here("train", *debug, "bs=2", f"hydra.run.dir={tmp_path}/outputs/a/b") == 0
+    first = lit_glm("train", "-m", *debug, "bs=2,4", cwd=tmp_path)
+    assert (first.returncode, first.stdout.count("there is nothing to do")) == (0, 0), first.stderr
+    again = lit_glm("train", "-m", *debug, "bs=2,4", cwd=tmp_path)
+    assert again.returncode == 0
+    assert again.stdout.count("lit_glm: sweep: bs=2: complete, taken from multirun/") == 1
+    assert again.stdout.count("(taken from ") == 2
+    assert "lit_glm: best by acc" in again.stdout
+
+
+FAILS = """
+from pytorch_lightning import Callback
+
+class Fails(Callback):
+    def __init__(self, when):
+        self.when = when
+    def on_train_start(self, trainer, module):
+        if self.when == "yes":
+            raise ValueError("no chalk")
+"""
+
+
+def test_a_failed_trial_is_an_answer_to_a_search(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    (tmp_path / "fails.py").write_text(FAILS)
+    search = [
+        "hydra/sweeper=optuna",
+        "hydra.sweeper.n_trials=4",
+        "hydra.sweeper.n_jobs=2",
+        "hydra.sweeper.sampler.seed=1",
+    ]
+    fails = ["+callbacks.f.when=choice(yes,no)", "+callbacks.f._target_=fails.Fails"]
+    done = lit_glm("train", *SWEEP, *search, *fails, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 1, done.stderr
+    assert {status for _, status in states(tmp_path)} == {"failed", "finished"}
+    assert "lit_glm: best by acc" in done.stdout
+    assert (tmp_path / "sweep" / "optimization_results.yaml").is_file()
+
+
+def test_an_objective_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    done = lit_glm("train", *SWEEP, "bs=2,4", "sweep.objective=nonsense", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "sweep.objective=nonsense: must be one of acc, p_core" in done.stderr
+    assert not (tmp_path / "sweep").exists()
+
+
+ADDRESSES = """
+import lit_glm.launch.rank_runner
+print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmPeak")))
+"""
+
+
+def test_memory_that_runs_out_is_said(tmp_path: Path) -> None:
+    """The kernel gives this process 700 MiB of addresses more than its libraries take; gradients and Adam want more."""
+    taken = subprocess.run([sys.executable, "-c", ADDRESSES], stdout=subprocess.PIPE, text=True, check=True)
+    shape = ["model.hidden_size=512", "model.num_layers=4", "model.vocab_size=60000", "bs=4", "run.max_steps=2"]
+    limited = ["bash", "-c", f'ulimit -v {int(taken.stdout) + 700 * 1024}; exec "$@"', "limited"]
+    train: Any = command("train", "experiment=debug", *shape, "logger={}", "hydra.run.dir=run")
+    done = subprocess.run([*limited, *train], cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "lit_glm: out of memory" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["error"] == "out of memory"

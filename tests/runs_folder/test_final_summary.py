@@ -1,0 +1,43 @@
+"""What a run says at its end."""
+
+from pathlib import Path
+from typing import Any
+
+from lit_glm.config.hydra_main import checked, compose
+from lit_glm.config.schema import TrainConfig
+from lit_glm.runs.result import how_it_ended
+
+
+def said(status: str, *overrides: str, **more: Any) -> str:
+    config = checked(compose("train", ["experiment=debug", *overrides]), TrainConfig)
+    result = {
+        "status": status,
+        "global_steps": 10,
+        "num_trained_samples": 40_000,
+        "raw_train_time": 12.34,
+        "acc": 0.8125,
+        "skipped_steps": 0,
+        **more,
+    }
+    return how_it_ended(result, config, Path("outputs/a"))
+
+
+def test_reached_or_not_and_why_it_stopped() -> None:
+    reached = said("success")
+    assert reached.startswith("REACHED: accuracy 81.25%, target 80%, at step 10 (40,000 samples, 12.3 s of training)")
+    assert "python -m lit_glm.report outputs/a" in reached
+    assert "NOT REACHED: accuracy 81.25%, target 90%; run.max_steps=10 was the limit" in said(
+        "finished", "run.target_accuracy=0.9"
+    )
+    by_samples = said("finished", "run.max_steps=null", "run.max_samples=39", acc=None)
+    assert "accuracy unknown, target 80%; run.max_samples=39 was the limit" in by_samples
+    assert "it goes on with run.resume=outputs/a" in said("interrupted")
+    assert "nothing was evaluated" in said("finished", "run.evaluate=false", acc=None)
+    assert "3 steps without an update" in said("finished", skipped_steps=3)
+
+
+def test_a_slow_start_is_said_and_a_usual_one_is_not() -> None:
+    slow = said("success", warm_up={"steps": 2, "seconds": 31.2, "slower": 2.84})
+    assert "the first 2 steps took 31.2 s, 2.8 times as long as the same work later" in slow
+    assert "warm-up" not in said("success", warm_up={"steps": 2, "seconds": 31.2, "slower": 1.2})
+    assert "warm-up" not in said("success", warm_up=None)

@@ -1,0 +1,76 @@
+"""What `lit_glm.compat` uses of dependencies is there and does what it is for; nothing else uses private names."""
+
+import io
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lit_glm import compat
+
+SRC = Path(compat.__file__).parent
+OLD = torch.__version__.startswith("1.")
+PRIVATE = (
+    r"hydra\._internal|_signal_connector|_TrainingEpochLoop|_broadcast_sigterm|__class__ = |_save_loggers_on|"
+    r"_batches_that_stepped|SimpleElasticAgent|_run_exitfuncs|torch\._C\b|_exit_barrier|_linear_pointwise|np\._core|_foreach_"
+)
+
+
+def test_private_names_stand_in_one_file() -> None:
+    found = [path.name for path in SRC.rglob("*.py") if re.search(PRIVATE, path.read_text(encoding="utf-8"))]
+    assert found == ["compat.py"]
+
+
+def test_the_agent_of_torch_1_leaves_after_a_failure() -> None:
+    code = (
+        "from lit_glm.compat import agents_leave_after_a_failure\n"
+        "from torch.distributed.elastic.agent.server.api import SimpleElasticAgent as Agent, WorkerState\n"
+        "from types import SimpleNamespace\n"
+        "waited = []; Agent._exit_barrier = lambda agent: waited.append(agent._worker_group.state)\n"
+        "agents_leave_after_a_failure()\n"
+        "for state in (WorkerState.FAILED, WorkerState.SUCCEEDED):\n"
+        "    Agent._exit_barrier(SimpleNamespace(_worker_group=SimpleNamespace(state=state)))\n"
+        "print(len(waited))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout.strip() == ("1" if OLD else "2")
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_onednns_product_is_a_linear_layer() -> None:
+    product = compat.onednn_linear()
+    assert (product is None) == OLD
+    if product is not None:
+        x, weight, bias = torch.randn(5, 8), torch.randn(3, 8), torch.randn(3)
+        ours = product(x, weight, bias, "none", [], "")
+        torch.testing.assert_close(ours, torch.nn.functional.linear(x, weight, bias), atol=1e-4, rtol=1e-5)
+
+
+def test_a_numpy_random_state_names_nothing_else() -> None:
+    allowed = {(thing.__module__, thing.__name__) for thing in compat.numpy_globals()}
+
+    class Listing(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> object:
+            found = super().find_class(module, name)
+            known = (getattr(found, "__module__", module), name) in allowed or (module, name) == ("_codecs", "encode")
+            assert known or found in compat.numpy_globals(), (module, name)
+            return found
+
+    state = np.random.RandomState(0).get_state()
+    again = Listing(io.BytesIO(pickle.dumps(state, protocol=2))).load()
+    np.testing.assert_array_equal(again[1], state[1])
+
+
+def test_functions_for_lists_of_tensors() -> None:
+    some = [torch.ones(3), torch.full((2, 2), 3.0)]
+    compat.multiply_all(some, 0.5)
+    compat.multiply_all([], 2.0)
+    assert [part.flatten().tolist() for part in some] == [[0.5] * 3, [1.5] * 4]
+    halves = [torch.zeros(3, dtype=torch.float16), torch.zeros(2, 2, dtype=torch.float16)]
+    compat.copied_into(halves, some)
+    assert [part.flatten().tolist() for part in halves] == [[0.5] * 3, [1.5] * 4]

@@ -1,0 +1,46 @@
+"""The collector rests while much is imported, leaves that out afterwards, and is as it was before."""
+
+import gc
+import sys
+from types import ModuleType
+
+import pytest
+
+from lit_glm.gc_pause import importing
+
+
+def test_the_collector_rests_meanwhile_and_no_longer() -> None:
+    with importing():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with importing():
+            pass
+        assert not gc.isenabled()  # whoever calls decides
+    finally:
+        gc.enable()
+
+
+def test_after_an_error_too() -> None:
+    with pytest.raises(ImportError), importing():
+        raise ImportError("no such module")
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize(("modules", "frozen"), [(150, True), (1, False)])
+def test_what_is_imported_later_is_looked_through_as_ever(
+    modules: int, frozen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sweep's next job imports nothing new: what the one before has left must not stay for ever."""
+    done = []
+    monkeypatch.setattr(gc, "freeze", lambda: done.append(True))
+    for number in range(modules):
+        monkeypatch.setitem(sys.modules, f"none_{number}", ModuleType("none"))
+    with importing():
+        pass
+    assert not done
+    with importing():
+        for number in range(modules):
+            monkeypatch.setitem(sys.modules, f"new_{number}", ModuleType("new"))
+    assert bool(done) is frozen

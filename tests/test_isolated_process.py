@@ -1,0 +1,98 @@
+"""A function elsewhere: its result, its refusal, its progress; and its death is said, not shared."""
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, List
+
+import h5py
+import numpy as np
+import pytest
+
+from conftest import EVAL_FILE, TRAIN_FILE
+from lit_glm.data.memmap_dataset import open_split
+from lit_glm.errors import InputError
+from lit_glm.isolated_process import Progress, call_apart
+
+
+def adds(a: int, b: int, progress: Progress) -> int:
+    print("a library's word")  # is no answer
+    progress(1, 2)
+    return a + b
+
+
+def refuses(path: str, _progress: Progress) -> None:
+    raise InputError(f"{path}: no")
+
+
+def breaks(path: str, _progress: Progress) -> None:
+    raise KeyError("chalk")
+
+
+def crashes(path: str, _progress: Progress) -> None:
+    ctypes.string_at(0)
+
+
+def finds_no_room(path: str, _progress: Progress) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_result_and_progress() -> None:
+    told: List[Any] = []
+    assert call_apart(adds, 2, 3, progress=lambda done, total: told.append((done, total))) == 5
+    assert told == [(1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (refuses, "^a.hdf5: no$"),
+        (breaks, "a.hdf5: is damaged, or no file of this kind .KeyError: 'chalk'."),
+        (crashes, "a.hdf5: the process that read it was killed by SIGSEGV: the file is damaged"),
+    ],
+)
+def test_what_goes_wrong_is_said(function: Any, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        call_apart(function, "a.hdf5")
+
+
+@pytest.mark.parametrize("module", ["batches.convert", "batches.look", "bench.lengths"])
+def test_what_runs_apart_needs_neither_torch_nor_hydra(module: str) -> None:
+    """Each file that is looked at costs a process: half a second with numpy and h5py, three with torch."""
+    code = f"import sys, lit_glm.{module}; print({{'torch', 'hydra', 'omegaconf'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_a_full_disk_is_no_damage() -> None:
+    with pytest.raises(OSError, match="No space left"):
+        call_apart(finds_no_room, "a.hdf5")
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_damaged_file_is_refused_or_read(seed: int, tmp_path: Path) -> None:
+    """A few bytes changed: whatever the library makes of it, this process lives and says which file it is."""
+    source = (TRAIN_FILE, EVAL_FILE)[seed % 2]
+    content = bytearray(source.read_bytes())
+    generator = np.random.RandomState(seed)
+    for place in generator.randint(0, len(content), 12):
+        content[place] = generator.randint(256)
+    damaged = tmp_path / "damaged.hdf5"
+    damaged.write_bytes(bytes(content))
+    said = ""
+    try:
+        open_split(damaged, seed % 2 == 1, None)
+    except InputError as error:
+        said = str(error)
+    assert said == "" or str(damaged) in said
+
+
+def test_a_file_of_another_kind(tmp_path: Path) -> None:
+    other = tmp_path / "other.hdf5"
+    with h5py.File(other, "w") as file:
+        file["text"] = np.zeros(3)
+    with pytest.raises(InputError, match=f"{other}: group text is not a sparse matrix"):
+        open_split(other, False, None)
+    assert os.path.getsize(other) > 0

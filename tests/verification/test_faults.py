@@ -1,0 +1,213 @@
+"""Runtimes that are wrong in one way each: it is named, and nothing else fails.
+
+Test doubles: the processor, with a fault put in below autograd, where a chip's own software would have it.
+"""
+
+import time
+from contextlib import contextmanager
+from typing import Any, Callable, Iterator, List, Tuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lit_glm.compat import seeing_operators
+from lit_glm.config.hydra_main import checked, compose
+from lit_glm.config.schema import TrainConfig
+from lit_glm.hardware.runtimes import onednn
+from lit_glm.hardware.runtimes.cpu import CPURuntime, sums_bf16_in_fp32
+from lit_glm.model.runtime_ops import Kernels
+from lit_glm.verification import acceptance, collectives_check, timing_check
+from lit_glm.verification.operator_check import Operators, name_of, tensors_in
+
+Failed = List[Tuple[str, str]]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing_check, "_AT_LEAST_S", 0.02)
+    monkeypatch.setattr(timing_check, "_COPIED", 2**20)
+    monkeypatch.setattr(timing_check, "_size", lambda runtime: 256)
+    small = {"num_layers": 2, "hidden_size": 32, "vocab_size": 128, "max_sequence_length": 48}
+    monkeypatch.setattr(acceptance, "_NARROW", {**acceptance._NARROW, **small})
+
+
+def failed(runtime: Any = None, *overrides: str) -> Failed:
+    """Names and words of the checks that fail."""
+    config = checked(compose("verify", ["precision=fp32", *overrides]), TrainConfig)
+    checks = acceptance.Acceptance([config], runtime or CPURuntime(), whole=False).checks()
+    return [(check.name, check.said) for check in checks if check.status == "fail"]
+
+
+@contextmanager
+def with_fault(name: str, fault: Callable[[Any, Any, Any], Any]) -> Iterator[None]:
+    """An operator's calls in anything but float64 go to `fault`."""
+
+    def see(operator: Any, args: Any, kwargs: Any) -> Any:
+        exact = any(tensor.dtype is torch.float64 for tensor in tensors_in([args, kwargs]))
+        wrong = name_of(operator) == name and not exact
+        return fault(operator, args, kwargs) if wrong else operator(*args, **kwargs)
+
+    with seeing_operators(see):
+        yield
+
+
+def test_the_processor_passes() -> None:
+    assert failed() == []
+
+
+@pytest.mark.skipif(not sums_bf16_in_fp32(), reason="its products are wrong here, which takes minutes to be told")
+def test_the_processor_passes_in_bf16() -> None:
+    assert failed(None, "precision=bf16") == []
+
+
+def test_a_product_in_a_librarys_own_layout_is_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("PREFERS_ONEDNN", True), ("_WORTH_IT", 0), ("_POINTWISE", None)):
+        monkeypatch.setattr(onednn, name, value)  # what torch 1.12 does on a processor that is not Intel's
+    x, weight, bias = torch.randn(12, 8, requires_grad=True), torch.randn(6, 8), torch.randn(6)
+    seen = Operators(torch.device("cpu"), tf32=False)
+    with seen.watching():
+        onednn.linear(x, weight, bias).sum().backward()
+    products = [call.status for call in seen.seen.values() if call.name == "mkldnn_linear"]
+    assert products == ["ok", "ok"]  # forward, and the input's gradient
+    assert {call.status for call in seen.seen.values()} == {"ok"}
+
+
+@pytest.mark.skipif(torch.__version__.startswith("1."), reason="torch 1.12 has no fp16 on processors")
+@pytest.mark.parametrize("precision", ["amp", "fp16"])
+def test_the_processor_passes_in_halves_with_loss_scaling(precision: str) -> None:
+    assert failed(None, f"precision={precision}") == []
+
+
+def test_one_product_is_off_by_a_hundredth() -> None:
+    with with_fault("mm", lambda operator, args, kwargs: operator(*args, **kwargs) * 1.01):
+        found = failed()
+    assert {name for name, _ in found} == {"operators fp32: mm"}
+
+
+def test_one_row_of_one_operator_is_wrong() -> None:
+    def fault(operator: Any, args: Any, kwargs: Any) -> Any:
+        out = operator(*args, **kwargs)
+        out[-1] = 0.0
+        return out
+
+    with with_fault("gelu", fault):
+        found = failed()
+    assert {name for name, _ in found} == {"operators fp32: gelu"}
+
+
+def test_the_update_forgets_weight_decay() -> None:
+    name = "_fused_adamw_" if not torch.__version__.startswith("1.") else "addcdiv_"
+
+    def fault(operator: Any, args: Any, kwargs: Any) -> Any:
+        if name == "addcdiv_":
+            return operator(*args, value=0.9 * kwargs["value"])
+        if (
+            sum(tensor.numel() for tensor in tensors_in(args)) < 100
+        ):  # the update that decides whether it is used at all
+            return operator(*args, **kwargs)
+        return operator(*args, **{**kwargs, "weight_decay": 0.0})
+
+    with with_fault(name, fault):
+        found = failed(None, "optimizer.weight_decay=0.5", "lr=1e-2")
+    assert {name for name, _ in found} == {f"operators fp32: {name}"}
+
+
+def test_one_operator_is_missing() -> None:
+    def fault(operator: Any, args: Any, kwargs: Any) -> Any:
+        raise NotImplementedError("Could not run 'aten::gelu' with arguments from the 'XPU' backend")
+
+    with with_fault("gelu", fault):
+        found = failed()
+    assert {name for name, _ in found} == {"operators fp32: gelu"}
+    assert all("missing: Could not run" in said for _, said in found)
+
+
+def test_one_operator_silently_runs_on_the_processor() -> None:
+    def fault(operator: Any, args: Any, kwargs: Any) -> Any:
+        torch.ops.aten._to_cpu(tensors_in(args))  # what torch's own fall-back does first
+        return operator(*args, **kwargs)
+
+    with with_fault("native_layer_norm", fault):
+        found = failed()
+    assert found == [("operators fp32: native_layer_norm", "falls back: its inputs are copied to the processor")]
+
+
+def test_dropout_ignores_its_seed() -> None:
+    class Forgetful(CPURuntime):
+        def manual_seed(self, seed: int) -> None:
+            pass
+
+    assert failed(Forgetful()) == [("dropout", "the same seed draws another mask")]
+
+
+def test_synchronize_returns_at_once() -> None:
+    """An asynchronous device: a product is done some time after its call has come back; who reads waits for it."""
+    done_at = [0.0]
+
+    class Hasty(CPURuntime):
+        def kernels(self) -> Kernels:
+            def linear(x: Any, weight: Any, bias: Any) -> Any:
+                if x is weight:  # the square products of the clock
+                    done_at[0] = max(done_at[0], time.perf_counter()) + 0.004
+                    return x
+                return F.linear(x, weight, bias)
+
+            return Kernels(linear=linear)
+
+        def synchronize(self) -> None:
+            pass
+
+    def reading(operator: Any, args: Any, kwargs: Any) -> Any:
+        time.sleep(max(0.0, done_at[0] - time.perf_counter()))
+        return operator(*args, **kwargs)
+
+    with with_fault("_local_scalar_dense", reading):
+        found = failed(Hasty())
+    assert [name for name, _ in found] == ["clock"]
+
+
+def test_a_product_is_faster_than_the_files_peak() -> None:
+    found = failed(None, "hardware.peak_tflops.fp32=0.001")
+    assert [name for name, _ in found] == ["speed fp32"]
+
+
+def test_a_wrong_layer_is_named_where_each_operator_is_right() -> None:
+    class Scaled(CPURuntime):
+        def kernels(self) -> Kernels:
+            return Kernels(linear=lambda x, weight, bias: F.linear(x, weight, bias) * 1.01)
+
+    found = failed(Scaled())
+    assert ("model fp32", "layer 0 is the first that deviates") in found
+    assert not [name for name, _ in found if name.startswith("operators")]
+
+
+@pytest.mark.parametrize("fault", ["none", "sum drops a rank", "broadcast does nothing", "gather swaps ranks"])
+def test_a_collective_that_is_wrong_is_named(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = 3
+    given = [collectives_check.given(torch.int64, of, ranks, "cpu") for of in range(ranks)]
+
+    def all_reduce(tensor: Any) -> None:
+        counted = given[:-1] if fault == "sum drops a rank" else given
+        tensor.copy_(torch.stack(counted).sum(0).to(tensor.dtype))
+
+    def broadcast(tensor: Any, source: int) -> None:
+        if fault != "broadcast does nothing":
+            tensor.copy_(given[source].to(tensor.dtype))
+
+    def all_gather(out: Any, tensor: Any) -> None:
+        order = [1, 0, 2] if fault == "gather swaps ranks" else [0, 1, 2]
+        for place, of in zip(out, order):
+            place.copy_(given[of].to(tensor.dtype))
+
+    for name, double in (("all_reduce", all_reduce), ("broadcast", broadcast), ("all_gather", all_gather)):
+        monkeypatch.setattr(torch.distributed, name, double)
+    wrong = collectives_check.exchanged(0, ranks, torch.device("cpu"), [torch.float32, torch.int64, torch.uint8])
+    words = {
+        "none": "",
+        "sum drops a rank": "sum",
+        "broadcast does nothing": "broadcast",
+        "gather swaps ranks": "gather",
+    }
+    assert bool(wrong) == (fault != "none")
+    assert all(words[fault] in line for line in wrong)

@@ -1,0 +1,106 @@
+"""The command, its file, and who reads it."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Optional
+
+import pytest
+import torch
+
+from conftest import lit_glm, lit_glm_here
+from lit_glm.check_result import Finding
+from lit_glm.config.hydra_main import checked, compose
+from lit_glm.config.schema import TrainConfig
+from lit_glm.errors import InputError
+from lit_glm.hardware.runtimes.cpu import CPURuntime
+from lit_glm.runs import verifications
+from lit_glm.verification import acceptance, timing_check
+from lit_glm.verification.error_bounds import distance, of_operator
+
+
+def test_the_command_leaves_its_file_and_says_a_line_a_check(tmp_path: Path) -> None:
+    done = lit_glm("verify", "topology=1x2", "precision=fp32", "model=glm_tiny", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = tmp_path.glob("outputs/verify/*/*/verify.json")
+    content = json.loads(file.read_text())
+    assert (content["ok"], content["hardware"], content["precisions"]) == (True, "cpu", {"fp32": True})
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("ok", "-", "warn", "FAIL"))]
+    assert len(lines) == len(content["checks"])
+    for name in ("operators", "model", "gradients", "training", "repeatable", "speed"):
+        assert any(line.startswith(f"ok    {name} fp32: ") for line in lines), name
+    assert "ok    collectives: sum, broadcast and gather" in done.stdout
+    report = lit_glm("report", ".", cwd=tmp_path)
+    assert "holds no run" in report.stderr  # a verification is none
+
+
+def test_a_wrong_peak_is_status_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    monkeypatch.setattr(timing_check, "_AT_LEAST_S", 0.01)
+    monkeypatch.chdir(tmp_path)
+    own = ["precision=fp32", "hardware.peak_tflops.fp32=0.001", "model=glm_tiny", "data.max_seq_length=64", "--json"]
+    status = lit_glm_here("verify", *own)
+    content = json.loads(capfd.readouterr().out)
+    assert (status, content["ok"], content["precisions"]) == (1, False, {"fp32": False})
+    assert [check["name"] for check in content["checks"] if check["status"] == "fail"] == ["speed fp32"]
+
+
+@pytest.mark.parametrize(
+    ("hardware", "driver", "precision", "found"),
+    [("a", "1", "fp32", "new"), ("a", "2", "fp32", None), ("b", "1", "fp32", None), ("a", "1", "bf16", None)],
+)
+def test_the_newest_of_the_same_hardware_driver_and_precision(
+    hardware: str, driver: str, precision: str, found: Optional[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, moment in (("new", "2026-02-01T00:00:00"), ("old", "2026-01-01T00:00:00")):
+        monkeypatch.setattr(verifications.time, "strftime", lambda _form, moment=moment: moment)
+        verifications.write(
+            tmp_path / "outputs" / "verify" / "day" / name,
+            {"hardware": "a", "driver": "1", "which": name},
+            [Finding("clock", "ok", "waits")],
+            {"fp32": name == "new"},
+        )
+    run = tmp_path / "outputs" / "2026-02-02" / "10-00-00"
+    run.mkdir(parents=True)
+    newest: Any = verifications.newest([run], hardware, driver, precision)
+    assert (newest and newest["which"]) == found
+    assert found is None or newest["passed"]
+
+
+def test_a_precision_that_cannot_be_tried_is_not_recorded_as_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_arguments: Any, **_more: Any) -> Any:
+        raise InputError("precision=amp: this runtime has none")
+
+    monkeypatch.setattr(acceptance, "make_precision", refuses)
+    monkeypatch.setattr(timing_check, "_COPIED", 2**20)
+    config = checked(compose("verify", ["precision=amp"]), TrainConfig)
+    tried = acceptance.Acceptance([config], CPURuntime(), whole=False)
+    assert [check.status for check in tried.checks()][0] == "skip"
+    assert tried.passed == {}
+
+
+def test_pretended_cards_verify_nothing(tmp_path: Path) -> None:
+    told = {"hardware": "a", "driver": None, "simulated": True}
+    verifications.write(tmp_path / "verify" / "x", told, [Finding("clock", "ok", "waits")], {"fp32": True})
+    assert verifications.newest([tmp_path], "a", None, "fp32") is None
+
+
+def test_a_shape_that_was_asked_for_is_taken_on_a_processor_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(acceptance.Acceptance, "checks", lambda self: iter(()))
+    shape = ["model.num_layers=3", "model.hidden_size=128", "model.num_attention_heads=2", "precision=fp32"]
+    assert lit_glm_here("verify", *shape) == 0
+    assert "glm_large 3 x 128" in capfd.readouterr().out
+
+
+def test_distances() -> None:
+    exact = torch.tensor([1.0, -2.0, math.inf, math.nan], dtype=torch.float64)
+    assert distance(exact.float(), exact).typical == 0.0
+    assert distance(torch.tensor([1.0, -2.0, 3.0, math.nan]), exact).typical == math.inf
+    assert distance(torch.ones(3), torch.ones(4, dtype=torch.float64)).typical == math.inf
+    off = distance(torch.full((10,), 1.01), torch.ones(10, dtype=torch.float64))
+    assert off.typical == pytest.approx(0.01, rel=1e-4)
+    assert not off.within(of_operator(torch.float32, 4096, tf32=False))
+    overflown = torch.tensor([math.inf], dtype=torch.float16)
+    assert distance(overflown, torch.tensor([1e6], dtype=torch.float64)).typical == 0.0  # more than the type holds
