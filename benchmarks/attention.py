@@ -13,8 +13,8 @@ from typing import Any, List
 import numpy as np
 import torch
 
-from lit_glm.data.collate import places_of
-from lit_glm.model.attention import FlatPlan, PaddedPlan
+from lit_glm.data.collate import build_padding_index
+from lit_glm.model.attention import PaddedAttention, PerGroupAttention
 
 
 def lengths(groups: int, context: int, candidates: int, tokens: int) -> "tuple[List[int], List[int], torch.Tensor]":
@@ -34,8 +34,11 @@ def main() -> None:
     for width, heads in ((64, 4), (256, 8), (1024, 16)):
         for groups, context in ((64, 25), (16, 100), (8, 300)):
             contexts, rows, owner = lengths(groups, context, 8, 3)
-            places = places_of(np.array(contexts), np.array(rows), owner.numpy())
-            plans: List[Any] = [FlatPlan.of(contexts, rows, owner), PaddedPlan.gathered(places)]
+            places = build_padding_index(np.array(contexts), np.array(rows), owner.numpy())
+            plans: List[Any] = [
+                PerGroupAttention.from_groups(contexts, rows, owner),
+                PaddedAttention.from_index(places),
+            ]
             qkv = torch.randn(sum(contexts) + sum(rows), 3 * width, requires_grad=True)
             ratios = []
             for _ in range(rounds):

@@ -23,8 +23,8 @@ import numpy as np
 from engines import highest_memory
 from scipy.sparse import csr_matrix
 
-from lit_glm.data.collate import flat_batch, padded_batch
-from lit_glm.data.memmap_dataset import open_split
+from lit_glm.data.collate import collate_packed, collate_padded
+from lit_glm.data.memmap_dataset import open_dataset
 
 
 class PublishedReader:
@@ -70,7 +70,7 @@ def main() -> None:
     if given.convert:
         before = highest_memory()
         start = time.perf_counter()
-        split = open_split(given.file, False, str(given.convert))
+        split = open_dataset(given.file, False, str(given.convert))
         seconds = time.perf_counter() - start
         highest = highest_memory()
         print(
@@ -89,7 +89,7 @@ def main() -> None:
             subprocess.run(own, check=True)
         size = sum(entry.stat().st_size for entry in Path(cache).rglob("*") if entry.is_file())
         print(f"compact form: {size / 2**20:.0f} MiB")
-        split, published = open_split(path, False, cache), PublishedReader(path)
+        split, published = open_dataset(path, False, cache), PublishedReader(path)
         generator = np.random.default_rng(0)
         ratios: List[float] = []
         for _ in range(given.rounds):
@@ -97,8 +97,8 @@ def main() -> None:
             seconds = []
             for make in (
                 lambda: published.batch(indices),  # noqa: B023
-                lambda: padded_batch(split, indices, 512),  # noqa: B023
-                lambda: flat_batch(split, indices),  # noqa: B023
+                lambda: collate_padded(split, indices, 512),  # noqa: B023
+                lambda: collate_packed(split, indices),  # noqa: B023
             ):
                 start = time.perf_counter()
                 make()

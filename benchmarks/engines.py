@@ -21,16 +21,16 @@ import corpus
 import torch
 from reference import Reference
 
-from lit_glm.config.hydra_main import checked, compose
+from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
-from lit_glm.data.collate import flat_batch, padded_batch
-from lit_glm.data.memmap_dataset import open_split
-from lit_glm.hardware.runtimes.cpu import CPURuntime, bf16_units
+from lit_glm.data.collate import collate_packed, collate_padded
+from lit_glm.data.memmap_dataset import open_dataset
+from lit_glm.hardware.runtimes.cpu import CPURuntime, bf16_instructions
 from lit_glm.metrics.flops import published_flops, shared_context_flops
 from lit_glm.metrics.system_info import describe_machine
 from lit_glm.model.build import build_glm
 from lit_glm.model.glm import GLM
-from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, choice_loss, score_table
+from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, candidate_loss, candidate_scores
 from lit_glm.training.optimizer import make_optimizer
 
 SHAPES = {
@@ -60,7 +60,7 @@ class Engine:
             return self.reference.step(batch)
         assert self.optimizer is not None
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.half):
-            loss = choice_loss(score_table(self.glm, batch, TRAIN_MASK))
+            loss = candidate_loss(candidate_scores(self.glm, batch, TRAIN_MASK))
         loss.backward()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -74,7 +74,7 @@ class Engine:
         if self.reference:
             return self.reference.evaluate(batch)
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.half):
-            return score_table(self.glm, batch, EVAL_MASK, slice_size=10)
+            return candidate_scores(self.glm, batch, EVAL_MASK, slice_size=10)
 
 
 def highest_memory() -> float:
@@ -121,9 +121,9 @@ def main() -> None:
             subprocess.run([sys.executable, *own], check=True)
         return
     dropout = [f"model.hidden_dropout={given.dropout}", f"model.attention_dropout={given.dropout}"]
-    config = checked(compose("train", [*SHAPES[given.shape], *dropout, "lr=1e-5"]), TrainConfig)
+    config = validate_config(compose_config("train", [*SHAPES[given.shape], *dropout, "lr=1e-5"]), TrainConfig)
     file = given.file or corpus.cached()
-    split = open_split(file, False, None)
+    split = open_dataset(file, False, None)
     torch.manual_seed(0)
     glm = GLM(build_glm(config.model)[0].shape)
     weights = {name: weight.clone() for name, weight in glm.state_dict().items()}
@@ -133,15 +133,15 @@ def main() -> None:
     if given.memory:
         before = highest_memory()
         indices = range(given.bs)
-        engines[0].step(padded_batch(split, indices, 512) if engines[0].padded else flat_batch(split, indices))
+        engines[0].step(collate_padded(split, indices, 512) if engines[0].padded else collate_packed(split, indices))
         highest = highest_memory()
         what = f"{given.shape} bs={given.bs} {names[0]:>15}"
         print(f"{what}: {before:.2f} GiB before, peak {highest:.2f} GiB", flush=True)
         return
     print(f"{describe_machine()}; torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print(f"bf16: {', '.join(bf16_units()) or 'no instructions for it'}; {given.shape}, bs={given.bs}, {file}")
+    print(f"bf16: {', '.join(bf16_instructions()) or 'no instructions for it'}; {given.shape}, bs={given.bs}, {file}")
     for engine in engines:  # the optimizer's state and the allocator's blocks: not counted
-        engine.step(padded_batch(split, [0], 512) if engine.padded else flat_batch(split, [0]))
+        engine.step(collate_padded(split, [0], 512) if engine.padded else collate_packed(split, [0]))
     measure(given, config, split, engines)
 
 
@@ -154,8 +154,8 @@ def measure(given: argparse.Namespace, config: TrainConfig, split: Any, engines:
     shares: Dict[Tuple[str, str], List[float]] = {}
     for number in range(given.rounds):
         indices = [(number * given.bs + i) % len(split) for i in range(given.bs)]
-        flat, padded = flat_batch(split, indices), padded_batch(split, indices, 512)
-        sequences = padded.table[0] * padded.table[1]
+        flat, padded = collate_packed(split, indices), collate_padded(split, indices, 512)
+        sequences = padded.score_shape[0] * padded.score_shape[1]
         flops = {
             True: float(published_flops(config.model, sequences, 512)),
             False: float(shared_context_flops(config.model, flat.context_lengths, flat.candidate_rows).sum()),

@@ -14,10 +14,10 @@ import torch
 from engines import SHAPES, Engine
 from torch.profiler import ProfilerActivity, profile
 
-from lit_glm.config.hydra_main import checked, compose
+from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
-from lit_glm.data.collate import flat_batch, padded_batch
-from lit_glm.data.memmap_dataset import open_split
+from lit_glm.data.collate import collate_packed, collate_padded
+from lit_glm.data.memmap_dataset import open_dataset
 from lit_glm.hardware.runtimes.cpu import CPURuntime
 from lit_glm.model.build import build_glm
 
@@ -30,12 +30,12 @@ def main() -> None:
     parser.add_argument("--lines", type=int, default=12)
     parser.add_argument("--file", type=Path, help="HDF5 file of the published layout (default: generated)")
     given = parser.parse_args()
-    config = checked(compose("train", [*SHAPES[given.shape], "lr=1e-5"]), TrainConfig)
-    split = open_split(given.file or corpus.cached(), False, None)
+    config = validate_config(compose_config("train", [*SHAPES[given.shape], "lr=1e-5"]), TrainConfig)
+    split = open_dataset(given.file or corpus.cached(), False, None)
     torch.manual_seed(0)
     engine = Engine(given.engine, config, build_glm(config.model, CPURuntime().kernels())[0].state_dict())
     indices = range(given.bs)
-    batch = padded_batch(split, indices, 512) if engine.padded else flat_batch(split, indices)
+    batch = collate_padded(split, indices, 512) if engine.padded else collate_packed(split, indices)
     engine.step(batch)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         engine.step(batch)

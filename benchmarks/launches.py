@@ -21,17 +21,17 @@ from typing import Any, Callable, Dict, Iterator, Optional
 import numpy as np
 import torch
 
-from lit_glm.compat import seeing_operators
-from lit_glm.config.hydra_main import checked, compose
+from lit_glm.compat import dispatch_mode
+from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
-from lit_glm.data.batch import FlatBatch
-from lit_glm.data.collate import places_of
-from lit_glm.hardware.precision import FP16, make_precision
+from lit_glm.data.batch import PackedBatch
+from lit_glm.data.collate import build_padding_index
+from lit_glm.hardware.precision import FP16Precision, make_precision
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.model.build import build_glm
-from lit_glm.model.scoring import TRAIN_MASK, choice_loss, score_table
+from lit_glm.model.scoring import TRAIN_MASK, candidate_loss, candidate_scores
 from lit_glm.training.optimizer import make_optimizer
-from lit_glm.verification.operator_check import _PLAIN, name_of
+from lit_glm.verification.operator_check import _PLAIN, operator_name
 
 PHASES = ("forward", "backward", "division by the scale", "clipping", "update", "rounding to fp16")
 
@@ -59,19 +59,19 @@ class Count:
         """Inside, operators are this phase's."""
 
         def see(operator: Any, args: Any, kwargs: Any) -> Any:
-            own = name_of(operator)
+            own = operator_name(operator)
             if own not in ("t", "_unsafe_view") and not own.startswith(_PLAIN):
                 self.phases[name][own] += 1
             return operator(*args, **kwargs)
 
-        with seeing_operators(see):
+        with dispatch_mode(see):
             yield
 
 
-def batch(groups: int, n: int = 230, m: int = 26) -> FlatBatch:
+def batch(groups: int, n: int = 230, m: int = 26) -> PackedBatch:
     tokens = torch.randint(5, 90, (groups * (n + m),))
-    places = places_of(np.full(groups, n), np.full(groups, m), np.arange(groups * m) // 13)
-    return FlatBatch(
+    places = build_padding_index(np.full(groups, n), np.full(groups, m), np.arange(groups * m) // 13)
+    return PackedBatch(
         tokens, tokens % 90, tokens % 3, tokens[-groups * m :], torch.arange(groups * m) // 13,
         torch.arange(2 * groups), [n] * groups, [m] * groups, places, groups, 2,
     )  # fmt: skip
@@ -79,15 +79,17 @@ def batch(groups: int, n: int = 230, m: int = 26) -> FlatBatch:
 
 def step(precision: str, layers: int, groups: int) -> Count:
     own = [f"precision={precision}", f"model.num_layers={layers}", "model.hidden_size=64"]
-    config = checked(compose("train", [*own, "model.num_attention_heads=4", "model.vocab_size=128"]), TrainConfig)
+    config = validate_config(
+        compose_config("train", [*own, "model.num_attention_heads=4", "model.vocab_size=128"]), TrainConfig
+    )
     runtime, count = Meta(), Count()
     plugin: Any = make_precision(config, runtime, tried=False)
-    glm = plugin.convert_module(build_glm(config.model, runtime.kernels())[0]).to("meta").train()
+    glm = plugin.convert_module(build_glm(config.model, runtime.model_ops())[0]).to("meta").train()
     optimizer = make_optimizer(glm, config.optimizer)
-    if isinstance(plugin, FP16):
+    if isinstance(plugin, FP16Precision):
         plugin.wrap_optimizers([optimizer])
     with count.phase("forward"), plugin.forward_context():
-        loss = choice_loss(score_table(glm, batch(groups).to("meta"), TRAIN_MASK))
+        loss = candidate_loss(candidate_scores(glm, batch(groups).to("meta"), TRAIN_MASK))
     scaler = getattr(plugin, "scaler", None)
     with count.phase("backward"):
         (loss if scaler is None else scaler.multiply(loss.float())).backward()
@@ -110,7 +112,7 @@ def step(precision: str, layers: int, groups: int) -> Count:
     fused.step()  # makes its state
     with count.phase("update"):
         fused.step()
-    if isinstance(plugin, FP16):
+    if isinstance(plugin, FP16Precision):
         with count.phase("rounding to fp16"):
             plugin.round_weights()
     return count
@@ -122,7 +124,7 @@ _READS = ("tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__")
 def reads(precision: str, steps: int = 6) -> Counter:
     """How often the host reads a tensor in the steps of a run, by where: on a card each is a wait."""
     from lit_glm import train
-    from lit_glm.metrics.benchmark_callback import Recorder
+    from lit_glm.metrics.benchmark_callback import BenchmarkCallback
     from lit_glm.training.module import RecordModule
 
     counts: Counter = Counter()
@@ -152,7 +154,7 @@ def reads(precision: str, steps: int = 6) -> Counter:
     for name in _READS:
         setattr(torch.Tensor, name, counted(name))
     inside(RecordModule, "training_step", "in the step")
-    inside(Recorder, "on_train_batch_end", "behind it")
+    inside(BenchmarkCallback, "on_train_batch_end", "behind it")
     with tempfile.TemporaryDirectory() as folder:
         limits = [f"run.max_steps={steps}", "run.eval_interval_samples=100000000", "run.eval_start_samples=100000000"]
         own = [f"precision={precision}", f"hydra.run.dir={folder}/run", "run.checkpoint_interval_steps=1000"]

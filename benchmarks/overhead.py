@@ -46,9 +46,9 @@ def measure(overrides: List[str]) -> None:
 
     seconds: List[float] = []
     sys.argv = ["lit_glm.train", *overrides]
-    from lit_glm.openmp import bound_spinning
+    from lit_glm.openmp import limit_spinning
 
-    bound_spinning()  # before torch, as `train` does for itself
+    limit_spinning()  # before torch, as `train` does for itself
     import torch
 
     from lit_glm.training import module

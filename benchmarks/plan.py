@@ -17,9 +17,9 @@ import tempfile
 from pathlib import Path
 from typing import Any, Dict, List
 
-from lit_glm.data.memmap_dataset import open_split
+from lit_glm.data.memmap_dataset import open_dataset
 from lit_glm.planning.workload import Workload
-from lit_glm.runs.job_spec import Job
+from lit_glm.runs.job_spec import JobSpec
 
 
 def command(name: str, overrides: List[str]) -> str:
@@ -36,9 +36,9 @@ def measured(folder: Path, overrides: List[str]) -> Dict[str, float]:
     with (folder / "steps.csv").open() as file:
         steps = [float(row["step_s"]) for row in csv.DictReader(file)]
     first = max(3, len(steps) // 10)
-    result, config = json.loads((folder / "result.json").read_text()), Job.read(folder).config
-    split = open_split(config.data.train_file, False, config.data.cache_dir)
-    flops = Workload(config, split, None).counter.of_each(len(steps))
+    result, config = json.loads((folder / "result.json").read_text()), JobSpec.read(folder).config
+    split = open_dataset(config.data.train_file, False, config.data.cache_dir)
+    flops = Workload(config, split, None).counter.flops_per_step(len(steps))
     # The longest examples come first, so that those which are left out have more work than a step has on average.
     average = statistics.mean(steps[first:]) * flops.mean() / flops[first:].mean()
     return {"step_s": average, "memory_gib": result["mem_actual_gib"]}
@@ -72,7 +72,7 @@ def main() -> None:
             steps = max(8, given.examples // bs)
             own = [*common, f"bs={bs}", f"run.max_steps={steps}", f"model.num_layers={layers}"]
             real = measured(base if (bs, layers) == (4, 4) else place / f"{bs}_{layers}", own)
-            how = [f"plan.runs={base}", "plan.cards=[1]", f"hydra.run.dir={place}/plan", "--json"]
+            how = [f"plan.runs={base}", "plan.device_counts=[1]", f"hydra.run.dir={place}/plan", "--json"]
             guess: Any = json.loads(command("plan", [*own, *how]))[0]
             cells = []
             for key, digits in (("step_s", 3), ("memory_gib", 2)):

@@ -53,7 +53,7 @@ class Reference:
 
     def scores(self, batch: PaddedBatch) -> Tensor:
         """[B, C], of padding slots too."""
-        glm, shape = self.glm, self.glm.shape
+        glm, shape = self.glm, self.glm.config
         B, C, S = batch.text.shape
         position, separator = batch.position.view(B * C, 2, S), batch.separator.view(-1, 1)
         mask = torch.tril(torch.ones(1, S, S)).expand(B * C, S, S)
@@ -86,7 +86,7 @@ class Reference:
         """[B, C], ten slots at a time."""
         parts = []
         with torch.no_grad():
-            for start in range(0, batch.table[1], 10):
+            for start in range(0, batch.score_shape[1], 10):
                 own = slice(start, start + 10)
                 fields = (batch.text, batch.position, batch.separator, batch.target, batch.logit_mask, batch.loss_mask)
                 parts.append(self.scores(PaddedBatch(*(field[:, own].contiguous() for field in fields))))

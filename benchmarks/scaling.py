@@ -21,15 +21,15 @@ from typing import Any, Dict, List
 import corpus
 import torch
 
-from lit_glm.config.hydra_main import checked, compose
+from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
-from lit_glm.data.collate import flat_batch, padded_batch
-from lit_glm.data.datamodule import RecordData
-from lit_glm.data.memmap_dataset import open_split
+from lit_glm.data.collate import collate_packed, collate_padded
+from lit_glm.data.datamodule import RecordDataModule
+from lit_glm.data.memmap_dataset import open_dataset
 from lit_glm.hardware.runtimes.cpu import CPURuntime
-from lit_glm.metrics.flops import WorkCounter
+from lit_glm.metrics.flops import FlopCounter
 from lit_glm.model.build import build_glm
-from lit_glm.model.scoring import TRAIN_MASK, choice_loss, score_table
+from lit_glm.model.scoring import TRAIN_MASK, candidate_loss, candidate_scores
 
 SMALL = ["model.hidden_size=256", "model.num_attention_heads=4", "model.vocab_size=30592"]
 VARIED: Dict[str, List[int]] = {
@@ -45,16 +45,16 @@ def step_seconds(scoring: str, candidates: int, context: int, bs: int, layers: i
     """Forward and backward of one batch."""
     published = scoring == "published"
     more = [f"scoring={scoring}", f"model.num_layers={layers}"]
-    config = checked(compose("train", [*SMALL, *more]), TrainConfig)
-    split = open_split(corpus.cached(context=context, candidates=candidates), False, None)
+    config = validate_config(compose_config("train", [*SMALL, *more]), TrainConfig)
+    split = open_dataset(corpus.cached(context=context, candidates=candidates), False, None)
     indices = [(number * bs + i) % len(split) for i in range(bs)]
-    batch: Any = padded_batch(split, indices, 512) if published else flat_batch(split, indices)
+    batch: Any = collate_padded(split, indices, 512) if published else collate_packed(split, indices)
     torch.manual_seed(0)
     glm, _ = build_glm(config.model, CPURuntime().checkpoint())
     seconds = []
     for _ in range(2):  # the first makes ready
         start = time.perf_counter()
-        choice_loss(score_table(glm.train(), batch, TRAIN_MASK)).backward()
+        candidate_loss(candidate_scores(glm.train(), batch, TRAIN_MASK)).backward()
         seconds.append(time.perf_counter() - start)
     return seconds[1]
 
@@ -71,10 +71,10 @@ def samples_per_second(topology: str) -> float:
 def imbalance(balance: str) -> float:
     """By how much the rank with the most rows exceeds the mean, 1x8, bs 8, mean over the steps of an epoch."""
     overrides = ["hardware=r300", "hardware.runtime=simulated", "topology=1x8", "bs=8", f"data.balance_ranks={balance}"]
-    config = checked(compose("train", overrides), TrainConfig)
-    split = open_split(corpus.cached(examples=2000), False, None)
-    data = RecordData(config, split, lambda: 0, False, lambda: None)
-    found = WorkCounter(config, split, data.sampler(0, 0)).imbalance(2000 // 64)
+    config = validate_config(compose_config("train", overrides), TrainConfig)
+    split = open_dataset(corpus.cached(examples=2000), False, None)
+    data = RecordDataModule(config, split, lambda: 0, False, lambda: None)
+    found = FlopCounter(config, split, data.sampler(0, 0)).rank_imbalance(2000 // 64)
     assert found is not None
     return found
 

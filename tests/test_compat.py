@@ -28,11 +28,11 @@ def test_private_names_stand_in_one_file() -> None:
 
 def test_the_agent_of_torch_1_leaves_after_a_failure() -> None:
     code = (
-        "from lit_glm.compat import agents_leave_after_a_failure\n"
+        "from lit_glm.compat import skip_exit_barrier_on_failure\n"
         "from torch.distributed.elastic.agent.server.api import SimpleElasticAgent as Agent, WorkerState\n"
         "from types import SimpleNamespace\n"
         "waited = []; Agent._exit_barrier = lambda agent: waited.append(agent._worker_group.state)\n"
-        "agents_leave_after_a_failure()\n"
+        "skip_exit_barrier_on_failure()\n"
         "for state in (WorkerState.FAILED, WorkerState.SUCCEEDED):\n"
         "    Agent._exit_barrier(SimpleNamespace(_worker_group=SimpleNamespace(state=state)))\n"
         "print(len(waited))"
@@ -52,13 +52,13 @@ def test_onednns_product_is_a_linear_layer() -> None:
 
 
 def test_a_numpy_random_state_names_nothing_else() -> None:
-    allowed = {(thing.__module__, thing.__name__) for thing in compat.numpy_globals()}
+    allowed = {(thing.__module__, thing.__name__) for thing in compat.numpy_unpickle_globals()}
 
     class Listing(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> object:
             found = super().find_class(module, name)
             known = (getattr(found, "__module__", module), name) in allowed or (module, name) == ("_codecs", "encode")
-            assert known or found in compat.numpy_globals(), (module, name)
+            assert known or found in compat.numpy_unpickle_globals(), (module, name)
             return found
 
     state = np.random.RandomState(0).get_state()
@@ -68,9 +68,9 @@ def test_a_numpy_random_state_names_nothing_else() -> None:
 
 def test_functions_for_lists_of_tensors() -> None:
     some = [torch.ones(3), torch.full((2, 2), 3.0)]
-    compat.multiply_all(some, 0.5)
-    compat.multiply_all([], 2.0)
+    compat.multiply_all_(some, 0.5)
+    compat.multiply_all_([], 2.0)
     assert [part.flatten().tolist() for part in some] == [[0.5] * 3, [1.5] * 4]
     halves = [torch.zeros(3, dtype=torch.float16), torch.zeros(2, 2, dtype=torch.float16)]
-    compat.copied_into(halves, some)
+    compat.copy_all_(halves, some)
     assert [part.flatten().tolist() for part in halves] == [[0.5] * 3, [1.5] * 4]

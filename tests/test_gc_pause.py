@@ -6,16 +6,16 @@ from types import ModuleType
 
 import pytest
 
-from lit_glm.gc_pause import importing
+from lit_glm.gc_pause import paused_gc
 
 
 def test_the_collector_rests_meanwhile_and_no_longer() -> None:
-    with importing():
+    with paused_gc():
         assert not gc.isenabled()
     assert gc.isenabled()
     gc.disable()
     try:
-        with importing():
+        with paused_gc():
             pass
         assert not gc.isenabled()  # whoever calls decides
     finally:
@@ -23,7 +23,7 @@ def test_the_collector_rests_meanwhile_and_no_longer() -> None:
 
 
 def test_after_an_error_too() -> None:
-    with pytest.raises(ImportError), importing():
+    with pytest.raises(ImportError), paused_gc():
         raise ImportError("no such module")
     assert gc.isenabled()
 
@@ -37,10 +37,10 @@ def test_what_is_imported_later_is_looked_through_as_ever(
     monkeypatch.setattr(gc, "freeze", lambda: done.append(True))
     for number in range(modules):
         monkeypatch.setitem(sys.modules, f"none_{number}", ModuleType("none"))
-    with importing():
+    with paused_gc():
         pass
     assert not done
-    with importing():
+    with paused_gc():
         for number in range(modules):
             monkeypatch.setitem(sys.modules, f"new_{number}", ModuleType("new"))
     assert bool(done) is frozen

@@ -12,36 +12,36 @@ import numpy as np
 import pytest
 
 from conftest import EVAL_FILE, TRAIN_FILE
-from lit_glm.data.memmap_dataset import open_split
+from lit_glm.data.memmap_dataset import open_dataset
 from lit_glm.errors import InputError
-from lit_glm.isolated_process import Progress, call_apart
+from lit_glm.isolated_process import ReportProgress, call_isolated
 
 
-def adds(a: int, b: int, progress: Progress) -> int:
+def adds(a: int, b: int, progress: ReportProgress) -> int:
     print("a library's word")  # is no answer
     progress(1, 2)
     return a + b
 
 
-def refuses(path: str, _progress: Progress) -> None:
+def refuses(path: str, _progress: ReportProgress) -> None:
     raise InputError(f"{path}: no")
 
 
-def breaks(path: str, _progress: Progress) -> None:
+def breaks(path: str, _progress: ReportProgress) -> None:
     raise KeyError("chalk")
 
 
-def crashes(path: str, _progress: Progress) -> None:
+def crashes(path: str, _progress: ReportProgress) -> None:
     ctypes.string_at(0)
 
 
-def finds_no_room(path: str, _progress: Progress) -> None:
+def finds_no_room(path: str, _progress: ReportProgress) -> None:
     raise OSError(28, "No space left on device")
 
 
 def test_a_result_and_progress() -> None:
     told: List[Any] = []
-    assert call_apart(adds, 2, 3, progress=lambda done, total: told.append((done, total))) == 5
+    assert call_isolated(adds, 2, 3, progress=lambda done, total: told.append((done, total))) == 5
     assert told == [(1, 2)]
 
 
@@ -55,7 +55,7 @@ def test_a_result_and_progress() -> None:
 )
 def test_what_goes_wrong_is_said(function: Any, said: str) -> None:
     with pytest.raises(InputError, match=said):
-        call_apart(function, "a.hdf5")
+        call_isolated(function, "a.hdf5")
 
 
 @pytest.mark.parametrize("module", ["batches.convert", "batches.look", "bench.lengths"])
@@ -68,7 +68,7 @@ def test_what_runs_apart_needs_neither_torch_nor_hydra(module: str) -> None:
 
 def test_a_full_disk_is_no_damage() -> None:
     with pytest.raises(OSError, match="No space left"):
-        call_apart(finds_no_room, "a.hdf5")
+        call_isolated(finds_no_room, "a.hdf5")
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -83,7 +83,7 @@ def test_a_damaged_file_is_refused_or_read(seed: int, tmp_path: Path) -> None:
     damaged.write_bytes(bytes(content))
     said = ""
     try:
-        open_split(damaged, seed % 2 == 1, None)
+        open_dataset(damaged, seed % 2 == 1, None)
     except InputError as error:
         said = str(error)
     assert said == "" or str(damaged) in said
@@ -94,5 +94,5 @@ def test_a_file_of_another_kind(tmp_path: Path) -> None:
     with h5py.File(other, "w") as file:
         file["text"] = np.zeros(3)
     with pytest.raises(InputError, match=f"{other}: group text is not a sparse matrix"):
-        open_split(other, False, None)
+        open_dataset(other, False, None)
     assert os.path.getsize(other) > 0

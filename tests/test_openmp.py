@@ -13,22 +13,28 @@ from lit_glm import openmp
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """No variable of OpenMP's is set, and there are eight cores."""
-    for name in (*openmp.COUNTS, *openmp.WAITING, openmp.OURS, "OMP_WAIT_POLICY", "KMP_LIBRARY"):
+    for name in (
+        *openmp.THREAD_COUNT_VARIABLES,
+        *openmp.SPIN_LIMITS,
+        openmp.LAUNCHER_THREADS_VARIABLE,
+        "OMP_WAIT_POLICY",
+        "KMP_LIBRARY",
+    ):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(openmp, "cores", lambda: 8)
+    monkeypatch.setattr(openmp, "available_cores", lambda: 8)
     return monkeypatch
 
 
 def test_spinning_is_bounded_where_the_user_has_not_said_how_threads_wait(plain: pytest.MonkeyPatch) -> None:
     plain.setattr(os, "environ", {})
-    openmp.bound_spinning()
-    assert os.environ == openmp.WAITING
+    openmp.limit_spinning()
+    assert os.environ == openmp.SPIN_LIMITS
 
 
 @pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"])
 def test_what_the_user_has_said_of_waiting_stays(plain: pytest.MonkeyPatch, name: str) -> None:
     plain.setattr(os, "environ", {name: "mine"})
-    openmp.bound_spinning()
+    openmp.limit_spinning()
     assert os.environ == {name: "mine"}
 
 
@@ -47,25 +53,25 @@ def test_what_the_user_has_said_of_waiting_stays(plain: pytest.MonkeyPatch, name
 def test_threads_by_work_and_share(
     plain: pytest.MonkeyPatch, rows: int, width: int, devices: int, before: Any, expected: int
 ) -> None:
-    assert openmp.threads_of(rows, width, devices, before) == expected
+    assert openmp.choose_num_threads(rows, width, devices, before) == expected
 
 
 def test_the_users_count_stays_and_the_launchers_may_be_lowered(plain: pytest.MonkeyPatch) -> None:
     plain.setenv("OMP_NUM_THREADS", "5")
-    assert openmp.threads_of(150, 64, 1, None) is None
-    assert openmp.for_ranks(2) == {}
-    plain.setenv(openmp.OURS, "5")
-    assert openmp.threads_of(150, 64, 1, None) == 1
+    assert openmp.choose_num_threads(150, 64, 1, None) is None
+    assert openmp.omp_env_for_ranks(2) == {}
+    plain.setenv(openmp.LAUNCHER_THREADS_VARIABLE, "5")
+    assert openmp.choose_num_threads(150, 64, 1, None) == 1
 
 
 def test_ranks_share_the_cores(plain: pytest.MonkeyPatch) -> None:
-    assert openmp.for_ranks(2) == {"OMP_NUM_THREADS": "4", openmp.OURS: "4"}
+    assert openmp.omp_env_for_ranks(2) == {"OMP_NUM_THREADS": "4", openmp.LAUNCHER_THREADS_VARIABLE: "4"}
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
 def test_affinity_counts() -> None:
     code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-    code += "from lit_glm.openmp import cores; print(cores())"
+    code += "from lit_glm.openmp import available_cores; print(available_cores())"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown == "1\n"
 
@@ -83,4 +89,4 @@ def test_a_quota_of_the_control_group_counts(monkeypatch: pytest.MonkeyPatch, te
 
     monkeypatch.setattr(openmp, "Path", File)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    assert openmp.cores() == expected
+    assert openmp.available_cores() == expected

@@ -11,7 +11,7 @@ from typing import Any, Dict, Iterator
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary name to write to; what was written there gets the real one in one step, or is gone after an error."""
     temporary = path.with_name(f".{path.name}.part")
     try:
@@ -24,7 +24,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file that is at any moment either the old one or the new one."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -33,7 +33,7 @@ def write_json(path: Path, content: Dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def take(descriptor: int) -> bool:
+def try_lock(descriptor: int) -> bool:
     """Lock an open file; False if another process has it, True too where the file system has no locks.
 
     The kernel's own locks (flock): it lets go of them however a process ends. A library for them (filelock 3.16, the
@@ -47,7 +47,7 @@ def take(descriptor: int) -> bool:
 
 
 @contextmanager
-def one_at_a_time(file: Path) -> Iterator[None]:
+def file_lock(file: Path) -> Iterator[None]:
     """Wait until nobody else is inside for the same file.
 
     Raises:
@@ -55,7 +55,7 @@ def one_at_a_time(file: Path) -> Iterator[None]:
     """
     descriptor = os.open(str(file), os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        while not take(descriptor):
+        while not try_lock(descriptor):
             time.sleep(0.05)
         yield
     finally:

@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 
-class _Output:
+class _BrokenPipeSafeStream:
     """A stream that is written to as long as somebody reads, and to nowhere after that."""
 
     def __init__(self, stream: Any) -> None:
@@ -16,7 +16,7 @@ class _Output:
         try:
             return int(self._stream.write(text))
         except BrokenPipeError:
-            self._to_nowhere()
+            self._redirect_to_devnull()
             return len(text)
 
     def flush(self) -> None:
@@ -24,9 +24,9 @@ class _Output:
         try:
             self._stream.flush()
         except BrokenPipeError:
-            self._to_nowhere()
+            self._redirect_to_devnull()
 
-    def _to_nowhere(self) -> None:
+    def _redirect_to_devnull(self) -> None:
         # The descriptor, so that what waits in the stream's buffer, and the interpreter's last flush, end there too.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
@@ -36,9 +36,9 @@ class _Output:
         return getattr(self._stream, name)
 
 
-def survive_closed_output() -> None:
+def ignore_broken_pipe() -> None:
     """Have this process's output and errors end nothing when they are closed; called at a command's entry."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is not None and not isinstance(stream, _Output):
-            setattr(sys, name, _Output(stream))
+        if stream is not None and not isinstance(stream, _BrokenPipeSafeStream):
+            setattr(sys, name, _BrokenPipeSafeStream(stream))

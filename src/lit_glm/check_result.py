@@ -7,24 +7,24 @@ _MARKS = {"ok": "ok  ", "warn": "warn", "fail": "FAIL", "skip": "-   "}
 
 
 @dataclass
-class Finding:
+class CheckResult:
     """One line."""
 
     name: str
     status: str
     """ok; warn: look at it; fail: it would go wrong, or is not to be trusted; skip: nothing was checked."""
-    said: str
+    message: str
     advice: str = ""
     """What to do."""
-    figure: Optional[float] = None
+    value: Optional[float] = None
     """What was measured,"""
     bound: Optional[float] = None
     """and what it is held against."""
-    made: Any = None
+    artifact: Any = None
     """What the check had to make, for later ones."""
 
     def line(self) -> str:
         """For people."""
-        against = "" if self.figure is None or self.bound is None else f" ({self.figure:.2g}, bound {self.bound:.2g})"
+        against = "" if self.value is None or self.bound is None else f" ({self.value:.2g}, bound {self.bound:.2g})"
         advice = f" -> {self.advice}" if self.advice else ""
-        return f"{_MARKS[self.status]}  {self.name}: {self.said}{against}{advice}"
+        return f"{_MARKS[self.status]}  {self.name}: {self.message}{against}{advice}"

@@ -6,7 +6,7 @@ Each has its reason; `tests/test_compat.py` fails when a release of the dependen
 from typing import Any, Callable, ContextManager, List, Optional, Tuple
 
 
-def agents_leave_after_a_failure() -> None:
+def skip_exit_barrier_on_failure() -> None:
     """Have torchrun's agent end when its ranks have failed.
 
     torch 1.12, the only release for the native runtime, waits 300 s for the agents of the other nodes after a failure
@@ -40,7 +40,7 @@ def onednn_linear() -> Optional[Callable[..., Any]]:
     return found
 
 
-def numpy_globals() -> Tuple[Callable[..., Any], ...]:
+def numpy_unpickle_globals() -> Tuple[Callable[..., Any], ...]:
     """What a pickled numpy random state names: published checkpoints hold one, which torch's safe reader must allow."""
     import numpy as np
 
@@ -49,7 +49,7 @@ def numpy_globals() -> Tuple[Callable[..., Any], ...]:
     return (core.multiarray._reconstruct, core.multiarray.scalar, np.ndarray, np.dtype, *kinds)
 
 
-def seeing_operators(see: Callable[[Any, Any, Any], Any]) -> ContextManager[Any]:
+def dispatch_mode(see: Callable[[Any, Any, Any], Any]) -> ContextManager[Any]:
     """Have `see(operator, args, kwargs)` called in place of each operator below autograd; it calls the operator itself.
 
     torch has it in a module of a private name, with a base class that changed after 1.12; nothing public tells which
@@ -65,7 +65,7 @@ def seeing_operators(see: Callable[[Any, Any, Any], Any]) -> ContextManager[Any]
     return Seeing() if push is None else push(Seeing)
 
 
-def multiply_all(tensors: List[Any], factor: float) -> None:
+def multiply_all_(tensors: List[Any], factor: float) -> None:
     """Multiply tensors in place: a few kernels for all of them, where one each would be 293 a step of GLM-Large.
 
     torch documents its functions for lists of tensors, under names with an underscore.
@@ -76,7 +76,7 @@ def multiply_all(tensors: List[Any], factor: float) -> None:
         torch._foreach_mul_(tensors, factor)
 
 
-def copied_into(targets: List[Any], sources: List[Any]) -> None:
+def copy_all_(targets: List[Any], sources: List[Any]) -> None:
     """Copy tensors into others, whatever their types, as few kernels; one by one before torch 2.1."""
     import torch
 

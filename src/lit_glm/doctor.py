@@ -7,11 +7,11 @@ from typing import Any, Callable, Iterator
 
 from hydra.core.hydra_config import HydraConfig
 
-from lit_glm.check_result import Finding
-from lit_glm.config.hydra_main import run_app
+from lit_glm.check_result import CheckResult
+from lit_glm.config.hydra_main import run_command
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError, RunError
-from lit_glm.hardware.env import set_environment
+from lit_glm.hardware.env import set_hardware_env
 
 _DATA = "copy the file again and compare the sizes, or make it anew with python -m lit_glm.prepare"
 _ADVICE = {
@@ -26,7 +26,7 @@ _ADVICE = {
 """What to do where the error itself does not say it."""
 
 
-def checked_by(name: str, check: Callable[[], Finding]) -> Finding:
+def run_check(name: str, check: Callable[[], CheckResult]) -> CheckResult:
     """Run a check; whatever it raises is a finding too.
 
     Args:
@@ -37,50 +37,50 @@ def checked_by(name: str, check: Callable[[], Finding]) -> Finding:
         found = check()
     except (InputError, RunError) as error:
         first, *more = [line.strip() for line in str(error).splitlines()]
-        return Finding(name, "fail", first, "; ".join(more) or _ADVICE.get(name, ""))
+        return CheckResult(name, "fail", first, "; ".join(more) or _ADVICE.get(name, ""))
     except Exception as error:  # a check must never hide the others
-        return Finding(name, "fail", f"{type(error).__name__}: {' '.join(str(error).split())}")
+        return CheckResult(name, "fail", f"{type(error).__name__}: {' '.join(str(error).split())}")
     found.name = name
-    found.said = " ".join(found.said.split())
+    found.message = " ".join(found.message.split())
     return found
 
 
-def examine(config: TrainConfig, place: Path) -> Iterator[Finding]:
+def run_checks(config: TrainConfig, place: Path) -> Iterator[CheckResult]:
     """Check one thing after the other.
 
     Args:
         config: of the run that is to come.
         place: folder that its run folder would be made in.
     """
-    kept = set_environment(config.hardware)  # before anything imports torch
+    kept = set_hardware_env(config.hardware)  # before anything imports torch
 
     from lit_glm.preflight import device_checks, file_checks, host, provenance
 
-    yield checked_by("machine", host.describe)
-    yield checked_by("software", host.stack)
-    found = checked_by("runtime", lambda: device_checks.runtime(config, kept))
+    yield run_check("machine", host.check_host)
+    yield run_check("software", host.check_packages)
+    found = run_check("runtime", lambda: device_checks.check_runtime(config, kept))
     yield found
-    runtime = found.made
+    runtime = found.artifact
     missing = "there is no runtime" if runtime is None else ""
     for name, check in (
-        ("devices", device_checks.cards),
-        ("precision", device_checks.arithmetic),
-        ("port", device_checks.port),
-        ("collectives", device_checks.collectives),
+        ("devices", device_checks.check_devices),
+        ("precision", device_checks.check_precision),
+        ("port", device_checks.check_rendezvous_port),
+        ("collectives", device_checks.check_collectives),
     ):
         if missing:
-            yield Finding(name, "skip", f"not checked: {missing}")
+            yield CheckResult(name, "skip", f"not checked: {missing}")
             continue
-        found = checked_by(name, lambda check=check: check(config, runtime))  # type: ignore[misc]
+        found = run_check(name, lambda check=check: check(config, runtime))  # type: ignore[misc]
         yield found
         if found.status == "fail" and name in ("devices", "port"):
             missing = f"{name} failed"
-    yield checked_by("disk", lambda: file_checks.disk(config, place))
+    yield run_check("disk", lambda: file_checks.check_disk(config, place))
     for key in ("train_file", "eval_file"):
-        yield checked_by(f"data.{key}", lambda key=key: file_checks.data(config, key))  # type: ignore[misc]
-    yield checked_by("checkpoint", lambda: file_checks.checkpoint(config))
-    yield checked_by("published files", lambda: provenance.origin(config))
-    yield checked_by("memory", lambda: file_checks.memory(config, runtime))
+        yield run_check(f"data.{key}", lambda key=key: file_checks.check_data(config, key))  # type: ignore[misc]
+    yield run_check("checkpoint", lambda: file_checks.check_checkpoint(config))
+    yield run_check("published files", lambda: provenance.check_provenance(config))
+    yield run_check("memory", lambda: file_checks.check_memory(config, runtime))
 
 
 def main() -> int:
@@ -90,13 +90,13 @@ def main() -> int:
     def task(config: TrainConfig, _composed: Any) -> int:
         given = str(HydraConfig.get().run.dir)
         findings = []
-        for finding in examine(config, Path("outputs" if given == "." else given)):
+        for finding in run_checks(config, Path("outputs" if given == "." else given)):
             findings.append(finding)
             if not as_json:
                 print(finding.line(), flush=True)
         failed = [finding.name for finding in findings if finding.status == "fail"]
         if as_json:
-            said = [{key: getattr(entry, key) for key in ("name", "status", "said", "advice")} for entry in findings]
+            said = [{key: getattr(entry, key) for key in ("name", "status", "message", "advice")} for entry in findings]
             print(json.dumps({"ok": not failed, "checks": said}, indent=1, ensure_ascii=False))
         else:
             print(f"lit_glm: {len(failed)} failed: {', '.join(failed)}" if failed else "lit_glm: nothing failed")
@@ -105,7 +105,7 @@ def main() -> int:
 
     sys.argv = [argument for argument in arguments if argument != "--json"]
     try:
-        return run_app("doctor", TrainConfig, task)
+        return run_command("doctor", TrainConfig, task)
     finally:
         sys.argv = arguments
 

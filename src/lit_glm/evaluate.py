@@ -5,14 +5,14 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
-from lit_glm.config.hydra_main import run_app
+from lit_glm.config.hydra_main import run_command
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
 
 _FILES = ("evaluation.json", "predictions.jsonl")
 
 
-def read_names(eval_file: Path, num_examples: int) -> Optional[List[Dict[str, Any]]]:
+def read_example_metadata(eval_file: Path, num_examples: int) -> Optional[List[Dict[str, Any]]]:
     """What `prepare` left beside an evaluation file: idx, candidates and answers of each example as text.
 
     Returns:
@@ -21,9 +21,9 @@ def read_names(eval_file: Path, num_examples: int) -> Optional[List[Dict[str, An
     Raises:
         InputError: if it belongs to another evaluation file.
     """
-    from lit_glm.data.prepare_hdf5 import NAMES_FILE
+    from lit_glm.data.prepare_hdf5 import EXAMPLE_METADATA_FILE
 
-    path = eval_file.parent / NAMES_FILE
+    path = eval_file.parent / EXAMPLE_METADATA_FILE
     if not path.is_file():
         return None
     names = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
@@ -32,7 +32,7 @@ def read_names(eval_file: Path, num_examples: int) -> Optional[List[Dict[str, An
     return names
 
 
-def summarise(
+def score_predictions(
     names: List[Dict[str, Any]], chosen: List[Tuple[int, int]]
 ) -> Tuple[List[Dict[str, Any]], Dict[str, float]]:
     """Predictions in SuperGLUE's submission format, and the official scores.
@@ -44,14 +44,14 @@ def summarise(
     Returns:
         A prediction an example, and em, f1 and the shares that were cut to length.
     """
-    from lit_glm.training.evaluation import text_scores
+    from lit_glm.training.evaluation import em_and_f1
 
     predictions, exact, overlap = [], 0.0, 0.0
     for example, candidate in chosen:
         name = names[example]
         label = name["candidates"][candidate]
         predictions.append({"idx": name["idx"], "label": label})
-        em, f1 = text_scores(label, name["answers"])
+        em, f1 = em_and_f1(label, name["answers"])
         exact, overlap = exact + em, overlap + f1
     removed = [name["tokens_removed"] for name in names]
     candidates = sum(map(len, removed))
@@ -63,7 +63,7 @@ def summarise(
     }
 
 
-def as_in_run(config: TrainConfig, given: List[str]) -> TrainConfig:
+def inherit_run_config(config: TrainConfig, given: List[str]) -> TrainConfig:
     """Take model and data of the run whose checkpoint is to be scored; what is given on the command line wins.
 
     Args:
@@ -72,13 +72,13 @@ def as_in_run(config: TrainConfig, given: List[str]) -> TrainConfig:
     """
     from dataclasses import fields, replace
 
-    from lit_glm.runs.job_spec import FILE, Job
+    from lit_glm.runs.job_spec import JOB_FILE, JobSpec
 
     path = Path(config.model.init_checkpoint or "")
     run_dir = path.parent.parent if path.suffix == ".ckpt" else path
-    if not (run_dir / FILE).is_file():
+    if not (run_dir / JOB_FILE).is_file():
         return config
-    run: Any = Job.read(run_dir).config
+    run: Any = JobSpec.read(run_dir).config
     for group in ("model", "data"):
         if group in given:
             continue
@@ -93,9 +93,9 @@ def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
     from hydra.core.hydra_config import HydraConfig
 
     from lit_glm.config.command_line import CommandLine
-    from lit_glm.hardware.env import set_environment
+    from lit_glm.hardware.env import set_hardware_env
 
-    for line in set_environment(config.hardware):  # before anything imports torch
+    for line in set_hardware_env(config.hardware):  # before anything imports torch
         print(f"lit_glm: {line}", file=sys.stderr)
     if config.topology.world_size > 1:
         raise InputError(f"topology={config.topology.name}: evaluate runs on one device; leave topology out")
@@ -103,21 +103,21 @@ def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
         raise InputError("model.init_checkpoint is not set: which checkpoint or run folder is to be scored?")
     hydra = HydraConfig.get()
     out = Path(hydra.run.dir)
-    _check_free(out)
-    given = [override.key_or_group for override in CommandLine(list(hydra.overrides.task)).parsed()]
-    accuracy, chosen, runtime = _score(as_in_run(config, given))
-    names = read_names(Path(config.data.eval_file), len(chosen))
+    _check_not_foreign(out)
+    given = [override.key_or_group for override in CommandLine(list(hydra.overrides.task)).parse()]
+    accuracy, chosen, runtime = _score(inherit_run_config(config, given))
+    names = read_example_metadata(Path(config.data.eval_file), len(chosen))
     report: Dict[str, Any] = {"acc": accuracy, "em": None, "f1": None, "num_examples": len(chosen)}
     predictions = [{"idx": example, "label": candidate} for example, candidate in chosen]
     if names is not None:
-        predictions, scores = summarise(names, chosen)
+        predictions, scores = score_predictions(names, chosen)
         report.update(scores)
     _write(out, predictions, report, config, runtime)
-    _say(out, report, config, runtime, names is not None)
+    _print_scores(out, report, config, runtime, names is not None)
     return 0
 
 
-def _check_free(out: Path) -> None:
+def _check_not_foreign(out: Path) -> None:
     """Refuse to write over what is not an evaluation's."""
     foreign = [name for name in _FILES if (out / name).exists()]
     try:
@@ -130,27 +130,27 @@ def _check_free(out: Path) -> None:
 
 def _score(config: TrainConfig) -> Tuple[Optional[float], List[Tuple[int, int]], Any]:
     """Accuracy, (example, chosen candidate) of all examples, and the runtime that scored them."""
-    from lit_glm.data.synthetic import ensure
+    from lit_glm.data.synthetic import ensure_synthetic_data
     from lit_glm.hardware.runtimes.selection import make_runtime
 
     if config.data.synthetic is not None:
-        ensure(config.data)
+        ensure_synthetic_data(config.data)
     runtime = make_runtime(config.hardware, config.topology)
 
     from lit_glm.data.datamodule import evaluation_batches
-    from lit_glm.data.memmap_dataset import open_split
+    from lit_glm.data.memmap_dataset import open_dataset
     from lit_glm.hardware.precision import make_precision
-    from lit_glm.model.attention import check_kernel
+    from lit_glm.model.attention import check_attention_available
     from lit_glm.model.build import build_glm
     from lit_glm.training.evaluation import evaluate
     from lit_glm.training.module import RecordModule
 
-    split = open_split(config.data.eval_file, True, config.data.cache_dir)
-    split.check_fits(config.model.vocab_size, config.model.max_sequence_length, config.data.max_seq_length)
-    read_names(Path(config.data.eval_file), len(split))  # said before the work
+    split = open_dataset(config.data.eval_file, True, config.data.cache_dir)
+    split.check_fits_model(config.model.vocab_size, config.model.max_sequence_length, config.data.max_seq_length)
+    read_example_metadata(Path(config.data.eval_file), len(split))  # said before the work
     device = runtime.device(0)
-    check_kernel(config.model.attention)
-    glm, done = build_glm(config.model, runtime.kernels())
+    check_attention_available(config.model.attention)
+    glm, done = build_glm(config.model, runtime.model_ops())
     for line in done:
         print(f"lit_glm: {config.model.init_checkpoint}: {line}")
     precision = make_precision(config, runtime)
@@ -181,7 +181,7 @@ def _write(
     )
 
 
-def _say(out: Path, report: Dict[str, Any], config: TrainConfig, runtime: Any, named: bool) -> None:
+def _print_scores(out: Path, report: Dict[str, Any], config: TrainConfig, runtime: Any, named: bool) -> None:
     if runtime.simulated:
         print(f"SIMULATED on the processor, no figure of {config.hardware.name}")
     for key, value in report.items():
@@ -207,7 +207,7 @@ def main() -> int:
             sys.argv = [*arguments[:place], f"model.init_checkpoint='{quoted}'", *arguments[place + 1 :]]
             break
     try:
-        return run_app("evaluate", TrainConfig, evaluate_checkpoint)
+        return run_command("evaluate", TrainConfig, evaluate_checkpoint)
     finally:
         sys.argv = arguments
 

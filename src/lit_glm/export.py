@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import List, Optional
 
-from lit_glm.broken_pipe import survive_closed_output
+from lit_glm.broken_pipe import ignore_broken_pipe
 from lit_glm.errors import InputError
 
 
@@ -23,21 +23,23 @@ def export(run_dir: Path, layout: str, out: Path) -> str:
     Raises:
         InputError: if the folder holds no usable checkpoint or the file cannot be written.
     """
-    from lit_glm.atomic_files import replacing
+    from lit_glm.atomic_files import atomic_write
     from lit_glm.model.checkpoint import save_published, save_safetensors
     from lit_glm.runs import checkpoints
-    from lit_glm.runs.job_spec import FILE, Job, identity
+    from lit_glm.runs.job_spec import JOB_FILE, JobSpec, config_hash
 
-    if not (run_dir / FILE).is_file():
-        raise InputError(f"{run_dir}: is no run folder (it has no {FILE})")
-    path, content, passed_over = checkpoints.newest(run_dir, identity(Job.read(run_dir).config), whole=True)
+    if not (run_dir / JOB_FILE).is_file():
+        raise InputError(f"{run_dir}: is no run folder (it has no {JOB_FILE})")
+    path, content, passed_over = checkpoints.latest_valid(
+        run_dir, config_hash(JobSpec.read(run_dir).config), whole=True
+    )
     if path is None:
         raise InputError("\n".join([f"{run_dir}: holds no checkpoint that can be used", *passed_over]))
     weights = {name[len("glm.") :]: tensor for name, tensor in content["state_dict"].items()}
     step = content["lit_glm"]["steps_done"]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(out) as temporary:
+        with atomic_write(out) as temporary:
             if layout == "published":
                 save_published(weights, temporary, step)
             else:
@@ -55,7 +57,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser.add_argument("--to", required=True, choices=("published", "safetensors"), help="layout of the file")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="where it goes")
     given = parser.parse_args(arguments)
-    survive_closed_output()
+    ignore_broken_pipe()
     try:
         print(export(given.run_dir, given.to, given.out))
     except InputError as error:

@@ -14,7 +14,7 @@ _LARGE = 100
 
 
 @contextmanager
-def importing() -> Iterator[None]:
+def paused_gc() -> Iterator[None]:
     """Let the collector rest meanwhile, and leave out from then on what has been imported, if it is much."""
     before, was_on = len(sys.modules), gc.isenabled()
     gc.disable()

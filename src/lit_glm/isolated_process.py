@@ -16,16 +16,16 @@ from typing import Any, Callable, Optional
 
 from lit_glm.errors import InputError
 
-_SILENCE_S = 300.0
+_TIMEOUT_S = 300.0
 """A library that follows a damaged structure may go round for ever."""
-_MOST_BYTES = 2**34
+_MAX_ADDRESS_SPACE_BYTES = 2**34
 """Of address space: a size that is damaged must not take all of the machine's memory."""
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-Progress = Callable[[int, int], None]
+_WRITE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+ReportProgress = Callable[[int, int], None]
 """Told (done, in all)."""
 
 
-def call_apart(function: Callable[..., Any], *arguments: Any, progress: Optional[Progress] = None) -> Any:
+def call_isolated(function: Callable[..., Any], *arguments: Any, progress: Optional[ReportProgress] = None) -> Any:
     """Call a function elsewhere.
 
     Args:
@@ -52,11 +52,11 @@ def call_apart(function: Callable[..., Any], *arguments: Any, progress: Optional
         assert child.stdin is not None
         pickle.dump((function.__module__, function.__qualname__, arguments), child.stdin)
         child.stdin.close()
-        return _heard(child, silent, progress)
+        return _wait_for_result(child, silent, progress)
     except (EOFError, pickle.UnpicklingError, BrokenPipeError):
         status = child.wait()
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
-        how = f"gave no sign for {_SILENCE_S:g} s" if silent.is_set() else how
+        how = f"gave no sign for {_TIMEOUT_S:g} s" if silent.is_set() else how
         raise InputError(f"{arguments[0]}: the process that read it {how}: the file is damaged") from None
     finally:
         if child.poll() is None:
@@ -64,7 +64,7 @@ def call_apart(function: Callable[..., Any], *arguments: Any, progress: Optional
         child.wait()
 
 
-def _heard(child: Any, silent: threading.Event, progress: Optional[Progress]) -> Any:
+def _wait_for_result(child: Any, silent: threading.Event, progress: Optional[ReportProgress]) -> Any:
     """Listen until the child has an answer; one that says nothing for too long is ended."""
 
     def end() -> None:
@@ -72,7 +72,7 @@ def _heard(child: Any, silent: threading.Event, progress: Optional[Progress]) ->
         child.kill()
 
     while True:
-        timer = threading.Timer(_SILENCE_S, end)
+        timer = threading.Timer(_TIMEOUT_S, end)
         timer.start()
         try:
             kind, value = pickle.load(child.stdout)  # noqa: S301 (of our own child)
@@ -91,8 +91,8 @@ def _heard(child: Any, silent: threading.Event, progress: Optional[Progress]) ->
 def main() -> None:
     """The child."""
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    if hard == resource.RLIM_INFINITY or hard > _MOST_BYTES:
-        resource.setrlimit(resource.RLIMIT_AS, (_MOST_BYTES, hard))
+    if hard == resource.RLIM_INFINITY or hard > _MAX_ADDRESS_SPACE_BYTES:
+        resource.setrlimit(resource.RLIMIT_AS, (_MAX_ADDRESS_SPACE_BYTES, hard))
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer
     module, name, arguments = pickle.load(sys.stdin.buffer)  # noqa: S301 (of our own parent)
@@ -109,7 +109,7 @@ def main() -> None:
     except InputError as error:
         answer("refused", str(error))
     except OSError as error:
-        if error.errno in _NO_ROOM or "requested and" in str(error):  # numpy's words for a disk that is full
+        if error.errno in _WRITE_ERRNOS or "requested and" in str(error):  # numpy's words for a disk that is full
             answer("failed", str(error))
         else:
             answer("refused", f"{arguments[0]}: cannot be read ({error})")

@@ -11,30 +11,30 @@ import os
 from pathlib import Path
 from typing import Dict, Optional
 
-WAITING = {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "0"}
+SPIN_LIMITS = {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "0"}
 """GNU's library: turns of its waiting loop (benchmarks/beside.py); Intel's: milliseconds (not measured)."""
-_POLICIES = ("OMP_WAIT_POLICY", "KMP_LIBRARY", *WAITING)
-COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-OURS = "LIT_GLM_THREADS"
+_POLICIES = ("OMP_WAIT_POLICY", "KMP_LIBRARY", *SPIN_LIMITS)
+THREAD_COUNT_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+LAUNCHER_THREADS_VARIABLE = "LIT_GLM_THREADS"
 """Set beside OMP_NUM_THREADS where that is the launcher's and not the user's."""
-_A_THREADS_WORK = 2**24
+_WORK_PER_THREAD = 2**24
 """Multiply-adds of a layer that are worth a thread: a tenth of a millisecond."""
 
 
-def bound_spinning() -> None:
+def limit_spinning() -> None:
     """Bound the spinning of the OpenMP libraries; where the user has said how threads wait, that stays."""
     if not any(name in os.environ for name in _POLICIES):
-        os.environ.update(WAITING)
+        os.environ.update(SPIN_LIMITS)
 
 
-def cores() -> int:
+def available_cores() -> int:
     """Cores that this process may use, by its affinity and the quota of its control groups."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _quota()
+    quota = _cgroup_cpu_quota()
     return bound if quota is None else max(1, min(bound, math.ceil(quota)))
 
 
-def _quota() -> Optional[float]:
+def _cgroup_cpu_quota() -> Optional[float]:
     """Cores that the control group may use on average; None: all of them."""
     for path, period_path in (
         ("/sys/fs/cgroup/cpu.max", None),
@@ -50,15 +50,15 @@ def _quota() -> Optional[float]:
     return None
 
 
-def for_ranks(devices: int) -> Dict[str, str]:
+def omp_env_for_ranks(devices: int) -> Dict[str, str]:
     """Variables of ranks that share this machine; none where the user has said how many threads they take."""
-    if any(name in os.environ for name in COUNTS):
+    if any(name in os.environ for name in THREAD_COUNT_VARIABLES):
         return {}
-    share = str(max(1, cores() // devices))
-    return {"OMP_NUM_THREADS": share, OURS: share}
+    share = str(max(1, available_cores() // devices))
+    return {"OMP_NUM_THREADS": share, LAUNCHER_THREADS_VARIABLE: share}
 
 
-def threads_of(rows: float, width: int, devices: int, begun_with: Optional[int]) -> Optional[int]:
+def choose_num_threads(rows: float, width: int, devices: int, begun_with: Optional[int]) -> Optional[int]:
     """Threads of a rank.
 
     Args:
@@ -70,9 +70,9 @@ def threads_of(rows: float, width: int, devices: int, begun_with: Optional[int])
     Returns:
         How many to set; None: the user has said it.
     """
-    if OURS not in os.environ and any(name in os.environ for name in COUNTS):
+    if LAUNCHER_THREADS_VARIABLE not in os.environ and any(name in os.environ for name in THREAD_COUNT_VARIABLES):
         return None
-    share = max(1, cores() // devices)
+    share = max(1, available_cores() // devices)
     if begun_with is not None and begun_with <= share:
         return begun_with
-    return max(1, min(share, int(rows * 12 * width * width) // _A_THREADS_WORK))
+    return max(1, min(share, int(rows * 12 * width * width) // _WORK_PER_THREAD))

@@ -10,8 +10,8 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_glm.config.command_line import CommandLine
-from lit_glm.config.hydra_errors import explain
-from lit_glm.config.hydra_main import CONF, checked, compose, run_app
+from lit_glm.config.hydra_errors import explain_hydra_error
+from lit_glm.config.hydra_main import CONF_DIR, compose_config, run_command, validate_config
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
 
@@ -21,7 +21,7 @@ class PlanOptions:
     """What plan learns from and shows."""
 
     runs: Any = None
-    cards: List[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
+    device_counts: List[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
 
 
 @dataclass
@@ -44,7 +44,7 @@ def _combinations(line: CommandLine) -> List[List[str]]:
     """
     own: List[str] = []
     rest: List[str] = []
-    for text, override in zip(line.overrides, line.parsed()):
+    for text, override in zip(line.overrides, line.parse()):
         if override.is_sweep_override() and not override.is_discrete_sweep():
             raise InputError(f"{text}: plan takes lists (bs=1,2,4), no intervals")
         key, _, value = text.partition("=")
@@ -61,9 +61,9 @@ def _checked(overrides: List[str]) -> Any:
         InputError: names what of it does not exist or fit.
     """
     try:
-        return checked(compose("plan", overrides), PlanConfig)
+        return validate_config(compose_config("plan", overrides), PlanConfig)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise InputError(explain(error, PlanConfig, CONF)) from error
+        raise InputError(explain_hydra_error(error, PlanConfig, CONF_DIR)) from error
 
 
 def _task(combinations: List[List[str]], as_json: bool) -> Any:
@@ -72,30 +72,30 @@ def _task(combinations: List[List[str]], as_json: bool) -> Any:
     def task(config: Any, _composed: Any) -> int:
         from hydra.core.hydra_config import HydraConfig
 
-        from lit_glm.planning.cost_model import Measured, speed_of, unused
-        from lit_glm.planning.document import write
+        from lit_glm.planning.cost_model import MeasuredRun, ignored_runs, rank_speed
+        from lit_glm.planning.document import write_plan
         from lit_glm.planning.prediction import predict
-        from lit_glm.planning.workload import Workload, examples_of
-        from lit_glm.reporting.published_rows import load
+        from lit_glm.planning.workload import Workload, load_examples
+        from lit_glm.reporting.published_rows import load_published_rows
 
         configs = [_checked(overrides) for overrides in combinations]
-        if min(config.plan.cards, default=1) < 1:
-            raise InputError(f"plan.cards={config.plan.cards}: numbers from 1 on")
+        if min(config.plan.device_counts, default=1) < 1:
+            raise InputError(f"plan.device_counts={config.plan.device_counts}: numbers from 1 on")
         folder = Path(str(HydraConfig.get().run.dir)).resolve()
-        measured = [Measured.read(path) for path in _runs(config.plan.runs)]
-        published = load()
-        predictions, left_out = [], unused(measured, configs)
+        measured = [MeasuredRun.read(path) for path in _runs(config.plan.runs)]
+        published = load_published_rows()
+        predictions, left_out = [], ignored_runs(measured, configs)
         for own in configs:
-            train, held, data = examples_of(own)
+            train, held, data = load_examples(own)
             work = Workload(own, train, held)
             if work.enough:
-                predictions.append(predict(own, speed_of(own, measured, published, work), work, data))
+                predictions.append(predict(own, rank_speed(own, measured, published, work), work, data))
                 continue
             asked = f"{own.global_batch} examples a step, {len(train)} there"
             left_out.append(f"{own.topology.name}, bs={own.bs}: {asked}")
         if not predictions:
             raise InputError("nothing to predict: " + "; ".join(left_out))
-        shown = write(folder, predictions, measured, published, config, left_out)
+        shown = write_plan(folder, predictions, measured, published, config, left_out)
         print(json.dumps([prediction.row() for prediction in predictions], indent=1) if as_json else shown)
         return 0
 
@@ -109,11 +109,11 @@ def main() -> int:
     combinations: List[List[str]] = []
     try:
         line = CommandLine.read(sys.argv[1:])
-        if not line.asks and all(line.words()):
+        if not line.is_help and all(line.parse_each()):
             combinations = _combinations(line)
             first = combinations[0][: len(combinations[0]) - len(line.searchpath)]
             sys.argv = [sys.argv[0], *first, *line.flags]
-        return run_app("plan", PlanConfig, _task(combinations, as_json))
+        return run_command("plan", PlanConfig, _task(combinations, as_json))
     except InputError as error:
         print(f"lit_glm: {error}", file=sys.stderr)
         return error.exit_status

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lit_glm.config.hydra_main import run_app
+from lit_glm.config.hydra_main import run_command
 from lit_glm.config.schema import PrepareConfig
 from lit_glm.errors import InputError
 
@@ -13,9 +13,9 @@ def prepare(config: PrepareConfig, _composed: Any) -> int:
     """Run the conversion and say what became of each file."""
     data = config.data
     if data.name == "synthetic":
-        from lit_glm.data.synthetic import ensure
+        from lit_glm.data.synthetic import ensure_synthetic_data
 
-        ensure(data)
+        ensure_synthetic_data(data)
         print(f"{data.train_file}\n{data.eval_file}")
         return 0
     for key in ("raw_dir", "vocab_file"):
@@ -24,22 +24,24 @@ def prepare(config: PrepareConfig, _composed: Any) -> int:
                 f"data.{key} is not set: python -m lit_glm.prepare data.raw_dir=DIR data.vocab_file=FILE "
                 "data.out_dir=DIR"
             )
-    from lit_glm.data.prepare_hdf5 import build
+    from lit_glm.data.prepare_hdf5 import prepare_files
 
     assert data.raw_dir is not None
     assert data.vocab_file is not None
-    from lit_glm.preflight.provenance import vocabulary
+    from lit_glm.preflight.provenance import check_vocabulary
 
     if Path(data.vocab_file).is_file():
-        print(f"lit_glm: {vocabulary(Path(data.vocab_file))[1]}")
-    for built in build(Path(data.raw_dir), Path(data.out_dir), data.vocab_file, data.max_seq_length, data.num_workers):
+        print(f"lit_glm: {check_vocabulary(Path(data.vocab_file))[1]}")
+    for built in prepare_files(
+        Path(data.raw_dir), Path(data.out_dir), data.vocab_file, data.max_seq_length, data.num_workers
+    ):
         print(built.report())
     return 0
 
 
 def main() -> int:
     """Compose, check and run; returns the exit status."""
-    return run_app("prepare", PrepareConfig, prepare)
+    return run_command("prepare", PrepareConfig, prepare)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ GRACE_S = 40.0
 """For ranks that save a checkpoint before they end."""
 
 
-def die_with_parent(number: int = signal.SIGKILL) -> None:
+def set_parent_death_signal(number: int = signal.SIGKILL) -> None:
     """Have the kernel send this process a signal when its parent ends (Linux: prctl PR_SET_PDEATHSIG)."""
     try:
         ctypes.CDLL(None).prctl(1, int(number))
@@ -20,7 +20,7 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
         pass
 
 
-def end(process: psutil.Process, grace_s: float, number: Optional[int] = signal.SIGTERM) -> None:
+def terminate_tree(process: psutil.Process, grace_s: float, number: Optional[int] = signal.SIGTERM) -> None:
     """End a process and all that it has started: asked first, killed when the time is over.
 
     Args:
@@ -35,10 +35,10 @@ def end(process: psutil.Process, grace_s: float, number: Optional[int] = signal.
         process.wait(timeout=grace_s)
     except psutil.Error:
         pass
-    kill([*tree, *_children(process)])
+    kill_processes([*tree, *_children(process)])
 
 
-def kill(processes: List[psutil.Process]) -> None:
+def kill_processes(processes: List[psutil.Process]) -> None:
     """End processes at once."""
     for process in processes:
         try:
@@ -49,7 +49,7 @@ def kill(processes: List[psutil.Process]) -> None:
 
 def kill_children() -> None:
     """End all that this process has started."""
-    kill(_children(psutil.Process()))
+    kill_processes(_children(psutil.Process()))
 
 
 def _children(process: psutil.Process) -> List[psutil.Process]:
@@ -59,7 +59,7 @@ def _children(process: psutil.Process) -> List[psutil.Process]:
         return []
 
 
-def leave(status: int) -> None:
+def exit_now(status: int) -> None:
     """End this rank without the interpreter's teardown.
 
     After a failure a peer that is gone must not hold this process up; after a success threads of torch's collectives

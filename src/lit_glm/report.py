@@ -5,16 +5,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Dict, List, Optional, Sequence
 
-from lit_glm.broken_pipe import survive_closed_output
-from lit_glm.config.validators import FIGURES
+from lit_glm.broken_pipe import ignore_broken_pipe
+from lit_glm.config.validators import OBJECTIVE_METRICS
 from lit_glm.errors import InputError
 
 if TYPE_CHECKING:
-    from lit_glm.reporting.run_reader import Run
+    from lit_glm.reporting.run_reader import ReportRun
 
 FORMATS = ("md", "csv", "html")
 LANGUAGES = ("en", "zh")
-_TOLD = ("machine", "card", "network", "driver", "image")
+_TOLD = ("machine", "device_name", "network", "driver", "image")
 
 
 def _choices(text: str, known: Sequence[str], option: str) -> List[str]:
@@ -41,8 +41,8 @@ def _told(places: List[str]) -> Dict[str, str]:
 def _compare(given: argparse.Namespace) -> int:
     """Two runs side by side, in Markdown and English, on the screen or as compare.md in --out."""
     from lit_glm.atomic_files import write_text
-    from lit_glm.reporting.comparison import compare
-    from lit_glm.reporting.run_reader import find
+    from lit_glm.reporting.comparison import compare_runs
+    from lit_glm.reporting.run_reader import find_runs
 
     places, limit = list(given.compare), given.max_loss_diff
     refused = [f"--format {given.format}"] if given.format != "md" else []
@@ -52,11 +52,11 @@ def _compare(given: argparse.Namespace) -> int:
         raise InputError(f"--compare takes two runs and writes Markdown in English; it does not take {refused[0]}")
     sides = []
     for place in places:
-        runs, trouble = find([place])
+        runs, trouble = find_runs([place])
         if len(runs) != 1:
             raise InputError("\n".join([f"--compare {place}: holds {len(runs)} runs, one is wanted", *trouble]))
         sides.append(runs[0])
-    found = compare(*sides)
+    found = compare_runs(*sides)
     if given.out is None:
         print(found.text, end="")
     else:
@@ -84,12 +84,12 @@ def report(given: argparse.Namespace) -> int:
     import lit_glm
     from lit_glm.reporting import formats
     from lit_glm.reporting.document import make_document
-    from lit_glm.reporting.i18n import Words
-    from lit_glm.reporting.run_reader import find
+    from lit_glm.reporting.i18n import Translations
+    from lit_glm.reporting.run_reader import find_runs
 
     places = list(given.runs)
-    if given.sort is not None and given.sort not in FIGURES:
-        raise InputError(f"--sort {given.sort}: must be one of {', '.join(FIGURES)}")
+    if given.sort is not None and given.sort not in OBJECTIVE_METRICS:
+        raise InputError(f"--sort {given.sort}: must be one of {', '.join(OBJECTIVE_METRICS)}")
     if given.compare:
         return _compare(given)
     kinds = _choices(given.format, FORMATS, "--format")
@@ -99,7 +99,7 @@ def report(given: argparse.Namespace) -> int:
         raise InputError("which runs? Give run folders, sweep folders or patterns of them")
     if given.out is None and (len(kinds) > 1 or len(languages) > 1):
         raise InputError(f"--format {given.format} --lang {given.lang}: several files need --out DIR")
-    runs, left_out = find(places)
+    runs, left_out = find_runs(places)
     for line in left_out:
         print(f"lit_glm: {line}", file=sys.stderr)
     if not runs:
@@ -111,7 +111,7 @@ def report(given: argparse.Namespace) -> int:
     now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
     missing: List[str] = []
     for language in languages:
-        words = Words(language)
+        words = Translations(language)
         document = make_document(runs, left_out, told, words, key)
         missing = missing or document.missing
         if given.check and given.out is None:
@@ -119,9 +119,9 @@ def report(given: argparse.Namespace) -> int:
         generated = words("generated", lit_glm.__version__, now, len(runs))
         for kind in kinds:
             if kind == "csv":
-                text = formats.comma_separated(document)
+                text = formats.csv_text(document)
             else:
-                text = (formats.page if kind == "html" else formats.markdown)(document, generated)
+                text = (formats.html if kind == "html" else formats.markdown)(document, generated)
             text = text.encode("utf-8", "replace").decode("utf-8")  # names of files may be no text
             if given.out is None:
                 sys.stdout.write(text)
@@ -134,25 +134,25 @@ def report(given: argparse.Namespace) -> int:
                 raise InputError(f"--out {given.out}: cannot be written ({error})") from error
             print(path)
     if given.check:
-        words = Words(languages[0])
+        words = Translations(languages[0])
         print("\n".join([f"{words('missing')}:", *missing] if missing else [words("nothing_missing")]))
     return 1 if given.check and missing else 0
 
 
-def _best(runs: "List[Run]", key: str) -> str:
+def _best(runs: "List[ReportRun]", key: str) -> str:
     """The best complete run by a figure: its row, its folder, its command."""
-    from lit_glm.reporting.run_reader import better
-    from lit_glm.reporting.summary_tiles import command_of
-    from lit_glm.runs.result import table
+    from lit_glm.reporting.run_reader import sort_key
+    from lit_glm.reporting.summary_tiles import run_command_line
+    from lit_glm.runs.result import results_table
 
     known = [run for run in runs if run.complete and run.number(key) is not None]
     if not known:
         raise InputError(f"--sort {key}: no complete run has this figure")
     plain = [run for run in known if not run.result.get("simulated") and not run.result.get("profiled")]
     known = plain or known  # a rehearsal or a profiled run is the best of its kind alone
-    best = min(known, key=lambda run: better(run.number(key), key))
-    command = command_of(best)
-    lines = [table([best.result]), f"best of {len(known)} by {key} ({best.number(key):.6g}): {best.path}"]
+    best = min(known, key=lambda run: sort_key(run.number(key), key))
+    command = run_command_line(best)
+    lines = [results_table([best.result]), f"best of {len(known)} by {key} ({best.number(key):.6g}): {best.path}"]
     return "\n".join([*lines, *([f"its command: {command}"] if command else [])])
 
 
@@ -161,7 +161,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(
         "lit_glm.report",
         description="Results of runs as the published document: environment, general figures, a table of rows.",
-        epilog="report.machine=..., report.card=, report.network=, report.driver=, report.image= fill in what no "
+        epilog="report.machine=..., report.device_name=, report.network=, report.driver=, report.image= fill in what no "
         "program can know.",
     )
     parser.add_argument("runs", nargs="*", metavar="RUN_DIR", help="run folders, sweep folders, patterns of them")
@@ -178,7 +178,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two runs side by side instead")
     parser.add_argument("--max-loss-diff", type=float, help="with --compare: exit status 1 above it")
     given = parser.parse_intermixed_args(arguments)
-    survive_closed_output()
+    ignore_broken_pipe()
     try:
         return report(given)
     except InputError as error:

@@ -10,45 +10,45 @@ from pathlib import Path  # noqa: E402
 from typing import Any, Callable, Dict, Tuple  # noqa: E402
 
 from lit_glm.config.command_line import CommandLine  # noqa: E402
-from lit_glm.config.hydra_main import Outcome, run_app  # noqa: E402
+from lit_glm.config.hydra_main import TaskOutcome, run_command  # noqa: E402
 from lit_glm.config.schema import TrainConfig  # noqa: E402
 from lit_glm.errors import InputError  # noqa: E402
-from lit_glm.gc_pause import importing  # noqa: E402
+from lit_glm.gc_pause import paused_gc  # noqa: E402
 
 
-def train(config: TrainConfig, composed: Any) -> Outcome:
+def train(config: TrainConfig, composed: Any) -> TaskOutcome:
     """Run one job, or one combination of a sweep."""
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    from lit_glm.hardware.env import set_environment
+    from lit_glm.hardware.env import set_hardware_env
 
-    set_environment(config.hardware)  # before anything imports torch
+    set_hardware_env(config.hardware)  # before anything imports torch
 
-    with importing():
-        from lit_glm.hardware.runtimes.selection import check_runtime
-    from lit_glm.launch.nodes import outer_rank
-    from lit_glm.runs.run_folder import composed_files
+    with paused_gc():
+        from lit_glm.hardware.runtimes.selection import check_runtime_available
+    from lit_glm.launch.nodes import external_rank
+    from lit_glm.runs.run_folder import hydra_files
 
     hydra = HydraConfig.get()
     sweeps = hydra.mode is not None and hydra.mode.name != "RUN"
     run_dir = Path(hydra.runtime.output_dir if sweeps else hydra.run.dir)
-    files = composed_files(OmegaConf.to_yaml(composed), OmegaConf.to_yaml(hydra), list(hydra.overrides.task))
-    check_runtime(config.hardware, config.topology)
-    outer = outer_rank(config.topology)
+    files = hydra_files(OmegaConf.to_yaml(composed), OmegaConf.to_yaml(hydra), list(hydra.overrides.task))
+    check_runtime_available(config.hardware, config.topology)
+    outer = external_rank(config.topology)
     if sweeps:
-        from lit_glm.launch.sweep import run_combination
+        from lit_glm.launch.sweep import run_sweep_job
 
         if outer is not None:
             raise InputError("-m under torchrun: a sweep starts the ranks of its jobs itself; leave torchrun out")
-        return run_combination(config, run_dir, files, lambda: prepare_data(config))
+        return run_sweep_job(config, run_dir, files, lambda: prepare_data(config))
     if outer is not None:
-        from lit_glm.launch.external_torchrun import run_outer
+        from lit_glm.launch.external_torchrun import run_under_external_torchrun
 
-        find, prepare = (lambda: _folder(config, run_dir)), (lambda: prepare_data(config))
-        return Outcome(run_outer(config, outer, _ENTRY, find, files, prepare))
-    run_dir, resumes = _folder(config, run_dir)
-    return Outcome(run(config, run_dir, resumes, files, lambda: prepare_data(config)))
+        find, prepare = (lambda: _resolve_run_dir(config, run_dir)), (lambda: prepare_data(config))
+        return TaskOutcome(run_under_external_torchrun(config, outer, _ENTRY, find, files, prepare))
+    run_dir, resumes = _resolve_run_dir(config, run_dir)
+    return TaskOutcome(run(config, run_dir, resumes, files, lambda: prepare_data(config)))
 
 
 def prepare_data(config: TrainConfig) -> None:
@@ -57,12 +57,12 @@ def prepare_data(config: TrainConfig) -> None:
     Raises:
         InputError: if it does not fit the model, or has fewer examples than a step takes.
     """
-    from lit_glm.data.memmap_dataset import open_data
-    from lit_glm.data.synthetic import ensure
+    from lit_glm.data.memmap_dataset import open_datasets
+    from lit_glm.data.synthetic import ensure_synthetic_data
 
     if config.data.synthetic is not None:
-        ensure(config.data)
-    examples = len(open_data(config.data, config.model)[0])
+        ensure_synthetic_data(config.data)
+    examples = len(open_datasets(config.data, config.model)[0])
     if config.global_batch > examples:
         ranks = config.topology.world_size
         raise InputError(
@@ -71,23 +71,23 @@ def prepare_data(config: TrainConfig) -> None:
         )
 
 
-def _folder(config: TrainConfig, run_dir: Path) -> Tuple[Path, bool]:
+def _resolve_run_dir(config: TrainConfig, run_dir: Path) -> Tuple[Path, bool]:
     """The run folder, and whether it holds a run that goes on.
 
     Raises:
         InputError: if a new run must not begin there.
     """
-    from lit_glm.runs.discovery import requeued, resolve
-    from lit_glm.runs.job_spec import check_same
-    from lit_glm.runs.run_folder import check_free
+    from lit_glm.runs.discovery import find_requeued_run, resolve_resume
+    from lit_glm.runs.job_spec import ensure_same_config
+    from lit_glm.runs.run_folder import ensure_available
 
     resume = config.run.resume
-    folder = requeued(config, run_dir) if resume is None else resolve(resume, config, run_dir)
+    folder = find_requeued_run(config, run_dir) if resume is None else resolve_resume(resume, config, run_dir)
     if folder is not None:
-        check_same(config, folder)
+        ensure_same_config(config, folder)
         return folder.resolve(), True
     if os.environ.get("NODE_RANK", "0") in ("", "0"):  # the first node keeps the folder
-        check_free(run_dir, config.run.overwrite)
+        ensure_available(run_dir, config.run.overwrite)
     return run_dir.resolve(), False
 
 
@@ -95,17 +95,17 @@ def run(config: TrainConfig, run_dir: Path, resumes: bool, files: Dict[str, str]
     """Run one job unless it is complete; returns the exit status."""
     from lit_glm.launch.launcher import run_job
     from lit_glm.launch.signals import Interrupted
-    from lit_glm.runs.job_spec import Job
-    from lit_glm.runs.result import COMPLETE, read_result, table
+    from lit_glm.runs.job_spec import JobSpec
+    from lit_glm.runs.result import COMPLETE, read_result, results_table
 
     result = read_result(run_dir) if resumes else None
     if result is not None and result.get("status") in COMPLETE:
         print(f"lit_glm: {run_dir}: the run is complete, there is nothing to do")
-        print(table([result]))
+        print(results_table([result]))
         return 0
     prepare()
     try:
-        run_job(Job(config, _ENTRY, sys.argv, resumes), run_dir, files)
+        run_job(JobSpec(config, _ENTRY, sys.argv, resumes), run_dir, files)
     except Interrupted as stop:
         print(f"lit_glm: {stop}; go on with run.resume={run_dir}", file=sys.stderr)
         return stop.exit_status
@@ -113,21 +113,21 @@ def run(config: TrainConfig, run_dir: Path, resumes: bool, files: Dict[str, str]
 
 
 def _before_sweep(whole: Any, line: CommandLine) -> None:
-    from lit_glm.launch.sweep import check_start
+    from lit_glm.launch.sweep import prepare_sweep
 
-    check_start(whole, line)
+    prepare_sweep(whole, line)
 
 
 def main() -> int:
     """Compose, check and run; returns the exit status."""
     status, stopped = 0, False
     try:
-        status = run_app("train", TrainConfig, train, _before_sweep)
+        status = run_command("train", TrainConfig, train, _before_sweep)
     except KeyboardInterrupt:
         stopped = True
     sweep = sys.modules.get("lit_glm.launch.sweep")  # imported when a sweep starts
     if sweep is not None:
-        status = max(status, sweep.finish())  # the jobs have noted which signal it was
+        status = max(status, sweep.finish_sweep())  # the jobs have noted which signal it was
     return 130 if stopped and status < 128 else status
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Optional
 
 from lit_glm.config.command_line import CommandLine
-from lit_glm.config.hydra_main import run_app
+from lit_glm.config.hydra_main import run_command
 from lit_glm.config.schema import TrainConfig
-from lit_glm.config.tuned_values import TUNED
+from lit_glm.config.tuned_values import TUNE_FILE
 from lit_glm.errors import InputError
 
 _OWN = ("bs", "hydra.run.dir", "run.resume")
@@ -36,34 +36,34 @@ def tune(config: Any, _composed: Any) -> int:
     """Search, and say what was found."""
     from hydra.core.hydra_config import HydraConfig
 
-    from lit_glm.hardware.env import set_environment
+    from lit_glm.hardware.env import set_hardware_env
 
-    set_environment(config.hardware)  # before anything imports torch
+    set_hardware_env(config.hardware)  # before anything imports torch
 
-    from lit_glm.hardware.runtimes.selection import check_runtime
+    from lit_glm.hardware.runtimes.selection import check_runtime_available
     from lit_glm.launch.signals import Interrupted
-    from lit_glm.planning.workload import examples_of
-    from lit_glm.runs.lock import alone_in
-    from lit_glm.tuning.coordinator import follow, lead
-    from lit_glm.tuning.trial_runner import Trials
+    from lit_glm.planning.workload import load_examples
+    from lit_glm.runs.lock import lock_directory
+    from lit_glm.tuning.coordinator import run_coordinator, run_follower
+    from lit_glm.tuning.trial_runner import TrialRunner
 
-    check_runtime(config.hardware, config.topology)
+    check_runtime_available(config.hardware, config.topology)
     line = CommandLine.read(sys.argv[1:])
     kept = [
         text
-        for text, override in zip(line.overrides, line.parsed())
+        for text, override in zip(line.overrides, line.parse())
         if override.key_or_group not in _OWN and not override.key_or_group.startswith("tune.")
     ]
-    trials = Trials(kept, list(line.flags), config.tune.steps)
+    trials = TrialRunner(kept, list(line.flags), config.tune.steps)
     node = int(os.environ.get("NODE_RANK") or 0) if config.topology.num_nodes > 1 else 0
     folder = _folder(config, Path(str(HydraConfig.get().run.dir)))
-    train, _, _ = examples_of(config)
+    train, _, _ = load_examples(config)
     try:
         if node > 0:
-            return follow(config, trials, folder)
+            return run_follower(config, trials, folder)
         print(f"lit_glm: search folder {folder}", flush=True)
-        with alone_in(folder):
-            return lead(config, trials, folder, train)
+        with lock_directory(folder):
+            return run_coordinator(config, trials, folder, train)
     except Interrupted as stop:
         print(f"lit_glm: {stop}; go on with run.resume={folder}", file=sys.stderr)
         return stop.exit_status
@@ -75,26 +75,28 @@ def _folder(config: TrainConfig, folder: Path) -> Path:
     Raises:
         InputError: if there is something else, or nothing to go on with.
     """
-    from lit_glm.tuning.search_state import identity_of, read
+    from lit_glm.tuning.search_state import read_state, search_hash
 
-    own, resume = identity_of(config), config.run.resume
+    own, resume = search_hash(config), config.run.resume
     if resume == "auto":
-        found = [place.parent for place in Path("outputs/tune").glob(f"*/*/{TUNED}")]
+        found = [place.parent for place in Path("outputs/tune").glob(f"*/*/{TUNE_FILE}")]
         mine = [
-            place for place in found if (read(place) or {}).get("identity") == own and not (read(place) or {})["done"]
+            place
+            for place in found
+            if (read_state(place) or {}).get("config_hash") == own and not (read_state(place) or {})["done"]
         ]
         if not mine:
             print(
                 "lit_glm: run.resume=auto: there is no unfinished search of this configuration: a new one", flush=True
             )
-        newest: Optional[Path] = max(mine, key=lambda place: (place / TUNED).stat().st_mtime, default=None)
+        newest: Optional[Path] = max(mine, key=lambda place: (place / TUNE_FILE).stat().st_mtime, default=None)
         return (newest or folder).resolve()
     if resume is not None:
         folder = Path(resume)
-        if read(folder) is None:
-            raise InputError(f"run.resume={resume}: is no folder of a search (it has no {TUNED})")
-    before = read(folder)
-    if before is not None and before.get("identity") != own:
+        if read_state(folder) is None:
+            raise InputError(f"run.resume={resume}: is no folder of a search (it has no {TUNE_FILE})")
+    before = read_state(folder)
+    if before is not None and before.get("config_hash") != own:
         raise InputError(f"{folder}: holds a search under another configuration; give another hydra.run.dir=")
     if before is None and folder.is_dir() and any(folder.iterdir()) and int(os.environ.get("NODE_RANK") or 0) == 0:
         raise InputError(f"{folder}: holds something else; give another hydra.run.dir=")
@@ -106,7 +108,7 @@ def main() -> int:
     arguments = list(sys.argv)
     sys.argv = [argument for argument in arguments if not argument.startswith("bs=")]  # it is what is looked for
     try:
-        return run_app("tune", TuneConfig, tune)
+        return run_command("tune", TuneConfig, tune)
     except KeyboardInterrupt:
         return 130
     finally:

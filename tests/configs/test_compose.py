@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from conftest import lit_glm_here
-from lit_glm.config.hydra_main import CONF, checked, compose
+from lit_glm.config.hydra_main import CONF_DIR, compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
 
 GROUPS = {
@@ -21,11 +21,11 @@ GROUPS = {
     "callbacks": ["default", "none", "profile"],
     "optimizer": ["adamw"],
 }
-FILES = [(file.parent.name, file.stem) for file in sorted(CONF.glob("*/*.yaml")) if file.parent.name in GROUPS]
+FILES = [(file.parent.name, file.stem) for file in sorted(CONF_DIR.glob("*/*.yaml")) if file.parent.name in GROUPS]
 
 
 def configuration(*overrides: str) -> TrainConfig:
-    return checked(compose("train", overrides), TrainConfig)
+    return validate_config(compose_config("train", overrides), TrainConfig)
 
 
 def test_the_names_of_the_contract_exist_and_no_file_is_forgotten() -> None:
@@ -65,10 +65,10 @@ def test_r300_1x8_is_as_published() -> None:
     optimizer = config.optimizer
     assert (optimizer.weight_decay, optimizer.beta1, optimizer.beta2, optimizer.eps) == (0.1, 0.9, 0.999, 1e-8)
     assert (optimizer.clip_grad, optimizer.warmup, optimizer.lr_decay_ratio) == (1.0, 0.1, 0.1)
-    assert (optimizer.lr_decay_iters, optimizer.accumulate) == (4338, 1)
+    assert (optimizer.lr_decay_iters, optimizer.gradient_accumulation_steps) == (4338, 1)
     run = config.run
     assert (run.target_accuracy, run.eval_interval_samples, run.eval_start_samples) == (0.8, 19200, 100)
-    assert (run.max_samples, config.seed, config.tuned_for) == (5553080, 4096, "r300_1x8")
+    assert (run.max_samples, config.seed, config.fix_hp_source) == (5553080, 4096, "r300_1x8")
 
 
 @pytest.mark.parametrize(("topology", "bs", "samples"), [("1x1", 4, 4000), ("1x8", 5, 5553080), ("2x8", 4, 20000)])
@@ -78,9 +78,9 @@ def test_values_of_a_pair_are_picked_up(topology: str, bs: int, samples: int) ->
         ["experiment=flagperf", f"topology={topology}", "hardware=r300"],
     ):
         config = configuration(*overrides)
-        assert (config.bs, config.run.max_samples, config.tuned_for) == (bs, samples, f"r300_{topology}")
+        assert (config.bs, config.run.max_samples, config.fix_hp_source) == (bs, samples, f"r300_{topology}")
     assert configuration("hardware=r300", f"topology={topology}", "bs=2", "lr=3e-5").fix_hp == "bs=2,lr=3e-05"
-    assert configuration("hardware=h100", f"topology={topology}").tuned_for == "none"
+    assert configuration("hardware=h100", f"topology={topology}").fix_hp_source == "none"
 
 
 def test_values_of_a_pair_chosen_in_an_experiment(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_values_of_a_pair_chosen_in_an_experiment(tmp_path: Path) -> None:
 
 def test_a_chip_without_a_name_is_said(tmp_path: Path, capfd: Any) -> None:
     (tmp_path / "hardware").mkdir()
-    cpu = (CONF / "hardware" / "cpu.yaml").read_text()
+    cpu = (CONF_DIR / "hardware" / "cpu.yaml").read_text()
     (tmp_path / "hardware" / "mine.yaml").write_text(cpu.replace("name: cpu", ""))
     assert lit_glm_here("train", f"hydra.searchpath=[file://{tmp_path}]", "hardware=mine", "--cfg", "job") == 2
     assert "hardware.name: must have a value" in capfd.readouterr().err
@@ -103,7 +103,7 @@ def test_a_chip_without_a_name_is_said(tmp_path: Path, capfd: Any) -> None:
 
 def test_first_comment_of_an_experiment_is_its_command() -> None:
     for name in GROUPS["experiment"]:
-        lines = (CONF / "experiment" / f"{name}.yaml").read_text().splitlines()
+        lines = (CONF_DIR / "experiment" / f"{name}.yaml").read_text().splitlines()
         assert lines[0] == "# @package _global_"  # Hydra reads it nowhere else
         assert lines[1].startswith(f"# python -m lit_glm.train experiment={name}")
 

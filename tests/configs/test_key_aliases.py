@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from conftest import lit_glm_here
-from lit_glm.config.help_text import explained
-from lit_glm.config.hydra_main import CONF, checked, compose
+from lit_glm.config.help_text import key_help
+from lit_glm.config.hydra_main import CONF_DIR, compose_config, validate_config
 from lit_glm.config.key_aliases import _KEYS
-from lit_glm.config.schema import TrainConfig, walk
+from lit_glm.config.schema import TrainConfig, iter_leaves
 
 
 @pytest.mark.parametrize(
@@ -54,8 +54,8 @@ def test_all_wrong_words_are_said_at_once(capfd: Any) -> None:
 
 
 def test_every_word_leads_to_something_that_exists() -> None:
-    keys = {key for key, _ in walk(TrainConfig())}
-    groups = {folder.name for folder in CONF.iterdir() if folder.is_dir()}
+    keys = {key for key, _ in iter_leaves(TrainConfig())}
+    groups = {folder.name for folder in CONF_DIR.iterdir() if folder.is_dir()}
     assert {key for key in _KEYS if not key.startswith("hydra.")} <= keys | groups
     words = [word for words in _KEYS.values() for word in words.split(", ")]
     assert len(words) == len(set(words))
@@ -63,13 +63,13 @@ def test_every_word_leads_to_something_that_exists() -> None:
 
 @pytest.mark.parametrize("loggers", ["none", "[csv,tensorboard]", "csv"])
 def test_loggers_are_chosen_in_any_number(loggers: str) -> None:
-    config = checked(compose("train", [f"logger={loggers}"]), TrainConfig)
+    config = validate_config(compose_config("train", [f"logger={loggers}"]), TrainConfig)
     assert set(config.logger) == set(re.findall(r"\w+", loggers)) - {"none"}
 
 
 @pytest.mark.parametrize("command", ["train", "prepare", "evaluate", "doctor", "verify", "plan", "tune"])
 def test_help_has_the_comments_of_the_keys(command: str) -> None:
-    text = explained(command)
+    text = key_help(command)
     assert "# tokens of context and candidate together" in text
     assert ("# seconds between readings of the cards' monitor" in text) == (command != "prepare")
     assert ("# a try that has not ended by then is ended" in text) == (command == "tune")

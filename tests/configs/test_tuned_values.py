@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from conftest import lit_glm_here
-from lit_glm.config.hydra_main import CONF, checked, compose
+from lit_glm.config.hydra_main import CONF_DIR, compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
-from lit_glm.config.tuned_values import nearest_pair, published_topologies
+from lit_glm.config.tuned_values import nearest_pair_hint, published_topologies
 
 MOST = 5553080
 # FlagPerf training/VENDOR/glm-pytorch/config, commit 1b5a030: pair -> bs, max_samples, lr, seed
@@ -32,16 +32,16 @@ PUBLISHED = {
 }
 COMMON = {
     "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "clip_grad": 1.0, "warmup": 0.1,
-    "lr_decay_ratio": 0.1, "lr_decay_iters": 4338, "accumulate": 1,
+    "lr_decay_ratio": 0.1, "lr_decay_iters": 4338, "gradient_accumulation_steps": 1,
 }  # fmt: skip
 
 
 def composed(*overrides: str) -> Any:
-    return checked(compose("train", list(overrides)), TrainConfig)
+    return validate_config(compose_config("train", list(overrides)), TrainConfig)
 
 
 def test_every_pair_has_a_file_and_no_file_is_of_no_pair() -> None:
-    assert {file.stem for file in (CONF / "fix_hp").glob("*.yaml")} == set(PUBLISHED)
+    assert {file.stem for file in (CONF_DIR / "fix_hp").glob("*.yaml")} == set(PUBLISHED)
 
 
 @pytest.mark.parametrize("pair", PUBLISHED)
@@ -50,7 +50,7 @@ def test_a_pair_is_as_published(pair: str) -> None:
     config = composed("experiment=flagperf", f"hardware={hardware}", f"topology={topology}")
     bs, most, lr, seed = PUBLISHED[pair]
     assert (config.bs, config.eval_bs, config.run.max_samples, config.lr, config.seed) == (bs, bs, most, lr, seed)
-    assert config.tuned_for == pair
+    assert config.fix_hp_source == pair
     assert {key: getattr(config.optimizer, key) for key in COMMON} == COMMON
     assert (config.scoring.name, config.precision.name, config.model.activation_checkpointing) == (
         "published", "fp32", True,
@@ -64,11 +64,11 @@ def test_without_published_values_it_says_none_and_takes_the_nearest_only_if_ask
 ) -> None:
     how = ["experiment=debug", "hardware=a100", "topology=4x8"]
     config = composed(*how)
-    assert (config.tuned_for, config.bs) == ("none", 4)
-    assert nearest_pair("a100", 32) == " (nearest: a100_2x8, taken with fix_hp=a100_2x8)"
+    assert (config.fix_hp_source, config.bs) == ("none", 4)
+    assert nearest_pair_hint("a100", 32) == " (nearest: a100_2x8, taken with fix_hp=a100_2x8)"
     asked = composed("hardware=a100", "topology=4x8", "fix_hp=a100_2x8")
-    assert (asked.tuned_for, asked.bs) == ("a100_2x8", 8)
-    assert nearest_pair("h100", 1) == ""
+    assert (asked.fix_hp_source, asked.bs) == ("a100_2x8", 8)
+    assert nearest_pair_hint("h100", 1) == ""
     run = [f"hydra.run.dir={tmp_path}/run", "run.max_steps=1", "hardware.runtime=simulated", "data.num_workers=0"]
     assert lit_glm_here("train", "experiment=debug", "hardware=bi_v100", *run, "~fix_hp") == 0
     said = capsys.readouterr().out

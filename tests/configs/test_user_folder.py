@@ -8,7 +8,7 @@ import pytest
 
 from conftest import lit_glm_here
 from lit_glm.config.command_line import CommandLine
-from lit_glm.config.hydra_main import checked, compose
+from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
 
 EXPERIMENT = """# @package _global_
@@ -67,8 +67,8 @@ def test_a_pairs_file_without_its_first_line_is_said(tmp_path: Path, capfd: Any)
     ],
 )
 def test_the_published_values_are_those_of_what_runs(overrides: Any, pair: str, bs: int) -> None:
-    config = checked(compose("train", ["hardware=r300", *overrides]), TrainConfig)
-    assert (config.tuned_for, config.bs) == (pair, bs)
+    config = validate_config(compose_config("train", ["hardware=r300", *overrides]), TrainConfig)
+    assert (config.fix_hp_source, config.bs) == (pair, bs)
 
 
 def test_what_is_printed_is_what_would_run(capfd: Any) -> None:
@@ -76,7 +76,7 @@ def test_what_is_printed_is_what_would_run(capfd: Any) -> None:
         arguments = ["hardware=r300", "topology.devices_per_node=8"]
         arguments[place:place] = ["--cfg", "job"]
         assert lit_glm_here("train", *arguments) == 0
-        assert "tuned_for: r300_1x8" in capfd.readouterr().out
+        assert "fix_hp_source: r300_1x8" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -91,6 +91,6 @@ def test_combinations_of_a_command_line() -> None:
     line = CommandLine.read(["-m", "bs=4,5", "model=glm_tiny", "lr=choice(1e-5,2e-5)", "data.train_file='a,b'"])
     assert line.multirun
     assert len(line.combinations()) == 4
-    assert line.samples(lambda key: key == "bs")[1:] == [
+    assert line.sample_combinations(lambda key: key == "bs")[1:] == [
         ["model=glm_tiny", "data.train_file='a,b'", "bs=5", "lr=1e-05"]
     ]

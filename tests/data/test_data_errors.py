@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from conftest import EVAL_FILE, GOLDEN_RUN, TRAIN_FILE, lit_glm_here
-from lit_glm.data.memmap_dataset import open_split
+from lit_glm.data.memmap_dataset import open_dataset
 from lit_glm.errors import InputError
 
 
@@ -68,7 +68,7 @@ def rewrite(group: str, dense: Any) -> Callable[[Any], None]:
 def test_wrong_layout(source: Path, change: Any, said: str, tmp_path: Path) -> None:
     path = broken(tmp_path, source, change)
     with pytest.raises(InputError) as raised:
-        open_split(path, source is EVAL_FILE, None)
+        open_dataset(path, source is EVAL_FILE, None)
     assert str(path) in str(raised.value)
     assert said in str(raised.value)
 
@@ -80,7 +80,7 @@ def test_truncated_missing_and_foreign_files(tmp_path: Path) -> None:
     text.write_text("no HDF5")
     for path in (cut, text, tmp_path / "missing.hdf5"):
         with pytest.raises(InputError, match=str(path)):
-            open_split(path, False, None)
+            open_dataset(path, False, None)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,10 @@ def test_other_integer_widths_and_unsorted_columns(tmp_path: Path) -> None:
                 group[part] = array.astype(dtype)
             group.attrs["h5sparse_format"] = np.bytes_(b"csr")
 
-    ours, golden = open_split(broken(tmp_path, TRAIN_FILE, change), False, None), open_split(TRAIN_FILE, False, None)
+    ours, golden = (
+        open_dataset(broken(tmp_path, TRAIN_FILE, change), False, None),
+        open_dataset(TRAIN_FILE, False, None),
+    )
     for name in ("context_tokens", "candidate_inputs", "candidate_targets", "candidate_blank", "candidate_slot"):
         np.testing.assert_array_equal(getattr(ours, name), getattr(golden, name))
 
@@ -128,7 +131,7 @@ class TestCache:
         conversions = []
 
         def opened() -> Any:
-            return open_split(source, False, str(cache), lambda done, total: conversions.append(done))
+            return open_dataset(source, False, str(cache), lambda done, total: conversions.append(done))
 
         opened()
         opened()
@@ -148,7 +151,7 @@ class TestCache:
 
         def first_converts(done: int, total: int) -> None:
             conversions.append(done)
-            second.append(threading.Thread(target=lambda: opened.append(open_split(TRAIN_FILE, False, cache, also))))
+            second.append(threading.Thread(target=lambda: opened.append(open_dataset(TRAIN_FILE, False, cache, also))))
             second[0].start()
             second[0].join(0.3)
             assert not opened  # it waits
@@ -157,11 +160,11 @@ class TestCache:
             conversions.append(done)
 
         opened: List[Any] = []
-        first = open_split(TRAIN_FILE, False, cache, first_converts)
+        first = open_dataset(TRAIN_FILE, False, cache, first_converts)
         second[0].join(30)
         assert len(conversions) == 1
         np.testing.assert_array_equal(opened[0].context_tokens, first.context_tokens)
 
     def test_a_place_that_cannot_be_written_is_no_obstacle(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
-        assert len(open_split(TRAIN_FILE, False, str(tmp_path / "file" / "cache"))) == 37
+        assert len(open_dataset(TRAIN_FILE, False, str(tmp_path / "file" / "cache"))) == 37

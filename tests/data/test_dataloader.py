@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_glm.data.dataloader import Ahead
-from lit_glm.data.datamodule import by_rows
+from lit_glm.data.dataloader import PrefetchIterator
+from lit_glm.data.datamodule import batch_by_token_budget
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 16, 49, 50, 99])
 def test_all_of_it_in_order_again_and_again(depth: int) -> None:
-    ahead = Ahead(range(50), depth)
+    ahead = PrefetchIterator(range(50), depth)
     assert list(ahead) == list(range(50))
     assert list(ahead) == list(range(50))
 
@@ -29,7 +29,7 @@ def test_it_is_ahead_but_not_by_much() -> None:
             made.append(number)
             yield number
 
-    items = iter(Ahead(source(), 6))
+    items = iter(PrefetchIterator(source(), 6))
     assert next(items) == 0
     time.sleep(0.3)
     assert len(made) == 8  # one taken, six waiting, one in the making
@@ -41,7 +41,7 @@ def test_it_is_ahead_but_not_by_much() -> None:
 
 def test_the_thread_ends_with_the_iterator() -> None:
     before = set(threading.enumerate())
-    items = iter(Ahead(count()))
+    items = iter(PrefetchIterator(count()))
     next(items)
     (ours,) = [thread for thread in set(threading.enumerate()) - before if thread.name == "batches ahead"]
     items.close()  # type: ignore[attr-defined]
@@ -54,7 +54,7 @@ def test_an_error_is_raised_where_the_item_would_have_been() -> None:
         yield 1
         raise ValueError("broken")
 
-    items = iter(Ahead(source()))
+    items = iter(PrefetchIterator(source()))
     assert next(items) == 1
     with pytest.raises(ValueError, match="broken"):
         next(items)
@@ -62,7 +62,7 @@ def test_an_error_is_raised_where_the_item_would_have_been() -> None:
 
 @given(rows=st.lists(st.integers(1, 50), min_size=1, max_size=40), most=st.integers(1, 120))
 def test_evaluation_batches_by_rows(rows: Any, most: int) -> None:
-    batches = by_rows(list(range(len(rows))), np.asarray(rows), most)
+    batches = batch_by_token_budget(list(range(len(rows))), np.asarray(rows), most)
     assert [example for batch in batches for example in batch] == list(range(len(rows)))
     sizes = [sum(rows[example] for example in batch) for batch in batches]
     assert all(size <= most or len(batch) == 1 for size, batch in zip(sizes, batches))

@@ -6,7 +6,7 @@ import psutil
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from lit_glm.data.dataloader import LoaderProcesses, live_and_die_with_the_rank
+from lit_glm.data.dataloader import SignalSafeDataLoader, worker_init_fn
 
 
 class _Numbers(Dataset):
@@ -19,7 +19,7 @@ class _Numbers(Dataset):
 
 def _slowly(worker: int) -> None:
     time.sleep(0.3)  # a signal finds the process before it has been told to leave signals to its rank
-    live_and_die_with_the_rank(worker)
+    worker_init_fn(worker)
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def signals() -> Iterator[List[int]]:
 @pytest.mark.parametrize("started", [False, True])
 def test_a_signal_to_the_group_leaves_the_loader_to_its_rank(number: int, started: bool, signals: List[int]) -> None:
     loader: Any = DataLoader(_Numbers(), batch_size=None, num_workers=1, worker_init_fn=_slowly)
-    items = iter(LoaderProcesses(loader))
+    items = iter(SignalSafeDataLoader(loader))
     seen = [next(items)] if started else []
     for process in [*psutil.Process().children(), psutil.Process()]:
         process.send_signal(number)

@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DistributedSampler
 
-from lit_glm.data.sampler import EndlessBatches, balanced
+from lit_glm.data.sampler import InfiniteDistributedBatchSampler, balance_by_length
 
 
-def take(batches: EndlessBatches, count: int) -> List[List[int]]:
+def take(batches: InfiniteDistributedBatchSampler, count: int) -> List[List[int]]:
     iterator = iter(batches)
     return [next(iterator) for _ in range(count)]
 
@@ -17,7 +17,7 @@ def take(batches: EndlessBatches, count: int) -> List[List[int]]:
 @given(st.integers(1, 40), st.integers(1, 7), st.integers(1, 5), st.integers(0, 2))
 def test_order_is_that_of_torch(examples: int, batch_size: int, world: int, seed: int) -> None:
     for rank in range(world):
-        ours = EndlessBatches(examples, batch_size, rank, world, seed)
+        ours = InfiniteDistributedBatchSampler(examples, batch_size, rank, world, seed)
         expected = []
         sampler = DistributedSampler(range(examples), world, rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
         for epoch in range(3):
@@ -29,12 +29,12 @@ def test_order_is_that_of_torch(examples: int, batch_size: int, world: int, seed
 
 @given(st.integers(1, 30), st.integers(0, 60))
 def test_any_start_continues_the_order(examples: int, start: int) -> None:
-    whole = take(EndlessBatches(examples, 4, 0, 1, 0), start + 5)
-    assert take(EndlessBatches(examples, 4, 0, 1, 0, start=start), 5) == whole[start:]
+    whole = take(InfiniteDistributedBatchSampler(examples, 4, 0, 1, 0), start + 5)
+    assert take(InfiniteDistributedBatchSampler(examples, 4, 0, 1, 0, start=start), 5) == whole[start:]
 
 
 def test_epochs() -> None:
-    batches = EndlessBatches(10, 4, 0, 1, 0)
+    batches = InfiniteDistributedBatchSampler(10, 4, 0, 1, 0)
     assert [batches.epoch_of(step) for step in (1, 3, 4, 7)] == [0, 0, 1, 2]
 
 
@@ -42,22 +42,22 @@ def test_epochs() -> None:
 def test_balanced_shares_hold_each_example_once_in_equal_numbers(lengths: List[int], world: int) -> None:
     lengths = lengths[: len(lengths) // world * world] or [1] * world
     examples = np.arange(100, 100 + len(lengths))
-    shares = balanced(examples, np.asarray(lengths), world)
+    shares = balance_by_length(examples, np.asarray(lengths), world)
     assert sorted(sum(shares, [])) == examples.tolist()
     assert {len(share) for share in shares} == {len(lengths) // world}
 
 
 def test_balanced_shares_are_nearly_equal() -> None:
     lengths = np.random.default_rng(0).integers(50, 500, 64)
-    loads = [sum(lengths[list(share)]) for share in balanced(np.arange(64), lengths, 4)]
+    loads = [sum(lengths[list(share)]) for share in balance_by_length(np.arange(64), lengths, 4)]
     assert max(loads) / (sum(loads) / 4) < 1.02
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_balance_keeps_the_global_batch(rank: int) -> None:
     lengths = np.random.default_rng(0).integers(50, 500, 30)
-    plain = [take(EndlessBatches(30, 4, r, 2, 0), 4) for r in range(2)]
-    dealt = [take(EndlessBatches(30, 4, r, 2, 0, lengths=lengths), 4) for r in range(2)]
+    plain = [take(InfiniteDistributedBatchSampler(30, 4, r, 2, 0), 4) for r in range(2)]
+    dealt = [take(InfiniteDistributedBatchSampler(30, 4, r, 2, 0, lengths=lengths), 4) for r in range(2)]
     for step in range(4):
         assert sorted(plain[0][step] + plain[1][step]) == sorted(dealt[0][step] + dealt[1][step])
         assert len(dealt[rank][step]) == len(plain[rank][step])

@@ -8,7 +8,7 @@ import pytest
 
 from conftest import GOLDEN, lit_glm_here
 from lit_glm.data.h5sparse import SparseReader
-from lit_glm.data.superglue_jsonl import Skipped, read_questions
+from lit_glm.data.superglue_jsonl import SkippedRecords, read_questions
 
 VOCAB = GOLDEN / "bert-large-uncased-vocab.txt"
 
@@ -37,7 +37,7 @@ LINES = [
 def test_reasons_and_line_numbers(train: bool, tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text("\n".join(LINES) + "\n")
-    skipped = Skipped()
+    skipped = SkippedRecords()
     kept = [question.line for _, found in read_questions(path, train, skipped) for question in found]
     assert kept == ([1, 8, 9] if train else [1, 8])
     expected = {

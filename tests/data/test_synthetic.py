@@ -9,14 +9,14 @@ from typing import Any, Dict, List
 import pytest
 
 from lit_glm.config.schema import DataConfig, SyntheticConfig
-from lit_glm.data.synthetic import ensure, vocabulary, write_raw
-from lit_glm.data.tokenizer import WordPieces
+from lit_glm.data.synthetic import ensure_synthetic_data, synthetic_vocabulary, write_synthetic_jsonl
+from lit_glm.data.tokenizer import WordPieceTokenizer
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
-    write_raw(folder, seed=0, num_train=2000, num_eval=1000)
+    write_synthetic_jsonl(folder, seed=0, num_train=2000, num_eval=1000)
     return folder
 
 
@@ -31,7 +31,7 @@ def names_of(record: Dict[str, Any]) -> List[str]:
 
 def test_same_seed_same_bytes(corpus: Path, tmp_path: Path) -> None:
     for folder, seed in ((tmp_path / "same", 0), (tmp_path / "other", 1)):
-        write_raw(folder, seed, 2000, 1000)
+        write_synthetic_jsonl(folder, seed, 2000, 1000)
         equal = (folder / "train.jsonl").read_bytes() == (corpus / "train.jsonl").read_bytes()
         assert equal is (seed == 0)
 
@@ -63,8 +63,8 @@ def test_baselines_that_ignore_the_passage_stay_near_chance(corpus: Path) -> Non
 
 
 def test_everybody_is_named_once_and_words_are_in_the_vocabulary(corpus: Path) -> None:
-    pieces = WordPieces(corpus / "vocab.txt")
-    unknown = vocabulary().index("[UNK]")
+    pieces = WordPieceTokenizer(corpus / "vocab.txt")
+    unknown = synthetic_vocabulary().index("[UNK]")
     for record in records(corpus, "val.jsonl"):
         names = names_of(record)
         assert len(set(names)) == len(names)
@@ -80,10 +80,10 @@ def test_is_made_once_and_anew_for_other_settings(tmp_path: Path) -> None:
             "synthetic", out_dir=str(tmp_path / "out"), max_seq_length=64, synthetic=SyntheticConfig(seed, 20, 10)
         )
 
-    ensure(data(0))
+    ensure_synthetic_data(data(0))
     made = (tmp_path / "out" / "train_hdf5" / "train_sparse.hdf5").stat().st_mtime_ns
-    ensure(data(0))
+    ensure_synthetic_data(data(0))
     assert (tmp_path / "out" / "train_hdf5" / "train_sparse.hdf5").stat().st_mtime_ns == made
-    ensure(data(1))
+    ensure_synthetic_data(data(1))
     assert (tmp_path / "out" / "train_hdf5" / "train_sparse.hdf5").stat().st_mtime_ns != made
     assert not list(tmp_path.glob(".*.part-*"))

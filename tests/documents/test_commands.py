@@ -130,7 +130,7 @@ def adapted(command: str, arguments: List[str], place: Path) -> List[str]:
     if command == "verify":
         return [*(text for text in kept if not text.startswith("precision=")), "precision=fp32", "model=glm_tiny"]
     if command == "plan":
-        small += ["plan.cards=[1]"]
+        small += ["plan.device_counts=[1]"]
     if "bs=auto" in arguments:
         small += ["bs=auto"]
     return [*kept, *small] if "bs=auto" in small or command in ("plan", "tune") else [*kept, *small, "bs=2"]

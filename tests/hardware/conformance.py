@@ -15,14 +15,14 @@ import torch.nn.functional as F
 
 from lit_glm.config.schema import LossScaleConfig
 from lit_glm.hardware.runtimes.base import Runtime
-from lit_glm.hardware.runtimes.selection import named_class
+from lit_glm.hardware.runtimes.selection import import_runtime_class
 
 
 @pytest.fixture(scope="module")
 def runtime(request: pytest.FixtureRequest) -> Runtime:
     target = request.config.getoption("--runtime") or "lit_glm.hardware.runtimes.cpu.CPURuntime"
-    kind = named_class(target)
-    reason = kind.missing()
+    kind = import_runtime_class(target)
+    reason = kind.unavailable_reason()
     if reason is not None:
         pytest.skip(f"{target} cannot be used here: {reason}")
     made = kind()
@@ -70,7 +70,7 @@ def test_a_seed_decides_what_is_drawn(runtime: Runtime, x: torch.Tensor) -> None
 
 def test_what_is_read_later_is_what_stood_there(runtime: Runtime, x: torch.Tensor) -> None:
     values = x[0, :3].clone()
-    expected, read = values.tolist(), runtime.read_later(values)
+    expected, read = values.tolist(), runtime.to_host_async(values)
     _ = [x @ x.t() for _ in range(10)]  # asked for meanwhile
     assert read() == pytest.approx(expected)
 
@@ -82,7 +82,7 @@ def test_a_collective_that_is_pending_is_waited_for(runtime: Runtime, x: torch.T
         def wait(self) -> None:
             waited.append(True)
 
-    assert runtime.read_later(x[0, :1].clone(), Pending())() == pytest.approx(x[0, :1].tolist())
+    assert runtime.to_host_async(x[0, :1].clone(), Pending())() == pytest.approx(x[0, :1].tolist())
     assert waited
 
 
@@ -111,7 +111,7 @@ def test_recomputation_gives_the_same_gradients(runtime: Runtime, x: torch.Tenso
 
 def test_its_linear_layer_is_one(runtime: Runtime, x: torch.Tensor) -> None:
     weight, bias = torch.randn(16, 32), torch.randn(16)
-    ours = runtime.kernels().linear(x, weight.to(x.device), bias.to(x.device))
+    ours = runtime.model_ops().linear(x, weight.to(x.device), bias.to(x.device))
     torch.testing.assert_close(ours.cpu(), F.linear(x.cpu(), weight, bias), rtol=1e-3, atol=1e-3)
 
 
@@ -131,7 +131,7 @@ def test_an_update_is_the_processors(runtime: Runtime, x: torch.Tensor) -> None:
 
 
 def _memory(runtime: Runtime) -> Tuple[Any, Any, Any]:
-    return runtime.memory_now(0), runtime.peak_memory(0), runtime.total_memory(0)
+    return runtime.memory_in_use(0), runtime.peak_memory(0), runtime.total_memory(0)
 
 
 def test_memory_is_known_truthfully_or_not_at_all(runtime: Runtime, x: torch.Tensor) -> None:

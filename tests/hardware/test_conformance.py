@@ -13,7 +13,7 @@ from conftest import GOLDEN_RUN, lit_glm
 from hardware.conformance import *  # noqa: F403  # its checks, here on the processor
 from lit_glm.config.schema import HardwareConfig
 from lit_glm.errors import InputError
-from lit_glm.hardware.runtimes.selection import named_class
+from lit_glm.hardware.runtimes.selection import import_runtime_class
 
 RUNTIME = """
 from lit_glm.hardware.runtimes.cpu import CPURuntime
@@ -26,7 +26,7 @@ class Abacus(CPURuntime):
 CHIP = """
 name: abacus
 vendor: Beads
-card: ABACUS
+product_name: ABACUS
 _target_: beads.runtime.Abacus
 accelerator: abacus
 env: {BEADS: "7"}
@@ -65,9 +65,9 @@ def test_a_chip_of_a_package_outside(tmp_path: Path) -> None:
 
 def test_what_is_no_runtime_is_refused() -> None:
     with pytest.raises(InputError, match="is no subclass of"):
-        named_class("collections.OrderedDict")
+        import_runtime_class("collections.OrderedDict")
     for absent in ("nowhere.At.All", "Class", "lit_glm.hardware.runtimes.cpu.NoSuch"):
         with pytest.raises(InputError, match="hardware._target_"):
-            named_class(absent)
+            import_runtime_class(absent)
     config: Any = HardwareConfig(name="x")
     assert config._target_ is None

@@ -9,8 +9,8 @@ from typing import List
 import pytest
 
 from lit_glm.config.schema import HardwareConfig, TopologyConfig, TrainConfig
-from lit_glm.hardware.device_monitor import COLUMNS, WatchedMemory, devices_watched, monitor_of, readings_of
-from lit_glm.metrics.energy import energy, joules
+from lit_glm.hardware.device_monitor import COLUMNS, MonitoredMemory, load_readings, monitor_devices, monitor_for
+from lit_glm.metrics.energy import energy_metrics, integrate_power
 
 TOOL = """#!/bin/sh
 for card in 0 1 2 3; do
@@ -39,13 +39,13 @@ def test_the_cards_of_the_job_are_read_until_the_end(
 ) -> None:
     monkeypatch.setenv("XPU_VISIBLE_DEVICES", "3,1,0")
     file, begun = tmp_path / "run" / "devices.csv", time.monotonic()
-    memory = WatchedMemory()
+    memory = MonitoredMemory()
     memory.start(file, 1, "XPU_VISIBLE_DEVICES")
-    with devices_watched(hardware(), file, 0, 2, begun):
+    with monitor_devices(hardware(), file, 0, 2, begun):
         limit = time.monotonic() + 20
-        while len(readings_of(file).get(("0", "3"), [])) < 3 and time.monotonic() < limit:
+        while len(load_readings(file).get(("0", "3"), [])) < 3 and time.monotonic() < limit:
             time.sleep(0.05)
-    readings = readings_of(file)
+    readings = load_readings(file)
     assert sorted(readings) == [("0", "1"), ("0", "3")]  # the first two visible ones
     first = readings["0", "3"][0]
     assert (first["power_w"], first["temperature_c"], first["utilisation"], first["mem_gib"]) == (103, 43, 97, 2)
@@ -53,9 +53,9 @@ def test_the_cards_of_the_job_are_read_until_the_end(
     assert len(times) >= 4
     assert times == sorted(times)
     assert memory.peak() == 2 * 2**30
-    with devices_watched(hardware(), file, 0, 2, begun - 100):  # a run that goes on
+    with monitor_devices(hardware(), file, 0, 2, begun - 100):  # a run that goes on
         pass
-    longer = readings_of(file)["0", "3"]
+    longer = load_readings(file)["0", "3"]
     assert len(longer) > len(times)
     assert (longer[-1]["time_s"] or 0) > 100
 
@@ -63,9 +63,9 @@ def test_the_cards_of_the_job_are_read_until_the_end(
 def test_a_watch_ends_with_the_run_that_started_it(tool: Path, tmp_path: Path) -> None:
     code = (
         "import os, time\nfrom pathlib import Path\nfrom lit_glm.config.schema import HardwareConfig\n"
-        "from lit_glm.hardware.device_monitor import devices_watched\n"
+        "from lit_glm.hardware.device_monitor import monitor_devices\n"
         "hardware = HardwareConfig(name='x', runtimes=['xmlir'], monitor_interval_s=0.05)\n"
-        f"with devices_watched(hardware, Path({str(tmp_path / 'devices.csv')!r}), 0, 1, 0.0):\n"
+        f"with monitor_devices(hardware, Path({str(tmp_path / 'devices.csv')!r}), 0, 1, 0.0):\n"
         "    time.sleep(1)\n    os.kill(os.getpid(), 9)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=False)
@@ -79,15 +79,15 @@ def test_a_watch_ends_with_the_run_that_started_it(tool: Path, tmp_path: Path) -
 def test_pretended_cards_have_no_monitor() -> None:
     pretended = hardware()
     pretended.runtime = "simulated"
-    assert monitor_of(pretended) is None
-    assert monitor_of(hardware("cpu")) is not None
+    assert monitor_for(pretended) is None
+    assert monitor_for(hardware("cpu")) is not None
 
 
 def test_torn_and_foreign_lines_are_left_out(tmp_path: Path) -> None:
     file = tmp_path / "devices.csv"
     file.write_text(",".join(COLUMNS) + "\n1,0,0,2,100,,\nx,0,0,2,1,1,1\n2,0,0,2\n3,0,0,2,110,,\n4,0,0,2,10")
-    assert [reading["time_s"] for reading in readings_of(file)["0", "0"]] == [1, 3]
-    memory = WatchedMemory()
+    assert [reading["time_s"] for reading in load_readings(file)["0", "0"]] == [1, 3]
+    memory = MonitoredMemory()
     memory.start(file, 0, "NOTHING_VISIBLE")
     assert memory.peak() == 2 * 2**30
 
@@ -104,28 +104,30 @@ def test_energy_is_the_integral_over_the_training_time(tmp_path: Path) -> None:
     # 100 W at 0 s rising to 200 W at 10 s, constant after; a second card at 50 W throughout.
     lines = ["0,0,0,1,100,40,", "10,0,0,1,200,60,", "20,0,0,1,200,50,", "0,0,1,1,50,30,", "20,0,1,1,50,30,"]
     table(tmp_path, lines)
-    took = energy(tmp_path, config(1, 2), [[5.0, 15.0]], 35.0)
+    took = energy_metrics(tmp_path, config(1, 2), [[5.0, 15.0]], 35.0)
     assert took["energy_j"] == pytest.approx(5 * 175 + 5 * 200 + 10 * 50)
     assert took["samples_per_joule"] == pytest.approx(35 / took["energy_j"])
     assert took["power_mean_w"] == pytest.approx(took["energy_j"] / 10)
     assert (took["power_max_w"], took["temperature_max_c"]) == (200, 60)
-    resumed = energy(tmp_path, config(1, 2), [[0.0, 5.0], [15.0, 20.0]], 35.0)
+    resumed = energy_metrics(tmp_path, config(1, 2), [[0.0, 5.0], [15.0, 20.0]], 35.0)
     assert resumed["energy_j"] == pytest.approx(5 * 125 + 5 * 200 + 10 * 50)
 
 
 def test_energy_is_unknown_where_any_card_is_silent(tmp_path: Path) -> None:
     table(tmp_path, ["0,0,0,1,100,40,", "20,0,0,1,100,40,", "0,0,1,1,,30,"])
-    assert energy(tmp_path, config(1, 2), [[5.0, 15.0]], 1.0)["energy_j"] is None
+    assert energy_metrics(tmp_path, config(1, 2), [[5.0, 15.0]], 1.0)["energy_j"] is None
     table(tmp_path, ["0,0,0,1,100,40,", "20,0,0,1,100,40,"])
-    assert energy(tmp_path, config(2, 1), [[5.0, 15.0]], 1.0)["energy_j"] is None  # the other node's are missing
-    assert energy(tmp_path, config(1, 2), [[5.0, 15.0]], 1.0)["energy_j"] is None  # a card that was never read
+    assert (
+        energy_metrics(tmp_path, config(2, 1), [[5.0, 15.0]], 1.0)["energy_j"] is None
+    )  # the other node's are missing
+    assert energy_metrics(tmp_path, config(1, 2), [[5.0, 15.0]], 1.0)["energy_j"] is None  # a card that was never read
     table(tmp_path, ["0,0,0,1,100,40,", "0,0,1,1,100,40,"])
-    assert energy(tmp_path, config(1, 1), [[5.0, 15.0]], 1.0)["energy_j"] is None  # another job's card beside
+    assert energy_metrics(tmp_path, config(1, 1), [[5.0, 15.0]], 1.0)["energy_j"] is None  # another job's card beside
     table(tmp_path, ["0,0,0,1,100,40,"])
-    assert energy(tmp_path, config(1, 1), [], 1.0)["energy_j"] is None
-    assert joules([], [[0.0, 1.0]]) is None
+    assert energy_metrics(tmp_path, config(1, 1), [], 1.0)["energy_j"] is None
+    assert integrate_power([], [[0.0, 1.0]]) is None
 
 
 def test_beyond_the_readings_the_nearest_one_holds() -> None:
     readings = [{"time_s": 4.0, "power_w": 10.0}, {"time_s": 6.0, "power_w": 20.0}]
-    assert joules(readings, [[0.0, 10.0]]) == pytest.approx(4 * 10 + 2 * 15 + 4 * 20)
+    assert integrate_power(readings, [[0.0, 10.0]]) == pytest.approx(4 * 10 + 2 * 15 + 4 * 20)

@@ -11,9 +11,9 @@ import pytest
 from conftest import GOLDEN_RUN, lit_glm, lit_glm_here
 from lit_glm.config.schema import HardwareConfig, TopologyConfig
 from lit_glm.errors import InputError
-from lit_glm.hardware.env import set_environment
+from lit_glm.hardware.env import set_hardware_env
 from lit_glm.hardware.runtimes.cpu import CPURuntime
-from lit_glm.hardware.runtimes.selection import check_cards, make_runtime
+from lit_glm.hardware.runtimes.selection import make_runtime, validate_devices
 from parity.test_training import check_trajectory
 
 ROOT = Path(__file__).parent.parent.parent
@@ -31,7 +31,7 @@ def test_golden_steps_on_two_simulated_cards(tmp_path: Path) -> None:
     assert "r300 1x2 (simulated" in done.stdout
     environment = json.loads((run / "environment.json").read_text())
     assert environment["variables"]["BKCL_PCIE_RING"] == "1"
-    assert environment["cards"] == ["simulated", "simulated"]
+    assert environment["devices"] == ["simulated", "simulated"]
 
 
 def test_a_missing_runtime_is_said_with_the_way_out(tmp_path: Path, capfd: Any) -> None:
@@ -70,7 +70,7 @@ def test_more_devices_than_there_are(tmp_path: Path) -> None:
 def test_variables_of_a_chip_never_replace_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIT_GLM_A", "mine")
     monkeypatch.delenv("LIT_GLM_B", raising=False)
-    said = set_environment(HardwareConfig(name="chip", env={"LIT_GLM_A": "theirs", "LIT_GLM_B": "theirs"}))
+    said = set_hardware_env(HardwareConfig(name="chip", env={"LIT_GLM_A": "theirs", "LIT_GLM_B": "theirs"}))
     assert (os.environ["LIT_GLM_A"], os.environ.pop("LIT_GLM_B")) == ("mine", "theirs")
     assert len(said) == 1
     assert "LIT_GLM_A=mine is set and stays" in said[0]
@@ -126,33 +126,38 @@ class _Card(CPURuntime):
 
 def test_a_card_is_checked_against_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = ROOT / "conf" / "hardware"
-    wrong = HardwareConfig(name="a100", detect="A100", memory_gib=40.0)
+    wrong = HardwareConfig(name="a100", device_name_pattern="A100", memory_gib=40.0)
     with pytest.raises(InputError, match="'NVIDIA H100 80GB HBM3'; take hardware=h100"):
-        check_cards(wrong, _Card(), 1, folder)
-    assert check_cards(HardwareConfig(name="h100", detect="H100", memory_gib=80.0), _Card(), 1, folder) == []
-    hints = check_cards(HardwareConfig(name="cuda"), _Card(), 1, folder)
+        validate_devices(wrong, _Card(), 1, folder)
+    assert (
+        validate_devices(HardwareConfig(name="h100", device_name_pattern="H100", memory_gib=80.0), _Card(), 1, folder)
+        == []
+    )
+    hints = validate_devices(HardwareConfig(name="cuda"), _Card(), 1, folder)
     assert "hardware=h100 knows its peak" in hints[0]
     with pytest.raises(InputError, match="hardware=c500, but card 0 calls itself 'NVIDIA H100"):
-        check_cards(HardwareConfig(name="c500", card="C500"), _Card(), 1, folder)
+        validate_devices(HardwareConfig(name="c500", product_name="C500"), _Card(), 1, folder)
     monkeypatch.setattr(_Card, "device_name", lambda self, index: "NVIDIA GeForce RTX 4090")
     with pytest.raises(InputError, match="hardware=c500, but card 0 .* RTX 4090'; take hardware=another file"):
-        check_cards(HardwareConfig(name="c500", card="C500", vendor="MetaX"), _Card(), 1, folder)
+        validate_devices(HardwareConfig(name="c500", product_name="C500", vendor="MetaX"), _Card(), 1, folder)
     monkeypatch.undo()
     monkeypatch.setattr(_Card, "device_name", lambda self, index: "NVIDIA H200 NVL")
     with pytest.raises(InputError, match="'NVIDIA H200 NVL'; take hardware=cuda"):
-        check_cards(HardwareConfig(name="h200", detect="NVIDIA H200$"), _Card(), 1, folder)
+        validate_devices(HardwareConfig(name="h200", device_name_pattern="NVIDIA H200$"), _Card(), 1, folder)
     monkeypatch.setattr(_Card, "device_name", lambda self, index: "KUNLUN P800")
-    hints = check_cards(HardwareConfig(name="r300", card="R300", vendor="Kunlunxin"), _Card(), 1, folder)
+    hints = validate_devices(HardwareConfig(name="r300", product_name="R300", vendor="Kunlunxin"), _Card(), 1, folder)
     assert hints == ["card 0 calls itself 'KUNLUN P800'; hardware=r300 has the figures of R300"]
     monkeypatch.undo()
-    other = check_cards(HardwareConfig(name="h100", detect="H100", memory_gib=40.0), _Card(), 1, folder)
+    other = validate_devices(
+        HardwareConfig(name="h100", device_name_pattern="H100", memory_gib=40.0), _Card(), 1, folder
+    )
     assert "card 0 has 79.1 GiB" in other[0]
 
 
 def test_what_a_card_is_called_must_be_a_pattern(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("name: mine\ndetect: C500 (64G\n")
-    with pytest.raises(InputError, match="mine.yaml: detect=C500 .64G: not a regular expression"):
-        check_cards(HardwareConfig(name="cuda"), _Card(), 1, tmp_path)
+    with pytest.raises(InputError, match="mine.yaml: device_name_pattern=C500 .64G: not a regular expression"):
+        validate_devices(HardwareConfig(name="cuda"), _Card(), 1, tmp_path)
 
 
 def test_no_vendor_outside_its_places() -> None:

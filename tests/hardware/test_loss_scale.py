@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_glm.config.hydra_main import checked, compose
+from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import LossScaleConfig, TrainConfig
 from lit_glm.hardware.loss_scale import DynamicLossScale, VendorLossScale
 
@@ -82,8 +82,8 @@ def test_a_runtimes_own_scaler_takes_its_place() -> None:
     def step(scale: VendorLossScale, value: float) -> float:
         weight = torch.nn.Parameter(torch.ones(1))
         optimizer = torch.optim.SGD([weight], lr=0.0)
-        scale.multiply((weight * value).sum()).backward()
-        scale.divide(optimizer)
+        scale.scale_loss((weight * value).sum()).backward()
+        scale.unscale_(optimizer)
         assert weight.grad is not None
         scale.update(not bool(torch.isfinite(weight.grad).all()))
         return float(weight.grad)
@@ -102,6 +102,6 @@ def test_a_runtimes_own_scaler_takes_its_place() -> None:
 
 @pytest.mark.parametrize("precision", ["fp16", "amp"])
 def test_the_published_window(precision: str) -> None:
-    scaling = checked(compose("train", [f"precision={precision}"]), TrainConfig).precision.loss_scale
+    scaling = validate_config(compose_config("train", [f"precision={precision}"]), TrainConfig).precision.loss_scale
     assert scaling is not None
     assert (scaling.window, scaling.hysteresis, scaling.minimum) == (1000, 2, 1)

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 
 from lit_glm.hardware import monitors
 from lit_glm.hardware.monitors import (
-    Processors,
-    Reading,
-    card_of,
+    CPUMonitor,
+    DeviceReading,
     nvml_readings,
     parse_names,
     parse_xpu_smi,
     parse_xpu_smi_m,
+    physical_device_index,
     xpu_readings,
-    xpu_total,
+    xpu_total_memory,
 )
 
 
@@ -85,7 +85,7 @@ def test_a_visible_device_is_a_card_of_the_machine(
     visible: str, card: Optional[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOME_VISIBLE_DEVICES", visible)
-    assert card_of(1, "SOME_VISIBLE_DEVICES") == card
+    assert physical_device_index(1, "SOME_VISIBLE_DEVICES") == card
 
 
 def test_the_tool_is_found_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +110,7 @@ def test_the_total_of_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     tool.write_text(f"#!/bin/sh\necho '{new_line(3, 2048)}'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert (xpu_total(3), xpu_total(0), xpu_total(None)) == (32768 * 2**20, None, None)
+    assert (xpu_total_memory(3), xpu_total_memory(0), xpu_total_memory(None)) == (32768 * 2**20, None, None)
 
 
 def test_nvml_by_a_double_of_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,8 +136,8 @@ def test_nvml_by_a_double_of_its_package(monkeypatch: pytest.MonkeyPatch) -> Non
     )
     monkeypatch.setitem(sys.modules, "pynvml", double)
     assert nvml_readings() == [
-        Reading(0, 40.0, 250.0, 5 * 1024, 80 * 1024, None),
-        Reading(1, 41.0, 250.0, 7 * 1024, 80 * 1024, None),
+        DeviceReading(0, 40.0, 250.0, 5 * 1024, 80 * 1024, None),
+        DeviceReading(1, 41.0, 250.0, 7 * 1024, 80 * 1024, None),
     ]
     del double.nvmlMemory_v2  # an older package
     assert nvml_readings()[0].used_mib == 5 * 1024 + 512
@@ -155,7 +155,7 @@ def test_processors_by_files_like_the_kernels(tmp_path: Path) -> None:
     (zone / "name").write_text("package-0\n")
     (zone / "energy_uj").write_text("5000000\n")
     (zone / "max_energy_range_uj").write_text("9000000\n")
-    processors = Processors(tmp_path)
+    processors = CPUMonitor(tmp_path)
     (first,) = processors.readings()
     assert first.power_w == 0.0  # the counter stands
     before = time.monotonic()
@@ -165,5 +165,5 @@ def test_processors_by_files_like_the_kernels(tmp_path: Path) -> None:
     assert second.power_w is not None
     assert 0.0 < second.power_w <= 5.0 / (time.monotonic() - before) + 50.0
     assert first.used_mib is not None
-    (none,) = Processors(tmp_path / "nothing").readings()
+    (none,) = CPUMonitor(tmp_path / "nothing").readings()
     assert none.power_w is None

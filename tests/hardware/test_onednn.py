@@ -8,7 +8,7 @@ import torch
 from lit_glm.hardware.runtimes import onednn as linear
 from lit_glm.hardware.runtimes.cpu import CPURuntime
 from lit_glm.model.glm import Linear
-from lit_glm.model.runtime_ops import Kernels
+from lit_glm.model.runtime_ops import RuntimeOps
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
@@ -43,7 +43,7 @@ def test_what_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "_WORTH_IT", 4096)
     real = linear._product
     monkeypatch.setattr(linear, "_product", lambda *arguments: calls.append(1) or real(*arguments))
-    layer, x = Linear(32, 64, Kernels(linear.linear)), torch.randn(16, 32)
+    layer, x = Linear(32, 64, RuntimeOps(linear.linear)), torch.randn(16, 32)
     layer(x)
     assert len(calls) == 1
     layer(x[:1])  # too small
@@ -73,7 +73,7 @@ def test_a_linear_layer_and_gelu_in_one_are_those_in_two() -> None:
     torch.manual_seed(0)
     x, weight, bias = torch.randn(40, 64), torch.randn(96, 64) / 8, torch.randn(96)
     assert linear.linear_gelu(x, weight, bias) is None  # fp32: not faster
-    if not linear.has_bf16():
+    if not linear.supports_bf16_gelu():
         pytest.skip("oneDNN does not multiply in bf16 on this processor")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = linear.linear_gelu(x, weight, bias)

@@ -55,12 +55,12 @@ def test_what_is_computed(precision: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_processor_without_bf16_units_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "bf16_units", lambda: ["AMX tiles"])
-    monkeypatch.setattr(cpu, "sums_bf16_in_fp32", lambda: True)
+    monkeypatch.setattr(cpu, "bf16_instructions", lambda: ["AMX tiles"])
+    monkeypatch.setattr(cpu, "accumulates_bf16_in_fp32", lambda: True)
     assert cpu.CPURuntime().precision_hint("bf16") == ""
-    monkeypatch.setattr(cpu, "bf16_units", list)
+    monkeypatch.setattr(cpu, "bf16_instructions", list)
     assert "no bf16 units" in cpu.CPURuntime().precision_hint("bf16")
-    monkeypatch.setattr(cpu, "sums_bf16_in_fp32", lambda: False)
+    monkeypatch.setattr(cpu, "accumulates_bf16_in_fp32", lambda: False)
     assert "sums products of bf16 in bf16" in cpu.CPURuntime().precision_hint("bf16")
     assert cpu.CPURuntime().precision_hint("fp32") == ""
 

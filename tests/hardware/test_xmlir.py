@@ -40,7 +40,7 @@ def test_golden_steps(topology: str, tmp_path: Path) -> None:
     assert result["mem_actual_gib"] == pytest.approx((20000 + ranks - 1) / 1024)
     assert result["mem_total_gib"] == pytest.approx(32.0)
     environment = json.loads((run / "environment.json").read_text())
-    assert environment["cards"] == [f"double of an R300, card {card}" for card in range(ranks)]
+    assert environment["devices"] == [f"double of an R300, card {card}" for card in range(ranks)]
 
 
 @native

@@ -18,16 +18,16 @@ pytestmark = pytest.mark.skipif(torch.__version__.startswith("1."), reason="XPyT
 ASK = """
 import json, os
 from pathlib import Path
-from lit_glm.hardware.device_monitor import devices_watched
-from lit_glm.config.hydra_main import checked, compose
+from lit_glm.hardware.device_monitor import monitor_devices
+from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
 from lit_glm.hardware.runtimes.selection import make_runtime
-config = checked(compose("train", ["hardware=r300", "topology=1x2"]), TrainConfig)
+config = validate_config(compose_config("train", ["hardware=r300", "topology=1x2"]), TrainConfig)
 runtime = make_runtime(config.hardware, config.topology)
 file = Path(os.environ["HOME"]) / "devices.csv"
-with devices_watched(config.hardware, file, 0, 2, 0.0):
+with monitor_devices(config.hardware, file, 0, 2, 0.0):
     pass
-runtime.watch_memory(1, file)
+runtime.attach_memory_monitor(1, file)
 import torch, torch_xmlir
 print(json.dumps([runtime.name, runtime.backend, runtime.has_tf32, runtime.device_count(), str(runtime.device(1)),
     [runtime.device_name(card) for card in (0, 1)], runtime.peak_memory(1), runtime.total_memory(1),

@@ -6,7 +6,7 @@ import pytest
 
 from lit_glm.config.schema import TopologyConfig
 from lit_glm.errors import InputError
-from lit_glm.launch.nodes import check_nodes, check_port, interface_towards, outer_rank, this_node
+from lit_glm.launch.nodes import check_nodes, check_port, external_rank, network_interface_to, resolve_node
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +17,7 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_node_finds_a_port_itself() -> None:
-    node = this_node(TopologyConfig(1, 2))
+    node = resolve_node(TopologyConfig(1, 2))
     assert (node.rank, node.address) == (0, "127.0.0.1")
     check_port(node.port)
 
@@ -25,10 +25,10 @@ def test_one_node_finds_a_port_itself() -> None:
 def test_several_nodes_need_their_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NODE_RANK", "1")
     with pytest.raises(InputError, match="missing here: MASTER_ADDR, MASTER_PORT"):
-        this_node(TopologyConfig(2, 8))
+        resolve_node(TopologyConfig(2, 8))
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29500")
-    node = this_node(TopologyConfig(2, 8))
+    node = resolve_node(TopologyConfig(2, 8))
     assert (node.rank, node.address, node.port) == (1, "10.0.0.1", 29500)
 
 
@@ -37,7 +37,7 @@ def test_a_variable_out_of_range(name: str, value: str, monkeypatch: pytest.Monk
     for key, text in {"MASTER_ADDR": "h", "MASTER_PORT": "29500", "NODE_RANK": "0", name: value}.items():
         monkeypatch.setenv(key, text)
     with pytest.raises(InputError, match=f"{name}={value}: must be a number from 0 to"):
-        this_node(TopologyConfig(2, 8))
+        resolve_node(TopologyConfig(2, 8))
 
 
 def test_slurm_must_have_started_as_many_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +49,7 @@ def test_slurm_must_have_started_as_many_nodes(monkeypatch: pytest.MonkeyPatch) 
     }.items():
         monkeypatch.setenv(key, text)
     with pytest.raises(InputError, match="topology=2x8 has 2 nodes, but Slurm started 3"):
-        this_node(TopologyConfig(2, 8))
+        resolve_node(TopologyConfig(2, 8))
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_one_task_of_slurms_is_one_node(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("SLURM_STEP_NUM_NODES", "1")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     monkeypatch.setenv("NODE_RANK", "0")
-    assert this_node(TopologyConfig(1, 8)).rank == 0
+    assert resolve_node(TopologyConfig(1, 8)).rank == 0
 
 
 def test_a_busy_port_is_said() -> None:
@@ -87,17 +87,17 @@ def test_a_busy_port_is_said() -> None:
 
 
 def test_an_outer_torchrun_must_fit_the_topology(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert outer_rank(TopologyConfig(1, 2)) is None
+    assert external_rank(TopologyConfig(1, 2)) is None
     ranks = {"TORCHELASTIC_RUN_ID": "x", "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
     for key, text in ranks.items():
         monkeypatch.setenv(key, text)
-    found = outer_rank(TopologyConfig(2, 2))
+    found = external_rank(TopologyConfig(2, 2))
     assert found is not None
     assert (found.rank, found.local_rank) == (3, 1)
     with pytest.raises(InputError, match="topology=1x2 is 2 ranks, 2 a node, but torchrun started 4, 2 a node"):
-        outer_rank(TopologyConfig(1, 2))
+        external_rank(TopologyConfig(1, 2))
 
 
 def test_the_way_to_this_machine_is_its_loopback() -> None:
-    assert interface_towards("127.0.0.1") == "lo"
-    assert interface_towards("no such host.invalid") is None
+    assert network_interface_to("127.0.0.1") == "lo"
+    assert network_interface_to("no such host.invalid") is None

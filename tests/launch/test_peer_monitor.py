@@ -12,14 +12,14 @@ from typing import Any, List
 import pytest
 
 from lit_glm.errors import RunError
-from lit_glm.launch.peer_monitor import tie
+from lit_glm.launch.peer_monitor import connect_peers
 
 RANK = """
 import pathlib, pickle, sys, time
-from lit_glm.jobs import lifeline
+from lit_glm.launch import peer_monitor
 
-lifeline._GRACE_S = 0.5
-lifeline._PROBES = {"TCP_KEEPIDLE": 1, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 2}
+peer_monitor._GRACE_S = 0.5
+peer_monitor._PROBES = {"TCP_KEEPIDLE": 1, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 2}
 folder, rank, fate = pathlib.Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 ranks, address = int(sys.argv[4]), sys.argv[5]
 told = folder / "told"
@@ -32,18 +32,18 @@ def agree(content):
         time.sleep(0.01)
     return pickle.loads(told.read_bytes())
 
-line = lifeline.tie(rank, ranks, address, agree)
+line = peer_monitor.connect_peers(rank, ranks, address, agree)
 print("tied", flush=True)
 sys.stdin.readline()
 if fate == "fails":
-    line.let_go(1)
+    line.announce_exit(1)
 if fate == "ends":
-    line.let_go(0)
+    line.announce_exit(0)
     time.sleep(rank)  # the others need not hurry
 if fate == "stops":
-    line.let_go(143)
+    line.announce_exit(143)
 if fate == "loses":
-    sys.exit(143 if line.interrupted() else 1)
+    sys.exit(143 if line.was_peer_interrupted() else 1)
 if fate == "waits":
     time.sleep(60)
 """
@@ -156,4 +156,4 @@ def test_a_rank_that_cannot_reach_the_first_says_so(tmp_path: Path) -> None:
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]
     with pytest.raises(RunError, match=f"rank 1 cannot reach rank 0 at 127.0.0.1:{port}"):
-        tie(1, 2, "127.0.0.1", lambda _: (port, b"x" * 16))
+        connect_peers(1, 2, "127.0.0.1", lambda _: (port, b"x" * 16))

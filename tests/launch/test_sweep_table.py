@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, Dict, Optional
 
-from lit_glm.launch.sweep import summarise
+from lit_glm.launch.sweep import summarise_sweep
 
 ROW = {"hardware": "cpu", "topology": "1x2", "precision": "fp32", "scoring": "published", "status": "failed"}
 
@@ -30,7 +30,7 @@ def test_each_job_has_a_row_of_its_own(tmp_path: Path) -> None:
     note(tmp_path, 2, left(tmp_path / "2", status="failed", acc=None), 1, "bs=9,lr=1")
     note(tmp_path, 3, tmp_path / "3", 1, "bs=4,lr=1")  # ended before it had a result
     note(tmp_path, 4, None, 1, "bs=abc,lr=1")
-    text, status = summarise(tmp_path)
+    text, status = summarise_sweep(tmp_path)
     assert status == 2
     with (tmp_path / "sweep.csv").open() as file:
         rows = [[row["fix_hp"], row["status"], row["acc"], row["overrides"]] for row in csv.DictReader(file)]

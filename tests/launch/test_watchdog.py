@@ -14,7 +14,14 @@ import pytest
 
 from lit_glm.config.schema import TrainConfig
 from lit_glm.launch import heartbeat as watch_file
-from lit_glm.launch.heartbeat import Heartbeat, Watch, clear, newest, said_of, whereabouts
+from lit_glm.launch.heartbeat import (
+    Heartbeat,
+    StallWatchdog,
+    clear_heartbeats,
+    collect_stack_traces,
+    last_heartbeat,
+    stall_message,
+)
 
 RANK = """
 import pathlib, sys, time
@@ -41,24 +48,24 @@ def test_silence_is_counted_from_the_last_sign_or_from_the_start(
 ) -> None:
     clock = [time.time()]
     monkeypatch.setattr(watch_file.time, "time", lambda: clock[0])
-    silence, other = Watch(tmp_path, [7, 0], 30.0), Watch(tmp_path, [7], 30.0, 90.0)
+    silence, other = StallWatchdog(tmp_path, [7, 0], 30.0), StallWatchdog(tmp_path, [7], 30.0, 90.0)
     this_rank()
-    assert (newest(tmp_path, [7, 0]) > 0, newest(tmp_path, [7])) == (True, 0.0)
+    assert (last_heartbeat(tmp_path, [7, 0]) > 0, last_heartbeat(tmp_path, [7])) == (True, 0.0)
     os.utime(tmp_path / "ranks" / "0", (clock[0] - 50, clock[0] - 50))
-    assert silence.seconds() == 0  # what another run has left does not count
+    assert silence.seconds_since_heartbeat() == 0  # what another run has left does not count
     for _ in range(12):
         clock[0] += 5
-        silence.seconds(), other.seconds()
-    assert (silence.seconds(), other.seconds()) == (60, 60)
-    assert silence.silent()[0] == "rank 7 has given no sign of life"
-    assert other.silent() == []  # nobody has begun: the nodes may still be meeting
+        silence.seconds_since_heartbeat(), other.seconds_since_heartbeat()
+    assert (silence.seconds_since_heartbeat(), other.seconds_since_heartbeat()) == (60, 60)
+    assert silence.stalled_ranks()[0] == "rank 7 has given no sign of life"
+    assert other.stalled_ranks() == []  # nobody has begun: the nodes may still be meeting
     os.utime(tmp_path / "ranks" / "0", (clock[0] - 1, clock[0] - 1))
-    assert 0.9 < silence.seconds() < 1.1  # one that goes on is enough
-    assert other.seconds() == 60
+    assert 0.9 < silence.seconds_since_heartbeat() < 1.1  # one that goes on is enough
+    assert other.seconds_since_heartbeat() == 60
     clock[0] += 600  # nobody has asked for so long: whoever asks was stopped himself
-    assert other.seconds() == 0
-    clear(tmp_path)
-    assert newest(tmp_path, [7, 0]) == 0.0
+    assert other.seconds_since_heartbeat() == 0
+    clear_heartbeats(tmp_path)
+    assert last_heartbeat(tmp_path, [7, 0]) == 0.0
 
 
 def test_a_rank_that_still_waits_for_others_to_join_has_given_no_sign(
@@ -66,15 +73,15 @@ def test_a_rank_that_still_waits_for_others_to_join_has_given_no_sign(
 ) -> None:
     clock = [time.time()]
     monkeypatch.setattr(watch_file.time, "time", lambda: clock[0])
-    monkeypatch.setattr(watch_file.signs, "whereabouts", lambda folder, ranks: [f"ranks {ranks}"])
-    watch = Watch(tmp_path, [0], 30.0, 90.0)
+    monkeypatch.setattr(watch_file, "collect_stack_traces", lambda folder, ranks: [f"ranks {ranks}"])
+    watch = StallWatchdog(tmp_path, [0], 30.0, 90.0)
     found = []
     for _ in range(20):
         clock[0] += 5
-        found.append(watch.silent())
+        found.append(watch.stalled_ranks())
     assert found == [[]] * 18 + [["ranks [0]"]] * 2
     this_rank()
-    assert newest(tmp_path, [0]) > 0
+    assert last_heartbeat(tmp_path, [0]) > 0
 
 
 def test_a_sign_is_given_at_most_once_a_second(tmp_path: Path, this_rank: Heartbeat) -> None:
@@ -100,7 +107,7 @@ def test_it_is_said_which_rank_is_where(tmp_path: Path) -> None:
         ranks[3].send_signal(signal.SIGSTOP)
         while psutil.Process(ranks[3].pid).status() != psutil.STATUS_STOPPED:
             time.sleep(0.01)
-        said = whereabouts(tmp_path, range(5))
+        said = collect_stack_traces(tmp_path, range(5))
         assert said[0] == f"rank 3 (process {ranks[3].pid}) is stopped (SIGSTOP)"
         assert said[1] == "rank 4 has given no sign of life"
         assert said[2].startswith("ranks 0, 2, innermost call first:\n")
@@ -110,25 +117,25 @@ def test_it_is_said_which_rank_is_where(tmp_path: Path) -> None:
         assert len(said) == 4
         config = TrainConfig()
         config.run.stall_timeout_s = 2.5
-        assert "no progress for 2.5 s (run.stall_timeout_s)" in said_of(config, tmp_path, said)
+        assert "no progress for 2.5 s (run.stall_timeout_s)" in stall_message(config, tmp_path, said)
         before = (tmp_path / "ranks" / "0").stat().st_mtime
-        again = whereabouts(tmp_path, [0])
+        again = collect_stack_traces(tmp_path, [0])
         assert (tmp_path / "ranks" / "0").stat().st_mtime == before  # an answer is no sign of progress
         assert again[0].count("in wait_for_the_others") == 1
     finally:
         for rank in ranks:
             rank.kill()
             rank.wait()
-    assert whereabouts(tmp_path, [1]) == ["rank 1 is gone"]
+    assert collect_stack_traces(tmp_path, [1]) == ["rank 1 is gone"]
 
 
 def test_a_process_whose_work_hangs_ends(tmp_path: Path) -> None:
     code = (
         "import os, sys, time, pathlib; from lit_glm.launch.heartbeat import Heartbeat\n"
-        "from lit_glm.launch.heartbeat import Watch, watching\n"
+        "from lit_glm.launch.heartbeat import StallWatchdog, run_watchdog\n"
         "def ends(where): print(where[0], flush=True); os._exit(1)\n"
         "folder = pathlib.Path(sys.argv[1]); Heartbeat(folder, 0)\n"
-        "with watching(Watch(folder, [0], 0.5), ends): time.sleep(60)"
+        "with run_watchdog(StallWatchdog(folder, [0], 0.5), ends): time.sleep(60)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, timeout=40, check=False

@@ -9,25 +9,25 @@ import numpy as np
 import pytest
 
 from conftest import GOLDEN_RUN, TRAIN_FILE
-from lit_glm.config.hydra_main import checked, compose
+from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import HardwareConfig, TopologyConfig, TrainConfig
-from lit_glm.data.memmap_dataset import open_split
-from lit_glm.data.sequence_lengths import Lengths
+from lit_glm.data.memmap_dataset import open_dataset
+from lit_glm.data.sequence_lengths import SequenceLengths
 from lit_glm.hardware.runtimes.selection import make_runtime
-from lit_glm.metrics.memory_estimate import describe, estimate, largest_bs, parameters
-from lit_glm.model.build import shapes_of
+from lit_glm.metrics.memory_estimate import count_parameters, estimate_memory, largest_fitting_bs, memory_message
+from lit_glm.model.build import meta_state_dict
 
 MEASURE = """
 import sys
 import numpy as np
 import torch
-from lit_glm.data.collate import places_of
-from lit_glm.data.batch import FlatBatch
-from lit_glm.config.hydra_main import checked, compose
+from lit_glm.data.collate import build_padding_index
+from lit_glm.data.batch import PackedBatch
+from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
 from lit_glm.hardware.runtimes.cpu import CPURuntime
 from lit_glm.model.build import build_glm
-from lit_glm.model.scoring import TRAIN_MASK, choice_loss, score_table
+from lit_glm.model.scoring import TRAIN_MASK, candidate_loss, candidate_scores
 from lit_glm.training.optimizer import make_optimizer
 
 def highest():
@@ -35,20 +35,20 @@ def highest():
         return next(float(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
 CPURuntime()
-config = checked(compose("train", sys.argv[1:]), TrainConfig)
+config = validate_config(compose_config("train", sys.argv[1:]), TrainConfig)
 groups, n, m = config.bs, 230, 26
 counting = torch.arange
 tokens = torch.randint(5, 90, (groups * (n + m),))
-batch = FlatBatch(
+batch = PackedBatch(
     tokens, tokens % 90, tokens % 3, tokens[-groups * m :], counting(groups * m) // 13, counting(2 * groups),
-    [n] * groups, [m] * groups, places_of(np.full(groups, n), np.full(groups, m), np.arange(groups * m) // 13),
+    [n] * groups, [m] * groups, build_padding_index(np.full(groups, n), np.full(groups, m), np.arange(groups * m) // 13),
     groups, 2,
 )
 before = highest()
 glm, _ = build_glm(config.model)
 optimizer = make_optimizer(glm.train(), config.optimizer)
 for _ in range(2):
-    choice_loss(score_table(glm, batch, TRAIN_MASK)).backward()
+    candidate_loss(candidate_scores(glm, batch, TRAIN_MASK)).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 print(before, highest())
@@ -62,22 +62,24 @@ def test_the_estimate_is_near_what_the_kernel_counts(dropout: str, tmp_path: Pat
     done = subprocess.run([sys.executable, "-c", MEASURE, *overrides], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     before, highest = map(float, done.stdout.split())
-    config = checked(compose("train", overrides), TrainConfig)
-    lengths = Lengths(np.full(8, 2), np.full(8, 256), np.full(8, 26), np.full(8, 230**2 + 26 * 256.0))
-    guess = estimate(config, lengths, before, keeps_scores=dropout != "0.0")
+    config = validate_config(compose_config("train", overrides), TrainConfig)
+    lengths = SequenceLengths(np.full(8, 2), np.full(8, 256), np.full(8, 26), np.full(8, 230**2 + 26 * 256.0))
+    guess = estimate_memory(config, lengths, before, keeps_scores=dropout != "0.0")
     assert guess.total - before == pytest.approx(highest - before, rel=0.35)
 
 
 def test_parameters_are_those_of_the_model() -> None:
     for name in ("glm_tiny", "glm_large"):
-        config = checked(compose("train", [f"model={name}"]), TrainConfig)
-        assert parameters(config.model) == sum(weight.numel() for weight in shapes_of(config.model).values())
+        config = validate_config(compose_config("train", [f"model={name}"]), TrainConfig)
+        assert count_parameters(config.model) == sum(
+            weight.numel() for weight in meta_state_dict(config.model).values()
+        )
 
 
 def test_lengths_from_the_file_and_from_the_compact_form() -> None:
-    split = open_split(TRAIN_FILE, False, None)
-    of_split = Lengths.of(split)
-    of_file = Lengths.of_file(TRAIN_FILE)
+    split = open_dataset(TRAIN_FILE, False, None)
+    of_split = SequenceLengths.from_dataset(split)
+    of_file = SequenceLengths.from_hdf5(TRAIN_FILE)
     np.testing.assert_array_equal(of_split.candidates, of_file.candidates)
     np.testing.assert_array_equal(of_split.predicting, of_file.predicting)
     alike = np.diff(split.example_group_end) == 1  # contexts of the others differ by truncation
@@ -86,16 +88,16 @@ def test_lengths_from_the_file_and_from_the_compact_form() -> None:
 
 
 def test_the_largest_bs_is_named_where_it_does_not_fit() -> None:
-    config = checked(compose("train", [*GOLDEN_RUN, "bs=8", "hardware.runtime=simulated"]), TrainConfig)
-    lengths = Lengths.of(open_split(TRAIN_FILE, False, None))
-    needed = [estimate(config, lengths, 0.0, False, bs).total for bs in (3, 4)]
-    assert largest_bs(config, lengths, 0.0, False, (needed[0] + needed[1]) / 2) == 3
-    assert largest_bs(config, lengths, 0.0, False, 1.0) == 0
-    assert largest_bs(config, lengths, 0.0, False, 1e15) == len(lengths)
+    config = validate_config(compose_config("train", [*GOLDEN_RUN, "bs=8", "hardware.runtime=simulated"]), TrainConfig)
+    lengths = SequenceLengths.from_dataset(open_dataset(TRAIN_FILE, False, None))
+    needed = [estimate_memory(config, lengths, 0.0, False, bs).total for bs in (3, 4)]
+    assert largest_fitting_bs(config, lengths, 0.0, False, (needed[0] + needed[1]) / 2) == 3
+    assert largest_fitting_bs(config, lengths, 0.0, False, 1.0) == 0
+    assert largest_fitting_bs(config, lengths, 0.0, False, 1e15) == len(lengths)
     runtime = make_runtime(HardwareConfig(runtime="simulated", memory_gib=0.001), TopologyConfig(1, 1))
-    assert "no bs fits" in describe(config, lengths, runtime)
-    line = describe(config, lengths, runtime).split("\n")[0]
+    assert "no bs fits" in memory_message(config, lengths, runtime)
+    line = memory_message(config, lengths, runtime).split("\n")[0]
     total, *parts = [float(number) for number in re.findall(r" (\d+\.\d+)(?=,| GiB| of|$)", line)]
     assert sum(parts[1:] if " of " in line else parts) == pytest.approx(total, abs=1e-9)  # what is read adds up
     roomy = make_runtime(HardwareConfig(runtime="simulated", memory_gib=320.0), TopologyConfig(1, 1))
-    assert "\n" not in describe(config, lengths, roomy)
+    assert "\n" not in memory_message(config, lengths, roomy)

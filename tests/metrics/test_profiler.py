@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import GOLDEN_RUN, lit_glm_here
-from lit_glm.config.hydra_main import checked, compose
+from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
-from lit_glm.metrics.memory_estimate import parameters
-from lit_glm.metrics.profiler import Steps, _union
-from lit_glm.reporting.run_reader import find, rows
-from lit_glm.runs.job_spec import Job, identity, settings
+from lit_glm.metrics.memory_estimate import count_parameters
+from lit_glm.metrics.profiler import ProfileSummary, _union
+from lit_glm.reporting.run_reader import find_runs, group_into_rows
+from lit_glm.runs.job_spec import JobSpec, config_hash, hashed_settings
 
 PROFILE = [*GOLDEN_RUN, "run.max_steps=8", "callbacks=profile", "callbacks.profile.from_step=3"]
 
@@ -27,8 +27,8 @@ def test_a_run_leaves_its_profile_and_says_so(tmp_path: Path, capsys: pytest.Cap
     assert "`aten::addmm`" in text
     trace = json.loads((run / "profile" / "trace.json").read_text())
     assert any(event.get("name") == "aten::addmm" for event in trace["traceEvents"])
-    model = Job.read(run).config.model
-    weights = f"{4 * parameters(model) / 2**30:.4f}"
+    model = JobSpec.read(run).config.model
+    weights = f"{4 * count_parameters(model) / 2**30:.4f}"
     cells = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in text.splitlines() if line[:1] == "|"}
     assert cells["weights"] == cells["gradients"] == weights
     assert float(cells["activations kept for the backward pass"]) > 0
@@ -41,9 +41,9 @@ def test_its_figures_are_not_mixed_with_others(tmp_path: Path) -> None:
     how = [*GOLDEN_RUN, "run.max_steps=4", "callbacks=profile", "callbacks.profile.from_step=1"]
     assert lit_glm_here("train", *how, "callbacks.profile.steps=9", f"hydra.run.dir={profiled}") == 0
     assert "ended before the step behind" in (profiled / "profile" / "kernels.md").read_text()
-    assert len(rows(find([str(plain), str(profiled)])[0])) == 2
-    assert identity(Job.read(plain).config) != identity(Job.read(profiled).config)
-    assert "profiled" not in settings(Job.read(plain).config)
+    assert len(group_into_rows(find_runs([str(plain), str(profiled)])[0])) == 2
+    assert config_hash(JobSpec.read(plain).config) != config_hash(JobSpec.read(profiled).config)
+    assert "profiled" not in hashed_settings(JobSpec.read(plain).config)
 
 
 def test_a_run_that_is_too_short_says_that_nothing_was_profiled(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -63,7 +63,7 @@ def test_the_tables_are_torchs_own_numbers() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         for _ in range(3):
             float((torch.ones(8, 8) @ torch.ones(8, 8)).sum())
-    found = Steps.of(profiler, 5, 7)
+    found = ProfileSummary.of(profiler, 5, 7)
     own = {average.key: average for average in profiler.key_averages()}
     assert {entry.name: entry.calls for entry in found.operators}["aten::mm"] == 3
     for entry in found.operators:
@@ -81,5 +81,5 @@ def test_time_that_several_cover_counts_once(spans: list) -> None:
 
 def test_only_a_profiled_configuration_says_so() -> None:
     for callbacks, profiled in (("default", False), ("profile", True), ("none", False)):
-        config = checked(compose("train", [f"callbacks={callbacks}"]), TrainConfig)
+        config = validate_config(compose_config("train", [f"callbacks={callbacks}"]), TrainConfig)
         assert config.profiled is profiled

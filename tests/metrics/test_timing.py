@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_glm.metrics.timing import PhaseClock, Seconds, figures, slowest
-from lit_glm.runs.result import cells, table
+from lit_glm.metrics.timing import PhaseDurations, PhaseTimer, slowest_rank, throughput_metrics
+from lit_glm.runs.result import results_table, table_cells
 
 RESULT = {
     "status": "success", "hardware": "r300", "topology": "1x8", "precision": "fp32", "fix_hp": "bs=5,lr=1e-05",
@@ -15,15 +15,15 @@ RESULT = {
 
 
 def test_definitions() -> None:
-    result = figures(1200, Seconds(pure_compute=100.0, no_eval=120.0, raw_train=150.0, init=30.0))
+    result = throughput_metrics(1200, PhaseDurations(pure_compute=100.0, no_eval=120.0, raw_train=150.0, init=30.0))
     assert (result["p_core"], result["p_train"], result["p_whole"]) == (12.0, 10.0, 8.0)
     assert (result["init_time"], result["raw_train_time"]) == (30.0, 150.0)
 
 
-@pytest.mark.parametrize("seconds", [Seconds(), Seconds(init=3.0)])
-def test_no_number_without_time_or_samples(seconds: Seconds) -> None:
-    assert figures(10, seconds)["p_whole"] is None
-    assert figures(0, Seconds(1.0, 1.0, 1.0))["p_core"] is None
+@pytest.mark.parametrize("seconds", [PhaseDurations(), PhaseDurations(init=3.0)])
+def test_no_number_without_time_or_samples(seconds: PhaseDurations) -> None:
+    assert throughput_metrics(10, seconds)["p_whole"] is None
+    assert throughput_metrics(0, PhaseDurations(1.0, 1.0, 1.0))["p_core"] is None
 
 
 class FakeTime:
@@ -41,7 +41,7 @@ moments = st.floats(0, 50, allow_nan=False, allow_subnormal=False)  # the proces
 def test_phases_are_contained_in_each_other(steps: "list[tuple[float, float, float, float]]") -> None:
     time = FakeTime()
     waited = 0.0
-    clock = PhaseClock(lambda: waited, time)
+    clock = PhaseTimer(lambda: waited, time)
     clock.training_starts()
     evaluations = computed = 0.0
     for data, compute, bookkeeping, evaluation in steps:
@@ -54,24 +54,24 @@ def test_phases_are_contained_in_each_other(steps: "list[tuple[float, float, flo
         assert times.compute == pytest.approx(compute, abs=1e-6)
         computed += compute
         time.now += bookkeeping
-        with clock.outside_steps():
+        with clock.pause():
             time.now += evaluation
         evaluations += evaluation
     seconds = clock.seconds()
     assert seconds.pure_compute == pytest.approx(computed, abs=1e-5)
     assert seconds.no_eval == pytest.approx(time.now - 100.0 - evaluations - steps[-1][2], abs=1e-4)
     assert seconds.raw_train >= seconds.no_eval >= seconds.pure_compute
-    result = figures(64, seconds)
+    result = throughput_metrics(64, seconds)
     if result["p_core"] and result["p_train"] and result["p_whole"]:
         assert result["p_core"] >= result["p_train"] >= result["p_whole"]
 
 
 def test_slowest_rank_of_each_phase() -> None:
-    assert slowest([Seconds(1, 5, 6, 2), Seconds(2, 4, 7, 1)]) == Seconds(2, 5, 7, 2)
+    assert slowest_rank([PhaseDurations(1, 5, 6, 2), PhaseDurations(2, 4, 7, 1)]) == PhaseDurations(2, 5, 7, 2)
 
 
 def test_published_formats() -> None:
-    assert cells(RESULT) == [
+    assert table_cells(RESULT) == [
         "r300 1x8",
         "fp32",
         "bs=5,lr=1e-05",
@@ -83,8 +83,8 @@ def test_published_formats() -> None:
         "31.8/32.0",
     ]
     empty = {**RESULT, "p_core": None, "acc": None, "mem_actual_gib": None}
-    assert cells(empty)[6:] == ["", "", ""]
-    head = table([RESULT]).splitlines()[0].split("|")
+    assert table_cells(empty)[6:] == ["", "", ""]
+    head = results_table([RESULT]).splitlines()[0].split("|")
     names = ["config", "precision", "fix_hp", "e2e_time", "p_whole", "p_train", "p_core", "acc", "mem"]
     assert [name.strip() for name in head[1:-1]] == names
 
@@ -93,4 +93,4 @@ def test_published_formats() -> None:
     ("change", "mark"), [({"simulated": True}, "simulated"), ({"status": "interrupted"}, "interrupted")]
 )
 def test_what_is_no_measurement_is_marked(change: "dict[str, object]", mark: str) -> None:
-    assert f"({mark})" in cells({**RESULT, **change})[0]
+    assert f"({mark})" in table_cells({**RESULT, **change})[0]

@@ -31,8 +31,8 @@ def test_any_slices_give_torchs_numbers(elements: int, dtype: torch.dtype, monke
     h, embeddings, targets = parts(dtype)
     table = (h @ embeddings.t()).float()
     expected = with_gradients(table.log_softmax(1).gather(1, targets[:, None])[:, 0], h, embeddings)
-    monkeypatch.setattr(lm_head, "_SLICE", elements)
-    monkeypatch.setattr(lm_head, "_PRODUCT", 2 * elements)
+    monkeypatch.setattr(lm_head, "_CPU_SLICE", elements)
+    monkeypatch.setattr(lm_head, "_LOGITS_PER_MATMUL", 2 * elements)
     h, embeddings, targets = parts(dtype)
     found = with_gradients(log_probabilities(h, embeddings, targets), h, embeddings)
     with torch.no_grad():
@@ -44,8 +44,8 @@ def test_any_slices_give_torchs_numbers(elements: int, dtype: torch.dtype, monke
 
 
 def test_the_whole_table_at_once_as_a_card_may_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lm_head, "_SLICE", 1)
-    monkeypatch.setattr(lm_head, "_slices", lambda table, width, elements: iter([slice(0, len(table))]))
+    monkeypatch.setattr(lm_head, "_CPU_SLICE", 1)
+    monkeypatch.setattr(lm_head, "_row_slices", lambda table, width, elements: iter([slice(0, len(table))]))
     h, embeddings, targets = parts()
     found = with_gradients(log_probabilities(h, embeddings, targets), h, embeddings)
     h, embeddings, targets = parts()
@@ -62,7 +62,7 @@ def test_training_by_slices_is_the_same(
     """The golden vocabulary is small: without this, runs in tests would take torch's own function for the head."""
     losses = []
     for elements in (2**30, 1000):
-        monkeypatch.setattr(lm_head, "_SLICE", elements)
+        monkeypatch.setattr(lm_head, "_CPU_SLICE", elements)
         run = tmp_path / str(elements)
         more = [f"precision={precision}", f"scoring={scoring}", "run.max_steps=4", f"hydra.run.dir={run}"]
         assert lit_glm_here("train", *GOLDEN_RUN, *more) == 0
@@ -71,7 +71,7 @@ def test_training_by_slices_is_the_same(
 
 
 def test_a_second_backward_pass_is_refused_rather_than_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lm_head, "_SLICE", V)
+    monkeypatch.setattr(lm_head, "_CPU_SLICE", V)
     picked = log_probabilities(*parts()).sum()
     picked.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="inplace operation"):

@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lit_glm.data.cloze import encode
-from lit_glm.data.collate import flat_batch, padded_batch, places_of
+from lit_glm.data.cloze import encode_questions
+from lit_glm.data.collate import build_padding_index, collate_packed, collate_padded
 from lit_glm.data.h5sparse import SparseWriter
-from lit_glm.data.memmap_dataset import CompactSplit, open_split
+from lit_glm.data.memmap_dataset import MemmapDataset, open_dataset
 from lit_glm.data.superglue_jsonl import Question
 from lit_glm.errors import InputError
-from lit_glm.model.attention import FlatPlan, PaddedPlan, attend, check_kernel
-from lit_glm.model.glm import GLM, GLMShape
-from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, choice_loss, score_table
+from lit_glm.model.attention import PaddedAttention, PerGroupAttention, check_attention_available, dot_product_attention
+from lit_glm.model.glm import GLM, GLMConfig
+from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, candidate_loss, candidate_scores
 
 LIMIT = 48
 
@@ -32,13 +32,13 @@ class Letters:
         return [5 + ord(char) % 40 for char in text]
 
 
-def split_of(questions: List[Question], tmp_path: Path) -> CompactSplit:
-    encoded = encode(questions, Letters(), LIMIT)  # type: ignore[arg-type]
+def split_of(questions: List[Question], tmp_path: Path) -> MemmapDataset:
+    encoded = encode_questions(questions, Letters(), LIMIT)  # type: ignore[arg-type]
     assert not encoded.too_long
     writer = SparseWriter(tmp_path / "some.hdf5", LIMIT)
     writer.add(encoded.columns, encoded.separators, encoded.counts, encoded.right)
     writer.close()
-    return open_split(tmp_path / "some.hdf5", True, None)
+    return open_dataset(tmp_path / "some.hdf5", True, None)
 
 
 def question(passage: str, before: str, after: str, candidates: List[str]) -> Question:
@@ -62,7 +62,7 @@ def fits(entry: Question) -> bool:
 
 def model(gelu: str = "tanh") -> GLM:
     torch.manual_seed(1)
-    return GLM(GLMShape(2, 32, 4, 64, LIMIT, 0.0, 0.0, gelu, init_std=0.2))
+    return GLM(GLMConfig(2, 32, 4, 64, LIMIT, 0.0, 0.0, gelu, init_std=0.2))
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -71,8 +71,8 @@ def test_both_scorings_give_the_same_scores(batch: List[Question], tmp_path: Pat
     split, glm = split_of(batch, tmp_path), model()
     indices = list(range(len(batch)))
     for empty in (TRAIN_MASK, EVAL_MASK):
-        flat = score_table(glm, flat_batch(split, indices), empty)
-        published = score_table(glm, padded_batch(split, indices, LIMIT), empty, slice_size=2)
+        flat = candidate_scores(glm, collate_packed(split, indices), empty)
+        published = candidate_scores(glm, collate_padded(split, indices, LIMIT), empty, slice_size=2)
         assert flat.shape == published.shape
         torch.testing.assert_close(flat, published, atol=1e-4, rtol=0)
 
@@ -91,9 +91,9 @@ SPECIAL = {
 def test_special_batches_with_gradients(case: str, gelu: str, tmp_path: Path) -> None:
     split, glm = split_of([SPECIAL[case], SPECIAL["one candidate"]], tmp_path), model(gelu)
     gradients: List[Any] = []
-    for batch in (flat_batch(split, [0, 1]), padded_batch(split, [0, 1], LIMIT)):
+    for batch in (collate_packed(split, [0, 1]), collate_padded(split, [0, 1], LIMIT)):
         glm.zero_grad()
-        table = score_table(glm, batch, TRAIN_MASK)
+        table = candidate_scores(glm, batch, TRAIN_MASK)
         (table * (table > TRAIN_MASK)).sum().backward()
         gradients.append({name: p.grad.clone() for name, p in glm.named_parameters() if p.grad is not None})
     for name, gradient in gradients[0].items():
@@ -102,7 +102,7 @@ def test_special_batches_with_gradients(case: str, gelu: str, tmp_path: Path) ->
 
 
 def test_contexts_that_differ_make_groups(tmp_path: Path) -> None:
-    batch = flat_batch(split_of([SPECIAL["contexts that differ"]], tmp_path), [0])
+    batch = collate_packed(split_of([SPECIAL["contexts that differ"]], tmp_path), [0])
     assert len(batch.context_lengths) > 1
     assert sum(batch.context_lengths) + sum(batch.candidate_rows) == len(batch.tokens)
 
@@ -114,8 +114,10 @@ OWNER = [0, 0, 1, 1, 2, 2, 3, 3, 3, 4, 4, 4]
 
 
 def plan_of(kind: Any, kernel: str = "auto", device: str = "cpu") -> Any:
-    if kind is PaddedPlan:
-        return kind.gathered(places_of(np.array(CONTEXTS), np.array(ROWS), np.array(OWNER)).to(device), kernel)
+    if kind is PaddedAttention:
+        return kind.from_index(
+            build_padding_index(np.array(CONTEXTS), np.array(ROWS), np.array(OWNER)).to(device), kernel
+        )
     return kind.of(CONTEXTS, ROWS, torch.tensor(OWNER, device=device), kernel)
 
 
@@ -134,7 +136,7 @@ def outputs_and_gradients(plans: List[Any], qkv: torch.Tensor, candidates_only: 
 def test_ways_of_attending_are_equal(candidates_only: bool) -> None:
     torch.manual_seed(0)
     qkv = torch.randn(27, 3 * 16)
-    plans = [plan_of(kind, kernel) for kind in (FlatPlan, PaddedPlan) for kernel in KERNELS]
+    plans = [plan_of(kind, kernel) for kind in (PerGroupAttention, PaddedAttention) for kernel in KERNELS]
     outputs, gradients = outputs_and_gradients(plans, qkv, candidates_only)
     for out, gradient in zip(outputs[1:], gradients[1:]):
         torch.testing.assert_close(outputs[0], out, atol=1e-5, rtol=0)
@@ -146,7 +148,7 @@ def test_ways_of_attending_are_equal(candidates_only: bool) -> None:
 def test_ways_of_attending_are_equal_on_a_card(candidates_only: bool) -> None:
     torch.manual_seed(0)
     qkv = torch.randn(27, 3 * 64).cuda()
-    plans = [plan_of(kind, device="cuda") for kind in (FlatPlan, PaddedPlan)]
+    plans = [plan_of(kind, device="cuda") for kind in (PerGroupAttention, PaddedAttention)]
     outputs, gradients = outputs_and_gradients(plans, qkv, candidates_only)
     for out, gradient in zip(outputs[1:], gradients[1:]):
         torch.testing.assert_close(outputs[0], out, atol=1e-4, rtol=0)
@@ -157,7 +159,7 @@ def test_ways_of_attending_are_equal_on_a_card(candidates_only: bool) -> None:
 def test_padded_sequences_by_every_kernel(kernel: str) -> None:
     torch.manual_seed(0)
     separators, qkv = torch.tensor([3, 7, 1]), torch.randn(3 * 8, 3 * 16)
-    plans = [PaddedPlan.published(separators, 8, name) for name in ("auto", kernel)]
+    plans = [PaddedAttention.from_sequences(separators, 8, name) for name in ("auto", kernel)]
     outputs, gradients = outputs_and_gradients(plans, qkv, False)
     torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=0)
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=0)
@@ -167,9 +169,11 @@ def test_padded_sequences_by_every_kernel(kernel: str) -> None:
 def test_products_a_few_sequences_at_a_time_are_the_same(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     qkv = torch.randn(5 * 8, 3 * 16)
-    plan, found = PaddedPlan.published(torch.tensor([3, 7, 1, 8, 2]), 8, "matmul"), []
+    plan, found = PaddedAttention.from_sequences(torch.tensor([3, 7, 1, 8, 2]), 8, "matmul"), []
     one_by_one = lambda like, p: (torch.rand(like.shape) < p, 1.0 / (1.0 - p))  # noqa: E731
-    monkeypatch.setattr("lit_glm.model.matmul_attention.draw", one_by_one)  # so that slices draw what the whole would
+    monkeypatch.setattr(
+        "lit_glm.model.matmul_attention.sample_zeros", one_by_one
+    )  # so that slices draw what the whole would
     for scores in (2**20, 2 * 4 * 8 * 8, 1):
         monkeypatch.setattr("lit_glm.model.matmul_attention._SCORES", scores)
         x = qkv.clone().requires_grad_()
@@ -183,11 +187,11 @@ def test_products_a_few_sequences_at_a_time_are_the_same(dropout: float, monkeyp
 
 
 def test_a_kernel_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_kernel("auto")
-    check_kernel("matmul")
+    check_attention_available("auto")
+    check_attention_available("matmul")
     monkeypatch.setattr("lit_glm.model.attention._HAS_FUSED", False)
     with pytest.raises(InputError, match="fused: not available in torch"):
-        check_kernel("fused")
+        check_attention_available("fused")
 
 
 @pytest.mark.parametrize("scoring", ["flat", "padded"])
@@ -195,14 +199,14 @@ def test_activation_checkpointing_changes_nothing(scoring: str, tmp_path: Path) 
     from lit_glm.hardware.runtimes.cpu import CPURuntime
 
     split = split_of([SPECIAL["contexts that differ"]], tmp_path)
-    batch = flat_batch(split, [0]) if scoring == "flat" else padded_batch(split, [0], LIMIT)
+    batch = collate_packed(split, [0]) if scoring == "flat" else collate_padded(split, [0], LIMIT)
     gradients = []
     for recompute in (False, True):
         torch.manual_seed(1)
-        shape = GLMShape(2, 32, 4, 64, LIMIT, 0.1, 0.1, init_std=0.2, activation_checkpointing=recompute)
+        shape = GLMConfig(2, 32, 4, 64, LIMIT, 0.1, 0.1, init_std=0.2, activation_checkpointing=recompute)
         glm = GLM(shape, CPURuntime().kernels()).train()
         torch.manual_seed(2)
-        choice_loss(score_table(glm, batch, TRAIN_MASK)).backward()
+        candidate_loss(candidate_scores(glm, batch, TRAIN_MASK)).backward()
         gradients.append([p.grad for p in glm.parameters()])
     for plain, recomputed in zip(*gradients):
         np.testing.assert_array_equal(plain, recomputed)
@@ -213,6 +217,6 @@ def test_activation_checkpointing_changes_nothing(scoring: str, tmp_path: Path) 
 def test_keys_in_whole_tiles_are_the_same_attention(keys: int) -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 4, keys, 16, dtype=torch.bfloat16) for _ in range(3))
-    own = attend(q, k, v, None, 0.0, "fused")
+    own = dot_product_attention(q, k, v, None, 0.0, "fused")
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
     assert (own.double() - exact).abs().max() < 0.02

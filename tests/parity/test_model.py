@@ -10,20 +10,20 @@ from torch.nn.functional import linear
 
 from conftest import CHECKPOINT, GOLDEN
 from lit_glm.data.batch import PaddedBatch
-from lit_glm.data.collate import flat_batch
+from lit_glm.data.collate import collate_packed
 from lit_glm.data.h5sparse import SparseWriter
-from lit_glm.data.memmap_dataset import open_split
-from lit_glm.model.attention import PaddedPlan
+from lit_glm.data.memmap_dataset import open_dataset
+from lit_glm.model.attention import PaddedAttention
 from lit_glm.model.checkpoint import load_checkpoint
-from lit_glm.model.glm import GLM, GLMShape
-from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, choice_loss, score_published, score_table
+from lit_glm.model.glm import GLM, GLMConfig
+from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, candidate_loss, candidate_scores, score_published
 
 Z = np.load(GOLDEN / "model.npz")
 SCORINGS = ("published", "shared_context")
 
 
 def golden_model(gelu: str) -> GLM:
-    glm = GLM(GLMShape(3, 64, 4, 160, 96, 0.0, 0.0, gelu))
+    glm = GLM(GLMConfig(3, 64, 4, 160, 96, 0.0, 0.0, gelu))
     assert load_checkpoint(glm, CHECKPOINT) == []
     return glm
 
@@ -54,18 +54,18 @@ def batch_for(scoring: str, tmp_path: Path) -> Any:
     if scoring == "published":
         return padded()
     write_hdf5(tmp_path / "batch.hdf5", "in")
-    return flat_batch(open_split(tmp_path / "batch.hdf5", False, None), [0, 1, 2])
+    return collate_packed(open_dataset(tmp_path / "batch.hdf5", False, None), [0, 1, 2])
 
 
 @pytest.mark.parametrize("gelu", ["tanh", "erf"])
 @pytest.mark.parametrize("scoring", SCORINGS)
 def test_scores_and_loss(gelu: str, scoring: str, tmp_path: Path) -> None:
     glm, batch = golden_model(gelu), batch_for(scoring, tmp_path)
-    train = score_table(glm, batch, TRAIN_MASK)
-    evaluation = score_table(glm, batch, EVAL_MASK, slice_size=2)
+    train = candidate_scores(glm, batch, TRAIN_MASK)
+    evaluation = candidate_scores(glm, batch, EVAL_MASK, slice_size=2)
     np.testing.assert_allclose(train.detach(), Z[f"{gelu}.train_logits"], atol=5e-5, rtol=0)
     np.testing.assert_allclose(evaluation.detach(), Z[f"{gelu}.eval_logits"], atol=5e-5, rtol=0)
-    assert abs(choice_loss(train).item() - float(Z[f"{gelu}.loss"])) < 2e-5
+    assert abs(candidate_loss(train).item() - float(Z[f"{gelu}.loss"])) < 2e-5
 
 
 @pytest.mark.parametrize("gelu", ["tanh", "erf"])
@@ -78,7 +78,7 @@ def test_scores_of_padding_slots(gelu: str) -> None:
 @pytest.mark.parametrize("scoring", SCORINGS)
 def test_gradient_of_every_parameter(gelu: str, scoring: str, tmp_path: Path) -> None:
     glm = golden_model(gelu)
-    choice_loss(score_table(glm, batch_for(scoring, tmp_path), TRAIN_MASK)).backward()
+    candidate_loss(candidate_scores(glm, batch_for(scoring, tmp_path), TRAIN_MASK)).backward()
     for name, parameter in glm.named_parameters():
         assert parameter.grad is not None, name
         ours, golden = parameter.grad.numpy().copy(), Z[f"{gelu}.grad.{name}"].copy()
@@ -98,7 +98,7 @@ def test_hidden_states_after_every_layer(gelu: str) -> None:
         layer.register_forward_hook(lambda _module, _args, output: states.append(output))
     with torch.no_grad():
         embedded = glm.embed(text, position[0], position[1])
-        final = glm.encode(embedded, PaddedPlan.published(mask.view(1), len(text)))
+        final = glm.encode(embedded, PaddedAttention.from_sequences(mask.view(1), len(text)))
     for number, state in enumerate([embedded, *states, final]):
         np.testing.assert_allclose(state, Z[f"{gelu}.hidden"][number], atol=2e-4, rtol=0)
     golden = torch.as_tensor(Z[f"{gelu}.vocab_logits"])

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from conftest import EVAL_FILE, GOLDEN, TRAIN_FILE, lit_glm_here
-from lit_glm.data.collate import padded_batch
+from lit_glm.data.collate import collate_padded
 from lit_glm.data.h5sparse import SparseReader
-from lit_glm.data.memmap_dataset import open_split
-from lit_glm.data.tokenizer import WordPieces
+from lit_glm.data.memmap_dataset import open_dataset
+from lit_glm.data.tokenizer import WordPieceTokenizer
 
 VOCAB = GOLDEN / "bert-large-uncased-vocab.txt"
 
@@ -73,10 +73,10 @@ def test_h5sparse_reads_what_prepare_writes(prepared: Any) -> None:
 def test_the_golden_files_through_our_reader(scoring_batch: str) -> None:
     z = np.load(GOLDEN / "batch.npz")
     order = np.load(GOLDEN / "training.npz")["r1.indices"]
-    split = open_split(*((TRAIN_FILE, False) if scoring_batch == "train" else (EVAL_FILE, True)), None)
+    split = open_dataset(*((TRAIN_FILE, False) if scoring_batch == "train" else (EVAL_FILE, True)), None)
     for number in range(2):
         indices = order[number] if scoring_batch == "train" else range(5 * number, 5 * number + 5)
-        batch = padded_batch(split, [int(index) for index in indices], 96)
+        batch = collate_padded(split, [int(index) for index in indices], 96)
         golden = {
             key[len(f"{scoring_batch}.{number}.") :]: z[key]
             for key in z.files
@@ -98,7 +98,7 @@ def test_the_golden_files_through_our_reader(scoring_batch: str) -> None:
 
 
 def test_tokenizer_on_every_golden_string() -> None:
-    golden, pieces = json.loads((GOLDEN / "tokenizer.json").read_text(encoding="utf-8")), WordPieces(VOCAB)
+    golden, pieces = json.loads((GOLDEN / "tokenizer.json").read_text(encoding="utf-8")), WordPieceTokenizer(VOCAB)
     for entry in golden["strings"]:
         assert pieces.encode(entry["text"]) == entry["ids"], entry["text"]
     commands = {name: entry["id"] for name, entry in golden["command_tokens"].items()}

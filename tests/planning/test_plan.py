@@ -11,21 +11,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import GOLDEN_RUN, lit_glm_here
-from lit_glm.config.hydra_main import checked, compose
+from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.plan import PlanConfig
-from lit_glm.planning.cost_model import Measured, speed_of
-from lit_glm.planning.interval import Interval, around
-from lit_glm.planning.prediction import Prediction, all_reduce, predict
+from lit_glm.planning.cost_model import MeasuredRun, rank_speed
+from lit_glm.planning.interval import Interval, hull
+from lit_glm.planning.prediction import Prediction, all_reduce_time, predict
 from lit_glm.planning.workload import TypicalExamples, Workload
-from lit_glm.reporting.published_rows import load
+from lit_glm.reporting.published_rows import load_published_rows
 
 TYPICAL = TypicalExamples.like_record(20_000, 512)
 
 
 def planned(*overrides: str, runs: Any = (), rows: Any = None) -> Prediction:
-    config: Any = checked(compose("plan", list(overrides)), PlanConfig)
+    config: Any = validate_config(compose_config("plan", list(overrides)), PlanConfig)
     work = Workload(config, TYPICAL, TYPICAL)
-    return predict(config, speed_of(config, list(runs), load() if rows is None else rows, work), work, "")
+    return predict(
+        config, rank_speed(config, list(runs), load_published_rows() if rows is None else rows, work), work, ""
+    )
 
 
 def middle(interval: Interval) -> float:
@@ -34,7 +36,7 @@ def middle(interval: Interval) -> float:
 
 @pytest.mark.parametrize(("topology", "published"), [("1x8", 42.4), ("2x8", 84.9)])
 def test_from_one_a100_to_more(topology: str, published: float) -> None:
-    one = [row for row in load() if row["hardware"] == "a100" and row["topology"] == "1x1"]
+    one = [row for row in load_published_rows() if row["hardware"] == "a100" and row["topology"] == "1x1"]
     found = planned(
         "hardware=a100", f"topology={topology}", "scoring=published", "precision.tf32=true", rows=one
     ).p_core
@@ -45,7 +47,7 @@ def test_from_one_a100_to_more(topology: str, published: float) -> None:
 def test_an_unknown_chip_gets_a_wide_range_and_one_without_a_peak_none() -> None:
     h100 = planned("hardware=h100")
     assert h100.p_core.high / h100.p_core.low > 5
-    assert "nothing is known of this chip" in h100.basis
+    assert "nothing is known of this chip" in h100.evidence
     with pytest.raises(Exception, match="hardware=cuda: nothing to predict its speed from.*plan.runs=RUN_DIR"):
         planned("hardware=cuda")
 
@@ -54,23 +56,25 @@ def test_the_ring() -> None:
     how = ["model.num_layers=2", "precision=fp32", "hardware.link_gbytes_s=100", "hardware.network_gbytes_s=10"]
 
     def seconds(topology: str) -> Interval:
-        config: Any = checked(compose("plan", ["hardware=a100", f"topology={topology}", *how]), PlanConfig)
-        return all_reduce(config)
+        config: Any = validate_config(
+            compose_config("plan", ["hardware=a100", f"topology={topology}", *how]), PlanConfig
+        )
+        return all_reduce_time(config)
 
     assert seconds("1x1") == Interval(0.0, 0.0)
     assert seconds("1x2").low * 7 / 4 == pytest.approx(seconds("1x8").low)  # 2 (N - 1) / N
     assert seconds("2x8").low * (14 / 8) / (30 / 16) == pytest.approx(10 * seconds("1x8").low)  # the network is slowest
 
 
-def a_run(overhead: float, rate: float, noise: float = 0.0) -> Measured:
+def a_run(overhead: float, rate: float, noise: float = 0.0) -> MeasuredRun:
     """A test double of a run whose steps hold to a line."""
-    config: Any = checked(compose("plan", ["hardware=cpu", "bs=4"]), PlanConfig)
+    config: Any = validate_config(compose_config("plan", ["hardware=cpu", "bs=4"]), PlanConfig)
     work = Workload(config, TYPICAL, None)
-    flops = np.array([float(work.counter.by_rank(step).max()) for step in range(1, 61)])
+    flops = np.array([float(work.counter.flops_by_rank(step).max()) for step in range(1, 61)])
     draw = np.random.default_rng(0)
     compute = (overhead + flops / rate) * (1.0 + noise * draw.random(60))
     compute[17] *= 9  # something came in between
-    return Measured(Path("run"), config, {}, flops, compute, 0.01, 2.0**30)
+    return MeasuredRun(Path("run"), config, {}, flops, compute, 0.01, 2.0**30)
 
 
 @pytest.mark.parametrize("bs", [1, 2, 8, 32])
@@ -78,7 +82,7 @@ def a_run(overhead: float, rate: float, noise: float = 0.0) -> Measured:
 def test_from_a_run_to_other_batch_sizes(bs: int, overhead: float) -> None:
     rate = 3e11
     found = planned("hardware=cpu", f"bs={bs}", runs=[a_run(overhead, rate, 0.05)]).step_s
-    config: Any = checked(compose("plan", ["hardware=cpu", f"bs={bs}"]), PlanConfig)
+    config: Any = validate_config(compose_config("plan", ["hardware=cpu", f"bs={bs}"]), PlanConfig)
     truth = (overhead + Workload(config, TYPICAL, None).slowest / rate) * 1.025
     assert found.low <= truth <= found.high
 
@@ -94,7 +98,7 @@ def test_lines_with_and_without_what_came_in_between() -> None:
 
 @given(st.lists(st.floats(0.1, 1e6), min_size=1), st.floats(0.1, 1e6))
 def test_intervals(values: List[float], factor: float) -> None:
-    one = around(values)
+    one = hull(values)
     assert all(one.low <= value <= one.high for value in values)
     assert (one * factor).low == pytest.approx(one.low * factor)
     assert one.over(factor).low <= one.over(factor).high
@@ -106,7 +110,7 @@ def test_the_slowest_of_thousands_of_ranks_in_seconds() -> None:
     found = planned("hardware=a100", "topology.num_nodes=512", "topology.devices_per_node=8", "bs=4")
     assert time.monotonic() - start < 30
     assert found.steps == 5553080 // (4096 * 4) + 1
-    config: Any = checked(compose("plan", ["topology=4x8", "data.balance_ranks=false"]), PlanConfig)
+    config: Any = validate_config(compose_config("plan", ["topology=4x8", "data.balance_ranks=false"]), PlanConfig)
     work = Workload(config, TYPICAL, None)
     assert work.slowest > work.mean
 
@@ -118,7 +122,7 @@ def test_the_command_takes_lists_and_learns_from_runs(
     run = tmp_path / "run"
     assert lit_glm_here("train", *GOLDEN_RUN, "run.max_steps=20", f"hydra.run.dir={run}") == 0
     capsys.readouterr()
-    lists = ["bs=1,2,4", "scoring=shared_context,published", "plan.cards=[1,2]"]
+    lists = ["bs=1,2,4", "scoring=shared_context,published", "plan.device_counts=[1,2]"]
     how = [*GOLDEN_RUN, *lists, f"plan.runs={run}", f"hydra.run.dir={tmp_path}/plan"]
     assert lit_glm_here("plan", *how, "--json") == 0
     shown = json.loads(capsys.readouterr().out)
@@ -136,7 +140,7 @@ def test_the_command_takes_lists_and_learns_from_runs(
     other = tmp_path / "other"
     assert lit_glm_here("train", *GOLDEN_RUN, "precision=bf16", "run.max_steps=12", f"hydra.run.dir={other}") == 0
     capsys.readouterr()
-    how = [*GOLDEN_RUN, "hardware=cpu,r300", "plan.cards=[1]", f"hydra.run.dir={tmp_path}/two"]
+    how = [*GOLDEN_RUN, "hardware=cpu,r300", "plan.device_counts=[1]", f"hydra.run.dir={tmp_path}/two"]
     assert lit_glm_here("plan", *how, f"plan.runs={run},{other}") == 0
     said = capsys.readouterr().out
     assert said.count("| cpu 1x1") == said.count("| r300 1x1") == 1

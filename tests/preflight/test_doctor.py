@@ -9,10 +9,10 @@ from typing import Any, Dict, List
 import pytest
 
 from conftest import CHECKPOINT, EVAL_FILE, GOLDEN_RUN, TRAIN_FILE, lit_glm, lit_glm_here
-from lit_glm.check_result import Finding
-from lit_glm.config.hydra_main import checked, compose
+from lit_glm.check_result import CheckResult
+from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
-from lit_glm.doctor import checked_by
+from lit_glm.doctor import run_check
 from lit_glm.preflight import file_checks
 
 Checks = Dict[str, Dict[str, str]]
@@ -63,14 +63,14 @@ def test_a_missing_runtime(capfd: Any) -> None:
 def test_a_rehearsal_says_that_it_is_one(capfd: Any) -> None:
     status, checks = doctor(capfd, *GOLDEN_RUN, "hardware=r300", "hardware.runtime=simulated")
     assert status == 0
-    assert "rehearsal" in checks["runtime"]["said"]
-    assert "32.0 GiB" in checks["devices"]["said"]
+    assert "rehearsal" in checks["runtime"]["message"]
+    assert "32.0 GiB" in checks["devices"]["message"]
 
 
 def test_more_devices_than_there_are(capfd: Any) -> None:
     status, checks = doctor(capfd, *GOLDEN_RUN, "topology=4x8", "bs=1")
     assert (status, failed(checks)) == (1, ["devices"])
-    assert checks["port"]["said"] == "not checked: devices failed"
+    assert checks["port"]["message"] == "not checked: devices failed"
 
 
 def test_a_busy_port(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +81,7 @@ def test_a_busy_port(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("MASTER_PORT", str(port))
         status, checks = doctor(capfd, *GOLDEN_RUN, "topology=1x2")
     assert (status, failed(checks)) == (1, ["port"])
-    assert f"MASTER_PORT={port}: is in use on this machine" in checks["port"]["said"]
+    assert f"MASTER_PORT={port}: is in use on this machine" in checks["port"]["message"]
 
 
 def test_a_full_disk(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,10 +97,10 @@ def test_a_disk_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(file_checks.os, "fsync", no_space)
-    config = checked(compose("doctor", ["model=glm_tiny"]), TrainConfig)
-    found = file_checks.disk(config, tmp_path)
+    config = validate_config(compose_config("doctor", ["model=glm_tiny"]), TrainConfig)
+    found = file_checks.check_disk(config, tmp_path)
     assert found.status == "fail"
-    assert "No space left" in found.said
+    assert "No space left" in found.message
 
 
 def test_a_broken_checkpoint(capfd: Any, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_a_broken_checkpoint(capfd: Any, tmp_path: Path) -> None:
     (tmp_path / "broken.pt").write_bytes(whole[: len(whole) // 2])
     status, checks = doctor(capfd, *GOLDEN_RUN, f"model.init_checkpoint={tmp_path}/broken.pt")
     assert (status, failed(checks)) == (1, ["checkpoint"])
-    assert "cut short" in checks["checkpoint"]["said"]
+    assert "cut short" in checks["checkpoint"]["message"]
 
 
 def test_a_checkpoint_of_another_shape(capfd: Any) -> None:
@@ -124,14 +124,14 @@ def test_a_truncated_data_file(key: str, capfd: Any, tmp_path: Path) -> None:
     status, checks = doctor(capfd, *GOLDEN_RUN, f"data.{key}={tmp_path}/cut.hdf5")
     assert status == 1
     assert f"data.{key}" in failed(checks)
-    assert "cut short" in checks[f"data.{key}"]["said"]
+    assert "cut short" in checks[f"data.{key}"]["message"]
     assert checks["checkpoint"]["status"] == "ok"
 
 
 def test_data_that_the_model_cannot_take(capfd: Any) -> None:
     status, checks = doctor(capfd, *GOLDEN_RUN, "model.init_checkpoint=null", "model.vocab_size=100")
     assert status == 1
-    assert "beyond model.vocab_size=100" in checks["data.train_file"]["said"]
+    assert "beyond model.vocab_size=100" in checks["data.train_file"]["message"]
 
 
 def test_a_batch_beyond_the_memory(capfd: Any) -> None:
@@ -146,8 +146,8 @@ def test_words_where_the_vocabulary_is_known(capfd: Any) -> None:
     assert lit_glm_here("prepare", "data=synthetic", "data.synthetic.num_train=4", "data.synthetic.num_eval=2") == 0
     few = ["data.synthetic.num_train=4", "data.synthetic.num_eval=2"]
     _, checks = doctor(capfd, "experiment=debug", *few)
-    assert "[CLS]" in checks["data.train_file"]["said"]
-    assert "4 candidates:" in checks["data.train_file"]["said"]
+    assert "[CLS]" in checks["data.train_file"]["message"]
+    assert "4 candidates:" in checks["data.train_file"]["message"]
 
 
 def test_versions_that_are_not_the_tested_ones(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,16 +155,16 @@ def test_versions_that_are_not_the_tested_ones(monkeypatch: pytest.MonkeyPatch) 
 
     real = host.metadata.version
     monkeypatch.setattr(host.metadata, "version", lambda name: "99.0" if name == "h5py" else real(name))
-    found = host.stack()
+    found = host.check_packages()
     assert found.status == "warn"
-    assert "h5py 99.0 (tested: " in found.said
+    assert "h5py 99.0 (tested: " in found.message
     monkeypatch.setattr(host.metadata, "version", lambda name: "0.1" if name == "h5py" else real(name))
-    assert host.stack().status == "fail"
+    assert host.check_packages().status == "fail"
 
 
 def test_a_check_that_breaks_is_a_finding() -> None:
-    def broken() -> Finding:
+    def broken() -> CheckResult:
         raise KeyError("surprise")
 
-    found = checked_by("thing", broken)
-    assert (found.status, found.said) == ("fail", "KeyError: 'surprise'")
+    found = run_check("thing", broken)
+    assert (found.status, found.message) == ("fail", "KeyError: 'surprise'")

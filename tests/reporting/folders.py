@@ -5,9 +5,9 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-from lit_glm.config.hydra_main import checked, compose
+from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
-from lit_glm.runs.job_spec import Job
+from lit_glm.runs.job_spec import JobSpec
 
 ENVIRONMENT = {
     "host": "host1",
@@ -19,8 +19,8 @@ ENVIRONMENT = {
     "container_image": "image:v1",
     "driver": "4.0.25",
     "has_driver": True,
-    "card": "R300",
-    "cards": ["R300"],
+    "device_name": "R300",
+    "devices": ["R300"],
     "network": "InfiniBand, 200 Gb/s",
     "simulated": False,
 }
@@ -36,9 +36,9 @@ def make_run(
 ) -> Path:
     """A complete run of R300 1x8 unless told otherwise; a result of None is left out of the row."""
     chosen = ["hardware=r300", "topology=1x8", *overrides]
-    config = checked(compose("train", chosen), TrainConfig)
+    config = validate_config(compose_config("train", chosen), TrainConfig)
     path.mkdir(parents=True)
-    Job(config, time.monotonic(), ["train", *chosen]).write(path)
+    JobSpec(config, time.monotonic(), ["train", *chosen]).write(path)
     (path / "environment.json").write_text(json.dumps({**ENVIRONMENT, **(environment or {})}))
     losses = losses or [3.0 / (step + 1) for step in range(steps)]
     batch = config.global_batch

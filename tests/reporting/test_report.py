@@ -218,7 +218,7 @@ HOSTILE = '<script>alert(1)</script>"&|`$x$ ]('
 
 def test_hostile_names_stay_text(tmp_path: Path, capfd: Any) -> None:
     folder = tmp_path / "a<b>&'$x$"
-    environment = {"host": HOSTILE, "machine": HOSTILE, "card": HOSTILE, "driver": "=cmd()"}
+    environment = {"host": HOSTILE, "machine": HOSTILE, "device_name": HOSTILE, "driver": "=cmd()"}
     make_run(folder, environment=environment, status="failed", error=HOSTILE, fix_hp="=1+1|<b>")
     _, page, _ = report(capfd, folder, "--format", "html")
     assert page.count("<script") == 1
@@ -270,10 +270,10 @@ def test_no_runs_at_all(tmp_path: Path, capfd: Any) -> None:
 
 
 def test_published_rows_are_those_of_the_notes() -> None:
-    from lit_glm.reporting.published_rows import load
+    from lit_glm.reporting.published_rows import load_published_rows
 
-    rows = {(row["hardware"], row["topology"], row["fix_hp"]): row for row in load()}
+    rows = {(row["hardware"], row["topology"], row["fix_hp"]): row for row in load_published_rows()}
     ours = rows["r300", "2x8", "bs=4,lr=1e-05"]
     assert (ours["acc"], ours["mem_actual_gib"], ours["mem_total_gib"]) == (0.8031, 31.7, 32.0)
     assert all(row["source"] for row in rows.values())
-    assert json.dumps(load())
+    assert json.dumps(load_published_rows())

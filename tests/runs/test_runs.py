@@ -73,7 +73,7 @@ def test_what_a_run_leaves(whole: Any) -> None:
     assert final["p_core"] >= final["p_train"] >= final["p_whole"] > 0
     assert final["step_s"]["count"] == STEPS - 3
     assert 0 < final["step_s"]["p50"] <= final["step_s"]["p90"] <= final["step_s"]["p99"]
-    assert final["warm_up"]["steps"] == 3
+    assert final["first_steps"]["count"] == 3
     # Of several ranks the slowest counts in each phase, so their sum may pass the whole by a little.
     assert final["e2e_time"] * (1 if ranks == 1 else 1.05) >= final["init_time"] + final["raw_train_time"] > 0
     if ranks == 1:

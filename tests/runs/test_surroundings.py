@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from conftest import command, lit_glm, lit_glm_here, rows
-from lit_glm.runs.lock import alone_in
+from lit_glm.runs.lock import lock_directory
 from runs.test_runs import DEBUG, _start, _wait_for_steps, result
 from runs.test_sweep import SWEEP, states
 
@@ -67,7 +67,7 @@ def test_curves_go_on_where_a_killed_run_does(tmp_path: Path) -> None:
 
 
 def test_a_second_sweep_in_the_same_folder_is_refused(tmp_path: Path) -> None:
-    with alone_in(tmp_path / "sweep" / "jobs"):
+    with lock_directory(tmp_path / "sweep" / "jobs"):
         done = lit_glm("train", *SWEEP, "bs=2,4", cwd=tmp_path)
     assert done.returncode == 2
     assert "is at work here; wait for the end of that sweep" in done.stderr

@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from lit_glm.config.hydra_main import checked, compose
+from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
-from lit_glm.runs.result import how_it_ended
+from lit_glm.runs.result import final_summary
 
 
 def said(status: str, *overrides: str, **more: Any) -> str:
-    config = checked(compose("train", ["experiment=debug", *overrides]), TrainConfig)
+    config = validate_config(compose_config("train", ["experiment=debug", *overrides]), TrainConfig)
     result = {
         "status": status,
         "global_steps": 10,
@@ -19,7 +19,7 @@ def said(status: str, *overrides: str, **more: Any) -> str:
         "skipped_steps": 0,
         **more,
     }
-    return how_it_ended(result, config, Path("outputs/a"))
+    return final_summary(result, config, Path("outputs/a"))
 
 
 def test_reached_or_not_and_why_it_stopped() -> None:
@@ -37,7 +37,7 @@ def test_reached_or_not_and_why_it_stopped() -> None:
 
 
 def test_a_slow_start_is_said_and_a_usual_one_is_not() -> None:
-    slow = said("success", warm_up={"steps": 2, "seconds": 31.2, "slower": 2.84})
+    slow = said("success", first_steps={"count": 2, "seconds": 31.2, "slowdown": 2.84})
     assert "the first 2 steps took 31.2 s, 2.8 times as long as the same work later" in slow
-    assert "warm-up" not in said("success", warm_up={"steps": 2, "seconds": 31.2, "slower": 1.2})
-    assert "warm-up" not in said("success", warm_up=None)
+    assert "warm-up" not in said("success", first_steps={"count": 2, "seconds": 31.2, "slowdown": 1.2})
+    assert "warm-up" not in said("success", first_steps=None)

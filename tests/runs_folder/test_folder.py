@@ -7,13 +7,13 @@ from typing import Any, List
 import pytest
 
 from conftest import lit_glm_here, rows
-from lit_glm.config.hydra_main import checked, compose
+from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
-from lit_glm.runs.discovery import by_identity, near
-from lit_glm.runs.job_spec import Job
-from lit_glm.runs.lock import alone_in
-from lit_glm.runs.run_folder import check_free
+from lit_glm.runs.discovery import default_search_paths, runs_by_config_hash
+from lit_glm.runs.job_spec import JobSpec
+from lit_glm.runs.lock import lock_directory
+from lit_glm.runs.run_folder import ensure_available
 
 DEBUG = ["experiment=debug", "run.max_steps=2", "logger={}"]
 
@@ -173,22 +173,22 @@ def test_an_error_inside_a_run(what: str, tmp_path: Path, capfd: Any, monkeypatc
 
 
 def test_folders_of_further_nodes_may_come_first(tmp_path: Path) -> None:
-    with alone_in(tmp_path / "run" / "nodes" / "1"):
-        check_free(tmp_path / "run", False)
+    with lock_directory(tmp_path / "run" / "nodes" / "1"):
+        ensure_available(tmp_path / "run", False)
     (tmp_path / "run" / "nodes" / "thesis").mkdir()
     with pytest.raises(InputError, match="but holds nodes"):
-        check_free(tmp_path / "run", False)
+        ensure_available(tmp_path / "run", False)
 
 
 def test_five_hundred_runs_are_compared_by_a_name_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """None of their configurations is built anew."""
-    config = checked(compose("train", DEBUG), TrainConfig)
+    config = validate_config(compose_config("train", DEBUG), TrainConfig)
     for number in range(500):
         folder = tmp_path / "outputs" / "day" / str(number)
         folder.mkdir(parents=True)
-        Job(config, 0.0, []).write(folder)
-    monkeypatch.setattr(Job, "read", lambda folder: pytest.fail("a configuration was read"))
-    found = by_identity(near(tmp_path / "outputs" / "day" / "new"))
+        JobSpec(config, 0.0, []).write(folder)
+    monkeypatch.setattr(JobSpec, "read", lambda folder: pytest.fail("a configuration was read"))
+    found = runs_by_config_hash(default_search_paths(tmp_path / "outputs" / "day" / "new"))
     assert [len(runs) for runs in found.values()] == [500]
 
 

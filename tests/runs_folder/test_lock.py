@@ -6,24 +6,24 @@ import pytest
 
 from conftest import lit_glm_here
 from lit_glm.errors import InputError
-from lit_glm.runs.lock import alone_in, is_running
+from lit_glm.runs.lock import is_running, lock_directory
 
 
 def test_a_run_folder_is_one_process_s(tmp_path: Path) -> None:
-    with alone_in(tmp_path / "run"):
+    with lock_directory(tmp_path / "run"):
         assert is_running(tmp_path / "run")
-        with pytest.raises(InputError, match="another process .* is at work here"), alone_in(tmp_path / "run"):
+        with pytest.raises(InputError, match="another process .* is at work here"), lock_directory(tmp_path / "run"):
             pass
     assert not is_running(tmp_path / "run")
-    with alone_in(tmp_path / "run"):
+    with lock_directory(tmp_path / "run"):
         pass
 
 
 def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
-from lit_glm.runs.lock import alone_in
-with alone_in(Path({str(tmp_path)!r})):
+from lit_glm.runs.lock import lock_directory
+with lock_directory(Path({str(tmp_path)!r})):
     print("inside", flush=True)
     input()
 """
@@ -42,7 +42,7 @@ def test_train_refuses_the_folder_of_a_live_run(
     """And leaves the live run's files alone; run.resume=auto does not take a live run for an unfinished one."""
     monkeypatch.chdir(tmp_path)
     debug = ["experiment=debug", "run.max_steps=2", "topology=1x1"]
-    with alone_in(tmp_path / "live"):
+    with lock_directory(tmp_path / "live"):
         (tmp_path / "live" / "steps.csv").write_text("the live run's")
         assert lit_glm_here("train", *debug, "hydra.run.dir=live") == 2
         assert (
@@ -55,6 +55,6 @@ def test_train_refuses_the_folder_of_a_live_run(
     assert lit_glm_here("train", *debug, "hydra.run.dir=outputs/a/b") == 0
     result = tmp_path / "outputs" / "a" / "b" / "result.json"
     result.write_text(result.read_text().replace('"finished"', '"running"'))
-    with alone_in(result.parent):
+    with lock_directory(result.parent):
         assert lit_glm_here("train", *debug, "hydra.run.dir=outputs/a/c", "run.resume=auto") == 0
     assert (tmp_path / "outputs" / "a" / "c" / "result.json").is_file()

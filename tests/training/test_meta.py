@@ -12,14 +12,14 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from lit_glm.config.hydra_main import checked, compose
+from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
-from lit_glm.data.collate import flat_batch
+from lit_glm.data.collate import collate_packed
 from lit_glm.data.datamodule import collate_for
-from lit_glm.data.memmap_dataset import open_split
-from lit_glm.data.synthetic import ensure
+from lit_glm.data.memmap_dataset import open_dataset
+from lit_glm.data.synthetic import ensure_synthetic_data
 from lit_glm.hardware.accelerator import make_accelerator, make_strategy
-from lit_glm.hardware.precision import Scaled, make_precision
+from lit_glm.hardware.precision import LossScalingPrecision, make_precision
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.model import attention
 from lit_glm.model.build import build_glm
@@ -64,11 +64,11 @@ class Stream:
 
 @contextmanager
 def a_norm_that_is_finite() -> Iterator[None]:
-    real, Scaled.accepts = Scaled.accepts, lambda self, norm: True  # type: ignore[method-assign, assignment]
+    real, LossScalingPrecision.update_scale = LossScalingPrecision.update_scale, lambda self, norm: True  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        Scaled.accepts = real  # type: ignore[method-assign]
+        LossScalingPrecision.update_scale = real  # type: ignore[method-assign]
 
 
 @pytest.mark.skipif(not NEW, reason="torch 1.12 has too few operators for meta")
@@ -80,20 +80,22 @@ def test_nothing_is_read_and_no_devices_are_mixed(
 ) -> None:
     scoring = "published" if layout == "published" else "shared_context"
     how = [*SMALL, f"data.out_dir={tmp_path}", f"scoring={scoring}", f"precision={precision}"]
-    config: Any = checked(compose("train", [*how, f"optimizer.accumulate={accumulate}"]), TrainConfig)
-    ensure(config.data)
+    config: Any = validate_config(
+        compose_config("train", [*how, f"optimizer.gradient_accumulation_steps={accumulate}"]), TrainConfig
+    )
+    ensure_synthetic_data(config.data)
     if layout == "flat":
-        flat = lambda batch, width, kernel: attention.FlatPlan.of(  # noqa: E731
+        flat = lambda batch, width, kernel: attention.PerGroupAttention.from_groups(  # noqa: E731
             batch.context_lengths, batch.candidate_rows, batch.row_candidate, kernel
         )
-        monkeypatch.setattr("lit_glm.model.scoring.plan_for", flat)
+        monkeypatch.setattr("lit_glm.model.scoring.choose_attention_layout", flat)
     runtime = Meta()
-    split = open_split(config.data.train_file, False, None)
+    split = open_dataset(config.data.train_file, False, None)
     collate = collate_for(config)
     batches = [collate(split, [0, 1, 2]), collate(split, [3, 4])]
-    assert (collate is flat_batch) == (layout != "published")
+    assert (collate is collate_packed) == (layout != "published")
     plugin = make_precision(config, runtime, tried=False)
-    glm, _ = build_glm(config.model, runtime.kernels())
+    glm, _ = build_glm(config.model, runtime.model_ops())
     module = RecordModule(glm, config, runtime)
     trainer = pl.Trainer(
         accelerator=make_accelerator(runtime, "meta"),
@@ -109,12 +111,12 @@ def test_nothing_is_read_and_no_devices_are_mixed(
     seen: List[Any] = []
     with a_norm_that_is_finite():
         trainer.strategy.teardown = lambda: None  # type: ignore[method-assign]  # moves everything to the processor
-        module.on_train_batch_end = lambda *_: seen.append(module.outcome)  # type: ignore[assignment, method-assign]
+        module.on_train_batch_end = lambda *_: seen.append(module.pending_metrics)  # type: ignore[assignment, method-assign]
         trainer.fit(module, Stream(batches))  # type: ignore[arg-type]
     assert (module.steps_done, module.steps_skipped) == (2, 0)
     assert all(outcome.grad_norm.device.type == "meta" and outcome.loss == 1.0 for outcome in seen)
-    module = plugin.convert_module(RecordModule(build_glm(config.model, runtime.kernels())[0], config, runtime))
-    held = open_split(config.data.eval_file, True, None)
+    module = plugin.convert_module(RecordModule(build_glm(config.model, runtime.model_ops())[0], config, runtime))
+    held = open_dataset(config.data.eval_file, True, None)
     with plugin.forward_context():
         _, chosen = evaluate(module.to("meta"), [collate(held, [0, 1, 2])], runtime, anybody=lambda _: True)
     assert chosen == [(0, 0), (1, 0), (2, 0)]

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from conftest import GOLDEN, GOLDEN_RUN, lit_glm_here, rows
-from lit_glm.compat import seeing_operators
+from lit_glm.compat import dispatch_mode
 from lit_glm.config.schema import OptimizerConfig
-from lit_glm.model.glm import GLM, GLMShape
+from lit_glm.model.glm import GLM, GLMConfig
 from lit_glm.training import module as module_file
-from lit_glm.training.evaluation import ExactMatch, normalise, text_scores
-from lit_glm.training.optimizer import make_optimizer, parameter_groups, why_not_fused
-from lit_glm.verification.operator_check import name_of
+from lit_glm.training.evaluation import ExactMatch, em_and_f1, normalise_answer
+from lit_glm.training.optimizer import fused_unavailable_reason, make_optimizer, parameter_groups
+from lit_glm.verification.operator_check import operator_name
 
 
 def run(tmp_path: Path, *overrides: str) -> Path:
@@ -26,14 +26,14 @@ def run(tmp_path: Path, *overrides: str) -> Path:
 
 def test_a_loss_that_is_not_finite_skips_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: List[int] = []
-    real = module_file.choice_loss
+    real = module_file.candidate_loss
 
     def sometimes_infinite(table: Any) -> Any:
         calls.append(1)
         loss = real(table)
         return loss * float("inf") if len(calls) == 3 else loss
 
-    monkeypatch.setattr(module_file, "choice_loss", sometimes_infinite)
+    monkeypatch.setattr(module_file, "candidate_loss", sometimes_infinite)
     folder = run(tmp_path, "run.max_steps=5")
     steps = rows(folder / "steps.csv")
     assert [row["step"] for row in steps] == ["1", "2", "3", "4", "5"]
@@ -46,7 +46,7 @@ def test_a_loss_that_is_not_finite_skips_the_step(tmp_path: Path, monkeypatch: p
 
 
 def test_accumulation_updates_every_nth_step(tmp_path: Path) -> None:
-    steps = rows(run(tmp_path, "optimizer.accumulate=2", "run.max_steps=8", "bs=2") / "steps.csv")
+    steps = rows(run(tmp_path, "optimizer.gradient_accumulation_steps=2", "run.max_steps=8", "bs=2") / "steps.csv")
     rates = [float(row["lr"]) for row in steps]
     assert rates[0] == rates[1] == 0.0
     assert rates[2] == rates[3] > 0
@@ -55,7 +55,7 @@ def test_accumulation_updates_every_nth_step(tmp_path: Path) -> None:
 
 def test_parameter_groups_are_the_published_ones() -> None:
     stats = json.loads((GOLDEN / "stats.json").read_text())["optimizer"]
-    groups = parameter_groups(GLM(GLMShape(24, 64, 4, 100, 16)), 0.1)
+    groups = parameter_groups(GLM(GLMConfig(24, 64, 4, 100, 16)), 0.1)
     for group, name in zip(groups, ("decayed", "not_decayed")):
         assert len(group["params"]) == stats[name]["tensors"]
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
@@ -64,15 +64,15 @@ def test_parameter_groups_are_the_published_ones() -> None:
 @pytest.mark.skipif(torch.__version__.startswith("1."), reason="torch 1.12 has no fused update")
 def test_a_fused_update_that_is_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cpu")
-    assert why_not_fused(device) is None
+    assert fused_unavailable_reason(device) is None
     assert make_optimizer(torch.nn.Linear(2, 2), OptimizerConfig()).defaults["fused"]
 
     def forgets_decay(operator: Any, args: Any, kwargs: Any) -> Any:
-        fused = name_of(operator) == "_fused_adamw_"
+        fused = operator_name(operator) == "_fused_adamw_"
         return operator(*args, **{**kwargs, "weight_decay": 0.0} if fused else kwargs)
 
-    with seeing_operators(forgets_decay):
-        assert "where the plain one leaves" in str(why_not_fused(device))
+    with dispatch_mode(forgets_decay):
+        assert "where the plain one leaves" in str(fused_unavailable_reason(device))
         assert not make_optimizer(torch.nn.Linear(2, 2), OptimizerConfig()).defaults["fused"]
 
 
@@ -93,8 +93,8 @@ def test_exact_match_counts_examples() -> None:
     ],
 )
 def test_official_scores(prediction: str, answers: List[str], em: float, f1: float) -> None:
-    assert text_scores(prediction, answers) == pytest.approx((em, f1))
+    assert em_and_f1(prediction, answers) == pytest.approx((em, f1))
 
 
 def test_normalisation() -> None:
-    assert normalise(" The  U.S. - an  Answer!") == "us answer"
+    assert normalise_answer(" The  U.S. - an  Answer!") == "us answer"

@@ -11,19 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_glm.errors import RunError
-from lit_glm.tuning.search import FITS, MEMORY, TIME, Try, fastest, largest, next_bs, of_bs
-from lit_glm.tuning.trial_runner import Trials
+from lit_glm.tuning.search import FITS, MEMORY, TIME, Trial, fastest_bs, largest_bs, next_bs, trials_by_bs
+from lit_glm.tuning.trial_runner import TrialRunner
 
 
-def searched(capacity: int, most: int, speed: Callable[[int, int], float], repeats: int = 3) -> List[Try]:
-    tries: List[Try] = []
+def searched(capacity: int, most: int, speed: Callable[[int, int], float], repeats: int = 3) -> List[Trial]:
+    tries: List[Trial] = []
     while True:
         bs = next_bs(tries, most, repeats)
         if bs is None:
             return tries
         assert 1 <= bs <= most
         assert len(tries) < 200
-        tries.append(Try(bs, FITS, speed(bs, len(tries))) if bs <= capacity else Try(bs, MEMORY))
+        tries.append(Trial(bs, FITS, speed(bs, len(tries))) if bs <= capacity else Trial(bs, MEMORY))
 
 
 @given(capacity=st.integers(0, 3000), most=st.integers(1, 3000), knee=st.integers(1, 500))
@@ -31,29 +31,29 @@ def test_the_largest_that_fits_is_found_to_a_sixteenth(capacity: int, most: int,
     tries = searched(capacity, most, lambda bs, _: bs / (bs + knee))
     fitting = min(capacity, most)
     if fitting == 0:
-        assert largest(tries) is None
+        assert largest_bs(tries) is None
         return
-    found = largest(tries) or 0
+    found = largest_bs(tries) or 0
     assert found <= fitting <= found + max(1, found // 16)
-    assert fastest(tries) == found  # the larger, the faster
-    assert len(of_bs(tries)[found]) >= 2
+    assert fastest_bs(tries) == found  # the larger, the faster
+    assert len(trials_by_bs(tries)[found]) >= 2
 
 
 @given(peak=st.integers(1, 400))
 def test_a_fastest_one_in_between_is_found_nearly(peak: int) -> None:
     tries = searched(512, 10_000, lambda bs, _: 1.0 - abs(bs - peak) / 1000)
-    found = fastest(tries) or 0
+    found = fastest_bs(tries) or 0
     assert abs(found - peak) <= max(2, peak // 3)
 
 
 def test_it_repeats_while_the_spread_hides_which_is_faster() -> None:
     noisy = searched(2, 10, lambda bs, _: 100.0, repeats=4)
-    assert {bs: len(own) for bs, own in of_bs(noisy).items()} == {1: 4, 2: 4}
+    assert {bs: len(own) for bs, own in trials_by_bs(noisy).items()} == {1: 4, 2: 4}
     clear = searched(2, 10, lambda bs, number: 100.0 * bs + number % 2, repeats=4)
-    assert {bs: len(own) for bs, own in of_bs(clear).items()} == {1: 2, 2: 2}
+    assert {bs: len(own) for bs, own in trials_by_bs(clear).items()} == {1: 2, 2: 2}
 
 
-class _Stub(Trials):
+class _Stub(TrialRunner):
     """A double of `train`: a program that ends as it is told."""
 
     def __init__(self, program: str) -> None:
@@ -64,7 +64,7 @@ class _Stub(Trials):
         return [sys.executable, "-c", self._program, str(folder)]
 
 
-def tried(program: str, folder: Path, seconds: float = 30.0) -> Try:
+def tried(program: str, folder: Path, seconds: float = 30.0) -> Trial:
     work: Any = None  # asked only of a run that ended well
     return _Stub(program).run(4, folder / "tries" / "bs4", work, seconds)
 

@@ -8,27 +8,27 @@ from typing import List, Tuple
 import pytest
 
 from lit_glm.errors import RunError
-from lit_glm.tuning.trial_queue import Orders, orders_of
+from lit_glm.tuning.trial_queue import TrialQueue, iter_trials
 
 
 def test_others_do_what_the_newest_start_orders(tmp_path: Path) -> None:
-    Orders(tmp_path).give(64, "killed")  # an earlier start, killed before it said that it is over
+    TrialQueue(tmp_path).put(64, "killed")  # an earlier start, killed before it said that it is over
     seen: List[Tuple[int, str]] = []
-    current = Orders(tmp_path)
-    reader = threading.Thread(target=lambda: [seen.append(order) for order in orders_of(tmp_path, 20.0)])
-    current.give(1, "a")
+    current = TrialQueue(tmp_path)
+    reader = threading.Thread(target=lambda: [seen.append(order) for order in iter_trials(tmp_path, 20.0)])
+    current.put(1, "a")
     reader.start()
     while not seen:
         time.sleep(0.01)
-    current.give(2, "b")
-    current.give(None, "")
+    current.put(2, "b")
+    current.put(None, "")
     reader.join(timeout=20)
     assert seen == [(1, "a"), (2, "b")]
 
 
 def test_a_start_that_is_over_is_waited_past(tmp_path: Path) -> None:
-    before = Orders(tmp_path)
-    before.give(8, "x")
-    before.give(None, "")
+    before = TrialQueue(tmp_path)
+    before.put(8, "x")
+    before.put(None, "")
     with pytest.raises(RunError, match="node 0 began no try for 0 s"):
-        list(orders_of(tmp_path, 0.5))
+        list(iter_trials(tmp_path, 0.5))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from conftest import lit_glm_here
-from lit_glm.tuning.search_state import TUNED
+from lit_glm.tuning.search_state import TUNE_FILE
 
 TINY = ["hardware=cpu", "model=glm_tiny", "data=synthetic", "data.synthetic.num_train=6", "data.synthetic.num_eval=2"]
 
@@ -23,7 +23,7 @@ def test_a_search_leaves_its_files_and_auto_takes_them(
     # Once more, with more time: what is known is taken over.
     assert lit_glm_here("tune", *how, "tune.max_minutes=5", "run.resume=auto") == 0
     said = capfd.readouterr().out
-    found = json.loads((folder / TUNED).read_text())
+    found = json.loads((folder / TUNE_FILE).read_text())
     assert found["done"] is True
     assert [one["bs"] for one in found["tries"]][:2] == [1, 2]
     assert found["largest_bs"] == max(one["bs"] for one in found["tries"])  # all of them fit

@@ -11,14 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lit_glm.compat import seeing_operators
-from lit_glm.config.hydra_main import checked, compose
+from lit_glm.compat import dispatch_mode
+from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
 from lit_glm.hardware.runtimes import onednn
-from lit_glm.hardware.runtimes.cpu import CPURuntime, sums_bf16_in_fp32
-from lit_glm.model.runtime_ops import Kernels
+from lit_glm.hardware.runtimes.cpu import CPURuntime, accumulates_bf16_in_fp32
+from lit_glm.model.runtime_ops import RuntimeOps
 from lit_glm.verification import acceptance, collectives_check, timing_check
-from lit_glm.verification.operator_check import Operators, name_of, tensors_in
+from lit_glm.verification.operator_check import OperatorRecorder, operator_name, tensors_in
 
 Failed = List[Tuple[str, str]]
 
@@ -34,9 +34,9 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def failed(runtime: Any = None, *overrides: str) -> Failed:
     """Names and words of the checks that fail."""
-    config = checked(compose("verify", ["precision=fp32", *overrides]), TrainConfig)
-    checks = acceptance.Acceptance([config], runtime or CPURuntime(), whole=False).checks()
-    return [(check.name, check.said) for check in checks if check.status == "fail"]
+    config = validate_config(compose_config("verify", ["precision=fp32", *overrides]), TrainConfig)
+    checks = acceptance.AcceptanceTest([config], runtime or CPURuntime(), whole=False).checks()
+    return [(check.name, check.message) for check in checks if check.status == "fail"]
 
 
 @contextmanager
@@ -45,10 +45,10 @@ def with_fault(name: str, fault: Callable[[Any, Any, Any], Any]) -> Iterator[Non
 
     def see(operator: Any, args: Any, kwargs: Any) -> Any:
         exact = any(tensor.dtype is torch.float64 for tensor in tensors_in([args, kwargs]))
-        wrong = name_of(operator) == name and not exact
+        wrong = operator_name(operator) == name and not exact
         return fault(operator, args, kwargs) if wrong else operator(*args, **kwargs)
 
-    with seeing_operators(see):
+    with dispatch_mode(see):
         yield
 
 
@@ -56,7 +56,9 @@ def test_the_processor_passes() -> None:
     assert failed() == []
 
 
-@pytest.mark.skipif(not sums_bf16_in_fp32(), reason="its products are wrong here, which takes minutes to be told")
+@pytest.mark.skipif(
+    not accumulates_bf16_in_fp32(), reason="its products are wrong here, which takes minutes to be told"
+)
 def test_the_processor_passes_in_bf16() -> None:
     assert failed(None, "precision=bf16") == []
 
@@ -65,8 +67,8 @@ def test_a_product_in_a_librarys_own_layout_is_compared_too(monkeypatch: pytest.
     for name, value in (("PREFERS_ONEDNN", True), ("_WORTH_IT", 0), ("_POINTWISE", None)):
         monkeypatch.setattr(onednn, name, value)  # what torch 1.12 does on a processor that is not Intel's
     x, weight, bias = torch.randn(12, 8, requires_grad=True), torch.randn(6, 8), torch.randn(6)
-    seen = Operators(torch.device("cpu"), tf32=False)
-    with seen.watching():
+    seen = OperatorRecorder(torch.device("cpu"), tf32=False)
+    with seen.recording():
         onednn.linear(x, weight, bias).sum().backward()
     products = [call.status for call in seen.seen.values() if call.name == "mkldnn_linear"]
     assert products == ["ok", "ok"]  # forward, and the input's gradient
@@ -146,14 +148,14 @@ def test_synchronize_returns_at_once() -> None:
     done_at = [0.0]
 
     class Hasty(CPURuntime):
-        def kernels(self) -> Kernels:
+        def kernels(self) -> RuntimeOps:
             def linear(x: Any, weight: Any, bias: Any) -> Any:
                 if x is weight:  # the square products of the clock
                     done_at[0] = max(done_at[0], time.perf_counter()) + 0.004
                     return x
                 return F.linear(x, weight, bias)
 
-            return Kernels(linear=linear)
+            return RuntimeOps(linear=linear)
 
         def synchronize(self) -> None:
             pass
@@ -174,8 +176,8 @@ def test_a_product_is_faster_than_the_files_peak() -> None:
 
 def test_a_wrong_layer_is_named_where_each_operator_is_right() -> None:
     class Scaled(CPURuntime):
-        def kernels(self) -> Kernels:
-            return Kernels(linear=lambda x, weight, bias: F.linear(x, weight, bias) * 1.01)
+        def kernels(self) -> RuntimeOps:
+            return RuntimeOps(linear=lambda x, weight, bias: F.linear(x, weight, bias) * 1.01)
 
     found = failed(Scaled())
     assert ("model fp32", "layer 0 is the first that deviates") in found
@@ -185,7 +187,7 @@ def test_a_wrong_layer_is_named_where_each_operator_is_right() -> None:
 @pytest.mark.parametrize("fault", ["none", "sum drops a rank", "broadcast does nothing", "gather swaps ranks"])
 def test_a_collective_that_is_wrong_is_named(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = 3
-    given = [collectives_check.given(torch.int64, of, ranks, "cpu") for of in range(ranks)]
+    given = [collectives_check.rank_contribution(torch.int64, of, ranks, "cpu") for of in range(ranks)]
 
     def all_reduce(tensor: Any) -> None:
         counted = given[:-1] if fault == "sum drops a rank" else given
@@ -202,7 +204,7 @@ def test_a_collective_that_is_wrong_is_named(fault: str, monkeypatch: pytest.Mon
 
     for name, double in (("all_reduce", all_reduce), ("broadcast", broadcast), ("all_gather", all_gather)):
         monkeypatch.setattr(torch.distributed, name, double)
-    wrong = collectives_check.exchanged(0, ranks, torch.device("cpu"), [torch.float32, torch.int64, torch.uint8])
+    wrong = collectives_check.run_collectives(0, ranks, torch.device("cpu"), [torch.float32, torch.int64, torch.uint8])
     words = {
         "none": "",
         "sum drops a rank": "sum",

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from conftest import lit_glm, lit_glm_here
-from lit_glm.check_result import Finding
-from lit_glm.config.hydra_main import checked, compose
+from lit_glm.check_result import CheckResult
+from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
 from lit_glm.hardware.runtimes.cpu import CPURuntime
 from lit_glm.runs import verifications
 from lit_glm.verification import acceptance, timing_check
-from lit_glm.verification.error_bounds import distance, of_operator
+from lit_glm.verification.error_bounds import operator_bound, relative_error
 
 
 def test_the_command_leaves_its_file_and_says_a_line_a_check(tmp_path: Path) -> None:
@@ -53,15 +53,15 @@ def test_the_newest_of_the_same_hardware_driver_and_precision(
 ) -> None:
     for name, moment in (("new", "2026-02-01T00:00:00"), ("old", "2026-01-01T00:00:00")):
         monkeypatch.setattr(verifications.time, "strftime", lambda _form, moment=moment: moment)
-        verifications.write(
+        verifications.write_verification(
             tmp_path / "outputs" / "verify" / "day" / name,
             {"hardware": "a", "driver": "1", "which": name},
-            [Finding("clock", "ok", "waits")],
+            [CheckResult("clock", "ok", "waits")],
             {"fp32": name == "new"},
         )
     run = tmp_path / "outputs" / "2026-02-02" / "10-00-00"
     run.mkdir(parents=True)
-    newest: Any = verifications.newest([run], hardware, driver, precision)
+    newest: Any = verifications.latest_verification([run], hardware, driver, precision)
     assert (newest and newest["which"]) == found
     assert found is None or newest["passed"]
 
@@ -72,23 +72,25 @@ def test_a_precision_that_cannot_be_tried_is_not_recorded_as_verified(monkeypatc
 
     monkeypatch.setattr(acceptance, "make_precision", refuses)
     monkeypatch.setattr(timing_check, "_COPIED", 2**20)
-    config = checked(compose("verify", ["precision=amp"]), TrainConfig)
-    tried = acceptance.Acceptance([config], CPURuntime(), whole=False)
+    config = validate_config(compose_config("verify", ["precision=amp"]), TrainConfig)
+    tried = acceptance.AcceptanceTest([config], CPURuntime(), whole=False)
     assert [check.status for check in tried.checks()][0] == "skip"
     assert tried.passed == {}
 
 
 def test_pretended_cards_verify_nothing(tmp_path: Path) -> None:
     told = {"hardware": "a", "driver": None, "simulated": True}
-    verifications.write(tmp_path / "verify" / "x", told, [Finding("clock", "ok", "waits")], {"fp32": True})
-    assert verifications.newest([tmp_path], "a", None, "fp32") is None
+    verifications.write_verification(
+        tmp_path / "verify" / "x", told, [CheckResult("clock", "ok", "waits")], {"fp32": True}
+    )
+    assert verifications.latest_verification([tmp_path], "a", None, "fp32") is None
 
 
 def test_a_shape_that_was_asked_for_is_taken_on_a_processor_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(acceptance.Acceptance, "checks", lambda self: iter(()))
+    monkeypatch.setattr(acceptance.AcceptanceTest, "checks", lambda self: iter(()))
     shape = ["model.num_layers=3", "model.hidden_size=128", "model.num_attention_heads=2", "precision=fp32"]
     assert lit_glm_here("verify", *shape) == 0
     assert "glm_large 3 x 128" in capfd.readouterr().out
@@ -96,11 +98,13 @@ def test_a_shape_that_was_asked_for_is_taken_on_a_processor_too(
 
 def test_distances() -> None:
     exact = torch.tensor([1.0, -2.0, math.inf, math.nan], dtype=torch.float64)
-    assert distance(exact.float(), exact).typical == 0.0
-    assert distance(torch.tensor([1.0, -2.0, 3.0, math.nan]), exact).typical == math.inf
-    assert distance(torch.ones(3), torch.ones(4, dtype=torch.float64)).typical == math.inf
-    off = distance(torch.full((10,), 1.01), torch.ones(10, dtype=torch.float64))
+    assert relative_error(exact.float(), exact).typical == 0.0
+    assert relative_error(torch.tensor([1.0, -2.0, 3.0, math.nan]), exact).typical == math.inf
+    assert relative_error(torch.ones(3), torch.ones(4, dtype=torch.float64)).typical == math.inf
+    off = relative_error(torch.full((10,), 1.01), torch.ones(10, dtype=torch.float64))
     assert off.typical == pytest.approx(0.01, rel=1e-4)
-    assert not off.within(of_operator(torch.float32, 4096, tf32=False))
+    assert not off.within(operator_bound(torch.float32, 4096, tf32=False))
     overflown = torch.tensor([math.inf], dtype=torch.float16)
-    assert distance(overflown, torch.tensor([1e6], dtype=torch.float64)).typical == 0.0  # more than the type holds
+    assert (
+        relative_error(overflown, torch.tensor([1e6], dtype=torch.float64)).typical == 0.0
+    )  # more than the type holds

@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from lit_glm.config.key_aliases import instead
+from lit_glm.config.key_aliases import suggest_key
 from lit_glm.errors import InputError
 
 
@@ -22,7 +22,7 @@ class CommandLine:
     multirun: bool = False
     cfg: bool = False
     """Whether the configuration is to be printed."""
-    asks: bool = False
+    is_help: bool = False
     """Whether Hydra itself has to answer (help, info, completion): nothing is run."""
     config_dir: Optional[str] = None
     """The user's own folder of configuration."""
@@ -58,7 +58,7 @@ class CommandLine:
         except SystemExit:  # argparse has printed what is missing behind a flag
             raise InputError("see --help") from None
         if unknown:
-            raise InputError(_unknown(unknown[0]))
+            raise InputError(_unknown_option_message(unknown[0]))
         if given.config_dir is not None and not Path(given.config_dir).is_dir():
             raise InputError(f"--config-dir {given.config_dir}: there is no such folder")
         asks = given.asks or given.info is not None
@@ -74,7 +74,7 @@ class CommandLine:
             return []
         return [f"hydra.searchpath=['file://{Path(self.config_dir).absolute()}']"]
 
-    def parsed(self) -> List[Override]:
+    def parse(self) -> List[Override]:
         """The overrides, read by Hydra's grammar.
 
         Raises:
@@ -82,7 +82,7 @@ class CommandLine:
         """
         return list(OverridesParser.create().parse_overrides(self.overrides))
 
-    def words(self) -> List[Optional[Override]]:
+    def parse_each(self) -> List[Optional[Override]]:
         """The overrides one by one; None for what is none."""
         found: List[Optional[Override]] = []
         for text in self.overrides:
@@ -92,11 +92,11 @@ class CommandLine:
                 found.append(None)
         return found
 
-    def gives(self, key: str) -> bool:
+    def sets(self, key: str) -> bool:
         """Whether a key or group is set here, or taken away."""
-        return any(override.key_or_group == key for override in self.parsed())
+        return any(override.key_or_group == key for override in self.parse())
 
-    def samples(self, is_group: Callable[[str], bool]) -> List[List[str]]:
+    def sample_combinations(self, is_group: Callable[[str], bool]) -> List[List[str]]:
         """For -m: command lines without sweeps, in which each name of a swept group stands once.
 
         Args:
@@ -119,7 +119,7 @@ class CommandLine:
         """Overrides that are not swept, and of each key that is, an override a value; searches are left out."""
         plain: List[str] = []
         sweeps: Dict[str, List[str]] = {}
-        for text, override in zip(self.overrides, self.parsed()):
+        for text, override in zip(self.overrides, self.parse()):
             if not override.is_sweep_override():
                 plain.append(text)
             elif override.is_discrete_sweep():
@@ -128,10 +128,10 @@ class CommandLine:
         return plain, sweeps
 
 
-def _unknown(flag: str) -> str:
+def _unknown_option_message(flag: str) -> str:
     plain = flag.lstrip("-")
     key, _, value = plain.partition("=")
-    better = instead(key.replace("-", "_"), value, ()) if value else None
+    better = suggest_key(key.replace("-", "_"), value, ()) if value else None
     if better is not None:
         return f"{flag}: there is no such option; {better.partition('; ')[2] or better}"
     meant = f"; write {plain} without the dashes" if "=" in plain else "; keys are set as key=value, see --help"

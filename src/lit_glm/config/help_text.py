@@ -5,34 +5,34 @@ from typing import Any, Dict, List
 
 from omegaconf import OmegaConf
 
-from lit_glm.config.paths import CONF
+from lit_glm.config.paths import CONF_DIR
 
 _NOT_KEYS = ("defaults:", "hydra:")
 
 
-def explained(config_name: str) -> str:
+def key_help(config_name: str) -> str:
     """The keys that a command uses, as its files of conf/ have them, with their comments.
 
     Args:
         config_name: the primary file.
     """
-    files: List[Path] = [CONF / f"{config_name}.yaml"]
+    files: List[Path] = [CONF_DIR / f"{config_name}.yaml"]
     groups: Dict[str, Path] = {}
     defaults = _defaults(files[0])
     if "train" in defaults:
-        files.insert(0, CONF / "train.yaml")
+        files.insert(0, CONF_DIR / "train.yaml")
         defaults += _defaults(files[0])
     for entry in defaults:
         for group, name in entry.items() if isinstance(entry, dict) else []:
-            file = CONF / str(group) / f"{name}.yaml"
+            file = CONF_DIR / str(group) / f"{name}.yaml"
             if file.is_file() and group != "hydra_settings":
                 groups[str(group)] = file
     parts = ["== What the keys mean =="]
     for file in [*files, *groups.values()]:
         lines = _keys(file)
         if lines:
-            inside = "" if file.parent == CONF else f", below {file.parent.name}:"
-            parts += ["", f"# conf/{file.relative_to(CONF)}{inside}", *lines]
+            inside = "" if file.parent == CONF_DIR else f", below {file.parent.name}:"
+            parts += ["", f"# conf/{file.relative_to(CONF_DIR)}{inside}", *lines]
     return "\n".join(parts)
 
 

@@ -11,14 +11,14 @@ from omegaconf import MISSING
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from lit_glm.config.command_line import CommandLine
-from lit_glm.config.key_aliases import instead
-from lit_glm.config.schema import walk
+from lit_glm.config.key_aliases import suggest_key
+from lit_glm.config.schema import iter_leaves
 from lit_glm.errors import InputError
 
 _TYPES = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "String": "text"}
 
 
-def nearest(name: str, known: Sequence[str]) -> List[str]:
+def closest_names(name: str, known: Sequence[str]) -> List[str]:
     """At most three of the known names, the most similar first; keys are compared whole and by their last part."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     last = name.rsplit(".", 1)[-1]
@@ -28,7 +28,7 @@ def nearest(name: str, known: Sequence[str]) -> List[str]:
     return list(dict.fromkeys(close))[:3]
 
 
-def explain(error: BaseException, schema: Any, conf: Path) -> str:
+def explain_hydra_error(error: BaseException, schema: Any, conf: Path) -> str:
     """Turn an error of Hydra or OmegaConf into one message.
 
     Args:
@@ -39,7 +39,7 @@ def explain(error: BaseException, schema: Any, conf: Path) -> str:
     Returns:
         What was wrong, and the nearest valid names.
     """
-    keys = [key for key, _ in walk(schema())]
+    keys = [key for key, _ in iter_leaves(schema())]
     nodes = sorted({".".join(key.split(".")[:n]) for key in keys for n in range(1, key.count(".") + 1)})
     groups = sorted(entry.name for entry in conf.iterdir() if entry.is_dir() and any(entry.glob("*.yaml")))
     text = str(error)
@@ -49,11 +49,11 @@ def explain(error: BaseException, schema: Any, conf: Path) -> str:
     cause = causes[-1]
 
     if isinstance(cause, yaml.YAMLError):
-        return _slip(cause)
+        return _yaml_error_message(cause)
     if isinstance(cause, OSError) and not isinstance(cause, HydraException):
         return f"a configuration file cannot be read: {_first_line(cause)}"
     if isinstance(cause, MissingMandatoryValue):
-        must = [key for key, default in walk(schema()) if default == MISSING]
+        must = [key for key, default in iter_leaves(schema()) if default == MISSING]
         return f"{', '.join(must)}: must have a value, and the chosen file (conf/{must[0].split('.')[0]}/) gives none"
 
     option = re.search(r"(?:Could not find|In '[^']*': Could not find) '([\w/]+)'", text)
@@ -61,7 +61,9 @@ def explain(error: BaseException, schema: Any, conf: Path) -> str:
         group, name = option.group(1).rsplit("/", 1)
         names = sorted(file.stem for file in (conf / group).glob("*.yaml"))
         if names:
-            return _said(f"{group}={name}: there is no such {group}", nearest(name, names), "it may be", names)
+            return _unknown_name_message(
+                f"{group}={name}: there is no such {group}", closest_names(name, names), "it may be", names
+            )
 
     wrong_type = re.search(r"Value '(.*)' of type '\w+' (?:could not be converted to|is not a valid) (\w+)", str(cause))
     if wrong_type is None:
@@ -84,7 +86,9 @@ def explain(error: BaseException, schema: Any, conf: Path) -> str:
                 "run's own"
             )
         if name not in known:
-            return _said(f"{name}: there is no such key or group", nearest(name, known), "did you mean", [])
+            return _unknown_name_message(
+                f"{name}: there is no such key or group", closest_names(name, known), "did you mean", []
+            )
         return f"{name}: {_first_line(cause)}"
     return _first_line(error) if error is cause else f"{_first_line(error)}\n{_first_line(cause)}"
 
@@ -93,17 +97,17 @@ _FREE = ("hydra", "logger.", "callbacks.")
 """Keys that this project does not know by name."""
 
 
-def check_words(line: CommandLine, schema: Any, conf: Path) -> None:
+def check_overrides(line: CommandLine, schema: Any, conf: Path) -> None:
     """Say what is written here instead of a word that people bring from other tools, and that -m was forgotten.
 
     Raises:
         InputError: with all of them.
     """
-    keys = [key for key, _ in walk(schema())]
+    keys = [key for key, _ in iter_leaves(schema())]
     nodes = {".".join(key.split(".")[:n]) for key in keys for n in range(1, key.count(".") + 1)}
     known = [*keys, *nodes, *(entry.name for entry in conf.iterdir() if entry.is_dir())]
     said = []
-    for text, override in zip(line.overrides, line.words()):
+    for text, override in zip(line.overrides, line.parse_each()):
         if override is None:
             groups = [folder.name for folder in sorted(conf.iterdir()) if (folder / f"{text}.yaml").is_file()]
             meant = f"did you mean {groups[0]}={text}?" if groups else "`--help` lists the keys"
@@ -118,14 +122,14 @@ def check_words(line: CommandLine, schema: Any, conf: Path) -> None:
             elif key == "logger" and str(value).lower() == "null":
                 said.append("logger=null: write logger=none")
             continue
-        better = instead(key, value, known)
+        better = suggest_key(key, value, known)
         if better is not None:
             said.append(better)
     if said:
         raise InputError("\n".join(said))
 
 
-def _slip(error: yaml.YAMLError) -> str:
+def _yaml_error_message(error: yaml.YAMLError) -> str:
     """Where a YAML file is not what it should be."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
     where = f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}" if mark is not None else "a YAML file"
@@ -143,7 +147,7 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def _said(problem: str, close: List[str], lead: str, all_names: List[str]) -> str:
+def _unknown_name_message(problem: str, close: List[str], lead: str, all_names: List[str]) -> str:
     if all_names:
         best = f" (nearest: {', '.join(close)})" if close else ""
         return f"{problem}; {lead} one of {', '.join(all_names)}{best}"

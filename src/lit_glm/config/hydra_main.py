@@ -19,20 +19,20 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lit_glm.broken_pipe import survive_closed_output
+from lit_glm.broken_pipe import ignore_broken_pipe
 from lit_glm.config.command_line import CommandLine
-from lit_glm.config.help_text import explained
-from lit_glm.config.hydra_errors import check_words, explain
-from lit_glm.config.paths import CONF
-from lit_glm.config.tuned_values import tuned_bs
-from lit_glm.config.validators import out_of_range
+from lit_glm.config.help_text import key_help
+from lit_glm.config.hydra_errors import check_overrides, explain_hydra_error
+from lit_glm.config.paths import CONF_DIR
+from lit_glm.config.tuned_values import resolve_auto_bs
+from lit_glm.config.validators import range_errors
 from lit_glm.errors import InputError, RunError
-from lit_glm.openmp import bound_spinning
+from lit_glm.openmp import limit_spinning
 
 Config = TypeVar("Config")
 
 
-class Outcome(NamedTuple):
+class TaskOutcome(NamedTuple):
     """How a task ended, and in a sweep the figure that a sweeper optimises."""
 
     status: int
@@ -40,10 +40,10 @@ class Outcome(NamedTuple):
     """None: the combination failed, which a search takes as an answer."""
 
 
-Task = Callable[[Any, DictConfig], Union[int, Outcome]]
+Task = Callable[[Any, DictConfig], Union[int, TaskOutcome]]
 
 
-def checked(cfg: DictConfig, schema: "type[Config]") -> Config:
+def validate_config(cfg: DictConfig, schema: "type[Config]") -> Config:
     """Check names, types and ranges of a composed configuration.
 
     Args:
@@ -57,7 +57,7 @@ def checked(cfg: DictConfig, schema: "type[Config]") -> Config:
         InputError: on an unknown key, a wrong type or a value out of range; names all that are out of range.
     """
     if cfg.get("bs") == "auto":
-        cfg.bs, source = tuned_bs(cfg, _pairs_bs(cfg))
+        cfg.bs, source = resolve_auto_bs(cfg, _fix_hp_bs(cfg))
         print(f"lit_glm: bs=auto: {cfg.bs}, {source}", file=sys.stderr, flush=True)
     try:
         # Merging the plain content closes the way round the schema that Hydra leaves open (`+typo=1`, `++typo=1`).
@@ -66,18 +66,18 @@ def checked(cfg: DictConfig, schema: "type[Config]") -> Config:
         merged = OmegaConf.merge(OmegaConf.structured(schema), plain)
         config: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise InputError(explain(error, schema, CONF)) from error
-    complaints = out_of_range(config)
+        raise InputError(explain_hydra_error(error, schema, CONF_DIR)) from error
+    complaints = range_errors(config)
     if complaints:
         raise InputError("\n".join(complaints))
     return config
 
 
-def _pairs_bs(cfg: DictConfig) -> Optional[int]:
+def _fix_hp_bs(cfg: DictConfig) -> Optional[int]:
     """What the fix_hp file that was picked up says of bs: the command line has put `auto` over it."""
     own = CommandLine.read(sys.argv[1:]).config_dir
-    for place in (CONF, *([Path(own)] if own is not None else [])):
-        file = place / "fix_hp" / f"{cfg.get('tuned_for', 'none')}.yaml"
+    for place in (CONF_DIR, *([Path(own)] if own is not None else [])):
+        file = place / "fix_hp" / f"{cfg.get('fix_hp_source', 'none')}.yaml"
         if file.is_file():
             content: Any = OmegaConf.load(file)
             bs = content.get("bs")
@@ -85,12 +85,12 @@ def _pairs_bs(cfg: DictConfig) -> Optional[int]:
     return None
 
 
-def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
+def compose_config(config_name: str, overrides: Sequence[str]) -> DictConfig:
     """Compose a configuration in this process, as the command line would."""
-    return _composed(config_name, overrides).config
+    return _compose(config_name, overrides).config
 
 
-class _Composed(NamedTuple):
+class _ComposedConfig(NamedTuple):
     config: DictConfig
     whole: DictConfig
     """The same with Hydra's own part."""
@@ -98,22 +98,22 @@ class _Composed(NamedTuple):
     """The override that takes the published values of what runs, where the command line's names are another pair's."""
 
 
-def _composed(config_name: str, overrides: Sequence[str]) -> _Composed:
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3", job_name=config_name):
+def _compose(config_name: str, overrides: Sequence[str]) -> _ComposedConfig:
+    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3", job_name=config_name):
         whole = hydra.compose(config_name, overrides=list(overrides), return_hydra_config=True)
-        better = _pair_that_runs(whole, overrides)
+        better = _fix_hp_override(whole, overrides)
         if better is not None:
             whole = hydra.compose(config_name, overrides=[*overrides, better], return_hydra_config=True)
     config = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
-    return _Composed(config, whole, [] if better is None else [better])
+    return _ComposedConfig(config, whole, [] if better is None else [better])
 
 
-def _pair_that_runs(whole: DictConfig, overrides: Sequence[str]) -> Optional[str]:
+def _fix_hp_override(whole: DictConfig, overrides: Sequence[str]) -> Optional[str]:
     """An override that takes the published values of what runs, where another pair's were taken; None where not.
 
     Hydra picks them by the names of hardware and topology; `topology.num_nodes=` and the like change what runs.
     """
-    if "topology" not in whole or CommandLine(list(overrides)).gives("fix_hp"):
+    if "topology" not in whole or CommandLine(list(overrides)).sets("fix_hp"):
         return None
     choices = whole.hydra.runtime.choices
     taken = f"{choices.hardware}_{choices.topology}"
@@ -126,7 +126,7 @@ def _pair_that_runs(whole: DictConfig, overrides: Sequence[str]) -> Optional[str
     return "~fix_hp" if taken in there else None
 
 
-def run_app(
+def run_command(
     config_name: str,
     schema: "type[Config]",
     task: Task,
@@ -143,59 +143,65 @@ def run_app(
     Returns:
         0 done, 1 failed, 2 wrong input or configuration; what `task` returns, the highest over a sweep.
     """
-    survive_closed_output()
-    bound_spinning()  # before anything loads torch
+    ignore_broken_pipe()
+    limit_spinning()  # before anything loads torch
     try:
         line = CommandLine.read(sys.argv[1:])
-        if not line.asks:
-            check_words(line, schema, CONF)
-            for overrides in line.samples(is_group(line.config_dir)) if line.multirun else [line.overrides]:
-                composed = _composed(config_name, [*overrides, *line.searchpath])
+        if not line.is_help:
+            check_overrides(line, schema, CONF_DIR)
+            for overrides in line.sample_combinations(is_group(line.config_dir)) if line.multirun else [line.overrides]:
+                composed = _compose(config_name, [*overrides, *line.searchpath])
             if not line.multirun:
-                config = checked(composed.config, schema)
+                config = validate_config(composed.config, schema)
             elif before_sweep is not None and not line.cfg:
                 before_sweep(composed.whole, line)
     except InputError as error:
-        return _say(str(error), 2)
+        return _print_error(str(error), 2)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
-        return _say(explain(error, schema, CONF), 2)  # Hydra says some wrong overrides with a bare ValueError
-    if line.asks or line.cfg or line.multirun:
-        return _by_hydra(config_name, schema, task, line, [] if line.asks or line.multirun else composed.pair)
+        return _print_error(
+            explain_hydra_error(error, schema, CONF_DIR), 2
+        )  # Hydra says some wrong overrides with a bare ValueError
+    if line.is_help or line.cfg or line.multirun:
+        return _delegate_to_hydra(
+            config_name, schema, task, line, [] if line.is_help or line.multirun else composed.pair
+        )
     HydraConfig.instance().set_config(composed.whole)
     try:
-        return _entered(task, config, composed.config).status
+        return _run_task(task, config, composed.config).status
     finally:
         HydraConfig.instance().cfg = None
 
 
 def is_group(config_dir: Optional[str]) -> Callable[[str], bool]:
     """Tells groups from other keys, by their folders here and in the user's own configuration."""
-    places = [CONF, *([Path(config_dir)] if config_dir else [])]
+    places = [CONF_DIR, *([Path(config_dir)] if config_dir else [])]
     return lambda key: key.startswith("hydra/") or any((place / key).is_dir() for place in places)
 
 
-def _say(message: str, status: int) -> int:
+def _print_error(message: str, status: int) -> int:
     print(f"lit_glm: {message}", file=sys.stderr)
     return status
 
 
-def _entered(task: Task, config: Any, composed: DictConfig) -> Outcome:
+def _run_task(task: Task, config: Any, composed: DictConfig) -> TaskOutcome:
     """Call the task; whatever it raises ends here."""
     environment = dict(os.environ)
     try:
         returned = task(config, composed)
     except (InputError, RunError) as error:
-        return Outcome(_say(str(error), error.exit_status))
+        return TaskOutcome(_print_error(str(error), error.exit_status))
     except Exception:
         traceback.print_exc()
-        return Outcome(_say("an unexpected error, see above: of the program or a plugin, not of the command line", 1))
+        return TaskOutcome(
+            _print_error("an unexpected error, see above: of the program or a plugin, not of the command line", 1)
+        )
     finally:  # a chip's variables are not the user's for whatever runs next in this process
         os.environ.clear()
         os.environ.update(environment)
-    return returned if isinstance(returned, Outcome) else Outcome(returned)
+    return returned if isinstance(returned, TaskOutcome) else TaskOutcome(returned)
 
 
-def _by_hydra(config_name: str, schema: "type[Config]", task: Task, line: CommandLine, more: List[str]) -> int:
+def _delegate_to_hydra(config_name: str, schema: "type[Config]", task: Task, line: CommandLine, more: List[str]) -> int:
     """Hydra's own entry; in a sweep it calls the task for each combination, of which one that fails ends no other.
 
     Args:
@@ -208,29 +214,29 @@ def _by_hydra(config_name: str, schema: "type[Config]", task: Task, line: Comman
     statuses: List[int] = []
 
     def job(cfg: DictConfig) -> Optional[float]:
-        cfg = _of_what_runs(config_name, cfg, line.searchpath)
-        outcome = _entered(lambda _, composed: task(checked(composed, schema), composed), None, cfg)
+        cfg = _recompose_for_topology(config_name, cfg, line.searchpath)
+        outcome = _run_task(lambda _, composed: task(validate_config(composed, schema), composed), None, cfg)
         statuses.append(outcome.status)
         return outcome.objective
 
     arguments = list(sys.argv)
     try:
         sys.argv = [arguments[0], *line.overrides, *more, *line.flags]  # Hydra wants flags behind all overrides
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+        hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(job)()
     except SystemExit as ended:  # Hydra has said what it could not do
         statuses.append(ended.code if isinstance(ended.code, int) else 1)
     finally:
         sys.argv = arguments
     if {"--help", "-h"} & set(line.flags):
-        print(explained(config_name))
+        print(key_help(config_name))
     return max(statuses, default=0)
 
 
-def _of_what_runs(config_name: str, cfg: DictConfig, searchpath: List[str]) -> DictConfig:
+def _recompose_for_topology(config_name: str, cfg: DictConfig, searchpath: List[str]) -> DictConfig:
     """A combination's configuration, with the published values of its own pair."""
     if "topology" not in cfg:
         return cfg
     runs = f"{cfg.topology.num_nodes}x{cfg.topology.devices_per_node}"
     if dict(HydraConfig.get().runtime.choices).get("topology") == runs:
         return cfg
-    return compose(config_name, [*HydraConfig.get().overrides.task, *searchpath])
+    return compose_config(config_name, [*HydraConfig.get().overrides.task, *searchpath])

@@ -27,7 +27,7 @@ _KEYS: Dict[str, str] = {
     "data.raw_dir": "raw_dir, data_dir, data_path, dataset_dir",
     "data.vocab_file": "vocab, vocab_file, vocabulary",
     "optimizer.weight_decay": "weight_decay, wd",
-    "optimizer.accumulate": "accumulate, gradient_accumulation_steps, grad_accum, accumulate_grad_batches",
+    "optimizer.gradient_accumulation_steps": "grad_accum, accumulate_grad_batches",
     "optimizer.clip_grad": "clip, clip_grad, max_grad_norm, gradient_clip_val, grad_clip",
     "optimizer.warmup": "warmup, warmup_ratio",
     "hardware": "device, accelerator, chip, card, backend_device",
@@ -36,7 +36,7 @@ _KEYS: Dict[str, str] = {
     "sweep.objective": "objective, metric",
     "run.overwrite": "overwrite, force",
 }
-_MEANT = {word: key for key, words in _KEYS.items() for word in words.split(", ")}
+_ALIASES = {word: key for key, words in _KEYS.items() for word in words.split(", ")}
 _TYPES = {"float32": "fp32", "fp32": "fp32", "float16": "fp16", "fp16": "amp", "bfloat16": "bf16", "bf16": "bf16"}
 _SAMPLES = "run.eval_interval_samples=N (samples, not steps: N = steps x bs x devices)"
 _OTHER_UNITS = {
@@ -52,7 +52,7 @@ def _plain(key: str) -> str:
     return re.sub(r"[^a-z0-9]", "_", key.lower()).strip("_")
 
 
-def instead(key: str, value: Any, known: Sequence[str]) -> Optional[str]:
+def suggest_key(key: str, value: Any, known: Sequence[str]) -> Optional[str]:
     """What to write instead of a key that does not exist.
 
     Args:
@@ -80,7 +80,7 @@ def instead(key: str, value: Any, known: Sequence[str]) -> Optional[str]:
         return f"{said}; write precision={_TYPES.get(str(value).lower(), 'fp32, amp, fp16 or bf16')}"
     if word in _OTHER_UNITS:
         return f"{said}; write {_OTHER_UNITS[word]}"
-    meant = _MEANT.get(word)
+    meant = _ALIASES.get(word)
     if meant is None or key in known:
         return None
     if meant.startswith("topology."):

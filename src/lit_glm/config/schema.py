@@ -16,8 +16,8 @@ class HardwareConfig:
 
     name: str = MISSING
     vendor: str = ""
-    card: str = ""
-    detect: str = ""
+    product_name: str = ""
+    device_name_pattern: str = ""
     server: str = ""
     accelerator: str = "cpu"
     runtime: str = "auto"
@@ -142,7 +142,7 @@ class OptimizerConfig:
     warmup: float = 0.1
     lr_decay_iters: int = 4338
     lr_decay_ratio: float = 0.1
-    accumulate: int = 1
+    gradient_accumulation_steps: int = 1
 
 
 @dataclass
@@ -176,7 +176,7 @@ class ReportConfig:
     """What no program can know of the machine, for environment.json; null: what the system says of itself."""
 
     machine: Optional[str] = None
-    card: Optional[str] = None
+    device_name: Optional[str] = None
     network: Optional[str] = None
     driver: Optional[str] = None
     image: Optional[str] = None
@@ -202,7 +202,7 @@ class TrainConfig:
     eval_bs: int = 4
     lr: float = 1e-5
     seed: int = 4096
-    tuned_for: str = "none"
+    fix_hp_source: str = "none"
 
     def __post_init__(self) -> None:
         """The rate that trains is the one that is reported, by whichever key it was set."""
@@ -216,7 +216,10 @@ class TrainConfig:
     @property
     def profiled(self) -> bool:
         """Whether some of its steps run under a profiler: its figures are not those of other runs."""
-        return any(str((entry or {}).get("_target_", "")).endswith("Profile") for entry in self.callbacks.values())
+        return any(
+            str((entry or {}).get("_target_", "")).endswith(("Profile", "ProfilerCallback"))
+            for entry in self.callbacks.values()
+        )
 
     @property
     def fix_hp(self) -> str:
@@ -232,11 +235,11 @@ class PrepareConfig:
     scoring: Dict[str, Any] = field(default_factory=dict)
 
 
-def walk(node: Any, prefix: str = "") -> Iterator[Tuple[str, Any]]:
+def iter_leaves(node: Any, prefix: str = "") -> Iterator[Tuple[str, Any]]:
     """Yield (dotted key, value) of every leaf below a configuration dataclass."""
     for entry in fields(node):
         value = getattr(node, entry.name)
         if is_dataclass(value):
-            yield from walk(value, f"{prefix}{entry.name}.")
+            yield from iter_leaves(value, f"{prefix}{entry.name}.")
         else:
             yield prefix + entry.name, value

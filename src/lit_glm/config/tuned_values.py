@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any, Dict, Tuple
 
-from lit_glm.config.paths import CONF
+from lit_glm.config.paths import CONF_DIR
 from lit_glm.errors import InputError
 
-TUNED = "tune.json"
+TUNE_FILE = "tune.json"
 """What a search leaves in its folder."""
 MODEL_KEYS = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "activation_checkpointing")
 """Of a model, what decides how large a batch may be."""
@@ -16,14 +16,14 @@ MODEL_KEYS = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size", 
 def published_topologies(hardware: str) -> Dict[str, int]:
     """Topologies of a chip for which values were published, with their numbers of ranks."""
     found = {}
-    for file in sorted((CONF / "fix_hp").glob(f"{hardware}_*.yaml")):
+    for file in sorted((CONF_DIR / "fix_hp").glob(f"{hardware}_*.yaml")):
         nodes, _, devices = file.stem[len(hardware) + 1 :].partition("x")
         if nodes.isdigit() and devices.isdigit():  # a chip's name may begin another's
             found[f"{nodes}x{devices}"] = int(nodes) * int(devices)
     return found
 
 
-def nearest_pair(hardware: str, ranks: int) -> str:
+def nearest_pair_hint(hardware: str, ranks: int) -> str:
     """What to add where a pair has no published values: how to take those of the nearest topology; "" without one."""
     known = published_topologies(hardware)
     if not known:
@@ -32,7 +32,7 @@ def nearest_pair(hardware: str, ranks: int) -> str:
     return f" (nearest: {hardware}_{nearest}, taken with fix_hp={hardware}_{nearest})"
 
 
-def tuned_bs(composed: Any, pair_bs: Any) -> Tuple[int, str]:
+def resolve_auto_bs(composed: Any, pair_bs: Any) -> Tuple[int, str]:
     """The batch size that `bs=auto` means: the newest search's for the same thing, else that of the pair's file.
 
     Args:
@@ -58,7 +58,7 @@ def tuned_bs(composed: Any, pair_bs: Any) -> Tuple[int, str]:
         "max_seq_length": composed.data.max_seq_length,
     }
     found = []
-    for file in Path("outputs/tune").glob(f"*/*/{TUNED}"):
+    for file in Path("outputs/tune").glob(f"*/*/{TUNE_FILE}"):
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError):

@@ -3,9 +3,9 @@
 import math
 from typing import Any, Dict, List, Tuple
 
-from lit_glm.config.schema import walk
+from lit_glm.config.schema import iter_leaves
 
-FIGURES = (
+OBJECTIVE_METRICS = (
     "acc", "p_core", "p_train", "p_whole", "e2e_time", "init_time", "raw_train_time", "no_eval_time",
     "pure_compute_time", "mfu", "mfu_flagperf", "tokens_per_s", "candidates_per_s", "mem_actual_gib", "rank_imbalance",
     "energy_j", "samples_per_joule", "num_trained_samples", "global_steps", "skipped_steps",
@@ -33,7 +33,7 @@ _CLOSED: Dict[str, Tuple[float, float]] = {
     "optimizer.lr_decay_iters": (1, _INF),
     "optimizer.lr_decay_ratio": (0, 1),
     "optimizer.warmup": (0, 1),
-    "optimizer.accumulate": (1, _INF),
+    "optimizer.gradient_accumulation_steps": (1, _INF),
     "run.max_samples": (1, _INF),
     "run.max_steps": (1, _INF),
     "run.eval_interval_samples": (1, _INF),
@@ -71,14 +71,14 @@ _CHOICES: Dict[str, Tuple[str, ...]] = {
     "model.attention": ("auto", "fused", "matmul"),
     "precision.name": ("fp32", "amp", "fp16", "bf16"),
     "scoring.name": ("shared_context", "published"),
-    "sweep.objective": FIGURES,
+    "sweep.objective": OBJECTIVE_METRICS,
 }
 
 
-def out_of_range(config: Any) -> List[str]:
+def range_errors(config: Any) -> List[str]:
     """Say of each value outside its range what it is and what it may be, one sentence a value."""
     complaints = []
-    values = dict(walk(config))
+    values = dict(iter_leaves(config))
     for key, value in values.items():
         if value is None or (key == "optimizer.lr" and str(value) == str(values.get("lr"))):
             continue  # optimizer.lr follows lr unless it is set: say it once

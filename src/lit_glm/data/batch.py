@@ -10,11 +10,11 @@ from typing import Any, List, Optional, Tuple, TypeVar
 import torch
 from torch import Tensor
 
-Batch = TypeVar("Batch", bound="_Movable")
+Batch = TypeVar("Batch", bound="TensorDataclass")
 
 
 @dataclass
-class _Movable:
+class TensorDataclass:
     """A batch that can be sent to a device and pinned, which is all that Lightning asks of one."""
 
     def to(self: Batch, device: Any, non_blocking: bool = False) -> Batch:
@@ -27,7 +27,7 @@ class _Movable:
 
     def _map(self: Batch, change: Any) -> Batch:
         def changed(value: Any) -> Any:
-            if isinstance(value, _Movable):
+            if isinstance(value, TensorDataclass):
                 return value._map(change)
             return change(value) if isinstance(value, torch.Tensor) else value
 
@@ -35,7 +35,7 @@ class _Movable:
 
 
 @dataclass
-class Places(_Movable):
+class PaddingIndex(TensorDataclass):
     """Where the rows of a flat batch stand when groups are padded to one size, for attention in one call.
 
     K places a group = the longest context + the most candidate rows of a group; a group's candidates begin where the
@@ -57,7 +57,7 @@ class Places(_Movable):
 
 
 @dataclass
-class FlatBatch(_Movable):
+class PackedBatch(TensorDataclass):
     """A batch without padding: first the rows of all contexts, then those of all candidates.
 
     Candidates are ordered by group, so that the rows of a group stand together in both parts.
@@ -79,7 +79,7 @@ class FlatBatch(_Movable):
     """Rows of each group's context; sums to T - R."""
     candidate_rows: List[int]
     """Rows of each group's candidates; sums to R."""
-    places: Places
+    padding_index: PaddingIndex
     num_examples: int
     num_candidates: int
     """C: the largest number of candidates of an example."""
@@ -89,13 +89,13 @@ class FlatBatch(_Movable):
     """Which examples of the data set these are."""
 
     @property
-    def table(self) -> Tuple[int, int]:
+    def score_shape(self) -> Tuple[int, int]:
         """Shape of the table of scores: B, C."""
         return self.num_examples, self.num_candidates
 
 
 @dataclass
-class PaddedBatch(_Movable):
+class PaddedBatch(TensorDataclass):
     """The published batch: every candidate slot is a sequence of its own, padded to S."""
 
     text: Tensor
@@ -114,6 +114,6 @@ class PaddedBatch(_Movable):
     indices: Tuple[int, ...] = ()
 
     @property
-    def table(self) -> Tuple[int, int]:
+    def score_shape(self) -> Tuple[int, int]:
         """Shape of the table of scores: B, C."""
         return int(self.loss_mask.shape[0]), int(self.loss_mask.shape[1])

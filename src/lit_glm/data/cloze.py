@@ -11,11 +11,11 @@ from typing import Any, Dict, List, Optional, Tuple
 import numpy as np
 
 from lit_glm.data.superglue_jsonl import Question
-from lit_glm.data.tokenizer import WordPieces
+from lit_glm.data.tokenizer import WordPieceTokenizer
 
 
 @dataclass
-class Encoded:
+class EncodedExamples:
     """Some questions as sparse rows, in the form that `SparseWriter.add` takes."""
 
     columns: Dict[str, Tuple[Any, Any, Any]]
@@ -29,7 +29,7 @@ class Encoded:
 
 
 @dataclass
-class _Rows:
+class _SparseRows:
     lengths: List[int] = field(default_factory=list)
     indices: List[Any] = field(default_factory=list)
     values: List[Any] = field(default_factory=list)
@@ -46,7 +46,7 @@ class _Rows:
         return np.asarray(self.lengths), np.concatenate(self.indices or empty), np.concatenate(self.values or empty)
 
 
-def encode(questions: List[Question], pieces: WordPieces, max_seq_length: int) -> Encoded:
+def encode_questions(questions: List[Question], pieces: WordPieceTokenizer, max_seq_length: int) -> EncodedExamples:
     """Tokenise questions and lay out a row for each candidate.
 
     Args:
@@ -54,8 +54,8 @@ def encode(questions: List[Question], pieces: WordPieces, max_seq_length: int) -
         pieces: the vocabulary.
         max_seq_length: most tokens of context and candidate together.
     """
-    rows = {name: _Rows() for name in ("text", "target", "logit_mask", "position")}
-    encoded = Encoded({}, [], [], [], [], [])
+    rows = {name: _SparseRows() for name in ("text", "target", "logit_mask", "position")}
+    encoded = EncodedExamples({}, [], [], [], [], [])
     ids: Dict[str, List[int]] = {}
 
     def ids_of(text: str) -> Any:  # passages and candidates come again and again
@@ -65,7 +65,7 @@ def encode(questions: List[Question], pieces: WordPieces, max_seq_length: int) -
 
     for question in questions:
         candidates = [[*ids_of(candidate), pieces.eop] for candidate in question.candidates]
-        cuts = _cuts(question, candidates, ids_of, max_seq_length)
+        cuts = _tokens_to_remove(question, candidates, ids_of, max_seq_length)
         if cuts is None:
             encoded.too_long.append(question.line)
             continue
@@ -97,7 +97,7 @@ def encode(questions: List[Question], pieces: WordPieces, max_seq_length: int) -
     return encoded
 
 
-def _cuts(question: Question, candidates: List[List[int]], ids_of: Any, limit: int) -> Optional[List[int]]:
+def _tokens_to_remove(question: Question, candidates: List[List[int]], ids_of: Any, limit: int) -> Optional[List[int]]:
     """Tokens that the passage loses for each candidate; None if it has not that many."""
     passage = len(ids_of(question.passage))
     text = passage + len(ids_of(question.before)) + 1 + len(ids_of(question.after))

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_glm.data.batch import FlatBatch, PaddedBatch, Places
-from lit_glm.data.memmap_dataset import CompactSplit
+from lit_glm.data.batch import PackedBatch, PaddedBatch, PaddingIndex
+from lit_glm.data.memmap_dataset import MemmapDataset
 
 
-def _counting(starts: Any, ends: Any) -> Any:
+def _ranges_to_indices(starts: Any, ends: Any) -> Any:
     """All numbers of the ranges starts..ends-1, one range after the other: [5, 1], [7, 2] -> [5, 6, 1]."""
     lengths = ends - starts
     stops = np.cumsum(lengths)
@@ -21,11 +21,11 @@ def _tensor(array: Any) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))
 
 
-def _answers(split: CompactSplit, indices: Sequence[int]) -> Optional[List[Tuple[int, ...]]]:
+def _right_answers(split: MemmapDataset, indices: Sequence[int]) -> Optional[List[Tuple[int, ...]]]:
     return [split.answers_of(index) for index in indices] if len(split.answers) else None
 
 
-def flat_batch(split: CompactSplit, indices: Sequence[int]) -> FlatBatch:
+def collate_packed(split: MemmapDataset, indices: Sequence[int]) -> PackedBatch:
     """Collect examples without padding.
 
     Args:
@@ -34,17 +34,17 @@ def flat_batch(split: CompactSplit, indices: Sequence[int]) -> FlatBatch:
     """
     # Whole arrays only: what is done example by example in Python would compete with the training loop for its lock.
     index = np.asarray(indices)
-    groups = _counting(split.example_group_end[index], split.example_group_end[index + 1])
+    groups = _ranges_to_indices(split.example_group_end[index], split.example_group_end[index + 1])
     context_start, context_end = split.group_context_end[groups], split.group_context_end[groups + 1]
     context_lengths = context_end - context_start
-    contexts = _counting(context_start, context_end)
+    contexts = _ranges_to_indices(context_start, context_end)
 
     first, last = split.example_candidate_end[index], split.example_candidate_end[index + 1]
-    candidates, counts = _counting(first, last), last - first
+    candidates, counts = _ranges_to_indices(first, last), last - first
     num_candidates = int(counts.max())
     start, end = split.candidate_token_end[candidates], split.candidate_token_end[candidates + 1]
     lengths = end - start
-    rows = _counting(start, end)
+    rows = _ranges_to_indices(start, end)
 
     tokens, positions, blocks = np.zeros((3, len(contexts) + len(rows)), dtype=np.int64)
     own = slice(len(contexts), None)
@@ -55,7 +55,7 @@ def flat_batch(split: CompactSplit, indices: Sequence[int]) -> FlatBatch:
     row_candidate = np.repeat(np.arange(len(candidates)), lengths)
     group_sizes = split.group_candidates[groups]
     candidate_rows = np.add.reduceat(lengths, np.cumsum(group_sizes) - group_sizes)  # every group has a candidate
-    return FlatBatch(
+    return PackedBatch(
         tokens=_tensor(tokens),
         positions=_tensor(positions),
         blocks=_tensor(blocks),
@@ -64,15 +64,15 @@ def flat_batch(split: CompactSplit, indices: Sequence[int]) -> FlatBatch:
         slot=_tensor(split.candidate_slot[candidates] + np.repeat(np.arange(len(index)) * num_candidates, counts)),
         context_lengths=context_lengths.tolist(),
         candidate_rows=candidate_rows.tolist(),
-        places=places_of(context_lengths, candidate_rows, row_candidate),
+        padding_index=build_padding_index(context_lengths, candidate_rows, row_candidate),
         num_examples=len(index),
         num_candidates=num_candidates,
-        answers=_answers(split, indices),
+        answers=_right_answers(split, indices),
         indices=tuple(index.tolist()),
     )
 
 
-def places_of(context_lengths: Any, candidate_rows: Any, row_candidate: Any) -> Places:
+def build_padding_index(context_lengths: Any, candidate_rows: Any, row_candidate: Any) -> PaddingIndex:
     """Lay the rows of a flat batch out in groups of one size.
 
     Args:
@@ -82,25 +82,25 @@ def places_of(context_lengths: Any, candidate_rows: Any, row_candidate: Any) -> 
     """
     groups, longest, most = len(context_lengths), int(context_lengths.max()), int(candidate_rows.max())
     first = np.arange(groups) * (longest + most)
-    contexts = _counting(first, first + context_lengths)
-    candidates = _counting(first + longest, first + longest + candidate_rows)
+    contexts = _ranges_to_indices(first, first + context_lengths)
+    candidates = _ranges_to_indices(first + longest, first + longest + candidate_rows)
     scatter = np.concatenate([contexts, candidates])
     gather = np.zeros(groups * (longest + most), np.int64)
     gather[scatter] = np.arange(len(scatter))
     owner = np.full(len(gather), -2)
     owner[contexts], owner[candidates] = -1, row_candidate
     own_first = np.arange(groups) * most
-    return Places(
+    return PaddingIndex(
         gather=_tensor(gather.reshape(groups, -1)),
         scatter=_tensor(scatter),
         gather_candidates=_tensor(np.maximum(0, gather.reshape(groups, -1)[:, longest:] - len(contexts))),
-        scatter_candidates=_tensor(_counting(own_first, own_first + candidate_rows)),
+        scatter_candidates=_tensor(_ranges_to_indices(own_first, own_first + candidate_rows)),
         owner=_tensor(owner.reshape(groups, -1)),
         first_candidate=longest,
     )
 
 
-def padded_batch(split: CompactSplit, indices: Sequence[int], num_tokens: int) -> PaddedBatch:
+def collate_padded(split: MemmapDataset, indices: Sequence[int], num_tokens: int) -> PaddedBatch:
     """Collect examples as the published implementation does.
 
     Args:
@@ -139,6 +139,6 @@ def padded_batch(split: CompactSplit, indices: Sequence[int], num_tokens: int) -
         target=_tensor(target),
         logit_mask=_tensor(logit_mask),
         loss_mask=_tensor(loss_mask),
-        answers=_answers(split, indices),
+        answers=_right_answers(split, indices),
         indices=tuple(int(i) for i in indices),
     )

@@ -8,12 +8,12 @@ from typing import Any, Iterable, Iterator
 
 from torch.utils.data import DataLoader
 
-from lit_glm.process_utils import die_with_parent
+from lit_glm.process_utils import set_parent_death_signal
 
 _LOOK_S = 0.2  # how soon the thread notices that nobody takes any more
 
 
-class Ahead:
+class PrefetchIterator:
     """Goes through an iterable in a thread that is at most `depth` items ahead."""
 
     def __init__(self, source: Iterable[Any], depth: int = 2) -> None:
@@ -66,7 +66,7 @@ class Ahead:
 _SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
-class LoaderProcesses:
+class SignalSafeDataLoader:
     """A loader whose processes leave it to their rank to decide what a signal means."""
 
     def __init__(self, loader: "DataLoader[Any]") -> None:
@@ -82,7 +82,7 @@ class LoaderProcesses:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def live_and_die_with_the_rank(_worker: int) -> None:
+def worker_init_fn(_worker: int) -> None:
     """Ctrl-C and torchrun signal the whole process group; the rank decides what stops, and its processes with it.
 
     A rank that is killed takes them along: one that waits for a lock of the rank's would never end, and keep its
@@ -90,4 +90,4 @@ def live_and_die_with_the_rank(_worker: int) -> None:
     """
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    die_with_parent()
+    set_parent_death_signal()

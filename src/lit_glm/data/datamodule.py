@@ -8,57 +8,57 @@ import pytorch_lightning as pl
 from torch.utils.data import DataLoader, Dataset
 
 from lit_glm.config.schema import TrainConfig
-from lit_glm.data.batch import FlatBatch, PaddedBatch
-from lit_glm.data.collate import flat_batch, padded_batch
-from lit_glm.data.dataloader import Ahead, LoaderProcesses, live_and_die_with_the_rank
-from lit_glm.data.memmap_dataset import CompactSplit
-from lit_glm.data.sampler import EndlessBatches, order_of
+from lit_glm.data.batch import PackedBatch, PaddedBatch
+from lit_glm.data.collate import collate_packed, collate_padded
+from lit_glm.data.dataloader import PrefetchIterator, SignalSafeDataLoader, worker_init_fn
+from lit_glm.data.memmap_dataset import MemmapDataset
+from lit_glm.data.sampler import InfiniteDistributedBatchSampler, build_train_sampler
 
-Collate = Callable[[CompactSplit, List[int]], Union[FlatBatch, PaddedBatch]]
+Collate = Callable[[MemmapDataset, List[int]], Union[PackedBatch, PaddedBatch]]
 
 
-class _Batches(Dataset):
+class _BatchDataset(Dataset):
     """Batches by the indices of their examples; a loader with `batch_size=None` asks for one at a time."""
 
-    def __init__(self, split: CompactSplit, collate: Collate) -> None:
+    def __init__(self, split: MemmapDataset, collate: Collate) -> None:
         self._split, self._collate = split, collate
 
-    def __getitem__(self, indices: List[int]) -> Union[FlatBatch, PaddedBatch]:
+    def __getitem__(self, indices: List[int]) -> Union[PackedBatch, PaddedBatch]:
         return self._collate(self._split, indices)
 
 
 def collate_for(config: TrainConfig) -> Collate:
     """What turns examples into a batch of the chosen scoring."""
     if config.scoring.name == "published":
-        return partial(_padded, num_tokens=config.data.max_seq_length)
-    return flat_batch
+        return partial(_collate_padded, num_tokens=config.data.max_seq_length)
+    return collate_packed
 
 
-def _padded(split: CompactSplit, indices: List[int], num_tokens: int) -> PaddedBatch:
-    return padded_batch(split, indices, num_tokens)
+def _collate_padded(split: MemmapDataset, indices: List[int], num_tokens: int) -> PaddedBatch:
+    return collate_padded(split, indices, num_tokens)
 
 
 def evaluation_batches(
-    split: CompactSplit, config: TrainConfig, rank: int = 0, world_size: int = 1, pin_memory: bool = False
+    split: MemmapDataset, config: TrainConfig, rank: int = 0, world_size: int = 1, pin_memory: bool = False
 ) -> Iterable[Any]:
     """This rank's share of the evaluation set in file order; every example belongs to exactly one rank."""
     mine = list(range(rank, len(split), world_size))
     if config.scoring.name == "published":
         batches = [mine[start : start + config.eval_bs] for start in range(0, len(mine), config.eval_bs)]
     else:
-        batches = by_rows(mine, split.example_rows, config.eval_bs * config.data.max_seq_length)
+        batches = batch_by_token_budget(mine, split.example_rows, config.eval_bs * config.data.max_seq_length)
     loader = DataLoader(
-        _Batches(split, collate_for(config)),
+        _BatchDataset(split, collate_for(config)),
         sampler=batches,
         batch_size=None,
         num_workers=config.data.num_workers,
-        worker_init_fn=live_and_die_with_the_rank,
+        worker_init_fn=worker_init_fn,
         pin_memory=pin_memory,
     )
-    return _ahead(loader)
+    return _prefetch(loader)
 
 
-def by_rows(examples: List[int], rows: Any, most: int) -> List[List[int]]:
+def batch_by_token_budget(examples: List[int], rows: Any, most: int) -> List[List[int]]:
     """Cut a list of examples into batches of at most so many rows, in order; a longer example has one of its own.
 
     Args:
@@ -78,12 +78,12 @@ def by_rows(examples: List[int], rows: Any, most: int) -> List[List[int]]:
     return batches
 
 
-def _ahead(loader: "DataLoader[Any]") -> Iterable[Any]:
+def _prefetch(loader: "DataLoader[Any]") -> Iterable[Any]:
     """Loader processes are ahead by themselves."""
-    return LoaderProcesses(loader) if loader.num_workers else Ahead(loader)
+    return SignalSafeDataLoader(loader) if loader.num_workers else PrefetchIterator(loader)
 
 
-class _Waited:
+class _TimedIterator:
     """An iterable that tells how long each of its items was waited for."""
 
     def __init__(self, source: Iterable[Any], tell: Callable[[float], None]) -> None:
@@ -97,13 +97,13 @@ class _Waited:
             start = time.perf_counter()
 
 
-class RecordData(pl.LightningDataModule):
+class RecordDataModule(pl.LightningDataModule):
     """Training batches of this rank, from any step on."""
 
     def __init__(
         self,
         config: TrainConfig,
-        split: CompactSplit,
+        split: MemmapDataset,
         steps_done: Callable[[], int],
         pin_memory: bool,
         synchronize: Callable[[], None],
@@ -121,28 +121,28 @@ class RecordData(pl.LightningDataModule):
         self._config, self.split = config, split
         self._steps_done = steps_done
         self._pin_memory, self._synchronize = pin_memory, synchronize
-        self.waited = 0.0
+        self.data_wait_s = 0.0
         """Seconds that training has waited for batches and for their way to the device."""
 
-    def sampler(self, start: int, rank: int) -> EndlessBatches:
+    def sampler(self, start: int, rank: int) -> InfiniteDistributedBatchSampler:
         """The order of this run's batches for a rank."""
-        return order_of(self._config, self.split, rank, start)
+        return build_train_sampler(self._config, self.split, rank, start)
 
     def train_dataloader(self) -> Iterable[Any]:
         """Endless; the run ends by its own rules."""
         assert self.trainer is not None
         loader = DataLoader(
-            _Batches(self.split, collate_for(self._config)),
+            _BatchDataset(self.split, collate_for(self._config)),
             sampler=self.sampler(self._steps_done(), self.trainer.global_rank),
             batch_size=None,
             num_workers=self._config.data.num_workers,
-            worker_init_fn=live_and_die_with_the_rank,
+            worker_init_fn=worker_init_fn,
             pin_memory=self._pin_memory,
         )
-        return _Waited(_ahead(loader), self._wait)
+        return _TimedIterator(_prefetch(loader), self._add_wait)
 
-    def _wait(self, seconds: float) -> None:
-        self.waited += seconds
+    def _add_wait(self, seconds: float) -> None:
+        self.data_wait_s += seconds
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
         """Called by Lightning before each step."""
@@ -151,5 +151,5 @@ class RecordData(pl.LightningDataModule):
         start = time.perf_counter()
         moved = batch.to(device, non_blocking=self._pin_memory)
         self._synchronize()
-        self._wait(time.perf_counter() - start)
+        self._add_wait(time.perf_counter() - start)
         return moved

@@ -14,13 +14,13 @@ import numpy as np
 
 from lit_glm.errors import InputError
 
-WIDE = ("text", "target", "logit_mask", "position")
+TOKEN_MATRICES = ("text", "target", "logit_mask", "position")
 """[C, S] each; position [2 C, S]: positions and block positions in turn."""
-TRAIN_GROUPS = WIDE + ("mask", "choice_start_end")
+TRAIN_GROUPS = TOKEN_MATRICES + ("mask", "choice_start_end")
 EVAL_GROUPS = TRAIN_GROUPS + ("answer_idx", "answer_start_end")
 
 
-def check_there(path: Path) -> None:
+def require_file(path: Path) -> None:
     """Say that a data file is missing.
 
     Raises:
@@ -47,7 +47,7 @@ class SparseReader:
             InputError: if the file is missing, is no HDF5 file, is cut short, or lacks a group.
         """
         self.path = Path(path)
-        check_there(self.path)
+        require_file(self.path)
         try:
             self._file = h5py.File(self.path, "r")
         except OSError as error:
@@ -180,7 +180,7 @@ class SparseWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
         self._file = h5py.File(self._temporary, "w")
-        self._wide = {name: _Growing(self._file.create_group(name)) for name in WIDE}
+        self._wide = {name: _GrowingCSR(self._file.create_group(name)) for name in TOKEN_MATRICES}
         self._separators: List[Any] = []
         self._ranges: List[Tuple[int, int]] = []
         self._answers: List[int] = []
@@ -222,7 +222,7 @@ class SparseWriter:
             ("answer_idx", np.asarray(self._answers, dtype=np.int64).reshape(1, -1)),
             ("answer_start_end", np.asarray(self._answer_ranges, dtype=np.int64).reshape(-1, 2)),
         ):
-            growing = _Growing(self._file.create_group(name))
+            growing = _GrowingCSR(self._file.create_group(name))
             rows, indices = np.nonzero(dense)
             growing.add(np.bincount(rows, minlength=len(dense)), indices, dense[rows, indices])
             growing.finish(*dense.shape)
@@ -236,7 +236,7 @@ class SparseWriter:
         self._temporary.unlink()
 
 
-class _Growing:
+class _GrowingCSR:
     """One CSR matrix that rows are appended to."""
 
     _BUFFER = 1 << 18  # entries kept in memory before they are written

@@ -9,10 +9,10 @@ from typing import Any, Dict
 from lit_glm.data.h5sparse import SparseReader
 from lit_glm.data.memmap_dataset import CandidateRows
 from lit_glm.errors import InputError
-from lit_glm.isolated_process import Progress
+from lit_glm.isolated_process import ReportProgress
 
 
-def look(path: Path, needs_answers: bool, _progress: Progress) -> Dict[str, Any]:
+def summarise_hdf5(path: Path, needs_answers: bool, _progress: ReportProgress) -> Dict[str, Any]:
     """What is worth knowing of an HDF5 file.
 
     Args:

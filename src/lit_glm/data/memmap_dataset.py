@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 
 import numpy as np
 
-from lit_glm.atomic_files import one_at_a_time
-from lit_glm.data.h5sparse import SparseReader, check_there
+from lit_glm.atomic_files import file_lock
+from lit_glm.data.h5sparse import SparseReader, require_file
 from lit_glm.errors import InputError
-from lit_glm.isolated_process import Progress, call_apart
+from lit_glm.isolated_process import ReportProgress, call_isolated
 
 if TYPE_CHECKING:  # the isolated process that builds a cache imports no more than numpy and h5py
     from lit_glm.config.schema import DataConfig, ModelConfig
 
-VERSION = 3
-ARRAYS = {
+CACHE_VERSION = 3
+CACHE_ARRAYS = {
     "context_tokens": np.int32,  # contexts of all groups
     "group_context_end": np.int64,  # [G] end of each group's context in context_tokens
     "group_candidates": np.int32,  # [G] number of candidates
@@ -43,7 +43,7 @@ ARRAYS = {
 }
 
 
-class CompactSplit:
+class MemmapDataset:
     """The examples of one HDF5 file, read only."""
 
     def __init__(self, folder: Path, source: Path) -> None:
@@ -54,7 +54,7 @@ class CompactSplit:
         """
         self.source = source
         self.meta: Dict[str, Any] = json.loads((folder / "meta.json").read_text())
-        for name, dtype in ARRAYS.items():
+        for name, dtype in CACHE_ARRAYS.items():
             size = self.meta["sizes"][name]
             if (folder / name).stat().st_size != size * np.dtype(dtype).itemsize:
                 raise ValueError(f"{folder / name} has the wrong size")
@@ -90,7 +90,7 @@ class CompactSplit:
         start, stop = self.example_answer_end[example], self.example_answer_end[example + 1]
         return tuple(int(answer) for answer in self.answers[start:stop])
 
-    def check_fits(self, vocab_size: int, max_sequence_length: int, max_seq_length: int) -> None:
+    def check_fits_model(self, vocab_size: int, max_sequence_length: int, max_seq_length: int) -> None:
         """Check that a model can take these examples.
 
         Raises:
@@ -118,7 +118,7 @@ class CompactSplit:
             )
 
 
-def open_data(data: "DataConfig", model: "ModelConfig") -> Tuple[CompactSplit, CompactSplit]:
+def open_datasets(data: "DataConfig", model: "ModelConfig") -> Tuple[MemmapDataset, MemmapDataset]:
     """Open training and evaluation data and check that the model can take them.
 
     Called once before any rank starts, so that errors are said once and the compact form is made once; then by each
@@ -142,23 +142,23 @@ def open_data(data: "DataConfig", model: "ModelConfig") -> Tuple[CompactSplit, C
             transient=True,
         ) as bar:
             task = bar.add_task("")
-            split = open_split(
+            split = open_dataset(
                 source,
                 needs_answers,
                 data.cache_dir,
                 lambda done, total, bar=bar, task=task: bar.update(task, completed=done, total=total),  # type: ignore[misc]
             )
-        split.check_fits(model.vocab_size, model.max_sequence_length, data.max_seq_length)
+        split.check_fits_model(model.vocab_size, model.max_sequence_length, data.max_seq_length)
         splits.append(split)
     return splits[0], splits[1]
 
 
-def open_split(
+def open_dataset(
     source: "str | os.PathLike[str]",
     needs_answers: bool,
     cache_dir: Optional[str],
-    progress: Optional[Progress] = None,
-) -> CompactSplit:
+    progress: Optional[ReportProgress] = None,
+) -> MemmapDataset:
     """Open the compact form of an HDF5 file, and make it first where it is missing, stale or damaged.
 
     Args:
@@ -171,38 +171,40 @@ def open_split(
         InputError: if the file is missing, broken, or breaks a rule of the layout; names file and place.
     """
     path = Path(source).absolute()
-    check_there(path)
+    require_file(path)
     if cache_dir is not None:
         stat = path.stat()
-        identity = f"{VERSION}|{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{needs_answers}"
+        identity = f"{CACHE_VERSION}|{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{needs_answers}"
         folder = Path(cache_dir).expanduser() / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
         try:
-            return CompactSplit(folder, path)
+            return MemmapDataset(folder, path)
         except (OSError, ValueError, KeyError):
             pass
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with one_at_a_time(folder.with_name(f"{folder.name}.lock")):
-                return _make(folder, path, needs_answers, progress)
+            with file_lock(folder.with_name(f"{folder.name}.lock")):
+                return _build_cache_in(folder, path, needs_answers, progress)
         except OSError:
             pass  # a cache that cannot be written is no reason not to run
     with tempfile.TemporaryDirectory(prefix="lit_glm-") as temporary:
-        call_apart(convert, path, needs_answers, Path(temporary), progress=progress)
-        return CompactSplit(Path(temporary), path)  # the mapped files live on after they are removed
+        call_isolated(build_cache, path, needs_answers, Path(temporary), progress=progress)
+        return MemmapDataset(Path(temporary), path)  # the mapped files live on after they are removed
 
 
-def _make(folder: Path, source: Path, needs_answers: bool, progress: Optional[Progress]) -> CompactSplit:
+def _build_cache_in(
+    folder: Path, source: Path, needs_answers: bool, progress: Optional[ReportProgress]
+) -> MemmapDataset:
     try:
-        return CompactSplit(folder, source)  # another run has made it while this one waited
+        return MemmapDataset(folder, source)  # another run has made it while this one waited
     except (OSError, ValueError, KeyError):
         pass
     temporary = Path(tempfile.mkdtemp(prefix=folder.name + ".part-", dir=str(folder.parent)))
     try:
-        call_apart(convert, source, needs_answers, temporary / "new", progress=progress)
+        call_isolated(build_cache, source, needs_answers, temporary / "new", progress=progress)
         if folder.exists():  # damaged, and moved as a whole: nobody may take halves of two for one
             os.rename(folder, temporary / "old")
         os.rename(temporary / "new", folder)
-        return CompactSplit(folder, source)
+        return MemmapDataset(folder, source)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -210,7 +212,7 @@ def _make(folder: Path, source: Path, needs_answers: bool, progress: Optional[Pr
 _ROWS_AT_ONCE = 4096
 
 
-def convert(path: Path, needs_answers: bool, folder: Path, progress: Optional[Progress] = None) -> None:
+def build_cache(path: Path, needs_answers: bool, folder: Path, progress: Optional[ReportProgress] = None) -> None:
     """Convert a file.
 
     Args:
@@ -234,9 +236,11 @@ def convert(path: Path, needs_answers: bool, folder: Path, progress: Optional[Pr
         empty = np.flatnonzero(choices[:, 0] == choices[:, 1])
         if len(empty):
             raise InputError(f"{path}: example {empty[0]} has no candidates, so none that is right")
-        answers, answer_ends = _answers(reader, choices) if needs_answers else (np.zeros(0), np.zeros(len(choices)))
-        files = {name: open(folder / name, "wb") for name in ARRAYS}  # noqa: SIM115
-        writer = _Writer(files)
+        answers, answer_ends = (
+            _read_answers(reader, choices) if needs_answers else (np.zeros(0), np.zeros(len(choices)))
+        )
+        files = {name: open(folder / name, "wb") for name in CACHE_ARRAYS}  # noqa: SIM115
+        writer = _CacheWriter(files)
         try:
             first = 0
             while first < len(choices):  # whole examples, about _ROWS_AT_ONCE candidates at a time
@@ -253,11 +257,11 @@ def convert(path: Path, needs_answers: bool, folder: Path, progress: Optional[Pr
         finally:
             for file in files.values():
                 file.close()
-        meta = {"source": str(path), "sizes": writer.sizes, "num_tokens": reader.num_tokens, **writer.extremes}
+        meta = {"source": str(path), "sizes": writer.sizes, "num_tokens": reader.num_tokens, **writer.maxima}
     (folder / "meta.json").write_text(json.dumps(meta, default=int))
 
 
-def _answers(reader: SparseReader, choices: Any) -> Tuple[Any, Any]:
+def _read_answers(reader: SparseReader, choices: Any) -> Tuple[Any, Any]:
     answers = reader.vector("answer_idx")
     ranges = reader.pairs("answer_start_end")
     if len(ranges) != len(choices) or ranges[-1, 1] != len(answers):
@@ -321,25 +325,25 @@ class CandidateRows:
         refuse("position", ((position[:, 1] != expected) & within).any(1), "block positions must be 0, then 1, 2, ...")
 
 
-class _Writer:
+class _CacheWriter:
     def __init__(self, files: Dict[str, Any]) -> None:
         self._files = files
-        self.sizes = dict.fromkeys(ARRAYS, 0)
-        self.extremes: Dict[str, Tuple[int, int]] = {"max_token": (0, 0), "max_position": (0, 0), "max_length": (0, 0)}
+        self.sizes = dict.fromkeys(CACHE_ARRAYS, 0)
+        self.maxima: Dict[str, Tuple[int, int]] = {"max_token": (0, 0), "max_position": (0, 0), "max_length": (0, 0)}
 
     def put(self, name: str, values: Any) -> None:
-        array = np.asarray(values, dtype=ARRAYS[name])
+        array = np.asarray(values, dtype=CACHE_ARRAYS[name])
         array.tofile(self._files[name])
         self.sizes[name] += len(array)
 
-    def note(self, name: str, values: Any, first_row: int) -> None:
+    def track_max(self, name: str, values: Any, first_row: int) -> None:
         """Remember the largest value and its row, for messages that name the place."""
         row = int(np.argmax(values))
-        if values[row] > self.extremes[name][0]:
-            self.extremes[name] = (int(values[row]), first_row + row)
+        if values[row] > self.maxima[name][0]:
+            self.maxima[name] = (int(values[row]), first_row + row)
 
 
-def _add_examples(writer: _Writer, rows: CandidateRows, choices: Any) -> None:
+def _add_examples(writer: _CacheWriter, rows: CandidateRows, choices: Any) -> None:
     """Find the groups of each example and append everything, candidates group by group."""
     order: List[int] = []
     contexts: List[Any] = []
@@ -373,6 +377,6 @@ def _add_examples(writer: _Writer, rows: CandidateRows, choices: Any) -> None:
     writer.put("group_candidates", group_candidates)
     writer.put("example_candidate_end", choices[:, 1] + sizes["candidate_slot"] - len(place))
     writer.put("example_rows", example_rows)
-    writer.note("max_token", np.maximum(rows.text.max(1), rows.target.max(1)), rows.first)
-    writer.note("max_position", np.maximum(rows.separator - 1, rows.length), rows.first)
-    writer.note("max_length", rows.separator + rows.length, rows.first)
+    writer.track_max("max_token", np.maximum(rows.text.max(1), rows.target.max(1)), rows.first)
+    writer.track_max("max_position", np.maximum(rows.separator - 1, rows.length), rows.first)
+    writer.track_max("max_length", rows.separator + rows.length, rows.first)

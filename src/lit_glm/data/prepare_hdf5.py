@@ -13,56 +13,57 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 import lit_glm
 from lit_glm.atomic_files import write_json
-from lit_glm.data.cloze import Encoded, encode
+from lit_glm.data.cloze import EncodedExamples, encode_questions
 from lit_glm.data.h5sparse import SparseWriter
-from lit_glm.data.superglue_jsonl import Question, Skipped, read_questions
-from lit_glm.data.tokenizer import WordPieces
+from lit_glm.data.superglue_jsonl import Question, SkippedRecords, read_questions
+from lit_glm.data.tokenizer import WordPieceTokenizer
 from lit_glm.errors import InputError
 
 TRAIN_FILE = Path("train_hdf5/train_sparse.hdf5")
 EVAL_FILE = Path("eval_hdf5/eval_sparse.hdf5")
-NAMES_FILE = "eval_examples.jsonl"
+EXAMPLE_METADATA_FILE = "eval_examples.jsonl"
 """Beside the evaluation file: a line an example, in its order, with idx, candidates and answers as text."""
-MARKER = "prepared.json"
+PREPARED_MARKER = "prepared.json"
 """Says that the files of a folder were made by `prepare`."""
 _CHUNK = 64  # raw lines that a worker gets at once
 
 
 @dataclass
-class Built:
+class PreparedFile:
     """What became of one raw file."""
 
     path: Path
     examples: int
     candidates: int
-    cut: int
+    num_truncated: int
     """Candidates whose passage lost tokens."""
-    skipped: Skipped
+    skipped: SkippedRecords
 
     def report(self) -> str:
         """What was written and what was left out, for people."""
         lines = [
-            f"{self.path}: {self.examples} examples, {self.candidates} candidates, {self.cut} of them cut to length"
+            f"{self.path}: {self.examples} examples, {self.candidates} candidates, "
+            f"{self.num_truncated} of them truncated"
         ]
         if len(self.skipped):
             lines += [f"left out {len(self.skipped)}:", self.skipped.report()]
         return "\n".join(lines)
 
 
-_worker: Optional[Tuple[WordPieces, int]] = None
+_worker: Optional[Tuple[WordPieceTokenizer, int]] = None
 
 
 def _start_worker(vocab_file: str, max_seq_length: int) -> None:
     global _worker
-    _worker = WordPieces(vocab_file), max_seq_length
+    _worker = WordPieceTokenizer(vocab_file), max_seq_length
 
 
-def _work(questions: List[Question]) -> Encoded:
+def _encode_chunk(questions: List[Question]) -> EncodedExamples:
     assert _worker is not None
-    return encode(questions, *_worker)
+    return encode_questions(questions, *_worker)
 
 
-def _chunks(path: Path, train: bool, skipped: Skipped, read: List[int]) -> Iterator[List[Question]]:
+def _read_chunks(path: Path, train: bool, skipped: SkippedRecords, read: List[int]) -> Iterator[List[Question]]:
     waiting: List[Question] = []
     lines = 0
     for position, questions in read_questions(path, train, skipped):
@@ -75,24 +76,26 @@ def _chunks(path: Path, train: bool, skipped: Skipped, read: List[int]) -> Itera
     yield waiting
 
 
-def _encoded(chunks: Iterator[List[Question]], vocab_file: str, max_seq_length: int, workers: int) -> Iterator[Encoded]:
+def _encode_in_parallel(
+    chunks: Iterator[List[Question]], vocab_file: str, max_seq_length: int, workers: int
+) -> Iterator[EncodedExamples]:
     if workers < 1:
         _start_worker(vocab_file, max_seq_length)
-        yield from map(_work, chunks)
+        yield from map(_encode_chunk, chunks)
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with multiprocessing.get_context("spawn").Pool(workers, _start_worker, (vocab_file, max_seq_length)) as pool:
         # A bounded number of chunks is under way, so that a slow disk does not fill the memory.
         pending: List[Any] = []
         for chunk in chunks:
-            pending.append(pool.apply_async(_work, (chunk,)))
+            pending.append(pool.apply_async(_encode_chunk, (chunk,)))
             if len(pending) > 3 * workers:
                 yield pending.pop(0).get()
         for result in pending:
             yield result.get()
 
 
-def build_file(raw: Path, out: Path, train: bool, vocab_file: str, max_seq_length: int, workers: int) -> Built:
+def prepare_file(raw: Path, out: Path, train: bool, vocab_file: str, max_seq_length: int, workers: int) -> PreparedFile:
     """Turn one raw file into one HDF5 file.
 
     Args:
@@ -106,10 +109,10 @@ def build_file(raw: Path, out: Path, train: bool, vocab_file: str, max_seq_lengt
     Raises:
         InputError: if no line of the file can be used.
     """
-    skipped, read = Skipped(), [0]
-    built = Built(out, 0, 0, 0, skipped)
+    skipped, read = SkippedRecords(), [0]
+    built = PreparedFile(out, 0, 0, 0, skipped)
     writer = SparseWriter(out, max_seq_length)
-    names = out.parent / NAMES_FILE
+    names = out.parent / EXAMPLE_METADATA_FILE
     temporary = names.with_name(f".{names.name}.{os.getpid()}.part")
     bar = Progress(
         TextColumn(raw.name),
@@ -122,15 +125,15 @@ def build_file(raw: Path, out: Path, train: bool, vocab_file: str, max_seq_lengt
     try:
         with bar, temporary.open("w", encoding="utf-8") as index:
             task = bar.add_task("", total=raw.stat().st_size)
-            chunks = _chunks(raw, train, skipped, read)
-            for encoded in _encoded(chunks, vocab_file, max_seq_length, workers):
+            chunks = _read_chunks(raw, train, skipped, read)
+            for encoded in _encode_in_parallel(chunks, vocab_file, max_seq_length, workers):
                 writer.add(encoded.columns, encoded.separators, encoded.counts, encoded.right)
                 built.examples += len(encoded.counts)
                 built.candidates += len(encoded.separators)
                 for line in encoded.too_long:
                     skipped.add(f"query longer than data.max_seq_length={max_seq_length}", line)
                 for name in encoded.names:
-                    built.cut += sum(removed > 0 for removed in name["tokens_removed"])
+                    built.num_truncated += sum(removed > 0 for removed in name["tokens_removed"])
                     if not train:
                         index.write(json.dumps(name, ensure_ascii=False) + "\n")
                 bar.update(task, completed=read[0])
@@ -149,13 +152,15 @@ def build_file(raw: Path, out: Path, train: bool, vocab_file: str, max_seq_lengt
     return built
 
 
-def build(raw_dir: Path, out_dir: Path, vocab_file: str, max_seq_length: int, workers: int) -> List[Built]:
+def prepare_files(
+    raw_dir: Path, out_dir: Path, vocab_file: str, max_seq_length: int, workers: int
+) -> List[PreparedFile]:
     """Turn a folder with train.jsonl, val.jsonl or both into the published files.
 
     Raises:
         InputError: if neither is there, the vocabulary cannot be used, or other files would be overwritten.
     """
-    WordPieces(vocab_file)  # a wrong vocabulary is said before any work
+    WordPieceTokenizer(vocab_file)  # a wrong vocabulary is said before any work
     jobs = [
         (raw_dir / name, out_dir / out, train)
         for name, out, train in (("train.jsonl", TRAIN_FILE, True), ("val.jsonl", EVAL_FILE, False))
@@ -163,23 +168,23 @@ def build(raw_dir: Path, out_dir: Path, vocab_file: str, max_seq_length: int, wo
     ]
     if not jobs:
         raise InputError(f"data.raw_dir={raw_dir}: holds neither train.jsonl nor val.jsonl")
-    _check_free(out_dir, [out for _, out, _ in jobs])
+    _check_not_foreign(out_dir, [out for _, out, _ in jobs])
     built = []
     for raw, out, train in jobs:
-        built.append(build_file(raw, out, train, vocab_file, max_seq_length, workers))
-        write_json(out_dir / MARKER, {"lit_glm": lit_glm.__version__, "max_seq_length": max_seq_length})
+        built.append(prepare_file(raw, out, train, vocab_file, max_seq_length, workers))
+        write_json(out_dir / PREPARED_MARKER, {"lit_glm": lit_glm.__version__, "max_seq_length": max_seq_length})
     return built
 
 
-def _check_free(out_dir: Path, files: List[Path]) -> None:
+def _check_not_foreign(out_dir: Path, files: List[Path]) -> None:
     """Files of this program's may be made anew, no others.
 
     Raises:
         InputError: if files are there that it has not made.
     """
     foreign = [str(file) for file in files if file.exists()]
-    if foreign and not (out_dir / MARKER).is_file():
+    if foreign and not (out_dir / PREPARED_MARKER).is_file():
         raise InputError(
-            f"data.out_dir={out_dir}: holds {', '.join(foreign)}, which prepare has not made (no {MARKER}) and "
-            "would overwrite; choose another data.out_dir="
+            f"data.out_dir={out_dir}: contains {', '.join(foreign)}, which prepare did not create (no "
+            f"{PREPARED_MARKER}) and would overwrite; choose another data.out_dir="
         )

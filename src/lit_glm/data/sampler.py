@@ -14,7 +14,7 @@ from torch.utils.data import Sampler
 from lit_glm.config.schema import TrainConfig
 
 
-class EndlessBatches(Sampler):
+class InfiniteDistributedBatchSampler(Sampler):
     """The batches of one rank, epoch after epoch without end."""
 
     def __init__(
@@ -68,13 +68,13 @@ class EndlessBatches(Sampler):
     def __iter__(self) -> Iterator[List[int]]:
         epoch, first = divmod(self._start, self.steps_per_epoch)
         while True:
-            order = self.order(epoch)
+            order = self.epoch_order(epoch)
             width = self._batch_size * self._world_size
             for k in range(first, self.steps_per_epoch):
-                yield self._deal(order[k * width : (k + 1) * width])[self._rank]
+                yield self._split_over_ranks(order[k * width : (k + 1) * width])[self._rank]
             epoch, first = epoch + 1, 0
 
-    def order(self, epoch: int) -> Any:
+    def epoch_order(self, epoch: int) -> Any:
         """The examples of an epoch in the order in which all ranks together take them."""
         generator = torch.Generator()
         generator.manual_seed(self._seed + epoch)
@@ -85,21 +85,23 @@ class EndlessBatches(Sampler):
         total = -(-self._num_examples // self._world_size) * self._world_size
         return np.resize(order, total)  # wraps round to the start to give every rank the same number
 
-    def shares(self, step: int) -> List[List[int]]:
+    def rank_batches(self, step: int) -> List[List[int]]:
         """The examples of every rank in a step, counted from 1."""
         epoch, k = divmod(step - 1, self.steps_per_epoch)
         if epoch != self._ordered[0]:
-            self._ordered = (epoch, self.order(epoch))
+            self._ordered = (epoch, self.epoch_order(epoch))
         width = self._batch_size * self._world_size
-        return self._deal(self._ordered[1][k * width : (k + 1) * width])
+        return self._split_over_ranks(self._ordered[1][k * width : (k + 1) * width])
 
-    def _deal(self, batch: Any) -> List[List[int]]:
+    def _split_over_ranks(self, batch: Any) -> List[List[int]]:
         if self._lengths is None:
             return [[int(i) for i in batch[rank :: self._world_size]] for rank in range(self._world_size)]
-        return balanced(batch, self._lengths[batch], self._world_size)
+        return balance_by_length(batch, self._lengths[batch], self._world_size)
 
 
-def order_of(config: TrainConfig, split: Any, rank: int = 0, start: int = 0) -> EndlessBatches:
+def build_train_sampler(
+    config: TrainConfig, split: Any, rank: int = 0, start: int = 0
+) -> InfiniteDistributedBatchSampler:
     """The order of a run's training batches.
 
     Args:
@@ -112,7 +114,7 @@ def order_of(config: TrainConfig, split: Any, rank: int = 0, start: int = 0) -> 
     rows = split.example_rows
     if data.longest_first and config.scoring.name == "published":
         rows = np.diff(split.example_candidate_end)
-    return EndlessBatches(
+    return InfiniteDistributedBatchSampler(
         len(split),
         config.bs,
         rank,
@@ -124,7 +126,7 @@ def order_of(config: TrainConfig, split: Any, rank: int = 0, start: int = 0) -> 
     )
 
 
-def balanced(examples: Any, lengths: Any, world_size: int) -> List[List[int]]:
+def balance_by_length(examples: Any, lengths: Any, world_size: int) -> List[List[int]]:
     """Deal examples to ranks: the same number each, and as nearly as that allows the same total length.
 
     Longest first, always to the rank with the least so far that still has room. Every rank computes the same.

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lit_glm.data.h5sparse import SparseReader
-from lit_glm.isolated_process import Progress, call_apart
+from lit_glm.isolated_process import ReportProgress, call_isolated
 
 if TYPE_CHECKING:  # the process that reads a file on its own needs no more than numpy and h5py
-    from lit_glm.data.memmap_dataset import CompactSplit
+    from lit_glm.data.memmap_dataset import MemmapDataset
 
 
 @dataclass
-class Lengths:
+class SequenceLengths:
     """Of all examples, [N] each."""
 
     candidates: Any
@@ -26,7 +26,7 @@ class Lengths:
     """Of query and key in attention: n^2 + m (n + m) of each group of an example."""
 
     @classmethod
-    def of(cls, split: "CompactSplit") -> "Lengths":
+    def from_dataset(cls, split: "MemmapDataset") -> "SequenceLengths":
         """Of examples in the compact form."""
         ends = split.candidate_token_end[split.example_candidate_end]
         first = np.concatenate([[0], np.cumsum(split.group_candidates)])
@@ -37,19 +37,19 @@ class Lengths:
         return cls(np.diff(split.example_candidate_end), rows, np.diff(ends), pairs)
 
     @classmethod
-    def of_file(cls, path: Path) -> "Lengths":
+    def from_hdf5(cls, path: Path) -> "SequenceLengths":
         """Of an HDF5 file that nothing has converted yet: as if no truncation made an example's contexts differ.
 
         Raises:
             InputError: if the file cannot be read.
         """
-        return cls(*call_apart(_of_file, path))
+        return cls(*call_isolated(_read_lengths, path))
 
     def __len__(self) -> int:
         return len(self.rows)
 
 
-def _of_file(path: Path, _progress: Progress) -> Any:
+def _read_lengths(path: Path, _progress: ReportProgress) -> Any:
     with SparseReader(path, False) as reader:
         choices = reader.pairs("choice_start_end")
         tokens = reader.row_lengths("logit_mask")

@@ -37,7 +37,7 @@ class Question:
 
 
 @dataclass
-class Skipped:
+class SkippedRecords:
     """Lines and queries that could not be used, by reason."""
 
     lines: Dict[str, List[int]] = field(default_factory=dict)
@@ -58,12 +58,12 @@ class Skipped:
         return "\n".join(rows)
 
 
-def standardise(text: str) -> str:
+def normalise_punctuation(text: str) -> str:
     """Curly quotes and en dashes to plain ones; one character for one, so that offsets stay valid."""
     return text.translate(_PLAIN)
 
 
-def read_questions(path: Path, train: bool, skipped: Skipped) -> Iterator[Tuple[int, List[Question]]]:
+def read_questions(path: Path, train: bool, skipped: SkippedRecords) -> Iterator[Tuple[int, List[Question]]]:
     """Read a file of raw records.
 
     Args:
@@ -85,33 +85,33 @@ def read_questions(path: Path, train: bool, skipped: Skipped) -> Iterator[Tuple[
                 continue
             state = generator.getstate()
             try:
-                questions = _questions(_record(raw), number, train, generator, skipped)
-            except Unusable as error:
+                questions = _parse_questions(_parse_json(raw), number, train, generator, skipped)
+            except UnusableRecord as error:
                 skipped.add(str(error), number)
                 generator.setstate(state)  # the lines behind it are drawn as if it were not there
             else:
                 yield read, questions
 
 
-class Unusable(Exception):
+class UnusableRecord(Exception):
     """Why a line is left out."""
 
 
-def _record(raw: bytes) -> Any:
+def _parse_json(raw: bytes) -> Any:
     """A line as JSON whose texts can be written again."""
     try:
         record = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError):  # UnicodeDecodeError is one too
-        raise Unusable("not JSON") from None
+        raise UnusableRecord("not JSON") from None
     if _SURROGATE.search(raw):
         try:
             json.dumps(record, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError:
-            raise Unusable("half of a character (a lone surrogate)") from None
+            raise UnusableRecord("half of a character (a lone surrogate)") from None
     return record
 
 
-def _get(container: Any, key: str, kind: type, what: str) -> Any:
+def _require(container: Any, key: str, kind: type, what: str) -> Any:
     """An entry of an object.
 
     Raises:
@@ -119,7 +119,7 @@ def _get(container: Any, key: str, kind: type, what: str) -> Any:
     """
     value = container.get(key) if isinstance(container, dict) else None
     if not isinstance(value, kind):
-        raise Unusable(what)
+        raise UnusableRecord(what)
     return value
 
 
@@ -127,42 +127,46 @@ def _entities(text: str, spans: List[Any]) -> List[str]:
     """Distinct texts of spans, sorted; a span's end belongs to it."""
     found = set()
     for span in spans:
-        start, end = (_place(span, key) for key in ("start", "end"))
+        start, end = (_offset(span, key) for key in ("start", "end"))
         if start < 0 or end < 0:
-            raise Unusable("an entity at a negative place")
+            raise UnusableRecord("an entity at a negative place")
         if end < start:
-            raise Unusable("an entity that ends before it starts")
+            raise UnusableRecord("an entity that ends before it starts")
         if end >= len(text):
-            raise Unusable("an entity beyond the text")
+            raise UnusableRecord("an entity beyond the text")
         found.add(text[start : end + 1])
     return sorted(found)
 
 
-def _place(span: Any, key: str) -> int:
+def _offset(span: Any, key: str) -> int:
     value = span.get(key) if isinstance(span, dict) else None
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     if isinstance(value, bool) or not whole:
-        raise Unusable("an entity whose place is no whole number")
+        raise UnusableRecord("an entity whose place is no whole number")
     return int(value)  # type: ignore[arg-type]
 
 
-def _questions(record: Any, line: int, train: bool, generator: random.Random, skipped: Skipped) -> List[Question]:
-    passage = _get(record, "passage", dict, "not a ReCoRD record")
-    text = standardise(_get(passage, "text", str, "no text"))
-    entities = _entities(text, _get(passage, "entities", list, "no entities"))
-    queries = _get(record, "qas", list, "no questions")
+def _parse_questions(
+    record: Any, line: int, train: bool, generator: random.Random, skipped: SkippedRecords
+) -> List[Question]:
+    passage = _require(record, "passage", dict, "not a ReCoRD record")
+    text = normalise_punctuation(_require(passage, "text", str, "no text"))
+    entities = _entities(text, _require(passage, "entities", list, "no entities"))
+    queries = _require(record, "qas", list, "no questions")
     if not queries:
-        raise Unusable("no questions")
+        raise UnusableRecord("no questions")
     if "idx" not in record:
-        raise Unusable("no idx")
+        raise UnusableRecord("no idx")
     found: List[Question] = []
     for query in queries:
-        pieces = standardise(_get(query, "query", str, "a question without text")).split(_PLACEHOLDER)
+        pieces = normalise_punctuation(_require(query, "query", str, "a question without text")).split(_PLACEHOLDER)
         given = query.get("answers") or []
         if not isinstance(given, list) or "idx" not in query:
-            raise Unusable("a question without idx, or with answers that are no list")
+            raise UnusableRecord("a question without idx, or with answers that are no list")
         # The reference keeps answers in a set; ascending order is one of its orders and the one of the golden files.
-        answers = sorted({standardise(_get(answer, "text", str, "an answer without text")) for answer in given})
+        answers = sorted(
+            {normalise_punctuation(_require(answer, "text", str, "an answer without text")) for answer in given}
+        )
         if len(pieces) != 2:
             skipped.add("no @placeholder" if len(pieces) < 2 else "more than one @placeholder", line)
         elif not answers:
@@ -176,13 +180,19 @@ def _questions(record: Any, line: int, train: bool, generator: random.Random, sk
                 "answers": answers,
             }
             ids = (record["idx"], query["idx"])
-            found += _of_training(ids, entities, generator, common) if train else _of_evaluation(ids, entities, common)
+            found += (
+                _training_questions(ids, entities, generator, common)
+                if train
+                else _evaluation_questions(ids, entities, common)
+            )
             if not train and not any(entity in answers for entity in entities):
                 skipped.add("no right answer among the entities", line)
     return found
 
 
-def _of_training(ids: Any, entities: List[str], generator: random.Random, common: Dict[str, Any]) -> List[Question]:
+def _training_questions(
+    ids: Any, entities: List[str], generator: random.Random, common: Dict[str, Any]
+) -> List[Question]:
     """A question for each right answer, with at most nine wrong ones."""
     found = []
     for number, answer in enumerate(common["answers"]):
@@ -195,7 +205,7 @@ def _of_training(ids: Any, entities: List[str], generator: random.Random, common
     return found
 
 
-def _of_evaluation(ids: Any, entities: List[str], common: Dict[str, Any]) -> List[Question]:
+def _evaluation_questions(ids: Any, entities: List[str], common: Dict[str, Any]) -> List[Question]:
     """One question with all entities, if a right one is among them."""
     right = [place for place, entity in enumerate(entities) if entity in common["answers"]]
     guid = f"dev-p{ids[0]}-q{ids[1]}"

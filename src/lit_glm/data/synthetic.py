@@ -14,9 +14,9 @@ import tempfile
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
-from lit_glm.atomic_files import one_at_a_time, write_text
+from lit_glm.atomic_files import file_lock, write_text
 from lit_glm.config.schema import DataConfig
-from lit_glm.data.prepare_hdf5 import build
+from lit_glm.data.prepare_hdf5 import prepare_files
 from lit_glm.errors import InputError
 
 _NAMES = (  # few, so that each is seen often and none goes with a place
@@ -53,14 +53,14 @@ _QUERIES = ("Here @placeholder came {rank} .", "So @placeholder was {rank} .", "
 _VERSION = 1  # of what is generated; a new one gives new folders
 
 
-def vocabulary() -> List[str]:
+def synthetic_vocabulary() -> List[str]:
     """The word pieces that cover the corpus, command tokens first."""
     texts = [*_NAMES, *_RANKS, *_PLACES, *_DAYS, *_VERBS, *_OPENINGS, *_HIGHLIGHTS, *_QUERIES, "- ."]
     words = {word.lower() for text in texts for word in text.replace("@placeholder", "").split() if "{" not in word}
     return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(words)]
 
 
-def _record(generator: random.Random, number: int) -> Dict[str, Any]:
+def _make_record(generator: random.Random, number: int) -> Dict[str, Any]:
     names = generator.sample(_NAMES, len(_RANKS))
     words = {"place": generator.choice(_PLACES), "day": generator.choice(_DAYS)}
     text = generator.choice(_OPENINGS).format(**words)
@@ -81,18 +81,18 @@ def _record(generator: random.Random, number: int) -> Dict[str, Any]:
     }
 
 
-def write_raw(folder: Path, seed: int, num_train: int, num_eval: int) -> None:
+def write_synthetic_jsonl(folder: Path, seed: int, num_train: int, num_eval: int) -> None:
     """Write train.jsonl, val.jsonl and vocab.txt; the same bytes for the same arguments."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = random.Random(seed)
     for name, count, first in (("train.jsonl", num_train, 0), ("val.jsonl", num_eval, num_train)):
         with (folder / name).open("w", encoding="utf-8") as file:
             for number in range(first, first + count):
-                file.write(json.dumps(_record(generator, number)) + "\n")
-    (folder / "vocab.txt").write_text("\n".join(vocabulary()) + "\n", encoding="utf-8")
+                file.write(json.dumps(_make_record(generator, number)) + "\n")
+    (folder / "vocab.txt").write_text("\n".join(synthetic_vocabulary()) + "\n", encoding="utf-8")
 
 
-def ensure(data: DataConfig) -> None:
+def ensure_synthetic_data(data: DataConfig) -> None:
     """Generate the corpus and put it through `prepare`, unless that was done before with the same settings.
 
     Raises:
@@ -114,7 +114,7 @@ def ensure(data: DataConfig) -> None:
         return
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with one_at_a_time(out.with_name(f".{out.name}.lock")):
+        with file_lock(out.with_name(f".{out.name}.lock")):
             if not is_there():  # else another run has generated it meanwhile
                 _generate(data, marker, settings, stamp, is_there)
     except OSError as error:
@@ -126,12 +126,12 @@ def _generate(data: DataConfig, marker: Path, settings: List[int], stamp: str, i
     out = marker.parent
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.part-", dir=str(out.parent)))
     try:
-        write_raw(temporary / "raw", data.synthetic.seed, data.synthetic.num_train, data.synthetic.num_eval)
-        build(temporary / "raw", temporary, str(temporary / "raw" / "vocab.txt"), data.max_seq_length, 0)
+        write_synthetic_jsonl(temporary / "raw", data.synthetic.seed, data.synthetic.num_train, data.synthetic.num_eval)
+        prepare_files(temporary / "raw", temporary, str(temporary / "raw" / "vocab.txt"), data.max_seq_length, 0)
         (temporary / marker.name).write_text(json.dumps({"stamp": stamp, "settings": settings}))
         if is_there():
             return  # a file system without locks: another run was faster
-        _put(temporary, out, marker)
+        _install(temporary, out, marker)
     except OSError:
         if not is_there():
             raise
@@ -139,7 +139,7 @@ def _generate(data: DataConfig, marker: Path, settings: List[int], stamp: str, i
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _put(made: Path, out: Path, marker: Path) -> None:
+def _install(made: Path, out: Path, marker: Path) -> None:
     """Move what was made to its folder; what else is there stays.
 
     Raises:

@@ -20,7 +20,7 @@ def _lower_sigma(text: str) -> str:
     return re.sub(r"\S*\u03a3\S*", lower, text) if "\u03a3" in text else text
 
 
-class WordPieces:
+class WordPieceTokenizer:
     """BERT's uncased word pieces with GLM's command tokens.
 
     Command tokens are recognised anywhere in a text, case-sensitively; the rest is cleaned, lower-cased, stripped of

@@ -63,7 +63,7 @@ def make_accelerator(runtime: Runtime, name: str) -> ChipAccelerator:
     return accelerator
 
 
-class _OptimizersKnown:
+class _OptimizerWrappingMixin:
     """Tells the precision plugin of the optimizers: after the move to the device, before a checkpoint is restored."""
 
     def setup_optimizers(self, trainer: Any) -> None:
@@ -71,11 +71,11 @@ class _OptimizersKnown:
         getattr(self.precision_plugin, "wrap_optimizers", lambda _: None)(self.optimizers)  # type: ignore[attr-defined]
 
 
-class ChipStrategy(_OptimizersKnown, SingleDeviceStrategy):
+class ChipStrategy(_OptimizerWrappingMixin, SingleDeviceStrategy):
     """One device, no process group."""
 
 
-class ChipDDPStrategy(_OptimizersKnown, DDPStrategy):
+class ChipDDPStrategy(_OptimizerWrappingMixin, DDPStrategy):
     """Data parallel over any backend: nothing in it assumes CUDA."""
 
     def determine_ddp_device_ids(self) -> None:
@@ -89,7 +89,11 @@ class ChipDDPStrategy(_OptimizersKnown, DDPStrategy):
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """Objects travel as tensors on the chip."""
-        return object_collectives.broadcast(obj, self.root_device, src) if torch.distributed.is_initialized() else obj
+        return (
+            object_collectives.broadcast_object(obj, self.root_device, src)
+            if torch.distributed.is_initialized()
+            else obj
+        )
 
     def reduce(self, tensor: Any, group: Optional[Any] = None, reduce_op: Any = "mean") -> Any:
         """Sum and divide: not every backend has an average."""

@@ -17,31 +17,33 @@ from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Tuple
 
 from lit_glm.config.schema import HardwareConfig
-from lit_glm.hardware.monitors import MONITORS, Monitor, Reading, card_of
-from lit_glm.process_utils import die_with_parent
+from lit_glm.hardware.monitors import MONITORS, DeviceReading, Monitor, physical_device_index
+from lit_glm.process_utils import set_parent_death_signal
 
-FILE = "devices.csv"
-COLUMNS = ("time_s", "node", "card", "mem_gib", "power_w", "temperature_c", "utilisation")
+DEVICES_FILE = "devices.csv"
+COLUMNS = ("time_s", "node", "device", "mem_gib", "power_w", "temperature_c", "utilisation")
 _LAST_S = 15.0  # a monitor that hangs must not hold up the end of a run
 
 
-def monitor_of(hardware: HardwareConfig) -> Optional[Monitor]:
+def monitor_for(hardware: HardwareConfig) -> Optional[Monitor]:
     """What can be asked of a chip's cards; None where they are pretended, or nothing is known to ask.
 
     Which runtime auto will take is not known yet: of those with the same tool, the one whose variable hides cards.
     """
     names = hardware.runtimes if hardware.runtime == "auto" else [hardware.runtime]
     known = [MONITORS[name] for name in names if name in MONITORS]
-    return next((monitor for monitor in known if monitor.visible in os.environ), known[0] if known else None)
+    return next(
+        (monitor for monitor in known if monitor.visible_devices_variable in os.environ), known[0] if known else None
+    )
 
 
-def file_of(run_dir: Path, node: int) -> Path:
+def readings_file(run_dir: Path, node: int) -> Path:
     """Where the readings of a node are."""
-    return run_dir / FILE if node == 0 else run_dir / "nodes" / str(node) / FILE
+    return run_dir / DEVICES_FILE if node == 0 else run_dir / "nodes" / str(node) / DEVICES_FILE
 
 
 @contextmanager
-def devices_watched(hardware: HardwareConfig, file: Path, node: int, devices: int, begun: float) -> Iterator[None]:
+def monitor_devices(hardware: HardwareConfig, file: Path, node: int, devices: int, begun: float) -> Iterator[None]:
     """Have the cards of a node read as long as this lasts.
 
     Args:
@@ -51,11 +53,15 @@ def devices_watched(hardware: HardwareConfig, file: Path, node: int, devices: in
         devices: cards of it in use; the first visible ones.
         begun: `time.monotonic()` at which `time_s` is 0.
     """
-    monitor = monitor_of(hardware)
+    monitor = monitor_for(hardware)
     if monitor is None:
         yield
         return
-    cards = [card_of(index, monitor.visible) for index in range(devices)] if monitor.visible else []
+    cards = (
+        [physical_device_index(index, monitor.visible_devices_variable) for index in range(devices)]
+        if monitor.visible_devices_variable
+        else []
+    )
     wanted = "-" if None in cards or not cards else ",".join(map(str, cards))
     name = next(name for name, other in MONITORS.items() if other is monitor)
     arguments = [name, str(file), str(node), repr(hardware.monitor_interval_s), repr(begun), wanted]
@@ -81,7 +87,7 @@ def _text(value: Optional[float]) -> str:
     return "" if value is None else f"{value:.9g}"
 
 
-def line_of(time_s: float, node: int, reading: Reading) -> str:
+def format_reading(time_s: float, node: int, reading: DeviceReading) -> str:
     """A line of the table."""
     gib = None if reading.used_mib is None else reading.used_mib / 1024
     values = (gib, reading.power_w, reading.temperature_c, reading.utilisation)
@@ -90,7 +96,7 @@ def line_of(time_s: float, node: int, reading: Reading) -> str:
 
 def main(arguments: List[str]) -> int:
     """Read until nobody wants it any more."""
-    die_with_parent()
+    set_parent_death_signal()
     name, path, node, every, begun, wanted = arguments
     cards = None if wanted == "-" else [int(card) for card in wanted.split(",")]
     read, file = MONITORS[name].read, Path(path)
@@ -103,7 +109,7 @@ def main(arguments: List[str]) -> int:
         while True:
             for reading in read():
                 if cards is None or reading.index in cards:
-                    table.write(line_of(time.monotonic() - float(begun), int(node), reading))
+                    table.write(format_reading(time.monotonic() - float(begun), int(node), reading))
             table.flush()
             if ended:
                 return 0
@@ -113,7 +119,7 @@ def main(arguments: List[str]) -> int:
                 ended = bool(ready) and not os.read(0, 4096)
 
 
-class WatchedMemory:
+class MonitoredMemory:
     """Memory of a rank's card as the node's watch has written it; reads what is new in the file, and asks nobody."""
 
     def __init__(self) -> None:
@@ -132,9 +138,9 @@ class WatchedMemory:
             index: of the device among the visible ones.
             visible: the variable that says which cards are visible.
         """
-        self._file, self._card = file, card_of(index, visible)
+        self._file, self._card = file, physical_device_index(index, visible)
 
-    def look(self) -> None:
+    def update(self) -> None:
         """Take what has been written meanwhile."""
         if self._file is None or self._card is None or not self._file.is_file():
             return
@@ -151,11 +157,11 @@ class WatchedMemory:
 
     def peak(self) -> Optional[float]:
         """Largest reading, bytes; None without one."""
-        self.look()
+        self.update()
         return self._peak
 
 
-def readings_of(file: Path) -> Dict[Tuple[str, str], List[Dict[str, Optional[float]]]]:
+def load_readings(file: Path) -> Dict[Tuple[str, str], List[Dict[str, Optional[float]]]]:
     """Readings of each (node, card), in the order of their times; torn lines are left out."""
     found: Dict[Tuple[str, str], List[Dict[str, Optional[float]]]] = {}
     try:

@@ -6,7 +6,7 @@ from typing import List
 from lit_glm.config.schema import HardwareConfig
 
 
-def set_environment(hardware: HardwareConfig) -> List[str]:
+def set_hardware_env(hardware: HardwareConfig) -> List[str]:
     """Set the variables of a hardware file, before its runtime is imported and never over the user's.
 
     Returns:

@@ -4,7 +4,7 @@ from typing import Any, Dict
 
 from torch import Tensor
 
-from lit_glm.compat import multiply_all
+from lit_glm.compat import multiply_all_
 from lit_glm.config.schema import LossScaleConfig
 
 _FACTOR = 2.0
@@ -23,14 +23,14 @@ class DynamicLossScale:
         self._forgiven_left = config.hysteresis - 1
         self._good_steps = 0
 
-    def multiply(self, loss: Tensor) -> Tensor:
+    def scale_loss(self, loss: Tensor) -> Tensor:
         """The loss that is differentiated."""
         return loss * self.scale
 
-    def divide(self, optimizer: Any) -> None:
+    def unscale_(self, optimizer: Any) -> None:
         """Take the scale out of the gradients of an optimizer's parameters."""
         parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-        multiply_all([parameter.grad for parameter in parameters if parameter.grad is not None], 1.0 / self.scale)
+        multiply_all_([parameter.grad for parameter in parameters if parameter.grad is not None], 1.0 / self.scale)
 
     def update(self, overflow: bool) -> None:
         """Count a step.
@@ -72,12 +72,12 @@ class VendorLossScale:
         """What the next loss is multiplied with."""
         return float(self._scaler.get_scale())
 
-    def multiply(self, loss: Tensor) -> Tensor:
+    def scale_loss(self, loss: Tensor) -> Tensor:
         """The loss that is differentiated."""
         scaled: Tensor = self._scaler.scale(loss)
         return scaled
 
-    def divide(self, optimizer: Any) -> None:
+    def unscale_(self, optimizer: Any) -> None:
         """Take the scale out of the gradients; the scaler notes overflows meanwhile."""
         self._scaler.unscale_(optimizer)
 

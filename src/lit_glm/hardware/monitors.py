@@ -20,7 +20,7 @@ _FIRST_S = 0.1  # between the first two readings of a counter
 
 
 @dataclass(frozen=True)
-class Reading:
+class DeviceReading:
     """One card at one moment."""
 
     index: int
@@ -32,7 +32,7 @@ class Reading:
     """Percent."""
 
 
-def _number(field: str, unit: str = "") -> float:
+def _parse_number(field: str, unit: str = "") -> float:
     text = field[: -len(unit)] if unit and field.endswith(unit) else field
     value = float(text)
     if not 0 <= value < 1e9:
@@ -40,22 +40,22 @@ def _number(field: str, unit: str = "") -> float:
     return value
 
 
-def _readings(
+def _parse_readings(
     lines: Sequence[str], fields: Tuple[int, ...], index_of: Callable[[List[str], int], int]
-) -> List[Reading]:
+) -> List[DeviceReading]:
     """Read lines by the places of temperature, power, used, total, utilisation (from 1)."""
-    found: List[Reading] = []
+    found: List[DeviceReading] = []
     for number, line in enumerate(lines):
         words = line.split()
         try:
             temperature, power, used, total, utilisation = (words[place - 1] for place in fields)
-            reading = Reading(
+            reading = DeviceReading(
                 index_of(words, number),
-                _number(temperature, "C"),
-                _number(power, "W"),
-                _number(used, "MiB"),
-                _number(total, "MiB"),
-                _number(utilisation, "%"),
+                _parse_number(temperature, "C"),
+                _parse_number(power, "W"),
+                _parse_number(used, "MiB"),
+                _parse_number(total, "MiB"),
+                _parse_number(utilisation, "%"),
             )
         except (IndexError, ValueError):
             continue
@@ -64,7 +64,7 @@ def _readings(
     return found
 
 
-def parse_xpu_smi_m(text: str) -> List[Reading]:
+def parse_xpu_smi_m(text: str) -> List[DeviceReading]:
     """Newer drivers, `xpu-smi -m`: fields 5 C, 9 W, 18 used, 19 total (MiB), 20 %; field 2 is the card's index.
 
     >>> parse_xpu_smi_m("0 3 x x 46 x x x 114 x x x x x x x x 23730 32768 100")[0]
@@ -72,10 +72,10 @@ def parse_xpu_smi_m(text: str) -> List[Reading]:
     >>> parse_xpu_smi_m("0 3 x x 46 x x x 114 x x x x x x x x lots 32768 100")
     []
     """
-    return _readings(text.splitlines(), (5, 9, 18, 19, 20), lambda words, _: int(words[1]))
+    return _parse_readings(text.splitlines(), (5, 9, 18, 19, 20), lambda words, _: int(words[1]))
 
 
-def parse_xpu_smi(text: str) -> List[Reading]:
+def parse_xpu_smi(text: str) -> List[DeviceReading]:
     """Older drivers, `xpu_smi`: cards in order, a line each, with "xpu" and 29 fields or more.
 
     Fields 29 C, 27 W, 22 used, 24 total (MiB), 14 %. A line of that shape that cannot be read keeps its place.
@@ -87,10 +87,10 @@ def parse_xpu_smi(text: str) -> List[Reading]:
     []
     """
     lines = [line for line in text.splitlines() if "xpu" in line and len(line.split()) >= 29]
-    return _readings(lines, (29, 27, 22, 24, 14), lambda _, number: number)
+    return _parse_readings(lines, (29, 27, 22, 24, 14), lambda _, number: number)
 
 
-def output_of(*command: str) -> str:
+def command_output(*command: str) -> str:
     """What a program prints, stripped; nothing if it is missing, fails or takes too long."""
     try:
         done = subprocess.run(command, capture_output=True, timeout=10, check=False)
@@ -99,17 +99,17 @@ def output_of(*command: str) -> str:
         return ""
 
 
-def xpu_readings() -> List[Reading]:
+def xpu_readings() -> List[DeviceReading]:
     """From whichever of the vendor's tools is installed; none without one."""
     for tool, parse in ((("xpu-smi", "-m"), parse_xpu_smi_m), (("xpu_smi",), parse_xpu_smi)):
         if shutil.which(tool[0]):
-            readings = parse(output_of(*tool))
+            readings = parse(command_output(*tool))
             if readings:
                 return readings
     return []
 
 
-def xpu_total(card: Optional[int]) -> Optional[float]:
+def xpu_total_memory(card: Optional[int]) -> Optional[float]:
     """Memory of a card of the machine, bytes, by the vendor's tool; None where it does not say."""
     totals = {entry.index: entry.total_mib for entry in xpu_readings()}
     mib = None if card is None else totals.get(card)
@@ -134,10 +134,10 @@ def parse_names(text: str) -> Dict[int, str]:
 
 def xpu_names() -> Dict[int, str]:
     """Name of each card; empty where the vendor's tool is missing, or does not say."""
-    return parse_names(output_of("xpu-smi", "-m"))
+    return parse_names(command_output("xpu-smi", "-m"))
 
 
-def card_of(index: int, visible: str) -> Optional[int]:
+def physical_device_index(index: int, visible: str) -> Optional[int]:
     """Number of a visible device among the cards of the machine; None if the variable names cards otherwise (UUIDs)."""
     cards = os.environ.get(visible, "").split(",")
     card = cards[index].strip() if index < len(cards) else ""
@@ -161,13 +161,13 @@ def xpu_driver() -> Optional[str]:
     """Version of the XPU driver, from whichever of the vendor's tools is installed."""
     for tool in ("xpu-smi", "xpu_smi"):
         if shutil.which(tool):
-            version = parse_driver(output_of(tool, "-q"))
+            version = parse_driver(command_output(tool, "-q"))
             if version:
                 return version
     return None
 
 
-def nvml_readings() -> List[Reading]:
+def nvml_readings() -> List[DeviceReading]:
     """NVIDIA cards by NVML; none without the package nvidia-ml-py or a driver, a field empty where a card is silent."""
     try:
         import pynvml
@@ -192,7 +192,7 @@ def nvml_readings() -> List[Reading]:
         milliwatts = asked(lambda: pynvml.nvmlDeviceGetPowerUsage(handle))  # noqa: B023
         rates = asked(lambda: pynvml.nvmlDeviceGetUtilizationRates(handle))  # noqa: B023
         found.append(
-            Reading(
+            DeviceReading(
                 index,
                 None if warmth is None else float(warmth),
                 None if milliwatts is None else milliwatts / 1000.0,
@@ -206,7 +206,7 @@ def nvml_readings() -> List[Reading]:
 
 def nvml_processes(index: int, visible: str) -> Optional[int]:
     """Processes that compute on a visible NVIDIA card; None without the package nvidia-ml-py or a driver."""
-    card = card_of(index, visible)
+    card = physical_device_index(index, visible)
     try:
         import pynvml
 
@@ -216,19 +216,19 @@ def nvml_processes(index: int, visible: str) -> Optional[int]:
         return None
 
 
-class Processors:
+class CPUMonitor:
     """Packages of this machine: power by the kernel's powercap files (Intel and AMD), memory of the whole machine."""
 
     def __init__(self, powercap: Path = Path("/sys/class/powercap")) -> None:
         self._powercap = powercap
         self._before: Dict[str, Tuple[float, float]] = {}
 
-    def readings(self) -> List[Reading]:
+    def readings(self) -> List[DeviceReading]:
         """A package each; one without power where the kernel shows none, or not to this user."""
         memory = psutil.virtual_memory()
         used, total, busy = (memory.total - memory.available) / _MIB, memory.total / _MIB, psutil.cpu_percent()
         powers = [self._power(zone) for zone in self._packages()] or [None]
-        return [Reading(index, None, power, used, total, busy) for index, power in enumerate(powers)]
+        return [DeviceReading(index, None, power, used, total, busy) for index, power in enumerate(powers)]
 
     def _packages(self) -> List[Path]:
         zones = sorted(self._powercap.glob("intel-rapl:*")) if self._powercap.is_dir() else []
@@ -261,8 +261,8 @@ def _file(path: Path) -> str:
 class Monitor:
     """How the cards of a runtime are read."""
 
-    read: Callable[[], List[Reading]]
-    visible: str = ""
+    read: Callable[[], List[DeviceReading]]
+    visible_devices_variable: str = ""
     """The variable that says which cards a process sees; "": all that there are belong to the job."""
 
 
@@ -270,6 +270,6 @@ MONITORS: Dict[str, Monitor] = {
     "xmlir": Monitor(xpu_readings, "XPU_VISIBLE_DEVICES"),
     "xpytorch": Monitor(xpu_readings, "CUDA_VISIBLE_DEVICES"),
     "cuda": Monitor(nvml_readings, "CUDA_VISIBLE_DEVICES"),
-    "cpu": Monitor(Processors().readings),
+    "cpu": Monitor(CPUMonitor().readings),
 }
 """By the runtime's name."""

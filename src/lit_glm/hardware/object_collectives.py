@@ -10,27 +10,27 @@ import torch
 from torch import Tensor
 
 
-def _packed(content: Any, device: torch.device) -> Tensor:
+def _pickle_to_tensor(content: Any, device: torch.device) -> Tensor:
     """[n] bytes as 64-bit numbers: every collective library has these."""
     return torch.tensor(list(pickle.dumps(content)), dtype=torch.long).to(device)
 
 
-def _unpacked(numbers: Tensor) -> Any:
+def _unpickle_tensor(numbers: Tensor) -> Any:
     return pickle.loads(bytes(numbers.tolist()))  # noqa: S301 (from the other ranks of this very job)
 
 
-def broadcast(content: Any, device: torch.device, source: int = 0) -> Any:
+def broadcast_object(content: Any, device: torch.device, source: int = 0) -> Any:
     """What the rank `source` holds, on every rank."""
     own = torch.distributed.get_rank() == source
-    packed = _packed(content, device) if own else torch.zeros(0, dtype=torch.long, device=device)
+    packed = _pickle_to_tensor(content, device) if own else torch.zeros(0, dtype=torch.long, device=device)
     length = torch.tensor([len(packed)], dtype=torch.long).to(device)
     torch.distributed.broadcast(length, source)
     if not own:
         packed = torch.zeros(int(length), dtype=torch.long, device=device)
     torch.distributed.broadcast(packed, source)
-    return content if own else _unpacked(packed)
+    return content if own else _unpickle_tensor(packed)
 
 
-def gather(content: Any, device: torch.device) -> List[Any]:
+def all_gather_object(content: Any, device: torch.device) -> List[Any]:
     """What each rank holds, in the order of the ranks, on every rank."""
-    return [broadcast(content, device, rank) for rank in range(torch.distributed.get_world_size())]
+    return [broadcast_object(content, device, rank) for rank in range(torch.distributed.get_world_size())]

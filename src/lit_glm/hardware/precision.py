@@ -12,20 +12,20 @@ import torch
 from pytorch_lightning.plugins.precision import Precision
 from torch import Tensor, nn
 
-from lit_glm.compat import copied_into, multiply_all
+from lit_glm.compat import copy_all_, multiply_all_
 from lit_glm.config.schema import LossScaleConfig, TrainConfig
 from lit_glm.errors import InputError
 from lit_glm.hardware.loss_scale import DynamicLossScale
 from lit_glm.hardware.runtimes.base import Runtime
 
 
-class FP32(Precision):
+class FP32Precision(Precision):
     """Single precision."""
 
     computes_in = torch.float32
 
 
-class Mixed(Precision):
+class MixedPrecision(Precision):
     """fp32 weights, matrix products in a half precision."""
 
     def __init__(self, runtime: Runtime, dtype: torch.dtype) -> None:
@@ -39,7 +39,7 @@ class Mixed(Precision):
         return self._runtime.autocast(self.computes_in)
 
 
-class Scaled(Precision):
+class LossScalingPrecision(Precision):
     """What amp and fp16 share: the loss is multiplied, gradients are divided, steps that overflow are left out."""
 
     scaler: Any
@@ -58,11 +58,11 @@ class Scaled(Precision):
     def _before_backward(self, module: Any) -> None:
         """Get gradients of an earlier micro-batch ready to be added to."""
 
-    def divide(self, optimizer: Any) -> None:
+    def unscale_(self, optimizer: Any) -> None:
         """Leave unscaled fp32 gradients where the optimizer looks for them."""
         self.scaler.divide(optimizer)
 
-    def accepts(self, norm: Tensor) -> bool:
+    def update_scale(self, norm: Tensor) -> bool:
         """Adapt the scale to what the gradients came to.
 
         Args:
@@ -85,7 +85,7 @@ class Scaled(Precision):
         self.scaler.load_state_dict(state_dict)
 
 
-class AMP(Scaled):
+class AMPPrecision(LossScalingPrecision):
     """fp32 weights, matrix products in fp16, loss scaling by the runtime's own scaler where it has one."""
 
     precision: Any = "16-mixed"
@@ -102,10 +102,10 @@ class AMP(Scaled):
 
     def _before_backward(self, module: Any) -> None:
         # Of an earlier micro-batch, divided already.
-        multiply_all([p.grad for p in module.parameters() if p.grad is not None], self.loss_scale)
+        multiply_all_([p.grad for p in module.parameters() if p.grad is not None], self.loss_scale)
 
 
-class FP16(Scaled):
+class FP16Precision(LossScalingPrecision):
     """fp16 weights, activations and gradients; fp32 master weights in the optimizer."""
 
     precision: Any = "16-true"
@@ -132,14 +132,14 @@ class FP16(Scaled):
                 self._masters += masters
                 group["params"] = masters
         if self._restored is not None:  # Lightning restores plugins before or after, by version
-            self._put_back(self._restored)
+            self._restore_masters(self._restored)
 
-    def divide(self, optimizer: Any) -> None:
+    def unscale_(self, optimizer: Any) -> None:
         """Add the gradients, in fp32 and divided, to those of the masters."""
         pairs = [(weight, master) for weight, master in zip(self._weights, self._masters) if weight.grad is not None]
         wide = [torch.empty_like(weight, dtype=torch.float32) for weight, _ in pairs]
-        copied_into(wide, [weight.grad for weight, _ in pairs])
-        multiply_all(wide, 1.0 / self.loss_scale)
+        copy_all_(wide, [weight.grad for weight, _ in pairs])
+        multiply_all_(wide, 1.0 / self.loss_scale)
         for (weight, master), gradient in zip(pairs, wide):
             master.grad = gradient if master.grad is None else master.grad.add_(gradient)
             weight.grad = None  # the optimizer's zero_grad sees the masters alone
@@ -153,7 +153,7 @@ class FP16(Scaled):
     def round_weights(self) -> None:
         """Round the masters into the weights."""
         with torch.no_grad():
-            copied_into(self._weights, self._masters)
+            copy_all_(self._weights, self._masters)
 
     def state_dict(self) -> Dict[str, Any]:
         """The scale and the masters: the weights alone have lost what rounding took."""
@@ -164,11 +164,11 @@ class FP16(Scaled):
         super().load_state_dict(state_dict)
         self._restored = state_dict["masters"]
         if self._masters:
-            self._put_back(self._restored)
+            self._restore_masters(self._restored)
 
-    def _put_back(self, masters: List[Tensor]) -> None:
+    def _restore_masters(self, masters: List[Tensor]) -> None:
         with torch.no_grad():
-            copied_into(self._masters, masters)
+            copy_all_(self._masters, masters)
         self.round_weights()
         self._restored = None
 
@@ -188,21 +188,21 @@ def make_precision(config: TrainConfig, runtime: Runtime, index: int = 0, tried:
     name, hardware = config.precision.name, config.hardware
     if name not in hardware.precisions:
         raise InputError(
-            f"precision={name}: {hardware.card or hardware.name} has no such arithmetic; it has "
+            f"precision={name}: {hardware.product_name or hardware.name} has no such arithmetic; it has "
             f"{', '.join(hardware.precisions)} (conf/hardware/{hardware.name}.yaml)"
         )
     runtime.allow_tf32(config.precision.tf32)
     scaling = config.precision.loss_scale or LossScaleConfig()
     plugin: Any = {
-        "fp32": lambda: FP32(),
-        "amp": lambda: AMP(runtime, scaling),
-        "fp16": lambda: FP16(scaling),
-        "bf16": lambda: Mixed(runtime, torch.bfloat16),
+        "fp32": lambda: FP32Precision(),
+        "amp": lambda: AMPPrecision(runtime, scaling),
+        "fp16": lambda: FP16Precision(scaling),
+        "bf16": lambda: MixedPrecision(runtime, torch.bfloat16),
     }[name]()
     if not tried:
         return plugin
     try:
-        check_arithmetic(plugin, runtime.device(index))
+        check_precision_on_device(plugin, runtime.device(index))
     except (RuntimeError, TypeError, AttributeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
@@ -212,7 +212,7 @@ def make_precision(config: TrainConfig, runtime: Runtime, index: int = 0, tried:
     return plugin
 
 
-def check_arithmetic(plugin: Any, device: torch.device) -> None:
+def check_precision_on_device(plugin: Any, device: torch.device) -> None:
     """Compute what a layer is made of, forward and backward, and look at the type it comes out in.
 
     Raises:

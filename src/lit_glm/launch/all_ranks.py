@@ -10,18 +10,18 @@ from typing import Any, Callable, Dict, Optional
 from lit_glm.atomic_files import write_json
 from lit_glm.config.schema import TrainConfig
 from lit_glm.launch.heartbeat import Heartbeat
-from lit_glm.launch.launcher import run_ranks
-from lit_glm.launch.nodes import this_node
-from lit_glm.launch.process_group import joined
-from lit_glm.launch.worker import said
-from lit_glm.process_utils import die_with_parent
-from lit_glm.runs.job_spec import Job
+from lit_glm.launch.launcher import run_torchrun
+from lit_glm.launch.nodes import resolve_node
+from lit_glm.launch.process_group import process_group
+from lit_glm.launch.worker import run_and_report_errors
+from lit_glm.process_utils import set_parent_death_signal
+from lit_glm.runs.job_spec import JobSpec
 
 _FILE = "found.json"
 _MARGIN_S = 3.0
 
 
-def on_all_ranks(config: TrainConfig, module: str, limit_s: float) -> Optional[Dict[str, Any]]:
+def run_on_all_ranks(config: TrainConfig, module: str, limit_s: float) -> Optional[Dict[str, Any]]:
     """Start the ranks of this node with a module whose main is `as_rank`.
 
     Args:
@@ -38,28 +38,28 @@ def on_all_ranks(config: TrainConfig, module: str, limit_s: float) -> Optional[D
     config.run.stall_timeout_s = config.run.rendezvous_timeout_s = limit_s
     with tempfile.TemporaryDirectory(prefix="lit_glm-trial-") as name:
         folder = Path(name)
-        job = Job(config, time.monotonic(), [])
+        job = JobSpec(config, time.monotonic(), [])
         job.write(folder)
-        node = this_node(config.topology, config.hardware.runtime == "simulated")
-        run_ranks(job, node, folder, folder, module, _MARGIN_S)
+        node = resolve_node(config.topology, config.hardware.runtime == "simulated")
+        run_torchrun(job, node, folder, folder, module, _MARGIN_S)
         if node.rank > 0:
             return None
         found: Dict[str, Any] = json.loads((folder / _FILE).read_text(encoding="utf-8"))
         return found
 
 
-def as_rank(folder: Path, work: Callable[[TrainConfig], Dict[str, Any]]) -> int:
+def rank_main(folder: Path, work: Callable[[TrainConfig], Dict[str, Any]]) -> int:
     """A rank's part: `work`, with all ranks joined; what the first one returns is what has been found.
 
     Returns:
         The exit status.
     """
-    die_with_parent()
-    config = Job.read(folder).config
+    set_parent_death_signal()
+    config = JobSpec.read(folder).config
     beat = Heartbeat(folder, int(os.environ["RANK"]))
 
     def join_and_work() -> None:
-        with joined(config):
+        with process_group(config):
             beat()
             import torch
 
@@ -68,4 +68,4 @@ def as_rank(folder: Path, work: Callable[[TrainConfig], Dict[str, Any]]) -> int:
                 write_json(folder / _FILE, found)
             torch.distributed.barrier()
 
-    return said(join_and_work, lambda: folder)
+    return run_and_report_errors(join_and_work, lambda: folder)

@@ -13,41 +13,41 @@ import torch
 from pytorch_lightning.plugins.environments import LightningEnvironment
 
 from lit_glm.atomic_files import write_json
-from lit_glm.config.hydra_main import CONF
+from lit_glm.config.hydra_main import CONF_DIR
 from lit_glm.config.schema import TrainConfig
-from lit_glm.config.tuned_values import nearest_pair
-from lit_glm.data.datamodule import RecordData, evaluation_batches
-from lit_glm.data.memmap_dataset import CompactSplit, open_data
-from lit_glm.data.sequence_lengths import Lengths
+from lit_glm.config.tuned_values import nearest_pair_hint
+from lit_glm.data.datamodule import RecordDataModule, evaluation_batches
+from lit_glm.data.memmap_dataset import MemmapDataset, open_datasets
+from lit_glm.data.sequence_lengths import SequenceLengths
 from lit_glm.hardware import device_monitor
 from lit_glm.hardware.accelerator import make_accelerator, make_strategy
-from lit_glm.hardware.env import set_environment
+from lit_glm.hardware.env import set_hardware_env
 from lit_glm.hardware.precision import make_precision
 from lit_glm.hardware.runtimes.base import Runtime
-from lit_glm.hardware.runtimes.selection import check_cards, check_devices, make_runtime
-from lit_glm.launch.process_group import agree, collective_limit
-from lit_glm.launch.signals import Stops
+from lit_glm.hardware.runtimes.selection import check_device_count, make_runtime, validate_devices
+from lit_glm.launch.process_group import assert_same_job_on_all_ranks, collective_timeout_s
+from lit_glm.launch.signals import SignalMask
 from lit_glm.metrics import memory_estimate
-from lit_glm.metrics.benchmark_callback import Recorder, Surroundings
+from lit_glm.metrics.benchmark_callback import BenchmarkCallback, CallbackDependencies
 from lit_glm.metrics.loggers import hyperparameters, make_callbacks, make_loggers
-from lit_glm.metrics.system_info import describe
-from lit_glm.model.attention import check_kernel
+from lit_glm.metrics.system_info import describe_system
+from lit_glm.model.attention import check_attention_available
 from lit_glm.model.build import build_glm
-from lit_glm.openmp import threads_of
+from lit_glm.openmp import choose_num_threads
 from lit_glm.runs import checkpoints, verifications
-from lit_glm.runs.job_spec import Job, identity
-from lit_glm.runs.run_folder import ENVIRONMENT, environment_of
-from lit_glm.runs.run_writer import LiveRun
+from lit_glm.runs.job_spec import JobSpec, config_hash
+from lit_glm.runs.run_folder import ENVIRONMENT_FILE, read_environment
+from lit_glm.runs.run_writer import RunWriter
 from lit_glm.training.checkpoint_io import AtomicCheckpointIO
 from lit_glm.training.module import RecordModule
-from lit_glm.training.optimizer import HAS_FUSED, why_not_fused
+from lit_glm.training.optimizer import HAS_FUSED, fused_unavailable_reason
 
 
 @dataclass
-class Place:
+class RankContext:
     """Where a rank works."""
 
-    job: Job
+    job: JobSpec
     run_dir: Path
     rank: int
     local_rank: int
@@ -57,7 +57,7 @@ class Place:
         """Of the job."""
         return self.job.config
 
-    def say(self, text: str) -> None:
+    def print_once(self, text: str) -> None:
         """Say something, once a job."""
         if self.rank == 0:
             for line in text.split("\n"):
@@ -65,25 +65,25 @@ class Place:
 
 
 @dataclass
-class Built:
+class TrainingComponents:
     """What `build` makes."""
 
     runtime: Runtime
-    split: CompactSplit
+    split: MemmapDataset
     """Training examples."""
     module: RecordModule
-    data: RecordData
-    recorder: Recorder
+    data: RecordDataModule
+    recorder: BenchmarkCallback
     trainer: pl.Trainer
     resume_from: Optional[Path]
 
 
-def place_of(job: Job, run_dir: Path) -> Place:
+def rank_context_from_env(job: JobSpec, run_dir: Path) -> RankContext:
     """Where this process works, by torchrun's variables."""
-    return Place(job, run_dir, int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0)))
+    return RankContext(job, run_dir, int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0)))
 
 
-def build(place: Place, beat: Callable[[], None], stops: Optional[Stops]) -> Built:
+def build_components(place: RankContext, beat: Callable[[], None], stops: Optional[SignalMask]) -> TrainingComponents:
     """Make what a rank needs, and say what will run.
 
     Args:
@@ -95,33 +95,33 @@ def build(place: Place, beat: Callable[[], None], stops: Optional[Stops]) -> Bui
         InputError: names what of the configuration does not fit the machine, the data or the weights.
     """
     config = place.config
-    _quiet()
+    _silence_third_party()
     beat()
     runtime = _runtime(place)
-    strategy = make_strategy(runtime, config.topology, collective_limit(config))
+    strategy = make_strategy(runtime, config.topology, collective_timeout_s(config))
     precision = make_precision(config, runtime, place.local_rank)
-    train_split, eval_split = open_data(config.data, config.model)
-    lengths = Lengths.of(train_split)
-    _take_threads(place, lengths)
-    _open(place, runtime)
+    train_split, eval_split = open_datasets(config.data, config.model)
+    lengths = SequenceLengths.from_dataset(train_split)
+    _set_num_threads(place, lengths)
+    _announce_run(place, runtime)
     beat()
-    place.say(memory_estimate.describe(config, lengths, runtime, place.local_rank))
+    place.print_once(memory_estimate.memory_message(config, lengths, runtime, place.local_rank))
     module = _module(place, runtime)
-    data = RecordData(config, train_split, lambda: module.steps_done, runtime.pins_memory, runtime.synchronize)
-    resume_from, content = _where_it_goes_on(place, runtime)
-    around = Surroundings(
-        lambda steps_done: LiveRun(place.run_dir, steps_done, place.job.resumes),
+    data = RecordDataModule(config, train_split, lambda: module.steps_done, runtime.pins_memory, runtime.synchronize)
+    resume_from, content = _find_resume_checkpoint(place, runtime)
+    around = CallbackDependencies(
+        lambda steps_done: RunWriter(place.run_dir, steps_done, place.job.is_resume),
         lambda rank, world: evaluation_batches(eval_split, config, rank, world, runtime.pins_memory),
         lambda trainer, step: _save(trainer, place.run_dir, step),
         beat,
-        lambda: data.waited,
+        lambda: data.data_wait_s,
         (len(train_split), len(eval_split)),
         hyperparameters(config),
-        stops.put_off if stops is not None else lambda: None,
-        stops.take if stops is not None else lambda: None,
+        stops.block if stops is not None else lambda: None,
+        stops.reinstall_and_unblock if stops is not None else lambda: None,
     )
-    recorder = Recorder(config, runtime, place.job.entry, data.sampler(0, 0), around)
-    loggers = make_loggers(place.job, place.run_dir, checkpoints.step_of(resume_from))
+    recorder = BenchmarkCallback(config, runtime, place.job.start_time, data.sampler(0, 0), around)
+    loggers = make_loggers(place.job, place.run_dir, checkpoints.checkpoint_step(resume_from))
     # One device needs no cluster; inside a Slurm allocation Lightning would look for one.
     no_cluster = [LightningEnvironment()] if config.topology.world_size == 1 else []
     trainer = pl.Trainer(
@@ -142,57 +142,57 @@ def build(place: Place, beat: Callable[[], None], stops: Optional[Stops]) -> Bui
         default_root_dir=str(place.run_dir),
         detect_anomaly=False,
     )
-    return Built(runtime, train_split, module, data, recorder, trainer, resume_from)
+    return TrainingComponents(runtime, train_split, module, data, recorder, trainer, resume_from)
 
 
-def _runtime(place: Place) -> Runtime:
+def _runtime(place: RankContext) -> Runtime:
     """The chip's runtime, its cards compared with the hardware file."""
     config = place.config
-    kept = set_environment(config.hardware)
+    kept = set_hardware_env(config.hardware)
     runtime = make_runtime(config.hardware, config.topology)
-    check_devices(runtime, config.topology)
-    kept += check_cards(config.hardware, runtime, config.topology.devices_per_node, CONF / "hardware")
+    check_device_count(runtime, config.topology)
+    kept += validate_devices(config.hardware, runtime, config.topology.devices_per_node, CONF_DIR / "hardware")
     if place.rank == 0:
         for line in kept:
             print(f"lit_glm: {line}", file=sys.stderr)
     return runtime
 
 
-def _take_threads(place: Place, lengths: Lengths) -> None:
+def _set_num_threads(place: RankContext, lengths: SequenceLengths) -> None:
     """Take as many threads as a step's work deserves, or as the run began with."""
     config = place.config
     published = config.scoring.name == "published"
     rows = lengths.candidates.mean() * config.data.max_seq_length if published else lengths.rows.mean()
-    before = environment_of(place.run_dir).get("threads") if place.job.resumes else None
+    before = read_environment(place.run_dir).get("threads") if place.job.is_resume else None
     width, devices = config.model.hidden_size, config.topology.devices_per_node
-    threads = threads_of(config.bs * float(rows), width, devices, before if isinstance(before, int) else None)
+    threads = choose_num_threads(config.bs * float(rows), width, devices, before if isinstance(before, int) else None)
     if threads is not None:
         torch.set_num_threads(threads)
 
 
-def _open(place: Place, runtime: Runtime) -> None:
+def _announce_run(place: RankContext, runtime: Runtime) -> None:
     """Say what runs, on what, and leave it in the folder."""
     config = place.config
     node = place.rank // config.topology.devices_per_node
-    runtime.watch_memory(place.local_rank, device_monitor.file_of(place.run_dir, node))
+    runtime.attach_memory_monitor(place.local_rank, device_monitor.readings_file(place.run_dir, node))
     if place.rank > 0:
         return
-    write_json(place.run_dir / ENVIRONMENT, describe(config, runtime, place.job.command))
+    write_json(place.run_dir / ENVIRONMENT_FILE, describe_system(config, runtime, place.job.command))
     what = "SIMULATED, no figure of the chip: " if runtime.simulated else ""
     precision = config.precision.name
     if precision == "fp32" and runtime.has_tf32:
         precision += " (TF32 on)" if config.precision.tf32 else " (TF32 off)"
     published = (
-        config.tuned_for
-        if config.tuned_for != "none"
-        else f"none published{nearest_pair(config.hardware.name, config.topology.world_size)}"
+        config.fix_hp_source
+        if config.fix_hp_source != "none"
+        else f"none published{nearest_pair_hint(config.hardware.name, config.topology.world_size)}"
     )
-    place.say(
+    place.print_once(
         f"{what}{config.model.name} on {config.hardware.name} {config.topology.name}, {precision}, {config.fix_hp}, "
         f"global batch {config.global_batch}, values for the pair: {published}"
     )
     is_published = config.scoring.name == "published"
-    place.say(
+    place.print_once(
         f"scoring={config.scoring.name}: "
         + (
             "the published workload" + (", comparable with published rows" if not runtime.simulated else "")
@@ -200,62 +200,66 @@ def _open(place: Place, runtime: Runtime) -> None:
             else "one pass a context; same scores as published, other speed (not comparable with published rows)"
         )
     )
-    place.say(f"run folder {place.run_dir}")
+    place.print_once(f"run folder {place.run_dir}")
     if runtime.has_driver and not _is_verified(place):
-        place.say(
+        place.print_once(
             f"no verification of this driver in {config.precision.name} has passed here: "
             f"python -m lit_glm.verify hardware={config.hardware.name} finds out what can be trusted"
         )
     hint = runtime.precision_hint(config.precision.name)
     if hint:
-        place.say(f"precision={config.precision.name}: {hint}")
+        place.print_once(f"precision={config.precision.name}: {hint}")
 
 
-def _is_verified(place: Place) -> bool:
+def _is_verified(place: RankContext) -> bool:
     config = place.config
-    driver = environment_of(place.run_dir).get("driver")
-    found = verifications.newest([place.run_dir, Path.cwd()], config.hardware.name, driver, config.precision.name)
+    driver = read_environment(place.run_dir).get("driver")
+    found = verifications.latest_verification(
+        [place.run_dir, Path.cwd()], config.hardware.name, driver, config.precision.name
+    )
     return found is not None and bool(found["passed"])
 
 
-def _module(place: Place, runtime: Runtime) -> RecordModule:
+def _module(place: RankContext, runtime: Runtime) -> RecordModule:
     config = place.config
     device = runtime.device(place.local_rank)
-    check_kernel(config.model.attention)
-    reason = why_not_fused(device) if HAS_FUSED else None
+    check_attention_available(config.model.attention)
+    reason = fused_unavailable_reason(device) if HAS_FUSED else None
     if reason:
-        place.say(f"optimizer: torch's fused AdamW does not serve here ({reason}): the plain one is taken")
+        place.print_once(f"optimizer: torch's fused AdamW does not serve here ({reason}): the plain one is taken")
     runtime.manual_seed(config.seed)
-    glm, done = build_glm(config.model, runtime.kernels())
+    glm, done = build_glm(config.model, runtime.model_ops())
     for line in done:
-        place.say(f"{config.model.init_checkpoint}: {line}")
+        place.print_once(f"{config.model.init_checkpoint}: {line}")
     module = RecordModule(glm, config, runtime)
-    module.identity = identity(config)
+    module.config_hash = config_hash(config)
     return module
 
 
-def _where_it_goes_on(place: Place, runtime: Runtime) -> "tuple[Optional[Path], Optional[dict[str, Any]]]":
+def _find_resume_checkpoint(place: RankContext, runtime: Runtime) -> "tuple[Optional[Path], Optional[dict[str, Any]]]":
     """The checkpoint that the run goes on from, with its content; all ranks take the same."""
     path, content = None, None
-    if place.job.resumes:
-        path, content, passed_over = checkpoints.newest(place.run_dir, identity(place.config), whole=True)
+    if place.job.is_resume:
+        path, content, passed_over = checkpoints.latest_valid(place.run_dir, config_hash(place.config), whole=True)
         if place.rank == 0:
             for line in passed_over:
                 print(f"lit_glm: {line}", file=sys.stderr)
         from_start = "from the start: there is no checkpoint"
-        place.say(f"the run goes on {f'after step {checkpoints.step_of(path)}' if path else from_start}")
+        place.print_once(f"the run goes on {f'after step {checkpoints.checkpoint_step(path)}' if path else from_start}")
     if place.config.topology.world_size > 1:
-        agree(identity(place.config), checkpoints.step_of(path), runtime.device(place.local_rank))
+        assert_same_job_on_all_ranks(
+            config_hash(place.config), checkpoints.checkpoint_step(path), runtime.device(place.local_rank)
+        )
     return path, content if path is not None else None
 
 
 def _save(trainer: pl.Trainer, run_dir: Path, step: int) -> None:
-    trainer.save_checkpoint(checkpoints.path_of(run_dir, step), weights_only=False)
+    trainer.save_checkpoint(checkpoints.checkpoint_path(run_dir, step), weights_only=False)
     if trainer.is_global_zero:
-        checkpoints.tidy(run_dir)
+        checkpoints.prune(run_dir)
 
 
-def _quiet() -> None:
+def _silence_third_party() -> None:
     """Lightning's hints are for its own users; ours read what this project prints."""
     for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -9,43 +9,43 @@ from typing import Any, Callable, Dict, List, Tuple
 
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
-from lit_glm.gc_pause import importing
+from lit_glm.gc_pause import paused_gc
 from lit_glm.hardware.runtimes.selection import make_runtime
 from lit_glm.launch import heartbeat
-from lit_glm.launch.heartbeat import STALL_MARGIN_S, Watch, said_of, watching
-from lit_glm.launch.launcher import ending_recorded, energy_recorded, node_watched
-from lit_glm.launch.nodes import OuterRank
-from lit_glm.launch.process_group import joined
-from lit_glm.launch.worker import said
-from lit_glm.process_utils import kill_children, leave
-from lit_glm.runs.job_spec import Job
-from lit_glm.runs.result import fail, is_complete
-from lit_glm.runs.run_folder import taken
+from lit_glm.launch.heartbeat import STALL_MARGIN_S, StallWatchdog, run_watchdog, stall_message
+from lit_glm.launch.launcher import monitor_node_devices, record_energy, record_failure
+from lit_glm.launch.nodes import ExternalRank
+from lit_glm.launch.process_group import process_group
+from lit_glm.launch.worker import run_and_report_errors
+from lit_glm.process_utils import exit_now, kill_children
+from lit_glm.runs.job_spec import JobSpec
+from lit_glm.runs.result import is_complete, mark_failed
+from lit_glm.runs.run_folder import acquire_run_dir
 
 _FIRST_SPEAKS_S = 5.0
 
 
-def _watched(config: TrainConfig, folder: Path, outer: OuterRank) -> Any:
+def _run_watchdog(config: TrainConfig, folder: Path, outer: ExternalRank) -> Any:
     """End this rank when its node gives no sign of life, as a launcher of ours would; torchrun then ends the others.
 
     A node's first rank speaks first, if it can.
     """
 
     def end_this(where: List[str]) -> None:
-        message = said_of(config, folder, where)
-        fail(folder, message)  # the first rank may be the one that hangs
+        message = stall_message(config, folder, where)
+        mark_failed(folder, message)  # the first rank may be the one that hangs
         print(f"lit_glm: {message}", file=sys.stderr, flush=True)
         kill_children()
         os._exit(1)
 
     here = range(outer.rank - outer.local_rank, outer.rank - outer.local_rank + config.topology.devices_per_node)
     margin = STALL_MARGIN_S if outer.local_rank == 0 else STALL_MARGIN_S + _FIRST_SPEAKS_S
-    return watching(Watch(folder, here, config.run.stall_timeout_s + margin), end_this)
+    return run_watchdog(StallWatchdog(folder, here, config.run.stall_timeout_s + margin), end_this)
 
 
-def run_outer(
+def run_under_external_torchrun(
     config: TrainConfig,
-    outer: OuterRank,
+    outer: ExternalRank,
     entry: float,
     find: Callable[[], Tuple[Path, bool]],
     composed: Dict[str, str],
@@ -64,7 +64,7 @@ def run_outer(
     Returns:
         The exit status.
     """
-    with importing():
+    with paused_gc():
         from lit_glm.hardware import object_collectives
         from lit_glm.launch.rank_runner import run_rank
 
@@ -75,30 +75,30 @@ def run_outer(
         with ExitStack() as keep:
             if outer.local_rank == 0:
                 prepare_data()
-            keep.enter_context(joined(config))
+            keep.enter_context(process_group(config))
             told: Any = None
             if outer.rank == 0:
                 run_dir, resumes = find()
                 if resumes and is_complete(run_dir):
                     raise InputError(f"run.resume={run_dir}: the run is complete, there is nothing to do")
-                first = Job(config, entry, sys.argv, resumes)
-                keep.enter_context(taken(first, run_dir, composed))
-                keep.enter_context(energy_recorded(first, run_dir))
-                heartbeat.clear(run_dir)
+                first = JobSpec(config, entry, sys.argv, resumes)
+                keep.enter_context(acquire_run_dir(first, run_dir, composed))
+                keep.enter_context(record_energy(first, run_dir))
+                heartbeat.clear_heartbeats(run_dir)
                 told = (str(run_dir.resolve()), resumes)
             if config.topology.world_size > 1:
-                told = object_collectives.broadcast(
+                told = object_collectives.broadcast_object(
                     told, make_runtime(config.hardware, config.topology).device(outer.local_rank)
                 )
             folder, resumes = Path(told[0]), told[1]
-            job = Job(config, entry if outer.rank == 0 else time.monotonic(), sys.argv, resumes)
+            job = JobSpec(config, entry if outer.rank == 0 else time.monotonic(), sys.argv, resumes)
             node = outer.rank // config.topology.devices_per_node
             if outer.local_rank == 0 and node > 0:
-                keep.enter_context(node_watched(job, folder, node))
-            with _watched(config, folder, outer), ending_recorded(folder) if outer.rank == 0 else nullcontext():
+                keep.enter_context(monitor_node_devices(job, folder, node))
+            with _run_watchdog(config, folder, outer), record_failure(folder) if outer.rank == 0 else nullcontext():
                 run_rank(job, folder)
 
-    status = said(work, lambda: folder)
+    status = run_and_report_errors(work, lambda: folder)
     if config.topology.world_size > 1:
-        leave(status)
+        exit_now(status)
     return status

@@ -40,12 +40,12 @@ class Heartbeat:
         self._path = folder / _FOLDER / str(rank)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._stack = _stack_of(self._path).open("w")
-        self.answer()
+        self.enable_stack_dump()
         self._path.write_text(str(os.getpid()))
         os.utime(self._path, (0, 0))
         self._next = 0.0
 
-    def answer(self) -> None:
+    def enable_stack_dump(self) -> None:
         """Be ready to say where this process is; again after somebody has set signal handlers anew.
 
         Python writes the stack from within the handler: also while a collective never returns.
@@ -61,13 +61,13 @@ class Heartbeat:
             self._path.touch()
 
 
-def clear(folder: Path) -> None:
+def clear_heartbeats(folder: Path) -> None:
     """Forget the ranks of an earlier job."""
     for file in (folder / _FOLDER).glob("*"):
         file.unlink()
 
 
-def newest(folder: Path, ranks: Sequence[int]) -> float:
+def last_heartbeat(folder: Path, ranks: Sequence[int]) -> float:
     """When the last sign was given, seconds since the epoch; 0 if none was."""
     signs = [0.0]
     for rank in ranks:
@@ -78,7 +78,7 @@ def newest(folder: Path, ranks: Sequence[int]) -> float:
     return max(signs)
 
 
-def whereabouts(folder: Path, ranks: Sequence[int]) -> List[str]:
+def collect_stack_traces(folder: Path, ranks: Sequence[int]) -> List[str]:
     """What these ranks of this machine are doing: lines for the person who asks which of them hangs."""
     said: List[str] = []
     asked: Dict[int, int] = {}
@@ -100,14 +100,14 @@ def whereabouts(folder: Path, ranks: Sequence[int]) -> List[str]:
     limit = time.monotonic() + _ANSWER_S
     stacks: Dict[str, List[int]] = {}
     for rank, size in asked.items():
-        stacks.setdefault(_answer(_stack_of(folder / _FOLDER / str(rank)), size, limit), []).append(rank)
+        stacks.setdefault(_read_stack_dump(_stack_of(folder / _FOLDER / str(rank)), size, limit), []).append(rank)
     for stack, where in stacks.items():
         name = f"rank{'s' * (len(where) > 1)} {', '.join(map(str, where))}"
         said.append(f"{name}, innermost call first:\n{stack}" if stack else f"{name} does not answer")
     return said
 
 
-def _answer(file: Path, size: int, limit: float) -> str:
+def _read_stack_dump(file: Path, size: int, limit: float) -> str:
     """The innermost calls that a rank has written behind the first `size` bytes; nothing if it does not in time."""
     while True:
         time.sleep(0.05)
@@ -125,7 +125,7 @@ STALL_MARGIN_S = 10.0
 _ASLEEP_S = 10.0
 
 
-class Watch:
+class StallWatchdog:
     """How long the ranks of this machine have given no sign of life, while whoever asks was awake himself."""
 
     def __init__(self, folder: Path, ranks: Sequence[int], limit_s: float, before_first_s: float = 0.0) -> None:
@@ -141,25 +141,25 @@ class Watch:
         self._limit, self._first = limit_s, max(limit_s, before_first_s)
         self._since = self._asked = time.time()
 
-    def seconds(self) -> float:
+    def seconds_since_heartbeat(self) -> float:
         """Since the newest sign; asked every second or so: after a longer pause (Ctrl-Z, a suspended machine) anew."""
         now = time.time()
         if now - self._asked > _ASLEEP_S:
             self._since = now
         self._asked = now
-        return now - max(self._since, newest(self._folder, self._ranks))
+        return now - max(self._since, last_heartbeat(self._folder, self._ranks))
 
-    def silent(self) -> List[str]:
+    def stalled_ranks(self) -> List[str]:
         """Whereabouts of the ranks if they have been silent for too long, and still are once that is known."""
-        limit = self._limit if newest(self._folder, self._ranks) else self._first
-        if self.seconds() <= limit:
+        limit = self._limit if last_heartbeat(self._folder, self._ranks) else self._first
+        if self.seconds_since_heartbeat() <= limit:
             return []
-        where = whereabouts(self._folder, self._ranks)
-        return where if self.seconds() > limit else []
+        where = collect_stack_traces(self._folder, self._ranks)
+        return where if self.seconds_since_heartbeat() > limit else []
 
 
 @contextmanager
-def watching(watch: Watch, on_silence: Callable[[List[str]], None]) -> Iterator[None]:
+def run_watchdog(watch: StallWatchdog, on_silence: Callable[[List[str]], None]) -> Iterator[None]:
     """Look once a second while the work inside goes on, in a thread that runs while the work hangs.
 
     Args:
@@ -170,7 +170,7 @@ def watching(watch: Watch, on_silence: Callable[[List[str]], None]) -> Iterator[
 
     def look() -> None:
         while not over.wait(1.0):
-            where = watch.silent()
+            where = watch.stalled_ranks()
             if where and not over.is_set():
                 on_silence(where)
                 return
@@ -182,7 +182,7 @@ def watching(watch: Watch, on_silence: Callable[[List[str]], None]) -> Iterator[
         over.set()
 
 
-def said_of(config: TrainConfig, run_dir: Path, where: Sequence[str]) -> str:
+def stall_message(config: TrainConfig, run_dir: Path, where: Sequence[str]) -> str:
     """What is said of a job that made no progress: where its ranks were."""
     limit = config.run.stall_timeout_s
     return "\n".join([f"no progress for {limit:g} s (run.stall_timeout_s): the job was ended ({run_dir})", *where])

@@ -21,11 +21,11 @@ class Node:
     """Of node 0."""
     port: int
     """Where node 0 waits for the others."""
-    stands_for: int = 1
+    num_nodes_here: int = 1
     """Nodes whose ranks run here: all of a rehearsal's that was given no other machine."""
 
 
-def this_node(topology: TopologyConfig, rehearses: bool = False) -> Node:
+def resolve_node(topology: TopologyConfig, rehearses: bool = False) -> Node:
     """Find this node's place; several nodes need MASTER_ADDR, MASTER_PORT and NODE_RANK in the environment.
 
     Args:
@@ -106,7 +106,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def interface_towards(address: str) -> Optional[str]:
+def network_interface_to(address: str) -> Optional[str]:
     """Network interface by which this machine reaches another; None if it cannot tell."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -121,14 +121,14 @@ def interface_towards(address: str) -> Optional[str]:
 
 
 @dataclass(frozen=True)
-class OuterRank:
+class ExternalRank:
     """This process as one rank of a torchrun that somebody else has started."""
 
     rank: int
     local_rank: int
 
 
-def outer_rank(topology: Optional[TopologyConfig] = None) -> Optional[OuterRank]:
+def external_rank(topology: Optional[TopologyConfig] = None) -> Optional[ExternalRank]:
     """Whether an outer torchrun has started this process, and as which rank.
 
     Raises:
@@ -142,4 +142,4 @@ def outer_rank(topology: Optional[TopologyConfig] = None) -> Optional[OuterRank]
             f"topology={topology.name} is {topology.world_size} ranks, {topology.devices_per_node} a node, "
             f"but torchrun started {world}, {local} a node; they must be equal"
         )
-    return OuterRank(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]))
+    return ExternalRank(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]))

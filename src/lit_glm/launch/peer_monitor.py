@@ -32,14 +32,14 @@ _MAPPED = "::ffff:"  # an IPv4 address as IPv6 has it
 _FRAMES = 8
 
 
-def _end(words: str, status: int) -> None:
+def _exit_with_stack(words: str, status: int) -> None:
     main = sys._current_frames().get(threading.main_thread().ident or 0)
     calls = "".join(traceback.format_stack(main)[-_FRAMES:])
     print(f"lit_glm: {words}; it was in\n{calls}", file=sys.stderr, end="", flush=True)
     os._exit(status)
 
 
-class Lifeline:
+class PeerMonitor:
     """This rank's end of it. A thread waits; nothing is sent until somebody ends."""
 
     def __init__(self, rank: int, peers: Dict[int, socket.socket]) -> None:
@@ -56,16 +56,16 @@ class Lifeline:
         self._lock = threading.Lock()
         threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
 
-    def let_go(self, status: int) -> None:
+    def announce_exit(self, status: int) -> None:
         """Tell the others that this rank ends, and with which status: after any but 0 they end too."""
         self._over.set()
-        self._tell(self._rank, status)
+        self._send_exit(self._rank, status)
 
-    def interrupted(self) -> bool:
+    def was_peer_interrupted(self) -> bool:
         """Whether another rank was: then an error of this one comes from that. Waits a moment for the word."""
         return self._lost.wait(_WORD_S) and self._status in EXIT_STATUS.values()
 
-    def _tell(self, rank: int, status: int) -> None:
+    def _send_exit(self, rank: int, status: int) -> None:
         with self._lock:
             for connection in self._peers.values():
                 try:
@@ -79,13 +79,13 @@ class Lifeline:
                 selector.register(connection, selectors.EVENT_READ, rank)
             while selector.get_map():
                 for key, _ in selector.select():
-                    lost, status = self._heard(key.fileobj, key.data)
+                    lost, status = self._receive_exit(key.fileobj, key.data)
                     if status:
-                        self._mourn(lost, status)
+                        self._on_peer_exit(lost, status)
                         return
                     selector.unregister(key.fileobj)
 
-    def _heard(self, connection: Any, rank: int) -> Tuple[int, int]:
+    def _receive_exit(self, connection: Any, rank: int) -> Tuple[int, int]:
         """Which rank has ended, with which status: that of the connection if it ended without a word."""
         try:
             said = connection.recv(_WORD.size, socket.MSG_WAITALL)
@@ -93,19 +93,19 @@ class Lifeline:
             said = b""
         return _WORD.unpack(said) if len(said) == _WORD.size else (rank, 1)
 
-    def _mourn(self, lost: int, status: int) -> None:
+    def _on_peer_exit(self, lost: int, status: int) -> None:
         self._status = status
         self._lost.set()
         if self._over.is_set():
             return
         if self._rank == 0:
-            self._tell(lost, status)
+            self._send_exit(lost, status)
         where = f" on {self._addresses[lost]}" if lost in self._addresses else ""
         how = "was interrupted" if status in EXIT_STATUS.values() else "failed, was killed or is out of reach"
         time.sleep(_GRACE_S)
         if not self._over.is_set():
             words = f"rank {self._rank} ends because rank {lost}{where} {how}"
-            _end(words, status if status in EXIT_STATUS.values() else 1)
+            _exit_with_stack(words, status if status in EXIT_STATUS.values() else 1)
 
 
 def _address(connection: socket.socket) -> str:
@@ -123,7 +123,7 @@ def _listener() -> socket.socket:
     return socket.create_server(("", 0))
 
 
-def _probed(connection: socket.socket) -> socket.socket:
+def _enable_keepalive(connection: socket.socket) -> socket.socket:
     connection.settimeout(None)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in _PROBES.items():
@@ -132,7 +132,7 @@ def _probed(connection: socket.socket) -> socket.socket:
     return connection
 
 
-def _welcome(listener: socket.socket, token: bytes, others: int) -> Dict[int, socket.socket]:
+def _accept_peers(listener: socket.socket, token: bytes, others: int) -> Dict[int, socket.socket]:
     """Connections of all other ranks; whoever does not know the token is sent away."""
     peers: Dict[int, socket.socket] = {}
     limit = time.monotonic() + _CONNECT_S
@@ -152,13 +152,13 @@ def _welcome(listener: socket.socket, token: bytes, others: int) -> Dict[int, so
             connection.close()
             continue
         if secrets.compare_digest(theirs, token):
-            peers[rank] = _probed(connection)
+            peers[rank] = _enable_keepalive(connection)
         else:
             connection.close()
     return peers
 
 
-def tie(rank: int, world_size: int, address: str, agree: Callable[[Any], Any]) -> Lifeline:
+def connect_peers(rank: int, world_size: int, address: str, agree: Callable[[Any], Any]) -> PeerMonitor:
     """Connect this rank with rank 0; called by all ranks.
 
     Args:
@@ -174,7 +174,7 @@ def tie(rank: int, world_size: int, address: str, agree: Callable[[Any], Any]) -
         with _listener() as listener:
             token = secrets.token_bytes(_TOKEN_BYTES)
             agree((listener.getsockname()[1], token))
-            return Lifeline(0, _welcome(listener, token, world_size - 1))
+            return PeerMonitor(0, _accept_peers(listener, token, world_size - 1))
     port, token = agree(None)
     try:
         connection = socket.create_connection((address, port), timeout=_CONNECT_S / 3)  # of each address it has
@@ -183,4 +183,4 @@ def tie(rank: int, world_size: int, address: str, agree: Callable[[Any], Any]) -
         raise RunError(
             f"rank {rank} cannot reach rank 0 at {address}:{port} ({error}): nodes must reach each other on any port"
         ) from error
-    return Lifeline(rank, {0: _probed(connection)})
+    return PeerMonitor(rank, {0: _enable_keepalive(connection)})

@@ -9,14 +9,14 @@ from typing import Any, Dict, Iterator, List
 
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
-from lit_glm.hardware.runtimes.selection import check_devices, make_runtime
+from lit_glm.hardware.runtimes.selection import check_device_count, make_runtime
 from lit_glm.launch.heartbeat import STALL_MARGIN_S
 from lit_glm.launch.signals import Interrupted
 
 _LATER_S = 15.0
 
 
-def collective_limit(config: TrainConfig) -> float:
+def collective_timeout_s(config: TrainConfig) -> float:
     """Seconds until a collective gives up, where its library obeys torch.
 
     Whoever watches for signs of life comes before, and can say which rank hangs.
@@ -25,7 +25,7 @@ def collective_limit(config: TrainConfig) -> float:
 
 
 @contextmanager
-def joined(config: TrainConfig) -> Iterator[None]:
+def process_group(config: TrainConfig) -> Iterator[None]:
     """Open the process group of this rank, as torchrun's variables describe it; none for one device.
 
     An error inside ends the other ranks too, on whichever node they are.
@@ -36,9 +36,9 @@ def joined(config: TrainConfig) -> Iterator[None]:
     """
     import torch
 
-    _take_place(config)
+    _assign_simulated_node(config)
     runtime = make_runtime(config.hardware, config.topology)
-    check_devices(runtime, config.topology)
+    check_device_count(runtime, config.topology)
     local_rank = int(os.environ["LOCAL_RANK"])
     runtime.set_device(local_rank)
     found = int(os.environ.get("WORLD_SIZE", config.topology.world_size))
@@ -50,27 +50,29 @@ def joined(config: TrainConfig) -> Iterator[None]:
     if config.topology.world_size == 1:
         yield
         return
-    torch.distributed.init_process_group(runtime.backend, timeout=timedelta(seconds=collective_limit(config)))
+    torch.distributed.init_process_group(runtime.backend, timeout=timedelta(seconds=collective_timeout_s(config)))
     if config.topology.num_nodes == 1:  # its agent sees to that
         yield
         return
     from lit_glm.hardware import object_collectives
-    from lit_glm.launch.peer_monitor import tie
+    from lit_glm.launch.peer_monitor import connect_peers
 
     device = runtime.device(local_rank)
     rank = torch.distributed.get_rank()
-    line = tie(rank, found, os.environ["MASTER_ADDR"], lambda told: object_collectives.broadcast(told, device))
+    line = connect_peers(
+        rank, found, os.environ["MASTER_ADDR"], lambda told: object_collectives.broadcast_object(told, device)
+    )
     try:
         yield
     except BaseException as error:
-        if not hasattr(error, "exit_status") and line.interrupted():
+        if not hasattr(error, "exit_status") and line.was_peer_interrupted():
             error = Interrupted(signal.SIGTERM)
-        line.let_go(getattr(error, "exit_status", 1))
+        line.announce_exit(getattr(error, "exit_status", 1))
         raise error
-    line.let_go(0)
+    line.announce_exit(0)
 
 
-def _take_place(config: TrainConfig) -> None:
+def _assign_simulated_node(config: TrainConfig) -> None:
     """Where one machine stands for all nodes of a rehearsal, each rank takes its node's place."""
     topology, rank = config.topology, int(os.environ.get("RANK", 0))
     if topology.num_nodes == 1 or os.environ.get("LOCAL_WORLD_SIZE") != str(topology.world_size):
@@ -84,7 +86,7 @@ def _take_place(config: TrainConfig) -> None:
     )
 
 
-def agree(identity: str, step: int, device: Any) -> None:
+def assert_same_job_on_all_ranks(identity: str, step: int, device: Any) -> None:
     """All ranks run the same configuration from the same step, or none does.
 
     Raises:
@@ -94,7 +96,9 @@ def agree(identity: str, step: int, device: Any) -> None:
 
     from lit_glm.hardware import object_collectives
 
-    told = object_collectives.gather((identity, step, os.environ.get("GROUP_RANK", "0"), socket.gethostname()), device)
+    told = object_collectives.all_gather_object(
+        (identity, step, os.environ.get("GROUP_RANK", "0"), socket.gethostname()), device
+    )
     nodes: Dict[str, List[str]] = {}
     for rank, (name, start, node, host) in enumerate(told):
         nodes.setdefault(str(node), []).append(str(host))

@@ -6,7 +6,7 @@ from typing import Any, Optional
 EXIT_STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
-def stopping() -> "list[signal.Signals]":
+def stop_signals() -> "list[signal.Signals]":
     """The signals that stop a job; a hangup does not where it is ignored, as by nohup."""
     return [n for n in EXIT_STATUS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
 
@@ -19,18 +19,18 @@ class Interrupted(Exception):
         self.exit_status = EXIT_STATUS.get(signal.Signals(signal_number), 128 + signal_number)
 
 
-class Signals:
+class StopSignalHandler:
     """Turns the signals that stop into a request that the training loop takes up; a second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.received: Optional[int] = None
         self.module: Any = None
         """Whose `stop_requested` is set; None: there is nothing to save yet."""
-        self.numbers = stopping()
+        self.numbers = stop_signals()
         self._before = {number: signal.getsignal(number) for number in self.numbers}
-        self.take()
+        self.install()
 
-    def take(self) -> None:
+    def install(self) -> None:
         """Set the handlers: at first, and again after somebody else has set his."""
         for number in self.numbers:
             signal.signal(number, self._handle)
@@ -48,21 +48,21 @@ class Signals:
             signal.signal(number, handler)
 
 
-class Stops:
+class SignalMask:
     """Ours after Lightning's, which come between two hooks of a callback: from the first on, signals are put off."""
 
-    def __init__(self, signals: Signals) -> None:
+    def __init__(self, signals: StopSignalHandler) -> None:
         self._signals = signals
 
-    def put_off(self) -> None:
+    def block(self) -> None:
         """Lightning sets its handlers next."""
         signal.pthread_sigmask(signal.SIG_BLOCK, self._signals.numbers)
 
-    def take(self) -> None:
+    def reinstall_and_unblock(self) -> None:
         """It has."""
-        self._signals.take()
-        self.allow()
+        self._signals.install()
+        self.unblock()
 
-    def allow(self) -> None:
+    def unblock(self) -> None:
         """Signals are taken from here on; also after something has failed in between."""
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self._signals.numbers)

@@ -18,40 +18,51 @@ from hydra.experimental.callback import Callback
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lit_glm.atomic_files import replacing, write_json, write_text
+from lit_glm.atomic_files import atomic_write, write_json, write_text
 from lit_glm.config.command_line import CommandLine
-from lit_glm.config.hydra_main import Outcome, checked, compose
+from lit_glm.config.hydra_main import TaskOutcome, compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
-from lit_glm.config.validators import FIGURES
+from lit_glm.config.validators import OBJECTIVE_METRICS
 from lit_glm.errors import InputError, RunError
 from lit_glm.runs import discovery
-from lit_glm.runs.job_spec import FILE, Job, check_same, identity
-from lit_glm.runs.lock import alone_in, is_running
-from lit_glm.runs.result import COLUMNS, COMPLETE, cells, is_complete, less_is_better, of_config, read_result, table
+from lit_glm.runs.job_spec import JOB_FILE, JobSpec, config_hash, ensure_same_config
+from lit_glm.runs.lock import is_running, lock_directory
+from lit_glm.runs.result import (
+    COMPLETE,
+    TABLE_COLUMNS,
+    config_fields,
+    is_complete,
+    is_lower_better,
+    read_result,
+    results_table,
+    table_cells,
+)
 
-NOTES = "jobs"
+JOB_RECORDS_DIR = "jobs"
 """Folder of the notes, in the sweep's; it tells a sweep's folder from others."""
 
 
-def summarise(sweep_dir: Path) -> Tuple[str, int]:
+def summarise_sweep(sweep_dir: Path) -> Tuple[str, int]:
     """Write sweep.csv and sweep.md from the notes of the jobs: the best first, by the sweep's objective.
 
     Returns:
         The table for the terminal with a line a run beneath, and the exit status: the highest of any job.
     """
-    notes = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((sweep_dir / NOTES).glob("*.json"))]
+    notes = [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted((sweep_dir / JOB_RECORDS_DIR).glob("*.json"))
+    ]
     objective = next((str(note["objective"]) for note in notes if note.get("objective")), "")
     pairs = sorted(((note, _result(note, sweep_dir)) for note in notes), key=lambda pair: _rank(pair[1], objective))
     notes, results = [note for note, _ in pairs], [result for _, result in pairs]
-    text = table(results)
+    text = results_table(results)
     sweep_dir.mkdir(parents=True, exist_ok=True)
     write_text(sweep_dir / "sweep.md", text + "\n")
-    with replacing(sweep_dir / "sweep.csv") as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+    with atomic_write(sweep_dir / "sweep.csv") as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow([*COLUMNS, "scoring", "status", "run_dir", "overrides", "taken_from"])
+        writer.writerow([*TABLE_COLUMNS, "scoring", "status", "run_dir", "overrides", "reused_from"])
         for note, result in pairs:
-            told = [note["run_dir"] or "", note["overrides"], note.get("taken_from", "")]
-            writer.writerow([*cells(result), result["scoring"], result["status"], *told])
+            told = [note["run_dir"] or "", note["overrides"], note.get("reused_from", "")]
+            writer.writerow([*table_cells(result), result["scoring"], result["status"], *told])
     lines = [text]
     if len(results) > 1 and _has(results[0], objective):
         lines += [_line(number, note, result, objective) for number, (note, result) in enumerate(pairs, 1)]
@@ -70,7 +81,7 @@ def _rank(result: Dict[str, Any], objective: str) -> Tuple[bool, float]:
     if not _has(result, objective):
         return True, 0.0
     value = float(result[objective])
-    return False, value if less_is_better(objective) else -value
+    return False, value if is_lower_better(objective) else -value
 
 
 def _line(number: int, note: Dict[str, Any], result: Dict[str, Any], objective: str) -> str:
@@ -83,11 +94,11 @@ def _result(note: Dict[str, Any], sweep_dir: Path) -> Dict[str, Any]:
     if note["run_dir"] is None or note["exit_status"] == InputError.exit_status:
         return own  # what the folder holds is an earlier run's
     result = read_result(Path(note["run_dir"])) or own
-    taken_from = note.get("taken_from")
-    if not taken_from:
+    reused_from = note.get("reused_from")
+    if not reused_from:
         return result
-    inside = str(taken_from).startswith(f"{sweep_dir}/")
-    return {**result, "taken_from": str(Path(taken_from).relative_to(sweep_dir)) if inside else taken_from}
+    inside = str(reused_from).startswith(f"{sweep_dir}/")
+    return {**result, "reused_from": str(Path(reused_from).relative_to(sweep_dir)) if inside else reused_from}
 
 
 def _best(notes: List[Dict[str, Any]], results: List[Dict[str, Any]], objective: str) -> Optional[str]:
@@ -98,7 +109,7 @@ def _best(notes: List[Dict[str, Any]], results: List[Dict[str, Any]], objective:
     return f"lit_glm: best by {objective} ({float(results[0][objective]):.6g}): {what}, {notes[0]['run_dir']}"
 
 
-class SweepNotes(Callback):
+class SweepCallback(Callback):
     """Hydra calls it when a sweep starts, and after each job wherever that ran."""
 
     started: Optional[Path] = None
@@ -108,8 +119,8 @@ class SweepNotes(Callback):
 
     def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
         """Remember the folder; notes of an earlier start of the same sweep are renewed job by job."""
-        SweepNotes.started = Path(config.hydra.sweep.dir).resolve()
-        for note in (SweepNotes.started / NOTES).glob("*.json"):
+        SweepCallback.started = Path(config.hydra.sweep.dir).resolve()
+        for note in (SweepCallback.started / JOB_RECORDS_DIR).glob("*.json"):
             note.unlink()
 
     def on_job_end(self, config: Any, job_return: Any, **kwargs: Any) -> None:
@@ -117,15 +128,17 @@ class SweepNotes(Callback):
         if config.hydra.mode is None or config.hydra.mode.name == "RUN":
             return
         sweep_dir, number = Path(config.hydra.sweep.dir), int(config.hydra.job.num)
-        if not _note_file(sweep_dir, number).exists():
-            _note(sweep_dir, number, None, RunError.exit_status, _refused(config))  # its own process said the status
+        if not _job_record_file(sweep_dir, number).exists():
+            _write_job_record(
+                sweep_dir, number, None, RunError.exit_status, _rejected_row(config)
+            )  # its own process said the status
 
 
-def _note_file(sweep_dir: Path, number: int) -> Path:
-    return sweep_dir / NOTES / f"{number:05d}.json"
+def _job_record_file(sweep_dir: Path, number: int) -> Path:
+    return sweep_dir / JOB_RECORDS_DIR / f"{number:05d}.json"
 
 
-def _refused(config: Any) -> Dict[str, Any]:
+def _rejected_row(config: Any) -> Dict[str, Any]:
     """What a row can say of a combination that was refused: its composed configuration may lack anything."""
 
     def text(key: str) -> str:
@@ -140,18 +153,20 @@ def _refused(config: Any) -> Dict[str, Any]:
     return {**row, "fix_hp": f"bs={text('bs')},lr={text('lr')}", "status": "failed"}
 
 
-def _note(sweep_dir: Path, number: int, run_dir: Optional[Path], status: int, row: Dict[str, Any], **more: Any) -> None:
+def _write_job_record(
+    sweep_dir: Path, number: int, run_dir: Optional[Path], status: int, row: Dict[str, Any], **more: Any
+) -> None:
     """Leave a note of a job, with the row of the table that it has without a result."""
-    file = _note_file(sweep_dir, number)
+    file = _job_record_file(sweep_dir, number)
     file.parent.mkdir(parents=True, exist_ok=True)
     overrides = HydraConfig.get().job.override_dirname if HydraConfig.initialized() else ""
     folder = None if run_dir is None else str(run_dir.resolve())
     write_json(file, {"run_dir": folder, "exit_status": status, "overrides": overrides, "row": row, **more})
 
 
-def run_combination(
+def run_sweep_job(
     config: TrainConfig, run_dir: Path, files: Dict[str, str], prepare_data: Callable[[], None]
-) -> Outcome:
+) -> TaskOutcome:
     """Run one job of a sweep, or go on with it, or find it done.
 
     Args:
@@ -167,16 +182,16 @@ def run_combination(
 
     hydra = HydraConfig.get()
     sweep_dir, status, result, folder = Path(hydra.sweep.dir), 1, None, run_dir
-    of = "" if SweepNotes.total is None else f" of {SweepNotes.total}"
+    of = "" if SweepCallback.total is None else f" of {SweepCallback.total}"
     changes = hydra.job.override_dirname or "the only combination"
     print(f"lit_glm: job {int(hydra.job.num) + 1}{of}: {changes}", flush=True)
-    taken_from = ""
+    reused_from = ""
     try:
-        earlier = _earlier(config, run_dir)
+        earlier = _find_earlier_run(config, run_dir)
         folder = run_dir.resolve() if earlier is None else earlier.resolve()
-        if earlier is None and (run_dir / FILE).exists() and config.sweep.skip_done:
-            folder = run_dir.resolve().with_name(f"{run_dir.name}-{identity(config)}")  # the folder is another's
-        taken_from = "" if earlier is None else str(folder)
+        if earlier is None and (run_dir / JOB_FILE).exists() and config.sweep.skip_done:
+            folder = run_dir.resolve().with_name(f"{run_dir.name}-{config_hash(config)}")  # the folder is another's
+        reused_from = "" if earlier is None else str(folder)
         result = _run(config, folder, earlier is not None, sweep_dir, files, prepare_data)
         status = 0
     except (InputError, RunError) as error:
@@ -187,11 +202,11 @@ def run_combination(
         status = stop.exit_status
         raise KeyboardInterrupt from None
     finally:
-        row = {**of_config(config), "status": "failed"}
-        told = {"taken_from": taken_from, "objective": config.sweep.objective}
-        _note(sweep_dir, int(hydra.job.num), folder, status, row, **told)
+        row = {**config_fields(config), "status": "failed"}
+        told = {"reused_from": reused_from, "objective": config.sweep.objective}
+        _write_job_record(sweep_dir, int(hydra.job.num), folder, status, row, **told)
     value = (result or {}).get(config.sweep.objective)
-    return Outcome(status, None if value is None else float(value))
+    return TaskOutcome(status, None if value is None else float(value))
 
 
 def _run(
@@ -204,12 +219,12 @@ def _run(
 ) -> Dict[str, Any]:
     """The result of a combination, run if it is not there."""
     from lit_glm.launch.launcher import run_job
-    from lit_glm.runs.run_folder import check_free
+    from lit_glm.runs.run_folder import ensure_available
 
     result = read_result(folder) if goes_on else None
     if result is not None and result.get("status") in COMPLETE:
         print(f"lit_glm: {folder}: the run is complete, there is nothing to do")
-        print(table([result]), flush=True)
+        print(results_table([result]), flush=True)
         return result
     if goes_on and is_running(folder):
         raise RunError(
@@ -217,50 +232,50 @@ def _run(
             "again when it has ended: what is complete then is not run again"
         )
     if not goes_on:
-        check_free(folder, config.run.overwrite)
+        ensure_available(folder, config.run.overwrite)
     prepare_data()
-    job = Job(config, time.monotonic(), sys.argv, goes_on, str(sweep_dir.resolve()))
+    job = JobSpec(config, time.monotonic(), sys.argv, goes_on, str(sweep_dir.resolve()))
     return run_job(job, folder, files, in_process=False)
 
 
-def places(sweep_dir: Path, given: bool) -> discovery.Places:
+def search_paths(sweep_dir: Path, given: bool) -> discovery.SearchPaths:
     """Where earlier runs of a sweep's combinations are: in its own folder if that was named, else in all sweeps'."""
     return [(sweep_dir, 3)] if given else [(Path("multirun"), 4)]
 
 
-def _earlier(config: TrainConfig, run_dir: Path) -> Optional[Path]:
+def _find_earlier_run(config: TrainConfig, run_dir: Path) -> Optional[Path]:
     """The run of the same configuration that a sweep left before, or that `run.resume` names."""
     if config.run.resume is not None:
-        folder = discovery.resolve(config.run.resume, config, run_dir)
+        folder = discovery.resolve_resume(config.run.resume, config, run_dir)
     elif config.sweep.skip_done:
         hydra = HydraConfig.get()
         given = any(str(override).startswith("hydra.sweep.dir=") for override in hydra.overrides.hydra)
-        runs = discovery.by_identity(places(Path(hydra.sweep.dir), given)).get(identity(config), [])
-        folder = discovery.best_of(runs)
+        runs = discovery.runs_by_config_hash(search_paths(Path(hydra.sweep.dir), given)).get(config_hash(config), [])
+        folder = discovery.best_run(runs)
     else:
         folder = None
     if folder is not None:
-        check_same(config, folder)
+        ensure_same_config(config, folder)
     return folder
 
 
-def finish() -> int:
+def finish_sweep() -> int:
     """Make the table of the sweep that this process has started, if it has; returns its exit status."""
-    sweep_dir, SweepNotes.started = SweepNotes.started, None
+    sweep_dir, SweepCallback.started = SweepCallback.started, None
     if sweep_dir is None:
         return 0
-    text, status = summarise(sweep_dir)
+    text, status = summarise_sweep(sweep_dir)
     print(text)
     print(f"lit_glm: {sweep_dir}/sweep.md, sweep.csv")
     return status
 
 
 _WRITES = ("sweep.md", "sweep.csv", "multirun.yaml")
-_MOST_LOOKED_AT = 300
-_kept = ExitStack()  # the sweep's folder, as long as this process lives
+_MAX_COMPARED = 300
+_held_locks = ExitStack()  # the sweep's folder, as long as this process lives
 
 
-def check_start(whole: Any, line: CommandLine) -> None:
+def prepare_sweep(whole: Any, line: CommandLine) -> None:
     """Take the folder of a sweep, and say which of its combinations are there already.
 
     Args:
@@ -270,16 +285,16 @@ def check_start(whole: Any, line: CommandLine) -> None:
     Raises:
         InputError: if the folder is somebody else's, or another process runs a sweep there.
     """
-    if whole.sweep.objective not in FIGURES:
-        raise InputError(f"sweep.objective={whole.sweep.objective}: must be one of {', '.join(FIGURES)}")
-    given, sweep_dir = line.gives("hydra.sweep.dir"), Path(str(whole.hydra.sweep.dir))
+    if whole.sweep.objective not in OBJECTIVE_METRICS:
+        raise InputError(f"sweep.objective={whole.sweep.objective}: must be one of {', '.join(OBJECTIVE_METRICS)}")
+    given, sweep_dir = line.sets("hydra.sweep.dir"), Path(str(whole.hydra.sweep.dir))
     if given:
         foreign = [name for name in _WRITES if (sweep_dir / name).exists()]
-        notes = sweep_dir / NOTES
+        notes = sweep_dir / JOB_RECORDS_DIR
         if not notes.is_dir() and foreign:
             raise InputError(
-                f"{sweep_dir}: is no folder of a sweep (it has no {NOTES}/), but holds {', '.join(foreign)}, which a "
-                "sweep would write; give another hydra.sweep.dir="
+                f"{sweep_dir}: is not a sweep folder (no {JOB_RECORDS_DIR}/) but contains {', '.join(foreign)}, which a "
+                "sweep would overwrite; give another hydra.sweep.dir="
             )
         if notes.is_dir() and not all(path.suffix == ".json" or path.name == ".lock" for path in notes.iterdir()):
             raise InputError(f"{notes}: holds files of somebody else; give another hydra.sweep.dir=")
@@ -287,25 +302,25 @@ def check_start(whole: Any, line: CommandLine) -> None:
             "wait for the end of that sweep (started again, this one then takes what is complete), or give another "
             "hydra.sweep.dir="
         )
-        _kept.enter_context(alone_in(notes, advice))
-    searches = any(override.is_sweep_override() and not override.is_discrete_sweep() for override in line.parsed())
+        _held_locks.enter_context(lock_directory(notes, advice))
+    searches = any(override.is_sweep_override() and not override.is_discrete_sweep() for override in line.parse())
     if "BasicSweeper" in str(whole.hydra.sweeper.get("_target_")) and not searches:
-        SweepNotes.total = len(line.combinations())
+        SweepCallback.total = len(line.combinations())
     if whole.sweep.skip_done:
-        _announce(discovery.by_identity(places(sweep_dir, given)), line)
+        _announce_earlier_runs(discovery.runs_by_config_hash(search_paths(sweep_dir, given)), line)
 
 
-def _announce(there: Dict[str, List[Path]], line: CommandLine) -> None:
+def _announce_earlier_runs(there: Dict[str, List[Path]], line: CommandLine) -> None:
     combinations = line.combinations() if there else []
-    if len(combinations) > _MOST_LOOKED_AT:
+    if len(combinations) > _MAX_COMPARED:
         print(f"lit_glm: sweep: {len(there)} earlier configurations are compared with each combination in its turn")
         return
     for changes, overrides in combinations:
         try:
-            config = checked(compose("train", [*overrides, *line.searchpath]), TrainConfig)
+            config = validate_config(compose_config("train", [*overrides, *line.searchpath]), TrainConfig)
         except (InputError, HydraException, OmegaConfBaseException):
             continue  # said when its turn comes
-        run = discovery.best_of(there.get(identity(config), []))
+        run = discovery.best_run(there.get(config_hash(config), []))
         if run is not None:
             how = "complete, taken from" if is_complete(run) else "goes on in"
             print(f"lit_glm: sweep: {' '.join(changes) or 'the only combination'}: {how} {run}", flush=True)

@@ -14,22 +14,22 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from lit_glm.broken_pipe import survive_closed_output
-from lit_glm.compat import agents_leave_after_a_failure
+from lit_glm.broken_pipe import ignore_broken_pipe
+from lit_glm.compat import skip_exit_barrier_on_failure
 from lit_glm.launch.signals import EXIT_STATUS
-from lit_glm.runs.error_files import note_killed
+from lit_glm.runs.error_files import write_killed_file
 
 _MARGIN_S = 5.0
-_SAY_MORE = (2, *EXIT_STATUS.values())
+_CAUSE_EXIT_CODES = (2, *EXIT_STATUS.values())
 """Of ranks that refused their input, or were asked to stop: more than those say that lost their peers by it."""
 
 
 def main() -> int:
     """Run torchrun with this process's arguments."""
-    survive_closed_output()
+    ignore_broken_pipe()
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    agents_leave_after_a_failure()
-    threading.Thread(target=_limit_the_wait, args=(sys.argv[1:],), daemon=True).start()
+    skip_exit_barrier_on_failure()
+    threading.Thread(target=_enforce_rendezvous_timeout, args=(sys.argv[1:],), daemon=True).start()
     try:
         run.main(sys.argv[1:])
     except ChildFailedError as error:
@@ -39,13 +39,13 @@ def main() -> int:
                 name = signal.Signals(-failure.exitcode).name
                 print(f"lit_glm: rank {rank} was killed by {name}", file=sys.stderr, flush=True)
                 if failure.exitcode not in (-signal.SIGTERM, -signal.SIGABRT):  # these come of other ranks' errors
-                    note_killed(Path(sys.argv[-2]), rank, name)
+                    write_killed_file(Path(sys.argv[-2]), rank, name)
         codes = [failure.exitcode for failure in failures]
-        return next((code for code in codes if code in _SAY_MORE), max(1, codes[0]))
+        return next((code for code in codes if code in _CAUSE_EXIT_CODES), max(1, codes[0]))
     except SignalException as error:
         return 128 + int(error.sigval)
     except (RuntimeError, TimeoutError) as error:  # the nodes did not meet, or lost each other before their ranks ran
-        _say(sys.argv[1:], str(error).splitlines()[0])
+        _print_rendezvous_error(sys.argv[1:], str(error).splitlines()[0])
         return 1
     return 0
 
@@ -54,18 +54,18 @@ def _options(arguments: List[str]) -> Dict[str, str]:
     return dict(argument[2:].split("=", 1) for argument in arguments if argument.startswith("--") and "=" in argument)
 
 
-def _limit_the_wait(arguments: List[str]) -> None:
+def _enforce_rendezvous_timeout(arguments: List[str]) -> None:
     """End this agent when the nodes have not met in time: torch 1.12 then waits 300 s more, whatever its limit is."""
     limit = float(_options(arguments)["rdzv_conf"].rsplit("=", 1)[-1]) + _MARGIN_S
     begun = time.monotonic()
     while not psutil.Process().children():  # ranks: they start when the nodes have met
         if time.monotonic() - begun > limit:
-            _say(arguments, "nobody came")
+            _print_rendezvous_error(arguments, "nobody came")
             os._exit(1)
         time.sleep(0.5)
 
 
-def _say(arguments: List[str], reason: str) -> None:
+def _print_rendezvous_error(arguments: List[str], reason: str) -> None:
     given = _options(arguments)
     print(
         f"lit_glm: rendezvous failed on node {given['node_rank']} ({reason}): {given['nnodes']} nodes were to meet at "

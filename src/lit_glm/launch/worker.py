@@ -10,38 +10,38 @@ import traceback
 from pathlib import Path
 from typing import Callable
 
-from lit_glm.broken_pipe import survive_closed_output
+from lit_glm.broken_pipe import ignore_broken_pipe
 from lit_glm.errors import InputError, RunError
-from lit_glm.gc_pause import importing
+from lit_glm.gc_pause import paused_gc
 from lit_glm.launch.heartbeat import Heartbeat
-from lit_glm.launch.process_group import joined
+from lit_glm.launch.process_group import process_group
 from lit_glm.launch.signals import Interrupted
-from lit_glm.process_utils import die_with_parent, leave
-from lit_glm.runs.error_files import note_error
-from lit_glm.runs.job_spec import Job
+from lit_glm.process_utils import exit_now, set_parent_death_signal
+from lit_glm.runs.error_files import write_error_file
+from lit_glm.runs.job_spec import JobSpec
 
 _FIRST_RANK_SPEAKS_S = 6.0
 
 
 def main(spec_dir: Path, run_dir: Path) -> int:
     """Do this rank's part; errors become messages and exit statuses."""
-    die_with_parent()
-    survive_closed_output()
-    job = Job.read(spec_dir)
+    set_parent_death_signal()
+    ignore_broken_pipe()
+    job = JobSpec.read(spec_dir)
     beat = Heartbeat(spec_dir, int(os.environ["RANK"]))
 
     def work() -> None:
-        with importing():
+        with paused_gc():
             from lit_glm.launch.rank_runner import run_rank
 
-        with joined(job.config):
+        with process_group(job.config):
             beat()
             run_rank(job, run_dir, beat)
 
-    return said(work, lambda: spec_dir)
+    return run_and_report_errors(work, lambda: spec_dir)
 
 
-def said(work: Callable[[], None], notes: Callable[[], Path]) -> int:
+def run_and_report_errors(work: Callable[[], None], notes: Callable[[], Path]) -> int:
     """Do a rank's work; what goes wrong is said by this rank, once, and noted.
 
     Args:
@@ -57,17 +57,17 @@ def said(work: Callable[[], None], notes: Callable[[], Path]) -> int:
     except Interrupted as stop:
         return stop.exit_status
     except (InputError, RunError) as error:
-        note_error(notes(), rank, error)
+        write_error_file(notes(), rank, error)
         if isinstance(error, InputError) and os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(_FIRST_RANK_SPEAKS_S)  # wrong input is wrong for all ranks: the first says it, its end ends all
         print(f"lit_glm: rank {rank}: {error}", file=sys.stderr, flush=True)
         return error.exit_status
     except BaseException as error:
-        note_error(notes(), rank, error)
+        write_error_file(notes(), rank, error)
         print(f"lit_glm: rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    leave(main(Path(sys.argv[1]), Path(sys.argv[2])))
+    exit_now(main(Path(sys.argv[1]), Path(sys.argv[2])))

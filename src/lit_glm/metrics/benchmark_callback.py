@@ -19,49 +19,54 @@ from typing import Any, Callable, Dict, Optional, Tuple
 import pytorch_lightning as pl
 
 from lit_glm.config.schema import TrainConfig
-from lit_glm.data.sampler import EndlessBatches
+from lit_glm.data.sampler import InfiniteDistributedBatchSampler
 from lit_glm.errors import RunError
 from lit_glm.hardware.runtimes.base import Runtime
-from lit_glm.metrics.divergence_guard import Skips
-from lit_glm.metrics.loggers import Curves
-from lit_glm.metrics.perf_events import Events, PerfLog
-from lit_glm.metrics.run_metrics import Account
-from lit_glm.metrics.timing import PhaseClock, Seconds, StepTimes
-from lit_glm.runs.run_writer import LiveRun
+from lit_glm.metrics.divergence_guard import DivergenceGuard
+from lit_glm.metrics.loggers import MetricLogging
+from lit_glm.metrics.perf_events import PerfEvents, PerfLog
+from lit_glm.metrics.run_metrics import RunMetrics
+from lit_glm.metrics.timing import PhaseDurations, PhaseTimer, StepTimes
+from lit_glm.runs.run_writer import RunWriter
 from lit_glm.training.evaluation import evaluate
-from lit_glm.training.module import RecordModule, StepValues
-from lit_glm.training.stopping_rules import converged, evaluation_due, reached_limit
+from lit_glm.training.module import RecordModule, StepMetrics
+from lit_glm.training.stopping_rules import has_converged, has_reached_limit, is_evaluation_due
 
 
 @dataclass
-class Surroundings:
+class CallbackDependencies:
     """What the recorder asks for and calls, beside Lightning."""
 
-    open_files: Callable[[int], LiveRun]
+    open_writer: Callable[[int], RunWriter]
     """Steps done -> the run's files; called on the first rank."""
     eval_loader: Callable[[int, int], Any]
     """(rank, world size) -> batches to evaluate on."""
     save: Callable[[Any, int], None]
     """(trainer, step) writes a checkpoint."""
-    beat: Callable[[], None]
+    heartbeat: Callable[[], None]
     """A sign of life: at every step and every batch of an evaluation."""
-    waited: Callable[[], float]
+    data_wait_s: Callable[[], float]
     """Seconds that training has waited for data so far."""
     examples: Tuple[int, int]
     """How many there are to train and to evaluate on."""
     hyperparameters: Dict[str, Any]
     """For loggers."""
-    put_off_signals: Callable[[], None]
+    block_signals: Callable[[], None]
     """Called before Lightning sets handlers of its own,"""
-    take_signals: Callable[[], None]
+    unblock_signals: Callable[[], None]
     """and after."""
 
 
-class Recorder(pl.Callback):
+class BenchmarkCallback(pl.Callback):
     """Drives evaluation, stopping and saving, and measures; on every rank, with files on rank 0."""
 
     def __init__(
-        self, config: TrainConfig, runtime: Runtime, entry: float, order: EndlessBatches, around: Surroundings
+        self,
+        config: TrainConfig,
+        runtime: Runtime,
+        entry: float,
+        order: InfiniteDistributedBatchSampler,
+        around: CallbackDependencies,
     ) -> None:
         """Get ready.
 
@@ -73,18 +78,18 @@ class Recorder(pl.Callback):
             around: what else takes part.
         """
         self.config, self.runtime, self._order, self._around = config, runtime, order, around
-        self.clock = PhaseClock(around.waited)
-        self.account = Account(config, runtime, self.clock, order, entry)
-        self.events = Events(config, self.account)
-        self.curves = Curves(self.account, around.hyperparameters)
-        self.skips = Skips(config.run.max_skipped_steps)
-        self.values: Optional[StepValues] = None
+        self.timer = PhaseTimer(around.data_wait_s)
+        self.run_metrics = RunMetrics(config, runtime, self.timer, order, entry)
+        self.events = PerfEvents(config, self.run_metrics)
+        self.metric_logging = MetricLogging(self.run_metrics, around.hyperparameters)
+        self.divergence_guard = DivergenceGuard(config.run.max_skipped_steps)
+        self.step_metrics: Optional[StepMetrics] = None
         """Of the newest step."""
         self.interrupted = False
         self.evaluated_step = -1
-        self.doing = "before the first step"
+        self.current_activity = "before the first step"
         """Where the run is, for errors."""
-        self.ended: Optional[Tuple[Seconds, float]] = None
+        self.final_durations: Optional[Tuple[PhaseDurations, float]] = None
         """Seconds of the phases, and since the entry of `train`, when training ended."""
         self._epoch = -1
         self._saved_step = -1
@@ -93,15 +98,15 @@ class Recorder(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lightning sets its signal handlers between this hook and the next."""
-        self._around.put_off_signals()
+        self._around.block_signals()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End of initialisation: the first evaluation, or the place where an interrupted run goes on."""
-        self._around.take_signals()
+        self._around.unblock_signals()
         module = self._module(pl_module)
         module.train()
-        step, account = module.steps_done, self.account
-        files = self._around.open_files(step) if trainer.is_global_zero else None
+        step, account = module.steps_done, self.run_metrics
+        files = self._around.open_writer(step) if trainer.is_global_zero else None
         account.begin(files, step)
         if files is not None:
             self.events.log = PerfLog(files.path / "perf.log")
@@ -110,16 +115,16 @@ class Recorder(pl.Callback):
         is_new = step == 0 and self.evaluated_step < 0
         if is_new:
             self.events.submitted(self._around.examples)
-        self.events.tell("INIT_START", ago=account.e2e())
+        self.events.emit("INIT_START", ago=account.e2e())
         if is_new and self.config.run.evaluate:
             # Stopped meanwhile: no step is done, so that the run goes on with this evaluation.
             self.interrupted = self._evaluate(trainer, module, "INIT_EVALUATION") is None
             trainer.should_stop = self.interrupted
         account.init_seconds = account.e2e()
-        self.curves.begin(trainer.loggers, step, self.evaluated_step)
-        self.events.tell("INIT_END")
-        self.events.tell("TRAIN_START")
-        self.clock.training_starts()
+        self.metric_logging.begin(trainer.loggers, step, self.evaluated_step)
+        self.events.emit("INIT_END")
+        self.events.emit("TRAIN_START")
+        self.timer.training_starts()
         if step > 0:
             # The run may have been stopped between a step and what follows it.
             self._after_step(trainer, module, None)
@@ -127,45 +132,47 @@ class Recorder(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """The batch is here."""
         step = self._module(pl_module).steps_done + 1
-        self.doing = f"in step {step}"
+        self.current_activity = f"in step {step}"
         epoch = self._order.epoch_of(step)
         if epoch != self._epoch:
             if self._epoch >= 0:
-                self.events.tell("EPOCH_END", {"epoch": self._epoch})
-            self.events.tell("EPOCH_BEGIN", {"epoch": epoch})
+                self.events.emit("EPOCH_END", {"epoch": self._epoch})
+            self.events.emit("EPOCH_BEGIN", {"epoch": epoch})
             self._epoch = epoch
-        self.events.tell("STEP_BEGIN", step=step)
+        self.events.emit("STEP_BEGIN", step=step)
         self.runtime.synchronize()
-        self.clock.batch_ready()
+        self.timer.batch_ready()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """The step is done: write it down, then do what is due after it."""
         self.runtime.after_step()
         self.runtime.synchronize()
-        times = self.clock.step_computed()
+        times = self.timer.step_computed()
         module = self._module(pl_module)
-        self._around.beat()
-        assert module.outcome is not None
-        self.values = module.outcome.read()  # the device has just been waited for: nothing else waits for values
-        self._write_step(module.steps_done, self.values, times)
+        self._around.heartbeat()
+        assert module.pending_metrics is not None
+        self.step_metrics = (
+            module.pending_metrics.read()
+        )  # the device has just been waited for: nothing else waits for values
+        self._write_step(module.steps_done, self.step_metrics, times)
         self._after_step(trainer, module, times)
-        self.curves.step(trainer.loggers, module.steps_done, self.evaluated_step, self.values)
-        self.skips.count(module.steps_done, self.values, trainer.is_global_zero)
+        self.metric_logging.step(trainer.loggers, module.steps_done, self.evaluated_step, self.step_metrics)
+        self.divergence_guard.check_step(module.steps_done, self.step_metrics, trainer.is_global_zero)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Training is over; what Lightning tears down afterwards is no part of it."""
-        self.ended = (self.account.seconds(), self.account.e2e())
+        self.final_durations = (self.run_metrics.durations(), self.run_metrics.e2e())
         if self._epoch >= 0:
-            self.events.tell("EPOCH_END", {"epoch": self._epoch})
-        self.events.tell("TRAIN_END")
+            self.events.emit("EPOCH_END", {"epoch": self._epoch})
+        self.events.emit("TRAIN_END")
 
     # -- after a step ------------------------------------------------------------------------------------------
 
-    def _write_step(self, step: int, values: StepValues, times: StepTimes) -> None:
-        if self.account.files is None:
+    def _write_step(self, step: int, values: StepMetrics, times: StepTimes) -> None:
+        if self.run_metrics.writer is None:
             return
         try:
-            self.account.files.steps.add(
+            self.run_metrics.writer.steps.add(
                 step=step,
                 epoch=self._epoch,
                 samples=step * self.config.global_batch,
@@ -184,21 +191,21 @@ class Recorder(pl.Callback):
         """Evaluate, stop and save where that is due; `times` of the step, None if it was done in an earlier process."""
         config, step = self.config, module.steps_done
         # Gradients of a window that is not full are in no checkpoint: neither save nor stop there.
-        whole = step % config.optimizer.accumulate == 0
-        stop = bool(module.outcome and module.outcome.stop_requested) and whole
-        limit = reached_limit(step, config.global_batch, config.run)
-        due = config.run.evaluate and (evaluation_due(step, config.global_batch, config.run) or limit)
+        whole = step % config.optimizer.gradient_accumulation_steps == 0
+        stop = bool(module.pending_metrics and module.pending_metrics.stop_requested) and whole
+        limit = has_reached_limit(step, config.global_batch, config.run)
+        due = config.run.evaluate and (is_evaluation_due(step, config.global_batch, config.run) or limit)
         evaluated = None
         if due and self.evaluated_step < step and not stop:
-            with self.clock.outside_steps():
+            with self.timer.pause():
                 evaluated = self._evaluate(trainer, module, None)
                 stop = evaluated is None
-        ends = limit or converged(self.account.accuracy, config.run)
-        if times is not None and self.values is not None:
+        ends = limit or has_converged(self.run_metrics.accuracy, config.run)
+        if times is not None and self.step_metrics is not None:
             schedule: Any = module.lr_schedulers()
-            self.events.step_ended(step, self._epoch, self.values, schedule.rate, times.step, ends)
+            self.events.step_ended(step, self._epoch, self.step_metrics, schedule.rate, times.step, ends)
         if evaluated is not None:
-            self.events.tell("EVALUATE", evaluated)
+            self.events.emit("EVALUATE", evaluated)
         if stop or ends:
             trainer.should_stop = True
             self.interrupted = stop and not ends
@@ -206,20 +213,20 @@ class Recorder(pl.Callback):
         due_to_save = every is not None and ((step % every == 0 and whole) or stop or ends)
         if times is not None and due_to_save and self._saved_step < step:
             self._saved_step = step
-            self.doing = f"saving step {step}"
-            with self.clock.outside_steps():
+            self.current_activity = f"saving step {step}"
+            with self.timer.pause():
                 self._around.save(trainer, step)
-        if self.account.files is not None and (self.account.files.stale() or evaluated is not None):
-            self.account.write("running", module)
+        if self.run_metrics.writer is not None and (self.run_metrics.writer.is_stale() or evaluated is not None):
+            self.run_metrics.write("running", module)
 
     def _evaluate(self, trainer: pl.Trainer, module: RecordModule, event: Optional[str]) -> Optional[Dict[str, Any]]:
         """Evaluate; None if any rank was asked to stop meanwhile."""
         start, step = time.perf_counter(), module.steps_done
-        self.doing = f"in the evaluation after step {step}"
+        self.current_activity = f"in the evaluation after step {step}"
         loader = self._around.eval_loader(trainer.global_rank, trainer.world_size)
 
         def stops() -> bool:
-            self._around.beat()
+            self._around.heartbeat()
             return module.stop_requested
 
         def anybody(stopped: bool) -> bool:
@@ -232,12 +239,12 @@ class Recorder(pl.Callback):
             return None
         self.runtime.synchronize()
         seconds = time.perf_counter() - start
-        self.account.accuracy, self.evaluated_step = accuracy, step
+        self.run_metrics.accuracy, self.evaluated_step = accuracy, step
         if event is not None:
-            self.events.tell(event, {"eval_accuracy": accuracy, "time": seconds})
-        if self.account.files is not None:
+            self.events.emit(event, {"eval_accuracy": accuracy, "time": seconds})
+        if self.run_metrics.writer is not None:
             samples = step * self.config.global_batch
-            self.account.files.evals.add(step=step, samples=samples, acc=accuracy, seconds=round(seconds, 6))
+            self.run_metrics.writer.evals.add(step=step, samples=samples, acc=accuracy, seconds=round(seconds, 6))
         return {"global_steps": step, "eval_accuracy": accuracy, "time": seconds}
 
     @staticmethod
@@ -246,6 +253,6 @@ class Recorder(pl.Callback):
         return pl_module
 
 
-def recorder_of(trainer: Any) -> Recorder:
+def find_benchmark_callback(trainer: Any) -> BenchmarkCallback:
     """The recorder among a trainer's callbacks."""
-    return next(entry for entry in trainer.callbacks if isinstance(entry, Recorder))
+    return next(entry for entry in trainer.callbacks if isinstance(entry, BenchmarkCallback))

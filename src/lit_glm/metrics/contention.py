@@ -7,20 +7,20 @@ from typing import Any, Optional
 import psutil
 
 from lit_glm.hardware.runtimes.base import Runtime
-from lit_glm.runs.result import OTHERS_SHARE
+from lit_glm.runs.result import CONTENTION_THRESHOLD
 
 _EVERY_S = 5.0
 _SHORT_S = 2.0  # the kernel counts in hundredths of a second, and a process that ends is counted late
 
 
-def processors_busy() -> float:
+def cpu_busy_seconds() -> float:
     """Seconds that all processors have spent on anything so far, time stolen by a hypervisor's other guests too."""
     times = psutil.cpu_times()
     parts = ("user", "nice", "system", "irq", "softirq", "steal")  # guests' time is within user
     return float(sum(getattr(times, part, 0.0) for part in parts))
 
 
-class Others:
+class ContentionMonitor:
     """Looks at this node while training goes on; on one rank of it."""
 
     def __init__(self, runtime: Runtime, devices: int) -> None:
@@ -36,38 +36,42 @@ class Others:
         self._mark = (time.monotonic(), 0.0, 0.0)
         self._said = False
         self._next = 0.0
-        self.load: Optional[float] = None
+        self.external_cpu_load: Optional[float] = None
         """Share of the machine's processors that others have taken in training, as last looked; None: not known yet."""
-        self.on_cards: Optional[int] = None
+        self.external_device_processes: Optional[int] = None
         """Other processes seen on the cards at most; None: nothing says it."""
 
     def begin(self) -> None:
         """Training is about to begin."""
-        self._mark = (time.monotonic(), processors_busy(), self._own())
+        self._mark = (time.monotonic(), cpu_busy_seconds(), self._own())
         self._next = time.monotonic() + _EVERY_S
 
-    def look_now_and_then(self) -> Optional[str]:
+    def sample_if_due(self) -> Optional[str]:
         """`look` when it is time: finding a job's processes reads all of the machine's."""
-        return self.look() if time.monotonic() >= self._next else None
+        return self.sample() if time.monotonic() >= self._next else None
 
-    def look(self) -> Optional[str]:
+    def sample(self) -> Optional[str]:
         """See what others take; a line to say, once, when that is a tenth of the machine, or cards are shared."""
         self._next = time.monotonic() + _EVERY_S
         since, busy, own = self._mark
         elapsed = time.monotonic() - since
         if busy and elapsed >= _SHORT_S:
-            taken = (processors_busy() - busy) - (self._own() - own)
-            self.load = min(1.0, max(0.0, taken / (elapsed * (os.cpu_count() or 1))))
+            taken = (cpu_busy_seconds() - busy) - (self._own() - own)
+            self.external_cpu_load = min(1.0, max(0.0, taken / (elapsed * (os.cpu_count() or 1))))
         for index in range(self._devices):
-            there = self._runtime.processes_on(index)
+            there = self._runtime.num_processes(index)
             if there is not None:  # a rank of ours is one of them; in a container its number would be another
-                self.on_cards = max(self.on_cards or 0, there - 1)
-        much = self.load is not None and self.load > OTHERS_SHARE
-        if self._said or not (much or self.on_cards):
+                self.external_device_processes = max(self.external_device_processes or 0, there - 1)
+        much = self.external_cpu_load is not None and self.external_cpu_load > CONTENTION_THRESHOLD
+        if self._said or not (much or self.external_device_processes):
             return None
         self._said = True
-        what = [f"others take {self.load:.0%} of this machine's processors"] if much else []
-        what += [f"{self.on_cards} other processes are on its cards"] if self.on_cards else []
+        what = [f"others take {self.external_cpu_load:.0%} of this machine's processors"] if much else []
+        what += (
+            [f"{self.external_device_processes} other processes are on its cards"]
+            if self.external_device_processes
+            else []
+        )
         return f"not alone: {', '.join(what)}; figures measured beside others are not comparable (rows are marked)"
 
     def _own(self) -> float:

@@ -3,12 +3,12 @@
 import sys
 
 from lit_glm.errors import RunError
-from lit_glm.training.module import StepValues
+from lit_glm.training.module import StepMetrics
 
 _FIRST = 3  # in a row, from which a run is said to have diverged: loss scaling alone skips a few now and then
 
 
-class Skips:
+class DivergenceGuard:
     """Counts them; every rank counts the same."""
 
     def __init__(self, most: int) -> None:
@@ -20,7 +20,7 @@ class Skips:
         self._most = most
         self._row = 0
 
-    def count(self, step: int, values: StepValues, speaks: bool) -> None:
+    def check_step(self, step: int, values: StepMetrics, speaks: bool) -> None:
         """Look at a step.
 
         Args:

@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from lit_glm.config.schema import TrainConfig
-from lit_glm.hardware.device_monitor import file_of, monitor_of, readings_of
+from lit_glm.hardware.device_monitor import load_readings, monitor_for, readings_file
 
 Reading = Dict[str, Optional[float]]
 Span = Sequence[float]
 
 
-def joules(readings: List[Reading], spans: List[Span]) -> Optional[float]:
+def integrate_power(readings: List[Reading], spans: List[Span]) -> Optional[float]:
     """Power of one card integrated over some spans of time, by trapezoids; None where a reading has no power.
 
     Before its first and after its last reading a card is taken to have had the power that these say.
@@ -38,7 +38,7 @@ def joules(readings: List[Reading], spans: List[Span]) -> Optional[float]:
     return total
 
 
-def energy(run_dir: Path, config: TrainConfig, spans: List[Span], samples: Optional[float]) -> Dict[str, Any]:
+def energy_metrics(run_dir: Path, config: TrainConfig, spans: List[Span], samples: Optional[float]) -> Dict[str, Any]:
     """Energy, power and temperature of a run.
 
     Args:
@@ -51,13 +51,13 @@ def energy(run_dir: Path, config: TrainConfig, spans: List[Span], samples: Optio
         Entries of result.json; None where any card's power is unknown.
     """
     cards: Dict[Tuple[str, str], List[Reading]] = {}
-    monitor, topology, complete = monitor_of(config.hardware), config.topology, bool(spans)
+    monitor, topology, complete = monitor_for(config.hardware), config.topology, bool(spans)
     for node in range(topology.num_nodes):
-        found = readings_of(file_of(run_dir, node))
-        wanted = topology.devices_per_node if monitor is not None and monitor.visible else len(found)
+        found = load_readings(readings_file(run_dir, node))
+        wanted = topology.devices_per_node if monitor is not None and monitor.visible_devices_variable else len(found)
         complete = complete and bool(found) and len(found) == wanted
         cards.update(found)
-    of_each = [joules(readings, spans) for readings in cards.values()]
+    of_each = [integrate_power(readings, spans) for readings in cards.values()]
     known = complete and all(one is not None for one in of_each)
     total = sum(one for one in of_each if one is not None) if known else None
     seconds = sum(end - begin for begin, end in spans)

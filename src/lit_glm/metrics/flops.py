@@ -16,8 +16,8 @@ from typing import Any, Dict, List, Optional
 import numpy as np
 
 from lit_glm.config.schema import ModelConfig, TrainConfig
-from lit_glm.data.memmap_dataset import CompactSplit
-from lit_glm.data.sampler import EndlessBatches
+from lit_glm.data.memmap_dataset import MemmapDataset
+from lit_glm.data.sampler import InfiniteDistributedBatchSampler
 
 _FLAGPERF_FLOPS = 6 * 0.33e9 * 512
 """FlagPerf's count for a sample of GLM, whatever was computed (its glm-pytorch cases)."""
@@ -25,7 +25,7 @@ _MOST_STEPS = 1000
 
 
 @dataclass
-class Work:
+class WorkTotals:
     """What was computed, all ranks together."""
 
     flops: float = 0.0
@@ -66,10 +66,10 @@ def published_flops(model: ModelConfig, sequences: Any, length: int) -> Any:
     return 6.0 * row * length * np.asarray(sequences, float)
 
 
-class WorkCounter:
+class FlopCounter:
     """The work of the first k steps of a run, and how evenly the ranks share it."""
 
-    def __init__(self, config: TrainConfig, split: CompactSplit, sampler: EndlessBatches) -> None:
+    def __init__(self, config: TrainConfig, split: MemmapDataset, sampler: InfiniteDistributedBatchSampler) -> None:
         """Get ready; costs a pass over the lengths.
 
         Args:
@@ -89,7 +89,7 @@ class WorkCounter:
             flops = np.concatenate([[0.0], np.cumsum(shared_context_flops(config.model, context, candidate))])
             self._flops = np.diff(flops[groups])
 
-    def until(self, step: int) -> Work:
+    def totals_until(self, step: int) -> WorkTotals:
         """All work of steps 1..step."""
         epoch, last = divmod(step, self._sampler.steps_per_epoch)
         while len(self._epochs) < epoch + bool(last):
@@ -97,17 +97,17 @@ class WorkCounter:
         total = sum((cumulative[-1] for cumulative in self._epochs[:epoch]), np.zeros(3))
         if last:
             total = total + self._epochs[epoch][last - 1]
-        return Work(*(float(value) for value in total))
+        return WorkTotals(*(float(value) for value in total))
 
-    def of_each(self, steps: int) -> Any:
+    def flops_per_step(self, steps: int) -> Any:
         """[steps] FLOPs of steps 1..steps, all ranks together."""
-        self.until(steps)
+        self.totals_until(steps)
         each = [np.diff(cumulative[:, 0], prepend=0.0) for cumulative in self._epochs]
         return np.concatenate([*each, np.zeros(0)])[:steps]
 
     def _epoch(self, epoch: int) -> Any:
         """[steps of the epoch, 3] work up to each step, cumulative within the epoch."""
-        order = self._sampler.order(epoch)
+        order = self._sampler.epoch_order(epoch)
         starts = np.arange(0, len(order), self._config.global_batch)
         candidates = np.add.reduceat(self._candidates[order], starts)
         if self._published:
@@ -122,17 +122,17 @@ class WorkCounter:
 
     def _sequences(self, step: int) -> float:
         """Sequences that the ranks compute in a step: each pads to the most candidates among its own examples."""
-        return float(sum(len(share) * self._candidates[share].max() for share in self._sampler.shares(step)))
+        return float(sum(len(share) * self._candidates[share].max() for share in self._sampler.rank_batches(step)))
 
-    def by_rank(self, step: int) -> Any:
+    def flops_by_rank(self, step: int) -> Any:
         """[ranks] FLOPs of each rank in a step."""
-        shares = self._sampler.shares(step)
+        shares = self._sampler.rank_batches(step)
         if self._published:
             sequences = np.array([len(share) * self._candidates[share].max() for share in shares])
             return published_flops(self._config.model, sequences, self._config.data.max_seq_length)
         return np.array([self._flops[share].sum() for share in shares])
 
-    def imbalance(self, steps: int) -> Optional[float]:
+    def rank_imbalance(self, steps: int) -> Optional[float]:
         """By how much the rank with the most rows exceeds the mean of the ranks, mean over (at most 1,000) steps.
 
         Returns:
@@ -143,7 +143,7 @@ class WorkCounter:
             return None
         excess = []
         for step in np.unique(np.linspace(1, steps, min(steps, _MOST_STEPS)).astype(int)):
-            shares = self._sampler.shares(int(step))
+            shares = self._sampler.rank_batches(int(step))
             if self._published:
                 rows = [len(share) * self._candidates[share].max() for share in shares]
             else:
@@ -152,8 +152,8 @@ class WorkCounter:
         return float(np.mean(excess))
 
 
-def utilisation(
-    config: TrainConfig, work: Work, seconds: float, p_core: Optional[float], peak: str
+def compute_mfu(
+    config: TrainConfig, work: WorkTotals, seconds: float, p_core: Optional[float], peak: str
 ) -> Dict[str, Optional[float]]:
     """Work against time and peak.
 
@@ -179,7 +179,7 @@ def utilisation(
     return rates
 
 
-def peak_name(config: TrainConfig, has_tf32: bool) -> str:
+def peak_key(config: TrainConfig, has_tf32: bool) -> str:
     """Under which name the hardware file has the peak that counts.
 
     Args:

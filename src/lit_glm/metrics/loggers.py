@@ -12,18 +12,18 @@ import lit_glm
 from lit_glm.atomic_files import write_text
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
-from lit_glm.metrics.run_metrics import Account
-from lit_glm.metrics.timing import rate
-from lit_glm.runs.job_spec import Job
-from lit_glm.runs.result import of_config
-from lit_glm.runs.run_writer import Table
-from lit_glm.training.module import StepValues
+from lit_glm.metrics.run_metrics import RunMetrics
+from lit_glm.metrics.timing import samples_per_second
+from lit_glm.runs.job_spec import JobSpec
+from lit_glm.runs.result import config_fields
+from lit_glm.runs.run_writer import AppendOnlyCSV
+from lit_glm.training.module import StepMetrics
 
 
 def hyperparameters(config: TrainConfig) -> Dict[str, Any]:
     """What loggers are told of a run, so that runs can be compared there."""
     names = ("bs", "lr", "seed", "hardware", "topology", "precision", "scoring", "model")
-    known = of_config(config)
+    known = config_fields(config)
     return {**{name: known[name] for name in names}, "version": lit_glm.__version__}
 
 
@@ -41,10 +41,10 @@ def make_callbacks(config: TrainConfig) -> List[Any]:
     Raises:
         InputError: if one cannot be made.
     """
-    return [_made("callbacks", name, entry) for name, entry in config.callbacks.items()]
+    return [_instantiate("callbacks", name, entry) for name, entry in config.callbacks.items()]
 
 
-def make_loggers(job: Job, run_dir: Path, steps_done: int) -> List[Any]:
+def make_loggers(job: JobSpec, run_dir: Path, steps_done: int) -> List[Any]:
     """Those of the group `logger`; a run that goes on continues what they have.
 
     Args:
@@ -57,15 +57,15 @@ def make_loggers(job: Job, run_dir: Path, steps_done: int) -> List[Any]:
     """
     made = []
     for name, entry in job.config.logger.items():
-        own = _own_arguments(str(entry.get("_target_", "")), job, run_dir, steps_done)
-        logger = _made("logger", name, {**own, **entry})
+        own = _logger_arguments(str(entry.get("_target_", "")), job, run_dir, steps_done)
+        logger = _instantiate("logger", name, {**own, **entry})
         made.append(logger)
         if "MLFlow" in type(logger).__name__ and os.environ.get("RANK", "0") == "0":
             write_text(_mlflow_id(run_dir), str(logger.run_id))
     return made
 
 
-def finish(loggers: List[Any]) -> None:
+def close_loggers(loggers: List[Any]) -> None:
     """Have loggers complete their files: a rank ends without the interpreter's exit functions."""
     for logger in loggers:
         for name in ("finish", "close"):
@@ -79,20 +79,20 @@ def _mlflow_id(run_dir: Path) -> Path:
     return run_dir / "mlflow_run"
 
 
-def _own_arguments(target: str, job: Job, run_dir: Path, steps_done: int) -> Dict[str, Any]:
+def _logger_arguments(target: str, job: JobSpec, run_dir: Path, steps_done: int) -> Dict[str, Any]:
     """What a logger of a known kind is given beside what its file says."""
     place: Dict[str, Any] = {"save_dir": str(run_dir)}
-    if target.endswith("CSVCurves"):
-        return {**place, "keep_steps": steps_done if job.resumes else None}
+    if target.endswith("ResumableCSVLogger"):
+        return {**place, "keep_steps": steps_done if job.is_resume else None}
     if target.endswith("TensorBoardLogger"):
         # Points behind the checkpoint are written again: the viewer is told to forget the first ones.
-        return {**place, "purge_step": steps_done + 1} if job.resumes else place
+        return {**place, "purge_step": steps_done + 1} if job.is_resume else place
     if target.endswith("WandbLogger"):
         return {**place, "name": run_name(job.config), "id": _wandb_id(run_dir), "resume": "allow"}
     if target.endswith("MLFlowLogger"):
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # newer ones want a database server without it
         before = _mlflow_id(run_dir)
-        goes_on = job.resumes and before.is_file()
+        goes_on = job.is_resume and before.is_file()
         store = os.environ.get("MLFLOW_TRACKING_URI") or f"file:{Path(job.sweep_dir or run_dir).resolve()}/mlruns"
         run_id = before.read_text(encoding="utf-8").strip() if goes_on else None
         return {"tracking_uri": store, "run_name": run_name(job.config), "run_id": run_id}
@@ -105,7 +105,7 @@ def _wandb_id(run_dir: Path) -> str:
     return hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12]
 
 
-def _made(group: str, name: str, entry: Dict[str, Any]) -> Any:
+def _instantiate(group: str, name: str, entry: Dict[str, Any]) -> Any:
     from hydra.utils import instantiate
 
     if not isinstance(entry, dict) or not entry.get("_target_"):
@@ -132,10 +132,10 @@ def _made(group: str, name: str, entry: Dict[str, Any]) -> Any:
         ) from error
 
 
-class Curves:
+class MetricLogging:
     """train/loss, train/lr, train/grad_norm, perf/p_core, perf/p_train, perf/p_whole, val/acc, mem/gib over steps."""
 
-    def __init__(self, account: Account, hyperparameters: Dict[str, Any], every_steps: int = 10) -> None:
+    def __init__(self, account: RunMetrics, hyperparameters: Dict[str, Any], every_steps: int = 10) -> None:
         """Choose how often.
 
         Args:
@@ -152,19 +152,19 @@ class Curves:
             logger.log_hyperparams(self._hyperparameters)
         self._log(loggers, step, evaluated_step, {})
 
-    def step(self, loggers: List[Any], step: int, evaluated_step: int, values: StepValues) -> None:
+    def step(self, loggers: List[Any], step: int, evaluated_step: int, values: StepMetrics) -> None:
         """A point every few steps."""
         if not loggers or (step % self._every and evaluated_step == self._evaluated_step):
             return
-        seconds, samples = self._account.seconds(), self._account.samples_here(step)
+        seconds, samples = self._account.durations(), self._account.samples_here(step)
         memory = self._account.peak_memory()
         point = {
             "train/loss": values.loss,
             "train/lr": values.lr,
             "train/grad_norm": values.grad_norm,
-            "perf/p_core": rate(samples, seconds.pure_compute),
-            "perf/p_train": rate(samples, seconds.no_eval),
-            "perf/p_whole": rate(samples, seconds.raw_train),
+            "perf/p_core": samples_per_second(samples, seconds.pure_compute),
+            "perf/p_train": samples_per_second(samples, seconds.no_eval),
+            "perf/p_whole": samples_per_second(samples, seconds.raw_train),
             "mem/gib": None if memory is None else memory / 2**30,
         }
         self._log(loggers, step, evaluated_step, point)
@@ -178,13 +178,13 @@ class Curves:
             logger.log_metrics(known, step=step)
 
 
-COLUMNS = (
+CSV_COLUMNS = (
     "step", "train/loss", "train/lr", "train/grad_norm", "perf/p_core", "perf/p_train", "perf/p_whole", "val/acc",
     "mem/gib",
 )  # fmt: skip
 
 
-class CSVCurves(Logger):
+class ResumableCSVLogger(Logger):
     """RUN_DIR/csv/metrics.csv, and hparams.yaml beside it."""
 
     def __init__(self, save_dir: str, keep_steps: Optional[int] = None) -> None:
@@ -196,7 +196,7 @@ class CSVCurves(Logger):
         """
         super().__init__()
         self._folder, self._keep = Path(save_dir) / "csv", keep_steps
-        self._table: Optional[Table] = None
+        self._table: Optional[AppendOnlyCSV] = None
 
     @property
     def name(self) -> str:
@@ -219,5 +219,5 @@ class CSVCurves(Logger):
         """A line of the table."""
         if self._table is None:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._table = Table(self._folder / "metrics.csv", COLUMNS, self._keep)
-        self._table.add(step=step, **{name: value for name, value in metrics.items() if name in COLUMNS})
+            self._table = AppendOnlyCSV(self._folder / "metrics.csv", CSV_COLUMNS, self._keep)
+        self._table.add(step=step, **{name: value for name, value in metrics.items() if name in CSV_COLUMNS})

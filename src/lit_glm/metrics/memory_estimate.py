@@ -12,9 +12,9 @@ import numpy as np
 import psutil
 
 from lit_glm.config.schema import ModelConfig, TrainConfig
-from lit_glm.data.sequence_lengths import Lengths
+from lit_glm.data.sequence_lengths import SequenceLengths
 from lit_glm.hardware.runtimes.base import Runtime
-from lit_glm.model.attention import choose
+from lit_glm.model.attention import choose_implementation
 
 _GIB = 2**30
 _KEPT = 17.0
@@ -29,7 +29,7 @@ _HEAD_COPIES = 1.0
 
 
 @dataclass
-class Estimate:
+class MemoryEstimate:
     """Bytes a device."""
 
     weights: float
@@ -45,16 +45,16 @@ class Estimate:
         return self.weights + self.training + self.activations + self.base
 
 
-def parameters(model: ModelConfig) -> int:
+def count_parameters(model: ModelConfig) -> int:
     """Parameters of a GLM of this shape (335 M for glm_large)."""
     D = model.hidden_size
     tables = (model.vocab_size + 2 * (model.max_sequence_length + 1)) * D
     return tables + model.num_layers * (12 * D * D + 13 * D) + 2 * D
 
 
-def estimate(
-    config: TrainConfig, lengths: Lengths, base: float, keeps_scores: bool, bs: Optional[int] = None
-) -> Estimate:
+def estimate_memory(
+    config: TrainConfig, lengths: SequenceLengths, base: float, keeps_scores: bool, bs: Optional[int] = None
+) -> MemoryEstimate:
     """Estimate the peak of a training step.
 
     Args:
@@ -64,19 +64,19 @@ def estimate(
         keeps_scores: whether attention keeps its probabilities for the backward pass (products do, fused kernels not).
         bs: another batch size than the configuration's.
     """
-    count = float(parameters(config.model))
+    count = float(count_parameters(config.model))
     half = config.precision.name == "fp16"
     weights = count * (2 if half else 4)
     training = count * (2 + 4 + 4 + 8 if half else 4 + 8)
-    return Estimate(weights, training, _activations(config, lengths, bs or config.bs, keeps_scores), base)
+    return MemoryEstimate(weights, training, _activations(config, lengths, bs or config.bs, keeps_scores), base)
 
 
-def _activations(config: TrainConfig, lengths: Lengths, bs: int, keeps_scores: bool) -> float:
+def _activations(config: TrainConfig, lengths: SequenceLengths, bs: int, keeps_scores: bool) -> float:
     model = config.model
     D, L, V = model.hidden_size, model.num_layers, model.vocab_size
     size = 2.0 if config.precision.name == "fp16" else 3.0 if config.precision.name in ("amp", "bf16") else 4.0
     on_processor = config.hardware.accelerator == "cpu"
-    dropout = 2.0 * D * _zeros(model.hidden_dropout, on_processor)
+    dropout = 2.0 * D * _dropout_bytes(model.hidden_dropout, on_processor)
     if config.scoring.name == "published":
         rows = float(min(bs, len(lengths)) * lengths.candidates.max() * config.data.max_seq_length)
         predicting = rows
@@ -89,13 +89,13 @@ def _activations(config: TrainConfig, lengths: Lengths, bs: int, keeps_scores: b
     again = _KEYS_AGAIN if on_processor and shared else 0.0
     layer = rows * ((_KEPT + again) * D * size + dropout)
     if keeps_scores:
-        layer += pairs * model.num_attention_heads * (size + _zeros(model.attention_dropout, on_processor))
+        layer += pairs * model.num_attention_heads * (size + _dropout_bytes(model.attention_dropout, on_processor))
     last = (rows * (_KEPT_LAST + again) + predicting * (_KEPT - _KEPT_LAST)) * D * size if shared else layer
     kept = L * rows * D * size + layer if model.activation_checkpointing else (L - 1) * layer + last
     return kept + predicting * V * 4.0 * _HEAD_COPIES
 
 
-def _zeros(p: float, on_processor: bool) -> float:
+def _dropout_bytes(p: float, on_processor: bool) -> float:
     """Bytes an element that dropout keeps: on a processor the places of the zeros, elsewhere a mask of bytes."""
     return 8.0 * p if on_processor else float(p > 0)
 
@@ -107,11 +107,13 @@ def _largest(lengths: Any, bs: int) -> float:
     return float(np.partition(lengths, len(lengths) - bs)[len(lengths) - bs :].sum())
 
 
-def largest_bs(config: TrainConfig, lengths: Lengths, base: float, keeps_scores: bool, memory: float) -> int:
+def largest_fitting_bs(
+    config: TrainConfig, lengths: SequenceLengths, base: float, keeps_scores: bool, memory: float
+) -> int:
     """The largest bs whose estimate fits into `memory` bytes; 0 if none does."""
 
     def fits(bs: int) -> bool:
-        return bs <= len(lengths) and estimate(config, lengths, base, keeps_scores, bs).total <= memory
+        return bs <= len(lengths) and estimate_memory(config, lengths, base, keeps_scores, bs).total <= memory
 
     low, high = 0, 1
     while fits(high):
@@ -123,24 +125,26 @@ def largest_bs(config: TrainConfig, lengths: Lengths, base: float, keeps_scores:
 
 
 @dataclass
-class Judgement:
+class MemoryCheck:
     """An estimate against what there is."""
 
-    guess: Estimate
-    own: Optional[float]
+    estimate: MemoryEstimate
+    available_bytes: Optional[float]
     """Bytes that a device has for itself; None: unknown."""
-    fitting: int
+    largest_bs: int
     """The largest bs that is estimated to fit; 0: none."""
-    host: str = ""
+    host_message: str = ""
     """Of a rehearsal: what the machine itself lacks, that holds all of its ranks."""
 
     @property
     def fits(self) -> bool:
         """Whether it does, as far as is known."""
-        return (self.own is None or self.guess.total <= self.own) and not self.host
+        return (self.available_bytes is None or self.estimate.total <= self.available_bytes) and not self.host_message
 
 
-def judge(config: TrainConfig, lengths: Lengths, runtime: Optional[Runtime], index: int = 0) -> Judgement:
+def check_memory(
+    config: TrainConfig, lengths: SequenceLengths, runtime: Optional[Runtime], index: int = 0
+) -> MemoryCheck:
     """Estimate a run and compare with its device.
 
     Args:
@@ -154,9 +158,9 @@ def judge(config: TrainConfig, lengths: Lengths, runtime: Optional[Runtime], ind
     if runtime is not None:
         total, device = runtime.total_memory(index), runtime.device(index)
         sharing = ranks if runtime.shares_memory else 1
-        base, own = runtime.memory_now(index) or 0.0, None if total is None else total / sharing
-        keeps_scores = choose(config.model.attention, device, config.model.attention_dropout) == "matmul"
-    guess = estimate(config, lengths, base, keeps_scores)
+        base, own = runtime.memory_in_use(index) or 0.0, None if total is None else total / sharing
+        keeps_scores = choose_implementation(config.model.attention, device, config.model.attention_dropout) == "matmul"
+    guess = estimate_memory(config, lengths, base, keeps_scores)
     if runtime is not None and runtime.simulated:
         there = psutil.virtual_memory().total
         if ranks * guess.total > there:
@@ -164,14 +168,14 @@ def judge(config: TrainConfig, lengths: Lengths, runtime: Optional[Runtime], ind
                 f"a rehearsal runs on this machine: {ranks} ranks take about {ranks * guess.total / _GIB:.1f} GiB, it "
                 f"has {there / _GIB:.1f}; rehearse with model=glm_tiny, or fewer devices"
             )
-    fitting = 0 if own is None else largest_bs(config, lengths, base, keeps_scores, own)
-    return Judgement(guess, own, fitting, host)
+    fitting = 0 if own is None else largest_fitting_bs(config, lengths, base, keeps_scores, own)
+    return MemoryCheck(guess, own, fitting, host)
 
 
-def describe(config: TrainConfig, lengths: Lengths, runtime: Optional[Runtime], index: int = 0) -> str:
+def memory_message(config: TrainConfig, lengths: SequenceLengths, runtime: Optional[Runtime], index: int = 0) -> str:
     """One line for the start of a run; further ones where the estimate exceeds what there is. Arguments: `judge`."""
-    found = judge(config, lengths, runtime, index)
-    guess, of = found.guess, "" if found.own is None else f" of {found.own / _GIB:.1f}"
+    found = check_memory(config, lengths, runtime, index)
+    guess, of = found.estimate, "" if found.available_bytes is None else f" of {found.available_bytes / _GIB:.1f}"
     digits = 1 if guess.total >= 10 * _GIB else 2
     shown = [round(part / _GIB, digits) for part in (guess.weights, guess.training, guess.activations)]
     rest = round(guess.total / _GIB, digits) - sum(shown)  # so that what is read adds up
@@ -180,16 +184,16 @@ def describe(config: TrainConfig, lengths: Lengths, runtime: Optional[Runtime], 
         f"memory: about {guess.total / _GIB:.{digits}f}{of} GiB a device: weights {parts[0]}, gradients and "
         f"optimizer {parts[1]}, activations of the largest batch {parts[2]}, in use already {parts[3]}"
     )
-    if found.host:
-        text += f"\nmemory: {found.host}"
-    if found.own is None or guess.total <= found.own:
+    if found.host_message:
+        text += f"\nmemory: {found.host_message}"
+    if found.available_bytes is None or guess.total <= found.available_bytes:
         return text
-    largest = f"the largest bs that fits is {found.fitting}"
-    advice = largest if found.fitting else "no bs fits: take a smaller model or more memory"
+    largest = f"the largest bs that fits is {found.largest_bs}"
+    advice = largest if found.largest_bs else "no bs fits: take a smaller model or more memory"
     return f"{text}\nmemory: bs={config.bs} is estimated above what the device has; {advice}"
 
 
-def ran_out(config: TrainConfig, lengths: Lengths, runtime: Runtime, index: int, doing: str) -> str:
+def oom_message(config: TrainConfig, lengths: SequenceLengths, runtime: Runtime, index: int, doing: str) -> str:
     """What is said when there was not enough.
 
     Args:
@@ -199,18 +203,18 @@ def ran_out(config: TrainConfig, lengths: Lengths, runtime: Runtime, index: int,
         index: of the device.
         doing: where the run was, such as `in step 3`.
     """
-    found = judge(config, lengths, runtime, index)
+    found = check_memory(config, lengths, runtime, index)
     peak, total = runtime.peak_memory(index), runtime.total_memory(index)
 
     def gib(value: Optional[float]) -> str:
         return "unknown" if value is None else f"{value / _GIB:.1f} GiB"
 
     size = f"eval_bs={config.eval_bs}" if "evaluation" in doing else f"bs={config.bs}"
-    largest = "unknown" if found.own is None else str(found.fitting)
+    largest = "unknown" if found.available_bytes is None else str(found.largest_bs)
     text = (
-        f"out of memory {doing} ({size}): estimated {gib(found.guess.total)} a device in training, {gib(peak)} in use "
-        f"at most, {gib(total)} there; the largest bs estimated to fit is {largest}"
+        f"out of memory {doing} ({size}): estimated {gib(found.estimate.total)} per device in training, peak "
+        f"{gib(peak)}, available {gib(total)}; the largest bs estimated to fit is {largest}"
     )
-    if found.own is not None and found.fitting >= config.bs:
+    if found.available_bytes is not None and found.largest_bs >= config.bs:
         text += ", so something else takes memory, or the estimate is too low"
     return f"{text}; take a smaller {size.partition('=')[0]}, or model.activation_checkpointing=true"

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
 
 from lit_glm.config.schema import TrainConfig
-from lit_glm.metrics.run_metrics import Account
-from lit_glm.training.module import StepValues
+from lit_glm.metrics.run_metrics import RunMetrics
+from lit_glm.training.module import StepMetrics
 
 _FLUSH_EVERY_S = 0.05
 
@@ -64,14 +64,14 @@ def _finite(value: Any) -> Any:
     return value
 
 
-class Events:
+class PerfEvents:
     """Does nothing until it has a log: on the first rank alone."""
 
-    def __init__(self, config: TrainConfig, account: Account) -> None:
+    def __init__(self, config: TrainConfig, account: RunMetrics) -> None:
         self._config, self._account = config, account
         self.log: Optional[PerfLog] = None
 
-    def tell(self, name: str, value: Optional[Any] = None, ago: float = 0.0, **keys: Any) -> None:
+    def emit(self, name: str, value: Optional[Any] = None, ago: float = 0.0, **keys: Any) -> None:
         """Something happened, so many seconds ago."""
         if self.log is None:
             return
@@ -83,9 +83,11 @@ class Events:
         config = self._config
         told = {"model": config.model.name, "config": config.fix_hp}
         counts = {"train_examples": examples[0], "eval_examples": examples[1]}
-        self.tell("SUBMIT_INFO", {**told, **counts}, ago=self._account.e2e())
+        self.emit("SUBMIT_INFO", {**told, **counts}, ago=self._account.e2e())
 
-    def step_ended(self, step: int, epoch: int, values: StepValues, next_lr: float, seconds: float, ends: bool) -> None:
+    def step_ended(
+        self, step: int, epoch: int, values: StepMetrics, next_lr: float, seconds: float, ends: bool
+    ) -> None:
         """A step is done, and its evaluation if one was due.
 
         Args:
@@ -98,8 +100,8 @@ class Events:
         """
         if self.log is None:
             return
-        config, so_far = self._config, self._account.all_seconds()
-        loss = values.own_loss / config.optimizer.accumulate
+        config, so_far = self._config, self._account.total_durations()
+        loss = values.local_loss / config.optimizer.gradient_accumulation_steps
         value: Dict[str, Any] = {
             "global_steps": step,
             "num_trained_samples": step * config.global_batch,
@@ -114,12 +116,12 @@ class Events:
         }
         if values.loss_scale is not None:
             value["loss_scale"] = values.loss_scale
-        self.tell("STEP_END", value, step=step, loss=loss)
+        self.emit("STEP_END", value, step=step, loss=loss)
 
     def finished(self, result: Dict[str, Any]) -> None:
         """The run has its result."""
         steps = result["global_steps"]
-        self.tell(
+        self.emit(
             "FINISHED",
             {
                 "e2e_time": result["e2e_time"],

@@ -11,12 +11,12 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from lit_glm.atomic_files import replacing, write_text
-from lit_glm.data.sequence_lengths import Lengths
+from lit_glm.atomic_files import atomic_write, write_text
+from lit_glm.data.sequence_lengths import SequenceLengths
 from lit_glm.errors import InputError
-from lit_glm.metrics.benchmark_callback import Recorder, recorder_of
-from lit_glm.metrics.memory_estimate import Estimate, judge
-from lit_glm.runs.result import lines_of
+from lit_glm.metrics.benchmark_callback import BenchmarkCallback, find_benchmark_callback
+from lit_glm.metrics.memory_estimate import MemoryEstimate, check_memory
+from lit_glm.runs.result import markdown_table
 
 _SHOWN = 25
 _WAITS = ("Synchronize", "_local_scalar_dense", "aten::is_nonzero")
@@ -25,7 +25,7 @@ _GIB = 2**30
 
 
 @dataclass
-class Entry:
+class ProfileEntry:
     """Calls of one name, over all steps."""
 
     name: str
@@ -35,23 +35,23 @@ class Entry:
 
 
 @dataclass
-class Steps:
+class ProfileSummary:
     """What was seen."""
 
     first: int
     last: int
-    operators: List[Entry]
+    operators: List[ProfileEntry]
     """On the host."""
-    kernels: List[Entry]
+    kernels: List[ProfileEntry]
     """On the device; empty without one."""
-    waits: List[Entry]
+    waits: List[ProfileEntry]
     window: float
     """Seconds from the first to the last event."""
     busy: float
     """Of these, during which the device (without one: an operator) was at work."""
 
     @classmethod
-    def of(cls, profiler: Any, first: int, last: int) -> "Steps":
+    def of(cls, profiler: Any, first: int, last: int) -> "ProfileSummary":
         """Read a profiler that has stopped.
 
         Args:
@@ -60,8 +60,10 @@ class Steps:
             last: step that it saw last.
         """
         averages = [average for average in profiler.key_averages() if not average.key.startswith("ProfilerStep")]
-        operators = [Entry(a.key, a.count, a.self_cpu_time_total / 1e6) for a in averages if a.self_cpu_time_total > 0]
-        on_device: Dict[str, Entry] = {}
+        operators = [
+            ProfileEntry(a.key, a.count, a.self_cpu_time_total / 1e6) for a in averages if a.self_cpu_time_total > 0
+        ]
+        on_device: Dict[str, ProfileEntry] = {}
         host, device = [], []
         for event in profiler.events():
             if getattr(event, "is_user_annotation", False):
@@ -71,7 +73,7 @@ class Steps:
                 host.append(span)
                 continue
             device.append(span)
-            entry = on_device.setdefault(event.name, Entry(event.name, 0, 0.0))
+            entry = on_device.setdefault(event.name, ProfileEntry(event.name, 0, 0.0))
             entry.calls += 1
             entry.seconds += (span[1] - span[0]) / 1e6
         every = host + device
@@ -91,9 +93,9 @@ def _waits(name: str) -> bool:
     return any(word in name for word in _WAITS)
 
 
-def _outermost(events: Any) -> List[Entry]:
+def _outermost(events: Any) -> List[ProfileEntry]:
     """Waits of the host that are inside no other: reading a value is an operator that waits by a runtime's function."""
-    found: Dict[str, Entry] = {}
+    found: Dict[str, ProfileEntry] = {}
     for event in events:
         if not _waits(event.name) or not str(event.device_type).endswith("CPU"):
             continue
@@ -101,7 +103,7 @@ def _outermost(events: Any) -> List[Entry]:
         while parent is not None and not _waits(parent.name):
             parent = parent.cpu_parent
         if parent is None:
-            entry = found.setdefault(event.name, Entry(event.name, 0, 0.0))
+            entry = found.setdefault(event.name, ProfileEntry(event.name, 0, 0.0))
             entry.calls += 1
             entry.seconds += event.cpu_time_total / 1e6
     return list(found.values())
@@ -116,7 +118,7 @@ def _union(spans: List[Tuple[float, float]]) -> float:
     return total
 
 
-def _table(title: str, entries: List[Entry], steps: int) -> List[str]:
+def _table(title: str, entries: List[ProfileEntry], steps: int) -> List[str]:
     whole = sum(entry.seconds for entry in entries)
     rows = [["name", "share", "ms a step", "calls a step", "us a call"]]
     rows += [
@@ -134,10 +136,10 @@ def _table(title: str, entries: List[Entry], steps: int) -> List[str]:
         seconds, calls = sum(entry.seconds for entry in rest), sum(entry.calls for entry in rest)
         share = f"{seconds / whole:.1%}" if whole else ""
         rows.append([f"{len(rest)} others", share, f"{1000 * seconds / steps:.3f}", f"{calls / steps:g}", ""])
-    return [f"## {title}", "", f"{1000 * whole / steps:.2f} ms a step in all.", "", lines_of(rows), ""]
+    return [f"## {title}", "", f"{1000 * whole / steps:.2f} ms a step in all.", "", markdown_table(rows), ""]
 
 
-def _memory(kinds: Dict[str, float], guess: Estimate, peak: Optional[float]) -> List[str]:
+def _memory(kinds: Dict[str, float], guess: MemoryEstimate, peak: Optional[float]) -> List[str]:
     if not kinds:
         return ["## Memory", "", "Not counted: the run ended before the step behind the profiled ones.", ""]
     whole = "gradients" in kinds  # a step without an update has none where the optimizer looks
@@ -154,14 +156,16 @@ def _memory(kinds: Dict[str, float], guess: Estimate, peak: Optional[float]) -> 
     rows = [["kind", "measured GiB", "estimated GiB"]]
     rows += [[name, _gib(own), _gib(other)] for name, own, other in pairs]
     note = "Measured in one step; the estimate is of the largest batch in the data."
-    return ["## Memory by kind", "", note, "", lines_of(rows), ""]
+    return ["## Memory by kind", "", note, "", markdown_table(rows), ""]
 
 
 def _gib(value: Optional[float]) -> str:
     return "" if value is None else f"{value / _GIB:.4f}"
 
 
-def kernels_document(found: Steps, kinds: Dict[str, float], guess: Estimate, peak: Optional[float]) -> str:
+def profile_markdown(
+    found: ProfileSummary, kinds: Dict[str, float], guess: MemoryEstimate, peak: Optional[float]
+) -> str:
     """kernels.md.
 
     Args:
@@ -196,7 +200,7 @@ DOCUMENT = "kernels.md"
 _BETWEEN, _PROFILING, _COUNTING, _DONE = range(4)
 
 
-class Profile(pl.Callback):
+class ProfilerCallback(pl.Callback):
     """On the first rank; the others train beside it."""
 
     def __init__(self, from_step: int = 10, steps: int = 5) -> None:
@@ -217,8 +221,8 @@ class Profile(pl.Callback):
         self._state = _DONE
         self._profiler: Any = None
         self._first, self._steps_seen = 0, 0
-        self._found: Optional[Steps] = None
-        self._held = ExitStack()
+        self._found: Optional[ProfileSummary] = None
+        self._hooks = ExitStack()
         self._storages: Dict[int, int] = {}
         self._known: Set[int] = set()
         self._kinds: Dict[str, float] = {}
@@ -240,18 +244,20 @@ class Profile(pl.Callback):
         elif self._state == _BETWEEN and self._found is not None:
             self._state = _COUNTING
             self._known = {_storage(tensor).data_ptr() for tensor in pl_module.state_dict().values()}
-            self._held.enter_context(torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor))
+            self._hooks.enter_context(
+                torch.autograd.graph.saved_tensors_hooks(self._record_saved_tensor, lambda tensor: tensor)
+            )
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, loss: Tensor) -> None:
         """All that the backward pass needs is there: the moment at which a step holds most."""
         if self._state != _COUNTING:
             return
-        self._held.close()
+        self._hooks.close()
         self._kinds["activations"] = float(sum(self._storages.values()))
-        snapshot = recorder_of(trainer).runtime.memory_snapshot()
+        snapshot = find_benchmark_callback(trainer).runtime.memory_snapshot()
         if snapshot is not None:
             self._folder.mkdir(exist_ok=True)
-            with replacing(self._folder / "memory_snapshot.pickle") as temporary, temporary.open("wb") as file:
+            with atomic_write(self._folder / "memory_snapshot.pickle") as temporary, temporary.open("wb") as file:
                 pickle.dump({"segments": snapshot, "device_traces": []}, file)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
@@ -270,7 +276,7 @@ class Profile(pl.Callback):
         if self._state == _PROFILING and pl_module.steps_done >= self._first + self._count - 1:
             self._end_profile(pl_module.steps_done)
         elif self._state == _COUNTING:
-            self._held.close()
+            self._hooks.close()
             for optimizer in trainer.optimizers:
                 state = [value for entry in optimizer.state.values() for value in entry.values()]
                 tensors = [value for value in state if isinstance(value, Tensor)]
@@ -292,7 +298,7 @@ class Profile(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         """A run that failed in a profiled step leaves torch without a profiler and without hooks."""
-        self._held.close()
+        self._hooks.close()
         if self._state == _PROFILING:
             self._profiler.stop()
         self._state = _DONE
@@ -302,24 +308,26 @@ class Profile(pl.Callback):
     def _end_profile(self, step: int) -> None:
         self._profiler.stop()
         self._folder.mkdir(exist_ok=True)
-        with replacing(self._folder / "trace.json") as temporary:
+        with atomic_write(self._folder / "trace.json") as temporary:
             self._profiler.export_chrome_trace(str(temporary))
-        self._found = Steps.of(self._profiler, self._first, step)
+        self._found = ProfileSummary.of(self._profiler, self._first, step)
         self._profiler, self._state = None, _BETWEEN
 
     def _write(self, trainer: Any) -> None:
         self._state = _DONE
-        recorder: Recorder = recorder_of(trainer)
-        guess: Estimate = judge(recorder.config, Lengths.of(trainer.datamodule.split), recorder.runtime).guess
+        recorder: BenchmarkCallback = find_benchmark_callback(trainer)
+        guess: MemoryEstimate = check_memory(
+            recorder.config, SequenceLengths.from_dataset(trainer.datamodule.split), recorder.runtime
+        ).estimate
         assert self._found is not None
-        text = kernels_document(self._found, self._kinds, guess, recorder.runtime.peak_memory(0))
+        text = profile_markdown(self._found, self._kinds, guess, recorder.runtime.peak_memory(0))
         write_text(self._folder / DOCUMENT, text)
         print(
             f"lit_glm: profile of steps {self._found.first} to {self._found.last}: {self._folder}/{DOCUMENT}",
             flush=True,
         )
 
-    def _keep(self, tensor: Tensor) -> Tensor:
+    def _record_saved_tensor(self, tensor: Tensor) -> Tensor:
         storage = _storage(tensor)
         if storage.data_ptr() not in self._known:
             self._storages[storage.data_ptr()] = storage.nbytes()

@@ -6,12 +6,12 @@ from typing import Any, Optional
 
 import pytorch_lightning as pl
 
-from lit_glm.metrics.benchmark_callback import recorder_of
-from lit_glm.metrics.run_metrics import Account
-from lit_glm.training.stopping_rules import next_evaluation
+from lit_glm.metrics.benchmark_callback import find_benchmark_callback
+from lit_glm.metrics.run_metrics import RunMetrics
+from lit_glm.training.stopping_rules import next_evaluation_step
 
 
-class Progress(pl.Callback):
+class ProgressCallback(pl.Callback):
     """Reads what the recorder knows; costs nothing between its updates."""
 
     def __init__(self, every_s: float = 0.5, line_every_s: float = 10.0) -> None:
@@ -32,8 +32,8 @@ class Progress(pl.Callback):
         """Begin."""
         if not trainer.is_global_zero:
             return
-        recorder = recorder_of(trainer)
-        account = recorder.account
+        recorder = find_benchmark_callback(trainer)
+        account = recorder.run_metrics
         self._accuracy = account.accuracy
         when = f"after step {pl_module.steps_done}" if pl_module.steps_done else "before training"
         print(f"lit_glm: accuracy {when} {_percent(account.accuracy)}", flush=True)
@@ -49,15 +49,15 @@ class Progress(pl.Callback):
         """Say where the run is, if it is time."""
         if not trainer.is_global_zero:
             return
-        recorder = recorder_of(trainer)
-        account, values = recorder.account, recorder.values
+        recorder = find_benchmark_callback(trainer)
+        account, values = recorder.run_metrics, recorder.step_metrics
         assert values is not None
         if time.monotonic() < self._next and account.accuracy == self._accuracy:
             return
         self._next = time.monotonic() + self._every
         self._accuracy = account.accuracy
         step = pl_module.steps_done
-        text = _said(account, step, values.loss)
+        text = _progress_line(account, step, values.loss)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
         else:
@@ -69,12 +69,12 @@ class Progress(pl.Callback):
             self._bar.stop()
 
 
-def _said(account: Account, step: int, loss: float) -> str:
+def _progress_line(account: RunMetrics, step: int, loss: float) -> str:
     """Where the run is, how fast, and what is still to come at that speed."""
     run, batch, seconds, total = (
         account.config.run,
         account.config.global_batch,
-        account.seconds(),
+        account.durations(),
         account.total_steps(),
     )
     here = account.samples_here(step)
@@ -90,13 +90,13 @@ def _said(account: Account, step: int, loss: float) -> str:
         left = (total - step) * batch / rate
         if run.evaluate:  # those behind it have taken as long a share of the time so far
             left *= max(1.0, seconds.raw_train / seconds.no_eval)
-            due = next_evaluation(step, batch, run, total)
-            parts.append(f"next evaluation after step {due}, in {_time((due - step) * batch / rate)}")
-        parts.append(f"at most {_time(left)} left")
+            due = next_evaluation_step(step, batch, run, total)
+            parts.append(f"next evaluation after step {due}, in {_format_duration((due - step) * batch / rate)}")
+        parts.append(f"at most {_format_duration(left)} left")
     return "  ".join(parts)
 
 
-def _time(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -4,22 +4,29 @@ import time
 from typing import Any, Dict, List, Optional
 
 from lit_glm.config.schema import TrainConfig
-from lit_glm.data.sampler import EndlessBatches
+from lit_glm.data.sampler import InfiniteDistributedBatchSampler
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.metrics import timing
-from lit_glm.metrics.contention import Others
-from lit_glm.metrics.flops import Work, peak_name, utilisation
-from lit_glm.metrics.timing import PhaseClock, Seconds, figures
-from lit_glm.runs.result import of_config
-from lit_glm.runs.run_writer import LiveRun
+from lit_glm.metrics.contention import ContentionMonitor
+from lit_glm.metrics.flops import WorkTotals, compute_mfu, peak_key
+from lit_glm.metrics.timing import PhaseDurations, PhaseTimer, throughput_metrics
+from lit_glm.runs.result import config_fields
+from lit_glm.runs.run_writer import RunWriter
 from lit_glm.training.module import RecordModule
-from lit_glm.training.stopping_rules import converged
+from lit_glm.training.stopping_rules import has_converged
 
 
-class Account:
+class RunMetrics:
     """Sums of one rank; on the first one with the run's files, so that what was measured before counts too."""
 
-    def __init__(self, config: TrainConfig, runtime: Runtime, clock: PhaseClock, order: EndlessBatches, entry: float):
+    def __init__(
+        self,
+        config: TrainConfig,
+        runtime: Runtime,
+        clock: PhaseTimer,
+        order: InfiniteDistributedBatchSampler,
+        entry: float,
+    ):
         """Begin.
 
         Args:
@@ -32,43 +39,43 @@ class Account:
         self.config, self._runtime, self._clock, self._order, self._entry = config, runtime, clock, order, entry
         self.init_seconds = 0.0
         self.accuracy: Optional[float] = None
-        self.files: Optional[LiveRun] = None
-        self.others: Optional[Others] = None
+        self.writer: Optional[RunWriter] = None
+        self.contention: Optional[ContentionMonitor] = None
         """On the first rank."""
         self._first_step = 0
-        self._earlier = Seconds()
+        self._earlier = PhaseDurations()
         self._earlier_e2e = 0.0
 
-    def begin(self, files: Optional[LiveRun], steps_done: int) -> None:
+    def begin(self, files: Optional[RunWriter], steps_done: int) -> None:
         """Training is about to begin, or to go on after some steps."""
-        self.files, self._first_step = files, steps_done
+        self.writer, self._first_step = files, steps_done
         if files is None:
             return
-        self.others = Others(self._runtime, self.config.topology.devices_per_node)
-        self.others.begin()
-        if not files.before:
+        self.contention = ContentionMonitor(self._runtime, self.config.topology.devices_per_node)
+        self.contention.begin()
+        if not files.previous_result:
             return
         # All of one moment: of steps and evaluations that stand, and never less than what they are contained in.
-        before, compute, steps = files.before, files.steps.total("compute_s"), files.steps.total("step_s")
+        before, compute, steps = files.previous_result, files.steps.total("compute_s"), files.steps.total("step_s")
         evaluations = sum(float(row["seconds"]) for row in files.evals.rows if row["step"] != "0")
         raw = max(float(before.get("raw_train_time") or 0.0), steps + evaluations)
         init = float(before.get("init_time") or 0.0)
-        self._earlier = Seconds(compute, steps, raw, init)
+        self._earlier = PhaseDurations(compute, steps, raw, init)
         self._earlier_e2e = max(float(before.get("e2e_time") or 0.0), init + raw)
 
     def e2e(self) -> float:
         """Seconds since the entry of `train`."""
         return time.monotonic() - self._entry
 
-    def seconds(self) -> Seconds:
+    def durations(self) -> PhaseDurations:
         """Measured by this rank in this process."""
         seconds = self._clock.seconds()
         seconds.init = self.init_seconds
         return seconds
 
-    def all_seconds(self) -> Seconds:
+    def total_durations(self) -> PhaseDurations:
         """As `seconds`, with what was measured before an interruption."""
-        return self.seconds() + self._earlier
+        return self.durations() + self._earlier
 
     def samples(self, step: int) -> int:
         """Examples that all ranks have really computed in steps 1..step."""
@@ -91,19 +98,19 @@ class Account:
 
     def write(self, status: str, module: RecordModule) -> None:
         """Write result.json with what is known now, and a line of memory.csv."""
-        if self.files is None:
+        if self.writer is None:
             return
-        self.files.write(self.row(status, module, self.seconds(), self.e2e(), self.peak_memory()))
-        said = self.others.look_now_and_then() if self.others is not None else None
+        self.writer.write(self.row(status, module, self.durations(), self.e2e(), self.peak_memory()))
+        said = self.contention.sample_if_due() if self.contention is not None else None
         if said:
             print(f"lit_glm: {said}", flush=True)
-        in_use = self._runtime.memory_now(0)
+        in_use = self._runtime.memory_in_use(0)
         if in_use is not None:
             spent = round(self.e2e() + self._earlier_e2e, 3)
-            self.files.memory.add(step=module.steps_done, seconds=spent, gib=round(in_use / 2**30, 4))
+            self.writer.memory.add(step=module.steps_done, seconds=spent, gib=round(in_use / 2**30, 4))
 
     def row(
-        self, status: str, module: RecordModule, seconds: Seconds, e2e: float, peak: Optional[float]
+        self, status: str, module: RecordModule, seconds: PhaseDurations, e2e: float, peak: Optional[float]
     ) -> Dict[str, Any]:
         """A result.
 
@@ -114,15 +121,15 @@ class Account:
             e2e: seconds since the entry of `train` of this process.
             peak: highest memory in use, bytes.
         """
-        config, files, step = self.config, self.files, module.steps_done
+        config, files, step = self.config, self.writer, module.steps_done
         assert files is not None
-        total, before = self._runtime.total_memory(0), files.before.get("mem_actual_gib")
+        total, before = self._runtime.total_memory(0), files.previous_result.get("mem_actual_gib")
         used = None if peak is None or total is None else peak / 2**30
         return {
             "status": status,
-            **of_config(config),
+            **config_fields(config),
             "e2e_time": e2e + self._earlier_e2e,
-            **figures(self.samples(step), seconds + self._earlier),
+            **throughput_metrics(self.samples(step), seconds + self._earlier),
             "acc": self.accuracy,
             "mem_actual_gib": used if used is None else max(used, float(before or 0.0)),
             "mem_total_gib": None if total is None else total / 2**30,
@@ -131,7 +138,7 @@ class Account:
             "tokens_per_s": None,
             "candidates_per_s": None,
             "rank_imbalance": None,
-            "converged": converged(self.accuracy, config.run),
+            "converged": has_converged(self.accuracy, config.run),
             "num_trained_samples": self.samples(step),
             "global_steps": step,
             "skipped_steps": module.steps_skipped,
@@ -140,18 +147,18 @@ class Account:
             "runtime": self._runtime.name,
             "simulated": self._runtime.simulated,
             "tf32": self._tf32(),
-            "training_spans": self._spans(e2e),
-            **self._beside(),
+            "training_spans": self._training_spans(e2e),
+            **self._contention_fields(),
         }
 
     def finish(
         self,
         status: str,
         module: RecordModule,
-        seconds: Seconds,
+        seconds: PhaseDurations,
         e2e: float,
         peak: Optional[float],
-        work: Work,
+        work: WorkTotals,
         flops: Any,
         rank_imbalance: Optional[float],
     ) -> Dict[str, Any]:
@@ -167,35 +174,41 @@ class Account:
             flops: [steps] of each step.
             rank_imbalance: see `WorkCounter.imbalance`.
         """
-        assert self.files is not None
-        assert self.others is not None
-        self.others.look()
+        assert self.writer is not None
+        assert self.contention is not None
+        self.contention.sample()
         row = self.row(status, module, seconds, e2e, peak)
-        rates = utilisation(self.config, work, row["pure_compute_time"], row["p_core"], self._peak_name())
+        rates = compute_mfu(self.config, work, row["pure_compute_time"], row["p_core"], self._peak_name())
         if rates["mfu"] is not None and rates["mfu"] > 1:
             rates["mfu_above_one"], rates["mfu"] = rates["mfu"], None  # no figure rather than a wrong one
         row.update(rank_imbalance=rank_imbalance, model_flops=work.flops, **rates)
-        row["step_s"] = timing.summary(self.files.of_steps("step_s"))
-        row["warm_up"] = timing.slow_start(self.files.of_steps("compute_s"), flops)
-        self.files.write(row)
+        row["step_s"] = timing.step_time_summary(self.writer.step_column("step_s"))
+        row["first_steps"] = timing.warmup_slowdown(self.writer.step_column("compute_s"), flops)
+        self.writer.write(row)
         return row
 
-    def _spans(self, e2e: float) -> List[List[float]]:
+    def _training_spans(self, e2e: float) -> List[List[float]]:
         """When it trained, in seconds since the entry of `train`, this part of the run behind the earlier ones."""
-        assert self.files is not None
+        assert self.writer is not None
         begin = self._earlier_e2e + self.init_seconds
-        return [*(self.files.before.get("training_spans") or []), [begin, max(begin, e2e + self._earlier_e2e)]]
+        return [
+            *(self.writer.previous_result.get("training_spans") or []),
+            [begin, max(begin, e2e + self._earlier_e2e)],
+        ]
 
-    def _beside(self) -> Dict[str, Any]:
+    def _contention_fields(self) -> Dict[str, Any]:
         """What others took meanwhile; of a run that was resumed the most of its parts."""
-        assert self.files is not None
-        assert self.others is not None
-        now = {"others_load": self.others.load, "others_on_cards": self.others.on_cards}
-        parts = {name: [value, self.files.before.get(name)] for name, value in now.items()}
+        assert self.writer is not None
+        assert self.contention is not None
+        now = {
+            "external_cpu_load": self.contention.external_cpu_load,
+            "external_device_processes": self.contention.external_device_processes,
+        }
+        parts = {name: [value, self.writer.previous_result.get(name)] for name, value in now.items()}
         return {name: max((x for x in both if x is not None), default=None) for name, both in parts.items()}
 
     def _tf32(self) -> bool:
         return self._peak_name() == "tf32"
 
     def _peak_name(self) -> str:
-        return peak_name(self.config, self._runtime.has_tf32)
+        return peak_key(self.config, self._runtime.has_tf32)

@@ -14,12 +14,12 @@ import torch
 from omegaconf import OmegaConf
 
 import lit_glm
-from lit_glm.config.hydra_main import CONF
+from lit_glm.config.hydra_main import CONF_DIR
 from lit_glm.config.schema import TrainConfig
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.hardware.runtimes.cpu import cpu_name
 from lit_glm.hardware.vendor_packages import PACKAGES, VISIBLE
-from lit_glm.openmp import COUNTS, WAITING, cores
+from lit_glm.openmp import SPIN_LIMITS, THREAD_COUNT_VARIABLES, available_cores
 
 _PACKAGES = (
     "torch",
@@ -35,8 +35,8 @@ _PACKAGES = (
 )
 _VARIABLES = (
     *VISIBLE,
-    *COUNTS,
-    *WAITING,
+    *THREAD_COUNT_VARIABLES,
+    *SPIN_LIMITS,
     "OMP_WAIT_POLICY",
     "GLOO_SOCKET_IFNAME",
 )
@@ -45,7 +45,7 @@ _VARIABLES = (
 _SECRET = re.compile(r"token|secret|password|passwd|api_?key|credential", re.IGNORECASE)
 
 
-def _output(*command: str, folder: Optional[Path] = None) -> Optional[str]:
+def _command_output(*command: str, folder: Optional[Path] = None) -> Optional[str]:
     try:
         return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -111,7 +111,7 @@ def _image() -> Optional[str]:
     return None if inside else ""
 
 
-def describe(config: TrainConfig, runtime: Runtime, command: List[str]) -> Dict[str, Any]:
+def describe_system(config: TrainConfig, runtime: Runtime, command: List[str]) -> Dict[str, Any]:
     """Ask the system what it is; `report.*` wins, the hardware file fills what nothing else knows.
 
     Args:
@@ -121,15 +121,15 @@ def describe(config: TrainConfig, runtime: Runtime, command: List[str]) -> Dict[
     """
     hardware, told = config.hardware, config.report
     source = Path(lit_glm.__file__).resolve().parent
-    commit = _output("git", "rev-parse", "HEAD", folder=source)
-    changed = _output("git", "status", "--porcelain", "--untracked-files=no", folder=source) if commit else None
+    commit = _command_output("git", "rev-parse", "HEAD", folder=source)
+    changed = _command_output("git", "status", "--porcelain", "--untracked-files=no", folder=source) if commit else None
     cards = [runtime.device_name(index) for index in range(config.topology.devices_per_node)]
     of_file = "" if runtime.simulated else hardware.server  # a rehearsal says nothing of the chip's server
     return {
         "lit_glm": lit_glm.__version__,
         "git_commit": commit,
         "git_dirty": bool(changed) if commit else None,
-        "command": [_without_secret(argument) for argument in command],
+        "command": [_mask_secrets(argument) for argument in command],
         "host": platform.node(),
         "pid": os.getpid(),
         "machine": told.machine or _machine() or of_file or None,
@@ -141,15 +141,15 @@ def describe(config: TrainConfig, runtime: Runtime, command: List[str]) -> Dict[
         "container_image": told.image if told.image is not None else _image(),
         "driver": told.driver or runtime.driver_version(),
         "has_driver": runtime.has_driver or runtime.simulated,
-        "card": told.card or hardware.card or (cards[0] if cards else ""),
-        "cards": [name or hardware.card for name in cards],
+        "device_name": told.device_name or hardware.product_name or (cards[0] if cards else ""),
+        "devices": [name or hardware.product_name for name in cards],
         "runtime": runtime.name,
         "simulated": runtime.simulated,
         "server": hardware.server,
         "network": told.network or _network() or ("" if runtime.simulated else hardware.network) or None,
         "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
-        "cores": cores(),
+        "cores": available_cores(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "variables": {name: os.environ[name] for name in _known_variables() if name in os.environ},
@@ -158,12 +158,12 @@ def describe(config: TrainConfig, runtime: Runtime, command: List[str]) -> Dict[
 
 def _known_variables() -> List[str]:
     """Names from our own list and from the hardware files, never from the command line; none of a secret."""
-    files: List[Any] = [OmegaConf.load(path) for path in sorted((CONF / "hardware").glob("*.yaml"))]
+    files: List[Any] = [OmegaConf.load(path) for path in sorted((CONF_DIR / "hardware").glob("*.yaml"))]
     names = [*_VARIABLES, *(str(name) for content in files for name in content.get("env") or {})]
     return [name for name in dict.fromkeys(names) if not _SECRET.search(name)]
 
 
-def _without_secret(argument: str) -> str:
+def _mask_secrets(argument: str) -> str:
     """An override that speaks of a secret keeps its key alone; an address loses its user and password."""
     key, found, _ = argument.partition("=")
     if _SECRET.search(argument):

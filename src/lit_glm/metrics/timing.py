@@ -9,7 +9,7 @@ import numpy as np
 
 
 @dataclass
-class Seconds:
+class PhaseDurations:
     """What a run spent its time on. Each is contained in the next, so rates come out ordered without clamping."""
 
     pure_compute: float = 0.0
@@ -21,8 +21,8 @@ class Seconds:
     init: float = 0.0
     """Entry of `train` to the first training step, the first evaluation included."""
 
-    def __add__(self, other: "Seconds") -> "Seconds":
-        return Seconds(
+    def __add__(self, other: "PhaseDurations") -> "PhaseDurations":
+        return PhaseDurations(
             self.pure_compute + other.pure_compute,
             self.no_eval + other.no_eval,
             self.raw_train + other.raw_train,
@@ -30,12 +30,12 @@ class Seconds:
         )
 
 
-def rate(samples: int, seconds: float) -> Optional[float]:
+def samples_per_second(samples: int, seconds: float) -> Optional[float]:
     """Samples a second; None without samples or without time."""
     return samples / seconds if samples > 0 and seconds > 0 else None
 
 
-def figures(samples: int, seconds: Seconds) -> Dict[str, Optional[float]]:
+def throughput_metrics(samples: int, seconds: PhaseDurations) -> Dict[str, Optional[float]]:
     """The throughputs of the published table.
 
     Args:
@@ -46,9 +46,9 @@ def figures(samples: int, seconds: Seconds) -> Dict[str, Optional[float]]:
         p_whole, p_train, p_core in samples a second, and the times they come from.
     """
     return {
-        "p_whole": rate(samples, seconds.raw_train),
-        "p_train": rate(samples, seconds.no_eval),
-        "p_core": rate(samples, seconds.pure_compute),
+        "p_whole": samples_per_second(samples, seconds.raw_train),
+        "p_train": samples_per_second(samples, seconds.no_eval),
+        "p_core": samples_per_second(samples, seconds.pure_compute),
         "init_time": seconds.init,
         "raw_train_time": seconds.raw_train,
         "no_eval_time": seconds.no_eval,
@@ -56,9 +56,9 @@ def figures(samples: int, seconds: Seconds) -> Dict[str, Optional[float]]:
     }
 
 
-def slowest(ranks: Sequence[Seconds]) -> Seconds:
+def slowest_rank(ranks: Sequence[PhaseDurations]) -> PhaseDurations:
     """The longest time of any rank, phase by phase: each phase stays contained in the next."""
-    return Seconds(
+    return PhaseDurations(
         max(rank.pure_compute for rank in ranks),
         max(rank.no_eval for rank in ranks),
         max(rank.raw_train for rank in ranks),
@@ -78,7 +78,7 @@ class StepTimes:
     """All of it: since the end of the step before, but for evaluations and checkpoints."""
 
 
-class PhaseClock:
+class PhaseTimer:
     """Consecutive intervals: every moment of training belongs to one step, or to an evaluation or a checkpoint."""
 
     def __init__(self, waited: Callable[[], float] = lambda: 0.0, now: Callable[[], float] = time.perf_counter) -> None:
@@ -89,7 +89,7 @@ class PhaseClock:
             now: the clock.
         """
         self._waited, self._now = waited, now
-        self._seconds = Seconds()
+        self._seconds = PhaseDurations()
         self._train_start = self._mark = self._ready = self._waited_before = 0.0
 
     def training_starts(self) -> None:
@@ -112,45 +112,45 @@ class PhaseClock:
         return times
 
     @contextmanager
-    def outside_steps(self) -> Iterator[None]:
+    def pause(self) -> Iterator[None]:
         """An evaluation or a checkpoint: part of raw_train, of no step."""
         start = self._now()
         yield
         self._mark += self._now() - start
 
-    def seconds(self) -> Seconds:
+    def seconds(self) -> PhaseDurations:
         """The sums so far; raw_train up to this moment."""
         raw = self._now() - self._train_start if self._train_start else 0.0
-        return Seconds(self._seconds.pure_compute, self._seconds.no_eval, max(raw, self._seconds.no_eval))
+        return PhaseDurations(self._seconds.pure_compute, self._seconds.no_eval, max(raw, self._seconds.no_eval))
 
 
 PERCENTILES = (50, 90, 99)
 
 
-def warm_up(steps: int) -> int:
+def num_warmup_steps(steps: int) -> int:
     """How many of the first steps are left out of percentiles: a twentieth, at least 1 and at most 50."""
     return min(50, max(1, steps // 20)) if steps > 1 else 0
 
 
-def settled(seconds: Any) -> Any:
+def drop_warmup(seconds: Any) -> Any:
     """[steps] -> those behind the warm-up."""
-    return np.asarray(seconds, float)[warm_up(len(seconds)) :]
+    return np.asarray(seconds, float)[num_warmup_steps(len(seconds)) :]
 
 
-def summary(seconds: Any) -> Optional[Dict[str, float]]:
+def step_time_summary(seconds: Any) -> Optional[Dict[str, float]]:
     """Of `step_s`, in seconds, behind the warm-up; None without a step.
 
     Returns:
         p50, p90, p99 and mean, and how many steps they are of.
     """
-    times = settled(seconds)
+    times = drop_warmup(seconds)
     if not len(times):
         return None
     found: Dict[str, float] = {f"p{share}": float(np.percentile(times, share)) for share in PERCENTILES}
     return {**found, "mean": float(times.mean()), "count": len(times)}
 
 
-def slow_start(compute: Any, flops: Any) -> Optional[Dict[str, float]]:
+def warmup_slowdown(compute: Any, flops: Any) -> Optional[Dict[str, float]]:
     """The first steps against the later ones: memory is touched, kernels are loaded and chosen for the first time.
 
     Args:
@@ -158,13 +158,13 @@ def slow_start(compute: Any, flops: Any) -> Optional[Dict[str, float]]:
         flops: [steps] what was computed in them: steps differ in it by the lengths of their examples.
 
     Returns:
-        steps and seconds of the warm-up, and how many times as long it took as its work does later (`slower`); None
+        count and seconds of the warm-up, and how many times as long it took as its work does later (`slowdown`); None
         with fewer than four later steps, or where one of both is not known of every step.
     """
     seconds, work = np.asarray(compute, float), np.asarray(flops, float)
-    first = warm_up(len(seconds))
+    first = num_warmup_steps(len(seconds))
     if len(seconds) != len(work) or len(seconds) - first < 4 or not (work > 0).all() or not (seconds > 0).all():
         return None
     later = float(np.median(seconds[first:] / work[first:]))
     took = float(seconds[:first].sum())
-    return {"steps": first, "seconds": took, "slower": took / float(work[:first].sum()) / later}
+    return {"count": first, "seconds": took, "slowdown": took / float(work[:first].sum()) / later}

@@ -12,16 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_glm.data.batch import FlatBatch, Places
+from lit_glm.data.batch import PackedBatch, PaddingIndex
 from lit_glm.errors import InputError
-from lit_glm.model.matmul_attention import Products
+from lit_glm.model.matmul_attention import MatmulAttention
 
 _SMALL_GROUP = 128 * 256  # rows x width of a group up to which one padded call beats a call a group on a processor
 _TILE = 32  # rows of bf16 that a matrix unit multiplies at a time
 _HAS_FUSED = hasattr(F, "scaled_dot_product_attention")  # torch 2.0 and later
 
 
-def check_kernel(kernel: str) -> None:
+def check_attention_available(kernel: str) -> None:
     """Reject an attention implementation that this torch does not have.
 
     Args:
@@ -34,7 +34,7 @@ def check_kernel(kernel: str) -> None:
         raise InputError(f"model.attention=fused: not available in torch {torch.__version__}; use auto or matmul")
 
 
-def choose(kernel: str, device: torch.device, dropout: float) -> str:
+def choose_implementation(kernel: str, device: torch.device, dropout: float) -> str:
     """The kernel that `attend` takes.
 
     Args:
@@ -59,7 +59,7 @@ class Mask:
         self._allowed = allowed
         self._forms: Dict[Any, Tensor] = {}
 
-    def form(self, kernel: str, dtype: torch.dtype, first_query: int) -> Tensor:
+    def tensor_for(self, kernel: str, dtype: torch.dtype, first_query: int) -> Tensor:
         """Of the queries from `first_query` on: what the fused kernel adds to scores; what products forbid."""
         key = (kernel, dtype) if kernel == "fused" else (kernel,)
         if key not in self._forms:
@@ -71,7 +71,7 @@ class Mask:
         return self._forms[key][..., first_query:, :]
 
 
-def attend(
+def dot_product_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Optional[Mask], dropout: float, kernel: str, first_query: int = 0
 ) -> Tensor:
     """Softmax attention of every head.
@@ -89,17 +89,17 @@ def attend(
         [N, H, queries, d]. The published code gives forbidden keys a score of -65504; their probability is an
         exact zero there as here.
     """
-    kernel = choose(kernel, q.device, dropout)
-    form = None if mask is None else mask.form(kernel, q.dtype, first_query)
+    kernel = choose_implementation(kernel, q.device, dropout)
+    form = None if mask is None else mask.tensor_for(kernel, q.dtype, first_query)
     if kernel == "fused":
         if mask is None and q.device.type == "cpu" and q.dtype is torch.bfloat16 and k.shape[2] % _TILE:
-            return _in_whole_tiles(q, k, v)
+            return _pad_keys_to_tiles(q, k, v)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=form, dropout_p=dropout)
-    out: Tensor = Products.apply(q, k, v, form, dropout)
+    out: Tensor = MatmulAttention.apply(q, k, v, form, dropout)
     return out
 
 
-def _in_whole_tiles(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _pad_keys_to_tiles(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Without dropout and a mask; a processor's matrix units take half as long for keys in whole tiles."""
     keys = k.shape[2]
     more = -keys % _TILE
@@ -110,7 +110,7 @@ def _in_whole_tiles(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @dataclass
-class FlatPlan:
+class PerGroupAttention:
     """What every layer needs to know of the layout of a batch; computed once a batch."""
 
     context_lengths: List[int]
@@ -121,9 +121,9 @@ class FlatPlan:
     kernel: str
 
     @classmethod
-    def of(
+    def from_groups(
         cls, context_lengths: List[int], candidate_rows: List[int], row_candidate: Tensor, kernel: str = "auto"
-    ) -> "FlatPlan":
+    ) -> "PerGroupAttention":
         """Build the plan.
 
         Args:
@@ -163,9 +163,9 @@ class FlatPlan:
             q, k, v = context.permute(1, 2, 0, 3).unsqueeze(1).unbind(0)
             candidate_q, candidate_k, candidate_v = candidate.permute(1, 2, 0, 3).unsqueeze(1).unbind(0)
             if not candidates_only:
-                contexts.append(attend(q, k, v, None, dropout, self.kernel))
+                contexts.append(dot_product_attention(q, k, v, None, dropout, self.kernel))
             candidates.append(
-                attend(
+                dot_product_attention(
                     candidate_q,
                     torch.cat((k, candidate_k), dim=-2),
                     torch.cat((v, candidate_v), dim=-2),
@@ -179,7 +179,7 @@ class FlatPlan:
 
 
 @dataclass
-class PaddedPlan:
+class PaddedAttention:
     """All groups in one call, each padded to K places; rows that stand so already are taken as they are.
 
     Wastes arithmetic on padding and saves calls: for cards, and for small groups, where calls are what costs. The
@@ -191,13 +191,13 @@ class PaddedPlan:
     mask: Mask
     """[G, 1, K, K]."""
     kernel: str
-    places: Optional[Places] = None
+    index: Optional[PaddingIndex] = None
     """Where rows are gathered from and scattered to; None: row i stands at place i."""
-    nobody: Optional[Tensor] = None
+    unused: Optional[Tensor] = None
     """[G, K] places of no row, beside `places`."""
 
     @classmethod
-    def gathered(cls, places: Places, kernel: str = "auto") -> "PaddedPlan":
+    def from_index(cls, places: PaddingIndex, kernel: str = "auto") -> "PaddedAttention":
         """For rows without padding; the kernel is that of `attend`. Reads nothing back from the device."""
         owner = places.owner
         own = (owner[:, :, None] == owner[:, None, :]) & _causal(owner.shape[1], owner.device)
@@ -205,7 +205,7 @@ class PaddedPlan:
         return cls((int(owner.shape[0]), int(owner.shape[1])), mask, kernel, places, owner == -2)
 
     @classmethod
-    def published(cls, separator: Tensor, length: int, kernel: str = "auto") -> "PaddedPlan":
+    def from_sequences(cls, separator: Tensor, length: int, kernel: str = "auto") -> "PaddedAttention":
         """For N sequences of S tokens.
 
         Args:
@@ -218,23 +218,23 @@ class PaddedPlan:
 
     def __call__(self, qkv: Tensor, heads: int, dropout: float, candidates_only: bool) -> Tensor:
         """Attention of one layer; as `FlatPlan`."""
-        width, places = qkv.shape[1] // 3, self.places
+        width, places = qkv.shape[1] // 3, self.index
         if places is not None:
-            qkv = _Gathered.apply(qkv, places.gather.view(-1), places.scatter)
+            qkv = _PadRows.apply(qkv, places.gather.view(-1), places.scatter)
         q, k, v = qkv.view(*self.shape, 3, heads, width // heads).permute(2, 0, 3, 1, 4).unbind(0)
         first = places.first_candidate if places is not None and candidates_only else 0
-        out = attend(q[:, :, first:], k, v, self.mask, dropout, self.kernel, first)
+        out = dot_product_attention(q[:, :, first:], k, v, self.mask, dropout, self.kernel, first)
         out = out.transpose(1, 2).reshape(-1, width)
         if places is None:
             return out
-        assert self.nobody is not None
-        nobody = self.nobody[:, first:].reshape(-1, 1)
+        assert self.unused is not None
+        nobody = self.unused[:, first:].reshape(-1, 1)
         if candidates_only:
-            return _Taken.apply(out, places.scatter_candidates, places.gather_candidates.view(-1), nobody)
-        return _Taken.apply(out, places.scatter, places.gather.view(-1), nobody)
+            return _UnpadRows.apply(out, places.scatter_candidates, places.gather_candidates.view(-1), nobody)
+        return _UnpadRows.apply(out, places.scatter, places.gather.view(-1), nobody)
 
 
-class _Gathered(torch.autograd.Function):
+class _PadRows(torch.autograd.Function):
     """Rows at their places. Each has one place of its own: its gradient is found, not summed up over all places."""
 
     @staticmethod
@@ -247,7 +247,7 @@ class _Gathered(torch.autograd.Function):
         return grads[0].index_select(0, ctx.saved_tensors[0]), None, None
 
 
-class _Taken(torch.autograd.Function):
+class _UnpadRows(torch.autograd.Function):
     """Rows taken from their places again; what stands at nobody's has no gradient."""
 
     @staticmethod
@@ -261,7 +261,7 @@ class _Taken(torch.autograd.Function):
         return grads[0].index_select(0, gather).masked_fill_(nobody, 0.0), None, None, None
 
 
-def plan_for(batch: FlatBatch, width: int, kernel: str) -> Any:
+def choose_attention_layout(batch: PackedBatch, width: int, kernel: str) -> Any:
     """Choose how the flat layout attends: one call a group, or all groups in one padded call.
 
     A call costs some tens of microseconds whatever it computes; padding costs arithmetic. On a processor one padded
@@ -272,10 +272,12 @@ def plan_for(batch: FlatBatch, width: int, kernel: str) -> Any:
         width: D.
         kernel: `model.attention`.
     """
-    small = batch.places.gather.shape[1] * width <= _SMALL_GROUP or batch.places.gather.device.type != "cpu"
+    small = (
+        batch.padding_index.gather.shape[1] * width <= _SMALL_GROUP or batch.padding_index.gather.device.type != "cpu"
+    )
     if small:
-        return PaddedPlan.gathered(batch.places, kernel)
-    return FlatPlan.of(batch.context_lengths, batch.candidate_rows, batch.row_candidate, kernel)
+        return PaddedAttention.from_index(batch.padding_index, kernel)
+    return PerGroupAttention.from_groups(batch.context_lengths, batch.candidate_rows, batch.row_candidate, kernel)
 
 
 def _causal(size: int, device: torch.device) -> Tensor:

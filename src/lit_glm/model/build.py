@@ -7,12 +7,12 @@ from torch import Tensor
 
 from lit_glm.config.schema import ModelConfig
 from lit_glm.model.checkpoint import load_checkpoint
-from lit_glm.model.glm import GLM, GLMShape
-from lit_glm.model.runtime_ops import Kernels
+from lit_glm.model.glm import GLM, GLMConfig
+from lit_glm.model.runtime_ops import RuntimeOps
 
 
-def _shape(config: ModelConfig) -> GLMShape:
-    return GLMShape(
+def _glm_config(config: ModelConfig) -> GLMConfig:
+    return GLMConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_attention_heads,
@@ -27,7 +27,7 @@ def _shape(config: ModelConfig) -> GLMShape:
     )
 
 
-def build_glm(config: ModelConfig, kernels: Optional[Kernels] = None) -> Tuple[GLM, List[str]]:
+def build_glm(config: ModelConfig, kernels: Optional[RuntimeOps] = None) -> Tuple[GLM, List[str]]:
     """Build a model and load its checkpoint, if one is given.
 
     Args:
@@ -37,14 +37,14 @@ def build_glm(config: ModelConfig, kernels: Optional[Kernels] = None) -> Tuple[G
     Returns:
         The model, and what loading did besides copying.
     """
-    glm = GLM(_shape(config), kernels)
+    glm = GLM(_glm_config(config), kernels)
     done = load_checkpoint(glm, config.init_checkpoint) if config.init_checkpoint else []
     return glm, done
 
 
-def shapes_of(config: ModelConfig) -> Dict[str, Tensor]:
+def meta_state_dict(config: ModelConfig) -> Dict[str, Tensor]:
     """Names and shapes of the weights, without memory for their values where torch can do that (from 2.0)."""
     if torch.__version__.startswith("1."):
-        return GLM(_shape(config)).state_dict()
+        return GLM(_glm_config(config)).state_dict()
     with torch.device("meta"):
-        return GLM(_shape(config)).state_dict()
+        return GLM(_glm_config(config)).state_dict()

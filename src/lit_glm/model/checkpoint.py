@@ -15,7 +15,7 @@ from typing import Any, Dict, Iterator, List, Optional
 import torch
 from torch import Tensor
 
-from lit_glm.compat import numpy_globals
+from lit_glm.compat import numpy_unpickle_globals
 from lit_glm.errors import InputError
 from lit_glm.model.glm import GLM
 
@@ -42,12 +42,12 @@ def load_checkpoint(glm: GLM, path: "str | Path") -> List[str]:
         InputError: if the file is missing, broken or hostile, or a name or shape does not fit.
     """
     weights = read_weights(Path(path))
-    done = fit(weights, glm.state_dict(), path)
+    done = fit_to_model(weights, glm.state_dict(), path)
     glm.load_state_dict(weights)
     return done
 
 
-def fit(weights: Dict[str, Tensor], own: Dict[str, Tensor], path: "str | Path") -> List[str]:
+def fit_to_model(weights: Dict[str, Tensor], own: Dict[str, Tensor], path: "str | Path") -> List[str]:
     """Extend position tables that are too short, and check that all names and shapes are the model's.
 
     Args:
@@ -98,11 +98,11 @@ def read_weights(path: Path) -> Dict[str, Tensor]:
     if not path.exists():
         raise InputError(f"model.init_checkpoint={path}: there is no such file or folder")
     if path.is_dir():
-        path = _file_in(path)
+        path = _find_checkpoint_in(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     parts = [_read_module(file) for file in _model_parallel_set(path)]
-    return parts[0] if len(parts) == 1 else _merge(parts, path)
+    return parts[0] if len(parts) == 1 else _merge_model_parallel(parts, path)
 
 
 def save_published(weights: Dict[str, Tensor], path: Path, iteration: int) -> None:
@@ -115,7 +115,7 @@ def save_safetensors(weights: Dict[str, Tensor], path: Path) -> None:
     _safetensors().save_file({name: tensor.contiguous() for name, tensor in weights.items()}, str(path))
 
 
-def _file_in(folder: Path) -> Path:
+def _find_checkpoint_in(folder: Path) -> Path:
     latest = folder / _LATEST
     if not latest.is_file():
         direct = folder / "mp_rank_00_model_states.pt"
@@ -154,7 +154,7 @@ def _numpy_allowed() -> Iterator[None]:
     if with_globals is None:
         yield
         return
-    with with_globals(list(numpy_globals())):
+    with with_globals(list(numpy_unpickle_globals())):
         yield
 
 
@@ -165,14 +165,14 @@ def _read_module(path: Path) -> Dict[str, Tensor]:
     if isinstance(content, dict) and isinstance(content.get("lit_glm"), dict):
         weights = {name.replace("glm.", "", 1): tensor for name, tensor in content["state_dict"].items()}
     if not isinstance(weights, dict):
-        raise InputError(f'{path}: has no "module" with the weights; it holds {_held(content)}')
+        raise InputError(f'{path}: has no "module" with the weights; it holds {_describe_content(content)}')
     for name, tensor in weights.items():
         if not isinstance(tensor, Tensor):
             raise InputError(f"{path}: module[{name!r}] is no tensor but {type(tensor).__name__}")
     return dict(weights)
 
 
-def _held(content: Any) -> str:
+def _describe_content(content: Any) -> str:
     """A few names of what a file holds."""
     if not isinstance(content, dict):
         return type(content).__name__
@@ -192,7 +192,7 @@ def _load(path: Path) -> Any:
     Raises:
         InputError: says what the file is instead, or what is wrong with it; never how to load it unsafely.
     """
-    said = mistaken_for(path)
+    said = describe_wrong_file(path)
     if said is not None:
         raise InputError(f"{path}: {said}")
     try:
@@ -217,7 +217,7 @@ def _load(path: Path) -> Any:
         raise InputError(f"{path}: {whole} or cut short ({reason})") from error
 
 
-def _merge(parts: List[Dict[str, Tensor]], path: Path) -> Dict[str, Tensor]:
+def _merge_model_parallel(parts: List[Dict[str, Tensor]], path: Path) -> Dict[str, Tensor]:
     """Join weights that THUDM's model parallelism has split.
 
     As its change_mp.py: column-parallel weights (MLP up, word embedding) along rows, row-parallel ones (attention and
@@ -278,7 +278,7 @@ _NUMPY = {(f"numpy.{core}.multiarray", name) for core in ("core", "_core") for n
 }
 
 
-def _allowed(module: str, name: str) -> Any:
+def _allowed_global(module: str, name: str) -> Any:
     if module == "collections" and name == "OrderedDict":
         return OrderedDict
     if module == "torch" and (name in _STORAGES or isinstance(getattr(torch, name, None), torch.dtype)):
@@ -296,7 +296,7 @@ def _allowed(module: str, name: str) -> Any:
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        found = _allowed(module, name)
+        found = _allowed_global(module, name)
         if found is None:
             raise InputError(f"it names {module}.{name}, which a checkpoint has no need of; nothing was executed")
         return found
@@ -339,7 +339,7 @@ _HEAD = 512
 _TAR = slice(257, 262)
 
 
-def mistaken_for(path: Path) -> Optional[str]:
+def describe_wrong_file(path: Path) -> Optional[str]:
     """What a file is and what to do about it; None if it may be a torch file."""
     with path.open("rb") as file:
         head = file.read(_HEAD)

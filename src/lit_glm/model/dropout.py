@@ -22,7 +22,7 @@ _FEW = 2**12  # 64-bit words up to which a generator of their own costs more tha
 _FARTHEST = 2.0**40  # a gap that no tensor has
 
 
-def draw(like: Tensor, p: float) -> Tuple[Tensor, float]:
+def sample_zeros(like: Tensor, p: float) -> Tuple[Tensor, float]:
     """Which elements dropout sets to zero.
 
     Args:
@@ -34,11 +34,11 @@ def draw(like: Tensor, p: float) -> Tuple[Tensor, float]:
     """
     if like.device.type != "cpu":
         return torch.rand(like.shape, device=like.device) < p, 1.0 / (1.0 - p)
-    gaps, share = _gaps(p)
-    return _places(like.numel(), gaps, share), 1.0 / (1.0 - share)
+    gaps, share = _gap_table(p)
+    return _sample_zero_positions(like.numel(), gaps, share), 1.0 / (1.0 - share)
 
 
-def clear(x: Tensor, zeros: Tensor) -> Tensor:
+def apply_zeros_(x: Tensor, zeros: Tensor) -> Tensor:
     """Set the elements to zero that `draw` has drawn, in place; x has its elements one after the other."""
     if zeros.dtype is torch.bool:
         return x.masked_fill_(zeros, 0.0)
@@ -47,7 +47,7 @@ def clear(x: Tensor, zeros: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _gaps(p: float) -> Tuple["np.ndarray[Any, Any]", float]:
+def _gap_table(p: float) -> Tuple["np.ndarray[Any, Any]", float]:
     """[65536] distances from a zero to the next, each as likely as any other; the share of zeros that they come to."""
     quantiles = (np.arange(_STEPS) + 0.5) / _STEPS
     gaps = np.floor(np.minimum(np.log1p(-quantiles) / math.log1p(-p), _FARTHEST)).astype(np.int64) + 1
@@ -56,17 +56,17 @@ def _gaps(p: float) -> Tuple["np.ndarray[Any, Any]", float]:
     return gaps, _STEPS / float(gaps.sum())
 
 
-def _places(count: int, gaps: "np.ndarray[Any, Any]", share: float) -> Tensor:
+def _sample_zero_positions(count: int, gaps: "np.ndarray[Any, Any]", share: float) -> Tensor:
     """The zeros among `count` elements, in order."""
     expected = count * share
     number = int(expected + 6.0 * math.sqrt(expected)) + 8  # too few once in a billion times
-    ends = np.take(gaps, _bits(number)).cumsum()
+    ends = np.take(gaps, _random_uint16(number)).cumsum()
     while ends[-1] <= count:
-        ends = np.concatenate((ends, ends[-1] + np.take(gaps, _bits(number)).cumsum()))
+        ends = np.concatenate((ends, ends[-1] + np.take(gaps, _random_uint16(number)).cumsum()))
     return torch.from_numpy(ends[: np.searchsorted(ends, count, side="right")] - 1)
 
 
-def _bits(count: int) -> "np.ndarray[Any, Any]":
+def _random_uint16(count: int) -> "np.ndarray[Any, Any]":
     """[count] random numbers below 65536; what torch's generator has been seeded with decides them."""
     words = (count + 3) // 4
     if words <= _FEW:
@@ -82,18 +82,18 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float, onto: Optional[Tensor]) -> Tensor:
-        zeros, ctx.scale = draw(x, p)
+        zeros, ctx.scale = sample_zeros(x, p)
         ctx.save_for_backward(zeros)
         ctx.dtype = x.dtype
         if onto is None:
-            return clear((x * ctx.scale).contiguous(), zeros)
-        return torch.add(onto, clear(x.clone(memory_format=torch.contiguous_format), zeros), alpha=ctx.scale)
+            return apply_zeros_((x * ctx.scale).contiguous(), zeros)
+        return torch.add(onto, apply_zeros_(x.clone(memory_format=torch.contiguous_format), zeros), alpha=ctx.scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (zeros,) = ctx.saved_tensors
         own = grads[0].to(ctx.dtype) * ctx.scale
-        return clear(own.contiguous(), zeros), None, grads[0] if ctx.needs_input_grad[2] else None
+        return apply_zeros_(own.contiguous(), zeros), None, grads[0] if ctx.needs_input_grad[2] else None
 
 
 def dropout(x: Tensor, p: float, onto: Optional[Tensor] = None) -> Tensor:

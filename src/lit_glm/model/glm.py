@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from lit_glm.model.dropout import Dropout
 from lit_glm.model.lm_head import log_probabilities
-from lit_glm.model.runtime_ops import Kernels
+from lit_glm.model.runtime_ops import RuntimeOps
 
 
 @dataclass(frozen=True)
-class GLMShape:
+class GLMConfig:
     """What decides the parameters and the arithmetic of a GLM."""
 
     num_layers: int
@@ -34,7 +34,7 @@ class GLMShape:
     attention: str = "auto"
 
 
-class AttentionPlan(Protocol):
+class AttentionLayout(Protocol):
     """How rows attend to each other; see `lit_glm.model.attention`."""
 
     def __call__(self, qkv: Tensor, heads: int, dropout: float, candidates_only: bool) -> Tensor:
@@ -54,7 +54,7 @@ def gelu_erf(x: Tensor) -> Tensor:
 class Linear(nn.Linear):
     """A linear layer whose product is the runtime's."""
 
-    def __init__(self, inputs: int, outputs: int, kernels: Kernels) -> None:
+    def __init__(self, inputs: int, outputs: int, kernels: RuntimeOps) -> None:
         super().__init__(inputs, outputs)
         self._product = kernels.linear
 
@@ -66,14 +66,14 @@ class Linear(nn.Linear):
 class Attention(nn.Module):
     """Self-attention with one linear for queries, keys and values: three blocks of D rows, head after head."""
 
-    def __init__(self, shape: GLMShape, kernels: Kernels) -> None:
+    def __init__(self, shape: GLMConfig, kernels: RuntimeOps) -> None:
         super().__init__()
         self.query_key_value = Linear(shape.hidden_size, 3 * shape.hidden_size, kernels)
         self.dense = Linear(shape.hidden_size, shape.hidden_size, kernels)
         self.heads = shape.num_attention_heads
         self.dropout = shape.attention_dropout
 
-    def forward(self, x: Tensor, plan: AttentionPlan, candidates_only: bool) -> Tensor:
+    def forward(self, x: Tensor, plan: AttentionLayout, candidates_only: bool) -> Tensor:
         """[T, D] -> [T, D], or [R, D] with `candidates_only`."""
         dropout = self.dropout if self.training else 0.0
         return self.dense(plan(self.query_key_value(x), self.heads, dropout, candidates_only))
@@ -82,7 +82,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """D -> 4 D -> D."""
 
-    def __init__(self, shape: GLMShape, kernels: Kernels) -> None:
+    def __init__(self, shape: GLMConfig, kernels: RuntimeOps) -> None:
         super().__init__()
         self.dense_h_to_4h = Linear(shape.hidden_size, 4 * shape.hidden_size, kernels)
         self.dense_4h_to_h = Linear(4 * shape.hidden_size, shape.hidden_size, kernels)
@@ -100,7 +100,7 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """One pre-norm transformer layer."""
 
-    def __init__(self, shape: GLMShape, kernels: Kernels) -> None:
+    def __init__(self, shape: GLMConfig, kernels: RuntimeOps) -> None:
         super().__init__()
         self.input_layernorm = nn.LayerNorm(shape.hidden_size, eps=1e-5)
         self.attention = Attention(shape, kernels)
@@ -108,7 +108,7 @@ class Layer(nn.Module):
         self.mlp = MLP(shape, kernels)
         self.dropout = Dropout(shape.hidden_dropout)
 
-    def forward(self, h: Tensor, plan: AttentionPlan, first_row: int) -> Tensor:
+    def forward(self, h: Tensor, plan: AttentionLayout, first_row: int) -> Tensor:
         """[T, D] -> [T - first_row, D]; with `first_row` > 0 only rows from there on leave the layer."""
         attended = self.attention(self.input_layernorm(h), plan, first_row > 0)
         x: Tensor = self.dropout(attended, h[first_row:])
@@ -119,7 +119,7 @@ class Layer(nn.Module):
 class Transformer(nn.Module):
     """Position tables, layers, final norm."""
 
-    def __init__(self, shape: GLMShape, kernels: Kernels) -> None:
+    def __init__(self, shape: GLMConfig, kernels: RuntimeOps) -> None:
         super().__init__()
         self.position_embeddings = nn.Embedding(shape.max_sequence_length + 1, shape.hidden_size)
         self.block_position_embeddings = nn.Embedding(shape.max_sequence_length + 1, shape.hidden_size)
@@ -131,25 +131,25 @@ class Transformer(nn.Module):
 class GLM(nn.Module):
     """The model; what a batch looks like and how candidates are scored is `lit_glm.model.scoring`'s."""
 
-    def __init__(self, shape: GLMShape, kernels: Optional[Kernels] = None) -> None:
+    def __init__(self, config: GLMConfig, kernels: Optional[RuntimeOps] = None) -> None:
         """Build a freshly initialised model.
 
         Args:
-            shape: layers, width, vocabulary, dropout, activation.
+            config: layers, width, vocabulary, dropout, activation.
             kernels: what a chip's runtime computes in its own way; None: nothing.
         """
         super().__init__()
-        kernels = kernels or Kernels()
-        self.shape = shape
-        self.word_embeddings = nn.Embedding(shape.vocab_size, shape.hidden_size)
-        self.transformer = Transformer(shape, kernels)
+        kernels = kernels or RuntimeOps()
+        self.config = config
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.transformer = Transformer(config, kernels)
         self._kernels = kernels
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw fresh weights: N(0, init_std), output linears N(0, init_std / sqrt(2 L)), norms 1 and 0, biases 0."""
-        std = self.shape.init_std
-        output_std = std / math.sqrt(2.0 * self.shape.num_layers)
+        std = self.config.init_std
+        output_std = std / math.sqrt(2.0 * self.config.num_layers)
         for name, parameter in self.named_parameters():
             if "layernorm" in name:
                 nn.init.constant_(parameter, 1.0 if name.endswith("weight") else 0.0)
@@ -166,7 +166,7 @@ class GLM(nn.Module):
         h = h + transformer.position_embeddings(positions) + transformer.block_position_embeddings(blocks)
         return transformer.dropout(h)
 
-    def encode(self, h: Tensor, plan: AttentionPlan, first_row: int = 0) -> Tensor:
+    def encode(self, h: Tensor, plan: AttentionLayout, first_row: int = 0) -> Tensor:
         """Run all layers and the final norm.
 
         Args:
@@ -178,7 +178,7 @@ class GLM(nn.Module):
             [T - first_row, D].
         """
         last = len(self.transformer.layers) - 1
-        recompute = self.shape.activation_checkpointing and self.training and torch.is_grad_enabled()
+        recompute = self.config.activation_checkpointing and self.training and torch.is_grad_enabled()
         for number, layer in enumerate(self.transformer.layers):
             skip = first_row if number == last else 0
             h = self._kernels.checkpoint(layer, h, plan, skip) if recompute else layer(h, plan, skip)

@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_glm.model.runtime_ops import autocasts
+from lit_glm.model.runtime_ops import is_cpu_autocast_enabled
 
-_SLICE = 2**20
+_CPU_SLICE = 2**20
 """Elements of a table that a processor works on at a time (4 MiB in fp32)."""
-_PRODUCT = 2**25
+_LOGITS_PER_MATMUL = 2**25
 """Logits that a processor makes at a time (128 MiB): enough rows for a product at full speed. In one piece the table of
 `published` is gigabytes, which the C library gives back after each step and the kernel clears again before the next."""
-_CARD = 2**26
+_DEVICE_SLICE = 2**26
 """Elements that a card reads at a time, and makes where no gradient needs them."""
 
 
@@ -37,28 +37,31 @@ def log_probabilities(
         [T] float32. Its backward pass can run once: it overwrites the logits.
     """
     # Parts of the embeddings' gradient would be summed up in the half that they are computed in.
-    whole = torch.is_grad_enabled() and (h.device.type != "cpu" or autocasts() or h.dtype is not torch.float32)
-    rows = len(h) if whole else _rows(h, len(embeddings), _PRODUCT)
+    whole = torch.is_grad_enabled() and (
+        h.device.type != "cpu" or is_cpu_autocast_enabled() or h.dtype is not torch.float32
+    )
+    rows = len(h) if whole else _rows(h, len(embeddings), _LOGITS_PER_MATMUL)
     parts = [
-        _of_targets(linear(part, embeddings, None), target) for part, target in zip(h.split(rows), targets.split(rows))
+        _target_log_probs(linear(part, embeddings, None), target)
+        for part, target in zip(h.split(rows), targets.split(rows))
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _of_targets(logits: Tensor, targets: Tensor) -> Tensor:
-    if logits.numel() <= _SLICE:
+def _target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    if logits.numel() <= _CPU_SLICE:
         return -F.cross_entropy(logits.float(), targets, reduction="none")
-    picked: Tensor = _Picked.apply(logits, targets)
+    picked: Tensor = _TargetLogProb.apply(logits, targets)
     return picked
 
 
-class _Picked(torch.autograd.Function):
+class _TargetLogProb(torch.autograd.Function):
     """The log-softmax of each row at its target."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         picked = torch.empty(len(logits), 1, device=logits.device)
-        for rows in _slices(logits, logits.shape[1], _SLICE):
+        for rows in _row_slices(logits, logits.shape[1], _CPU_SLICE):
             log_softmax = F.log_softmax(logits[rows], dim=1, dtype=torch.float32)
             picked[rows] = log_softmax.gather(1, targets[rows, None])
         ctx.save_for_backward(logits, targets)
@@ -68,14 +71,14 @@ class _Picked(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         logits, targets = ctx.saved_tensors
         grad = grads[0][:, None]
-        for rows in _slices(logits, logits.shape[1], _SLICE):
+        for rows in _row_slices(logits, logits.shape[1], _CPU_SLICE):
             # d log p[t] / d logit[v] = (v == t) - p[v]
             own = F.softmax(logits[rows], dim=1, dtype=torch.float32).mul_(-grad[rows])
             logits[rows] = own.scatter_add_(1, targets[rows, None], grad[rows])
         return logits, None
 
 
-def _slices(table: Tensor, width: int, elements: int) -> Iterator[slice]:
+def _row_slices(table: Tensor, width: int, elements: int) -> Iterator[slice]:
     """Rows of a table, so many that `elements` of `width` a row are not exceeded."""
     rows = _rows(table, width, elements)
     for start in range(0, len(table), rows):
@@ -83,4 +86,4 @@ def _slices(table: Tensor, width: int, elements: int) -> Iterator[slice]:
 
 
 def _rows(table: Tensor, width: int, elements: int) -> int:
-    return max(1, (elements if table.device.type == "cpu" else _CARD) // width)
+    return max(1, (elements if table.device.type == "cpu" else _DEVICE_SLICE) // width)

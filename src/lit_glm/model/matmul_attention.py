@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_glm.model.dropout import clear, draw
+from lit_glm.model.dropout import apply_zeros_, sample_zeros
 
 _SCORES = 2**21
 """Scores that a processor computes at a time (8 MiB in fp32)."""
 
 
-class Products(torch.autograd.Function):
+class MatmulAttention(torch.autograd.Function):
     """Attention as products and a softmax; keeps the probabilities and where dropout put zeros.
 
     On a processor a few sequences at a time, so that their scores fit a cache. The backward pass takes a row's sum of
@@ -42,10 +42,10 @@ class Products(torch.autograd.Function):
             probabilities = _softmax(scores)
             kept.append(probabilities)
             if dropout:
-                zeros, ctx.scale = draw(probabilities, dropout)
+                zeros, ctx.scale = sample_zeros(probabilities, dropout)
                 kept.append(zeros)
-                probabilities = clear(probabilities.clone(), zeros)
-            _multiply(probabilities, v[some], out[some])
+                probabilities = apply_zeros_(probabilities.clone(), zeros)
+            _matmul_into(probabilities, v[some], out[some])
         if dropout:
             out.mul_(ctx.scale)
         ctx.save_for_backward(q, k, v, out, *kept)
@@ -66,19 +66,19 @@ class Products(torch.autograd.Function):
             some = slice(start * H, (start + ctx.sequences) * H)
             grad_scores = torch.bmm(grad[some], v[some].transpose(1, 2))
             probabilities, *zeros = kept[number * each : (number + 1) * each]
-            dropped = clear(probabilities.clone(), *zeros) if zeros else probabilities
-            _multiply(dropped.transpose(1, 2), grad[some], grad_v[some])
+            dropped = apply_zeros_(probabilities.clone(), *zeros) if zeros else probabilities
+            _matmul_into(dropped.transpose(1, 2), grad[some], grad_v[some])
             if zeros:
-                clear(grad_scores, *zeros)
+                apply_zeros_(grad_scores, *zeros)
             grad_scores.sub_(row_sum[some]).mul_(probabilities)
-            _multiply(grad_scores, k[some], grad_q[some])
-            _multiply(grad_scores.transpose(1, 2), q[some], grad_k[some])
+            _matmul_into(grad_scores, k[some], grad_q[some])
+            _matmul_into(grad_scores.transpose(1, 2), q[some], grad_k[some])
         grad_q.mul_(ctx.factor)
         grad_k.mul_(ctx.factor)
         return (*(part.view(N, H, -1, d) for part in (grad_q, grad_k, grad_v)), None, None)
 
 
-def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
+def _matmul_into(left: Tensor, right: Tensor, out: Tensor) -> None:
     """Into a part of a result. On cards by a copy: a runtime need not know products that write where they are told."""
     if out.device.type == "cpu":
         torch.bmm(left, right, out=out)

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
-class Kernels:
+class RuntimeOps:
     """Functions that the model calls and does not choose."""
 
     linear: Callable[..., Tensor] = F.linear
@@ -22,7 +22,7 @@ class Kernels:
     """`fn(f, *args)` that recomputes f in the backward pass."""
 
 
-def autocasts() -> bool:
+def is_cpu_autocast_enabled() -> bool:
     """Whether a processor's products are computed in another type than they are given in."""
     try:
         return bool(torch.is_autocast_enabled("cpu"))

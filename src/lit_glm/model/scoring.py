@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_glm.data.batch import FlatBatch, PaddedBatch
-from lit_glm.model.attention import PaddedPlan, plan_for
+from lit_glm.data.batch import PackedBatch, PaddedBatch
+from lit_glm.model.attention import PaddedAttention, choose_attention_layout
 from lit_glm.model.glm import GLM
 
 TRAIN_MASK = -1e4
@@ -20,14 +20,14 @@ EVAL_MASK = -1e9
 """The same in evaluation, as published. Far enough below any real score that the choice is never an empty slot."""
 
 
-def score_shared_context(glm: GLM, batch: FlatBatch) -> Tensor:
+def score_shared_context(glm: GLM, batch: PackedBatch) -> Tensor:
     """Score all candidates with one pass over each context.
 
     Returns:
         [N] scores, candidates in the order of the batch.
     """
-    shape = glm.shape
-    plan = plan_for(batch, shape.hidden_size, shape.attention)
+    shape = glm.config
+    plan = choose_attention_layout(batch, shape.hidden_size, shape.attention)
     h = glm.embed(batch.tokens, batch.positions, batch.blocks)
     h = glm.encode(h, plan, first_row=sum(batch.context_lengths))
     # Only candidate rows reach the head: one row for each token to be predicted.
@@ -42,7 +42,7 @@ def score_published(glm: GLM, batch: PaddedBatch) -> Tensor:
         [B, C] scores, of padding slots too.
     """
     B, C, S = batch.text.shape
-    plan = PaddedPlan.published(batch.separator.reshape(B * C), S, glm.shape.attention)
+    plan = PaddedAttention.from_sequences(batch.separator.reshape(B * C), S, glm.config.attention)
     position = batch.position.reshape(B * C, 2, S)
     h = glm.embed(batch.text.reshape(-1), position[:, 0].reshape(-1), position[:, 1].reshape(-1))
     h = glm.encode(h, plan)
@@ -50,7 +50,7 @@ def score_published(glm: GLM, batch: PaddedBatch) -> Tensor:
     return (log_probability.view(B, C, S) * batch.logit_mask).sum(-1)
 
 
-def score_table(glm: GLM, batch: Union[FlatBatch, PaddedBatch], empty: float, slice_size: int = 0) -> Tensor:
+def candidate_scores(glm: GLM, batch: Union[PackedBatch, PaddedBatch], empty: float, slice_size: int = 0) -> Tensor:
     """Scores of a batch as a table.
 
     Args:
@@ -62,11 +62,11 @@ def score_table(glm: GLM, batch: Union[FlatBatch, PaddedBatch], empty: float, sl
     Returns:
         [B, C] float32.
     """
-    if isinstance(batch, FlatBatch):
+    if isinstance(batch, PackedBatch):
         scores = score_shared_context(glm, batch)
-        B, C = batch.table
+        B, C = batch.score_shape
         return scores.new_full((B * C,), empty).scatter(0, batch.slot, scores).view(B, C)
-    slots = batch.table[1]
+    slots = batch.score_shape[1]
     step = slice_size or slots
     parts = [score_published(glm, _slots(batch, start, start + step)) for start in range(0, slots, step)]
     table = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
@@ -84,6 +84,6 @@ def _slots(batch: PaddedBatch, start: int, stop: int) -> PaddedBatch:
     )
 
 
-def choice_loss(table: Tensor) -> Tensor:
+def candidate_loss(table: Tensor) -> Tensor:
     """Cross entropy of choosing candidate 0, the right one in training; mean over the examples. [B, C] -> []."""
     return F.cross_entropy(table, torch.zeros(len(table), dtype=torch.long, device=table.device))

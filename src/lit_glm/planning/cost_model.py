@@ -7,14 +7,14 @@ from typing import Any, Dict, List, Optional
 import numpy as np
 
 from lit_glm.config.schema import TrainConfig
-from lit_glm.data.memmap_dataset import open_split
+from lit_glm.data.memmap_dataset import open_dataset
 from lit_glm.errors import InputError
-from lit_glm.metrics.memory_estimate import estimate, parameters
-from lit_glm.planning.interval import Interval, around
+from lit_glm.metrics.memory_estimate import count_parameters, estimate_memory
+from lit_glm.planning.interval import Interval, hull
 from lit_glm.planning.workload import Workload
-from lit_glm.runs.job_spec import FILE, Job
+from lit_glm.runs.job_spec import JOB_FILE, JobSpec
 from lit_glm.runs.result import read_result
-from lit_glm.runs.run_writer import STEPS, read_table
+from lit_glm.runs.run_writer import STEP_COLUMNS, read_csv_rows
 
 _MOST_STEPS = 400
 _UNKNOWN_EFFICIENCY = Interval(0.05, 0.55)
@@ -34,7 +34,7 @@ An assumption, until a run has measured it."""
 
 
 @dataclass(frozen=True)
-class Line:
+class LinearCostModel:
     """Seconds a step = overhead + FLOPs / rate."""
 
     overhead: float
@@ -43,14 +43,14 @@ class Line:
 
 
 @dataclass
-class Speed:
+class RankSpeed:
     """Of one rank."""
 
-    lines: List[Line]
+    lines: List[LinearCostModel]
     """What may hold: the truth is taken to lie between them."""
     waiting: Interval
     """Waiting for data and bookkeeping, over the computation."""
-    basis: str
+    evidence: str
     power_w: Optional[Interval] = None
     """A card's."""
     base: Interval = _CARD_BASE
@@ -58,15 +58,15 @@ class Speed:
 
     def seconds(self, flops: float) -> Interval:
         """Of a step of so many FLOPs."""
-        return around([line.overhead + flops / line.rate for line in self.lines]).widened(_DAY_TO_DAY)
+        return hull([line.overhead + flops / line.rate for line in self.lines]).widened(_DAY_TO_DAY)
 
 
-def _between(rates: Interval) -> List[Line]:
-    return [Line(0.0, rates.low), Line(0.0, rates.high)]
+def _between(rates: Interval) -> List[LinearCostModel]:
+    return [LinearCostModel(0.0, rates.low), LinearCostModel(0.0, rates.high)]
 
 
 @dataclass
-class Measured:
+class MeasuredRun:
     """A run as plan learns from it; of its steps those behind the first ones."""
 
     path: Path
@@ -80,26 +80,26 @@ class Measured:
     base: Optional[float]
 
     @classmethod
-    def read(cls, path: Path) -> "Measured":
+    def read(cls, path: Path) -> "MeasuredRun":
         """Read a run folder.
 
         Raises:
             InputError: if it is none, or has no steps to learn from.
         """
-        if not (path / FILE).is_file():
-            raise InputError(f"plan.runs={path}: is no run folder (it has no {FILE})")
-        config, result = Job.read(path).config, read_result(path) or {}
-        rows = read_table(path / "steps.csv", STEPS) if (path / "steps.csv").is_file() else []
+        if not (path / JOB_FILE).is_file():
+            raise InputError(f"plan.runs={path}: is no run folder (it has no {JOB_FILE})")
+        config, result = JobSpec.read(path).config, read_result(path) or {}
+        rows = read_csv_rows(path / "steps.csv", STEP_COLUMNS) if (path / "steps.csv").is_file() else []
         first = max(3, len(rows) // 10)  # the first steps touch memory and start kernels for the first time
         rows = rows[: first + _MOST_STEPS]
         if len(rows) - first < 5:
             raise InputError(f"plan.runs={path}: has {len(rows)} steps, too few to learn from (at least {first + 5})")
-        split = open_split(config.data.train_file, False, config.data.cache_dir)
+        split = open_dataset(config.data.train_file, False, config.data.cache_dir)
         work = Workload(config, split, None)
-        flops = np.array([float(work.counter.by_rank(step).max()) for step in range(first + 1, len(rows) + 1)])
+        flops = np.array([float(work.counter.flops_by_rank(step).max()) for step in range(first + 1, len(rows) + 1)])
         compute, step = (np.array([float(row[name]) for row in rows])[first:] for name in ("compute_s", "step_s"))
         actual, ranks = result.get("mem_actual_gib"), config.topology.world_size
-        guess = estimate(config, work.lengths, 0.0, keeps_scores(config)).total
+        guess = estimate_memory(config, work.lengths, 0.0, saves_attention_probs(config)).total
         base = None if not actual or ranks > 1 else max(0.0, float(actual) * _GIB - guess)
         return cls(path, config, result, flops, compute, float(np.median(step) / np.median(compute)) - 1.0, base)
 
@@ -108,37 +108,37 @@ class Measured:
         """Whether its figures are those of a run left to itself on the chip that it names."""
         return not any(self.result.get(mark) for mark in ("simulated", "profiled"))
 
-    def lines(self) -> List[Line]:
+    def lines(self) -> List[LinearCostModel]:
         """Its steps as lines: all of them, then without far outliers, then by least squares where that says something.
 
         What came in between now and then may be no property of the chip; the range holds both.
         """
         flops, compute = self.flops, self.compute
-        everything = Line(0.0, float(flops.sum() / compute.sum()))
+        everything = LinearCostModel(0.0, float(flops.sum() / compute.sum()))
         for _ in range(3):
             off = compute - flops * (compute.sum() / flops.sum())
             kept = np.abs(off - np.median(off)) <= 4.0 * np.median(np.abs(off - np.median(off))) + 1e-9
             flops, compute = flops[kept], compute[kept]
-        whole = Line(0.0, float(flops.sum() / compute.sum()))
+        whole = LinearCostModel(0.0, float(flops.sum() / compute.sum()))
         design = np.stack([np.ones(len(flops)), flops], axis=1)
         overhead, slope = np.linalg.lstsq(design, compute, rcond=None)[0]
         # Lengths that differ too little cannot tell the two apart.
         if overhead <= 0 or slope <= 0.25 / whole.rate:
             return [everything, whole]
-        return [everything, whole, Line(float(overhead), float(1.0 / slope))]
+        return [everything, whole, LinearCostModel(float(overhead), float(1.0 / slope))]
 
 
-def keeps_scores(config: TrainConfig) -> bool:
+def saves_attention_probs(config: TrainConfig) -> bool:
     """Whether attention keeps its probabilities for the backward pass: products do, fused kernels not."""
     import torch
 
-    from lit_glm.model.attention import choose
+    from lit_glm.model.attention import choose_implementation
 
     place = torch.device("cpu" if config.hardware.accelerator == "cpu" else "meta")
-    return choose(config.model.attention, place, config.model.attention_dropout) == "matmul"
+    return choose_implementation(config.model.attention, place, config.model.attention_dropout) == "matmul"
 
 
-def unused(runs: List[Measured], configs: List[Any]) -> List[str]:
+def ignored_runs(runs: List[MeasuredRun], configs: List[Any]) -> List[str]:
     """Runs that no configuration can learn from, and why."""
     said = [f"{run.path}: not learnt from: simulated or profiled" for run in runs if not run.plain]
     for run in runs:
@@ -148,7 +148,9 @@ def unused(runs: List[Measured], configs: List[Any]) -> List[str]:
     return said
 
 
-def speed_of(config: TrainConfig, runs: List[Measured], published: List[Dict[str, Any]], work: Workload) -> Speed:
+def rank_speed(
+    config: TrainConfig, runs: List[MeasuredRun], published: List[Dict[str, Any]], work: Workload
+) -> RankSpeed:
     """What is known of a rank's speed under a configuration.
 
     Args:
@@ -168,7 +170,7 @@ def speed_of(config: TrainConfig, runs: List[Measured], published: List[Dict[str
         fewest = min(_ranks(row) for row in rows)
         rows = [row for row in rows if _ranks(row) == fewest]
         per_sample = _published_flops_a_sample(config, work)
-        rate = around([per_sample * row["p_core"] / fewest for row in rows])
+        rate = hull([per_sample * row["p_core"] / fewest for row in rows])
         basis = f"published p_core of {config.hardware.name} {rows[0]['topology']} ({rows[0]['fix_hp']})"
         if rows[0]["tf32"] and not config.precision.tf32:
             basis += ", which had TF32 on (precision.tf32=true)"
@@ -177,7 +179,7 @@ def speed_of(config: TrainConfig, runs: List[Measured], published: List[Dict[str
         if config.scoring.name != "published":
             rate = Interval(rate.low * _OTHER_SCORING.low, rate.high * _OTHER_SCORING.high)
             basis += ", of the other scoring"
-        return Speed(_between(rate), _UNKNOWN_WAITING, basis, power, base)
+        return RankSpeed(_between(rate), _UNKNOWN_WAITING, basis, power, base)
     if not peak:
         name = config.hardware.name
         raise InputError(
@@ -187,10 +189,10 @@ def speed_of(config: TrainConfig, runs: List[Measured], published: List[Dict[str
     basis = (
         f"{_UNKNOWN_EFFICIENCY.low:.0%} to {_UNKNOWN_EFFICIENCY.high:.0%} of the peak, nothing is known of this chip"
     )
-    return Speed(_between(_UNKNOWN_EFFICIENCY * (peak * 1e12)), _UNKNOWN_WAITING, basis, power, base)
+    return RankSpeed(_between(_UNKNOWN_EFFICIENCY * (peak * 1e12)), _UNKNOWN_WAITING, basis, power, base)
 
 
-def _from_runs(config: TrainConfig, runs: List[Measured]) -> Speed:
+def _from_runs(config: TrainConfig, runs: List[MeasuredRun]) -> RankSpeed:
     alike = [run for run in runs if run.config.scoring.name == config.scoring.name]
     chosen = alike or runs
     share = config.topology.devices_per_node if config.hardware.accelerator == "cpu" else 1  # ranks share the cores
@@ -200,12 +202,12 @@ def _from_runs(config: TrainConfig, runs: List[Measured]) -> Speed:
         own = run.config.topology.devices_per_node if config.hardware.accelerator == "cpu" else 1
         # What a step costs beside its FLOPs goes with the parameters (the update) or with the layers (calls).
         scales = (
-            parameters(config.model) / parameters(run.config.model),
+            count_parameters(config.model) / count_parameters(run.config.model),
             (config.model.num_layers + 1) / (run.config.model.num_layers + 1),
         )
         for line in run.lines():
             overheads = {line.overhead * share / own * scale for scale in scales}
-            lines += [Line(overhead, line.rate * own / share * f) for overhead in overheads for f in factors]
+            lines += [LinearCostModel(overhead, line.rate * own / share * f) for overhead in overheads for f in factors]
     basis = f"{len(chosen)} run{'s' * (len(chosen) > 1)} on {config.hardware.name}: {chosen[0].path.name}"
     if not alike:
         basis += ", of the other scoring"
@@ -216,12 +218,12 @@ def _from_runs(config: TrainConfig, runs: List[Measured]) -> Speed:
     ]
     bases = [run.base for run in chosen if run.base is not None]
     unknown = _UNKNOWN_BASE.get(config.hardware.accelerator, _CARD_BASE)
-    return Speed(
+    return RankSpeed(
         lines,
-        around([max(0.0, run.waiting) for run in chosen]),
+        hull([max(0.0, run.waiting) for run in chosen]),
         basis,
-        around(power).widened(_DAY_TO_DAY) if power else None,
-        around(bases).widened(_DAY_TO_DAY) if bases else unknown,
+        hull(power).widened(_DAY_TO_DAY) if power else None,
+        hull(bases).widened(_DAY_TO_DAY) if bases else unknown,
     )
 
 

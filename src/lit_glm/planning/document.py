@@ -7,12 +7,12 @@ from typing import Any, Dict, List, Optional
 
 from lit_glm.atomic_files import write_text
 from lit_glm.config.schema import ScoringConfig, TopologyConfig
-from lit_glm.planning.cost_model import Measured, same_chip, speed_of
+from lit_glm.planning.cost_model import MeasuredRun, rank_speed, same_chip
 from lit_glm.planning.interval import Interval
 from lit_glm.planning.prediction import Prediction, predict
-from lit_glm.planning.scaling_plot import Curve, draw_scaling
-from lit_glm.planning.workload import Workload, examples_of
-from lit_glm.runs.result import lines_of
+from lit_glm.planning.scaling_plot import ScalingCurve, draw_scaling
+from lit_glm.planning.workload import Workload, load_examples
+from lit_glm.runs.result import markdown_table
 
 _FITS = {True: "yes", False: "no", None: "unknown"}
 _HEAD = [
@@ -30,7 +30,7 @@ _HEAD = [
 ]
 
 
-def duration(span: Interval) -> str:
+def format_duration(span: Interval) -> str:
     """Hours, minutes or seconds, whichever reads best."""
     for unit, seconds in (("h", 3600.0), ("min", 60.0)):
         if span.high >= 2 * seconds:
@@ -38,7 +38,7 @@ def duration(span: Interval) -> str:
     return f"{span.text()} s"
 
 
-def table(predictions: List[Prediction], basis: Dict[str, int]) -> str:
+def prediction_table(predictions: List[Prediction], basis: Dict[str, int]) -> str:
     """The rows; what they rest on by number."""
     rows = [_HEAD]
     for one in predictions:
@@ -55,18 +55,18 @@ def table(predictions: List[Prediction], basis: Dict[str, int]) -> str:
                 _FITS[one.fits],
                 one.step_s.text(),
                 one.p_core.text(),
-                duration(one.total_s),
+                format_duration(one.total_s),
                 "" if one.energy_j is None else (one.energy_j * 1e-6).text(),
-                f"[{basis[one.basis]}]",
+                f"[{basis[one.evidence]}]",
             ]
         )
-    return lines_of(rows)
+    return markdown_table(rows)
 
 
-def write(
+def write_plan(
     folder: Path,
     predictions: List[Prediction],
-    measured: List[Measured],
+    measured: List[MeasuredRun],
     published: List[Dict[str, Any]],
     config: Any,
     left_out: List[str],
@@ -86,8 +86,8 @@ def write(
     """
     basis: Dict[str, int] = {}
     for one in predictions:
-        basis.setdefault(one.basis, len(basis) + 1)
-    lines = ["PREDICTED, not measured: each figure from low to high.", "", table(predictions, basis), ""]
+        basis.setdefault(one.evidence, len(basis) + 1)
+    lines = ["PREDICTED, not measured: each figure from low to high.", "", prediction_table(predictions, basis), ""]
     lines += [f"[{number}] {text}" for text, number in basis.items()]
     lines += [f"left out: {text}" for text in left_out]
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,14 +106,16 @@ def write(
     return f"{shown}\nlit_glm: {folder}/plan.md, plan.json" + (", plan.svg" if picture else "")
 
 
-def _curve(config: Any, scoring: str, measured: List[Measured], published: List[Dict[str, Any]]) -> Optional[Curve]:
+def _curve(
+    config: Any, scoring: str, measured: List[MeasuredRun], published: List[Dict[str, Any]]
+) -> Optional[ScalingCurve]:
     """The chip of a configuration over the number of cards, under one scoring."""
     name = config.hardware.name
     per_node = max(8, config.topology.devices_per_node)
     rows: List[Prediction] = []
     own_scoring = config.scoring.name == scoring
     scorings = config.scoring if own_scoring else ScoringConfig(scoring, scoring == "published", scoring != "published")
-    for cards in config.plan.cards:
+    for cards in config.plan.device_counts:
         topology = TopologyConfig(max(1, cards // per_node), min(cards, per_node))
         own = replace(
             config,
@@ -127,10 +129,10 @@ def _curve(config: Any, scoring: str, measured: List[Measured], published: List[
             ),
             data=replace(config.data, balance_ranks=scorings.balance_ranks),
         )
-        train, held, data = examples_of(own)
+        train, held, data = load_examples(own)
         work = Workload(own, train, held)
         if work.enough:
-            rows.append(predict(own, speed_of(own, measured, published, work), work, data))
+            rows.append(predict(own, rank_speed(own, measured, published, work), work, data))
     if not rows:
         return None
     points = [
@@ -147,4 +149,4 @@ def _curve(config: Any, scoring: str, measured: List[Measured], published: List[
             nodes, devices = str(line["topology"]).split("x")
             if line["hardware"] == name and line.get("p_core") and line["precision"] == config.precision.name:
                 points.append(("published", int(nodes) * int(devices), float(line["p_core"])))
-    return Curve(scoring, rows, points)
+    return ScalingCurve(scoring, rows, points)

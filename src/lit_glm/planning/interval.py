@@ -35,6 +35,6 @@ class Interval:
         return low if low == high else f"{low}-{high}"
 
 
-def around(values: List[float]) -> Interval:
+def hull(values: List[float]) -> Interval:
     """From the lowest to the highest."""
     return Interval(min(values), max(values))

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any, Dict, Optional
 
 from lit_glm.config.schema import TrainConfig
-from lit_glm.metrics.memory_estimate import estimate, parameters
-from lit_glm.planning.cost_model import Speed, keeps_scores
+from lit_glm.metrics.memory_estimate import count_parameters, estimate_memory
+from lit_glm.planning.cost_model import RankSpeed, saves_attention_probs
 from lit_glm.planning.interval import Interval
 from lit_glm.planning.workload import Workload
 
@@ -35,7 +35,7 @@ class Prediction:
     energy_j: Optional[Interval]
     all_reduce_s: Interval
     steps: int
-    basis: str
+    evidence: str
 
     def row(self) -> Dict[str, Any]:
         """For JSON."""
@@ -55,11 +55,11 @@ class Prediction:
             "energy_j": None if self.energy_j is None else self.energy_j.pair(),
             "all_reduce_s": self.all_reduce_s.pair(),
             "steps": self.steps,
-            "basis": self.basis,
+            "basis": self.evidence,
         }
 
 
-def all_reduce(config: TrainConfig) -> Interval:
+def all_reduce_time(config: TrainConfig) -> Interval:
     """Seconds of an all-reduce of all gradients: 2 (N - 1) / N of their bytes over the slowest link of a ring.
 
     Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations".
@@ -67,7 +67,7 @@ def all_reduce(config: TrainConfig) -> Interval:
     ranks = config.topology.world_size
     if ranks == 1:
         return Interval(0.0, 0.0)
-    size = parameters(config.model) * (2 if config.precision.name == "fp16" else 4) / 1e9
+    size = count_parameters(config.model) * (2 if config.precision.name == "fp16" else 4) / 1e9
     link = config.hardware.link_gbytes_s
     slowest = _UNKNOWN_LINK if link is None else Interval(0.5 * link, link)
     if config.topology.num_nodes > 1:
@@ -78,7 +78,7 @@ def all_reduce(config: TrainConfig) -> Interval:
     return slowest.over(2.0 * (ranks - 1) / ranks * size)
 
 
-def predict(config: TrainConfig, speed: Speed, work: Workload, data: str) -> Prediction:
+def predict(config: TrainConfig, speed: RankSpeed, work: Workload, data: str) -> Prediction:
     """Predict a run.
 
     Args:
@@ -89,7 +89,7 @@ def predict(config: TrainConfig, speed: Speed, work: Workload, data: str) -> Pre
     """
     ranks = config.topology.world_size
     computing = speed.seconds(work.slowest)
-    exchange = all_reduce(config)
+    exchange = all_reduce_time(config)
     # At best it is done beside the backward pass, at worst behind it.
     seen = Interval(max(0.0, exchange.low - _HIDDEN * computing.low), exchange.high)
     compute = computing + seen
@@ -98,7 +98,7 @@ def predict(config: TrainConfig, speed: Speed, work: Workload, data: str) -> Pre
     evaluations = speed.seconds(work.evaluation / ranks) * work.evaluations(steps)
     total = step * steps + evaluations
     cards = None if speed.power_w is None else speed.power_w * ranks
-    guess = estimate(config, work.lengths, 0.0, keeps_scores(config)).total
+    guess = estimate_memory(config, work.lengths, 0.0, saves_attention_probs(config)).total
     alike = config.topology.devices_per_node if config.hardware.accelerator == "cpu" else 1  # ranks in one memory
     memory = (Interval(guess, guess).widened(_ESTIMATE) + speed.base) * (alike / _GIB)
     there = config.hardware.memory_gib
@@ -112,5 +112,5 @@ def predict(config: TrainConfig, speed: Speed, work: Workload, data: str) -> Pre
         None if cards is None else Interval(cards.low * total.low, cards.high * total.high),
         exchange,
         steps,
-        f"{speed.basis}; {data}",
+        f"{speed.evidence}; {data}",
     )

@@ -14,7 +14,7 @@ _MARKS = {"measured": "o", "published": "D"}
 
 
 @dataclass
-class Curve:
+class ScalingCurve:
     """One scoring."""
 
     scoring: str
@@ -24,7 +24,7 @@ class Curve:
     """measured or published, cards, p_core."""
 
 
-def draw_scaling(curves: List[Curve], chip: str) -> Optional[str]:
+def draw_scaling(curves: List[ScalingCurve], chip: str) -> Optional[str]:
     """SVG; None without curves."""
     if not curves:
         return None

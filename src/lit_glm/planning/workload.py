@@ -7,10 +7,10 @@ from typing import Any, Tuple
 import numpy as np
 
 from lit_glm.config.schema import TrainConfig
-from lit_glm.data.memmap_dataset import open_split
-from lit_glm.data.sampler import EndlessBatches, order_of
-from lit_glm.data.sequence_lengths import Lengths
-from lit_glm.metrics.flops import WorkCounter
+from lit_glm.data.memmap_dataset import open_dataset
+from lit_glm.data.sampler import InfiniteDistributedBatchSampler, build_train_sampler
+from lit_glm.data.sequence_lengths import SequenceLengths
+from lit_glm.metrics.flops import FlopCounter
 
 _LOOKED_AT = 200
 """Steps over which the slowest rank is averaged; fewer of many ranks."""
@@ -55,19 +55,19 @@ class TypicalExamples:
         return len(self.example_rows)
 
 
-def examples_of(config: TrainConfig) -> "Tuple[Any, Any, str]":
+def load_examples(config: TrainConfig) -> "Tuple[Any, Any, str]":
     """Training and evaluation examples of a configuration, and what that rests on.
 
     Raises:
         InputError: if a file is there and cannot be read.
     """
-    from lit_glm.data.synthetic import ensure
+    from lit_glm.data.synthetic import ensure_synthetic_data
 
     if config.data.synthetic is not None:
-        ensure(config.data)
+        ensure_synthetic_data(config.data)
     files = config.data.train_file, config.data.eval_file
     if all(Path(file).is_file() for file in files):
-        train, held = (open_split(file, False, config.data.cache_dir) for file in files)
+        train, held = (open_dataset(file, False, config.data.cache_dir) for file in files)
         return train, held, "lengths of the data"
     typical, few = (
         TypicalExamples.like_record(count, config.data.max_seq_length) for count in (_TYPICAL_TRAIN, _TYPICAL_EVAL)
@@ -87,30 +87,30 @@ class Workload:
             held: those to evaluate on; None: evaluations are not asked for.
         """
         self._config = config
-        self.sampler = order_of(config, train)
+        self.sampler = build_train_sampler(config, train)
         self.ranks = config.topology.world_size
-        self.counter = WorkCounter(config, train, self.sampler)
-        self.lengths = Lengths.of(train)
+        self.counter = FlopCounter(config, train, self.sampler)
+        self.lengths = SequenceLengths.from_dataset(train)
         self.enough = len(train) >= config.global_batch
-        self.slowest, self.mean = self._looked_at() if self.enough else (0.0, 0.0)
+        self.slowest, self.mean = self._average_flops() if self.enough else (0.0, 0.0)
         self.evaluation = 0.0 if held is None else self._evaluation(held)
         """FLOPs of one, all ranks together."""
 
-    def _looked_at(self) -> Tuple[float, float]:
+    def _average_flops(self) -> Tuple[float, float]:
         """FLOPs of the slowest rank and of a rank on the average, a step; of a run that ends early, of its steps."""
         last = max(1, min(self.sampler.steps_per_epoch - 1, self.steps()))
         count = min(_LOOKED_AT, max(1, _DEALT // self._config.global_batch), last)
         first = 1 if count == last else 2  # the first one holds the longest examples where that is asked for
         steps = np.unique(np.linspace(first, last, count).astype(int))
-        work = np.stack([self.counter.by_rank(int(step)) for step in steps])
+        work = np.stack([self.counter.flops_by_rank(int(step)) for step in steps])
         return float(work.max(axis=1).mean()), float(work.mean())
 
     def _evaluation(self, held: Any) -> float:
         """FLOPs of one evaluation, all ranks together: a third of what training on the same examples takes."""
-        alone = EndlessBatches(len(held), self._config.eval_bs, 0, 1, 0)
-        counter = WorkCounter(self._config, held, alone)
+        alone = InfiniteDistributedBatchSampler(len(held), self._config.eval_bs, 0, 1, 0)
+        counter = FlopCounter(self._config, held, alone)
         count = min(alone.steps_per_epoch, _LOOKED_AT)
-        done = sum(float(counter.by_rank(step).sum()) for step in range(1, count + 1))
+        done = sum(float(counter.flops_by_rank(step).sum()) for step in range(1, count + 1))
         return done / count * alone.steps_per_epoch / 3.0
 
     def steps(self) -> int:

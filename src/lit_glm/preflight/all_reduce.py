@@ -12,14 +12,14 @@ import torch
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import RunError
 from lit_glm.hardware.runtimes.selection import make_runtime
-from lit_glm.launch.all_ranks import as_rank
-from lit_glm.process_utils import leave
+from lit_glm.launch.all_ranks import rank_main
+from lit_glm.process_utils import exit_now
 
 _MIB = 16
 _ROUNDS = 5
 
 
-def sum_up(config: TrainConfig) -> Dict[str, Any]:
+def measure_all_reduce(config: TrainConfig) -> Dict[str, Any]:
     """Sum over the ranks, check the sum, time it."""
     runtime = make_runtime(config.hardware, config.topology)
     device = runtime.device(int(os.environ["LOCAL_RANK"]))
@@ -52,4 +52,4 @@ def sum_up(config: TrainConfig) -> Dict[str, Any]:
 
 
 if __name__ == "__main__":
-    leave(as_rank(Path(sys.argv[1]), sum_up))
+    exit_now(rank_main(Path(sys.argv[1]), measure_all_reduce))

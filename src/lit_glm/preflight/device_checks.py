@@ -3,17 +3,17 @@
 import os
 from typing import List
 
-from lit_glm.check_result import Finding
-from lit_glm.config.hydra_main import CONF
+from lit_glm.check_result import CheckResult
+from lit_glm.config.hydra_main import CONF_DIR
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
 from lit_glm.hardware.runtimes.base import Runtime
-from lit_glm.hardware.runtimes.selection import check_cards, check_devices, make_runtime
+from lit_glm.hardware.runtimes.selection import check_device_count, make_runtime, validate_devices
 
 _LIMIT_S = 6.0
 
 
-def runtime(config: TrainConfig, kept: List[str]) -> Finding:
+def check_runtime(config: TrainConfig, kept: List[str]) -> CheckResult:
     """Make the runtime.
 
     Args:
@@ -24,43 +24,45 @@ def runtime(config: TrainConfig, kept: List[str]) -> Finding:
     version = f", driver {made.driver_version()}" if made.has_driver else ""
     said = f"{made.name} for {config.hardware.name}{version}"
     if made.simulated:
-        return Finding("", "warn", f"{said}: a rehearsal on the processor", "no figure of it is the chip's", made=made)
+        return CheckResult(
+            "", "warn", f"{said}: a rehearsal on the processor", "no figure of it is the chip's", artifact=made
+        )
     if kept:
-        return Finding("", "warn", said, "; ".join(kept), made=made)
-    return Finding("", "ok", said, made=made)
+        return CheckResult("", "warn", said, "; ".join(kept), artifact=made)
+    return CheckResult("", "ok", said, artifact=made)
 
 
-def cards(config: TrainConfig, made: Runtime) -> Finding:
+def check_devices(config: TrainConfig, made: Runtime) -> CheckResult:
     """Compare the devices with topology and hardware file."""
-    unable = made.cannot_span(config.topology.num_nodes)
+    unable = made.multi_node_unsupported_reason(config.topology.num_nodes)
     if unable is not None:
         raise InputError(f"topology={config.topology.name}: {unable}")
-    check_devices(made, config.topology)
+    check_device_count(made, config.topology)
     devices = config.topology.devices_per_node
-    hints = check_cards(config.hardware, made, devices, CONF / "hardware")
+    hints = validate_devices(config.hardware, made, devices, CONF_DIR / "hardware")
     names: List[str] = []
     for index in range(devices):
         total = made.total_memory(index)
         size = "memory unknown" if total is None else f"{total / 2**30:.1f} GiB"
-        names.append(f"{made.device_name(index) or config.hardware.card} ({size})")
+        names.append(f"{made.device_name(index) or config.hardware.product_name} ({size})")
     kinds = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
     said = f"{made.device_count()} visible, {devices} a node wanted: {kinds}"
-    return Finding("", "warn" if hints else "ok", said, "; ".join(hints))
+    return CheckResult("", "warn" if hints else "ok", said, "; ".join(hints))
 
 
-def arithmetic(config: TrainConfig, made: Runtime) -> Finding:
+def check_precision(config: TrainConfig, made: Runtime) -> CheckResult:
     """Compute a small product in the precision."""
     from lit_glm.hardware.precision import make_precision
 
     plugin = make_precision(config, made)
     said = f"{config.precision.name}: products come out in {str(plugin.computes_in).replace('torch.', '')}"  # type: ignore[attr-defined]
     hint = made.precision_hint(config.precision.name)
-    return Finding("", "warn" if hint else "ok", said, hint)
+    return CheckResult("", "warn" if hint else "ok", said, hint)
 
 
-def port(config: TrainConfig, made: Runtime) -> Finding:
+def check_rendezvous_port(config: TrainConfig, made: Runtime) -> CheckResult:
     """Find out whether the ranks can meet."""
-    from lit_glm.launch.nodes import check_port, this_node
+    from lit_glm.launch.nodes import check_port, resolve_node
 
     if config.topology.world_size == 1:
         given = os.environ.get("MASTER_PORT", "")
@@ -68,23 +70,23 @@ def port(config: TrainConfig, made: Runtime) -> Finding:
             try:
                 check_port(int(given))
             except InputError as error:
-                return Finding("", "warn", str(error), "one device needs none")
-        return Finding("", "skip", "one device: no ranks meet")
-    node = this_node(config.topology, config.hardware.runtime == "simulated")
+                return CheckResult("", "warn", str(error), "one device needs none")
+        return CheckResult("", "skip", "one device: no ranks meet")
+    node = resolve_node(config.topology, config.hardware.runtime == "simulated")
     chosen = "" if os.environ.get("MASTER_PORT") else " (a free one, chosen for each job; MASTER_PORT sets it)"
-    return Finding("", "ok", f"node {node.rank} of {config.topology.num_nodes}, {node.address}:{node.port}{chosen}")
+    return CheckResult("", "ok", f"node {node.rank} of {config.topology.num_nodes}, {node.address}:{node.port}{chosen}")
 
 
-def collectives(config: TrainConfig, made: Runtime) -> Finding:
+def check_collectives(config: TrainConfig, made: Runtime) -> CheckResult:
     """Start all ranks of this node and sum over all ranks of the topology."""
     if config.topology.world_size == 1:
-        return Finding("", "skip", "one device: there is nothing to exchange")
-    from lit_glm.launch.all_ranks import on_all_ranks
+        return CheckResult("", "skip", "one device: there is nothing to exchange")
+    from lit_glm.launch.all_ranks import run_on_all_ranks
 
-    measured = on_all_ranks(config, "lit_glm.preflight.all_reduce", _LIMIT_S)
+    measured = run_on_all_ranks(config, "lit_glm.preflight.all_reduce", _LIMIT_S)
     if measured is None:
-        return Finding("", "ok", "this node's ranks have summed with the others'; node 0 has the figures")
-    return Finding(
+        return CheckResult("", "ok", "this node's ranks have summed with the others'; node 0 has the figures")
+    return CheckResult(
         "",
         "ok",
         f"{measured['ranks']} ranks over {measured['backend']}: sums are right, {measured['mib']:g} MiB in "

@@ -7,13 +7,13 @@ import time
 from pathlib import Path
 from typing import Any, Callable, List, Optional
 
-from lit_glm.check_result import Finding
+from lit_glm.check_result import CheckResult
 from lit_glm.config.schema import TrainConfig
-from lit_glm.data.hdf5_summary import look
-from lit_glm.data.sequence_lengths import Lengths
+from lit_glm.data.hdf5_summary import summarise_hdf5
+from lit_glm.data.sequence_lengths import SequenceLengths
 from lit_glm.errors import InputError
 from lit_glm.hardware.runtimes.base import Runtime
-from lit_glm.isolated_process import call_apart
+from lit_glm.isolated_process import call_isolated
 from lit_glm.metrics import memory_estimate as estimates
 
 _GIB = 2**30
@@ -33,15 +33,15 @@ def _size(count: float) -> str:
     return f"{count / _GIB:.1f} GiB" if count >= _GIB else f"{count / 2**20:.1f} MiB"
 
 
-def disk(config: TrainConfig, place: Path) -> Finding:
+def check_disk(config: TrainConfig, place: Path) -> CheckResult:
     """Compare free space with what checkpoints take, and write a little to see how fast that goes."""
     folder = _existing(place)
-    count = estimates.parameters(config.model)
+    count = estimates.count_parameters(config.model)
     one = count * (2 + 12 if config.precision.name == "fp16" else 12)
     needed, free = _CHECKPOINTS * one, shutil.disk_usage(str(folder)).free
     said = f"{folder}: {_size(free)} free, checkpoints take up to {_size(needed)}"
     if free < needed:
-        return Finding("", "fail", said, "make room, or give hydra.run.dir= on another disk")
+        return CheckResult("", "fail", said, "make room, or give hydra.run.dir= on another disk")
     try:
         with tempfile.NamedTemporaryFile(dir=str(folder), prefix=".lit_glm-doctor-") as file:
             block = os.urandom(2**20)
@@ -52,11 +52,11 @@ def disk(config: TrainConfig, place: Path) -> Finding:
             os.fsync(file.fileno())
             speed = _TRIED_MIB / (time.perf_counter() - start)
     except OSError as error:
-        return Finding("", "fail", f"{said}; cannot be written ({error})", "give hydra.run.dir= on another disk")
+        return CheckResult("", "fail", f"{said}; cannot be written ({error})", "give hydra.run.dir= on another disk")
     said += f", written at {speed:.0f} MiB/s: {one / 2**20 / speed:.0f} s a checkpoint"
     if speed < _SLOW_MIB_S:
-        return Finding("", "warn", said, "a larger run.checkpoint_interval_steps saves time")
-    return Finding("", "ok", said)
+        return CheckResult("", "warn", said, "a larger run.checkpoint_interval_steps saves time")
+    return CheckResult("", "ok", said)
 
 
 def _decoder(config: TrainConfig) -> Callable[[Any], str]:
@@ -64,14 +64,14 @@ def _decoder(config: TrainConfig) -> Callable[[Any], str]:
     vocab_file = config.data.vocab_file
     pieces: List[str] = []
     if vocab_file is not None:
-        from lit_glm.data.tokenizer import WordPieces
+        from lit_glm.data.tokenizer import WordPieceTokenizer
 
-        WordPieces(vocab_file)  # says what is wrong with it
+        WordPieceTokenizer(vocab_file)  # says what is wrong with it
         pieces = Path(vocab_file).read_text(encoding="utf-8").split("\n")
     elif config.data.synthetic is not None:
-        from lit_glm.data.synthetic import vocabulary
+        from lit_glm.data.synthetic import synthetic_vocabulary
 
-        pieces = vocabulary()
+        pieces = synthetic_vocabulary()
 
     def decode(ids: Any) -> str:
         words = [pieces[i] if i < len(pieces) and pieces else str(i) for i in ids]
@@ -81,13 +81,13 @@ def _decoder(config: TrainConfig) -> Callable[[Any], str]:
     return decode
 
 
-def data(config: TrainConfig, key: str) -> Finding:
+def check_data(config: TrainConfig, key: str) -> CheckResult:
     """Open an HDF5 file, count, and decode its first and last example."""
     path = Path(getattr(config.data, key))
     if config.data.synthetic is not None and not path.exists():
-        return Finding("", "ok", f"{path}: not there yet, train generates it on first use")
+        return CheckResult("", "ok", f"{path}: not there yet, train generates it on first use")
     decode, model = _decoder(config), config.model
-    found = call_apart(look, path, key == "eval_file")
+    found = call_isolated(summarise_hdf5, path, key == "eval_file")
     if found["highest"] >= model.vocab_size:
         raise InputError(
             f"{path}: token id {found['highest']} is beyond model.vocab_size={model.vocab_size}; model=glm_small, "
@@ -108,32 +108,34 @@ def data(config: TrainConfig, key: str) -> Finding:
         f'{which} "{decode(context)}" with {count} candidates: {" | ".join(map(decode, candidates))}'
         for which, context, count, candidates in found["ends"]
     ]
-    return Finding("", "ok", f"{path}: {counts}; {'; '.join(shown)}")
+    return CheckResult("", "ok", f"{path}: {counts}; {'; '.join(shown)}")
 
 
-def checkpoint(config: TrainConfig) -> Finding:
+def check_checkpoint(config: TrainConfig) -> CheckResult:
     """Compare names and shapes of the initial weights with the model's."""
     path = config.model.init_checkpoint
     if path is None:
         if config.model.name == "glm_tiny":
-            return Finding("", "skip", "none: glm_tiny learns from scratch")
-        return Finding("", "warn", "none: the weights are random", "model.init_checkpoint=blocklm-large-blank")
-    from lit_glm.model.build import shapes_of
-    from lit_glm.model.checkpoint import fit, read_weights
+            return CheckResult("", "skip", "none: glm_tiny learns from scratch")
+        return CheckResult("", "warn", "none: the weights are random", "model.init_checkpoint=blocklm-large-blank")
+    from lit_glm.model.build import meta_state_dict
+    from lit_glm.model.checkpoint import fit_to_model, read_weights
 
     weights = read_weights(Path(path))
     count = sum(weight.numel() for weight in weights.values())
     kinds = ", ".join(sorted({str(weight.dtype).replace("torch.", "") for weight in weights.values()}))
-    done = fit(weights, shapes_of(config.model), path)
-    return Finding("", "ok", "; ".join([f"{path}: {len(weights)} tensors, {count} values in {kinds}: all fit", *done]))
+    done = fit_to_model(weights, meta_state_dict(config.model), path)
+    return CheckResult(
+        "", "ok", "; ".join([f"{path}: {len(weights)} tensors, {count} values in {kinds}: all fit", *done])
+    )
 
 
-def memory(config: TrainConfig, runtime: Optional[Runtime]) -> Finding:
+def check_memory(config: TrainConfig, runtime: Optional[Runtime]) -> CheckResult:
     """Estimate the peak of a training step, from the lengths in the file alone."""
     path = Path(config.data.train_file)
     if config.data.synthetic is not None and not path.exists():
-        return Finding("", "skip", "not estimated: the data is not there yet")
-    said, *advice = estimates.describe(config, Lengths.of_file(path), runtime).split("\n")
+        return CheckResult("", "skip", "not estimated: the data is not there yet")
+    said, *advice = estimates.memory_message(config, SequenceLengths.from_hdf5(path), runtime).split("\n")
     unknown = runtime is None or runtime.total_memory(0) is None
     status = "fail" if advice else "warn" if unknown else "ok"
-    return Finding("", status, said.replace("memory: ", ""), "; ".join(advice).replace("memory: ", ""))
+    return CheckResult("", status, said.replace("memory: ", ""), "; ".join(advice).replace("memory: ", ""))

@@ -9,37 +9,37 @@ from typing import Dict, List
 import psutil
 from packaging.requirements import Requirement
 
-from lit_glm.check_result import Finding
-from lit_glm.config.hydra_main import CONF
+from lit_glm.check_result import CheckResult
+from lit_glm.config.hydra_main import CONF_DIR
 from lit_glm.metrics.system_info import describe_machine
 
 _BUSY_PERCENT = 25.0
 
 
-def describe() -> Finding:
+def check_host() -> CheckResult:
     """Who this machine is, and whether somebody else is computing on it."""
     busy = psutil.cpu_percent(interval=0.5)
     free = psutil.virtual_memory().available / 2**30
     said = f"{describe_machine()}; {free:.1f} GiB of memory free, processor {busy:.0f} % busy"
     if busy > _BUSY_PERCENT:
-        return Finding("", "warn", said, "something else is computing here: figures would not be comparable")
-    return Finding("", "ok", said)
+        return CheckResult("", "warn", said, "something else is computing here: figures would not be comparable")
+    return CheckResult("", "ok", said)
 
 
 def constraints() -> "tuple[str, Dict[str, str]]":
     """Name and content of the file with the versions that are tested on this Python."""
     name = "seed.txt" if sys.version_info < (3, 9) else "current.txt"
-    text = (CONF.parent / "constraints" / name).read_text(encoding="utf-8")
+    text = (CONF_DIR.parent / "constraints" / name).read_text(encoding="utf-8")
     return name, dict(re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE))
 
 
-def stack() -> Finding:
+def check_packages() -> CheckResult:
     """Compare installed packages with what this project needs and with what it is tested with."""
     name, tested = constraints()
     try:
         needs = [Requirement(text) for text in metadata.requires("lit-glm") or []]
     except metadata.PackageNotFoundError:
-        return Finding("", "warn", "lit-glm is not installed as a package", "pip install -e . in its checkout")
+        return CheckResult("", "warn", "lit-glm is not installed as a package", "pip install -e . in its checkout")
     wrong: List[str] = []
     others: List[str] = []
     there: List[str] = []
@@ -58,7 +58,7 @@ def stack() -> Finding:
             others.append(f"{need.name} {version} (tested: {tested[need.name]})")
     python = f"Python {platform.python_version()}"
     if wrong:
-        return Finding("", "fail", f"{python}: {', '.join(wrong)}", f"pip install -c constraints/{name} -e .")
+        return CheckResult("", "fail", f"{python}: {', '.join(wrong)}", f"pip install -c constraints/{name} -e .")
     if others:
-        return Finding("", "warn", f"{python}: {', '.join(others)}", f"figures elsewhere are made with {name}")
-    return Finding("", "ok", f"{python}, {', '.join(there)}: as in constraints/{name}")
+        return CheckResult("", "warn", f"{python}: {', '.join(others)}", f"figures elsewhere are made with {name}")
+    return CheckResult("", "ok", f"{python}, {', '.join(there)}: as in constraints/{name}")

@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Callable, List, Optional, Tuple
 
-from lit_glm.check_result import Finding
+from lit_glm.check_result import CheckResult
 from lit_glm.config.schema import ModelConfig, TrainConfig
 from lit_glm.errors import InputError
 
@@ -14,7 +14,7 @@ _QUESTIONS = {"train": 100_730, "eval": 10_000}
 """Of ReCoRD (Zhang et al. 2018, table 2); training has an example for each distinct right answer, so no fewer."""
 
 
-def vocabulary(file: Path) -> Tuple[bool, str]:
+def check_vocabulary(file: Path) -> Tuple[bool, str]:
     """Whether a vocabulary is bert-large-uncased's, and what it is."""
     content = file.read_bytes()
     same = hashlib.sha256(content).hexdigest() == _VOCABULARY
@@ -23,24 +23,24 @@ def vocabulary(file: Path) -> Tuple[bool, str]:
 
 
 def _examples(path: Path, kind: str) -> Tuple[bool, str]:
-    from lit_glm.data.sequence_lengths import Lengths
+    from lit_glm.data.sequence_lengths import SequenceLengths
 
-    count, known = len(Lengths.of_file(path)), _QUESTIONS[kind]
+    count, known = len(SequenceLengths.from_hdf5(path)), _QUESTIONS[kind]
     same = count == known if kind == "eval" else known <= count < 2 * known
     said = "as ReCoRD's" if same else f"not ReCoRD's, which has {known:,} questions"
     return same, f"{count:,} examples to {'train' if kind == 'train' else 'evaluate'} on: {said}"
 
 
 def _weights(path: Path) -> Tuple[bool, str]:
-    from lit_glm.metrics.memory_estimate import parameters
+    from lit_glm.metrics.memory_estimate import count_parameters
     from lit_glm.model.checkpoint import read_weights
 
-    count, known = sum(weight.numel() for weight in read_weights(path).values()), parameters(ModelConfig())
+    count, known = sum(weight.numel() for weight in read_weights(path).values()), count_parameters(ModelConfig())
     same = count == known
     return same, f"weights of {count:,} values: {'as many as' if same else 'not'} blocklm-large-blank's {known:,}"
 
 
-def origin(config: TrainConfig) -> Finding:
+def check_provenance(config: TrainConfig) -> CheckResult:
     """One line over all files that are there."""
     found: List[Tuple[bool, str]] = []
 
@@ -52,7 +52,7 @@ def origin(config: TrainConfig) -> Finding:
 
     vocab, weights = config.data.vocab_file, config.model.init_checkpoint
     if vocab is not None and Path(vocab).is_file():
-        compare(lambda: vocabulary(Path(vocab)))
+        compare(lambda: check_vocabulary(Path(vocab)))
     if config.data.synthetic is None:
         for kind, name in (("train", config.data.train_file), ("eval", config.data.eval_file)):
             if Path(name).is_file():
@@ -60,7 +60,7 @@ def origin(config: TrainConfig) -> Finding:
     if weights is not None and Path(weights).exists():
         compare(lambda: _weights(Path(weights)))
     if not found:
-        return Finding("", "skip", "nothing to compare with what was published: docs/data.md says where to get it")
+        return CheckResult("", "skip", "nothing to compare with what was published: docs/data.md says where to get it")
     other: Optional[str] = None if all(same for same, _ in found) else "docs/data.md says where the published files are"
     said = "; ".join(text for _, text in found)
-    return Finding("", "ok" if other is None else "warn", said, other or "")
+    return CheckResult("", "ok" if other is None else "warn", said, other or "")

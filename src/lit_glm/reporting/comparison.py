@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import List, Optional, Tuple
 
 from lit_glm.reporting.formats import table_lines
-from lit_glm.reporting.run_reader import Run, differences
-from lit_glm.reporting.table import Table
+from lit_glm.reporting.run_reader import ReportRun, config_differences
+from lit_glm.reporting.table import ReportTable
 
 _FIGURES = (
     "e2e_time", "p_whole", "p_train", "p_core", "init_time", "raw_train_time", "no_eval_time", "pure_compute_time",
@@ -27,14 +27,16 @@ class Comparison:
     """Largest difference of the loss at a step that both have; None if they share none."""
 
 
-def compare(one: Run, other: Run) -> Comparison:
+def compare_runs(one: ReportRun, other: ReportRun) -> Comparison:
     """Compare two runs.
 
     Args:
         one: A.
         other: B; ratios are B / A.
     """
-    settings = Table(["key", "A", "B"], [[key, _text(a), _text(b)] for key, a, b in differences(one, other)])
+    settings = ReportTable(
+        ["key", "A", "B"], [[key, _text(a), _text(b)] for key, a, b in config_differences(one, other)]
+    )
     lines = [f"A: {one.path}", f"B: {other.path}", "", "## Configuration and environment", ""]
     lines += table_lines(settings) if settings.rows else ["No difference."]
     lines += ["", "## Figures", "", *table_lines(_figures(one, other))]
@@ -42,22 +44,22 @@ def compare(one: Run, other: Run) -> Comparison:
     lines += ["", "## Loss, step by step", ""]
     if not steps:
         return Comparison("\n".join([*lines, "No step in common."]) + "\n", None)
-    worst = max(steps, key=lambda step: _apart(*step[1:]))
-    largest = _apart(*worst[1:])
-    first = next((step for step in steps if _apart(*step[1:])), None)
+    worst = max(steps, key=lambda step: _loss_difference(*step[1:]))
+    largest = _loss_difference(*worst[1:])
+    first = next((step for step in steps if _loss_difference(*step[1:])), None)
     lines += [
         f"steps in common: {len(steps)}",
         f"largest difference: {largest:.3g} (step {worst[0]}: A {worst[1]:.6g}, B {worst[2]:.6g})",
-        f"mean difference: {sum(_apart(a, b) for _, a, b in steps) / len(steps):.3g}",
+        f"mean difference: {sum(_loss_difference(a, b) for _, a, b in steps) / len(steps):.3g}",
         "first step that differs: " + ("none" if first is None else str(first[0])),
     ]
     shown = steps[:: max(1, len(steps) // _MOST_SHOWN)]
-    lines_of = [[str(step), f"{a:.6g}", f"{b:.6g}", f"{_apart(a, b):.3g}"] for step, a, b in shown]
-    lines += ["", *table_lines(Table(["step", "loss A", "loss B", "difference"], lines_of))]
+    lines_of = [[str(step), f"{a:.6g}", f"{b:.6g}", f"{_loss_difference(a, b):.3g}"] for step, a, b in shown]
+    lines += ["", *table_lines(ReportTable(["step", "loss A", "loss B", "difference"], lines_of))]
     return Comparison("\n".join(lines) + "\n", largest)
 
 
-def _apart(a: float, b: float) -> float:
+def _loss_difference(a: float, b: float) -> float:
     """Difference of two losses; infinite where one is a finite number and the other is not."""
     if math.isfinite(a) and math.isfinite(b):
         return abs(b - a)
@@ -68,7 +70,7 @@ def _text(value: object) -> str:
     return "" if value is None else str(value)
 
 
-def _figures(one: Run, other: Run) -> Table:
+def _figures(one: ReportRun, other: ReportRun) -> ReportTable:
     lines = []
     for key in _FIGURES:
         a, b = one.number(key), other.number(key)
@@ -78,13 +80,13 @@ def _figures(one: Run, other: Run) -> Table:
         lines.append([key, "" if a is None else f"{a:.6g}", "" if b is None else f"{b:.6g}", ratio])
     named = ("status", "scoring", "simulated", "hardware", "topology", "precision")
     lines += [[key, _text(one.result.get(key)), _text(other.result.get(key)), ""] for key in named]
-    return Table(["figure", "A", "B", "B / A"], lines)
+    return ReportTable(["figure", "A", "B", "B / A"], lines)
 
 
-def _losses(one: Run, other: Run) -> List[Tuple[int, float, float]]:
+def _losses(one: ReportRun, other: ReportRun) -> List[Tuple[int, float, float]]:
     """(step, A's loss, B's loss) of the steps that both have."""
 
-    def losses(run: Run) -> "dict[int, float]":
+    def losses(run: ReportRun) -> "dict[int, float]":
         found = {}
         for row in run.table("steps.csv"):
             try:

@@ -2,30 +2,30 @@
 
 from typing import Any, Dict, List
 
-from lit_glm.reporting.i18n import Words
-from lit_glm.reporting.run_reader import Row, Run
-from lit_glm.reporting.table import Table
+from lit_glm.reporting.i18n import Translations
+from lit_glm.reporting.run_reader import ReportRow, ReportRun
+from lit_glm.reporting.table import ReportTable
 
 
-def distinct_of(values: List[Any]) -> List[str]:
+def distinct(values: List[Any]) -> List[str]:
     """As texts, each once, without what is unknown."""
     return list(dict.fromkeys(str(value) for value in values if value not in (None, "")))
 
 
-def general(name: str, found: List[Row], words: Words) -> Table:
+def metric_definitions(name: str, found: List[ReportRow], words: Translations) -> ReportTable:
     """What the columns mean and what is not as published, for the rows of one chip."""
     runs = [run for row in found for run in row.runs]
 
-    def distinct(key: str, otherwise: str) -> str:
-        return ", ".join(distinct_of([run.settings.get(key) for run in runs])) or otherwise
+    def setting_values(key: str, otherwise: str) -> str:
+        return ", ".join(distinct([run.settings.get(key) for run in runs])) or otherwise
 
-    cards = distinct_of([run.environment.get("card") for run in runs])
-    precisions = ", ".join(distinct_of([row["precision"] for row in found]))
+    cards = distinct([run.environment.get("device_name") for run in runs])
+    precisions = ", ".join(distinct([row["precision"] for row in found]))
     data = {"record": "ReCoRD", "synthetic": "synthetic"}
-    sets = ", ".join(data.get(text, text) for text in distinct_of([run.settings.get("data.name") for run in runs]))
+    sets = ", ".join(data.get(text, text) for text in distinct([run.settings.get("data.name") for run in runs]))
     lines = [
         ("task", words("task_value"), ""),
-        ("model", f"GLM ({distinct('model.name', str(runs[0].result.get('model')))})", ""),
+        ("model", f"GLM ({setting_values('model.name', str(runs[0].result.get('model')))})", ""),
         ("data", sets, ""),
         ("precision", words("see", precisions), words("precision_remark")),
         ("fix_hp", words("see", "fix_hp"), words("fix_hp_remark")),
@@ -39,17 +39,17 @@ def general(name: str, found: List[Row], words: Words) -> Table:
         ("changes", "; ".join(_changes(runs)) or words("none"), words("changes_remark")),
     ]
     columns = [words("name"), words("value"), words("remark")]
-    return Table(columns, [[words(key), value, remark] for key, value, remark in lines], heading=name)
+    return ReportTable(columns, [[words(key), value, remark] for key, value, remark in lines], heading=name)
 
 
-def _changes(runs: List[Run]) -> List[str]:
+def _changes(runs: List[ReportRun]) -> List[str]:
     """Settings that are not those of the published case, with their values."""
-    from lit_glm.config.hydra_main import checked, compose
-    from lit_glm.config.schema import TrainConfig, walk
+    from lit_glm.config.hydra_main import compose_config, validate_config
+    from lit_glm.config.schema import TrainConfig, iter_leaves
     from lit_glm.errors import InputError
 
     try:
-        published = dict(walk(checked(compose("train", ["experiment=flagperf"]), TrainConfig)))
+        published = dict(iter_leaves(validate_config(compose_config("train", ["experiment=flagperf"]), TrainConfig)))
     except InputError:
         return []
     judged = (

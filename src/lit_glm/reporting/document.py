@@ -4,24 +4,24 @@ from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Tuple
 
 from lit_glm.hardware.vendor_packages import COMPILERS, FRAMEWORKS
-from lit_glm.reporting.definitions import distinct_of, general
-from lit_glm.reporting.i18n import Words
-from lit_glm.reporting.published_rows import beside, load
-from lit_glm.reporting.row_format import cell, full_label, marked, reasons
-from lit_glm.reporting.run_reader import Row, Run, better, rows
-from lit_glm.reporting.table import Table
-from lit_glm.runs.result import COLUMNS, skips_much
+from lit_glm.reporting.definitions import distinct, metric_definitions
+from lit_glm.reporting.i18n import Translations
+from lit_glm.reporting.published_rows import load_published_rows, published_tables
+from lit_glm.reporting.row_format import annotated_label, format_cell, row_notes, unique_row_label
+from lit_glm.reporting.run_reader import ReportRow, ReportRun, group_into_rows, sort_key
+from lit_glm.reporting.table import ReportTable
+from lit_glm.runs.result import TABLE_COLUMNS, has_many_skipped_steps
 
 TOPOLOGIES = ("1x1", "1x8", "2x8")
 """Of a complete document, as published."""
 _SCORINGS = ("published", "shared_context")
 _DEPENDENCIES = ("torch", "pytorch-lightning", "torchmetrics", "hydra-core", "omegaconf", "numpy", "h5py")
-_TOLD = {"machine": "machine", "card": "card", "network": "network", "driver": "driver", "image": "image"}
+_TOLD = {"machine": "machine", "device_name": "device_name", "network": "network", "driver": "driver", "image": "image"}
 """Environment entries that a `report.*` key can give."""
 
 
 @dataclass
-class Entry:
+class EnvironmentEntry:
     """One line of the environment; `values` is empty where it is unknown."""
 
     key: str
@@ -34,30 +34,30 @@ class Environment:
     """Of one hardware: two lists of entries."""
 
     name: str
-    hardware: List[Entry]
-    software: List[Entry]
+    hardware: List[EnvironmentEntry]
+    software: List[EnvironmentEntry]
 
 
 @dataclass
 class Document:
     """Everything that the formats show."""
 
-    words: Words
+    words: Translations
     environments: List[Environment]
-    general: List[Table]
-    performance: List[Table]
-    published: Table
-    ratios: Table
-    other_chips: Table
+    general: List[ReportTable]
+    performance: List[ReportTable]
+    published: ReportTable
+    ratios: ReportTable
+    other_chips: ReportTable
     """Published rows of chips that the document is not about."""
     missing: List[str]
     left_out: List[str]
-    behind: Table
-    rows: List[Row]
+    source_runs: ReportTable
+    rows: List[ReportRow]
 
 
 def make_document(
-    runs: List[Run], left_out: List[str], told: Dict[str, str], words: Words, sort: Optional[str] = None
+    runs: List[ReportRun], left_out: List[str], told: Dict[str, str], words: Translations, sort: Optional[str] = None
 ) -> Document:
     """Arrange what the runs left.
 
@@ -68,27 +68,29 @@ def make_document(
         words: of the language.
         sort: a figure by which rows stand, the best first; None: by chip and topology.
     """
-    found = rows(runs)
+    found = group_into_rows(runs)
     if sort is not None:
-        found.sort(key=lambda row: better(row.median(sort), sort))
+        found.sort(key=lambda row: sort_key(row.median(sort), sort))
     hardware = list(dict.fromkeys(str(row["hardware"]) for row in found))
     environments = [
         _environment(name, [run for run in runs if run.result["hardware"] == name], told, words) for name in hardware
     ]
-    published, ratios = beside(found, words)
-    count = sum(line["hardware"] in hardware for line in load())
+    published, ratios = published_tables(found, words)
+    count = sum(line["hardware"] in hardware for line in load_published_rows())
     own_rows = published.rows[:count]  # those of the document's chips stand first
     return Document(
         words=words,
         environments=environments,
-        general=[general(name, [row for row in found if row["hardware"] == name], words) for name in hardware],
+        general=[
+            metric_definitions(name, [row for row in found if row["hardware"] == name], words) for name in hardware
+        ],
         performance=_performance(found, words),
-        published=Table(published.columns, own_rows, published.notes),
-        other_chips=Table(published.columns, [row for row in published.rows if row not in own_rows]),
+        published=ReportTable(published.columns, own_rows, published.notes),
+        other_chips=ReportTable(published.columns, [row for row in published.rows if row not in own_rows]),
         ratios=ratios,
         missing=_missing(found, environments, words),
         left_out=left_out,
-        behind=_behind(found, words),
+        source_runs=_source_runs(found, words),
         rows=found,
     )
 
@@ -96,12 +98,12 @@ def make_document(
 # -- environment -------------------------------------------------------------------------------------------------
 
 
-def _environment(name: str, runs: List[Run], told: Dict[str, str], words: Words) -> Environment:
+def _environment(name: str, runs: List[ReportRun], told: Dict[str, str], words: Translations) -> Environment:
     known = [run.environment for run in runs if run.environment]
 
-    def entry(key: str, values: List[Any]) -> Entry:
+    def entry(key: str, values: List[Any]) -> EnvironmentEntry:
         given = told.get(_TOLD.get(key, ""))
-        return Entry(key, words(key), [given] if given else distinct_of(values))
+        return EnvironmentEntry(key, words(key), [given] if given else distinct(values))
 
     def packages(environment: Dict[str, Any], names: Tuple[str, ...]) -> str:
         versions = environment.get("packages") or {}
@@ -128,8 +130,11 @@ def _environment(name: str, runs: List[Run], told: Dict[str, str], words: Words)
         [
             entry("machine", [environment.get("machine") for environment in known]),
             entry(
-                "card",
-                [environment.get("card") or next(iter(environment.get("cards") or []), None) for environment in known],
+                "device_name",
+                [
+                    environment.get("device_name") or next(iter(environment.get("devices") or []), None)
+                    for environment in known
+                ],
             ),
             entry("network", networks if several or any(networks) else []),
         ],
@@ -145,7 +150,7 @@ def _environment(name: str, runs: List[Run], told: Dict[str, str], words: Words)
     )
 
 
-def _nodes(run: Run) -> int:
+def _nodes(run: ReportRun) -> int:
     nodes = str(run.result.get("topology")).partition("x")[0]
     return int(nodes) if nodes.isdecimal() else 1
 
@@ -153,20 +158,23 @@ def _nodes(run: Run) -> int:
 # -- figures -------------------------------------------------------------------------------------------------------
 
 
-def _performance(found: List[Row], words: Words) -> List[Table]:
+def _performance(found: List[ReportRow], words: Translations) -> List[ReportTable]:
     tables = []
     scorings = [name for name in _SCORINGS if any(row["scoring"] == name for row in found)]
     scorings += sorted({str(row["scoring"]) for row in found} - set(_SCORINGS))
     for scoring in scorings:
         own = [row for row in found if str(row["scoring"]) == scoring]
-        notes = [note for row in own for note in reasons(row, words)]
+        notes = [note for row in own for note in row_notes(row, words)]
         if any(row["simulated"] for row in own):
             notes.insert(0, words("mark_means_simulated"))
         known = scoring in _SCORINGS
         tables.append(
-            Table(
-                [words("config"), *COLUMNS[1:]],
-                [[marked(row, words), *(cell(row, column) for column in COLUMNS[1:])] for row in own],
+            ReportTable(
+                [words("config"), *TABLE_COLUMNS[1:]],
+                [
+                    [annotated_label(row, words), *(format_cell(row, column) for column in TABLE_COLUMNS[1:])]
+                    for row in own
+                ],
                 [words("unit"), *dict.fromkeys(notes)],
                 words(f"scoring_{scoring}") if known else f"scoring={scoring}",
             )
@@ -174,11 +182,11 @@ def _performance(found: List[Row], words: Words) -> List[Table]:
     return tables
 
 
-def _behind(found: List[Row], words: Words) -> Table:
+def _source_runs(found: List[ReportRow], words: Translations) -> ReportTable:
     known = any(run.number("energy_j") is not None for row in found for run in row.runs)
     lines = [
         [
-            full_label(row, words),
+            unique_row_label(row, words),
             str(run.result.get("scoring")),
             words.state(run.result["status"]),
             str(run.result.get("seed", "")),
@@ -189,7 +197,7 @@ def _behind(found: List[Row], words: Words) -> Table:
         for row in found
         for run in row.runs
     ]
-    return Table(
+    return ReportTable(
         [words("row"), "scoring", *map(words, ("status", "seed", "host"))]
         + [words(key) for key in ("energy", "samples_per_joule") if known]
         + [words("folder")],
@@ -197,7 +205,7 @@ def _behind(found: List[Row], words: Words) -> Table:
     )
 
 
-def _energy(run: Run, known: bool) -> List[str]:
+def _energy(run: ReportRun, known: bool) -> List[str]:
     """Two cells, empty where a card's power is unknown; none where no run of the document has any."""
     joules, rate = run.number("energy_j"), run.number("samples_per_joule")
     cells = ["" if joules is None else f"{joules / 1000:.1f}", "" if rate is None else f"{rate:.3g}"]
@@ -207,7 +215,7 @@ def _energy(run: Run, known: bool) -> List[str]:
 # -- what is missing -------------------------------------------------------------------------------------------------
 
 
-def _missing(found: List[Row], environments: List[Environment], words: Words) -> List[str]:
+def _missing(found: List[ReportRow], environments: List[Environment], words: Translations) -> List[str]:
     lines: List[str] = []
     for environment in environments:
         own = [row for row in found if row["hardware"] == environment.name]
@@ -230,14 +238,16 @@ def _missing(found: List[Row], environments: List[Environment], words: Words) ->
             key = "missing_environment" if entry.key in _TOLD else "missing_environment_plain"
             lines.append(words(key, environment.name, entry.label, entry.key))
     for row in found:
-        empty = [column for column in COLUMNS[1:] if not cell(row, column)]
+        empty = [column for column in TABLE_COLUMNS[1:] if not format_cell(row, column)]
         if empty:
-            lines.append(words("missing_cell", full_label(row, words), ", ".join(empty)))
+            lines.append(words("missing_cell", unique_row_label(row, words), ", ".join(empty)))
         if not row["simulated"] and any(run.complete and not run.result.get("converged") for run in row.runs):
-            lines.append(words("missing_target", full_label(row, words)))
+            lines.append(words("missing_target", unique_row_label(row, words)))
         lines += [
-            words("missing_steps", full_label(row, words), run.result["skipped_steps"], run.result["global_steps"])
+            words(
+                "missing_steps", unique_row_label(row, words), run.result["skipped_steps"], run.result["global_steps"]
+            )
             for run in row.runs
-            if skips_much(run.result)
+            if has_many_skipped_steps(run.result)
         ]
     return list(dict.fromkeys(lines))

@@ -6,10 +6,10 @@ import hashlib
 import io
 from typing import Any, List
 
-from lit_glm.reporting.document import Document, Entry
-from lit_glm.reporting.row_format import cell, label, marks
-from lit_glm.reporting.table import Table
-from lit_glm.runs.result import COLUMNS
+from lit_glm.reporting.document import Document, EnvironmentEntry
+from lit_glm.reporting.row_format import format_cell, row_annotations, row_label
+from lit_glm.reporting.table import ReportTable
+from lit_glm.runs.result import TABLE_COLUMNS
 
 _SORTING = """
 document.querySelectorAll("table.rows").forEach(function (table) {
@@ -43,7 +43,7 @@ def _safe(text: str) -> str:
     return " ".join(text.replace("](", "]\\(").split())
 
 
-def table_lines(table: Table) -> List[str]:
+def table_lines(table: ReportTable) -> List[str]:
     """A table in Markdown, columns aligned."""
     rows = [[_safe(text) for text in row] for row in (table.columns, *table.rows)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(table.columns))]
@@ -68,7 +68,7 @@ def markdown(document: Document, generated: str) -> str:
             ("software_environment", environment.software),
         ):
             out += ["", f"{'####' if several else '###'} {words(heading)}", ""]
-            out += [f"- {entry.label}: {_safe(value_of(entry))}".rstrip() for entry in entries]
+            out += [f"- {entry.label}: {_safe(entry_text(entry))}".rstrip() for entry in entries]
     out += ["", f"## {words('runs')}", "", f"### {words('general')}"]
     for table in document.general:
         out += ["", f"#### {_safe(table.heading)}"] if several else []
@@ -87,16 +87,16 @@ def markdown(document: Document, generated: str) -> str:
     out += ["", f"## {words('missing')}", *_notes(document.missing or [words("nothing_missing")])]
     if document.left_out:
         out += ["", f"## {words('left_out')}", *_notes(document.left_out)]
-    out += ["", f"## {words('runs_behind')}", "", *table_lines(document.behind)]
+    out += ["", f"## {words('runs_behind')}", "", *table_lines(document.source_runs)]
     return "\n".join(out) + "\n"
 
 
-def value_of(entry: Entry) -> str:
+def entry_text(entry: EnvironmentEntry) -> str:
     """One text of an environment entry; several where runs differ in it."""
     return "; ".join(entry.values)
 
 
-def comma_separated(document: Document) -> str:
+def csv_text(document: Document) -> str:
     """The rows of all tables, a line each: the published columns in their formats, then the figures as numbers."""
     words = document.words
     out = io.StringIO()
@@ -104,9 +104,9 @@ def comma_separated(document: Document) -> str:
     figures = ("e2e_time", "p_whole", "p_train", "p_core", "acc", "mem_actual_gib", "mem_total_gib")
     more = ("scoring", "status", "converged", "simulated", "runs", "marks", "run_dirs")
     ends = [f"{name}_{end}" for name in figures for end in ("median", "min", "max")]
-    writer.writerow([words("config"), *COLUMNS[1:], *more, *ends])
+    writer.writerow([words("config"), *TABLE_COLUMNS[1:], *more, *ends])
     for row in document.rows:
-        shown = [cell(row, column).partition(" [")[0] for column in COLUMNS[1:]]
+        shown = [format_cell(row, column).partition(" [")[0] for column in TABLE_COLUMNS[1:]]
         converged = all(run.result.get("converged") for run in row.runs)
         state = [row["scoring"], row["status"], converged, bool(row["simulated"]), len(row.runs)]
         folders = ";".join(str(run.path) for run in row.runs)
@@ -115,8 +115,10 @@ def comma_separated(document: Document) -> str:
             for name in figures
             for value in (row.median(name), *(row.spread(name) or (row.median(name), row.median(name))))
         ]
-        said = "; ".join(marks(row, words))
-        writer.writerow([_no_formula(value) for value in (label(row, words), *shown, *state, said, folders)] + numbers)
+        said = "; ".join(row_annotations(row, words))
+        writer.writerow(
+            [_no_formula(value) for value in (row_label(row, words), *shown, *state, said, folders)] + numbers
+        )
     return out.getvalue()
 
 
@@ -125,15 +127,15 @@ def _no_formula(value: Any) -> Any:
     return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
 
 
-def page(document: Document, generated: str) -> str:
+def html(document: Document, generated: str) -> str:
     """The whole document as one self-contained HTML file, figures inside."""
     from pathlib import Path
 
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    from lit_glm.reporting.plots import draw
-    from lit_glm.reporting.summary_tiles import cards
+    from lit_glm.reporting.plots import draw_plots
+    from lit_glm.reporting.summary_tiles import make_tiles
 
     environment = Environment(
         loader=FileSystemLoader(str(Path(__file__).parent)),
@@ -141,15 +143,15 @@ def page(document: Document, generated: str) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
     )
-    figures, notes = draw(document.rows, document.words)
+    figures, notes = draw_plots(document.rows, document.words)
     text: str = environment.get_template("page.html").render(
         document=document,
         words=document.words,
         generated=generated,
         figures=figures,
         figure_notes=notes,
-        value_of=value_of,
-        cards=cards(document.rows, document.words),
+        value_of=entry_text,
+        cards=make_tiles(document.rows, document.words),
         sorting=Markup(_SORTING),
         sorting_hash=base64.b64encode(hashlib.sha256(_SORTING.encode()).digest()).decode(),
     )

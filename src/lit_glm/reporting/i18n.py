@@ -10,7 +10,7 @@ _STATES = ("success", "finished", "running", "killed", "interrupted", "failed")
 _NODES = {1: "单机", 2: "两机", 3: "三机", 4: "四机"}
 
 
-class Words:
+class Translations:
     """The words of one language: `words("missing_cell", row, name)`."""
 
     def __init__(self, language: str) -> None:

@@ -10,18 +10,18 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure as Canvas
 
-from lit_glm.hardware.device_monitor import readings_of
-from lit_glm.metrics.timing import PERCENTILES, settled, warm_up
-from lit_glm.reporting.i18n import Words
-from lit_glm.reporting.row_format import label
-from lit_glm.reporting.run_reader import Row, Run, as_number
+from lit_glm.hardware.device_monitor import load_readings
+from lit_glm.metrics.timing import PERCENTILES, drop_warmup, num_warmup_steps
+from lit_glm.reporting.i18n import Translations
+from lit_glm.reporting.row_format import row_label
+from lit_glm.reporting.run_reader import ReportRow, ReportRun, as_number
 
 _SHOWN = ("power_w", "utilisation", "temperature_c", "mem_gib")
 _MOST_CARDS = 16
 Span = Tuple[float, float]
 
 
-def phases(run: Run) -> List[Tuple[str, List[Span]]]:
+def run_phases(run: ReportRun) -> List[Tuple[str, List[Span]]]:
     """When a run that was never interrupted was in which phase, in seconds since the entry of `train`."""
     init, e2e = run.number("init_time"), run.number("e2e_time")
     if init is None or e2e is None or run.result.get("interruptions"):
@@ -47,10 +47,10 @@ def _seconds(text: Any) -> float:
         return 0.0
 
 
-def draw_devices(shown: Sequence[Tuple[str, Run]], words: Words) -> Optional[Canvas]:
+def plot_devices(shown: Sequence[Tuple[str, ReportRun]], words: Translations) -> Optional[Canvas]:
     """Of the first run that has readings: a line a card and kind of reading; None where no monitor has spoken."""
     for name, run in shown:
-        cards = readings_of(run.path / "devices.csv")
+        cards = load_readings(run.path / "devices.csv")
         kinds = [kind for kind in _SHOWN if any(one[kind] is not None for card in cards.values() for one in card)]
         if "power_w" not in kinds and "temperature_c" not in kinds:
             continue  # of processors without counters there is nothing that other figures do not show
@@ -61,7 +61,7 @@ def draw_devices(shown: Sequence[Tuple[str, Run]], words: Words) -> Optional[Can
                 points = [(one["time_s"], one[kind]) for one in readings if one[kind] is not None]
                 if points:
                     place.plot(*zip(*points), lw=1, label=f" {node}:{card}")
-            for number, (part, spans) in enumerate(phases(run)):
+            for number, (part, spans) in enumerate(run_phases(run)):
                 for index, (begin, end) in enumerate(spans):
                     label = words(part) if place is axes[0] and index == 0 else None
                     place.axvspan(begin, end, color=f"C{7 + number}", alpha=0.12, lw=0, label=label)
@@ -92,7 +92,7 @@ STYLE: Any = {
 
 
 @dataclass
-class Figure:
+class Plot:
     """One figure of the page."""
 
     key: str
@@ -101,7 +101,7 @@ class Figure:
     """Panels, beside each other on a desk and below each other on a phone."""
 
 
-Series = Tuple[str, Run]
+Series = Tuple[str, ReportRun]
 Panels = Optional[List[Canvas]]
 
 
@@ -109,18 +109,18 @@ def _one(canvas: Optional[Canvas]) -> Panels:
     return None if canvas is None else [canvas]
 
 
-def draw(rows: List[Row], words: Words) -> Tuple[List[Figure], List[str]]:
+def draw_plots(rows: List[ReportRow], words: Translations) -> Tuple[List[Plot], List[str]]:
     """All figures that the runs have data for, at most eight rows in each; and what is not in them, a line each."""
-    names = legends(rows, words)
+    names = legend_labels(rows, words)
     shown: List[Series] = [(name, row.typical) for name, row in zip(names, rows)][:_MOST_LINES]
-    drawn: List[Figure] = []
-    kinds: List[Tuple[str, Callable[[List[Series], Words], Panels]]] = [
+    drawn: List[Plot] = []
+    kinds: List[Tuple[str, Callable[[List[Series], Translations], Panels]]] = [
         ("fig_loss", _loss),
         ("fig_acc", _accuracy),
         ("fig_throughput", _throughput),
         ("fig_time", _time),
         ("fig_memory", _memory),
-        ("fig_devices", lambda shown, words: _one(draw_devices(shown, words))),
+        ("fig_devices", lambda shown, words: _one(plot_devices(shown, words))),
         ("fig_grid", lambda _, words: _grid(rows, words)),
     ]
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "lit_glm"}):
@@ -128,7 +128,7 @@ def draw(rows: List[Row], words: Words) -> Tuple[List[Figure], List[str]]:
             panels = make(shown, words) or []
             svgs = [_svg(canvas, words(key), f"{key}{number}") for number, canvas in enumerate(panels)]
             if svgs:
-                drawn.append(Figure(key, words(key), svgs))
+                drawn.append(Plot(key, words(key), svgs))
     there = {figure.key for figure in drawn}
     missing = [words(key) for key, _ in kinds if key not in there]
     notes = [words("fig_more", _MOST_LINES, len(rows) - _MOST_LINES)] if len(rows) > _MOST_LINES else []
@@ -136,17 +136,18 @@ def draw(rows: List[Row], words: Words) -> Tuple[List[Figure], List[str]]:
     return drawn, notes
 
 
-def legends(rows: List[Row], words: Words) -> List[str]:
+def legend_labels(rows: List[ReportRow], words: Translations) -> List[str]:
     """Names of the rows in a figure: what differs between them and nothing else; a single row has its label."""
     parts = [
-        [label(row, words), str(row["precision"]), *str(row["fix_hp"]).split(","), str(row["scoring"])] for row in rows
+        [row_label(row, words), str(row["precision"]), *str(row["fix_hp"]).split(","), str(row["scoring"])]
+        for row in rows
     ]
     longest = max((len(part) for part in parts), default=0)
     parts = [[*part, *[""] * (longest - len(part))] for part in parts]
     differ = [place for place in range(longest) if len({part[place] for part in parts}) > 1]
     names = [" ".join(part[place] for place in differ if part[place]) for part in parts]
     several = [f"{name} #{row.number}".strip() if row.number else name for name, row in zip(names, rows)]
-    return [name or label(row, words) for name, row in zip(several, rows)]
+    return [name or row_label(row, words) for name, row in zip(several, rows)]
 
 
 def _svg(canvas: Canvas, title: str, key: str) -> Markup:
@@ -203,7 +204,7 @@ def _shown(name: str) -> str:
     return " " + name  # a legend leaves out names that begin with an underscore
 
 
-def _loss(shown: Sequence[Series], words: Words) -> Panels:
+def _loss(shown: Sequence[Series], words: Translations) -> Panels:
     panels, (left, right) = _canvas(2)
     lines = 0
     for name, run in shown:
@@ -218,7 +219,7 @@ def _loss(shown: Sequence[Series], words: Words) -> Panels:
     return _finish(panels, lines) if lines else None
 
 
-def _accuracy(shown: Sequence[Series], words: Words) -> Panels:
+def _accuracy(shown: Sequence[Series], words: Translations) -> Panels:
     panels, (left, right) = _canvas(2)
     lines = 0
     for name, run in shown:
@@ -241,13 +242,13 @@ def _accuracy(shown: Sequence[Series], words: Words) -> Panels:
     return _finish(panels, lines) if lines else None
 
 
-def percentiles(seconds: Any, samples: float) -> Tuple[float, float, float]:
+def throughput_percentiles(seconds: Any, samples: float) -> Tuple[float, float, float]:
     """Samples a second of the step that takes longer than 50, 90, 99 % of the steps after warm-up."""
-    p50, p90, p99 = (samples / float(np.percentile(settled(seconds), share)) for share in PERCENTILES)
+    p50, p90, p99 = (samples / float(np.percentile(drop_warmup(seconds), share)) for share in PERCENTILES)
     return p50, p90, p99
 
 
-def _throughput(shown: Sequence[Series], words: Words) -> Panels:
+def _throughput(shown: Sequence[Series], words: Translations) -> Panels:
     panels, (axes,) = _canvas(1)
     lines = 0
     for name, run in shown:
@@ -255,8 +256,8 @@ def _throughput(shown: Sequence[Series], words: Words) -> Panels:
         if not len(steps) or not (seconds > 0).all():
             continue
         batch = float(samples[0] / steps[0])
-        p50, p90, p99 = percentiles(seconds, batch)
-        first = warm_up(len(steps))
+        p50, p90, p99 = throughput_percentiles(seconds, batch)
+        first = num_warmup_steps(len(steps))
         rate = batch / seconds
         said = f"{name}: " + words("slowness", f"{p50:.4g}", f"{p90:.4g}", f"{p99:.4g}")
         (line,) = axes.plot(*_thin(steps[first:], rate[first:]), lw=0.8, label=_shown(said))
@@ -268,7 +269,7 @@ def _throughput(shown: Sequence[Series], words: Words) -> Panels:
     return _finish(panels, lines) if lines else None
 
 
-def _time(shown: Sequence[Series], words: Words) -> Panels:
+def _time(shown: Sequence[Series], words: Translations) -> Panels:
     parts = ("part_init", "part_data", "part_compute", "part_eval", "part_other")
     bars: List[Tuple[str, List[float]]] = []
     for name, run in shown:
@@ -298,7 +299,7 @@ def _time(shown: Sequence[Series], words: Words) -> Panels:
     return panels
 
 
-def _memory(shown: Sequence[Series], words: Words) -> Panels:
+def _memory(shown: Sequence[Series], words: Translations) -> Panels:
     panels, (axes,) = _canvas(1)
     lines = 0
     for name, run in shown:
@@ -311,9 +312,9 @@ def _memory(shown: Sequence[Series], words: Words) -> Panels:
     return _finish(panels, lines) if lines else None
 
 
-def _grid(rows: List[Row], words: Words) -> Panels:
+def _grid(rows: List[ReportRow], words: Translations) -> Panels:
     """The largest set of rows that differ in bs and lr alone."""
-    groups: Dict[Tuple[str, ...], List[Row]] = {}
+    groups: Dict[Tuple[str, ...], List[ReportRow]] = {}
     for row in rows:
         if not row.runs[0].complete or row.number > 1:
             continue  # of rows that differ in something else, the first

@@ -4,12 +4,12 @@ from typing import Any, Dict, List, Tuple
 
 from omegaconf import OmegaConf
 
-from lit_glm.config.hydra_main import CONF
-from lit_glm.reporting.i18n import Words
-from lit_glm.reporting.row_format import cell, full_label, marked
-from lit_glm.reporting.run_reader import Row, Run
-from lit_glm.reporting.table import Table
-from lit_glm.runs.result import COLUMNS
+from lit_glm.config.hydra_main import CONF_DIR
+from lit_glm.reporting.i18n import Translations
+from lit_glm.reporting.row_format import annotated_label, format_cell, unique_row_label
+from lit_glm.reporting.run_reader import ReportRow, ReportRun
+from lit_glm.reporting.table import ReportTable
+from lit_glm.runs.result import TABLE_COLUMNS
 
 _RATIOS = ("e2e_time", "p_whole", "p_train", "p_core")
 _WORKLOAD = {"model.name": "glm_large", "data.name": "record", "data.max_seq_length": 512}
@@ -18,31 +18,34 @@ _DOUBT = " †"
 """Behind a precision that the case files of the row contradict."""
 
 
-def load() -> List[Dict[str, Any]]:
+def load_published_rows() -> List[Dict[str, Any]]:
     """The rows of conf/published.yaml, each as a result.json would have it."""
-    content: Any = OmegaConf.to_container(OmegaConf.load(CONF / "published.yaml"))
+    content: Any = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "published.yaml"))
     return [{"scoring": content["scoring"], "converged": True, "status": "success", **row} for row in content["rows"]]
 
 
-def beside(found: List[Row], words: Words) -> Tuple[Table, Table]:
+def published_tables(found: List[ReportRow], words: Translations) -> Tuple[ReportTable, ReportTable]:
     """The table of the published rows, those of the report's hardware first; and that of the ratios."""
-    published = load()
+    published = load_published_rows()
     own = {str(row["hardware"]) for row in found}
     published.sort(key=lambda line: line["hardware"] not in own)
-    wrapped = [Row([Run(CONF, line, settings={"hardware.card": line["hardware"].upper()})]) for line in published]
+    wrapped = [
+        ReportRow([ReportRun(CONF_DIR, line, settings={"hardware.product_name": line["hardware"].upper()})])
+        for line in published
+    ]
     lines = [
         [
             words.config(line["hardware"].upper().replace("_", "-"), line["topology"]),
             *(
-                cell(row, column) + (_DOUBT if column == "precision" and line.get("fp16_flag") else "")
-                for column in COLUMNS[1:]
+                format_cell(row, column) + (_DOUBT if column == "precision" and line.get("fp16_flag") else "")
+                for column in TABLE_COLUMNS[1:]
             ),
             line["source"],
         ]
         for line, row in zip(published, wrapped)
     ]
     said = [words("published_note"), f"{_DOUBT.strip()} {words('published_fp16_flag')}"]
-    table = Table([words("config"), *COLUMNS[1:], words("source")], lines, said)
+    table = ReportTable([words("config"), *TABLE_COLUMNS[1:], words("source")], lines, said)
     ratios, notes = [], []
     for row in found:
         matches, note = _matches(row, published, words)
@@ -50,25 +53,27 @@ def beside(found: List[Row], words: Words) -> Tuple[Table, Table]:
             notes.append(note)
         ended = all(run.result.get("converged") for run in row.runs)
         if matches and not ended:
-            notes.append(words("no_ratio_e2e", full_label(row, words)))
+            notes.append(words("no_ratio_e2e", unique_row_label(row, words)))
         for line in matches:
             measured = {key: None if key == "e2e_time" and not ended else row.median(key) for key in _RATIOS}
             values = [_ratio(measured[key], line.get(key)) for key in _RATIOS]
             if any(values):
-                ratios.append([marked(row, words), str(row["fix_hp"]), str(line["fix_hp"]), *values])
+                ratios.append([annotated_label(row, words), str(row["fix_hp"]), str(line["fix_hp"]), *values])
             else:
-                notes.append(words("no_ratio_figures", full_label(row, words)))
+                notes.append(words("no_ratio_figures", unique_row_label(row, words)))
     head = [words("config"), "fix_hp", f"fix_hp ({words('source')})", *_RATIOS]
-    return table, Table(head, ratios, list(dict.fromkeys(notes)))
+    return table, ReportTable(head, ratios, list(dict.fromkeys(notes)))
 
 
 def _ratio(measured: Any, published: Any) -> str:
     return f"{measured / published:.2f}x" if measured and published else ""
 
 
-def _matches(row: Row, published: List[Dict[str, Any]], words: Words) -> "Tuple[List[Dict[str, Any]], str]":
+def _matches(
+    row: ReportRow, published: List[Dict[str, Any]], words: Translations
+) -> "Tuple[List[Dict[str, Any]], str]":
     """Published rows of the same thing; else why there are none."""
-    name = full_label(row, words)
+    name = unique_row_label(row, words)
     if row["simulated"]:
         return [], words("no_ratio_simulated", name)
     if row["profiled"]:

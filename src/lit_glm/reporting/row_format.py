@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Callable, Dict, List
 
-from lit_glm.reporting.i18n import Words
-from lit_glm.reporting.run_reader import Row, Run
-from lit_glm.runs.result import COLUMNS, not_alone, skips_much
-from lit_glm.runs.verifications import newest
+from lit_glm.reporting.i18n import Translations
+from lit_glm.reporting.run_reader import ReportRow, ReportRun
+from lit_glm.runs.result import TABLE_COLUMNS, has_many_skipped_steps, was_contended
+from lit_glm.runs.verifications import latest_verification
 
 _SECONDS: Callable[[float], str] = "{:.2f}".format
 _FORMATS: Dict[str, Callable[[float], str]] = {
@@ -19,27 +19,27 @@ _FORMATS: Dict[str, Callable[[float], str]] = {
 }
 
 
-def label(row: Row, words: Words) -> str:
+def row_label(row: ReportRow, words: Translations) -> str:
     """Name of a row, such as `CARD 1x8`: the card's name where it is short, else the hardware file's."""
-    card = str(row.runs[0].settings.get("hardware.card") or "")
+    card = str(row.runs[0].settings.get("hardware.product_name") or "")
     hardware = str(row["hardware"])
     short = card if card and card.lower().replace("-", "_") == hardware.lower() else hardware
     return words.config(short, str(row["topology"]))
 
 
-def full_label(row: Row, words: Words) -> str:
+def unique_row_label(row: ReportRow, words: Translations) -> str:
     """Name of a row that no other row has: with its hyperparameters, and numbered where even these agree."""
     number = f" #{row.number}" if row.number else ""
-    return f"{label(row, words)} {row['fix_hp']}{number}"
+    return f"{row_label(row, words)} {row['fix_hp']}{number}"
 
 
-def marked(row: Row, words: Words) -> str:
+def annotated_label(row: ReportRow, words: Translations) -> str:
     """Name of a row and what a reader must know of it."""
-    said = marks(row, words)
-    return label(row, words) + (f" ({', '.join(said)})" if said else "")
+    said = row_annotations(row, words)
+    return row_label(row, words) + (f" ({', '.join(said)})" if said else "")
 
 
-def marks(row: Row, words: Words) -> List[str]:
+def row_annotations(row: ReportRow, words: Translations) -> List[str]:
     """What a reader must know before comparing the row."""
     said: List[str] = [f"#{row.number}"] if row.number else []
     if row["simulated"]:
@@ -59,9 +59,9 @@ def marks(row: Row, words: Words) -> List[str]:
     repeated = sum(int(run.number("repeated_steps") or 0) for run in row.runs)
     if repeated:
         said.append(words("repeated", repeated))
-    much = [run.result for run in row.runs if skips_much(run.result)]
+    much = [run.result for run in row.runs if has_many_skipped_steps(run.result)]
     said += [words("skipped", result["skipped_steps"], result["global_steps"]) for result in much]
-    loads = [run.number("others_load") or 0.0 for run in row.runs if not_alone(run.result)]
+    loads = [run.number("external_cpu_load") or 0.0 for run in row.runs if was_contended(run.result)]
     said += [words("not_alone", f"{100 * max(loads):.0f} %")] if loads else []
     if len(row.runs) > 1:
         said.append(words("n_runs", len(row.runs)))
@@ -71,12 +71,12 @@ def marks(row: Row, words: Words) -> List[str]:
     return said
 
 
-def _count(run: Run) -> int:
+def _count(run: ReportRun) -> int:
     interruptions = run.result.get("interruptions")
     return interruptions if isinstance(interruptions, int) else 0
 
 
-def cell(row: Row, column: str) -> str:
+def format_cell(row: ReportRow, column: str) -> str:
     """One cell in the published format; "" where nothing was measured. Several runs: median [lowest, highest]."""
     if column in ("precision", "fix_hp"):
         tf32 = " (TF32)" if column == "precision" and row["precision"] == "fp32" and row["tf32"] else ""
@@ -95,21 +95,21 @@ def cell(row: Row, column: str) -> str:
     return text if spread is None else f"{text} [{form(spread[0])}, {form(spread[1])}]"
 
 
-def _verification(row: Row, name: str, words: Words) -> str:
+def _verification(row: ReportRow, name: str, words: Translations) -> str:
     """The newest verification of the same hardware, driver and precision."""
     run = row.typical
     precision = str(row["precision"])
     driver = run.environment.get("driver")
-    found = newest([run.path, Path.cwd()], str(row["hardware"]), driver, precision)
+    found = latest_verification([run.path, Path.cwd()], str(row["hardware"]), driver, precision)
     if found is None:
         return words("unverified", name, precision)
     key = "verified" if found["passed"] else "verify_failed"
     return words(key, name, precision, str(found.get("finished")).replace("T", " "))
 
 
-def verified(row: Row, words: Words) -> str:
+def verification_summary(row: ReportRow, words: Translations) -> str:
     """Whether the newest verification of the chip passed, in a word or two."""
-    found = newest(
+    found = latest_verification(
         [row.typical.path, Path.cwd()],
         str(row["hardware"]),
         row.typical.environment.get("driver"),
@@ -120,12 +120,12 @@ def verified(row: Row, words: Words) -> str:
     return words("card_passed" if found["passed"] else "card_failed", str(found.get("finished")).partition("T")[0])
 
 
-def reasons(row: Row, words: Words) -> List[str]:
+def row_notes(row: ReportRow, words: Translations) -> List[str]:
     """Lines below the table: why cells are empty, what else is behind the row."""
-    name = full_label(row, words)
+    name = unique_row_label(row, words)
     state = words.state(str(row["status"]))
     lines = []
-    empty = [column for column in COLUMNS[1:] if not cell(row, column)]
+    empty = [column for column in TABLE_COLUMNS[1:] if not format_cell(row, column)]
     rates = [column for column in empty if column.startswith("p_")]
     if rates and not row.runs[0].complete:
         lines.append(words("why_no_step", name, ", ".join(rates), state))

@@ -17,7 +17,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 import psutil
 from omegaconf import OmegaConf
 
-from lit_glm.runs.result import COMPLETE, less_is_better
+from lit_glm.runs.result import COMPLETE, is_lower_better
 
 _TEXTS = ("status", "hardware", "topology", "precision", "scoring", "fix_hp", "model", "error")
 _SILENT_S = 120.0
@@ -28,7 +28,7 @@ _PLACES = ("data.cache_dir", "data.out_dir", "data.train_file", "data.eval_file"
 
 
 @dataclass
-class Run:
+class ReportRun:
     """One run folder."""
 
     path: Path
@@ -63,10 +63,10 @@ class Run:
 
 
 @dataclass
-class Row:
+class ReportRow:
     """One line of the table: runs that differ only in seed or repetition."""
 
-    runs: List[Run]
+    runs: List[ReportRun]
     differs: Dict[str, Any] = field(default_factory=dict)
     """Settings that set it apart from other rows of the same name."""
     number: int = 0
@@ -96,7 +96,7 @@ class Row:
         return (min(values), max(values)) if len(values) > 1 else None
 
     @property
-    def typical(self) -> Run:
+    def typical(self) -> ReportRun:
         """The run whose p_core is nearest the median: the one that figures show."""
         middle = self.median("p_core")
         if middle is None:
@@ -114,7 +114,7 @@ def as_number(value: Any) -> Optional[float]:
         return None
 
 
-def find(patterns: List[str]) -> Tuple[List[Run], List[str]]:
+def find_runs(patterns: List[str]) -> Tuple[List[ReportRun], List[str]]:
     """Read run folders.
 
     Args:
@@ -123,7 +123,7 @@ def find(patterns: List[str]) -> Tuple[List[Run], List[str]]:
     Returns:
         The runs, each once, in the order given and below a folder by name; and a line for each place that has none.
     """
-    runs: Dict[Path, Run] = {}
+    runs: Dict[Path, ReportRun] = {}
     trouble: List[str] = []
     for pattern in patterns:
         places = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
@@ -157,7 +157,7 @@ def _folders(place: Path) -> Iterator[Path]:
                     yield Path(run_dir)
 
 
-def _read(folder: Path) -> Run:
+def _read(folder: Path) -> ReportRun:
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     if not isinstance(result, dict) or not {"hardware", "topology", "status"} <= set(result):
         raise ValueError("it is not a result of train")
@@ -167,14 +167,14 @@ def _read(folder: Path) -> Run:
     environment = {key: value for key, value in _json(folder / "environment.json").items() if _is_plain(key, value)}
     if result["status"] == "running" and not _alive(folder, environment):
         result["status"] = "killed"
-    return Run(folder, result, environment, _settings(folder))
+    return ReportRun(folder, result, environment, _settings(folder))
 
 
 def _is_plain(key: str, value: Any) -> bool:
     """Whether an entry of environment.json has the type that `train` gives it."""
     if key in ("packages", "variables"):
         return isinstance(value, dict) and all(isinstance(version, str) for version in value.values())
-    if key in ("cards", "command"):
+    if key in ("devices", "command"):
         return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
     return not isinstance(value, (dict, list))
 
@@ -221,23 +221,23 @@ def _flat(node: Any, prefix: str = "") -> Dict[str, Any]:
     return flat
 
 
-def better(value: Optional[float], figure: str) -> Tuple[bool, float]:
+def sort_key(value: Optional[float], figure: str) -> Tuple[bool, float]:
     """Sorts by a figure, the best first and what has none last."""
     if value is None:
         return True, 0.0
-    return False, value if less_is_better(figure) else -value
+    return False, value if is_lower_better(figure) else -value
 
 
-def rows(runs: List[Run]) -> List[Row]:
+def group_into_rows(runs: List[ReportRun]) -> List[ReportRow]:
     """Put runs into rows: one a hardware, topology, precision, fix_hp and scoring.
 
     Runs whose settings differ in more than the seed get rows of their own, which say in what they differ; so do
     rehearsals, and runs that did not end as they should.
     """
-    groups: Dict[str, Row] = {}
+    groups: Dict[str, ReportRow] = {}
     for run in runs:
         key = json.dumps([_named(run), _kind(run), _compared(run)], sort_keys=True, default=str)
-        groups.setdefault(key, Row([])).runs.append(run)
+        groups.setdefault(key, ReportRow([])).runs.append(run)
     found = list(groups.values())
     for row in found:
         others = [other for other in found if other is not row and _named(other.runs[0]) == _named(row.runs[0])]
@@ -254,12 +254,12 @@ def rows(runs: List[Run]) -> List[Row]:
     return found
 
 
-def _named(run: Run) -> List[Any]:
+def _named(run: ReportRun) -> List[Any]:
     named = [run.result.get(key) for key in ("scoring", "hardware", "topology", "precision", "fix_hp")]
     return named if run.settings else [*named, run.result.get("model")]
 
 
-def _kind(run: Run) -> List[Any]:
+def _kind(run: ReportRun) -> List[Any]:
     """What must not be mixed within a row."""
     software = [(run.environment.get("packages") or {}).get("torch"), run.environment.get("driver")]
     own = [bool(run.result.get(key)) for key in ("simulated", "profiled")]
@@ -267,7 +267,7 @@ def _kind(run: Run) -> List[Any]:
     return [*state, run.result.get("tf32"), run.result.get("runtime"), *software]
 
 
-def _compared(run: Run) -> Dict[str, Any]:
+def _compared(run: ReportRun) -> Dict[str, Any]:
     skip = (*_REPETITION, *_PLACES)
     own = ("run.resume", "run.stall_timeout_s", "run.rendezvous_timeout_s", "run.checkpoint_interval_steps")
     described = ("hardware.", "topology.", "report.", "sweep.", "logger.", "callbacks.", "hydra.")
@@ -279,11 +279,11 @@ def _compared(run: Run) -> Dict[str, Any]:
     }
 
 
-def differences(one: Run, other: Run) -> List[Tuple[str, Any, Any]]:
+def config_differences(one: ReportRun, other: ReportRun) -> List[Tuple[str, Any, Any]]:
     """Settings and versions in which two runs differ: (key, one's, other's)."""
-    names = ("python", "os", "kernel", "driver", "host", "card", "git_commit")
+    names = ("python", "os", "kernel", "driver", "host", "device_name", "git_commit")
 
-    def everything(run: Run) -> Dict[str, Any]:
+    def everything(run: ReportRun) -> Dict[str, Any]:
         packages = run.environment.get("packages") or {}
         found = {f"package {name}": version for name, version in packages.items()}
         found.update({f"environment {name}": run.environment.get(name) for name in names})

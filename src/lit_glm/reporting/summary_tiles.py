@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
-from lit_glm.reporting.i18n import Words
-from lit_glm.reporting.published_rows import load
-from lit_glm.reporting.row_format import cell, full_label, marks, verified
-from lit_glm.reporting.run_reader import Row, Run
+from lit_glm.reporting.i18n import Translations
+from lit_glm.reporting.published_rows import load_published_rows
+from lit_glm.reporting.row_format import format_cell, row_annotations, unique_row_label, verification_summary
+from lit_glm.reporting.run_reader import ReportRow, ReportRun
 
 
 @dataclass
-class Card:
+class SummaryTile:
     """One row of the table."""
 
     title: str
@@ -26,16 +26,16 @@ class Card:
     """Command, commit and machine."""
 
 
-def cards(found: List[Row], words: Words) -> List[Card]:
+def make_tiles(found: List[ReportRow], words: Translations) -> List[SummaryTile]:
     """A card a row, in their order."""
-    published = load()
-    return [_card(row, published, words) for row in found]
+    published = load_published_rows()
+    return [_make_tile(row, published, words) for row in found]
 
 
-def _card(row: Row, published: List[Dict[str, Any]], words: Words) -> Card:
+def _make_tile(row: ReportRow, published: List[Dict[str, Any]], words: Translations) -> SummaryTile:
     reached = [run for run in row.runs if run.complete and run.result.get("converged")]
     complete = [run for run in row.runs if run.complete]
-    accuracy = cell(row, "acc") or "–"
+    accuracy = format_cell(row, "acc") or "–"
     if reached and len(reached) == len(row.runs):
         state, said = "reached", words("card_reached", accuracy)
     elif complete:
@@ -43,30 +43,33 @@ def _card(row: Row, published: List[Dict[str, Any]], words: Words) -> Card:
     else:
         state, said = "other", words.state(str(row["status"]))
     items = [
-        (words("card_time"), cell(row, "e2e_time") + " s" if state == "reached" and cell(row, "e2e_time") else ""),
-        ("p_core", cell(row, "p_core")),
-        ("p_train", cell(row, "p_train")),
-        ("p_whole", cell(row, "p_whole")),
-        (words("mem"), f"{cell(row, 'mem')} GiB" if cell(row, "mem") else ""),
+        (
+            words("card_time"),
+            format_cell(row, "e2e_time") + " s" if state == "reached" and format_cell(row, "e2e_time") else "",
+        ),
+        ("p_core", format_cell(row, "p_core")),
+        ("p_train", format_cell(row, "p_train")),
+        ("p_whole", format_cell(row, "p_whole")),
+        (words("mem"), f"{format_cell(row, 'mem')} GiB" if format_cell(row, "mem") else ""),
         ("mfu", "" if row["simulated"] else _share(row.median("mfu"))),
         (words("card_ratio"), _ratio(row, published)),
         (words("energy"), _joules(row)),
-        (words("card_verified"), "" if row["simulated"] else verified(row, words)),
+        (words("card_verified"), "" if row["simulated"] else verification_summary(row, words)),
     ]
     typical = row.typical
     origin = [
-        command_of(typical),
+        run_command_line(typical),
         str(typical.environment.get("git_commit") or "")[:12],
         str(typical.environment.get("host") or ""),
-        str(next(iter(typical.environment.get("cards") or []), typical.environment.get("card") or "")),
+        str(next(iter(typical.environment.get("devices") or []), typical.environment.get("device_name") or "")),
     ]
-    title = f"{full_label(row, words)} {row['precision']} {row['scoring']}"
+    title = f"{unique_row_label(row, words)} {row['precision']} {row['scoring']}"
     known = [(label, value) for label, value in items if value]
-    more = [mark for mark in marks(row, words) if mark != words("unconverged")]  # the card says that already
-    return Card(title, state, said, more, known, " · ".join(part for part in origin if part))
+    more = [mark for mark in row_annotations(row, words) if mark != words("unconverged")]  # the card says that already
+    return SummaryTile(title, state, said, more, known, " · ".join(part for part in origin if part))
 
 
-def command_of(run: Run) -> str:
+def run_command_line(run: ReportRun) -> str:
     """The command line of a run, as it would be typed; "" where it is unknown."""
     known = run.environment.get("command")
     if not isinstance(known, list) or not known:
@@ -81,12 +84,12 @@ def _share(value: Any) -> str:
     return "" if value is None else f"{100 * value:.1f}%"
 
 
-def _joules(row: Row) -> str:
+def _joules(row: ReportRow) -> str:
     joules, rate = row.median("energy_j"), row.median("samples_per_joule")
     return "" if joules is None else f"{joules / 1000:.1f} kJ" + ("" if rate is None else f", {rate:.3g} samples/J")
 
 
-def _ratio(row: Row, published: List[Dict[str, Any]]) -> str:
+def _ratio(row: ReportRow, published: List[Dict[str, Any]]) -> str:
     """p_core over that of the published row of the same thing; "" where there is none or nothing compares."""
     own = row.median("p_core")
     keys = ("hardware", "topology", "precision", "scoring")

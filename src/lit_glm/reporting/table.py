@@ -5,7 +5,7 @@ from typing import List
 
 
 @dataclass
-class Table:
+class ReportTable:
     """Head and lines; all text."""
 
     columns: List[str]

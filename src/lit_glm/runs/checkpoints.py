@@ -7,14 +7,14 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 
-from lit_glm.atomic_files import replacing
+from lit_glm.atomic_files import atomic_write
 from lit_glm.errors import RunError
 
 _KEEP = 2
 _NAME = re.compile(r"step-(\d+)\.ckpt")
 
 
-class _TakesAll:
+class _ErrorCapturingWriter:
     """A file whose first error is kept: torch 1.12 ends the process when a write fails, newer ones hide why."""
 
     def __init__(self, file: Any) -> None:
@@ -46,8 +46,8 @@ def save(content: Dict[str, Any], target: Path) -> None:
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(target) as temporary, temporary.open("wb") as file:
-            takes_all: Any = _TakesAll(file)
+        with atomic_write(target) as temporary, temporary.open("wb") as file:
+            takes_all: Any = _ErrorCapturingWriter(file)
             torch.save(content, takes_all)
             if takes_all.error is not None:
                 raise takes_all.error
@@ -76,7 +76,7 @@ def load(path: Path) -> Dict[str, Any]:
     return content
 
 
-def glance(path: Path) -> Dict[str, Any]:
+def load_lazy(path: Path) -> Dict[str, Any]:
     """As `load`, but values are read when they are used, where torch can map a file into memory (from 2.1)."""
     if torch.__version__.startswith(("1.", "2.0")):
         return load(path)
@@ -84,12 +84,12 @@ def glance(path: Path) -> Dict[str, Any]:
     return content
 
 
-def path_of(run_dir: Path, step: int) -> Path:
+def checkpoint_path(run_dir: Path, step: int) -> Path:
     """Where the checkpoint of a step stands."""
     return run_dir / "checkpoints" / f"step-{step:08d}.ckpt"
 
 
-def all_of(run_dir: Path) -> List[Tuple[int, Path]]:
+def list_checkpoints(run_dir: Path) -> List[Tuple[int, Path]]:
     """(step, path) of all checkpoints, newest first."""
     found = []
     for path in (run_dir / "checkpoints").glob("step-*.ckpt"):
@@ -99,13 +99,13 @@ def all_of(run_dir: Path) -> List[Tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
-def tidy(run_dir: Path) -> None:
+def prune(run_dir: Path) -> None:
     """Delete all but the newest few."""
-    for _, path in all_of(run_dir)[_KEEP:]:
+    for _, path in list_checkpoints(run_dir)[_KEEP:]:
         path.unlink()
 
 
-def newest(run_dir: Path, identity: str, whole: bool) -> Tuple[Optional[Path], Dict[str, Any], List[str]]:
+def latest_valid(run_dir: Path, identity: str, whole: bool) -> Tuple[Optional[Path], Dict[str, Any], List[str]]:
     """The newest checkpoint that can be read and belongs to this run.
 
     Args:
@@ -117,10 +117,10 @@ def newest(run_dir: Path, identity: str, whole: bool) -> Tuple[Optional[Path], D
         Its path (None if there is none), its content, and a line for each that was passed over.
     """
     passed_over: List[str] = []
-    for _, path in all_of(run_dir):
+    for _, path in list_checkpoints(run_dir):
         try:
-            content = glance(path)
-            if content["lit_glm"]["identity"] != identity:
+            content = load_lazy(path)
+            if content["lit_glm"]["config_hash"] != identity:
                 raise ValueError("it belongs to another configuration")
             return path, load(path) if whole else content, passed_over
         except Exception as error:  # torn files fail in many ways
@@ -129,6 +129,6 @@ def newest(run_dir: Path, identity: str, whole: bool) -> Tuple[Optional[Path], D
     return None, {}, passed_over
 
 
-def step_of(path: Optional[Path]) -> int:
+def checkpoint_step(path: Optional[Path]) -> int:
     """Steps that a checkpoint stands after; 0 without one."""
     return int(path.stem[5:]) if path is not None else 0

@@ -6,15 +6,15 @@ from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
-from lit_glm.runs.job_spec import FILE, identity, read_plain
+from lit_glm.runs.job_spec import JOB_FILE, config_hash, read_job_json
 from lit_glm.runs.lock import is_running
 from lit_glm.runs.result import is_complete
 
-Places = Sequence[Tuple[Path, int]]
+SearchPaths = Sequence[Tuple[Path, int]]
 """Folders, and how many levels below each run folders are looked for."""
 
 
-def resolve(resume: str, config: TrainConfig, run_dir: Path) -> Optional[Path]:
+def resolve_resume(resume: str, config: TrainConfig, run_dir: Path) -> Optional[Path]:
     """The run folder that `run.resume` means.
 
     Args:
@@ -30,18 +30,18 @@ def resolve(resume: str, config: TrainConfig, run_dir: Path) -> Optional[Path]:
     """
     if resume != "auto":
         folder = Path(resume)
-        if not (folder / FILE).is_file():
-            raise InputError(f"run.resume={resume}: is no run folder (it has no {FILE})")
+        if not (folder / JOB_FILE).is_file():
+            raise InputError(f"run.resume={resume}: is no run folder (it has no {JOB_FILE})")
         return folder
-    return newest_unfinished(by_identity(near(run_dir)).get(identity(config), []))
+    return newest_unfinished(runs_by_config_hash(default_search_paths(run_dir)).get(config_hash(config), []))
 
 
-def requeued(config: TrainConfig, run_dir: Path) -> Optional[Path]:
+def find_requeued_run(config: TrainConfig, run_dir: Path) -> Optional[Path]:
     """The run of this very Slurm job, if Slurm has put it back into the queue and started it again."""
     if os.environ.get("SLURM_RESTART_COUNT", "0") in ("", "0"):
         return None
-    runs = by_identity(near(run_dir)).get(identity(config), [])
-    own = [run for run in runs if (read_plain(run) or {}).get("slurm_job") == os.environ.get("SLURM_JOB_ID")]
+    runs = runs_by_config_hash(default_search_paths(run_dir)).get(config_hash(config), [])
+    own = [run for run in runs if (read_job_json(run) or {}).get("slurm_job") == os.environ.get("SLURM_JOB_ID")]
     return max(own, key=_time, default=None)
 
 
@@ -50,12 +50,12 @@ def newest_unfinished(runs: List[Path]) -> Optional[Path]:
     return max((run for run in runs if not is_complete(run) and not is_running(run)), key=_time, default=None)
 
 
-def best_of(runs: List[Path]) -> Optional[Path]:
+def best_run(runs: List[Path]) -> Optional[Path]:
     """The newest complete run of a configuration, else the newest."""
     return max([run for run in runs if is_complete(run)] or runs, key=_time, default=None)
 
 
-def near(run_dir: Path) -> Places:
+def default_search_paths(run_dir: Path) -> SearchPaths:
     """Where runs are that may go on: the folder itself, its siblings, and all below outputs/ and multirun/."""
     return [
         (run_dir, 0),
@@ -66,28 +66,28 @@ def near(run_dir: Path) -> Places:
     ]
 
 
-def by_identity(places: Places) -> Dict[str, List[Path]]:
+def runs_by_config_hash(places: SearchPaths) -> Dict[str, List[Path]]:
     """Run folders by the name of their configuration. Reads one small file a folder, and compares nothing else."""
     found: Dict[str, List[Path]] = {}
-    for folder in run_folders(places):
-        name = (read_plain(folder) or {}).get("identity")
+    for folder in find_run_dirs(places):
+        name = (read_job_json(folder) or {}).get("config_hash")
         if isinstance(name, str):
             found.setdefault(name, []).append(folder)
     return found
 
 
-def run_folders(places: Places) -> Iterator[Path]:
+def find_run_dirs(places: SearchPaths) -> Iterator[Path]:
     """All run folders in some places, each once."""
     seen = set()
     for place, depth in places:
         for root, folders, files in os.walk(str(place)):
-            if FILE in files and os.path.realpath(root) not in seen:
+            if JOB_FILE in files and os.path.realpath(root) not in seen:
                 seen.add(os.path.realpath(root))
                 yield Path(root)
             folders[:] = [name for name in folders if name != "nodes"]  # jobs of a run's further nodes
-            if len(Path(root).relative_to(place).parts) >= depth or FILE in files:
+            if len(Path(root).relative_to(place).parts) >= depth or JOB_FILE in files:
                 folders.clear()
 
 
 def _time(folder: Path) -> float:
-    return (folder / FILE).stat().st_mtime
+    return (folder / JOB_FILE).stat().st_mtime

@@ -8,7 +8,7 @@ _FOLDER = "errors"
 _KILLED = "killed-"
 
 
-def reason_of(error: BaseException) -> str:
+def error_reason(error: BaseException) -> str:
     """An error in the words that result.json has it in."""
     summary = getattr(error, "summary", "")
     if summary:
@@ -17,17 +17,17 @@ def reason_of(error: BaseException) -> str:
     return text if hasattr(error, "exit_status") and text else f"{type(error).__name__}: {text}"
 
 
-def note_error(folder: Path, rank: int, error: BaseException) -> None:
+def write_error_file(folder: Path, rank: int, error: BaseException) -> None:
     """Leave a note; a disk that takes none must not hide the error."""
     calls = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     try:
         (folder / _FOLDER).mkdir(exist_ok=True)
-        (folder / _FOLDER / f"rank-{rank}.txt").write_text(f"{reason_of(error)}\n\n{calls}", encoding="utf-8")
+        (folder / _FOLDER / f"rank-{rank}.txt").write_text(f"{error_reason(error)}\n\n{calls}", encoding="utf-8")
     except OSError:
         pass
 
 
-def note_killed(folder: Path, rank: int, name: str) -> None:
+def write_killed_file(folder: Path, rank: int, name: str) -> None:
     """Leave a note of a rank that could not leave one itself: a signal has killed it."""
     try:
         (folder / _FOLDER).mkdir(exist_ok=True)
@@ -36,15 +36,15 @@ def note_killed(folder: Path, rank: int, name: str) -> None:
         pass
 
 
-def clear_errors(folder: Path) -> None:
+def clear_error_files(folder: Path) -> None:
     """Forget those of an earlier try."""
-    for note in _notes(folder):
+    for note in _error_files(folder):
         note.unlink()
 
 
-def first_error(folder: Path) -> Optional[str]:
+def root_cause(folder: Path) -> Optional[str]:
     """The reason that counts: a rank that was killed, else what was noted first; other ranks' errors came of it."""
-    notes = sorted(_notes(folder), key=lambda note: (not note.name.startswith(_KILLED), note.stat().st_mtime))
+    notes = sorted(_error_files(folder), key=lambda note: (not note.name.startswith(_KILLED), note.stat().st_mtime))
     for note in notes:
         text = note.read_text(encoding="utf-8", errors="replace").split("\n\nTraceback", 1)[0].strip()
         if text:
@@ -52,5 +52,5 @@ def first_error(folder: Path) -> Optional[str]:
     return None
 
 
-def _notes(folder: Path) -> List[Path]:
+def _error_files(folder: Path) -> List[Path]:
     return [*(folder / _FOLDER).glob("*-*.txt"), *folder.glob(f"nodes/*/{_FOLDER}/*-*.txt")]

@@ -13,10 +13,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 import lit_glm
 from lit_glm.atomic_files import write_json
-from lit_glm.config.schema import TrainConfig, walk
+from lit_glm.config.schema import TrainConfig, iter_leaves
 from lit_glm.errors import InputError
 
-FILE = "job.json"
+JOB_FILE = "job.json"
 _NOT_IDENTITY = (
     "run.resume",
     "run.overwrite",
@@ -30,7 +30,7 @@ _NOT_IDENTITY = (
     "sweep.objective",
     "run.rendezvous_timeout_s",
     "report.machine",
-    "report.card",
+    "report.device_name",
     "report.network",
     "report.driver",
     "report.image",
@@ -41,36 +41,36 @@ _ADDED: Dict[str, Any] = {"data.longest_first": False, "run.evaluate": True, "ha
 
 
 @dataclass
-class Job:
+class JobSpec:
     """One job: a checked configuration and where it came from."""
 
     config: TrainConfig
-    entry: float
+    start_time: float
     """`time.monotonic()` at the entry of `train`; the clock is common to all processes of a machine."""
     command: List[str]
-    resumes: bool = False
+    is_resume: bool = False
     sweep_dir: Optional[str] = None
     """Of the sweep that it belongs to."""
 
     def write(self, folder: Path) -> None:
         """Leave it for the ranks, for the next one who resumes, and for those who look for runs."""
         told = {
-            "identity": identity(self.config),
+            "config_hash": config_hash(self.config),
             "lit_glm": lit_glm.__version__,
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
         }
-        write_json(folder / FILE, {**told, **dataclasses.asdict(self)})
+        write_json(folder / JOB_FILE, {**told, **dataclasses.asdict(self)})
 
     @classmethod
-    def read(cls, folder: Path) -> "Job":
+    def read(cls, folder: Path) -> "JobSpec":
         """What `write` left.
 
         Raises:
             InputError: if it is torn, or of a version with other keys.
         """
-        content = read_plain(folder)
+        content = read_job_json(folder)
         if content is None:
-            raise InputError(f"{folder / FILE}: is torn or no job of lit_glm: nothing can go on from this folder")
+            raise InputError(f"{folder / JOB_FILE}: is torn or no job of lit_glm: nothing can go on from this folder")
         names = {field.name for field in dataclasses.fields(cls)}
         try:
             config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), content["config"]))
@@ -78,40 +78,42 @@ class Job:
         except (OmegaConfBaseException, KeyError, TypeError, ValueError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(
-                f"{folder / FILE}: written by lit_glm {content.get('lit_glm', 'of an older version')}, cannot be read "
+                f"{folder / JOB_FILE}: written by lit_glm {content.get('lit_glm', 'of an older version')}, cannot be read "
                 f"by {lit_glm.__version__} ({reason}); go on with the version that began it, or begin anew elsewhere"
             ) from error
 
 
-def read_plain(folder: Path) -> Optional[Dict[str, Any]]:
+def read_job_json(folder: Path) -> Optional[Dict[str, Any]]:
     """The content of a job file as it stands; None if it is torn, missing or no such thing."""
     try:
-        content = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        content = json.loads((folder / JOB_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 
 
-def settings(config: TrainConfig) -> Dict[str, Any]:
+def hashed_settings(config: TrainConfig) -> Dict[str, Any]:
     """All keys and values that decide what a job computes, flat."""
     found = {
-        key: value for key, value in walk(config) if key not in _NOT_IDENTITY and _ADDED.get(key, not value) != value
+        key: value
+        for key, value in iter_leaves(config)
+        if key not in _NOT_IDENTITY and _ADDED.get(key, not value) != value
     }
     return {**found, "profiled": True} if config.profiled else found
 
 
-def identity(config: TrainConfig) -> str:
+def config_hash(config: TrainConfig) -> str:
     """A short name for a configuration: equal for equal settings, wherever and whenever they were composed."""
-    return hashlib.sha256(json.dumps(settings(config), sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(hashed_settings(config), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def check_same(config: TrainConfig, folder: Path) -> None:
+def ensure_same_config(config: TrainConfig, folder: Path) -> None:
     """Refuse to go on in a run folder under a changed configuration.
 
     Raises:
         InputError: names the keys that differ, with both values.
     """
-    before, now = settings(Job.read(folder).config), settings(config)
+    before, now = hashed_settings(JobSpec.read(folder).config), hashed_settings(config)
     differing = [
         f"{key}: {before.get(key)} there, {now.get(key)} here"
         for key in sorted({*before, *now})

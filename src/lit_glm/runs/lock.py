@@ -7,16 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
 
-from lit_glm.atomic_files import take
+from lit_glm.atomic_files import try_lock
 from lit_glm.errors import InputError
 
 _PROBE_S = 1.0  # somebody who only asks holds the lock for an instant
-FILE = ".lock"
+LOCK_FILE = ".lock"
 """In a folder, locked as long as somebody is at work there; says who."""
 
 
 @contextmanager
-def alone_in(folder: Path, advice: str = "wait for its end, or give another hydra.run.dir=") -> Iterator[int]:
+def lock_directory(folder: Path, advice: str = "wait for its end, or give another hydra.run.dir=") -> Iterator[int]:
     """Keep a folder for this process, and for those that inherit the descriptor that it yields.
 
     Args:
@@ -27,10 +27,10 @@ def alone_in(folder: Path, advice: str = "wait for its end, or give another hydr
         InputError: then.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(str(folder / FILE), os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(str(folder / LOCK_FILE), os.O_RDWR | os.O_CREAT, 0o644)
     try:
         end = time.monotonic() + _PROBE_S
-        while not take(descriptor):
+        while not try_lock(descriptor):
             if time.monotonic() > end:
                 who = os.read(descriptor, 200).decode(errors="replace").strip()
                 raise InputError(f"{folder}: another process{f' ({who})' if who else ''} is at work here; {advice}")
@@ -45,10 +45,10 @@ def alone_in(folder: Path, advice: str = "wait for its end, or give another hydr
 def is_running(folder: Path) -> bool:
     """Whether a process is at work in a folder."""
     try:
-        descriptor = os.open(str(folder / FILE), os.O_RDWR)
+        descriptor = os.open(str(folder / LOCK_FILE), os.O_RDWR)
     except OSError:
         return False
     try:
-        return not take(descriptor)
+        return not try_lock(descriptor)
     finally:
         os.close(descriptor)

@@ -7,8 +7,8 @@ from typing import Any, Dict, List, Optional
 from lit_glm.atomic_files import write_json
 from lit_glm.config.schema import TrainConfig
 
-FILE = "result.json"
-SCHEMA_VERSION = 2
+RESULT_FILE = "result.json"
+SCHEMA_VERSION = 3
 COMPLETE = ("success", "finished")
 """States of a run that needs no going on."""
 _ROOM = ".room"
@@ -19,7 +19,7 @@ _ROOM_BYTES = 2**16
 def read_result(run_dir: Path) -> Optional[Dict[str, Any]]:
     """The result of a run folder; None if there is none or it cannot be read."""
     try:
-        content: Dict[str, Any] = json.loads((run_dir / FILE).read_text(encoding="utf-8"))
+        content: Dict[str, Any] = json.loads((run_dir / RESULT_FILE).read_text(encoding="utf-8"))
         return content
     except (OSError, ValueError):
         return None
@@ -30,7 +30,7 @@ def is_complete(run_dir: Path) -> bool:
     return (read_result(run_dir) or {}).get("status") in COMPLETE
 
 
-def of_config(config: TrainConfig) -> Dict[str, Any]:
+def config_fields(config: TrainConfig) -> Dict[str, Any]:
     """What a result says of its configuration."""
     return {
         "hardware": config.hardware.name,
@@ -43,27 +43,27 @@ def of_config(config: TrainConfig) -> Dict[str, Any]:
         "seed": config.seed,
         "model": config.model.name,
         "gelu": config.model.gelu,
-        "tuned_for": config.tuned_for,
+        "fix_hp_source": config.fix_hp_source,
         "profiled": config.profiled,
     }
 
 
-def begin_result(run_dir: Path, config: TrainConfig) -> None:
+def write_initial_result(run_dir: Path, config: TrainConfig) -> None:
     """Leave a result without figures: a run that dies before its first step has a row too."""
     unmeasured = dict.fromkeys(
         ("e2e_time", "p_whole", "p_train", "p_core", "acc", "mem_actual_gib", "mem_total_gib", "mfu")
     )
     rehearsal = config.hardware.runtime == "simulated"
-    row = {"status": "running", **of_config(config), **unmeasured, "converged": False, "simulated": rehearsal}
-    write_json(run_dir / FILE, {**row, "global_steps": 0, "schema_version": SCHEMA_VERSION})
+    row = {"status": "running", **config_fields(config), **unmeasured, "converged": False, "simulated": rehearsal}
+    write_json(run_dir / RESULT_FILE, {**row, "global_steps": 0, "schema_version": SCHEMA_VERSION})
 
 
-def keep_room(run_dir: Path) -> None:
+def reserve_disk_space(run_dir: Path) -> None:
     """Take the room that the end of a run needs."""
     (run_dir / _ROOM).write_bytes(b"\0" * _ROOM_BYTES)
 
 
-def give_room(run_dir: Path) -> None:
+def release_disk_space(run_dir: Path) -> None:
     """Give it back."""
     try:
         (run_dir / _ROOM).unlink()
@@ -71,55 +71,55 @@ def give_room(run_dir: Path) -> None:
         pass
 
 
-def amend_result(run_dir: Path, **changes: Any) -> None:
+def update_result(run_dir: Path, **changes: Any) -> None:
     """Change entries of an existing result; what cannot be written must not hide how the run ended."""
     result = read_result(run_dir)
     if result is None:
         return
     for _ in range(2):
         try:
-            write_json(run_dir / FILE, {**result, **changes})
+            write_json(run_dir / RESULT_FILE, {**result, **changes})
             return
         except OSError:
-            give_room(run_dir)
+            release_disk_space(run_dir)
 
 
-def fail(run_dir: Path, reason: str) -> None:
+def mark_failed(run_dir: Path, reason: str) -> None:
     """Say in the result that the run failed, unless it ended well."""
     if not is_complete(run_dir):
-        amend_result(run_dir, status="failed", error=reason)
+        update_result(run_dir, status="failed", error=reason)
 
 
-COLUMNS = ("config", "precision", "fix_hp", "e2e_time", "p_whole", "p_train", "p_core", "acc", "mem")
+TABLE_COLUMNS = ("config", "precision", "fix_hp", "e2e_time", "p_whole", "p_train", "p_core", "acc", "mem")
 """The published table's, in its order (its first column is named 配置 there)."""
 _SKIPPED_SHARE = 0.01
-OTHERS_SHARE = 0.1
+CONTENTION_THRESHOLD = 0.1
 """Share of the machine that others may take before a reader must be told."""
 
 
 _LESS_IS_BETTER = ("time", "mem_", "rank_imbalance", "skipped_steps", "num_trained_samples", "global_steps", "energy_j")
 
 
-def less_is_better(figure: str) -> bool:
+def is_lower_better(figure: str) -> bool:
     """Whether a figure of a result is the better the lower it is."""
     return any(part in figure for part in _LESS_IS_BETTER)
 
 
-def skips_much(result: Dict[str, Any]) -> bool:
+def has_many_skipped_steps(result: Dict[str, Any]) -> bool:
     """Whether more than a hundredth of a run's steps were without an update."""
     skipped, steps = result.get("skipped_steps"), result.get("global_steps")
     known = isinstance(skipped, int) and isinstance(steps, int)
     return known and steps > 0 and skipped > _SKIPPED_SHARE * steps  # type: ignore[operator]
 
 
-def not_alone(result: Dict[str, Any]) -> bool:
+def was_contended(result: Dict[str, Any]) -> bool:
     """Whether others took more than a tenth of the machine, or computed on the same cards."""
-    load, on_cards = result.get("others_load"), result.get("others_on_cards")
-    much = isinstance(load, float) and load > OTHERS_SHARE
+    load, on_cards = result.get("external_cpu_load"), result.get("external_device_processes")
+    much = isinstance(load, float) and load > CONTENTION_THRESHOLD
     return much or (isinstance(on_cards, int) and on_cards > 0)
 
 
-def marks(result: Dict[str, Any]) -> List[str]:
+def annotations(result: Dict[str, Any]) -> List[str]:
     """What is to be known of a row."""
     said = []
     if result.get("simulated"):
@@ -132,22 +132,22 @@ def marks(result: Dict[str, Any]) -> List[str]:
         repeated = result.get("repeated_steps")
         again = f", {repeated} steps repeated" if repeated else ""
         said.append(f"resumed {result['interruptions']}x{again}")
-    if skips_much(result):
+    if has_many_skipped_steps(result):
         said.append(f"{result['skipped_steps']} of {result['global_steps']} steps skipped")
-    if not_alone(result):
-        said.append(f"beside others: {result.get('others_load') or 0:.0%} of the machine")
-    if result.get("taken_from"):
-        said.append(f"taken from {result['taken_from']}")
+    if was_contended(result):
+        said.append(f"beside others: {result.get('external_cpu_load') or 0:.0%} of the machine")
+    if result.get("reused_from"):
+        said.append(f"taken from {result['reused_from']}")
     return said
 
 
-def cells(result: Dict[str, Any]) -> List[str]:
+def table_cells(result: Dict[str, Any]) -> List[str]:
     """A result in the published formats, one text a column; empty where nothing was measured."""
 
     def number(name: str, digits: int) -> str:
         return "" if result.get(name) is None else f"{result[name]:.{digits}f}"
 
-    said = marks(result)
+    said = annotations(result)
     mark = f" ({', '.join(said)})" if said else ""
     actual, total = number("mem_actual_gib", 1), number("mem_total_gib", 1)
     return [
@@ -163,12 +163,12 @@ def cells(result: Dict[str, Any]) -> List[str]:
     ]
 
 
-def table(results: List[Dict[str, Any]]) -> str:
+def results_table(results: List[Dict[str, Any]]) -> str:
     """Results as a Markdown table, columns and order as published."""
-    return lines_of([list(COLUMNS), *(cells(result) for result in results)])
+    return markdown_table([list(TABLE_COLUMNS), *(table_cells(result) for result in results)])
 
 
-def lines_of(rows: List[List[str]]) -> str:
+def markdown_table(rows: List[List[str]]) -> str:
     """Rows of text as a Markdown table, columns aligned; the first row is the head."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
@@ -180,7 +180,7 @@ _SLOW = 1.5
 """From how many times its share of time a warm-up is worth a word."""
 
 
-def how_it_ended(result: Dict[str, Any], config: TrainConfig, run_dir: Path) -> str:
+def final_summary(result: Dict[str, Any], config: TrainConfig, run_dir: Path) -> str:
     """Two lines for people.
 
     Args:
@@ -210,17 +210,17 @@ def how_it_ended(result: Dict[str, Any], config: TrainConfig, run_dir: Path) -> 
         how = f"NOT REACHED: {what}; {limit} was the limit, {when}"
     skipped = result.get("skipped_steps") or 0
     how += f"; {skipped} steps without an update" if skipped else ""
-    how += _slow_start(result.get("warm_up"))
+    how += _warmup_message(result.get("first_steps"))
     return f"{how}\nrun folder {run_dir}; the document of it: python -m lit_glm.report {run_dir}"
 
 
-def _slow_start(start: Optional[Dict[str, float]]) -> str:
+def _warmup_message(start: Optional[Dict[str, float]]) -> str:
     """A line where the first steps took far longer than the same work later."""
-    if start is None or start["slower"] < _SLOW:
+    if start is None or start["slowdown"] < _SLOW:
         return ""
-    which = "step" if start["steps"] == 1 else f"{start['steps']} steps"
+    which = "step" if start["count"] == 1 else f"{start['count']} steps"
     return (
-        f"\nwarm-up: the first {which} took {start['seconds']:.1f} s, {start['slower']:.1f} times as long as the same "
+        f"\nwarm-up: the first {which} took {start['seconds']:.1f} s, {start['slowdown']:.1f} times as long as the same "
         "work later (memory, kernels and files used for the first time); p_core, p_train and p_whole contain it"
     )
 

@@ -5,12 +5,12 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
-from lit_glm.atomic_files import replacing, write_json
+from lit_glm.atomic_files import atomic_write, write_json
 from lit_glm.runs import result
 
-STEPS = ("step", "epoch", "samples", "loss", "lr", "grad_norm", "data_s", "compute_s", "step_s", "loss_scale")
-EVALS = ("step", "samples", "acc", "seconds")
-MEMORY = ("step", "seconds", "gib")
+STEP_COLUMNS = ("step", "epoch", "samples", "loss", "lr", "grad_norm", "data_s", "compute_s", "step_s", "loss_scale")
+EVAL_COLUMNS = ("step", "samples", "acc", "seconds")
+MEMORY_COLUMNS = ("step", "seconds", "gib")
 """Of memory.csv: memory in use on the first rank's device, about once a second, seconds since the entry of train."""
 
 
@@ -20,7 +20,7 @@ def _text(value: Any) -> str:
     return repr(value) if isinstance(value, float) else str(value)
 
 
-class Table:
+class AppendOnlyCSV:
     """A CSV file that is complete up to its last line at any moment."""
 
     def __init__(self, path: Path, columns: Sequence[str], keep_steps: Optional[int] = None) -> None:
@@ -35,11 +35,11 @@ class Table:
         self.rows: List[Dict[str, str]] = []
         found: List[Dict[str, str]] = []
         if keep_steps is not None and path.is_file():
-            found = read_table(path, columns)
+            found = read_csv_rows(path, columns)
             self.rows = [row for row in found if int(row["step"]) <= keep_steps]
-        self.cut = len(found) - len(self.rows)
+        self.num_dropped_rows = len(found) - len(self.rows)
         """Lines that went."""
-        with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
             file.write(",".join(columns) + "\n")
             file.writelines(",".join(row[name] for name in columns) + "\n" for row in self.rows)
         self._file = path.open("a", encoding="utf-8")
@@ -54,7 +54,7 @@ class Table:
         return sum(float(row[column]) for row in self.rows if row[column])
 
 
-def read_table(path: Path, columns: Sequence[str]) -> List[Dict[str, str]]:
+def read_csv_rows(path: Path, columns: Sequence[str]) -> List[Dict[str, str]]:
     """The complete lines of a table; a last line without its line feed was being written when the run was killed."""
     text = path.read_text(encoding="utf-8")
     complete = text[: text.rfind("\n") + 1].splitlines()
@@ -65,7 +65,7 @@ def read_table(path: Path, columns: Sequence[str]) -> List[Dict[str, str]]:
 _RESULT_EVERY_S = 1.0
 
 
-class LiveRun:
+class RunWriter:
     """A run that goes on continues its files; what it did before is read from them."""
 
     def __init__(self, run_dir: Path, steps_done: int, resumes: bool) -> None:
@@ -78,12 +78,12 @@ class LiveRun:
         """
         self.path = run_dir
         keep = steps_done if resumes else None
-        self.steps = Table(run_dir / "steps.csv", STEPS, keep)
-        self.evals = Table(run_dir / "evals.csv", EVALS, keep)
-        self.memory = Table(run_dir / "memory.csv", MEMORY, keep)
-        self.before: Dict[str, Any] = (result.read_result(run_dir) or {}) if resumes else {}
-        self.interruptions = int(self.before.get("interruptions") or 0) + int(resumes)
-        self.repeated_steps = int(self.before.get("repeated_steps") or 0) + self.steps.cut
+        self.steps = AppendOnlyCSV(run_dir / "steps.csv", STEP_COLUMNS, keep)
+        self.evals = AppendOnlyCSV(run_dir / "evals.csv", EVAL_COLUMNS, keep)
+        self.memory = AppendOnlyCSV(run_dir / "memory.csv", MEMORY_COLUMNS, keep)
+        self.previous_result: Dict[str, Any] = (result.read_result(run_dir) or {}) if resumes else {}
+        self.interruptions = int(self.previous_result.get("interruptions") or 0) + int(resumes)
+        self.repeated_steps = int(self.previous_result.get("repeated_steps") or 0) + self.steps.num_dropped_rows
         """Steps that were done, and done again because no checkpoint had them."""
         self._written = 0.0
 
@@ -100,12 +100,12 @@ class LiveRun:
     def write(self, row: Dict[str, Any]) -> None:
         """Write result.json."""
         self._written = time.monotonic()
-        write_json(self.path / result.FILE, {**row, "schema_version": result.SCHEMA_VERSION})
+        write_json(self.path / result.RESULT_FILE, {**row, "schema_version": result.SCHEMA_VERSION})
 
-    def of_steps(self, column: str) -> List[float]:
+    def step_column(self, column: str) -> List[float]:
         """A column of steps.csv, of the steps before an interruption too."""
-        return [float(row[column]) for row in read_table(self.path / "steps.csv", STEPS)]
+        return [float(row[column]) for row in read_csv_rows(self.path / "steps.csv", STEP_COLUMNS)]
 
-    def stale(self) -> bool:
+    def is_stale(self) -> bool:
         """Whether result.json is old enough to be written again."""
         return time.monotonic() - self._written > _RESULT_EVERY_S

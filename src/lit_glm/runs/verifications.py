@@ -6,17 +6,19 @@ from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Optional
 
 from lit_glm.atomic_files import write_json
-from lit_glm.check_result import Finding
+from lit_glm.check_result import CheckResult
 
-FILE = "verify.json"
+VERIFY_FILE = "verify.json"
 FOLDER = "verify"
 _SCHEMA_VERSION = 1
-_KEYS = ("name", "status", "said", "figure", "bound", "advice")
+_KEYS = ("name", "status", "message", "value", "bound", "advice")
 _DEPTHS = ("", "*/", "*/*/")  # outputs/verify/DATE/TIME, and shallower ones that hydra.run.dir named
 _ABOVE = 6  # folders above a run in which outputs/ may be
 
 
-def write(folder: Path, device: Dict[str, Any], checks: List[Finding], precisions: Dict[str, bool]) -> Dict[str, Any]:
+def write_verification(
+    folder: Path, device: Dict[str, Any], checks: List[CheckResult], precisions: Dict[str, bool]
+) -> Dict[str, Any]:
     """Leave a verification.
 
     Args:
@@ -34,7 +36,7 @@ def write(folder: Path, device: Dict[str, Any], checks: List[Finding], precision
         "checks": [{key: getattr(check, key) for key in _KEYS} for check in checks],
     }
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / FILE, content)
+    write_json(folder / VERIFY_FILE, content)
     return content
 
 
@@ -45,7 +47,9 @@ def _places(starts: Iterable[Path]) -> Iterator[Path]:
             yield folder / FOLDER
 
 
-def newest(starts: Iterable[Path], hardware: str, driver: Optional[str], precision: str) -> Optional[Dict[str, Any]]:
+def latest_verification(
+    starts: Iterable[Path], hardware: str, driver: Optional[str], precision: str
+) -> Optional[Dict[str, Any]]:
     """The newest verification of the same hardware, driver and precision, failed ones too; None without one.
 
     Of pretended cards none counts.
@@ -58,7 +62,7 @@ def newest(starts: Iterable[Path], hardware: str, driver: Optional[str], precisi
     """
     found = []
     for place in dict.fromkeys(_places(starts)):
-        for file in (file for depth in _DEPTHS for file in place.glob(f"{depth}{FILE}")):
+        for file in (file for depth in _DEPTHS for file in place.glob(f"{depth}{VERIFY_FILE}")):
             try:
                 content = json.loads(file.read_text(encoding="utf-8"))
             except (OSError, ValueError):

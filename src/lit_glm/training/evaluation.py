@@ -39,21 +39,21 @@ class ExactMatch(Metric):
         return self.correct.cpu().double() / self.total.cpu().double()  # not every chip has doubles
 
 
-def normalise(text: str) -> str:
+def normalise_answer(text: str) -> str:
     """ReCoRD's (SQuAD's) normalisation: lower case, no punctuation, no articles, single spaces."""
     text = "".join(char for char in text.lower() if char not in set(string.punctuation))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def text_scores(prediction: str, answers: Sequence[str]) -> Tuple[float, float]:
+def em_and_f1(prediction: str, answers: Sequence[str]) -> Tuple[float, float]:
     """EM and token-level F1 of a predicted text, the best over the right answers.
 
     As in ReCoRD's official evaluation script (Zhang et al. 2018, https://sheng-z.github.io/ReCoRD-explorer).
     """
     exact, best = 0.0, 0.0
-    predicted = normalise(prediction).split()
+    predicted = normalise_answer(prediction).split()
     for answer in answers:
-        tokens = normalise(answer).split()
+        tokens = normalise_answer(answer).split()
         exact = max(exact, float(predicted == tokens))
         common = sum((Counter(predicted) & Counter(tokens)).values())
         if common:
@@ -102,7 +102,7 @@ def evaluate(
             for batch in loader:
                 best = module(batch.to(module.device, non_blocking=runtime.pins_memory)).argmax(dim=1)
                 # The batch before is read while the device computes this one.
-                before, waiting = waiting, (batch, runtime.read_later(best))
+                before, waiting = waiting, (batch, runtime.to_host_async(best))
                 if before is not None:
                     count(*before)
                 if on_batch is not None and on_batch():

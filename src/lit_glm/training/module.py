@@ -9,21 +9,21 @@ import torch
 from torch import Tensor
 
 from lit_glm.config.schema import TrainConfig
-from lit_glm.data.batch import FlatBatch, PaddedBatch
-from lit_glm.hardware.precision import Scaled
+from lit_glm.data.batch import PackedBatch, PaddedBatch
+from lit_glm.hardware.precision import LossScalingPrecision
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.model.glm import GLM
-from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, choice_loss, score_table
+from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, candidate_loss, candidate_scores
 from lit_glm.training.optimizer import LearningRateSchedule, make_optimizer
 
 
 @dataclass
-class StepValues:
+class StepMetrics:
     """What one step came to, as numbers."""
 
     loss: float
     """Mean over the ranks, before the update."""
-    own_loss: float
+    local_loss: float
     """Of this rank."""
     lr: Optional[float]
     """What the update used; None if the step was skipped."""
@@ -33,22 +33,22 @@ class StepValues:
 
 
 @dataclass
-class StepOutcome:
+class PendingStepMetrics:
     """The same, with what is still on the device, until somebody reads it."""
 
     loss: float
-    own_loss: Tensor
+    local_loss: Tensor
     lr: Optional[float]
     grad_norm: Optional[Tensor]
     loss_scale: Optional[float]
     stop_requested: bool
     """Whether any rank was asked to stop."""
 
-    def read(self) -> StepValues:
+    def read(self) -> StepMetrics:
         """All values in one copy from the device; waits for it."""
-        norm = self.own_loss if self.grad_norm is None else self.grad_norm
-        own, norm_value = torch.stack([self.own_loss.float(), norm.float()]).tolist()
-        return StepValues(self.loss, own, self.lr, None if self.grad_norm is None else norm_value, self.loss_scale)
+        norm = self.local_loss if self.grad_norm is None else self.grad_norm
+        own, norm_value = torch.stack([self.local_loss.float(), norm.float()]).tolist()
+        return StepMetrics(self.loss, own, self.lr, None if self.grad_norm is None else norm_value, self.loss_scale)
 
 
 class RecordModule(pl.LightningModule):
@@ -71,17 +71,17 @@ class RecordModule(pl.LightningModule):
         self.steps_skipped = 0
         self.stop_requested = False
         """Set by a signal handler; shared with all ranks in the next step."""
-        self.outcome: Optional[StepOutcome] = None
-        self.identity = ""
+        self.pending_metrics: Optional[PendingStepMetrics] = None
+        self.config_hash = ""
         """Of the configuration, so that a checkpoint is not taken for another run's."""
 
-    def forward(self, batch: Union[FlatBatch, PaddedBatch]) -> Tensor:
+    def forward(self, batch: Union[PackedBatch, PaddedBatch]) -> Tensor:
         """[B, C] scores; slots without a candidate hold the mask value of training or evaluation."""
         if self.training:
-            return score_table(self.glm, batch, TRAIN_MASK)
-        return score_table(self.glm, batch, EVAL_MASK, slice_size=10)
+            return candidate_scores(self.glm, batch, TRAIN_MASK)
+        return candidate_scores(self.glm, batch, EVAL_MASK, slice_size=10)
 
-    def training_step(self, batch: Union[FlatBatch, PaddedBatch], batch_idx: int) -> None:
+    def training_step(self, batch: Union[PackedBatch, PaddedBatch], batch_idx: int) -> None:
         """One step, counted from 1; leaves what came of it in `outcome`."""
         step = self.steps_done + 1
         # Dropout is a function of (seed, step, rank) and not of what was drawn before: a resumed run draws the same.
@@ -90,12 +90,12 @@ class RecordModule(pl.LightningModule):
         schedule: Any = self.lr_schedulers()
         precision: Any = self.trainer.precision_plugin
 
-        accumulate = self._config.optimizer.accumulate
-        loss = choice_loss(self(batch))
-        read = self._over_ranks(loss.detach())
+        accumulate = self._config.optimizer.gradient_accumulation_steps
+        loss = candidate_loss(self(batch))
+        read = self._start_loss_reduction(loss.detach())
         lr: Optional[float] = None
         norm: Optional[Tensor] = None
-        scaled = precision if isinstance(precision, Scaled) else None
+        scaled = precision if isinstance(precision, LossScalingPrecision) else None
         scale = scaled.loss_scale if scaled is not None else None
         # Whoever reads a value waits for the device. With one micro-batch an update, the backward pass is asked for
         # before the loss is looked at, so that the device has work meanwhile; gradients of a loss that is not finite
@@ -108,9 +108,11 @@ class RecordModule(pl.LightningModule):
         updates = step % accumulate == 0
         if math.isfinite(mean):
             if scaled is not None:
-                scaled.divide(optimizer)
-            clipped = torch.nn.utils.clip_grad_norm_(self._trained(optimizer), self._config.optimizer.clip_grad)
-            if scaled is None or scaled.accepts(clipped):
+                scaled.unscale_(optimizer)
+            clipped = torch.nn.utils.clip_grad_norm_(
+                self._optimizer_parameters(optimizer), self._config.optimizer.clip_grad
+            )
+            if scaled is None or scaled.update_scale(clipped):
                 norm, lr = clipped, schedule.rate
                 if updates:
                     optimizer.step()
@@ -122,19 +124,19 @@ class RecordModule(pl.LightningModule):
         if norm is None:
             self.steps_skipped += 1
         self.steps_done = step
-        self.outcome = StepOutcome(mean, loss.detach(), lr, norm, scale, stops > 0)
+        self.pending_metrics = PendingStepMetrics(mean, loss.detach(), lr, norm, scale, stops > 0)
 
-    def _over_ranks(self, loss: Tensor) -> Callable[[], List[float]]:
+    def _start_loss_reduction(self, loss: Tensor) -> Callable[[], List[float]]:
         """Gives the sum of the losses, and how many ranks were asked to stop: in one collective, awaited when asked."""
         if self.trainer.world_size == 1:
-            read, stops = self._runtime.read_later(loss.float().reshape(1)), float(self.stop_requested)
+            read, stops = self._runtime.to_host_async(loss.float().reshape(1)), float(self.stop_requested)
             return lambda: [read()[0], stops]
         asked = torch.full_like(loss, float(self.stop_requested), dtype=torch.float32)  # filled there, not copied
         both = torch.stack([loss.float(), asked])
-        return self._runtime.read_later(both, torch.distributed.all_reduce(both, async_op=True))
+        return self._runtime.to_host_async(both, torch.distributed.all_reduce(both, async_op=True))
 
     @staticmethod
-    def _trained(optimizer: Any) -> List[Tensor]:
+    def _optimizer_parameters(optimizer: Any) -> List[Tensor]:
         return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def configure_optimizers(self) -> Any:
@@ -151,7 +153,7 @@ class RecordModule(pl.LightningModule):
         checkpoint["lit_glm"] = {
             "steps_done": self.steps_done,
             "steps_skipped": self.steps_skipped,
-            "identity": self.identity,
+            "config_hash": self.config_hash,
         }
 
     def on_load_checkpoint(self, checkpoint: Dict[str, Any]) -> None:

@@ -38,7 +38,11 @@ class LearningRateSchedule:
     def _apply(self) -> None:
         config = self._config
         rate = learning_rate(
-            self._updates, config.lr, config.warmup, config.lr_decay_iters // config.accumulate, config.lr_decay_ratio
+            self._updates,
+            config.lr,
+            config.warmup,
+            config.lr_decay_iters // config.gradient_accumulation_steps,
+            config.lr_decay_ratio,
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -76,7 +80,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> List[Dict[str, An
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019), fused where torch has it for the device of the parameters."""
     arguments: Dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
-    if HAS_FUSED and why_not_fused(next(model.parameters()).device) is None:
+    if HAS_FUSED and fused_unavailable_reason(next(model.parameters()).device) is None:
         arguments["fused"] = True
     return torch.optim.AdamW(parameter_groups(model, config.weight_decay), **arguments)
 
@@ -85,7 +89,7 @@ HAS_FUSED = "fused" in inspect.signature(torch.optim.AdamW).parameters
 """torch 2.0 and later."""
 
 
-def why_not_fused(device: torch.device) -> Optional[str]:
+def fused_unavailable_reason(device: torch.device) -> Optional[str]:
     """Why torch's fused AdamW does not serve on a device, found by an update of four numbers; None if it does."""
 
     def updated(**how: Any) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import Optional
 from lit_glm.config.schema import RunConfig
 
 
-def evaluation_due(step: int, global_batch: int, run: RunConfig) -> bool:
+def is_evaluation_due(step: int, global_batch: int, run: RunConfig) -> bool:
     """Whether an evaluation follows this step by the interval rule.
 
     Args:
@@ -21,7 +21,7 @@ def evaluation_due(step: int, global_batch: int, run: RunConfig) -> bool:
     return step > 1 and samples >= run.eval_start_samples and step % every == 0
 
 
-def next_evaluation(step: int, global_batch: int, run: RunConfig, last: int) -> int:
+def next_evaluation_step(step: int, global_batch: int, run: RunConfig, last: int) -> int:
     """The next step behind this one that an evaluation follows.
 
     Args:
@@ -35,11 +35,11 @@ def next_evaluation(step: int, global_batch: int, run: RunConfig, last: int) -> 
     return min(last, -(-due // every) * every)
 
 
-def reached_limit(step: int, global_batch: int, run: RunConfig) -> bool:
+def has_reached_limit(step: int, global_batch: int, run: RunConfig) -> bool:
     """Whether training ends after this step for its length: above max_samples, or exactly max_steps."""
     return step * global_batch > run.max_samples or (run.max_steps is not None and step >= run.max_steps)
 
 
-def converged(accuracy: Optional[float], run: RunConfig) -> bool:
+def has_converged(accuracy: Optional[float], run: RunConfig) -> bool:
     """Whether the last evaluation reached the target."""
     return accuracy is not None and accuracy >= run.target_accuracy

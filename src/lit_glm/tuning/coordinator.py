@@ -8,49 +8,49 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
-from lit_glm.launch.signals import Interrupted, stopping
+from lit_glm.launch.signals import Interrupted, stop_signals
 from lit_glm.planning.workload import Workload
-from lit_glm.tuning.search import FITS, LIMIT, TIME, Try, fastest, largest, next_bs
-from lit_glm.tuning.search_state import Record
-from lit_glm.tuning.trial_queue import Orders, orders_of
-from lit_glm.tuning.trial_runner import Trials
+from lit_glm.tuning.search import FITS, LIMIT, TIME, Trial, fastest_bs, largest_bs, next_bs
+from lit_glm.tuning.search_state import SearchState
+from lit_glm.tuning.trial_queue import TrialQueue, iter_trials
+from lit_glm.tuning.trial_runner import TrialRunner
 
 
-def lead(config: Any, trials: Trials, folder: Path, train: Any) -> int:
+def run_coordinator(config: Any, trials: TrialRunner, folder: Path, train: Any) -> int:
     """Search to the end, or as far as time allows; returns the exit status."""
-    _stop_in_order()
-    record = Record(folder, config)
-    if record.tries:
-        print(f"lit_glm: goes on after {len(record.tries)} tries", flush=True)
+    _install_stop_handlers()
+    record = SearchState(folder, config)
+    if record.trials:
+        print(f"lit_glm: goes on after {len(record.trials)} tries", flush=True)
     runtime = _runtime(config)
     limit, most = record.seconds + 60.0 * config.tune.max_minutes, len(train) // config.topology.world_size
-    orders = Orders(folder) if config.topology.num_nodes > 1 else None
+    orders = TrialQueue(folder) if config.topology.num_nodes > 1 else None
     record.write(done=False)  # from now on the folder is this search's
     status = 0
     try:
         while True:
-            bs = next_bs(record.tries, most, config.tune.repeats)
+            bs = next_bs(record.trials, most, config.tune.repeats)
             left = limit - record.seconds
             if bs is None or left <= 0:
                 break
             begun = time.monotonic()
             work = _work(config, bs, train)
-            tried = _beyond_memory(work, config, bs, runtime)
+            tried = _exceeds_memory(work, config, bs, runtime)
             if tried is None:
-                number = sum(one.bs == bs for one in record.tries)
+                number = sum(one.bs == bs for one in record.trials)
                 place = folder / "tries" / f"bs{bs}_{number}"
                 if orders is not None:
-                    orders.give(bs, str(place.relative_to(folder)))
+                    orders.put(bs, str(place.relative_to(folder)))
                 try:
                     tried = trials.run(bs, place, work, left)
                 finally:
                     record.seconds += time.monotonic() - begun
-            record.tries.append(tried)
+            record.trials.append(tried)
             record.write(done=False)
             print(f"lit_glm: {_line(tried)}", flush=True)
             if tried.status == TIME:
                 break
-        if record.seconds >= limit or (record.tries and record.tries[-1].status == TIME):
+        if record.seconds >= limit or (record.trials and record.trials[-1].status == TIME):
             print(
                 f"lit_glm: tune.max_minutes={config.tune.max_minutes:g} are over: what is known so far; "
                 f"go on with more of them and run.resume={folder}",
@@ -62,31 +62,31 @@ def lead(config: Any, trials: Trials, folder: Path, train: Any) -> int:
         status = stop.exit_status
     finally:
         if orders is not None:
-            orders.give(None, "")
-    best, top = fastest(record.tries), largest(record.tries)
+            orders.put(None, "")
+    best, top = fastest_bs(record.trials), largest_bs(record.trials)
     last = best or top or 1
     print(record.conclude(_work(config, last, train), _software()), flush=True)
-    answered = [one for one in record.tries if one.status != TIME]
+    answered = [one for one in record.trials if one.status != TIME]
     record.write(done=next_bs(answered, most, config.tune.repeats) is None)
     return status or (0 if best is not None else 1)
 
 
-def follow(config: Any, trials: Trials, folder: Path) -> int:
+def run_follower(config: Any, trials: TrialRunner, folder: Path) -> int:
     """Run this node's part of each try that the first node begins."""
-    _stop_in_order()
+    _install_stop_handlers()
     print(f"lit_glm: waiting for node 0 to begin a try in {folder}", flush=True)
-    for bs, place in orders_of(folder, config.run.stall_timeout_s):
+    for bs, place in iter_trials(folder, config.run.stall_timeout_s):
         trials.take_part(bs, folder / place, int(os.environ["NODE_RANK"]), config.run.stall_timeout_s)
     return 0
 
 
-def _stop_in_order() -> None:
+def _install_stop_handlers() -> None:
     """A signal ends the try that runs, and the search behind it, with what is known on disk."""
 
     def stop(number: int, _frame: Any) -> None:
         raise Interrupted(number)
 
-    for number in stopping():
+    for number in stop_signals():
         signal.signal(number, stop)
 
 
@@ -104,22 +104,24 @@ def _work(config: Any, bs: int, train: Any) -> Workload:
     return Workload(replace(config, bs=bs, data=data), train, None)
 
 
-def _beyond_memory(work: Workload, config: Any, bs: int, runtime: Optional[Any]) -> Optional[Try]:
+def _exceeds_memory(work: Workload, config: Any, bs: int, runtime: Optional[Any]) -> Optional[Trial]:
     """A batch size that the estimate puts far beyond a machine's memory would take the machine with it."""
-    from lit_glm.metrics.memory_estimate import judge
+    from lit_glm.metrics.memory_estimate import check_memory
 
     if runtime is None:
         return None
-    found = judge(replace(config, bs=bs), work.lengths, runtime)
-    if (found.own is None or found.guess.total <= 1.1 * found.own) and not found.host:
+    found = check_memory(replace(config, bs=bs), work.lengths, runtime)
+    if (
+        found.available_bytes is None or found.estimate.total <= 1.1 * found.available_bytes
+    ) and not found.host_message:
         return None
-    own = "" if found.own is None else f" of {found.own / 2**30:.1f}"
-    return Try(bs, LIMIT, said=found.host or f"estimated at {found.guess.total / 2**30:.1f}{own} GiB")
+    own = "" if found.available_bytes is None else f" of {found.available_bytes / 2**30:.1f}"
+    return Trial(bs, LIMIT, message=found.host_message or f"estimated at {found.estimate.total / 2**30:.1f}{own} GiB")
 
 
-def _line(tried: Try) -> str:
+def _line(tried: Trial) -> str:
     if tried.status != FITS:
-        return f"bs={tried.bs}: {tried.status} ({tried.said[:160]})"
+        return f"bs={tried.bs}: {tried.status} ({tried.message[:160]})"
     memory = "" if tried.memory_gib is None else f", {tried.memory_gib:.2f} GiB"
     return f"bs={tried.bs}: {tried.p_core or 0.0:.4g} samples/s{memory}"
 

@@ -8,7 +8,7 @@ FITS, MEMORY, LIMIT, TIME = "fits", "out of memory", "not tried", "no time"
 
 
 @dataclass
-class Try:
+class Trial:
     """One try of a batch size."""
 
     bs: int
@@ -18,36 +18,36 @@ class Try:
     mfu: Optional[float] = None
     memory_gib: Optional[float] = None
     samples_per_joule: Optional[float] = None
-    said: str = ""
+    message: str = ""
     """Why it does not fit."""
 
 
-def of_bs(tries: List[Try]) -> Dict[int, List[Try]]:
+def trials_by_bs(tries: List[Trial]) -> Dict[int, List[Trial]]:
     """Tries that fit, by batch size."""
-    found: Dict[int, List[Try]] = {}
+    found: Dict[int, List[Trial]] = {}
     for one in tries:
         if one.status == FITS and one.p_core is not None:
             found.setdefault(one.bs, []).append(one)
     return dict(sorted(found.items()))
 
 
-def middle(tries: List[Try]) -> float:
+def median_p_core(tries: List[Trial]) -> float:
     """Median p_core."""
     return statistics.median(one.p_core or 0.0 for one in tries)
 
 
-def largest(tries: List[Try]) -> Optional[int]:
+def largest_bs(tries: List[Trial]) -> Optional[int]:
     """The largest batch size that fits; None: not even one."""
-    return max(of_bs(tries), default=None)
+    return max(trials_by_bs(tries), default=None)
 
 
-def fastest(tries: List[Try]) -> Optional[int]:
+def fastest_bs(tries: List[Trial]) -> Optional[int]:
     """The fastest batch size: by the median, the smaller one of equals."""
-    known = of_bs(tries)
-    return max(known, key=lambda bs: (middle(known[bs]), -bs), default=None)
+    known = trials_by_bs(tries)
+    return max(known, key=lambda bs: (median_p_core(known[bs]), -bs), default=None)
 
 
-def next_bs(tries: List[Try], most: int, repeats: int) -> Optional[int]:
+def next_bs(tries: List[Trial], most: int, repeats: int) -> Optional[int]:
     """What to try next.
 
     Args:
@@ -58,7 +58,7 @@ def next_bs(tries: List[Try], most: int, repeats: int) -> Optional[int]:
     Returns:
         A batch size; None: all is known.
     """
-    known = of_bs(tries)
+    known = trials_by_bs(tries)
     too_large = [one.bs for one in tries if one.status != FITS]
     low, high = max(known, default=0), min(too_large, default=most + 1)
     if low == 0:
@@ -67,13 +67,13 @@ def next_bs(tries: List[Try], most: int, repeats: int) -> Optional[int]:
         return min(2 * low, most)  # upwards, until something does not fit
     if high - low > max(1, low // 16):
         return (low + high) // 2
-    return _between(known) or _again(known, repeats)
+    return _refine(known) or _repeat(known, repeats)
 
 
-def _between(known: Dict[int, List[Try]]) -> Optional[int]:
+def _refine(known: Dict[int, List[Trial]]) -> Optional[int]:
     """A batch size beside the fastest, where its neighbours are more than a quarter away."""
     order = list(known)
-    best = max(known, key=lambda bs: middle(known[bs]))
+    best = max(known, key=lambda bs: median_p_core(known[bs]))
     place = order.index(best)
     for low, high in ((place, place + 1), (place - 1, place)):
         if low >= 0 and high < len(order) and order[high] - order[low] > max(1, order[low] // 4):
@@ -81,9 +81,9 @@ def _between(known: Dict[int, List[Try]]) -> Optional[int]:
     return None
 
 
-def _again(known: Dict[int, List[Try]], repeats: int) -> Optional[int]:
+def _repeat(known: Dict[int, List[Trial]], repeats: int) -> Optional[int]:
     """The fastest and the one that comes next, while what they measured overlaps; at least twice each."""
-    best, *others = sorted(known, key=lambda bs: -middle(known[bs]))[:2]
+    best, *others = sorted(known, key=lambda bs: -median_p_core(known[bs]))[:2]
     for bs in [best, *others]:
         if len(known[bs]) < min(2, repeats):
             return bs

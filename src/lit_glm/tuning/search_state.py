@@ -11,17 +11,17 @@ from matplotlib.figure import Figure as Canvas
 
 from lit_glm.atomic_files import write_json, write_text
 from lit_glm.config.schema import TrainConfig
-from lit_glm.config.tuned_values import MODEL_KEYS, TUNED
-from lit_glm.metrics.memory_estimate import estimate
-from lit_glm.planning.cost_model import keeps_scores
+from lit_glm.config.tuned_values import MODEL_KEYS, TUNE_FILE
+from lit_glm.metrics.memory_estimate import estimate_memory
+from lit_glm.planning.cost_model import saves_attention_probs
 from lit_glm.planning.workload import Workload
 from lit_glm.reporting.plots import STYLE
-from lit_glm.runs.job_spec import identity
-from lit_glm.runs.result import lines_of, of_config
-from lit_glm.tuning.search import TIME, Try, fastest, largest, middle, of_bs
+from lit_glm.runs.job_spec import config_hash
+from lit_glm.runs.result import config_fields, markdown_table
+from lit_glm.tuning.search import TIME, Trial, fastest_bs, largest_bs, median_p_core, trials_by_bs
 
 
-class Record:
+class SearchState:
     """The tries of a search, on disk."""
 
     def __init__(self, folder: Path, config: TrainConfig) -> None:
@@ -32,53 +32,53 @@ class Record:
             config: of the runs that it is for; bs does not count.
         """
         self.folder, self._config = folder, config
-        self.tries: List[Try] = []
+        self.trials: List[Trial] = []
         self.seconds = 0.0
         """Spent so far, an interrupted part included."""
-        before = read(folder)
+        before = read_state(folder)
         if before is not None:
-            names = {field.name for field in fields(Try)}
-            known = [Try(**{key: value for key, value in one.items() if key in names}) for one in before["tries"]]
-            self.tries = [one for one in known if one.status != TIME]  # there may be more of it now
+            names = {field.name for field in fields(Trial)}
+            known = [Trial(**{key: value for key, value in one.items() if key in names}) for one in before["tries"]]
+            self.trials = [one for one in known if one.status != TIME]  # there may be more of it now
             self.seconds = float(before["seconds"])
 
     def write(self, done: bool) -> None:
         """Write tune.json."""
         content = {
-            **of(self._config),
-            "identity": identity_of(self._config),
+            **search_fields(self._config),
+            "config_hash": search_hash(self._config),
             "done": done,
             "seconds": self.seconds,
-            "largest_bs": largest(self.tries),
-            "fastest_bs": fastest(self.tries),
-            "tries": [asdict(one) for one in self.tries],
+            "largest_bs": largest_bs(self.trials),
+            "fastest_bs": fastest_bs(self.trials),
+            "tries": [asdict(one) for one in self.trials],
         }
-        write_json(self.folder / TUNED, content)
+        write_json(self.folder / TUNE_FILE, content)
 
     def conclude(self, work: Workload, software: str) -> str:
         """Write tune.md, tune.svg and the pair's file; returns what is said."""
-        best, most = fastest(self.tries), largest(self.tries)
-        text = table(self.tries, self._config, work)
+        best, most = fastest_bs(self.trials), largest_bs(self.trials)
+        text = trial_table(self.trials, self._config, work)
         said = [text, ""]
         if best is None:
             said.append("no batch size fits: take a smaller model, activation checkpointing, or more memory")
         else:
             pair = f"{self._config.hardware.name}_{self._config.topology.name}.yaml"
-            write_text(self.folder / pair, pair_file(self.tries, self._config, text, software))
+            write_text(self.folder / pair, fix_hp_text(self.trials, self._config, text, software))
             said += [
                 f"largest bs that fits: {most}; fastest: {best}",
                 f"bs=auto takes the fastest of searches below outputs/tune/; for good: copy {self.folder / pair}",
                 "to the folder fix_hp/ of a configuration of your own (--config-dir)",
             ]
-            write_text(self.folder / "tune.svg", _figure(self.tries, self._config))
+            write_text(self.folder / "tune.svg", _figure(self.trials, self._config))
         shown = "\n".join(said)
         write_text(self.folder / "tune.md", shown + ("\n\n![samples a second by bs](tune.svg)\n" if best else "\n"))
         return shown
 
 
-def of(config: TrainConfig) -> Dict[str, Any]:
+def search_fields(config: TrainConfig) -> Dict[str, Any]:
     """What a search is of."""
-    known = of_config(config)
+    known = config_fields(config)
     return {
         **{key: known[key] for key in ("hardware", "topology", "precision", "scoring", "model")},
         "tf32": config.precision.tf32,
@@ -87,24 +87,24 @@ def of(config: TrainConfig) -> Dict[str, Any]:
     }
 
 
-def identity_of(config: TrainConfig) -> str:
+def search_hash(config: TrainConfig) -> str:
     """Of all that a search depends on; not of bs, which it looks for."""
     plain = TrainConfig(**{entry.name: getattr(config, entry.name) for entry in fields(TrainConfig)})
-    return identity(replace(plain, bs=1, eval_bs=1))
+    return config_hash(replace(plain, bs=1, eval_bs=1))
 
 
-def read(folder: Path) -> Optional[Dict[str, Any]]:
+def read_state(folder: Path) -> Optional[Dict[str, Any]]:
     """tune.json; None if there is none."""
     try:
-        content: Dict[str, Any] = json.loads((folder / TUNED).read_text(encoding="utf-8"))
+        content: Dict[str, Any] = json.loads((folder / TUNE_FILE).read_text(encoding="utf-8"))
         return content
     except (OSError, ValueError):
         return None
 
 
-def table(tries: List[Try], config: TrainConfig, work: Workload) -> str:
+def trial_table(tries: List[Trial], config: TrainConfig, work: Workload) -> str:
     """A row a batch size, the fastest first, what does not fit behind."""
-    known, best, most = of_bs(tries), fastest(tries), largest(tries)
+    known, best, most = trials_by_bs(tries), fastest_bs(tries), largest_bs(tries)
     rows = [
         [
             "bs",
@@ -118,16 +118,16 @@ def table(tries: List[Try], config: TrainConfig, work: Workload) -> str:
             "",
         ]
     ]
-    for bs in sorted(known, key=lambda bs: -middle(known[bs])):
+    for bs in sorted(known, key=lambda bs: -median_p_core(known[bs])):
         own = known[bs]
         rates = [one.p_core or 0.0 for one in own]
-        guess = estimate(config, work.lengths, 0.0, keeps_scores(config), bs).total / 2**30
+        guess = estimate_memory(config, work.lengths, 0.0, saves_attention_probs(config), bs).total / 2**30
         marks = [text for text, is_so in (("fastest", bs == best), ("largest that fits", bs == most)) if is_so]
         spread = f"[{min(rates):.4g}, {max(rates):.4g}]"
         rows.append(
             [
                 str(bs),
-                f"{middle(own):.4g}",
+                f"{median_p_core(own):.4g}",
                 spread if len(own) > 1 else "",
                 str(len(own)),
                 _number(own[-1].mfu, 3),
@@ -139,34 +139,34 @@ def table(tries: List[Try], config: TrainConfig, work: Workload) -> str:
         )
     others = {one.bs: one for one in tries if one.bs not in known}
     rows += [[str(bs), "", "", "", "", "", "", "", one.status] for bs, one in sorted(others.items())]
-    return lines_of(rows)
+    return markdown_table(rows)
 
 
 def _number(value: Optional[float], digits: int) -> str:
     return "" if value is None else f"{value:.{digits}g}" if digits == 3 else f"{value:.{digits}f}"
 
 
-def pair_file(tries: List[Try], config: TrainConfig, text: str, software: str) -> str:
+def fix_hp_text(tries: List[Trial], config: TrainConfig, text: str, software: str) -> str:
     """The fix_hp file of the pair, its evidence in comments."""
-    best, most = fastest(tries), largest(tries)
+    best, most = fastest_bs(tries), largest_bs(tries)
     pair = f"{config.hardware.name}_{config.topology.name}"
     about = f"{config.precision.name}, scoring={config.scoring.name}, model={config.model.name}"
     evidence = "\n".join(f"# {line}".rstrip() for line in text.splitlines())
     return (
         f"# @package _global_\n# Found by `python -m lit_glm.tune` for {pair}: {about}; {software}.\n"
         f"# The fastest bs; the largest that fits is {most}.\n{evidence}\n"
-        f"tuned_for: {pair}\nbs: {best}\neval_bs: {best}\n"
+        f"fix_hp_source: {pair}\nbs: {best}\neval_bs: {best}\n"
     )
 
 
-def _figure(tries: List[Try], config: TrainConfig) -> str:
-    known = of_bs(tries)
+def _figure(tries: List[Trial], config: TrainConfig) -> str:
+    known = trials_by_bs(tries)
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "lit_glm"}):
         canvas = Canvas(figsize=(6.0, 3.4))
         axes = canvas.subplots()
         points: List[Tuple[int, float]] = [(bs, one.p_core or 0.0) for bs, own in known.items() for one in own]
         axes.plot(*zip(*points), "o", alpha=0.6, label="tries")
-        axes.plot(list(known), [middle(own) for own in known.values()], linewidth=1, label="median")
+        axes.plot(list(known), [median_p_core(own) for own in known.values()], linewidth=1, label="median")
         for bs in sorted({one.bs for one in tries} - set(known)):
             axes.axvline(bs, color="tab:red", linestyle=":", linewidth=1)
         axes.set_xscale("log", base=2)

@@ -12,7 +12,7 @@ _FOLDER = "orders"
 _LOOK_S = 0.2
 
 
-class Orders:
+class TrialQueue:
     """Of one start of a search: a folder of its own, so that nobody acts on those of an earlier one."""
 
     def __init__(self, folder: Path) -> None:
@@ -29,13 +29,13 @@ class Orders:
         self._place.mkdir()
         self._given = 0
 
-    def give(self, bs: Optional[int], folder: str) -> None:
+    def put(self, bs: Optional[int], folder: str) -> None:
         """Order a try; None: there are no more."""
         write_json(self._place / f"{self._given:04}.json", {"bs": bs, "folder": folder})
         self._given += 1
 
 
-def orders_of(folder: Path, patience_s: float) -> Iterator[Tuple[int, str]]:
+def iter_trials(folder: Path, patience_s: float) -> Iterator[Tuple[int, str]]:
     """The tries of the newest start that is not over, as they are ordered: batch size and folder of each.
 
     Args:

@@ -13,10 +13,10 @@ import psutil
 
 from lit_glm.errors import RunError
 from lit_glm.planning.workload import Workload
-from lit_glm.process_utils import GRACE_S, die_with_parent, end
+from lit_glm.process_utils import GRACE_S, set_parent_death_signal, terminate_tree
 from lit_glm.runs.result import read_result
-from lit_glm.runs.run_writer import STEPS, read_table
-from lit_glm.tuning.search import FITS, MEMORY, TIME, Try
+from lit_glm.runs.run_writer import STEP_COLUMNS, read_csv_rows
+from lit_glm.tuning.search import FITS, MEMORY, TIME, Trial
 
 UNTIMED = 3
 """Steps that touch memory and start kernels for the first time; the first one has the longest examples."""
@@ -24,7 +24,7 @@ _KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
 
 
 @dataclass
-class Trials:
+class TrialRunner:
     """Runs tries."""
 
     overrides: List[str]
@@ -49,7 +49,7 @@ class Trials:
         ]
         return [sys.executable, "-m", "lit_glm.train", *self.overrides, *own, *self.flags]
 
-    def run(self, bs: int, folder: Path, work: Workload, seconds: float) -> Try:
+    def run(self, bs: int, folder: Path, work: Workload, seconds: float) -> Trial:
         """Try a batch size.
 
         Args:
@@ -64,14 +64,14 @@ class Trials:
         log = folder.with_suffix(".txt")
         status = self._status(bs, folder, log, seconds)
         if status is None:
-            return Try(bs, TIME, said=f"took more than the {seconds:.0f} s that were left")
+            return Trial(bs, TIME, message=f"took more than the {seconds:.0f} s that were left")
         result = read_result(folder) or {}
         error = str(result.get("error") or "")
         if "out of memory" in error or status in _KILLED:
-            return Try(bs, MEMORY, said=error or "killed, most likely for its memory")
+            return Trial(bs, MEMORY, message=error or "killed, most likely for its memory")
         if status != 0:
             raise RunError(f"bs={bs} ended with status {status}: {error or _last_line(log)} (all it said: {log})")
-        return _judged(bs, folder, work, result)
+        return _trial_from_run(bs, folder, work, result)
 
     def take_part(self, bs: int, folder: Path, node: int, seconds: float) -> None:
         """Run another node's part of a try; what came of it is the first node's to say."""
@@ -85,15 +85,15 @@ class Trials:
                 self.command(bs, folder),
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                preexec_fn=partial(die_with_parent, signal.SIGTERM),
+                preexec_fn=partial(set_parent_death_signal, signal.SIGTERM),
             )
             try:
                 return process.wait(timeout=seconds)
             except subprocess.TimeoutExpired:
-                end(psutil.Process(process.pid), GRACE_S)
+                terminate_tree(psutil.Process(process.pid), GRACE_S)
                 return None
             except BaseException:
-                end(psutil.Process(process.pid), GRACE_S)
+                terminate_tree(psutil.Process(process.pid), GRACE_S)
                 raise
 
 
@@ -102,14 +102,14 @@ def _last_line(log: Path) -> str:
     return lines[-1] if lines else "it said nothing"
 
 
-def _judged(bs: int, folder: Path, work: Workload, result: "dict[str, Any]") -> Try:
+def _trial_from_run(bs: int, folder: Path, work: Workload, result: "dict[str, Any]") -> Trial:
     """p_core from the work that the timed steps have done, so that lucky lengths decide nothing."""
-    rows = read_table(folder / "steps.csv", STEPS)[UNTIMED:]
-    flops = np.array([float(work.counter.by_rank(int(row["step"])).mean()) for row in rows])
+    rows = read_csv_rows(folder / "steps.csv", STEP_COLUMNS)[UNTIMED:]
+    flops = np.array([float(work.counter.flops_by_rank(int(row["step"])).mean()) for row in rows])
     seconds = sum(float(row["compute_s"]) for row in rows)
     per_sample = work.mean / bs
     p_core: Optional[float] = float(flops.sum()) / per_sample / seconds * work.ranks if seconds else None
-    return Try(
+    return Trial(
         bs,
         FITS,
         p_core,

@@ -6,16 +6,16 @@ from typing import Any, Callable, Dict, Iterator, List
 
 import torch
 
-from lit_glm.check_result import Finding
+from lit_glm.check_result import CheckResult
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
 from lit_glm.hardware.precision import make_precision
 from lit_glm.hardware.runtimes.base import Runtime
-from lit_glm.metrics.flops import peak_name
+from lit_glm.metrics.flops import peak_key
 from lit_glm.verification import collectives_check, dropout_check, model_check, timing_check
-from lit_glm.verification.fixtures import Sample, make
-from lit_glm.verification.operator_check import Operators, Seen, fallbacks
-from lit_glm.verification.stepper import Stepper
+from lit_glm.verification.fixtures import VerifyFixture, make_fixture
+from lit_glm.verification.operator_check import OperatorRecorder, OperatorResult, find_cpu_fallbacks
+from lit_glm.verification.stepper import TrainStepper
 
 _NARROW = {
     "num_layers": 2,
@@ -31,7 +31,7 @@ _ADVICE = {
 }
 
 
-class Acceptance:
+class AcceptanceTest:
     """All checks of a chip."""
 
     def __init__(self, configurations: List[TrainConfig], runtime: Runtime, whole: bool) -> None:
@@ -50,11 +50,11 @@ class Acceptance:
                 replace(one, model=replace(one.model, **_NARROW), data=replace(one.data, max_seq_length=length))  # type: ignore[arg-type]
                 for one in configurations
             ]
-        self.done: List[Finding] = []
+        self.done: List[CheckResult] = []
         self.passed: Dict[str, bool] = {}
         """Of each precision that could be tried: whether it passed, and all that belongs to none."""
 
-    def what(self) -> str:
+    def title(self) -> str:
         """What is about to be verified."""
         config, model = self.configurations[0], self.configurations[0].model
         cut = "cut to " if self._cut else ""
@@ -73,12 +73,12 @@ class Acceptance:
             "runtime": runtime.name,
             "simulated": runtime.simulated,
             "driver": config.report.driver or runtime.driver_version(),
-            "card": runtime.device_name(0),
+            "device_name": runtime.device_name(0),
             "host": platform.node(),
             "torch": torch.__version__,
         }
 
-    def checks(self) -> Iterator[Finding]:
+    def checks(self) -> Iterator[CheckResult]:
         """Run everything."""
         for config in self.configurations:
             own = []
@@ -90,94 +90,103 @@ class Acceptance:
                 self.passed[config.precision.name] = not any(check.status == "fail" for check in own)
         config, runtime = self.configurations[0], self._runtime
         for name, run in (
-            ("dropout", lambda: [dropout_check.check(runtime)]),
-            ("collectives", lambda: [collectives_check.check(config)]),
-            ("clock", lambda: [timing_check.clock(runtime)]),
-            ("bandwidth", lambda: timing_check.bandwidth(runtime)),
+            ("dropout", lambda: [dropout_check.check_dropout(runtime)]),
+            ("collectives", lambda: [collectives_check.check_collectives(config)]),
+            ("clock", lambda: [timing_check.check_clock(runtime)]),
+            ("bandwidth", lambda: timing_check.check_bandwidth(runtime)),
         ):
-            for check in _kept(name, run):
+            for check in _catch_errors(name, run):
                 self.done.append(check)
                 if check.status == "fail":
                     self.passed = dict.fromkeys(self.passed, False)
                 yield check
 
-    def _of_precision(self, config: TrainConfig) -> Iterator[Finding]:
+    def _of_precision(self, config: TrainConfig) -> Iterator[CheckResult]:
         name, runtime = config.precision.name, self._runtime
         try:
             plugin: Any = make_precision(config, runtime, tried=name != "fp32")  # what fp32 lacks is named below
         except InputError as error:
             first = str(error).splitlines()[0]
-            yield Finding(f"precision {name}", "skip", first, advice="take it out of the hardware file's precisions")
+            yield CheckResult(
+                f"precision {name}", "skip", first, advice="take it out of the hardware file's precisions"
+            )
             return
-        which = peak_name(config, runtime.has_tf32)
+        which = peak_key(config, runtime.has_tf32)
         tf32 = which == "tf32"
-        sample = make(config)
-        seen: List[Seen] = []
-        yield from _kept(f"operators {name}", lambda: _operators(config, sample, runtime, tf32, seen))
+        sample = make_fixture(config)
+        seen: List[OperatorResult] = []
+        yield from _catch_errors(f"operators {name}", lambda: _operators(config, sample, runtime, tf32, seen))
         wrong = sorted({one.name for one in seen if one.status in ("differs", "missing")})
         if any(one.status == "missing" for one in seen):
-            yield Finding(f"model {name}", "skip", f"not checked: there is no {', '.join(wrong)}")
+            yield CheckResult(f"model {name}", "skip", f"not checked: there is no {', '.join(wrong)}")
         else:
-            for check in _kept(f"model {name}", lambda: model_check.layers(config, sample, runtime, tf32)):
-                yield _explained(check, wrong)
-            for check in _kept(f"training {name}", lambda: model_check.training(config, sample, runtime, tf32)):
-                yield _explained(check, wrong)
+            for check in _catch_errors(
+                f"model {name}", lambda: model_check.check_layers(config, sample, runtime, tf32)
+            ):
+                yield _downgrade_consequence(check, wrong)
+            for check in _catch_errors(
+                f"training {name}", lambda: model_check.check_training(config, sample, runtime, tf32)
+            ):
+                yield _downgrade_consequence(check, wrong)
         peak = config.hardware.peak_tflops.get(which)
-        yield from _kept(f"speed {name}", lambda: timing_check.speed(config, runtime, plugin.computes_in, peak, which))
+        yield from _catch_errors(
+            f"speed {name}", lambda: timing_check.check_speed(config, runtime, plugin.computes_in, peak, which)
+        )
 
 
-def _kept(name: str, run: Callable[[], List[Finding]]) -> List[Finding]:
+def _catch_errors(name: str, run: Callable[[], List[CheckResult]]) -> List[CheckResult]:
     """What a check says, or what it raised."""
     try:
         return run()
     except Exception as error:
         text = " ".join(str(error).split())[:300]
-        return [Finding(name, "fail", f"{type(error).__name__}: {text}")]
+        return [CheckResult(name, "fail", f"{type(error).__name__}: {text}")]
 
 
-def _explained(check: Finding, wrong: List[str]) -> Finding:
+def _downgrade_consequence(check: CheckResult, wrong: List[str]) -> CheckResult:
     """What follows from an operator that is named already is no failure of its own."""
     if check.status == "fail" and wrong:
         return replace(check, status="warn", advice=f"follows from {', '.join(wrong)}, above")
     return check
 
 
-def _operators(config: TrainConfig, sample: Sample, runtime: Runtime, tf32: bool, seen: List[Seen]) -> List[Finding]:
+def _operators(
+    config: TrainConfig, sample: VerifyFixture, runtime: Runtime, tf32: bool, seen: List[OperatorResult]
+) -> List[CheckResult]:
     """A training step and an evaluation of each scoring; what is wrong in lines of its own."""
     model = replace(
         sample.model, hidden_dropout=config.model.hidden_dropout, attention_dropout=config.model.attention_dropout
     )
-    operators = Operators(runtime.device(0), tf32)
+    operators = OperatorRecorder(runtime.device(0), tf32)
     backs: List[Any] = []
     for batch in (sample.flat, sample.padded):
-        stepper = Stepper(config, replace(sample, model=model), runtime)
-        with operators.watching():
+        stepper = TrainStepper(config, replace(sample, model=model), runtime)
+        with operators.recording():
             stepper.train(batch)
             stepper.evaluate(batch)
         if not any(one.status == "missing" for one in operators.seen.values()):
-            backs += fallbacks(lambda: (stepper.train(batch), stepper.evaluate(batch)))  # noqa: B023
+            backs += find_cpu_fallbacks(lambda: (stepper.train(batch), stepper.evaluate(batch)))  # noqa: B023
     seen += operators.seen.values()
     for name, said in dict(backs).items():
         if not any(one.name == name and one.status == "falls back" for one in seen):
-            seen.append(Seen(name, "", "falls back", said=said))
+            seen.append(OperatorResult(name, "", "falls back", message=said))
     label = f"operators {config.precision.name}"
     checks = []
     for one in seen:
         if one.status in _ADVICE:
-            what = (
-                f"{one.status}{f': {one.said}' if one.said else ''} {f'({one.shapes})' if one.shapes else ''}".strip()
-            )
-            figure, bound = (one.far.typical, one.bound) if one.status == "differs" else (None, None)
-            checks.append(Finding(f"{label}: {one.name}", "fail", what, _ADVICE[one.status], figure, bound))
+            reason, shapes = f": {one.message}" if one.message else "", f" ({one.shapes})" if one.shapes else ""
+            what = f"{one.status}{reason}{shapes}"
+            figure, bound = (one.error.typical, one.bound) if one.status == "differs" else (None, None)
+            checks.append(CheckResult(f"{label}: {one.name}", "fail", what, _ADVICE[one.status], figure, bound))
     unknown = sorted({one.name for one in seen if one.status == "unknown"})
     if unknown:
         said = f"{', '.join(unknown)}: nothing to compare with alone"
-        checks.append(Finding(f"{label}: unknown", "warn", said, advice="judged by the model below"))
+        checks.append(CheckResult(f"{label}: unknown", "warn", said, advice="judged by the model below"))
     good = [one for one in seen if one.status == "ok"]
-    nearest = max(good, key=lambda one: one.far.typical / (one.bound or 1.0), default=None)
+    nearest = max(good, key=lambda one: one.error.typical / (one.bound or 1.0), default=None)
     if nearest is not None:
         drawn = sum(one.status == "drawn" for one in seen)
         names = {one.name for one in good}
         said = f"{len(names)} in {len(good)} shapes agree, {drawn} draw numbers; nearest to its bound {nearest.name}"
-        checks.append(Finding(label, "ok", said, figure=nearest.far.typical, bound=nearest.bound))
+        checks.append(CheckResult(label, "ok", said, value=nearest.error.typical, bound=nearest.bound))
     return checks

@@ -27,7 +27,9 @@ def roundoff(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps) / 2 if dtype in (torch.float16, torch.bfloat16) else 2.0**-24
 
 
-def of_operator(dtype: torch.dtype, terms: int, tf32: bool, several: bool = False, adds_in_type: bool = False) -> float:
+def operator_bound(
+    dtype: torch.dtype, terms: int, tf32: bool, several: bool = False, adds_in_type: bool = False
+) -> float:
     """Largest root mean square of the errors of one operator, relative to that of the exact result.
 
     Args:
@@ -41,7 +43,7 @@ def of_operator(dtype: torch.dtype, terms: int, tf32: bool, several: bool = Fals
     return (_SEVERAL if several else 1.0) * _SAFETY * (roundoff(dtype) + accumulated * math.sqrt(max(1, terms)))
 
 
-def of_layers(dtype: torch.dtype, layers: int, width: int, tf32: bool) -> float:
+def layer_bound(dtype: torch.dtype, layers: int, width: int, tf32: bool) -> float:
     """The same of what comes out of several layers: each adds errors of its own, of random signs.
 
     Args:
@@ -50,11 +52,11 @@ def of_layers(dtype: torch.dtype, layers: int, width: int, tf32: bool) -> float:
         width: D; sums have 4 D terms.
         tf32: see above.
     """
-    return of_operator(dtype, 4 * width, tf32) * math.sqrt(1.0 + layers)
+    return operator_bound(dtype, 4 * width, tf32) * math.sqrt(1.0 + layers)
 
 
 @dataclass
-class Distance:
+class RelativeError:
     """How far a result is from the exact one, relative to the exact one's size."""
 
     typical: float
@@ -67,7 +69,7 @@ class Distance:
         return self.typical <= bound and self.largest <= _HIGHEST * bound
 
 
-def distance(result: Tensor, exact: Tensor, least: float = 0.0) -> Distance:
+def relative_error(result: Tensor, exact: Tensor, least: float = 0.0) -> RelativeError:
     """Compare.
 
     Args:
@@ -77,7 +79,7 @@ def distance(result: Tensor, exact: Tensor, least: float = 0.0) -> Distance:
     """
     got = result.detach().cpu().double()
     if got.shape != exact.shape:
-        return Distance(math.inf, math.inf)
+        return RelativeError(math.inf, math.inf)
     highest = float(torch.finfo(result.dtype).max)
     beyond = exact.isfinite() & (exact.abs() > highest) & ((got - exact.sign() * highest).abs() < 0.5 * highest)
     beyond |= exact.isfinite() & (exact.abs() > highest) & (got == exact.sign() * math.inf)
@@ -88,22 +90,22 @@ def distance(result: Tensor, exact: Tensor, least: float = 0.0) -> Distance:
         error = (error - _SMALLEST_HALF).clamp(min=0.0)
     finite = torch.where(exact.isfinite(), exact, torch.zeros_like(exact)).abs()
     if not error.numel() or not bool(error.any()):
-        return Distance(0.0, 0.0)
+        return RelativeError(0.0, 0.0)
     if not bool(error.isfinite().all()):
-        return Distance(math.inf, math.inf)
+        return RelativeError(math.inf, math.inf)
     size, largest = float(finite.square().mean().sqrt()), float(finite.max())
     tiny = float(torch.finfo(torch.float32).tiny)
-    return Distance(
+    return RelativeError(
         float(error.square().mean().sqrt()) / max(size, least, tiny), float(error.max()) / max(largest, least, tiny)
     )
 
 
-def worst(distances: List[Distance]) -> Distance:
+def largest_error(distances: List[RelativeError]) -> RelativeError:
     """The largest of each."""
-    return Distance(max(one.typical for one in distances), max(one.largest for one in distances))
+    return RelativeError(max(one.typical for one in distances), max(one.largest for one in distances))
 
 
-def terms_of(inputs: List[Any], outputs: List[Any]) -> int:
+def reduction_length(inputs: List[Any], outputs: List[Any]) -> int:
     """K of an operator: its longest dimension, or all that goes into an element of the smallest result."""
     longest = max((max(tensor.shape, default=1) for tensor in (*inputs, *outputs)), default=1)
     into = max((tensor.numel() for tensor in inputs), default=1)

@@ -9,11 +9,11 @@ from typing import List
 import torch
 
 from lit_glm.config.schema import ModelConfig, TrainConfig
-from lit_glm.data.batch import FlatBatch, PaddedBatch
-from lit_glm.data.cloze import encode
-from lit_glm.data.collate import flat_batch, padded_batch
+from lit_glm.data.batch import PackedBatch, PaddedBatch
+from lit_glm.data.cloze import encode_questions
+from lit_glm.data.collate import collate_packed, collate_padded
 from lit_glm.data.h5sparse import SparseWriter
-from lit_glm.data.memmap_dataset import open_split
+from lit_glm.data.memmap_dataset import open_dataset
 from lit_glm.data.superglue_jsonl import Question
 from lit_glm.model.build import build_glm
 from lit_glm.model.glm import GLM
@@ -35,20 +35,20 @@ class _Characters:
 
 
 @dataclass
-class Sample:
+class VerifyFixture:
     """What is computed with."""
 
     model: ModelConfig
-    flat: FlatBatch
+    flat: PackedBatch
     padded: PaddedBatch
 
-    def weights(self) -> GLM:
+    def fresh_model(self) -> GLM:
         """A float32 model on the processor; the same at every call."""
         torch.manual_seed(_SEED)
         return build_glm(self.model)[0]
 
 
-def make(config: TrainConfig, examples: int = 2, candidates: int = 3) -> Sample:
+def make_fixture(config: TrainConfig, examples: int = 2, candidates: int = 3) -> VerifyFixture:
     """Generate.
 
     Args:
@@ -70,11 +70,11 @@ def make(config: TrainConfig, examples: int = 2, candidates: int = 3) -> Sample:
         choices = [text(2 + number % 4) for _ in range(candidates)]  # of one length: a longer one is never chosen
         passage = text(int(length * (0.55 + 0.2 * number / max(1, examples - 1))))
         questions.append(Question(number, f"{number}", 1, passage, text(5), text(7), choices, choices[:1], [0]))
-    encoded = encode(questions, _Characters(model.vocab_size), length)  # type: ignore[arg-type]
+    encoded = encode_questions(questions, _Characters(model.vocab_size), length)  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory(prefix="lit_glm-verify-") as folder:
         writer = SparseWriter(Path(folder) / "some.hdf5", length)
         writer.add(encoded.columns, encoded.separators, encoded.counts, encoded.right)
         writer.close()
-        split = open_split(Path(folder) / "some.hdf5", True, None)
+        split = open_dataset(Path(folder) / "some.hdf5", True, None)
         indices = list(range(examples))
-        return Sample(model, flat_batch(split, indices), padded_batch(split, indices, length))
+        return VerifyFixture(model, collate_packed(split, indices), collate_padded(split, indices, length))

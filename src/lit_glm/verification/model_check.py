@@ -4,12 +4,12 @@ import math
 from dataclasses import replace
 from typing import List
 
-from lit_glm.check_result import Finding
+from lit_glm.check_result import CheckResult
 from lit_glm.config.schema import TrainConfig
 from lit_glm.hardware.runtimes.base import Runtime
-from lit_glm.verification.error_bounds import distance, of_layers
-from lit_glm.verification.fixtures import Sample
-from lit_glm.verification.stepper import Stepper
+from lit_glm.verification.error_bounds import layer_bound, relative_error
+from lit_glm.verification.fixtures import VerifyFixture
+from lit_glm.verification.stepper import TrainStepper
 
 _BACKWARD = 4.0
 """Gradients pass twice as many products as hidden states, and scores of nearly equal size cancel in the loss."""
@@ -20,22 +20,22 @@ _DRIFT = 8.0
 """How far losses may drift apart over the steps, beside one forward pass."""
 
 
-def layers(config: TrainConfig, sample: Sample, runtime: Runtime, tf32: bool) -> List[Finding]:
+def check_layers(config: TrainConfig, sample: VerifyFixture, runtime: Runtime, tf32: bool) -> List[CheckResult]:
     """Hidden states after every layer, scores and loss; then the gradient of every parameter."""
-    exact_stages, exact_gradients = Stepper(config, sample, runtime, exact=True).insides(sample.flat)
-    own = Stepper(config, sample, runtime)
-    stages, gradients = own.insides(sample.flat)
+    exact_stages, exact_gradients = TrainStepper(config, sample, runtime, exact=True).capture(sample.flat)
+    own = TrainStepper(config, sample, runtime)
+    stages, gradients = own.capture(sample.flat)
     width = sample.model.hidden_size
     worst, first = 0.0, ""
-    bound = of_layers(own.computes_in, sample.model.num_layers, width, tf32)
+    bound = layer_bound(own.computes_in, sample.model.num_layers, width, tf32)
     for number, ((name, mine), (_, theirs)) in enumerate(zip(stages, exact_stages)):
-        limit = of_layers(own.computes_in, min(number + 1, sample.model.num_layers), width, tf32)
-        far = distance(mine.float(), theirs.double())
+        limit = layer_bound(own.computes_in, min(number + 1, sample.model.num_layers), width, tf32)
+        far = relative_error(mine.float(), theirs.double())
         worst = max(worst, far.typical * bound / limit)
         if not far.within(limit) and not first:
             first = name
     checks = [
-        Finding(
+        CheckResult(
             f"model {config.precision.name}",
             "fail" if first else "ok",
             f"{first} is the first that deviates" if first else f"{len(stages) - 3} layers, scores and loss agree",
@@ -51,31 +51,31 @@ def layers(config: TrainConfig, sample: Sample, runtime: Runtime, tf32: bool) ->
         if name not in gradients:
             ranked.append((math.inf, name))
             continue
-        ranked.append((distance(gradients[name], theirs, _NEGLIGIBLE * largest).typical, name))
+        ranked.append((relative_error(gradients[name], theirs, _NEGLIGIBLE * largest).typical, name))
     far_off, name = max(ranked)
     deviates = far_off > bound
     said = f"{name} deviates most" if deviates else f"{len(ranked)} parameters agree"
     advice = "look at the operators of the backward pass, above" if deviates else ""
     checks.append(
-        Finding(f"gradients {config.precision.name}", "fail" if deviates else "ok", said, advice, far_off, bound)
+        CheckResult(f"gradients {config.precision.name}", "fail" if deviates else "ok", said, advice, far_off, bound)
     )
     return checks
 
 
-def training(config: TrainConfig, sample: Sample, runtime: Runtime, tf32: bool) -> List[Finding]:
+def check_training(config: TrainConfig, sample: VerifyFixture, runtime: Runtime, tf32: bool) -> List[CheckResult]:
     """25 steps against the processor's, then the same once more on the device."""
     short = replace(config, optimizer=replace(config.optimizer, lr=1e-4, warmup=0.0))
     small = replace(sample, model=replace(sample.model, num_layers=min(2, sample.model.num_layers)))
 
-    steppers = [Stepper(short, small, runtime, exact) for exact in (True, False, False)]
+    steppers = [TrainStepper(short, small, runtime, exact) for exact in (True, False, False)]
     exact, mine, again = ([stepper.train(small.flat) for _ in range(_STEPS)] for stepper in steppers)
-    bound = _DRIFT * of_layers(steppers[1].computes_in, small.model.num_layers, small.model.hidden_size, tf32)
+    bound = _DRIFT * layer_bound(steppers[1].computes_in, small.model.num_layers, small.model.hidden_size, tf32)
     far = max(abs(own - other) / max(1.0, abs(other)) for own, other in zip(mine, exact))
     name, falls = f"training {config.precision.name}", mine[-1] < mine[0]
     well = far <= bound and falls
     said = f"{_STEPS} losses, {mine[0]:.4f} to {mine[-1]:.4f}, as the processor's"
     checks = [
-        Finding(
+        CheckResult(
             name,
             "ok" if well else "fail",
             said if well else f"losses leave the processor's (the last is {mine[-1]:.4f}, there {exact[-1]:.4f})",
@@ -87,5 +87,5 @@ def training(config: TrainConfig, sample: Sample, runtime: Runtime, tf32: bool) 
     same = mine == again
     said = "the same bits twice" if same else "twice the same training gives other bits"
     advice = "" if same else "comparable, but a resumed run is not equal to an uninterrupted one"
-    checks.append(Finding(f"repeatable {config.precision.name}", "ok" if same else "warn", said, advice=advice))
+    checks.append(CheckResult(f"repeatable {config.precision.name}", "ok" if same else "warn", said, advice=advice))
     return checks

@@ -14,10 +14,16 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 import torch
 from torch import Tensor
 
-from lit_glm.compat import seeing_operators
-from lit_glm.hardware.oom import is_shortage
-from lit_glm.verification.error_bounds import Distance, distance, of_operator, terms_of, worst
-from lit_glm.verification.reference_ops import counterpart
+from lit_glm.compat import dispatch_mode
+from lit_glm.hardware.oom import is_oom_error
+from lit_glm.verification.error_bounds import (
+    RelativeError,
+    largest_error,
+    operator_bound,
+    reduction_length,
+    relative_error,
+)
+from lit_glm.verification.reference_ops import reference_result
 
 _DRAWN = ("rand", "bernoulli", "dropout", "normal_", "uniform", "exponential", "multinomial")
 _PLAIN = (
@@ -30,19 +36,19 @@ _PLAIN = (
 
 
 @dataclass
-class Seen:
+class OperatorResult:
     """An operator with the shapes and types that it was called with."""
 
     name: str
     shapes: str
     status: str
     """ok, differs, missing, falls back, drawn, unknown."""
-    far: Distance = field(default_factory=lambda: Distance(0.0, 0.0))
+    error: RelativeError = field(default_factory=lambda: RelativeError(0.0, 0.0))
     bound: float = 0.0
-    said: str = ""
+    message: str = ""
 
 
-def name_of(operator: Any) -> str:
+def operator_name(operator: Any) -> str:
     """Such as `aten.addmm`, without the overload."""
     parts = str(operator).split(".")  # aten.addmm.default
     return parts[1] if parts[0] == "aten" else ".".join(parts[:2])
@@ -57,30 +63,30 @@ def tensors_in(value: Any) -> List[Tensor]:
     return [tensor for entry in value for tensor in tensors_in(entry)] if isinstance(value, (list, tuple)) else []
 
 
-def changed(value: Any, change: Callable[[Any], Any]) -> Any:
+def map_structure(value: Any, change: Callable[[Any], Any]) -> Any:
     """Arguments with everything that is no container changed."""
     if isinstance(value, dict):
-        return {key: changed(entry, change) for key, entry in value.items()}
+        return {key: map_structure(entry, change) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(changed(entry, change) for entry in value)
+        return type(value)(map_structure(entry, change) for entry in value)
     return change(value)
 
 
-def on_host(value: Any) -> Any:
+def to_host(value: Any) -> Any:
     """A tensor's copy on the processor, in rows; a device by the processor."""
     if isinstance(value, Tensor):
         return _in_rows(value.detach()).to("cpu", copy=True)
     return torch.device("cpu") if isinstance(value, torch.device) else value
 
 
-def wide(value: Any) -> Any:
+def to_float64(value: Any) -> Any:
     """Floating tensors and types by float64."""
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.double()
     return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
 
 
-class Operators:
+class OperatorRecorder:
     """Sees all operators of a device and judges each kind of call once."""
 
     def __init__(self, device: torch.device, tf32: bool) -> None:
@@ -91,16 +97,16 @@ class Operators:
             tf32: whether products of float32 may round their inputs.
         """
         self._device, self._tf32 = device, tf32
-        self.seen: Dict[Any, Seen] = {}
+        self.seen: Dict[Any, OperatorResult] = {}
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
+    def recording(self) -> Iterator[None]:
         """Inside, everything is seen."""
-        with seeing_operators(self._see):
+        with dispatch_mode(self._see):
             yield
 
     def _see(self, operator: Any, args: Any, kwargs: Any) -> Any:
-        name, tensors = name_of(operator), tensors_in([args, kwargs])
+        name, tensors = operator_name(operator), tensors_in([args, kwargs])
         here = not tensors or any(tensor.device.type == self._device.type for tensor in tensors)
         if not here or name == "t" or name.startswith(_PLAIN):
             return operator(*args, **kwargs)
@@ -109,34 +115,34 @@ class Operators:
             return operator(*args, **kwargs)
         shapes = ", ".join(f"{_type(tensor)}{list(tensor.shape)}" for tensor in tensors[:4])
         if any(word in name for word in _DRAWN):
-            self.seen[key] = Seen(name, shapes, "drawn")
+            self.seen[key] = OperatorResult(name, shapes, "drawn")
             return operator(*args, **kwargs)
-        before = changed((args, kwargs), on_host)
+        before = map_structure((args, kwargs), to_host)
         try:
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
                 out = operator(*args, **kwargs)
         except (NotImplementedError, RuntimeError) as error:
-            if is_shortage(error):
+            if is_oom_error(error):
                 raise
-            self.seen[key] = Seen(name, shapes, "missing", said=str(error).strip().splitlines()[0][:200])
+            self.seen[key] = OperatorResult(name, shapes, "missing", message=str(error).strip().splitlines()[0][:200])
             return self._by_the_processor(operator, args, before, error)
         found = self._judged(operator, name, shapes, before, (args, kwargs), out)
         backs = [str(entry.message) for entry in said if "fall" in str(entry.message).lower()]
         elsewhere = [tensor for tensor in tensors_in(out) if tensor.device.type != self._device.type]
         if backs or (elsewhere and "to_copy" not in name and "copy_" not in name):
-            found.status, found.said = "falls back", (backs or [f"its result is on {elsewhere[0].device}"])[0][:200]
+            found.status, found.message = "falls back", (backs or [f"its result is on {elsewhere[0].device}"])[0][:200]
         self.seen[key] = found
         return out
 
     def _by_the_processor(self, operator: Any, args: Any, before: Any, error: Exception) -> Any:
         """What the device cannot do, in float64, so that the step goes on."""
-        wide_args, wide_kwargs = changed(before, wide)
+        wide_args, wide_kwargs = map_structure(before, to_float64)
         try:
-            out = counterpart(name_of(operator), operator, wide_args, wide_kwargs)
+            out = reference_result(operator_name(operator), operator, wide_args, wide_kwargs)
         except Exception:
             raise error from None
-        if name_of(operator).endswith("_"):
+        if operator_name(operator).endswith("_"):
             for mine, theirs in zip(tensors_in(args), tensors_in(wide_args)):
                 mine.copy_(theirs)
             return args[0]
@@ -147,38 +153,40 @@ class Operators:
                 return part
             return part.to(self._device, floating if part.is_floating_point() else part.dtype)
 
-        return changed(out, back)
+        return map_structure(out, back)
 
-    def _judged(self, operator: Any, name: str, shapes: str, before: Any, after: Any, out: Any) -> Seen:
+    def _judged(self, operator: Any, name: str, shapes: str, before: Any, after: Any, out: Any) -> OperatorResult:
         writes = name.endswith("_") or str(operator).endswith("out")
         try:
-            inputs = changed(before, wide)
-            exact: Any = counterpart(name, operator, *inputs)
+            inputs = map_structure(before, to_float64)
+            exact: Any = reference_result(name, operator, *inputs)
         except Exception as error:
-            return Seen(name, shapes, "unknown", said=f"{type(error).__name__}: {' '.join(str(error).split())[:120]}")
+            return OperatorResult(
+                name, shapes, "unknown", message=f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+            )
         if exact is None and not writes:
-            return Seen(name, shapes, "unknown", said="the processor has it in no other way")
+            return OperatorResult(name, shapes, "unknown", message="the processor has it in no other way")
         mine = tensors_in(list(after)) if writes else [_in_rows(tensor) for tensor in tensors_in(out)]
         theirs = tensors_in(list(inputs)) if writes else tensors_in(exact)
         pairs = [(own, other) for own, other in zip(mine, theirs) if own.numel()]
-        terms = terms_of(tensors_in(list(before)), [own for own, _ in pairs])
-        far, bound, status = [Distance(0.0, 0.0)], 0.0, "ok"
+        terms = reduction_length(tensors_in(list(before)), [own for own, _ in pairs])
+        far, bound, status = [RelativeError(0.0, 0.0)], 0.0, "ok"
         for own, other in pairs:
             if own.is_floating_point():
                 narrowest = _narrowest([own, *tensors_in(list(before))])
                 in_type = any(word in name for word in _ADDS_IN_TYPE)
-                own_bound = of_operator(narrowest, terms, self._tf32, "attention" in name, in_type)
+                own_bound = operator_bound(narrowest, terms, self._tf32, "attention" in name, in_type)
                 # What nearly cancels is as far off as what it was made of.
                 least = _size(tensors_in(list(inputs))) if narrowest is torch.float32 else 0.0
-                distant = distance(own, other.double(), least)
+                distant = relative_error(own, other.double(), least)
                 bound = max(bound, own_bound)
                 status = status if distant.within(own_bound) else "differs"
             else:
                 share = float((own.cpu() != other.to(own.dtype)).double().mean())
-                distant = Distance(share, share)
+                distant = RelativeError(share, share)
                 status = status if share <= _TIES else "differs"
             far.append(distant)
-        return Seen(name, shapes, status, worst(far), bound)
+        return OperatorResult(name, shapes, status, largest_error(far), bound)
 
 
 _ADDS_IN_TYPE = ("index_add", "scatter_add", "embedding_dense_backward", "index_put")
@@ -214,10 +222,10 @@ def _outline(value: Any) -> Any:
     plain: Callable[[Any], Any] = lambda entry: (  # noqa: E731
         (str(entry.dtype), tuple(entry.shape)) if isinstance(entry, Tensor) else repr(entry)
     )
-    return changed(value, plain)
+    return map_structure(value, plain)
 
 
-def fallbacks(step: Callable[[], Any]) -> List[Tuple[str, str]]:
+def find_cpu_fallbacks(step: Callable[[], Any]) -> List[Tuple[str, str]]:
     """Operators that torch sends to the processor and back without a word, as its profiler sees them in a step."""
     with torch.autograd.profiler.profile() as profile:
         step()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def counterpart(name: str, operator: Any, args: Any, kwargs: Any) -> Any:
+def reference_result(name: str, operator: Any, args: Any, kwargs: Any) -> Any:
     """Results in float64; None where nothing is known to compare with.
 
     Args:

@@ -8,20 +8,20 @@ from pytorch_lightning.plugins.precision import Precision
 from torch import Tensor
 
 from lit_glm.config.schema import LossScaleConfig, TrainConfig
-from lit_glm.hardware.precision import FP16, Scaled, make_precision
+from lit_glm.hardware.precision import FP16Precision, LossScalingPrecision, make_precision
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.model.build import build_glm
-from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, choice_loss, score_table
+from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, candidate_loss, candidate_scores
 from lit_glm.training.optimizer import make_optimizer
-from lit_glm.verification.fixtures import Sample
+from lit_glm.verification.fixtures import VerifyFixture
 
 _LOSS_SCALE = 1024.0
 
 
-class Stepper:
+class TrainStepper:
     """A model with its optimizer."""
 
-    def __init__(self, config: TrainConfig, sample: Sample, runtime: Runtime, exact: bool = False) -> None:
+    def __init__(self, config: TrainConfig, sample: VerifyFixture, runtime: Runtime, exact: bool = False) -> None:
         """Make it, with the sample's weights.
 
         Args:
@@ -30,26 +30,26 @@ class Stepper:
             runtime: of the device.
             exact: in float64 on the processor instead: what the others are held against.
         """
-        weights = sample.weights()
+        weights = sample.fresh_model()
         self.device = torch.device("cpu") if exact else runtime.device(0)
         # Training begins too high and finds its scale by leaving steps out; here each step counts.
         scaled = replace(config, precision=replace(config.precision, loss_scale=LossScaleConfig(initial=_LOSS_SCALE)))
         plugin: Any = Precision() if exact else make_precision(scaled, runtime, tried=False)
         self._plugin = plugin
         self.computes_in: torch.dtype = torch.float64 if exact else plugin.computes_in
-        self.glm = weights.double() if exact else build_glm(sample.model, runtime.kernels())[0]
+        self.glm = weights.double() if exact else build_glm(sample.model, runtime.model_ops())[0]
         if not exact:
             self.glm.load_state_dict(weights.state_dict())
             plugin.convert_module(self.glm).to(self.device)
         self._clip = config.optimizer.clip_grad
         self.optimizer = make_optimizer(self.glm.train(), config.optimizer)
-        if isinstance(self._plugin, FP16):
+        if isinstance(self._plugin, FP16Precision):
             self._plugin.wrap_optimizers([self.optimizer])
 
     def _backward(self, batch: Any) -> Tensor:
         with self._plugin.forward_context():
-            table = score_table(self.glm, batch, TRAIN_MASK)
-            loss = choice_loss(table)
+            table = candidate_scores(self.glm, batch, TRAIN_MASK)
+            loss = candidate_loss(table)
         scaler = getattr(self._plugin, "scaler", None)
         (loss if scaler is None else scaler.multiply(loss.float())).backward()
         return loss.detach()
@@ -58,14 +58,14 @@ class Stepper:
         """One step; its loss before the update."""
         batch = batch.to(self.device)
         loss = self._backward(batch)
-        scaled = self._plugin if isinstance(self._plugin, Scaled) else None
+        scaled = self._plugin if isinstance(self._plugin, LossScalingPrecision) else None
         if scaled is not None:
-            scaled.divide(self.optimizer)
+            scaled.unscale_(self.optimizer)
         trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(trained, self._clip)
-        if scaled is None or scaled.accepts(norm):
+        if scaled is None or scaled.update_scale(norm):
             self.optimizer.step()
-            if isinstance(self._plugin, FP16):
+            if isinstance(self._plugin, FP16Precision):
                 self._plugin.round_weights()
         self.optimizer.zero_grad(set_to_none=True)
         return float(loss)
@@ -74,11 +74,11 @@ class Stepper:
         """Scores [B, C] of a batch, as an evaluation computes them."""
         self.glm.eval()
         with torch.no_grad(), self._plugin.forward_context():
-            table = score_table(self.glm, batch.to(self.device), EVAL_MASK, slice_size=10)
+            table = candidate_scores(self.glm, batch.to(self.device), EVAL_MASK, slice_size=10)
         self.glm.train()
         return table
 
-    def insides(self, batch: Any) -> Tuple[List[Tuple[str, Tensor]], Dict[str, Tensor]]:
+    def capture(self, batch: Any) -> Tuple[List[Tuple[str, Tensor]], Dict[str, Tensor]]:
         """What a forward pass comes to, stage by stage in its order, and the gradients of all parameters."""
         seen: List[Tuple[str, Tensor]] = []
         transformer = self.glm.transformer

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lit_glm.config.schema import LossScaleConfig
-from lit_glm.model.runtime_ops import Kernels
+from lit_glm.model.runtime_ops import RuntimeOps
 
 
 class Runtime:
@@ -30,16 +30,16 @@ class Runtime:
     backend = "gloo"
     """Collective backend for torch.distributed."""
 
-    install = ""
+    install_hint = ""
     """How to get what it needs."""
 
     @staticmethod
-    def missing() -> Optional[str]:
+    def unavailable_reason() -> Optional[str]:
         """Why this runtime cannot be used here; None if it can. Must not import the vendor's package."""
         return None
 
     @staticmethod
-    def cannot_span(nodes: int) -> Optional[str]:
+    def multi_node_unsupported_reason(nodes: int) -> Optional[str]:
         """Why the vendor's collectives cannot work between so many nodes; None if they can."""
         return None
 
@@ -57,7 +57,7 @@ class Runtime:
     def synchronize(self) -> None:
         """Wait until the current device has nothing left to do."""
 
-    def read_later(self, values: Tensor, pending: Optional[Any] = None) -> Callable[[], List[Any]]:
+    def to_host_async(self, values: Tensor, pending: Optional[Any] = None) -> Callable[[], List[Any]]:
         """Begin to read a few numbers of the device; whoever asks for them waits for them.
 
         Args:
@@ -95,9 +95,9 @@ class Runtime:
 
         return recompute
 
-    def kernels(self) -> Kernels:
+    def model_ops(self) -> RuntimeOps:
         """What the model is to call in this runtime's own way."""
-        return Kernels(checkpoint=self.checkpoint())
+        return RuntimeOps(checkpoint=self.checkpoint())
 
     def autocast(self, dtype: torch.dtype) -> ContextManager[Any]:
         """A context in which matrix products are computed in a half precision."""
@@ -122,11 +122,11 @@ class Runtime:
         """Version of the cards' driver; None where nothing says it."""
         return None
 
-    def processes_on(self, index: int) -> Optional[int]:
+    def num_processes(self, index: int) -> Optional[int]:
         """How many processes compute on a device, this one among them; None where nothing says it."""
         return None
 
-    def memory_now(self, index: int) -> Optional[float]:
+    def memory_in_use(self, index: int) -> Optional[float]:
         """Memory in use on a device at this moment, or at the monitor's last reading, bytes."""
         return None
 
@@ -134,7 +134,7 @@ class Runtime:
         """What the device's allocator holds, segment by segment; None where it does not tell."""
         return None
 
-    def watch_memory(self, index: int, file: Path) -> None:
+    def attach_memory_monitor(self, index: int, file: Path) -> None:
         """Take a device's memory from its monitor too.
 
         Args:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from lit_glm.hardware.runtimes import onednn
 from lit_glm.hardware.runtimes.base import Runtime
-from lit_glm.model.runtime_ops import Kernels
+from lit_glm.model.runtime_ops import RuntimeOps
 
 _LOOK_S = (1.0, 10.0)
 """Between looks for children: as long as this process has been at work, within these."""
@@ -29,7 +29,7 @@ class CPURuntime(Runtime):
     def __init__(self) -> None:
         self._children: List[psutil.Process] = []
         self._childrens_peak, self._begun, self._next_look = 0.0, time.monotonic(), 0.0
-        keep_memory()
+        retain_freed_memory()
         # Where one candidate is all but certain, gradients are below 1e-38, and a product of such numbers takes up to
         # thirty times as long. Threads that are started from here on take it over.
         torch.set_flush_denormal(True)
@@ -48,18 +48,18 @@ class CPURuntime(Runtime):
 
     def precision_hint(self, name: str) -> str:
         """bf16 needs instructions for it; halves without them are converted and computed in fp32."""
-        if name == "bf16" and not sums_bf16_in_fp32():
+        if name == "bf16" and not accumulates_bf16_in_fp32():
             return "this torch sums products of bf16 in bf16 on this processor: inexact and slow; take torch 2 or fp32"
-        if name == "bf16" and not bf16_units():
+        if name == "bf16" and not bf16_instructions():
             return "this processor has no bf16 units: torch converts and computes in fp32, slower than precision=fp32"
         if name in ("amp", "fp16"):
             return "processors have few fp16 instructions: expect it to be slower than precision=fp32"
         return ""
 
-    def kernels(self) -> Kernels:
+    def kernels(self) -> RuntimeOps:
         """Linear layers by the faster of torch's two libraries."""
         linear = onednn.linear if onednn.PREFERS_ONEDNN else F.linear
-        return Kernels(linear, onednn.linear_gelu if onednn.has_bf16() else None, self.checkpoint())
+        return RuntimeOps(linear, onednn.linear_gelu if onednn.supports_bf16_gelu() else None, self.checkpoint())
 
     def peak_memory(self, index: int) -> Optional[float]:
         """Resident memory of this process and its children (data loaders): the kernel's high-water mark of each.
@@ -67,12 +67,12 @@ class CPURuntime(Runtime):
         A data loader's pages that it shares with this process are counted there as well.
         """
         # Not getrusage's maximum: that holds what the program that started this one had before it did.
-        own = _high_water(os.getpid()) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
-        theirs = sum(_high_water(process.pid) for process in self._family() if process.is_running())
+        own = _peak_rss(os.getpid()) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+        theirs = sum(_peak_rss(process.pid) for process in self._child_processes() if process.is_running())
         self._childrens_peak = max(self._childrens_peak, theirs)
         return own + self._childrens_peak
 
-    def _family(self) -> List[psutil.Process]:
+    def _child_processes(self) -> List[psutil.Process]:
         """This process's children. They are found by reading all processes of the machine, so only now and then."""
         now = time.monotonic()
         if now >= self._next_look:
@@ -83,7 +83,7 @@ class CPURuntime(Runtime):
     def memory_now(self, index: int) -> Optional[float]:
         """Resident memory of this process and its children."""
         total = 0.0
-        for one in (psutil.Process(), *self._family()):
+        for one in (psutil.Process(), *self._child_processes()):
             try:
                 total += one.memory_info().rss
             except psutil.Error:  # a data loader that has ended meanwhile
@@ -95,7 +95,7 @@ class CPURuntime(Runtime):
         return float(psutil.virtual_memory().total)
 
 
-def keep_memory() -> None:
+def retain_freed_memory() -> None:
     """Have the C library keep what is freed: the next step needs the same again (glibc's mallopt, malloc.h).
 
     Else each tensor above 32 MiB is mapped and unmapped at each use, and the kernel clears its pages each time: at
@@ -111,7 +111,7 @@ def keep_memory() -> None:
     mallopt(_M_TRIM_THRESHOLD, -1)
 
 
-def bf16_units() -> List[str]:
+def bf16_instructions() -> List[str]:
     """Instructions of this processor that multiply in bf16, as the kernel names them; empty without any."""
     known = {"amx_bf16": "AMX tiles", "avx512_bf16": "AVX-512 dot products", "bf16": "Arm dot products"}
     try:
@@ -122,7 +122,7 @@ def bf16_units() -> List[str]:
     return [text for flag, text in known.items() if flag in flags]
 
 
-def sums_bf16_in_fp32() -> bool:
+def accumulates_bf16_in_fp32() -> bool:
     """Whether products of bf16 are summed in fp32, as they should be; torch 1.12 does so from AVX-512 on only.
 
     Summed in bf16, 512 ones come to 256: the next number that bf16 has is 258.
@@ -140,7 +140,7 @@ def cpu_name() -> str:
         return ""
 
 
-def _high_water(pid: int) -> float:
+def _peak_rss(pid: int) -> float:
     """Largest resident memory of a process so far, bytes; 0 if it has ended or the kernel does not say."""
     try:
         with open(f"/proc/{pid}/status") as file:

@@ -6,8 +6,8 @@ from typing import Any, Callable, List, Optional
 import torch
 from torch import Tensor
 
-from lit_glm.hardware.device_monitor import WatchedMemory
-from lit_glm.hardware.monitors import nvml_processes, output_of
+from lit_glm.hardware.device_monitor import MonitoredMemory
+from lit_glm.hardware.monitors import command_output, nvml_processes
 from lit_glm.hardware.runtimes.base import Runtime
 
 
@@ -24,7 +24,7 @@ class CUDARuntime(Runtime):
     )
 
     def __init__(self) -> None:
-        self._watch = WatchedMemory()
+        self._watch = MonitoredMemory()
 
     @staticmethod
     def missing() -> Optional[str]:
@@ -100,12 +100,12 @@ class CUDARuntime(Runtime):
 
     def memory_now(self, index: int) -> Optional[float]:
         """The monitor's last reading, else what the allocator holds."""
-        self._watch.look()
+        self._watch.update()
         return self._watch.last or float(torch.cuda.memory_reserved(index))
 
     def driver_version(self) -> Optional[str]:
         """As nvidia-smi says."""
-        return output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0") or None
+        return command_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0") or None
 
     def total_memory(self, index: int) -> Optional[float]:
         """As the driver reports it."""

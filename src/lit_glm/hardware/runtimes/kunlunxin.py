@@ -13,14 +13,14 @@ from typing import Any, Callable, ContextManager, Dict, Optional
 import torch
 
 from lit_glm.config.schema import LossScaleConfig
-from lit_glm.hardware.device_monitor import WatchedMemory
+from lit_glm.hardware.device_monitor import MonitoredMemory
 from lit_glm.hardware.loss_scale import VendorLossScale
-from lit_glm.hardware.monitors import card_of, xpu_driver, xpu_names, xpu_total
+from lit_glm.hardware.monitors import physical_device_index, xpu_driver, xpu_names, xpu_total_memory
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.hardware.runtimes.cuda import CUDARuntime
 
 
-def tree_cannot_span(nodes: int) -> Optional[str]:
+def tree_unsupported_reason(nodes: int) -> Optional[str]:
     """Why its tree all-reduce cannot work between so many nodes (FlagPerf's GLM case, environment_variables.sh)."""
     tree = os.environ.get("BKCL_SOCKET_FORCE_TREE", "0")
     if nodes == 1 or nodes % 2 == 0 or tree in ("", "0"):
@@ -67,7 +67,7 @@ class XMLIRRuntime(Runtime):
         import torch_xmlir
 
         self._vendor: Any = torch_xmlir
-        self._memory = WatchedMemory()
+        self._memory = MonitoredMemory()
         self._totals: Dict[int, Optional[float]] = {}
         if not self._vendor.xpu.is_available():
             raise RuntimeError("torch_xmlir sees no XPU: check the driver (xpu_smi) and XPU_VISIBLE_DEVICES")
@@ -75,7 +75,7 @@ class XMLIRRuntime(Runtime):
     @staticmethod
     def cannot_span(nodes: int) -> Optional[str]:
         """A tree has pairs of nodes."""
-        return tree_cannot_span(nodes)
+        return tree_unsupported_reason(nodes)
 
     def device_count(self) -> int:
         """Visible cards."""
@@ -131,7 +131,7 @@ class XMLIRRuntime(Runtime):
             return float(self._vendor.xpu.get_device_properties(index).total_memory)
         except (AttributeError, RuntimeError, TypeError):
             if index not in self._totals:
-                self._totals[index] = xpu_total(card_of(index, _VISIBLE))
+                self._totals[index] = xpu_total_memory(physical_device_index(index, _VISIBLE))
             return self._totals[index]
 
     def driver_version(self) -> Optional[str]:
@@ -140,7 +140,7 @@ class XMLIRRuntime(Runtime):
 
     def memory_now(self, index: int) -> Optional[float]:
         """The monitor's last reading, else what the runtime says, where it says anything."""
-        self._memory.look()
+        self._memory.update()
         return self._memory.last or self._statistic("memory_reserved", index)
 
     def watch_memory(self, index: int, file: Path) -> None:
@@ -186,7 +186,7 @@ class XPyTorchRuntime(CUDARuntime):
     @staticmethod
     def cannot_span(nodes: int) -> Optional[str]:
         """A tree has pairs of nodes."""
-        return tree_cannot_span(nodes)
+        return tree_unsupported_reason(nodes)
 
     def driver_version(self) -> Optional[str]:
         """As the vendor's monitor says."""
@@ -194,5 +194,5 @@ class XPyTorchRuntime(CUDARuntime):
 
     def device_name(self, index: int) -> str:
         """Asked of the monitor: torch says "GPU" for every card."""
-        card = card_of(index, "CUDA_VISIBLE_DEVICES")
+        card = physical_device_index(index, "CUDA_VISIBLE_DEVICES")
         return "" if card is None else xpu_names().get(card, "")

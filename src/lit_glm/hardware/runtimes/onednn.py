@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_glm.compat import onednn_linear
-from lit_glm.model.runtime_ops import autocasts
+from lit_glm.model.runtime_ops import is_cpu_autocast_enabled
 
 _WORTH_IT = 2**23  # multiply-adds from which the other library's call costs less than it saves
 
@@ -78,7 +78,7 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
         and x.dtype is torch.float32
         and x.dim() == 2
         and len(x) * weight.numel() >= _WORTH_IT
-        and not autocasts()
+        and not is_cpu_autocast_enabled()
     ):
         out: Tensor = _OneDNN.apply(x, weight, bias)
         return out
@@ -96,14 +96,14 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Optional[Tensor]:
     Returns:
         [T, out]; None where torch has no such product, and outside of autocast to bf16.
     """
-    if _POINTWISE is None or not autocasts() or _autocasts_to() is not torch.bfloat16:
+    if _POINTWISE is None or not is_cpu_autocast_enabled() or _autocasts_to() is not torch.bfloat16:
         return None
     half = [part.to(torch.bfloat16) for part in (x, weight, bias)]
     out: Tensor = _POINTWISE(*half, "gelu", [], "tanh")
     return out
 
 
-def has_bf16() -> bool:
+def supports_bf16_gelu() -> bool:
     """Whether oneDNN multiplies in bf16 here, found by a product of one number: it does not before AVX-512."""
     one = torch.ones(1, 1, dtype=torch.bfloat16)
     try:

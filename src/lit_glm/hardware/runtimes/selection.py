@@ -10,16 +10,16 @@ from omegaconf import OmegaConf
 
 from lit_glm.config.schema import HardwareConfig, TopologyConfig
 from lit_glm.errors import InputError
-from lit_glm.hardware.env import set_environment
+from lit_glm.hardware.env import set_hardware_env
 from lit_glm.hardware.runtimes.base import Runtime
 
-RUNTIMES = ("cpu", "cuda", "xmlir", "xpytorch")
+BUILT_IN_RUNTIMES = ("cpu", "cuda", "xmlir", "xpytorch")
 """That a chip may run on; `simulated` rehearses any."""
-OUTSIDE = "_target_"
+TARGET_KEY = "_target_"
 """The runtime of a hardware file that names a class of another package."""
 
 
-def named_class(target: str) -> "type[Runtime]":
+def import_runtime_class(target: str) -> "type[Runtime]":
     """A runtime of a package outside this one.
 
     Args:
@@ -49,7 +49,7 @@ def _classes(hardware: HardwareConfig) -> Dict[str, "type[Runtime]"]:
     from lit_glm.hardware.runtimes.kunlunxin import XMLIRRuntime, XPyTorchRuntime
     from lit_glm.hardware.runtimes.simulated import SimulatedRuntime
 
-    own = {} if hardware._target_ is None else {OUTSIDE: named_class(hardware._target_)}
+    own = {} if hardware._target_ is None else {TARGET_KEY: import_runtime_class(hardware._target_)}
     return {
         **own,
         "cpu": CPURuntime,
@@ -60,19 +60,19 @@ def _classes(hardware: HardwareConfig) -> Dict[str, "type[Runtime]"]:
     }
 
 
-def _wanted(hardware: HardwareConfig) -> List[str]:
+def _candidate_runtimes(hardware: HardwareConfig) -> List[str]:
     """Runtimes that may be taken, best first: none that would give another chip's figures under this one's name."""
     if hardware._target_ is not None:
-        return ["simulated"] if hardware.runtime == "simulated" else [OUTSIDE]
-    unknown = sorted(set(hardware.runtimes) - set(RUNTIMES))
+        return ["simulated"] if hardware.runtime == "simulated" else [TARGET_KEY]
+    unknown = sorted(set(hardware.runtimes) - set(BUILT_IN_RUNTIMES))
     if unknown or not (hardware.runtimes or hardware.runtime == "simulated"):
         raise InputError(
             f"hardware.runtimes=[{', '.join(hardware.runtimes)}] (conf/hardware/{hardware.name}.yaml): one or more of "
-            f"{', '.join(RUNTIMES)}"
+            f"{', '.join(BUILT_IN_RUNTIMES)}"
         )
-    if hardware.card and "cpu" in hardware.runtimes:
+    if hardware.product_name and "cpu" in hardware.runtimes:
         raise InputError(
-            f"hardware.runtimes={hardware.runtimes}: a processor's figures would stand under {hardware.card}'s name; "
+            f"hardware.runtimes={hardware.runtimes}: a processor's figures would stand under {hardware.product_name}'s name; "
             "rehearse with hardware.runtime=simulated"
         )
     if hardware.runtime == "auto":
@@ -85,27 +85,27 @@ def _wanted(hardware: HardwareConfig) -> List[str]:
     return [hardware.runtime]
 
 
-def check_runtime(hardware: HardwareConfig, topology: TopologyConfig) -> None:
+def check_runtime_available(hardware: HardwareConfig, topology: TopologyConfig) -> None:
     """Say that a chip's runtime is missing before anything is started; the processor's never is.
 
     Raises:
         InputError: what is missing, and how to rehearse without it; or why it cannot span these nodes.
     """
-    names = _wanted(hardware)
+    names = _candidate_runtimes(hardware)
     if {"cpu", "simulated"} & set(names):
         return  # without importing torch
     classes = _classes(hardware)
-    reasons = [(name, classes[name].missing()) for name in names]
+    reasons = [(name, classes[name].unavailable_reason()) for name in names]
     there = [name for name, reason in reasons if reason is None]
     if not there:
-        raise InputError(_unusable(hardware, [f"  {name}: {reason}" for name, reason in reasons]))
-    unable = classes[there[0]].cannot_span(topology.num_nodes)
+        raise InputError(_unavailable_message(hardware, [f"  {name}: {reason}" for name, reason in reasons]))
+    unable = classes[there[0]].multi_node_unsupported_reason(topology.num_nodes)
     if unable is not None:
         raise InputError(f"topology={topology.name}: {unable}")
 
 
-def _unusable(hardware: HardwareConfig, reasons: List[str]) -> str:
-    ways = dict.fromkeys(_classes(hardware)[name].install for name in _wanted(hardware))
+def _unavailable_message(hardware: HardwareConfig, reasons: List[str]) -> str:
+    ways = dict.fromkeys(_classes(hardware)[name].install_hint for name in _candidate_runtimes(hardware))
     return (
         f"hardware={hardware.name}: none of its runtimes can be used here\n"
         + "\n".join(reasons)
@@ -123,24 +123,24 @@ def make_runtime(hardware: HardwareConfig, topology: TopologyConfig) -> Runtime:
     """
     from lit_glm.hardware.runtimes.simulated import SimulatedRuntime
 
-    set_environment(hardware)
+    set_hardware_env(hardware)
     classes = _classes(hardware)
-    names = _wanted(hardware)
+    names = _candidate_runtimes(hardware)
     reasons = []
     for name in names:
         if name == "simulated":
             return SimulatedRuntime(topology.devices_per_node, hardware.memory_gib)
-        reason = classes[name].missing()
+        reason = classes[name].unavailable_reason()
         if reason is None:
             try:
                 return classes[name]()
             except (RuntimeError, ImportError, OSError) as error:
                 reason = str(error)
         reasons.append(f"  {name}: {reason}")
-    raise InputError(_unusable(hardware, reasons))
+    raise InputError(_unavailable_message(hardware, reasons))
 
 
-def check_devices(runtime: Runtime, topology: TopologyConfig) -> None:
+def check_device_count(runtime: Runtime, topology: TopologyConfig) -> None:
     """Compare the devices of this node with the topology.
 
     Raises:
@@ -158,12 +158,12 @@ def _matches(file: str, pattern: str, name: str) -> bool:
         return re.search(pattern, name) is not None
     except re.error as error:
         raise InputError(
-            f"conf/hardware/{file}.yaml: detect={pattern}: not a regular expression ({error}); "
+            f"conf/hardware/{file}.yaml: device_name_pattern={pattern}: not a regular expression ({error}); "
             "brackets and the like need a backslash before them"
         ) from error
 
 
-def check_cards(hardware: HardwareConfig, runtime: Runtime, devices: int, folder: Path) -> List[str]:
+def validate_devices(hardware: HardwareConfig, runtime: Runtime, devices: int, folder: Path) -> List[str]:
     """Compare what the cards call themselves with the hardware file: another card's peak makes a wrong mfu.
 
     Args:
@@ -181,19 +181,23 @@ def check_cards(hardware: HardwareConfig, runtime: Runtime, devices: int, folder
     said = []
     known: Dict[str, Any] = {entry.stem: OmegaConf.load(entry) for entry in sorted(folder.glob("*.yaml"))}
     vendors = {str(entry.get("vendor") or "") for entry in known.values()} - {""}
-    patterns = {name: str(entry.get("detect") or "") for name, entry in known.items()}
+    patterns = {name: str(entry.get("device_name_pattern") or "") for name, entry in known.items()}
     for index in range(devices):
         name = runtime.device_name(index)
         if runtime.simulated or not name:
             continue
         better = [file for file, pattern in patterns.items() if pattern and _matches(file, pattern, name)]
-        if hardware.detect and not _matches(hardware.name, hardware.detect, name):
+        if hardware.device_name_pattern and not _matches(hardware.name, hardware.device_name_pattern, name):
             raise InputError(
                 f"hardware={hardware.name}, but card {index} calls itself {name!r}; "
                 f"take hardware={better[0] if better else 'cuda (any card, no peak)'}"
             )
         others = [vendor for vendor in vendors - {hardware.vendor} if vendor.lower() in name.lower()]
-        if not hardware.detect and hardware.card and ((better and better[0] != hardware.name) or others):
+        if (
+            not hardware.device_name_pattern
+            and hardware.product_name
+            and ((better and better[0] != hardware.name) or others)
+        ):
             take = better[0] if better else "another file, or one of its own (docs/hardware.md)"
             raise InputError(f"hardware={hardware.name}, but card {index} calls itself {name!r}; take hardware={take}")
         total = runtime.total_memory(index)
@@ -202,8 +206,15 @@ def check_cards(hardware: HardwareConfig, runtime: Runtime, devices: int, folder
                 f"card {index} has {total / 2**30:.1f} GiB, conf/hardware/{hardware.name}.yaml says "
                 f"{hardware.memory_gib:g}: the card's own figure counts"
             )
-        if not hardware.detect and better and index == 0:
+        if not hardware.device_name_pattern and better and index == 0:
             said.append(f"{name}: hardware={better[0]} knows its peak, hardware={hardware.name} gives no mfu")
-        elif not hardware.detect and hardware.card and hardware.card not in name and index == 0:
-            said.append(f"card 0 calls itself {name!r}; hardware={hardware.name} has the figures of {hardware.card}")
+        elif (
+            not hardware.device_name_pattern
+            and hardware.product_name
+            and hardware.product_name not in name
+            and index == 0
+        ):
+            said.append(
+                f"card 0 calls itself {name!r}; hardware={hardware.name} has the figures of {hardware.product_name}"
+            )
     return said
