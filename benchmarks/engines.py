@@ -47,7 +47,7 @@ class Engine:
         self.name = name
         published = name in ("reference", "published")
         config.model.activation_checkpointing = published
-        self.glm, _ = build_glm(config.model, CPURuntime().kernels())
+        self.glm, _ = build_glm(config.model, CPURuntime().model_ops())
         self.glm.load_state_dict(weights)
         self.reference = Reference(self.glm) if name == "reference" else None
         self.optimizer = None if self.reference else make_optimizer(self.glm, config.optimizer)
@@ -86,7 +86,7 @@ def highest_memory() -> float:
 def peak(dtype: torch.dtype) -> float:
     """FLOP/s of a product of two 3072 x 3072 matrices, the best of three by either of torch's libraries."""
     a, b = torch.ones(3072, 3072, dtype=dtype), torch.ones(3072, 3072, dtype=dtype)
-    ways = (lambda: a @ b, lambda: CPURuntime().kernels().linear(a, b, None))
+    ways = (lambda: a @ b, lambda: CPURuntime().model_ops().linear(a, b, None))
     return 2 * 3072**3 / min(timed(way)[0] for way in ways for _ in range(3))
 
 

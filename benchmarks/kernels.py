@@ -33,7 +33,7 @@ def main() -> None:
     config = validate_config(compose_config("train", [*SHAPES[given.shape], "lr=1e-5"]), TrainConfig)
     split = open_dataset(given.file or corpus.cached(), False, None)
     torch.manual_seed(0)
-    engine = Engine(given.engine, config, build_glm(config.model, CPURuntime().kernels())[0].state_dict())
+    engine = Engine(given.engine, config, build_glm(config.model, CPURuntime().model_ops())[0].state_dict())
     indices = range(given.bs)
     batch = collate_padded(split, indices, 512) if engine.padded else collate_packed(split, indices)
     engine.step(batch)

@@ -1,5 +1,6 @@
 """What several tests need: the golden files, a small corpus, and commands as users type them."""
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -127,3 +128,9 @@ def two_hosts() -> Any:
         if shutil.which("ip"):
             for name in names:
                 subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+def tree_digest(folder: Path) -> Dict[str, str]:
+    """Hash of every file below a folder, by its path: what a refused command must leave as it was."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

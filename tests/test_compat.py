@@ -17,7 +17,7 @@ SRC = Path(compat.__file__).parent
 OLD = torch.__version__.startswith("1.")
 PRIVATE = (
     r"hydra\._internal|_signal_connector|_TrainingEpochLoop|_broadcast_sigterm|__class__ = |_save_loggers_on|"
-    r"_batches_that_stepped|SimpleElasticAgent|_run_exitfuncs|torch\._C\b|_exit_barrier|_linear_pointwise|np\._core|_foreach_"
+    r"_batches_that_stepped|SimpleElasticAgent|_run_exitfuncs|torch\._C\b|\._exit_barrier|_linear_pointwise|np\._core|_foreach_"
 )
 
 

@@ -3,21 +3,26 @@
 import importlib
 import sys
 
+import lit_glm
+
 _COMMANDS = {
     "train": "one benchmark run, or with -m a sweep",
     "prepare": "raw ReCoRD to the HDF5 files that train reads",
     "evaluate": "score a checkpoint: EM, F1, predictions",
     "export": "the fine-tuned weights of a run as a file",
     "report": "results of any number of runs as the published document, with plots",
-    "verify": "accepts a chip: operators, model, training, collectives, clock and speed against the processor's own",
-    "tune": "finds the largest and the fastest batch size of a chip and topology",
-    "plan": "predicts memory, time, throughput and energy of a run before anything is rented",
-    "doctor": "checks machine, runtime, devices, collectives, disk, data, checkpoint before a long run",
+    "doctor": "pre-flight checks before a long run",
+    "verify": "numerical and timing acceptance test of a device",
+    "plan": "predict memory, time, throughput and energy of a run",
+    "tune": "find the largest and the fastest batch size of a device and topology",
 }
 
 
 def main() -> int:
-    """Hand over to the command; returns its exit status."""
+    """Run the command that the first argument names; returns its exit status."""
+    if sys.argv[1:2] == ["--version"]:
+        print(f"lit-glm {lit_glm.__version__}")
+        return 0
     if len(sys.argv) < 2 or sys.argv[1] not in _COMMANDS:
         asked = len(sys.argv) > 1 and sys.argv[1] not in ("-h", "--help")
         if asked:

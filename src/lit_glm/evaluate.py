@@ -105,14 +105,14 @@ def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
     out = Path(hydra.run.dir)
     _check_not_foreign(out)
     given = [override.key_or_group for override in CommandLine(list(hydra.overrides.task)).parse()]
-    accuracy, chosen, runtime = _score(inherit_run_config(config, given))
+    accuracy, chosen, runtime = _score_checkpoint(inherit_run_config(config, given))
     names = read_example_metadata(Path(config.data.eval_file), len(chosen))
     report: Dict[str, Any] = {"acc": accuracy, "em": None, "f1": None, "num_examples": len(chosen)}
     predictions = [{"idx": example, "label": candidate} for example, candidate in chosen]
     if names is not None:
         predictions, scores = score_predictions(names, chosen)
         report.update(scores)
-    _write(out, predictions, report, config, runtime)
+    _write_results(out, predictions, report, config, runtime)
     _print_scores(out, report, config, runtime, names is not None)
     return 0
 
@@ -128,7 +128,7 @@ def _check_not_foreign(out: Path) -> None:
         raise InputError(f"{out}: holds {', '.join(foreign)} of something else; give another hydra.run.dir=")
 
 
-def _score(config: TrainConfig) -> Tuple[Optional[float], List[Tuple[int, int]], Any]:
+def _score_checkpoint(config: TrainConfig) -> Tuple[Optional[float], List[Tuple[int, int]], Any]:
     """Accuracy, (example, chosen candidate) of all examples, and the runtime that scored them."""
     from lit_glm.data.synthetic import ensure_synthetic_data
     from lit_glm.hardware.runtimes.selection import make_runtime
@@ -160,7 +160,7 @@ def _score(config: TrainConfig) -> Tuple[Optional[float], List[Tuple[int, int]],
     return accuracy, chosen, runtime
 
 
-def _write(
+def _write_results(
     out: Path, predictions: List[Dict[str, Any]], report: Dict[str, Any], config: TrainConfig, runtime: Any
 ) -> None:
     from lit_glm.atomic_files import write_json, write_text

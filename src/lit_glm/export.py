@@ -26,13 +26,12 @@ def export(run_dir: Path, layout: str, out: Path) -> str:
     from lit_glm.atomic_files import atomic_write
     from lit_glm.model.checkpoint import save_published, save_safetensors
     from lit_glm.runs import checkpoints
-    from lit_glm.runs.job_spec import JOB_FILE, JobSpec, config_hash
+    from lit_glm.runs.job_spec import JOB_FILE, read_job_json
 
     if not (run_dir / JOB_FILE).is_file():
         raise InputError(f"{run_dir}: is no run folder (it has no {JOB_FILE})")
-    path, content, passed_over = checkpoints.latest_valid(
-        run_dir, config_hash(JobSpec.read(run_dir).config), whole=True
-    )
+    stored_hash = str((read_job_json(run_dir) or {}).get("config_hash"))  # of the version that wrote the checkpoints
+    path, content, passed_over = checkpoints.latest_valid(run_dir, stored_hash, whole=True)
     if path is None:
         raise InputError("\n".join([f"{run_dir}: holds no checkpoint that can be used", *passed_over]))
     weights = {name[len("glm.") :]: tensor for name, tensor in content["state_dict"].items()}

@@ -31,7 +31,7 @@ class PlanConfig(TrainConfig):
     plan: PlanOptions = field(default_factory=PlanOptions)
 
 
-def _runs(given: Optional[Union[str, List[str]]]) -> List[Path]:
+def _parse_run_dirs(given: Optional[Union[str, List[str]]]) -> List[Path]:
     texts = given.split(",") if isinstance(given, str) else given or []
     return [Path(str(text)) for text in texts if str(text)]
 
@@ -54,7 +54,7 @@ def _combinations(line: CommandLine) -> List[List[str]]:
     return [[*whole, *own, *line.searchpath] for _, whole in CommandLine(rest).combinations()]
 
 
-def _checked(overrides: List[str]) -> Any:
+def _validate_combination(overrides: List[str]) -> Any:
     """One combination.
 
     Raises:
@@ -66,7 +66,7 @@ def _checked(overrides: List[str]) -> Any:
         raise InputError(explain_hydra_error(error, PlanConfig, CONF_DIR)) from error
 
 
-def _task(combinations: List[List[str]], as_json: bool) -> Any:
+def _make_task(combinations: List[List[str]], as_json: bool) -> Any:
     """What is done with the first combination's configuration: all of them are predicted."""
 
     def task(config: Any, _composed: Any) -> int:
@@ -78,11 +78,11 @@ def _task(combinations: List[List[str]], as_json: bool) -> Any:
         from lit_glm.planning.workload import Workload, load_examples
         from lit_glm.reporting.published_rows import load_published_rows
 
-        configs = [_checked(overrides) for overrides in combinations]
+        configs = [_validate_combination(overrides) for overrides in combinations]
         if min(config.plan.device_counts, default=1) < 1:
             raise InputError(f"plan.device_counts={config.plan.device_counts}: numbers from 1 on")
         folder = Path(str(HydraConfig.get().run.dir)).resolve()
-        measured = [MeasuredRun.read(path) for path in _runs(config.plan.runs)]
+        measured = [MeasuredRun.read(path) for path in _parse_run_dirs(config.plan.runs)]
         published = load_published_rows()
         predictions, left_out = [], ignored_runs(measured, configs)
         for own in configs:
@@ -113,7 +113,7 @@ def main() -> int:
             combinations = _combinations(line)
             first = combinations[0][: len(combinations[0]) - len(line.searchpath)]
             sys.argv = [sys.argv[0], *first, *line.flags]
-        return run_command("plan", PlanConfig, _task(combinations, as_json))
+        return run_command("plan", PlanConfig, _make_task(combinations, as_json))
     except InputError as error:
         print(f"lit_glm: {error}", file=sys.stderr)
         return error.exit_status

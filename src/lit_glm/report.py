@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Dict, List, Optional, Sequence
 
 from lit_glm.broken_pipe import ignore_broken_pipe
+from lit_glm.config.migration import old_key_message
 from lit_glm.config.validators import OBJECTIVE_METRICS
 from lit_glm.errors import InputError
 
@@ -17,7 +18,7 @@ LANGUAGES = ("en", "zh")
 _TOLD = ("machine", "device_name", "network", "driver", "image")
 
 
-def _choices(text: str, known: Sequence[str], option: str) -> List[str]:
+def _parse_choices(text: str, known: Sequence[str], option: str) -> List[str]:
     chosen = [part.strip() for part in text.split(",") if part.strip()]
     wrong = [part for part in chosen if part not in known]
     if wrong or not chosen:
@@ -25,13 +26,16 @@ def _choices(text: str, known: Sequence[str], option: str) -> List[str]:
     return list(dict.fromkeys(chosen))
 
 
-def _told(places: List[str]) -> Dict[str, str]:
+def _environment_overrides(places: List[str]) -> Dict[str, str]:
     """Take `report.KEY=VALUE` out of the places."""
     given = [place for place in places if place.startswith("report.") and "=" in place]
     told = {}
     for argument in given:
         places.remove(argument)
         key, _, value = argument[len("report.") :].partition("=")
+        renamed = old_key_message(f"report.{key}", value)
+        if renamed is not None:
+            raise InputError(renamed)
         if key not in _TOLD:
             raise InputError(f"report.{key}: there is no such key; there are report.{', report.'.join(_TOLD)}")
         told[key] = value
@@ -92,9 +96,9 @@ def report(given: argparse.Namespace) -> int:
         raise InputError(f"--sort {given.sort}: must be one of {', '.join(OBJECTIVE_METRICS)}")
     if given.compare:
         return _compare(given)
-    kinds = _choices(given.format, FORMATS, "--format")
-    languages = _choices(given.lang, LANGUAGES, "--lang")
-    told = _told(places)
+    kinds = _parse_choices(given.format, FORMATS, "--format")
+    languages = _parse_choices(given.lang, LANGUAGES, "--lang")
+    told = _environment_overrides(places)
     if not places:
         raise InputError("which runs? Give run folders, sweep folders or patterns of them")
     if given.out is None and (len(kinds) > 1 or len(languages) > 1):
@@ -106,7 +110,7 @@ def report(given: argparse.Namespace) -> int:
         raise InputError("no run was found")
     key = given.sort or ("acc" if given.best else None)
     if given.best:
-        print(_best(runs, str(key)))
+        print(_best_run_text(runs, str(key)))
         return 0
     now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
     missing: List[str] = []
@@ -139,7 +143,7 @@ def report(given: argparse.Namespace) -> int:
     return 1 if given.check and missing else 0
 
 
-def _best(runs: "List[ReportRun]", key: str) -> str:
+def _best_run_text(runs: "List[ReportRun]", key: str) -> str:
     """The best complete run by a figure: its row, its folder, its command."""
     from lit_glm.reporting.run_reader import sort_key
     from lit_glm.reporting.summary_tiles import run_command_line
@@ -161,8 +165,8 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(
         "lit_glm.report",
         description="Results of runs as the published document: environment, general figures, a table of rows.",
-        epilog="report.machine=..., report.device_name=, report.network=, report.driver=, report.image= fill in what no "
-        "program can know.",
+        epilog="report.machine=..., report.device_name=, report.network=, report.driver=, report.image= provide "
+        "information that cannot be detected.",
     )
     parser.add_argument("runs", nargs="*", metavar="RUN_DIR", help="run folders, sweep folders, patterns of them")
     parser.add_argument("--format", default="md", help="md, csv, html; several with commas (default: md)")

@@ -56,7 +56,7 @@ def tune(config: Any, _composed: Any) -> int:
     ]
     trials = TrialRunner(kept, list(line.flags), config.tune.steps)
     node = int(os.environ.get("NODE_RANK") or 0) if config.topology.num_nodes > 1 else 0
-    folder = _folder(config, Path(str(HydraConfig.get().run.dir)))
+    folder = _resolve_search_dir(config, Path(str(HydraConfig.get().run.dir)))
     train, _, _ = load_examples(config)
     try:
         if node > 0:
@@ -69,7 +69,7 @@ def tune(config: Any, _composed: Any) -> int:
         return stop.exit_status
 
 
-def _folder(config: TrainConfig, folder: Path) -> Path:
+def _resolve_search_dir(config: TrainConfig, folder: Path) -> Path:
     """Where the search is, or goes on.
 
     Raises:
@@ -83,7 +83,7 @@ def _folder(config: TrainConfig, folder: Path) -> Path:
         mine = [
             place
             for place in found
-            if (read_state(place) or {}).get("config_hash") == own and not (read_state(place) or {})["done"]
+            if (read_state(place) or {}).get("config_hash") == own and not (read_state(place) or {})["complete"]
         ]
         if not mine:
             print(

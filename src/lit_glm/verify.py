@@ -14,7 +14,7 @@ from lit_glm.config.schema import TrainConfig
 from lit_glm.hardware.env import set_hardware_env
 
 
-def _configurations(config: TrainConfig) -> List[TrainConfig]:
+def _configs_per_precision(config: TrainConfig) -> List[TrainConfig]:
     """One a precision: the one that was asked for, else all that the chip lists."""
     line = CommandLine.read(sys.argv[1:])
     if line.sets("precision"):
@@ -44,7 +44,7 @@ def main() -> int:
         kept = validate_devices(config.hardware, runtime, config.topology.devices_per_node, CONF_DIR / "hardware")
         keys = [override.key_or_group for override in CommandLine.read(sys.argv[1:]).parse()]
         whole = any(key.split(".")[0] in ("model", "experiment") for key in keys)
-        acceptance = AcceptanceTest(_configurations(config), runtime, whole)
+        acceptance = AcceptanceTest(_configs_per_precision(config), runtime, whole)
         if not as_json:
             print("\n".join(f"lit_glm: {line}" for line in (*kept, acceptance.title())), flush=True)
         for check in acceptance.checks():

@@ -8,7 +8,7 @@ import pytest
 from conftest import lit_glm_here
 from lit_glm.config.hydra_main import CONF_DIR, compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
-from lit_glm.config.tuned_values import nearest_pair_hint, published_topologies
+from lit_glm.config.tuned_values import nearest_pair_hint, topologies_with_fix_hp
 
 MOST = 5553080
 # FlagPerf training/VENDOR/glm-pytorch/config, commit 1b5a030: pair -> bs, max_samples, lr, seed
@@ -76,5 +76,5 @@ def test_without_published_values_it_says_none_and_takes_the_nearest_only_if_ask
 
 
 def test_a_chip_is_no_part_of_anothers_name() -> None:
-    assert set(published_topologies("bi_v100")) == {"1x1", "1x8", "2x8"}
-    assert published_topologies("bi") == {}
+    assert set(topologies_with_fix_hp("bi_v100")) == {"1x1", "1x8", "2x8"}
+    assert topologies_with_fix_hp("bi") == {}

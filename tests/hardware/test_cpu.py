@@ -35,21 +35,21 @@ def test_memory_of_children_counts_and_they_are_looked_for_now_and_then(monkeypa
     looks: List[int] = []
     look = psutil.Process.children
     monkeypatch.setattr(psutil.Process, "children", lambda *args, **more: looks.append(1) or look(*args, **more))
-    alone = CPURuntime().memory_now(0)
+    alone = CPURuntime().memory_in_use(0)
     loader = subprocess.Popen([sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert loader.stdout is not None
     loader.stdout.readline()
     runtime = CPURuntime()
     looks.clear()
     for _ in range(3):
-        now, peak = runtime.memory_now(0), runtime.peak_memory(0)
+        now, peak = runtime.memory_in_use(0), runtime.peak_memory(0)
     assert alone is not None
     assert now is not None
     assert peak is not None
     assert min(now, peak) > alone + 2**27 - 2**24
     assert len(looks) == 1
     loader.communicate()
-    after = runtime.memory_now(0)
+    after = runtime.memory_in_use(0)
     assert after is not None
     assert after < now - 2**26  # it has gone,
     assert (runtime.peak_memory(0) or 0.0) >= peak - 2**24  # but the peak stays

@@ -155,7 +155,7 @@ def test_a_card_is_checked_against_its_file(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_what_a_card_is_called_must_be_a_pattern(tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text("name: mine\ndetect: C500 (64G\n")
+    (tmp_path / "mine.yaml").write_text("name: mine\ndevice_name_pattern: C500 (64G\n")
     with pytest.raises(InputError, match="mine.yaml: device_name_pattern=C500 .64G: not a regular expression"):
         validate_devices(HardwareConfig(name="cuda"), _Card(), 1, tmp_path)
 

@@ -28,7 +28,7 @@ def gradients(way: Any, shape: "tuple[int, int, int]", bias: bool) -> List[torch
 @pytest.mark.parametrize("shape", [(40, 24, 8), (40, 8, 24), (3, 64, 200), (1, 5, 7)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_both_libraries_agree(shape: Any, bias: bool) -> None:
-    ours = gradients(linear._OneDNN.apply, shape, bias)
+    ours = gradients(linear._OneDNNLinear.apply, shape, bias)
     theirs = gradients(torch.nn.functional.linear, shape, bias)
     assert len(ours) == len(theirs) == 3 + bias
     for one, other in zip(ours, theirs):
@@ -41,7 +41,7 @@ def test_what_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: List[Any] = []
     monkeypatch.setattr(linear, "PREFERS_ONEDNN", True)
     monkeypatch.setattr(linear, "_WORTH_IT", 4096)
-    real = linear._product
+    real = linear._onednn_matmul
     monkeypatch.setattr(linear, "_product", lambda *arguments: calls.append(1) or real(*arguments))
     layer, x = Linear(32, 64, RuntimeOps(linear.linear)), torch.randn(16, 32)
     layer(x)
@@ -56,7 +56,7 @@ def test_what_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_onednn
 def test_frozen_weights_need_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.randn(8, 4, requires_grad=True), torch.randn(6, 4)
-    linear._OneDNN.apply(x, weight, None).sum().backward()
+    linear._OneDNNLinear.apply(x, weight, None).sum().backward()
     torch.testing.assert_close(x.grad, weight.sum(0).expand(8, 4))
 
 
@@ -65,7 +65,7 @@ def test_a_processor_without_bf16_products_has_no_such_kernel(monkeypatch: pytes
         raise RuntimeError("could not create a primitive descriptor for the inner product")
 
     monkeypatch.setattr(linear, "_POINTWISE", refuses)
-    assert CPURuntime().kernels().linear_gelu is None
+    assert CPURuntime().model_ops().linear_gelu is None
 
 
 @pytest.mark.skipif(not hasattr(torch, "compile"), reason="needs torch 2")

@@ -6,7 +6,7 @@ import pytest
 
 from lit_glm.config.schema import TopologyConfig
 from lit_glm.errors import InputError
-from lit_glm.launch.nodes import check_nodes, check_port, external_rank, network_interface_to, resolve_node
+from lit_glm.launch.nodes import check_node_count, check_port, external_rank, network_interface_to, resolve_node
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +66,7 @@ def test_one_node_that_is_one_of_several(
 ) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=f"topology=1x{devices} has 1 node, but {said}"):
-        check_nodes(TopologyConfig(1, devices))
+        check_node_count(TopologyConfig(1, devices))
 
 
 def test_one_task_of_slurms_is_one_node(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ class Cards(Runtime):
     def __init__(self, processes: Optional[int]) -> None:
         self._processes = processes
 
-    def processes_on(self, index: int) -> Optional[int]:
+    def num_processes(self, index: int) -> Optional[int]:
         return self._processes
 
 

@@ -41,7 +41,8 @@ counting = torch.arange
 tokens = torch.randint(5, 90, (groups * (n + m),))
 batch = PackedBatch(
     tokens, tokens % 90, tokens % 3, tokens[-groups * m :], counting(groups * m) // 13, counting(2 * groups),
-    [n] * groups, [m] * groups, build_padding_index(np.full(groups, n), np.full(groups, m), np.arange(groups * m) // 13),
+    [n] * groups, [m] * groups,
+    build_padding_index(np.full(groups, n), np.full(groups, m), np.arange(groups * m) // 13),
     groups, 2,
 )
 before = highest()

@@ -12,7 +12,7 @@ def test_points_at_each_tenth_step_and_each_evaluation() -> None:
     done: List[str] = []
     account: Any = SimpleNamespace(
         accuracy=0.5,
-        seconds=lambda: PhaseDurations(1.0, 2.0, 3.0),
+        durations=lambda: PhaseDurations(1.0, 2.0, 3.0),
         samples_here=lambda step: 40,
         peak_memory=lambda: 2.0**30,
     )

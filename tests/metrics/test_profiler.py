@@ -12,7 +12,7 @@ from conftest import GOLDEN_RUN, lit_glm_here
 from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
 from lit_glm.metrics.memory_estimate import count_parameters
-from lit_glm.metrics.profiler import ProfileSummary, _union
+from lit_glm.metrics.profiler import ProfileSummary, _covered_length
 from lit_glm.reporting.run_reader import find_runs, group_into_rows
 from lit_glm.runs.job_spec import JobSpec, config_hash, hashed_settings
 
@@ -76,7 +76,7 @@ def test_the_tables_are_torchs_own_numbers() -> None:
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), max_size=9))
 def test_time_that_several_cover_counts_once(spans: list) -> None:
     covered = {moment for start, length in spans for moment in range(start, start + length)}
-    assert _union([(start, start + length) for start, length in spans]) == len(covered)
+    assert _covered_length([(start, start + length) for start, length in spans]) == len(covered)
 
 
 def test_only_a_profiled_configuration_says_so() -> None:

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from lit_glm.metrics.timing import num_warmup_steps, step_time_summary, warmup_slowdown
+from lit_glm.metrics.timing import num_timing_warmup_steps, step_time_summary, warmup_slowdown
 
 
 def test_percentiles_leave_the_warm_up_out() -> None:
-    assert [num_warmup_steps(steps) for steps in (0, 1, 2, 20, 40, 5000)] == [0, 0, 1, 1, 2, 50]
+    assert [num_timing_warmup_steps(steps) for steps in (0, 1, 2, 20, 40, 5000)] == [0, 0, 1, 1, 2, 50]
     found = step_time_summary([100.0, *np.arange(1.0, 11.0)])
     assert found == pytest.approx({"p50": 5.5, "p90": 9.1, "p99": 9.91, "mean": 5.5, "count": 10})
     assert step_time_summary([]) is None

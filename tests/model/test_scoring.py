@@ -118,7 +118,7 @@ def plan_of(kind: Any, kernel: str = "auto", device: str = "cpu") -> Any:
         return kind.from_index(
             build_padding_index(np.array(CONTEXTS), np.array(ROWS), np.array(OWNER)).to(device), kernel
         )
-    return kind.of(CONTEXTS, ROWS, torch.tensor(OWNER, device=device), kernel)
+    return kind.from_groups(CONTEXTS, ROWS, torch.tensor(OWNER, device=device), kernel)
 
 
 def outputs_and_gradients(plans: List[Any], qkv: torch.Tensor, candidates_only: bool) -> "tuple[List[Any], List[Any]]":
@@ -204,7 +204,7 @@ def test_activation_checkpointing_changes_nothing(scoring: str, tmp_path: Path) 
     for recompute in (False, True):
         torch.manual_seed(1)
         shape = GLMConfig(2, 32, 4, 64, LIMIT, 0.1, 0.1, init_std=0.2, activation_checkpointing=recompute)
-        glm = GLM(shape, CPURuntime().kernels()).train()
+        glm = GLM(shape, CPURuntime().model_ops()).train()
         torch.manual_seed(2)
         candidate_loss(candidate_scores(glm, batch, TRAIN_MASK)).backward()
         gradients.append([p.grad for p in glm.parameters()])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import GOLDEN, GOLDEN_RUN, lit_glm, lit_glm_here, rows
-from lit_glm.training.optimizer import learning_rate
+from lit_glm.training.optimizer import learning_rate_at_step
 
 Z = np.load(GOLDEN / "training.npz")
 
@@ -73,5 +73,5 @@ def test_learning_rates_over_the_whole_schedule() -> None:
         ("accumulation4", (1e-5, 0.1, 4338 // 4, 0.1)),
         ("tiny", (1e-3, 0.1, 22, 0.1)),
     ):
-        ours = [learning_rate(int(step), *arguments) for step in z["step"]]
+        ours = [learning_rate_at_step(int(step), *arguments) for step in z["step"]]
         np.testing.assert_allclose(ours, z[name], atol=1e-15, rtol=0)

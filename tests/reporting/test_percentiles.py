@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lit_glm.metrics.timing import num_warmup_steps
+from lit_glm.metrics.timing import num_timing_warmup_steps
 from lit_glm.reporting.i18n import Translations
 from lit_glm.reporting.plots import legend_labels, throughput_percentiles
 from lit_glm.reporting.row_format import row_label
@@ -22,7 +22,7 @@ def test_legends_name_what_differs(tmp_path: Path) -> None:
 
 
 def test_warm_up_and_percentiles_by_hand() -> None:
-    assert [num_warmup_steps(steps) for steps in (0, 1, 2, 20, 40, 5000)] == [0, 0, 1, 1, 2, 50]
+    assert [num_timing_warmup_steps(steps) for steps in (0, 1, 2, 20, 40, 5000)] == [0, 0, 1, 1, 2, 50]
     seconds = np.concatenate([[100.0], np.full(9, 2.0), np.full(10, 4.0)])  # the first step is warm-up
     p50, p90, p99 = throughput_percentiles(seconds, 8.0)
     assert (p50, p90, p99) == (2.0, 2.0, 2.0)

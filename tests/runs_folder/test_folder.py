@@ -166,7 +166,7 @@ def test_an_error_inside_a_run(what: str, tmp_path: Path, capfd: Any, monkeypatc
         assert result(tmp_path / "run")["error"] == "ValueError: out of chalk"
     else:
         assert "Traceback" not in said
-        for part in ("out of memory in step 1 (bs=4): estimated", "in use at most", "largest bs estimated to fit is"):
+        for part in ("out of memory in step 1 (bs=4): estimated", "peak", "largest bs estimated to fit is"):
             assert part in said
         assert result(tmp_path / "run")["error"] == "out of memory"
     assert result(tmp_path / "run")["status"] == "failed"

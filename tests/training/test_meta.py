@@ -47,7 +47,7 @@ class Meta(Runtime):
     def autocast(self, dtype: torch.dtype) -> Any:
         return torch.autocast("cpu", dtype=dtype)  # torch has none for meta: casts stay away, types of halves too
 
-    def read_later(self, values: torch.Tensor, pending: Optional[Any] = None) -> Callable[[], List[Any]]:
+    def to_host_async(self, values: torch.Tensor, pending: Optional[Any] = None) -> Callable[[], List[Any]]:
         assert values.device.type == "meta"
         return lambda: [0 if values.dtype is torch.long else 1.0] * len(values)
 

@@ -24,7 +24,7 @@ def test_a_search_leaves_its_files_and_auto_takes_them(
     assert lit_glm_here("tune", *how, "tune.max_minutes=5", "run.resume=auto") == 0
     said = capfd.readouterr().out
     found = json.loads((folder / TUNE_FILE).read_text())
-    assert found["done"] is True
+    assert found["complete"] is True
     assert [one["bs"] for one in found["tries"]][:2] == [1, 2]
     assert found["largest_bs"] == max(one["bs"] for one in found["tries"])  # all of them fit
     assert all(one["p_core"] > 0 and one["memory_gib"] > 0 for one in found["tries"])

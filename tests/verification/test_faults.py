@@ -148,7 +148,7 @@ def test_synchronize_returns_at_once() -> None:
     done_at = [0.0]
 
     class Hasty(CPURuntime):
-        def kernels(self) -> RuntimeOps:
+        def model_ops(self) -> RuntimeOps:
             def linear(x: Any, weight: Any, bias: Any) -> Any:
                 if x is weight:  # the square products of the clock
                     done_at[0] = max(done_at[0], time.perf_counter()) + 0.004
@@ -176,7 +176,7 @@ def test_a_product_is_faster_than_the_files_peak() -> None:
 
 def test_a_wrong_layer_is_named_where_each_operator_is_right() -> None:
     class Scaled(CPURuntime):
-        def kernels(self) -> RuntimeOps:
+        def model_ops(self) -> RuntimeOps:
             return RuntimeOps(linear=lambda x, weight, bias: F.linear(x, weight, bias) * 1.01)
 
     found = failed(Scaled())

@@ -18,10 +18,10 @@ def key_help(config_name: str) -> str:
     """
     files: List[Path] = [CONF_DIR / f"{config_name}.yaml"]
     groups: Dict[str, Path] = {}
-    defaults = _defaults(files[0])
+    defaults = _defaults_list(files[0])
     if "train" in defaults:
         files.insert(0, CONF_DIR / "train.yaml")
-        defaults += _defaults(files[0])
+        defaults += _defaults_list(files[0])
     for entry in defaults:
         for group, name in entry.items() if isinstance(entry, dict) else []:
             file = CONF_DIR / str(group) / f"{name}.yaml"
@@ -29,19 +29,19 @@ def key_help(config_name: str) -> str:
                 groups[str(group)] = file
     parts = ["== What the keys mean =="]
     for file in [*files, *groups.values()]:
-        lines = _keys(file)
+        lines = _key_lines(file)
         if lines:
             inside = "" if file.parent == CONF_DIR else f", below {file.parent.name}:"
             parts += ["", f"# conf/{file.relative_to(CONF_DIR)}{inside}", *lines]
     return "\n".join(parts)
 
 
-def _defaults(file: Path) -> List[Any]:
+def _defaults_list(file: Path) -> List[Any]:
     content: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     return list(content.get("defaults") or [])
 
 
-def _keys(file: Path) -> List[str]:
+def _key_lines(file: Path) -> List[str]:
     """A file without its defaults, Hydra's part, and the remarks at its head."""
     kept: List[str] = []
     inside = True

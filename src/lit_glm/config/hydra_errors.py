@@ -12,6 +12,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from lit_glm.config.command_line import CommandLine
 from lit_glm.config.key_aliases import suggest_key
+from lit_glm.config.migration import old_key_message
 from lit_glm.config.schema import iter_leaves
 from lit_glm.errors import InputError
 
@@ -68,7 +69,7 @@ def explain_hydra_error(error: BaseException, schema: Any, conf: Path) -> str:
     wrong_type = re.search(r"Value '(.*)' of type '\w+' (?:could not be converted to|is not a valid) (\w+)", str(cause))
     if wrong_type is None:
         wrong_type = re.search(r"Value '(.*)' is not a valid (\w+)", str(cause))
-    key = _key_of(cause) or _key_of(error)
+    key = _key_from_error(cause) or _key_from_error(error)
     if wrong_type:
         kind = _TYPES.get(wrong_type.group(2), wrong_type.group(2))
         return f"{key}={wrong_type.group(1)}: must be {kind}"
@@ -114,6 +115,10 @@ def check_overrides(line: CommandLine, schema: Any, conf: Path) -> None:
             said.append(f"{text}: is no KEY=VALUE (without spaces around the =); {meant}")
             continue
         key, value = override.key_or_group, text.partition("=")[2]
+        renamed = old_key_message(key, value)
+        if renamed is not None:
+            said.append(renamed)
+            continue
         inside = any(key.startswith(f"{name}.") for name in keys)  # of a table such as hardware.peak_tflops
         if override.is_add() or override.is_delete() or key in known or key.startswith(_FREE) or inside:
             if override.is_sweep_override() and not line.multirun and not key.startswith("hydra"):
@@ -136,7 +141,7 @@ def _yaml_error_message(error: yaml.YAMLError) -> str:
     return f"{where}: {problem}; texts with ': ' or ' #' in them need quotes, and levels are told by spaces alone"
 
 
-def _key_of(error: BaseException) -> str:
+def _key_from_error(error: BaseException) -> str:
     if isinstance(error, OmegaConfBaseException) and error.full_key:
         return str(error.full_key)
     found = re.search(r"full_key: (\S+)", str(error))

@@ -6,6 +6,7 @@ composed here, by Hydra's compose API, and the task called with it. Hydra's own 
 """
 
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -23,6 +24,7 @@ from lit_glm.broken_pipe import ignore_broken_pipe
 from lit_glm.config.command_line import CommandLine
 from lit_glm.config.help_text import key_help
 from lit_glm.config.hydra_errors import check_overrides, explain_hydra_error
+from lit_glm.config.migration import REMOVED_KEYS, RENAMED, old_key_message
 from lit_glm.config.paths import CONF_DIR
 from lit_glm.config.tuned_values import resolve_auto_bs
 from lit_glm.config.validators import range_errors
@@ -59,6 +61,7 @@ def validate_config(cfg: DictConfig, schema: "type[Config]") -> Config:
     if cfg.get("bs") == "auto":
         cfg.bs, source = resolve_auto_bs(cfg, _fix_hp_bs(cfg))
         print(f"lit_glm: bs=auto: {cfg.bs}, {source}", file=sys.stderr, flush=True)
+    _reject_old_keys(cfg)
     try:
         # Merging the plain content closes the way round the schema that Hydra leaves open (`+typo=1`, `++typo=1`).
         # The two steps say different things: the first which name is unknown, the second which type is wrong.
@@ -71,6 +74,33 @@ def validate_config(cfg: DictConfig, schema: "type[Config]") -> Config:
     if complaints:
         raise InputError("\n".join(complaints))
     return config
+
+
+def _reject_old_keys(cfg: DictConfig) -> None:
+    """Reject keys of older versions that a configuration file sets.
+
+    Raises:
+        InputError: names the new key of each, and the user's file where one is found.
+    """
+    messages = []
+    for key in (*RENAMED["config"], *REMOVED_KEYS):
+        *parents, name = key.split(".")
+        node: Any = cfg
+        for parent in parents:
+            node = node.get(parent) if isinstance(node, DictConfig) and parent in node else None
+        if isinstance(node, DictConfig) and name in node.keys():  # noqa: SIM118 (`in` hides values that are missing)
+            messages.append(f"{_find_user_file_setting(name)}{old_key_message(key)}")
+    if messages:
+        raise InputError("\n".join(messages))
+
+
+def _find_user_file_setting(name: str) -> str:
+    """Return the first of the user's configuration files that sets a key of this name, as the start of a message."""
+    folder = CommandLine.read(sys.argv[1:]).config_dir
+    for file in sorted(Path(folder).rglob("*.yaml")) if folder is not None else []:
+        if re.search(rf"^\s*{name}\s*:", file.read_text(encoding="utf-8", errors="replace"), re.MULTILINE):
+            return f"{file}: "
+    return ""
 
 
 def _fix_hp_bs(cfg: DictConfig) -> Optional[int]:
@@ -87,7 +117,7 @@ def _fix_hp_bs(cfg: DictConfig) -> Optional[int]:
 
 def compose_config(config_name: str, overrides: Sequence[str]) -> DictConfig:
     """Compose a configuration in this process, as the command line would."""
-    return _compose(config_name, overrides).config
+    return _compose_with_hydra(config_name, overrides).config
 
 
 class _ComposedConfig(NamedTuple):
@@ -98,7 +128,7 @@ class _ComposedConfig(NamedTuple):
     """The override that takes the published values of what runs, where the command line's names are another pair's."""
 
 
-def _compose(config_name: str, overrides: Sequence[str]) -> _ComposedConfig:
+def _compose_with_hydra(config_name: str, overrides: Sequence[str]) -> _ComposedConfig:
     with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3", job_name=config_name):
         whole = hydra.compose(config_name, overrides=list(overrides), return_hydra_config=True)
         better = _fix_hp_override(whole, overrides)
@@ -150,7 +180,7 @@ def run_command(
         if not line.is_help:
             check_overrides(line, schema, CONF_DIR)
             for overrides in line.sample_combinations(is_group(line.config_dir)) if line.multirun else [line.overrides]:
-                composed = _compose(config_name, [*overrides, *line.searchpath])
+                composed = _compose_with_hydra(config_name, [*overrides, *line.searchpath])
             if not line.multirun:
                 config = validate_config(composed.config, schema)
             elif before_sweep is not None and not line.cfg:

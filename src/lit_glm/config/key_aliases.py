@@ -48,7 +48,7 @@ _PRECISIONS = ("fp32", "fp16", "bf16", "amp", "tf32")
 _YES, _NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
-def _plain(key: str) -> str:
+def _normalise_key(key: str) -> str:
     return re.sub(r"[^a-z0-9]", "_", key.lower()).strip("_")
 
 
@@ -63,7 +63,7 @@ def suggest_key(key: str, value: Any, known: Sequence[str]) -> Optional[str]:
     Returns:
         A message; None: nothing is known of it.
     """
-    word = _plain(key.rsplit(".", 1)[-1])
+    word = _normalise_key(key.rsplit(".", 1)[-1])
     said = f"{key}={value}: there is no such key"
     if word in _PRECISIONS:
         if word == "tf32":

@@ -1,13 +1,33 @@
-"""Every key that can be set, with its type and its range; conf/ holds the values.
+"""Every key that can be set, with its type; conf/ has the values, `lit_glm.config.validators` the ranges.
 
 Dataclasses rather than a list of names, so that OmegaConf checks types and mypy checks their use.
 Python 3.8 and OmegaConf both need the `typing` spellings here.
+
+A run folder stores a hash of its configuration, by which it is found and resumed. A plain field belongs to the hash and
+exists since 0.2.0. A key that is added later is declared with `new_in`, which keeps the hashes of older runs valid; a
+key that does not change what a run computes is declared with `unhashed`.
 """
 
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from omegaconf import MISSING
+
+
+def new_in(version: str, default: Any, neutral: Any) -> Any:
+    """Declare a key that was added after version 0.2.0.
+
+    Args:
+        version: the release that has it first.
+        default: its value where nothing sets it.
+        neutral: the value with which a run computes what it did before the key existed; left out of the hash then.
+    """
+    return field(default=default, metadata={"added": version, "neutral": neutral})
+
+
+def unhashed(default: Any) -> Any:
+    """Declare a key that decides how a run is executed or described and not what it computes."""
+    return field(default=default, metadata={"hashed": False})
 
 
 @dataclass
@@ -30,10 +50,10 @@ class HardwareConfig:
     source: str = ""
     gelu: str = "tanh"
     network: str = ""
-    link_gbytes_s: Optional[float] = None
-    network_gbytes_s: Optional[float] = None
-    power_w: Optional[float] = None
-    monitor_interval_s: float = 5.0
+    link_gbytes_s: Optional[float] = unhashed(None)
+    network_gbytes_s: Optional[float] = unhashed(None)
+    power_w: Optional[float] = unhashed(None)
+    monitor_interval_s: float = unhashed(5.0)
 
 
 @dataclass
@@ -113,7 +133,7 @@ class DataConfig:
     eval_file: str = ""
     max_seq_length: int = 512
     num_workers: int = 0
-    cache_dir: Optional[str] = None
+    cache_dir: Optional[str] = unhashed(None)
     balance_ranks: bool = False
     shuffle_seed: int = 0
     longest_first: bool = False
@@ -155,31 +175,31 @@ class RunConfig:
     eval_interval_samples: int = 19200
     eval_start_samples: int = 100
     evaluate: bool = True
-    resume: Optional[str] = None
-    overwrite: bool = False
+    resume: Optional[str] = unhashed(None)
+    overwrite: bool = unhashed(False)
     checkpoint_interval_steps: Optional[int] = 1000
     max_skipped_steps: int = 100
-    stall_timeout_s: float = 1200.0
-    rendezvous_timeout_s: float = 300.0
+    stall_timeout_s: float = unhashed(1200.0)
+    rendezvous_timeout_s: float = unhashed(300.0)
 
 
 @dataclass
 class SweepConfig:
     """How a multirun goes on."""
 
-    skip_done: bool = True
-    objective: str = "acc"
+    skip_done: bool = unhashed(True)
+    objective: str = unhashed("acc")
 
 
 @dataclass
 class ReportConfig:
     """What no program can know of the machine, for environment.json; null: what the system says of itself."""
 
-    machine: Optional[str] = None
-    device_name: Optional[str] = None
-    network: Optional[str] = None
-    driver: Optional[str] = None
-    image: Optional[str] = None
+    machine: Optional[str] = unhashed(None)
+    device_name: Optional[str] = unhashed(None)
+    network: Optional[str] = unhashed(None)
+    driver: Optional[str] = unhashed(None)
+    image: Optional[str] = unhashed(None)
 
 
 @dataclass
@@ -235,11 +255,17 @@ class PrepareConfig:
     scoring: Dict[str, Any] = field(default_factory=dict)
 
 
-def iter_leaves(node: Any, prefix: str = "") -> Iterator[Tuple[str, Any]]:
-    """Yield (dotted key, value) of every leaf below a configuration dataclass."""
+def iter_keys(node: Any, prefix: str = "") -> Iterator[Tuple[str, Any, "Field[Any]"]]:
+    """Yield (dotted key, value, field) of every leaf below a configuration dataclass."""
     for entry in fields(node):
         value = getattr(node, entry.name)
         if is_dataclass(value):
-            yield from iter_leaves(value, f"{prefix}{entry.name}.")
+            yield from iter_keys(value, f"{prefix}{entry.name}.")
         else:
-            yield prefix + entry.name, value
+            yield prefix + entry.name, value, entry
+
+
+def iter_leaves(node: Any) -> Iterator[Tuple[str, Any]]:
+    """Yield (dotted key, value) of every leaf below a configuration dataclass."""
+    for key, value, _ in iter_keys(node):
+        yield key, value

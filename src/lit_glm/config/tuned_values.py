@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, Dict, Tuple
 
+from lit_glm.config.migration import migrate_names
 from lit_glm.config.paths import CONF_DIR
 from lit_glm.errors import InputError
 
@@ -13,7 +14,7 @@ MODEL_KEYS = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size", 
 """Of a model, what decides how large a batch may be."""
 
 
-def published_topologies(hardware: str) -> Dict[str, int]:
+def topologies_with_fix_hp(hardware: str) -> Dict[str, int]:
     """Topologies of a chip for which values were published, with their numbers of ranks."""
     found = {}
     for file in sorted((CONF_DIR / "fix_hp").glob(f"{hardware}_*.yaml")):
@@ -25,7 +26,7 @@ def published_topologies(hardware: str) -> Dict[str, int]:
 
 def nearest_pair_hint(hardware: str, ranks: int) -> str:
     """What to add where a pair has no published values: how to take those of the nearest topology; "" without one."""
-    known = published_topologies(hardware)
+    known = topologies_with_fix_hp(hardware)
     if not known:
         return ""
     nearest = min(known, key=lambda name: (abs(known[name] - ranks), known[name]))
@@ -60,11 +61,11 @@ def resolve_auto_bs(composed: Any, pair_bs: Any) -> Tuple[int, str]:
     found = []
     for file in Path("outputs/tune").glob(f"*/*/{TUNE_FILE}"):
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = migrate_names(json.loads(file.read_text(encoding="utf-8")), "tune.json")
         except (OSError, ValueError):
             continue
         if content.get("fastest_bs") and all(content.get(key) == value for key, value in {**wanted, **also}.items()):
-            so_far = "" if content.get("done") else " so far"
+            so_far = "" if content.get("complete") else " so far"
             found.append((file.stat().st_mtime, int(content["fastest_bs"]), f"{file.parent} found{so_far}"))
     if found:
         _, bs, place = max(found)

@@ -17,11 +17,11 @@ def _ranges_to_indices(starts: Any, ends: Any) -> Any:
     return np.arange(stops[-1]) + np.repeat(starts - stops + lengths, lengths)
 
 
-def _tensor(array: Any) -> Tensor:
+def _to_int64_tensor(array: Any) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))
 
 
-def _right_answers(split: MemmapDataset, indices: Sequence[int]) -> Optional[List[Tuple[int, ...]]]:
+def _correct_candidates(split: MemmapDataset, indices: Sequence[int]) -> Optional[List[Tuple[int, ...]]]:
     return [split.answers_of(index) for index in indices] if len(split.answers) else None
 
 
@@ -56,18 +56,20 @@ def collate_packed(split: MemmapDataset, indices: Sequence[int]) -> PackedBatch:
     group_sizes = split.group_candidates[groups]
     candidate_rows = np.add.reduceat(lengths, np.cumsum(group_sizes) - group_sizes)  # every group has a candidate
     return PackedBatch(
-        tokens=_tensor(tokens),
-        positions=_tensor(positions),
-        blocks=_tensor(blocks),
-        targets=_tensor(split.candidate_targets[rows]),
-        row_candidate=_tensor(row_candidate),
-        slot=_tensor(split.candidate_slot[candidates] + np.repeat(np.arange(len(index)) * num_candidates, counts)),
+        tokens=_to_int64_tensor(tokens),
+        positions=_to_int64_tensor(positions),
+        blocks=_to_int64_tensor(blocks),
+        targets=_to_int64_tensor(split.candidate_targets[rows]),
+        row_candidate=_to_int64_tensor(row_candidate),
+        slot=_to_int64_tensor(
+            split.candidate_slot[candidates] + np.repeat(np.arange(len(index)) * num_candidates, counts)
+        ),
         context_lengths=context_lengths.tolist(),
         candidate_rows=candidate_rows.tolist(),
         padding_index=build_padding_index(context_lengths, candidate_rows, row_candidate),
         num_examples=len(index),
         num_candidates=num_candidates,
-        answers=_right_answers(split, indices),
+        answers=_correct_candidates(split, indices),
         indices=tuple(index.tolist()),
     )
 
@@ -91,11 +93,11 @@ def build_padding_index(context_lengths: Any, candidate_rows: Any, row_candidate
     owner[contexts], owner[candidates] = -1, row_candidate
     own_first = np.arange(groups) * most
     return PaddingIndex(
-        gather=_tensor(gather.reshape(groups, -1)),
-        scatter=_tensor(scatter),
-        gather_candidates=_tensor(np.maximum(0, gather.reshape(groups, -1)[:, longest:] - len(contexts))),
-        scatter_candidates=_tensor(_ranges_to_indices(own_first, own_first + candidate_rows)),
-        owner=_tensor(owner.reshape(groups, -1)),
+        gather=_to_int64_tensor(gather.reshape(groups, -1)),
+        scatter=_to_int64_tensor(scatter),
+        gather_candidates=_to_int64_tensor(np.maximum(0, gather.reshape(groups, -1)[:, longest:] - len(contexts))),
+        scatter_candidates=_to_int64_tensor(_ranges_to_indices(own_first, own_first + candidate_rows)),
+        owner=_to_int64_tensor(owner.reshape(groups, -1)),
         first_candidate=longest,
     )
 
@@ -133,12 +135,12 @@ def collate_padded(split: MemmapDataset, indices: Sequence[int], num_tokens: int
         for array in (text, target, logit_mask, position, separator):
             array[b, counts[b] :] = array[b, 0]  # empty slots hold copies of candidate 0
     return PaddedBatch(
-        text=_tensor(text),
-        position=_tensor(position),
-        separator=_tensor(separator),
-        target=_tensor(target),
-        logit_mask=_tensor(logit_mask),
-        loss_mask=_tensor(loss_mask),
-        answers=_right_answers(split, indices),
+        text=_to_int64_tensor(text),
+        position=_to_int64_tensor(position),
+        separator=_to_int64_tensor(separator),
+        target=_to_int64_tensor(target),
+        logit_mask=_to_int64_tensor(logit_mask),
+        loss_mask=_to_int64_tensor(loss_mask),
+        answers=_correct_candidates(split, indices),
         indices=tuple(int(i) for i in indices),
     )

@@ -248,7 +248,7 @@ def build_cache(path: Path, needs_answers: bool, folder: Path, progress: Optiona
                 last = int(np.searchsorted(choices[:, 1], start + _ROWS_AT_ONCE, side="right"))
                 last = max(last, first + 1)
                 stop = choices[last - 1, 1]
-                _add_examples(writer, CandidateRows(reader, separators, start, stop), choices[first:last] - start)
+                _append_examples(writer, CandidateRows(reader, separators, start, stop), choices[first:last] - start)
                 first = last
                 if progress is not None:
                     progress(int(stop), reader.num_candidates)
@@ -343,7 +343,7 @@ class _CacheWriter:
             self.maxima[name] = (int(values[row]), first_row + row)
 
 
-def _add_examples(writer: _CacheWriter, rows: CandidateRows, choices: Any) -> None:
+def _append_examples(writer: _CacheWriter, rows: CandidateRows, choices: Any) -> None:
     """Find the groups of each example and append everything, candidates group by group."""
     order: List[int] = []
     contexts: List[Any] = []

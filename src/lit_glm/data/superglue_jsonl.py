@@ -111,7 +111,7 @@ def _parse_json(raw: bytes) -> Any:
     return record
 
 
-def _require(container: Any, key: str, kind: type, what: str) -> Any:
+def _require_field(container: Any, key: str, kind: type, what: str) -> Any:
     """An entry of an object.
 
     Raises:
@@ -123,11 +123,11 @@ def _require(container: Any, key: str, kind: type, what: str) -> Any:
     return value
 
 
-def _entities(text: str, spans: List[Any]) -> List[str]:
+def _entity_texts(text: str, spans: List[Any]) -> List[str]:
     """Distinct texts of spans, sorted; a span's end belongs to it."""
     found = set()
     for span in spans:
-        start, end = (_offset(span, key) for key in ("start", "end"))
+        start, end = (_int_field(span, key) for key in ("start", "end"))
         if start < 0 or end < 0:
             raise UnusableRecord("an entity at a negative place")
         if end < start:
@@ -138,7 +138,7 @@ def _entities(text: str, spans: List[Any]) -> List[str]:
     return sorted(found)
 
 
-def _offset(span: Any, key: str) -> int:
+def _int_field(span: Any, key: str) -> int:
     value = span.get(key) if isinstance(span, dict) else None
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     if isinstance(value, bool) or not whole:
@@ -149,23 +149,25 @@ def _offset(span: Any, key: str) -> int:
 def _parse_questions(
     record: Any, line: int, train: bool, generator: random.Random, skipped: SkippedRecords
 ) -> List[Question]:
-    passage = _require(record, "passage", dict, "not a ReCoRD record")
-    text = normalise_punctuation(_require(passage, "text", str, "no text"))
-    entities = _entities(text, _require(passage, "entities", list, "no entities"))
-    queries = _require(record, "qas", list, "no questions")
+    passage = _require_field(record, "passage", dict, "not a ReCoRD record")
+    text = normalise_punctuation(_require_field(passage, "text", str, "no text"))
+    entities = _entity_texts(text, _require_field(passage, "entities", list, "no entities"))
+    queries = _require_field(record, "qas", list, "no questions")
     if not queries:
         raise UnusableRecord("no questions")
     if "idx" not in record:
         raise UnusableRecord("no idx")
     found: List[Question] = []
     for query in queries:
-        pieces = normalise_punctuation(_require(query, "query", str, "a question without text")).split(_PLACEHOLDER)
+        pieces = normalise_punctuation(_require_field(query, "query", str, "a question without text")).split(
+            _PLACEHOLDER
+        )
         given = query.get("answers") or []
         if not isinstance(given, list) or "idx" not in query:
             raise UnusableRecord("a question without idx, or with answers that are no list")
         # The reference keeps answers in a set; ascending order is one of its orders and the one of the golden files.
         answers = sorted(
-            {normalise_punctuation(_require(answer, "text", str, "an answer without text")) for answer in given}
+            {normalise_punctuation(_require_field(answer, "text", str, "an answer without text")) for answer in given}
         )
         if len(pieces) != 2:
             skipped.add("no @placeholder" if len(pieces) < 2 else "more than one @placeholder", line)

@@ -116,12 +116,14 @@ def ensure_synthetic_data(data: DataConfig) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         with file_lock(out.with_name(f".{out.name}.lock")):
             if not is_there():  # else another run has generated it meanwhile
-                _generate(data, marker, settings, stamp, is_there)
+                _generate_and_prepare(data, marker, settings, stamp, is_there)
     except OSError as error:
         raise InputError(f"data.out_dir={out}: generated data cannot be written there ({error})") from error
 
 
-def _generate(data: DataConfig, marker: Path, settings: List[int], stamp: str, is_there: Callable[[], bool]) -> None:
+def _generate_and_prepare(
+    data: DataConfig, marker: Path, settings: List[int], stamp: str, is_there: Callable[[], bool]
+) -> None:
     assert data.synthetic is not None
     out = marker.parent
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.part-", dir=str(out.parent)))
@@ -131,7 +133,7 @@ def _generate(data: DataConfig, marker: Path, settings: List[int], stamp: str, i
         (temporary / marker.name).write_text(json.dumps({"stamp": stamp, "settings": settings}))
         if is_there():
             return  # a file system without locks: another run was faster
-        _install(temporary, out, marker)
+        _move_into_place(temporary, out, marker)
     except OSError:
         if not is_there():
             raise
@@ -139,7 +141,7 @@ def _generate(data: DataConfig, marker: Path, settings: List[int], stamp: str, i
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _install(made: Path, out: Path, marker: Path) -> None:
+def _move_into_place(made: Path, out: Path, marker: Path) -> None:
     """Move what was made to its folder; what else is there stays.
 
     Raises:

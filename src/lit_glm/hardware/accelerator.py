@@ -71,7 +71,7 @@ class _OptimizerWrappingMixin:
         getattr(self.precision_plugin, "wrap_optimizers", lambda _: None)(self.optimizers)  # type: ignore[attr-defined]
 
 
-class ChipStrategy(_OptimizerWrappingMixin, SingleDeviceStrategy):
+class ChipSingleDeviceStrategy(_OptimizerWrappingMixin, SingleDeviceStrategy):
     """One device, no process group."""
 
 
@@ -112,7 +112,7 @@ def make_strategy(runtime: Runtime, topology: TopologyConfig, timeout_s: float) 
         timeout_s: a collective that takes longer ends the job.
     """
     if topology.world_size == 1:
-        return ChipStrategy(device=runtime.device(0))
+        return ChipSingleDeviceStrategy(device=runtime.device(0))
     return ChipDDPStrategy(
         process_group_backend=runtime.backend,
         timeout=timedelta(seconds=timeout_s),

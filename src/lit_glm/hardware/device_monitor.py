@@ -83,7 +83,7 @@ def monitor_devices(hardware: HardwareConfig, file: Path, node: int, devices: in
             watch.kill()
 
 
-def _text(value: Optional[float]) -> str:
+def _format_number(value: Optional[float]) -> str:
     return "" if value is None else f"{value:.9g}"
 
 
@@ -91,7 +91,7 @@ def format_reading(time_s: float, node: int, reading: DeviceReading) -> str:
     """A line of the table."""
     gib = None if reading.used_mib is None else reading.used_mib / 1024
     values = (gib, reading.power_w, reading.temperature_c, reading.utilisation)
-    return ",".join([f"{time_s:.3f}", str(node), str(reading.index), *map(_text, values)]) + "\n"
+    return ",".join([f"{time_s:.3f}", str(node), str(reading.index), *map(_format_number, values)]) + "\n"
 
 
 def main(arguments: List[str]) -> int:

@@ -68,7 +68,7 @@ def parse_xpu_smi_m(text: str) -> List[DeviceReading]:
     """Newer drivers, `xpu-smi -m`: fields 5 C, 9 W, 18 used, 19 total (MiB), 20 %; field 2 is the card's index.
 
     >>> parse_xpu_smi_m("0 3 x x 46 x x x 114 x x x x x x x x 23730 32768 100")[0]
-    Reading(index=3, temperature_c=46.0, power_w=114.0, used_mib=23730.0, total_mib=32768.0, utilisation=100.0)
+    DeviceReading(index=3, temperature_c=46.0, power_w=114.0, used_mib=23730.0, total_mib=32768.0, utilisation=100.0)
     >>> parse_xpu_smi_m("0 3 x x 46 x x x 114 x x x x x x x x lots 32768 100")
     []
     """
@@ -132,7 +132,7 @@ def parse_names(text: str) -> Dict[int, str]:
     return found
 
 
-def xpu_names() -> Dict[int, str]:
+def xpu_device_names() -> Dict[int, str]:
     """Name of each card; empty where the vendor's tool is missing, or does not say."""
     return parse_names(command_output("xpu-smi", "-m"))
 
@@ -157,7 +157,7 @@ def parse_driver(text: str) -> Optional[str]:
     return found.group(1) if found else None
 
 
-def xpu_driver() -> Optional[str]:
+def xpu_driver_version() -> Optional[str]:
     """Version of the XPU driver, from whichever of the vendor's tools is installed."""
     for tool in ("xpu-smi", "xpu_smi"):
         if shutil.which(tool):
@@ -232,11 +232,11 @@ class CPUMonitor:
 
     def _packages(self) -> List[Path]:
         zones = sorted(self._powercap.glob("intel-rapl:*")) if self._powercap.is_dir() else []
-        return [zone for zone in zones if _file(zone / "name").startswith("package")]
+        return [zone for zone in zones if _read_sysfs(zone / "name").startswith("package")]
 
     def _power(self, zone: Path) -> Optional[float]:
         """Mean power since the reading before; None at the first one."""
-        text, now = _file(zone / "energy_uj"), time.monotonic()
+        text, now = _read_sysfs(zone / "energy_uj"), time.monotonic()
         if not text.isdigit():
             return None
         before = self._before.get(str(zone))
@@ -246,11 +246,11 @@ class CPUMonitor:
             return self._power(zone)
         taken = float(text) - before[1]
         if taken < 0:  # the counter has begun anew
-            taken += float(_file(zone / "max_energy_range_uj") or 0.0)
+            taken += float(_read_sysfs(zone / "max_energy_range_uj") or 0.0)
         return taken / 1e6 / (now - before[0]) if now > before[0] and taken >= 0 else None
 
 
-def _file(path: Path) -> str:
+def _read_sysfs(path: Path) -> str:
     try:
         return path.read_text(encoding="ascii").strip()
     except (OSError, ValueError):

@@ -53,14 +53,14 @@ class LossScalingPrecision(Precision):
     def pre_backward(self, tensor: Tensor, module: Any) -> Any:
         """Multiply the loss."""
         self._before_backward(module)
-        return super().pre_backward(self.scaler.multiply(tensor.float()), module)
+        return super().pre_backward(self.scaler.scale_loss(tensor.float()), module)
 
     def _before_backward(self, module: Any) -> None:
         """Get gradients of an earlier micro-batch ready to be added to."""
 
     def unscale_(self, optimizer: Any) -> None:
         """Leave unscaled fp32 gradients where the optimizer looks for them."""
-        self.scaler.divide(optimizer)
+        self.scaler.unscale_(optimizer)
 
     def update_scale(self, norm: Tensor) -> bool:
         """Adapt the scale to what the gradients came to.
@@ -220,7 +220,7 @@ def check_precision_on_device(plugin: Any, device: torch.device) -> None:
     """
     layer = plugin.convert_module(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU()).to(device))
     x = torch.ones(2, 8, device=device, dtype=next(layer.parameters()).dtype)
-    with _warnings_off(), plugin.forward_context():
+    with _ignore_warnings(), plugin.forward_context():
         out = layer(x)
         torch.softmax(out @ out.transpose(0, 1), dim=-1).float().sum().backward()
     if out.dtype is not plugin.computes_in:
@@ -228,7 +228,7 @@ def check_precision_on_device(plugin: Any, device: torch.device) -> None:
 
 
 @contextmanager
-def _warnings_off() -> Iterator[None]:
+def _ignore_warnings() -> Iterator[None]:
     import warnings
 
     with warnings.catch_warnings():

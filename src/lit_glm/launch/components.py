@@ -19,6 +19,7 @@ from lit_glm.config.tuned_values import nearest_pair_hint
 from lit_glm.data.datamodule import RecordDataModule, evaluation_batches
 from lit_glm.data.memmap_dataset import MemmapDataset, open_datasets
 from lit_glm.data.sequence_lengths import SequenceLengths
+from lit_glm.errors import InputError
 from lit_glm.hardware import device_monitor
 from lit_glm.hardware.accelerator import make_accelerator, make_strategy
 from lit_glm.hardware.env import set_hardware_env
@@ -97,7 +98,8 @@ def build_components(place: RankContext, beat: Callable[[], None], stops: Option
     config = place.config
     _silence_third_party()
     beat()
-    runtime = _runtime(place)
+    runtime = _make_validated_runtime(place)
+    resume_from, content = _find_resume_checkpoint(place, runtime)  # before anything in the folder changes
     strategy = make_strategy(runtime, config.topology, collective_timeout_s(config))
     precision = make_precision(config, runtime, place.local_rank)
     train_split, eval_split = open_datasets(config.data, config.model)
@@ -106,13 +108,12 @@ def build_components(place: RankContext, beat: Callable[[], None], stops: Option
     _announce_run(place, runtime)
     beat()
     place.print_once(memory_estimate.memory_message(config, lengths, runtime, place.local_rank))
-    module = _module(place, runtime)
+    module = _make_module(place, runtime)
     data = RecordDataModule(config, train_split, lambda: module.steps_done, runtime.pins_memory, runtime.synchronize)
-    resume_from, content = _find_resume_checkpoint(place, runtime)
     around = CallbackDependencies(
         lambda steps_done: RunWriter(place.run_dir, steps_done, place.job.is_resume),
         lambda rank, world: evaluation_batches(eval_split, config, rank, world, runtime.pins_memory),
-        lambda trainer, step: _save(trainer, place.run_dir, step),
+        lambda trainer, step: _save_checkpoint(trainer, place.run_dir, step),
         beat,
         lambda: data.data_wait_s,
         (len(train_split), len(eval_split)),
@@ -145,7 +146,7 @@ def build_components(place: RankContext, beat: Callable[[], None], stops: Option
     return TrainingComponents(runtime, train_split, module, data, recorder, trainer, resume_from)
 
 
-def _runtime(place: RankContext) -> Runtime:
+def _make_validated_runtime(place: RankContext) -> Runtime:
     """The chip's runtime, its cards compared with the hardware file."""
     config = place.config
     kept = set_hardware_env(config.hardware)
@@ -220,7 +221,7 @@ def _is_verified(place: RankContext) -> bool:
     return found is not None and bool(found["passed"])
 
 
-def _module(place: RankContext, runtime: Runtime) -> RecordModule:
+def _make_module(place: RankContext, runtime: Runtime) -> RecordModule:
     config = place.config
     device = runtime.device(place.local_rank)
     check_attention_available(config.model.attention)
@@ -244,6 +245,11 @@ def _find_resume_checkpoint(place: RankContext, runtime: Runtime) -> "tuple[Opti
         if place.rank == 0:
             for line in passed_over:
                 print(f"lit_glm: {line}", file=sys.stderr)
+        if path is None and passed_over:  # starting again from step 0 would throw away what the folder holds
+            raise InputError(
+                f"run.resume={place.run_dir}: none of its {len(passed_over)} checkpoints can be used (see above); "
+                "restore one, or start a new run in another folder"
+            )
         from_start = "from the start: there is no checkpoint"
         place.print_once(f"the run goes on {f'after step {checkpoints.checkpoint_step(path)}' if path else from_start}")
     if place.config.topology.world_size > 1:
@@ -253,7 +259,7 @@ def _find_resume_checkpoint(place: RankContext, runtime: Runtime) -> "tuple[Opti
     return path, content if path is not None else None
 
 
-def _save(trainer: pl.Trainer, run_dir: Path, step: int) -> None:
+def _save_checkpoint(trainer: pl.Trainer, run_dir: Path, step: int) -> None:
     trainer.save_checkpoint(checkpoints.checkpoint_path(run_dir, step), weights_only=False)
     if trainer.is_global_zero:
         checkpoints.prune(run_dir)

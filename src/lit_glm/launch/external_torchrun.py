@@ -13,7 +13,7 @@ from lit_glm.gc_pause import paused_gc
 from lit_glm.hardware.runtimes.selection import make_runtime
 from lit_glm.launch import heartbeat
 from lit_glm.launch.heartbeat import STALL_MARGIN_S, StallWatchdog, run_watchdog, stall_message
-from lit_glm.launch.launcher import monitor_node_devices, record_energy, record_failure
+from lit_glm.launch.launcher import monitor_node_devices, write_energy_metrics, write_failure_status
 from lit_glm.launch.nodes import ExternalRank
 from lit_glm.launch.process_group import process_group
 from lit_glm.launch.worker import run_and_report_errors
@@ -83,7 +83,7 @@ def run_under_external_torchrun(
                     raise InputError(f"run.resume={run_dir}: the run is complete, there is nothing to do")
                 first = JobSpec(config, entry, sys.argv, resumes)
                 keep.enter_context(acquire_run_dir(first, run_dir, composed))
-                keep.enter_context(record_energy(first, run_dir))
+                keep.enter_context(write_energy_metrics(first, run_dir))
                 heartbeat.clear_heartbeats(run_dir)
                 told = (str(run_dir.resolve()), resumes)
             if config.topology.world_size > 1:
@@ -95,7 +95,9 @@ def run_under_external_torchrun(
             node = outer.rank // config.topology.devices_per_node
             if outer.local_rank == 0 and node > 0:
                 keep.enter_context(monitor_node_devices(job, folder, node))
-            with _run_watchdog(config, folder, outer), record_failure(folder) if outer.rank == 0 else nullcontext():
+            with _run_watchdog(config, folder, outer), write_failure_status(
+                folder, resumes
+            ) if outer.rank == 0 else nullcontext():
                 run_rank(job, folder)
 
     status = run_and_report_errors(work, lambda: folder)

@@ -17,7 +17,7 @@ from lit_glm.hardware.device_monitor import monitor_devices, readings_file
 from lit_glm.hardware.oom import oom_kill_count
 from lit_glm.launch import heartbeat
 from lit_glm.launch.heartbeat import STALL_MARGIN_S, StallWatchdog, run_watchdog, stall_message
-from lit_glm.launch.nodes import Node, check_nodes, network_interface_to, resolve_node
+from lit_glm.launch.nodes import Node, check_node_count, network_interface_to, resolve_node
 from lit_glm.launch.signals import EXIT_STATUS, Interrupted, stop_signals
 from lit_glm.metrics.energy import energy_metrics
 from lit_glm.openmp import LAUNCHER_THREADS_VARIABLE, omp_env_for_ranks
@@ -65,11 +65,13 @@ def run_job(job: JobSpec, run_dir: Path, composed: Dict[str, str], in_process: b
         InputError, RunError, Interrupted: how it ended otherwise; result.json says so too.
     """
     world_size = job.config.topology.world_size
-    check_nodes(job.config.topology)
-    node = _node(job) if world_size > 1 else Node(0, "127.0.0.1", 0)
+    check_node_count(job.config.topology)
+    node = _own_node(job) if world_size > 1 else Node(0, "127.0.0.1", 0)
     if node.rank > 0:
         return _run_secondary_node(job, node, run_dir)
-    with acquire_run_dir(job, run_dir, composed) as lock, record_energy(job, run_dir), record_failure(run_dir):
+    with acquire_run_dir(job, run_dir, composed) as lock, write_energy_metrics(job, run_dir), write_failure_status(
+        run_dir, job.is_resume
+    ):
         heartbeat.clear_heartbeats(run_dir)
         if world_size == 1 and in_process:
             _run_in_process(job, run_dir)
@@ -81,7 +83,7 @@ def run_job(job: JobSpec, run_dir: Path, composed: Dict[str, str], in_process: b
     return result
 
 
-def _node(job: JobSpec) -> Node:
+def _own_node(job: JobSpec) -> Node:
     return resolve_node(job.config.topology, job.config.hardware.runtime == "simulated")
 
 
@@ -97,7 +99,7 @@ def monitor_node_devices(job: JobSpec, run_dir: Path, node: int) -> Iterator[Non
 
 
 @contextmanager
-def record_energy(job: JobSpec, run_dir: Path) -> Iterator[None]:
+def write_energy_metrics(job: JobSpec, run_dir: Path) -> Iterator[None]:
     """As `node_watched` of the first node; what the cards of all nodes took stands in the result then."""
     try:
         with monitor_node_devices(job, run_dir, 0):
@@ -113,8 +115,11 @@ def record_energy(job: JobSpec, run_dir: Path) -> Iterator[None]:
 
 
 @contextmanager
-def record_failure(run_dir: Path) -> Iterator[None]:
-    """Whatever ends the work inside, result.json says it, and the folder has the traceback of an unexpected error."""
+def write_failure_status(run_dir: Path, is_resume: bool) -> Iterator[None]:
+    """Record how the block ended in result.json and save the traceback of an unexpected error.
+
+    A resumed run whose input is rejected keeps the status that it had: it is as resumable as before.
+    """
     try:
         yield
     except Interrupted:
@@ -126,6 +131,8 @@ def record_failure(run_dir: Path) -> Iterator[None]:
         update_result(run_dir, status="interrupted")
         raise Interrupted(signal.SIGINT) from None
     except Exception as error:
+        if isinstance(error, InputError) and is_resume:
+            raise
         noted = root_cause(run_dir)
         if noted is None:
             write_error_file(run_dir, 0, error)

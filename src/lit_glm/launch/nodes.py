@@ -35,12 +35,12 @@ def resolve_node(topology: TopologyConfig, rehearses: bool = False) -> Node:
     Raises:
         InputError: if something is missing or does not fit the topology, or if the port is taken.
     """
-    check_nodes(topology)
+    check_node_count(topology)
     if topology.num_nodes == 1:
         port = os.environ.get("MASTER_PORT")
         if port is None:
             return Node(0, "127.0.0.1", _free_port())
-        node = Node(0, "127.0.0.1", _number("MASTER_PORT", 65535))
+        node = Node(0, "127.0.0.1", _int_from_env("MASTER_PORT", 65535))
         check_port(node.port)
         return node
     if rehearses and not any(os.environ.get(name) for name in ("MASTER_ADDR", "NODE_RANK", "SLURM_JOB_ID")):
@@ -52,13 +52,17 @@ def resolve_node(topology: TopologyConfig, rehearses: bool = False) -> Node:
             f"MASTER_ADDR, MASTER_PORT and NODE_RANK set (missing here: {', '.join(missing)}), "
             "or use scripts/launch_node.sh or scripts/launch_slurm.sh"
         )
-    node = Node(_number("NODE_RANK", topology.num_nodes - 1), os.environ["MASTER_ADDR"], _number("MASTER_PORT", 65535))
+    node = Node(
+        _int_from_env("NODE_RANK", topology.num_nodes - 1),
+        os.environ["MASTER_ADDR"],
+        _int_from_env("MASTER_PORT", 65535),
+    )
     if node.rank == 0:
         check_port(node.port)
     return node
 
 
-def check_nodes(topology: TopologyConfig) -> None:
+def check_node_count(topology: TopologyConfig) -> None:
     """Compare what started this process with the topology, where it says how many nodes there are.
 
     Raises:
@@ -77,7 +81,7 @@ def check_nodes(topology: TopologyConfig) -> None:
         )
 
 
-def _number(name: str, highest: int) -> int:
+def _int_from_env(name: str, highest: int) -> int:
     text = os.environ[name]
     if not text.isdigit() or int(text) > highest:
         raise InputError(f"{name}={text}: must be a number from 0 to {highest}")

@@ -86,7 +86,7 @@ def _assign_simulated_node(config: TrainConfig) -> None:
     )
 
 
-def assert_same_job_on_all_ranks(identity: str, step: int, device: Any) -> None:
+def assert_same_job_on_all_ranks(config_hash: str, step: int, device: Any) -> None:
     """All ranks run the same configuration from the same step, or none does.
 
     Raises:
@@ -97,7 +97,7 @@ def assert_same_job_on_all_ranks(identity: str, step: int, device: Any) -> None:
     from lit_glm.hardware import object_collectives
 
     told = object_collectives.all_gather_object(
-        (identity, step, os.environ.get("GROUP_RANK", "0"), socket.gethostname()), device
+        (config_hash, step, os.environ.get("GROUP_RANK", "0"), socket.gethostname()), device
     )
     nodes: Dict[str, List[str]] = {}
     for rank, (name, start, node, host) in enumerate(told):

@@ -43,8 +43,8 @@ def run_rank(job: JobSpec, run_dir: Path, beat: Optional[Heartbeat] = None) -> D
     place = rank_context_from_env(job, run_dir)
     try:
         beat = beat or Heartbeat(run_dir, place.rank)
-        built = _build(place, beat, stops)
-        _train(place, built, signals)
+        built = _build_components(place, beat, stops)
+        _fit(place, built, signals)
         beat.enable_stack_dump()  # Lightning's teardown sets all signal handlers that Python knows of
         result = _write_final_result(place, built)
         if built.recorder.interrupted:
@@ -56,7 +56,7 @@ def run_rank(job: JobSpec, run_dir: Path, beat: Optional[Heartbeat] = None) -> D
             signals.restore()
 
 
-def _build(place: RankContext, beat: Heartbeat, stops: Optional[SignalMask]) -> TrainingComponents:
+def _build_components(place: RankContext, beat: Heartbeat, stops: Optional[SignalMask]) -> TrainingComponents:
     try:
         return build_components(place, beat, stops)
     except Exception as error:
@@ -68,7 +68,7 @@ def _build(place: RankContext, beat: Heartbeat, stops: Optional[SignalMask]) -> 
         raise RunError(f"{said}; take a smaller model, or a machine with more memory", "out of memory") from error
 
 
-def _train(place: RankContext, built: TrainingComponents, signals: Optional[StopSignalHandler]) -> None:
+def _fit(place: RankContext, built: TrainingComponents, signals: Optional[StopSignalHandler]) -> None:
     """Train to the end; what there was not enough memory for is said as that."""
     if signals is not None:
         signals.module = built.module
@@ -102,11 +102,11 @@ def _write_final_result(place: RankContext, built: TrainingComponents) -> Dict[s
         steps = built.module.steps_done
         counter = FlopCounter(config, built.split, built.data.sampler(0, 0))
         result = recorder.run_metrics.finish(
-            _status(built, config.run.target_accuracy),
+            _final_status(built, config.run.target_accuracy),
             built.module,
             slowest_rank([entry for entry, _ in per_rank]),
             e2e,
-            _peak([peak for _, peak in per_rank if peak is not None], built, config.topology.devices_per_node),
+            _peak_memory([peak for _, peak in per_rank if peak is not None], built, config.topology.devices_per_node),
             counter.totals_until(steps),
             counter.flops_per_step(steps),
             counter.rank_imbalance(steps),
@@ -128,13 +128,13 @@ def _write_final_result(place: RankContext, built: TrainingComponents) -> Dict[s
     return result
 
 
-def _status(built: TrainingComponents, target: float) -> str:
+def _final_status(built: TrainingComponents, target: float) -> str:
     if built.recorder.interrupted:
         return "interrupted"
     return "success" if (built.recorder.run_metrics.accuracy or 0.0) >= target else "finished"
 
 
-def _peak(peaks: List[float], built: TrainingComponents, per_node: int) -> Optional[float]:
+def _peak_memory(peaks: List[float], built: TrainingComponents, per_node: int) -> Optional[float]:
     """Of the node with the most: the sum over ranks that share a memory, else the highest card."""
     nodes = [peaks[first : first + per_node] for first in range(0, len(peaks), per_node)]
     return max(sum(node) if built.runtime.shares_memory else max(node) for node in nodes) if nodes else None

@@ -52,7 +52,9 @@ def summarise_sweep(sweep_dir: Path) -> Tuple[str, int]:
         json.loads(path.read_text(encoding="utf-8")) for path in sorted((sweep_dir / JOB_RECORDS_DIR).glob("*.json"))
     ]
     objective = next((str(note["objective"]) for note in notes if note.get("objective")), "")
-    pairs = sorted(((note, _result(note, sweep_dir)) for note in notes), key=lambda pair: _rank(pair[1], objective))
+    pairs = sorted(
+        ((note, _job_result(note, sweep_dir)) for note in notes), key=lambda pair: _ranking_key(pair[1], objective)
+    )
     notes, results = [note for note, _ in pairs], [result for _, result in pairs]
     text = results_table(results)
     sweep_dir.mkdir(parents=True, exist_ok=True)
@@ -64,32 +66,32 @@ def summarise_sweep(sweep_dir: Path) -> Tuple[str, int]:
             told = [note["run_dir"] or "", note["overrides"], note.get("reused_from", "")]
             writer.writerow([*table_cells(result), result["scoring"], result["status"], *told])
     lines = [text]
-    if len(results) > 1 and _has(results[0], objective):
-        lines += [_line(number, note, result, objective) for number, (note, result) in enumerate(pairs, 1)]
-    lines += filter(None, [_best(notes, results, objective)])
+    if len(results) > 1 and _has_metric(results[0], objective):
+        lines += [_ranking_line(number, note, result, objective) for number, (note, result) in enumerate(pairs, 1)]
+    lines += filter(None, [_best_run_line(notes, results, objective)])
     status = max([int(note["exit_status"]) for note in notes], default=0)
     return "\n".join(lines), status
 
 
-def _has(result: Dict[str, Any], objective: str) -> bool:
+def _has_metric(result: Dict[str, Any], objective: str) -> bool:
     """Whether a run is complete and has the figure that the sweep is judged by."""
     return result.get("status") in COMPLETE and isinstance(result.get(objective), (int, float))
 
 
-def _rank(result: Dict[str, Any], objective: str) -> Tuple[bool, float]:
+def _ranking_key(result: Dict[str, Any], objective: str) -> Tuple[bool, float]:
     """Sorts the best first, and what has no figure last."""
-    if not _has(result, objective):
+    if not _has_metric(result, objective):
         return True, 0.0
     value = float(result[objective])
     return False, value if is_lower_better(objective) else -value
 
 
-def _line(number: int, note: Dict[str, Any], result: Dict[str, Any], objective: str) -> str:
-    value = f"{float(result[objective]):.6g}" if _has(result, objective) else str(result.get("status"))
+def _ranking_line(number: int, note: Dict[str, Any], result: Dict[str, Any], objective: str) -> str:
+    value = f"{float(result[objective]):.6g}" if _has_metric(result, objective) else str(result.get("status"))
     return f"{number}. {value}  {note['overrides'] or 'the only combination'}  {note['run_dir'] or ''}".rstrip()
 
 
-def _result(note: Dict[str, Any], sweep_dir: Path) -> Dict[str, Any]:
+def _job_result(note: Dict[str, Any], sweep_dir: Path) -> Dict[str, Any]:
     own: Dict[str, Any] = note["row"]
     if note["run_dir"] is None or note["exit_status"] == InputError.exit_status:
         return own  # what the folder holds is an earlier run's
@@ -101,9 +103,9 @@ def _result(note: Dict[str, Any], sweep_dir: Path) -> Dict[str, Any]:
     return {**result, "reused_from": str(Path(reused_from).relative_to(sweep_dir)) if inside else reused_from}
 
 
-def _best(notes: List[Dict[str, Any]], results: List[Dict[str, Any]], objective: str) -> Optional[str]:
+def _best_run_line(notes: List[Dict[str, Any]], results: List[Dict[str, Any]], objective: str) -> Optional[str]:
     """A line that names the best complete run, which stands first; None without one."""
-    if not results or not _has(results[0], objective):
+    if not results or not _has_metric(results[0], objective):
         return None
     what = notes[0]["overrides"] or "the only combination"
     return f"lit_glm: best by {objective} ({float(results[0][objective]):.6g}): {what}, {notes[0]['run_dir']}"
@@ -192,7 +194,7 @@ def run_sweep_job(
         if earlier is None and (run_dir / JOB_FILE).exists() and config.sweep.skip_done:
             folder = run_dir.resolve().with_name(f"{run_dir.name}-{config_hash(config)}")  # the folder is another's
         reused_from = "" if earlier is None else str(folder)
-        result = _run(config, folder, earlier is not None, sweep_dir, files, prepare_data)
+        result = _run_or_reuse(config, folder, earlier is not None, sweep_dir, files, prepare_data)
         status = 0
     except (InputError, RunError) as error:
         print(f"lit_glm: {error}", file=sys.stderr)
@@ -209,7 +211,7 @@ def run_sweep_job(
     return TaskOutcome(status, None if value is None else float(value))
 
 
-def _run(
+def _run_or_reuse(
     config: TrainConfig,
     folder: Path,
     goes_on: bool,
@@ -293,8 +295,8 @@ def prepare_sweep(whole: Any, line: CommandLine) -> None:
         notes = sweep_dir / JOB_RECORDS_DIR
         if not notes.is_dir() and foreign:
             raise InputError(
-                f"{sweep_dir}: is not a sweep folder (no {JOB_RECORDS_DIR}/) but contains {', '.join(foreign)}, which a "
-                "sweep would overwrite; give another hydra.sweep.dir="
+                f"{sweep_dir}: is not a sweep folder (no {JOB_RECORDS_DIR}/) but contains {', '.join(foreign)}, which "
+                "a sweep would overwrite; give another hydra.sweep.dir="
             )
         if notes.is_dir() and not all(path.suffix == ".json" or path.name == ".lock" for path in notes.iterdir()):
             raise InputError(f"{notes}: holds files of somebody else; give another hydra.sweep.dir=")
@@ -307,10 +309,10 @@ def prepare_sweep(whole: Any, line: CommandLine) -> None:
     if "BasicSweeper" in str(whole.hydra.sweeper.get("_target_")) and not searches:
         SweepCallback.total = len(line.combinations())
     if whole.sweep.skip_done:
-        _announce_earlier_runs(discovery.runs_by_config_hash(search_paths(sweep_dir, given)), line)
+        _print_reusable_runs(discovery.runs_by_config_hash(search_paths(sweep_dir, given)), line)
 
 
-def _announce_earlier_runs(there: Dict[str, List[Path]], line: CommandLine) -> None:
+def _print_reusable_runs(there: Dict[str, List[Path]], line: CommandLine) -> None:
     combinations = line.combinations() if there else []
     if len(combinations) > _MAX_COMPARED:
         print(f"lit_glm: sweep: {len(there)} earlier configurations are compared with each combination in its turn")

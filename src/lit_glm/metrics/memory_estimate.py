@@ -68,10 +68,10 @@ def estimate_memory(
     half = config.precision.name == "fp16"
     weights = count * (2 if half else 4)
     training = count * (2 + 4 + 4 + 8 if half else 4 + 8)
-    return MemoryEstimate(weights, training, _activations(config, lengths, bs or config.bs, keeps_scores), base)
+    return MemoryEstimate(weights, training, _activation_bytes(config, lengths, bs or config.bs, keeps_scores), base)
 
 
-def _activations(config: TrainConfig, lengths: SequenceLengths, bs: int, keeps_scores: bool) -> float:
+def _activation_bytes(config: TrainConfig, lengths: SequenceLengths, bs: int, keeps_scores: bool) -> float:
     model = config.model
     D, L, V = model.hidden_size, model.num_layers, model.vocab_size
     size = 2.0 if config.precision.name == "fp16" else 3.0 if config.precision.name in ("amp", "bf16") else 4.0
@@ -82,9 +82,9 @@ def _activations(config: TrainConfig, lengths: SequenceLengths, bs: int, keeps_s
         predicting = rows
         pairs = rows * config.data.max_seq_length
     else:
-        rows = _largest(lengths.rows, bs)
-        predicting = _largest(lengths.predicting, bs)
-        pairs = _largest(lengths.pairs, bs)
+        rows = _sum_of_largest(lengths.rows, bs)
+        predicting = _sum_of_largest(lengths.predicting, bs)
+        pairs = _sum_of_largest(lengths.pairs, bs)
     shared = config.scoring.name != "published"
     again = _KEYS_AGAIN if on_processor and shared else 0.0
     layer = rows * ((_KEPT + again) * D * size + dropout)
@@ -100,7 +100,7 @@ def _dropout_bytes(p: float, on_processor: bool) -> float:
     return 8.0 * p if on_processor else float(p > 0)
 
 
-def _largest(lengths: Any, bs: int) -> float:
+def _sum_of_largest(lengths: Any, bs: int) -> float:
     """Sum of the longest `bs`: no batch has more."""
     lengths = np.asarray(lengths)
     bs = min(bs, len(lengths))

@@ -48,19 +48,19 @@ class PerfLog:
             "time_ms": time_ms,
             "rank": 0,
         }
-        self._file.write(f"[PerfLog] {json.dumps(_finite(line))}\n")
+        self._file.write(f"[PerfLog] {json.dumps(_replace_non_finite(line))}\n")
         # steps.csv has every step at once; a second write to a file would be a good part of a short one.
         if not name.startswith("STEP_") or time.monotonic() > self._flushed + _FLUSH_EVERY_S:
             self._file.flush()
             self._flushed = time.monotonic()
 
 
-def _finite(value: Any) -> Any:
+def _replace_non_finite(value: Any) -> Any:
     """JSON has no NaN: what is not a number becomes null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
+        return {key: _replace_non_finite(entry) for key, entry in value.items()}
     return value
 
 

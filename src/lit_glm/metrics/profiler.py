@@ -78,10 +78,10 @@ class ProfileSummary:
             entry.seconds += (span[1] - span[0]) / 1e6
         every = host + device
         window = (max(end for _, end in every) - min(start for start, _ in every)) / 1e6 if every else 0.0
-        waits = _outermost(profiler.events())
+        waits = _outermost_waits(profiler.events())
         ordered = sorted(on_device.values(), key=lambda entry: -entry.seconds)
         operators.sort(key=lambda entry: -entry.seconds)
-        return cls(first, last, operators, ordered, waits, window, _union(device or host) / 1e6)
+        return cls(first, last, operators, ordered, waits, window, _covered_length(device or host) / 1e6)
 
     @property
     def count(self) -> int:
@@ -89,18 +89,18 @@ class ProfileSummary:
         return self.last - self.first + 1
 
 
-def _waits(name: str) -> bool:
+def _is_wait(name: str) -> bool:
     return any(word in name for word in _WAITS)
 
 
-def _outermost(events: Any) -> List[ProfileEntry]:
+def _outermost_waits(events: Any) -> List[ProfileEntry]:
     """Waits of the host that are inside no other: reading a value is an operator that waits by a runtime's function."""
     found: Dict[str, ProfileEntry] = {}
     for event in events:
-        if not _waits(event.name) or not str(event.device_type).endswith("CPU"):
+        if not _is_wait(event.name) or not str(event.device_type).endswith("CPU"):
             continue
         parent = event.cpu_parent
-        while parent is not None and not _waits(parent.name):
+        while parent is not None and not _is_wait(parent.name):
             parent = parent.cpu_parent
         if parent is None:
             entry = found.setdefault(event.name, ProfileEntry(event.name, 0, 0.0))
@@ -109,7 +109,7 @@ def _outermost(events: Any) -> List[ProfileEntry]:
     return list(found.values())
 
 
-def _union(spans: List[Tuple[float, float]]) -> float:
+def _covered_length(spans: List[Tuple[float, float]]) -> float:
     """Length of what at least one span covers."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
@@ -118,7 +118,7 @@ def _union(spans: List[Tuple[float, float]]) -> float:
     return total
 
 
-def _table(title: str, entries: List[ProfileEntry], steps: int) -> List[str]:
+def _profile_table(title: str, entries: List[ProfileEntry], steps: int) -> List[str]:
     whole = sum(entry.seconds for entry in entries)
     rows = [["name", "share", "ms a step", "calls a step", "us a call"]]
     rows += [
@@ -139,7 +139,7 @@ def _table(title: str, entries: List[ProfileEntry], steps: int) -> List[str]:
     return [f"## {title}", "", f"{1000 * whole / steps:.2f} ms a step in all.", "", markdown_table(rows), ""]
 
 
-def _memory(kinds: Dict[str, float], guess: MemoryEstimate, peak: Optional[float]) -> List[str]:
+def _memory_table(kinds: Dict[str, float], guess: MemoryEstimate, peak: Optional[float]) -> List[str]:
     if not kinds:
         return ["## Memory", "", "Not counted: the run ended before the step behind the profiled ones.", ""]
     whole = "gradients" in kinds  # a step without an update has none where the optimizer looks
@@ -154,12 +154,12 @@ def _memory(kinds: Dict[str, float], guess: MemoryEstimate, peak: Optional[float
         ("peak of the device", peak, guess.total),
     ]
     rows = [["kind", "measured GiB", "estimated GiB"]]
-    rows += [[name, _gib(own), _gib(other)] for name, own, other in pairs]
+    rows += [[name, _format_gib(own), _format_gib(other)] for name, own, other in pairs]
     note = "Measured in one step; the estimate is of the largest batch in the data."
     return ["## Memory by kind", "", note, "", markdown_table(rows), ""]
 
 
-def _gib(value: Optional[float]) -> str:
+def _format_gib(value: Optional[float]) -> str:
     return "" if value is None else f"{value / _GIB:.4f}"
 
 
@@ -186,13 +186,13 @@ def profile_markdown(
         f"- {1000 * found.window / found.count:.2f} ms a step; {who} {share:.1%} of it, gaps are {1 - share:.1%}",
         *([f"- {waits / found.count:g} waits of the host for the device a step"] if found.kernels else []),
         "",
-        *_table("Operators on the host", found.operators, found.count),
+        *_profile_table("Operators on the host", found.operators, found.count),
     ]
     if found.kernels:
-        lines += _table("Kernels on the device", found.kernels, found.count)
+        lines += _profile_table("Kernels on the device", found.kernels, found.count)
     if found.waits and found.kernels:
-        lines += _table("Waits of the host (with what they wait in)", found.waits, found.count)
-    return "\n".join([*lines, *_memory(kinds, guess, peak)])
+        lines += _profile_table("Waits of the host (with what they wait in)", found.waits, found.count)
+    return "\n".join([*lines, *_memory_table(kinds, guess, peak)])
 
 
 FOLDER = "profile"
@@ -243,7 +243,7 @@ class ProfilerCallback(pl.Callback):
             self._profiler.start()
         elif self._state == _BETWEEN and self._found is not None:
             self._state = _COUNTING
-            self._known = {_storage(tensor).data_ptr() for tensor in pl_module.state_dict().values()}
+            self._known = {_untyped_storage(tensor).data_ptr() for tensor in pl_module.state_dict().values()}
             self._hooks.enter_context(
                 torch.autograd.graph.saved_tensors_hooks(self._record_saved_tensor, lambda tensor: tensor)
             )
@@ -267,9 +267,9 @@ class ProfilerCallback(pl.Callback):
             weights = list(pl_module.parameters())
             own = {id(parameter) for parameter in weights}
             masters = [parameter for parameter in updated if id(parameter) not in own]
-            self._kinds["weights"] = _bytes(weights)
-            self._kinds["gradients"] = _bytes([p.grad for p in [*weights, *masters] if p.grad is not None])
-            self._kinds["optimizer"] = _bytes(masters)
+            self._kinds["weights"] = _total_bytes(weights)
+            self._kinds["gradients"] = _total_bytes([p.grad for p in [*weights, *masters] if p.grad is not None])
+            self._kinds["optimizer"] = _total_bytes(masters)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """End what `on_train_batch_start` began."""
@@ -280,7 +280,7 @@ class ProfilerCallback(pl.Callback):
             for optimizer in trainer.optimizers:
                 state = [value for entry in optimizer.state.values() for value in entry.values()]
                 tensors = [value for value in state if isinstance(value, Tensor)]
-                self._kinds["optimizer"] = self._kinds.get("optimizer", 0.0) + _bytes(tensors)
+                self._kinds["optimizer"] = self._kinds.get("optimizer", 0.0) + _total_bytes(tensors)
             self._write(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -328,16 +328,16 @@ class ProfilerCallback(pl.Callback):
         )
 
     def _record_saved_tensor(self, tensor: Tensor) -> Tensor:
-        storage = _storage(tensor)
+        storage = _untyped_storage(tensor)
         if storage.data_ptr() not in self._known:
             self._storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
 
-def _storage(tensor: Tensor) -> Any:
+def _untyped_storage(tensor: Tensor) -> Any:
     """Torch 1.12 has its storage under another name."""
     return tensor.untyped_storage() if hasattr(tensor, "untyped_storage") else tensor.storage()
 
 
-def _bytes(tensors: List[Any]) -> float:
+def _total_bytes(tensors: List[Any]) -> float:
     return float(sum(tensor.numel() * tensor.element_size() for tensor in tensors))

@@ -36,7 +36,7 @@ class ProgressCallback(pl.Callback):
         account = recorder.run_metrics
         self._accuracy = account.accuracy
         when = f"after step {pl_module.steps_done}" if pl_module.steps_done else "before training"
-        print(f"lit_glm: accuracy {when} {_percent(account.accuracy)}", flush=True)
+        print(f"lit_glm: accuracy {when} {_format_percent(account.accuracy)}", flush=True)
         if self._terminal:
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -83,7 +83,7 @@ def _progress_line(account: RunMetrics, step: int, loss: float) -> str:
         f"step {step} of {total} ({step / total:.0%})",
         f"{step * batch:,} samples",
         f"loss {loss:.4f}",
-        f"accuracy {_percent(account.accuracy)}",
+        f"accuracy {_format_percent(account.accuracy)}",
         f"{rate:.1f} samples/s",
     ]
     if rate and step < total:
@@ -102,5 +102,5 @@ def _format_duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def _percent(share: Optional[float]) -> str:
+def _format_percent(share: Optional[float]) -> str:
     return "-" if share is None else f"{100 * share:.2f}%"

@@ -60,7 +60,7 @@ def _os_name() -> str:
         return platform.platform()
 
 
-def _versions() -> Dict[str, str]:
+def _package_versions() -> Dict[str, str]:
     found = {}
     for name in _PACKAGES:
         try:
@@ -70,44 +70,46 @@ def _versions() -> Dict[str, str]:
     return found
 
 
-def _read(path: str) -> str:
+def _read_text_file(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return ""
 
 
-def _machine() -> Optional[str]:
+def _machine_model() -> Optional[str]:
     """Maker and model as the firmware gives them (DMI); None where the kernel does not show them."""
-    name = " ".join(filter(None, (_read(f"/sys/class/dmi/id/{key}") for key in ("sys_vendor", "product_name"))))
+    name = " ".join(
+        filter(None, (_read_text_file(f"/sys/class/dmi/id/{key}") for key in ("sys_vendor", "product_name")))
+    )
     return name or None
 
 
-def _network() -> Optional[str]:
+def _fastest_network_port() -> Optional[str]:
     """Kind and rate of the fastest InfiniBand or RoCE port, as the kernel gives them; None without one."""
     ports = []
     for port in Path("/sys/class/infiniband").glob("*/ports/*"):
-        rate = re.match(r"([\d.]+) Gb/sec", _read(f"{port}/rate"))
+        rate = re.match(r"([\d.]+) Gb/sec", _read_text_file(f"{port}/rate"))
         if rate:
-            ports.append((float(rate.group(1)), _read(f"{port}/link_layer") or "InfiniBand"))
+            ports.append((float(rate.group(1)), _read_text_file(f"{port}/link_layer") or "InfiniBand"))
     return "{1}, {0:g} Gb/s".format(*max(ports)) if ports else None
 
 
 def describe_machine() -> str:
     """This machine in one line."""
-    name = f"{_machine()}, " if _machine() else ""
+    name = f"{_machine_model()}, " if _machine_model() else ""
     size = f"{os.cpu_count()} cores of {cpu_name()}, {psutil.virtual_memory().total / 2**30:.1f} GiB"
     return f"{platform.node()}: {name}{size}, {_os_name()}, kernel {platform.release()}"
 
 
-def _image() -> Optional[str]:
+def _container_image() -> Optional[str]:
     """Container image as the container's maker has left it; "" outside a container, None where nothing says."""
     named = os.environ.get("LIT_GLM_CONTAINER_IMAGE")
     if named:
         return named
     marks = ("/.dockerenv", "/run/.containerenv", "/run/systemd/container", "/.singularity.d")
     inside = any(Path(mark).exists() for mark in marks) or "KUBERNETES_SERVICE_HOST" in os.environ
-    inside = inside or any(word in _read("/proc/1/cgroup") for word in ("docker", "kubepods", "containerd"))
+    inside = inside or any(word in _read_text_file("/proc/1/cgroup") for word in ("docker", "kubepods", "containerd"))
     return None if inside else ""
 
 
@@ -132,13 +134,13 @@ def describe_system(config: TrainConfig, runtime: Runtime, command: List[str]) -
         "command": [_mask_secrets(argument) for argument in command],
         "host": platform.node(),
         "pid": os.getpid(),
-        "machine": told.machine or _machine() or of_file or None,
+        "machine": told.machine or _machine_model() or of_file or None,
         "os": _os_name(),
         "kernel": platform.release(),
         "python": platform.python_version(),
         "executable": sys.executable,
-        "packages": _versions(),
-        "container_image": told.image if told.image is not None else _image(),
+        "packages": _package_versions(),
+        "container_image": told.image if told.image is not None else _container_image(),
         "driver": told.driver or runtime.driver_version(),
         "has_driver": runtime.has_driver or runtime.simulated,
         "device_name": told.device_name or hardware.product_name or (cards[0] if cards else ""),
@@ -146,7 +148,7 @@ def describe_system(config: TrainConfig, runtime: Runtime, command: List[str]) -
         "runtime": runtime.name,
         "simulated": runtime.simulated,
         "server": hardware.server,
-        "network": told.network or _network() or ("" if runtime.simulated else hardware.network) or None,
+        "network": told.network or _fastest_network_port() or ("" if runtime.simulated else hardware.network) or None,
         "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
         "cores": available_cores(),

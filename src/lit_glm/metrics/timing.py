@@ -127,14 +127,14 @@ class PhaseTimer:
 PERCENTILES = (50, 90, 99)
 
 
-def num_warmup_steps(steps: int) -> int:
+def num_timing_warmup_steps(steps: int) -> int:
     """How many of the first steps are left out of percentiles: a twentieth, at least 1 and at most 50."""
     return min(50, max(1, steps // 20)) if steps > 1 else 0
 
 
 def drop_warmup(seconds: Any) -> Any:
     """[steps] -> those behind the warm-up."""
-    return np.asarray(seconds, float)[num_warmup_steps(len(seconds)) :]
+    return np.asarray(seconds, float)[num_timing_warmup_steps(len(seconds)) :]
 
 
 def step_time_summary(seconds: Any) -> Optional[Dict[str, float]]:
@@ -162,7 +162,7 @@ def warmup_slowdown(compute: Any, flops: Any) -> Optional[Dict[str, float]]:
         with fewer than four later steps, or where one of both is not known of every step.
     """
     seconds, work = np.asarray(compute, float), np.asarray(flops, float)
-    first = num_warmup_steps(len(seconds))
+    first = num_timing_warmup_steps(len(seconds))
     if len(seconds) != len(work) or len(seconds) - first < 4 or not (work > 0).all() or not (seconds > 0).all():
         return None
     later = float(np.median(seconds[first:] / work[first:]))

@@ -112,7 +112,7 @@ def save_published(weights: Dict[str, Tensor], path: Path, iteration: int) -> No
 
 def save_safetensors(weights: Dict[str, Tensor], path: Path) -> None:
     """Write weights as safetensors."""
-    _safetensors().save_file({name: tensor.contiguous() for name, tensor in weights.items()}, str(path))
+    _import_safetensors().save_file({name: tensor.contiguous() for name, tensor in weights.items()}, str(path))
 
 
 def _find_checkpoint_in(folder: Path) -> Path:
@@ -148,7 +148,7 @@ def _model_parallel_set(path: Path) -> List[Path]:
 
 
 @contextmanager
-def _numpy_allowed() -> Iterator[None]:
+def _allow_numpy_globals() -> Iterator[None]:
     """Lets torch's reader take a saved numpy random state, where torch can be told so."""
     with_globals = getattr(torch.serialization, "safe_globals", None)
     if with_globals is None:
@@ -160,7 +160,7 @@ def _numpy_allowed() -> Iterator[None]:
 
 def _read_module(path: Path) -> Dict[str, Tensor]:
     """The weights of a torch file: under "module" as published, or a run's own."""
-    content = _load(path)
+    content = _load_torch_file(path)
     weights = content.get("module") if isinstance(content, dict) else None
     if isinstance(content, dict) and isinstance(content.get("lit_glm"), dict):
         weights = {name.replace("glm.", "", 1): tensor for name, tensor in content["state_dict"].items()}
@@ -186,7 +186,7 @@ def _are_weights(content: Dict[Any, Any]) -> bool:
     return bool(content) and all(isinstance(value, Tensor) for value in content.values())
 
 
-def _load(path: Path) -> Any:
+def _load_torch_file(path: Path) -> Any:
     """The content of a torch file, nothing of it executed.
 
     Raises:
@@ -198,7 +198,7 @@ def _load(path: Path) -> Any:
     try:
         if torch.__version__.startswith("1."):
             return restricted_load(path)
-        with _numpy_allowed():
+        with _allow_numpy_globals():
             return torch.load(str(path), map_location="cpu", weights_only=True)
     except InputError as error:
         raise InputError(f"{path}: refused: {error}") from error
@@ -241,7 +241,7 @@ def _merge_model_parallel(parts: List[Dict[str, Tensor]], path: Path) -> Dict[st
     return merged
 
 
-def _safetensors(error_at: Optional[Path] = None) -> Any:
+def _import_safetensors(error_at: Optional[Path] = None) -> Any:
     try:
         import safetensors.torch
     except ImportError as error:
@@ -251,7 +251,7 @@ def _safetensors(error_at: Optional[Path] = None) -> Any:
 
 
 def _read_safetensors(path: Path) -> Dict[str, Tensor]:
-    library = _safetensors(path)
+    library = _import_safetensors(path)
     try:
         weights: Dict[str, Tensor] = library.load_file(str(path))
     except Exception as error:
@@ -294,7 +294,7 @@ def _allowed_global(module: str, name: str) -> Any:
     return None
 
 
-class _Unpickler(pickle.Unpickler):
+class _RestrictedUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         found = _allowed_global(module, name)
         if found is None:
@@ -302,15 +302,15 @@ class _Unpickler(pickle.Unpickler):
         return found
 
 
-class _Module:
+class _RestrictedPickle:
     """Stands in for the pickle module where torch asks for one."""
 
-    Unpickler = _Unpickler
+    Unpickler = _RestrictedUnpickler
     UnpicklingError = pickle.UnpicklingError
 
     @staticmethod
     def load(file: Any, **_: Any) -> Any:
-        return _Unpickler(file).load()
+        return _RestrictedUnpickler(file).load()
 
 
 def restricted_load(path: Path) -> Any:
@@ -320,7 +320,7 @@ def restricted_load(path: Path) -> Any:
         InputError: if the file names something that is not allowed.
     """
     with path.open("rb") as file:
-        return torch.load(file, map_location="cpu", pickle_module=_Module)
+        return torch.load(file, map_location="cpu", pickle_module=_RestrictedPickle)
 
 
 _UNPACK = "unpack it (tar xf, unzip, ...) and give the file or folder that comes out"

@@ -38,7 +38,7 @@ def sample_zeros(like: Tensor, p: float) -> Tuple[Tensor, float]:
     return _sample_zero_positions(like.numel(), gaps, share), 1.0 / (1.0 - share)
 
 
-def apply_zeros_(x: Tensor, zeros: Tensor) -> Tensor:
+def zero_elements_(x: Tensor, zeros: Tensor) -> Tensor:
     """Set the elements to zero that `draw` has drawn, in place; x has its elements one after the other."""
     if zeros.dtype is torch.bool:
         return x.masked_fill_(zeros, 0.0)
@@ -86,14 +86,14 @@ class _Dropout(torch.autograd.Function):
         ctx.save_for_backward(zeros)
         ctx.dtype = x.dtype
         if onto is None:
-            return apply_zeros_((x * ctx.scale).contiguous(), zeros)
-        return torch.add(onto, apply_zeros_(x.clone(memory_format=torch.contiguous_format), zeros), alpha=ctx.scale)
+            return zero_elements_((x * ctx.scale).contiguous(), zeros)
+        return torch.add(onto, zero_elements_(x.clone(memory_format=torch.contiguous_format), zeros), alpha=ctx.scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (zeros,) = ctx.saved_tensors
         own = grads[0].to(ctx.dtype) * ctx.scale
-        return apply_zeros_(own.contiguous(), zeros), None, grads[0] if ctx.needs_input_grad[2] else None
+        return zero_elements_(own.contiguous(), zeros), None, grads[0] if ctx.needs_input_grad[2] else None
 
 
 def dropout(x: Tensor, p: float, onto: Optional[Tensor] = None) -> Tensor:

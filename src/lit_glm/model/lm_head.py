@@ -40,7 +40,7 @@ def log_probabilities(
     whole = torch.is_grad_enabled() and (
         h.device.type != "cpu" or is_cpu_autocast_enabled() or h.dtype is not torch.float32
     )
-    rows = len(h) if whole else _rows(h, len(embeddings), _LOGITS_PER_MATMUL)
+    rows = len(h) if whole else _rows_per_slice(h, len(embeddings), _LOGITS_PER_MATMUL)
     parts = [
         _target_log_probs(linear(part, embeddings, None), target)
         for part, target in zip(h.split(rows), targets.split(rows))
@@ -80,10 +80,10 @@ class _TargetLogProb(torch.autograd.Function):
 
 def _row_slices(table: Tensor, width: int, elements: int) -> Iterator[slice]:
     """Rows of a table, so many that `elements` of `width` a row are not exceeded."""
-    rows = _rows(table, width, elements)
+    rows = _rows_per_slice(table, width, elements)
     for start in range(0, len(table), rows):
         yield slice(start, start + rows)
 
 
-def _rows(table: Tensor, width: int, elements: int) -> int:
+def _rows_per_slice(table: Tensor, width: int, elements: int) -> int:
     return max(1, (elements if table.device.type == "cpu" else _DEVICE_SLICE) // width)

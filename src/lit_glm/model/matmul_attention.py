@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_glm.model.dropout import apply_zeros_, sample_zeros
+from lit_glm.model.dropout import sample_zeros, zero_elements_
 
 _SCORES = 2**21
 """Scores that a processor computes at a time (8 MiB in fp32)."""
@@ -44,7 +44,7 @@ class MatmulAttention(torch.autograd.Function):
             if dropout:
                 zeros, ctx.scale = sample_zeros(probabilities, dropout)
                 kept.append(zeros)
-                probabilities = apply_zeros_(probabilities.clone(), zeros)
+                probabilities = zero_elements_(probabilities.clone(), zeros)
             _matmul_into(probabilities, v[some], out[some])
         if dropout:
             out.mul_(ctx.scale)
@@ -66,10 +66,10 @@ class MatmulAttention(torch.autograd.Function):
             some = slice(start * H, (start + ctx.sequences) * H)
             grad_scores = torch.bmm(grad[some], v[some].transpose(1, 2))
             probabilities, *zeros = kept[number * each : (number + 1) * each]
-            dropped = apply_zeros_(probabilities.clone(), *zeros) if zeros else probabilities
+            dropped = zero_elements_(probabilities.clone(), *zeros) if zeros else probabilities
             _matmul_into(dropped.transpose(1, 2), grad[some], grad_v[some])
             if zeros:
-                apply_zeros_(grad_scores, *zeros)
+                zero_elements_(grad_scores, *zeros)
             grad_scores.sub_(row_sum[some]).mul_(probabilities)
             _matmul_into(grad_scores, k[some], grad_q[some])
             _matmul_into(grad_scores.transpose(1, 2), q[some], grad_k[some])

@@ -68,12 +68,12 @@ def candidate_scores(glm: GLM, batch: Union[PackedBatch, PaddedBatch], empty: fl
         return scores.new_full((B * C,), empty).scatter(0, batch.slot, scores).view(B, C)
     slots = batch.score_shape[1]
     step = slice_size or slots
-    parts = [score_published(glm, _slots(batch, start, start + step)) for start in range(0, slots, step)]
+    parts = [score_published(glm, _slice_candidates(batch, start, start + step)) for start in range(0, slots, step)]
     table = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
     return table * batch.loss_mask + empty * (1 - batch.loss_mask)
 
 
-def _slots(batch: PaddedBatch, start: int, stop: int) -> PaddedBatch:
+def _slice_candidates(batch: PaddedBatch, start: int, stop: int) -> PaddedBatch:
     return PaddedBatch(
         text=batch.text[:, start:stop],
         position=batch.position[:, start:stop],

@@ -61,7 +61,7 @@ class RankSpeed:
         return hull([line.overhead + flops / line.rate for line in self.lines]).widened(_DAY_TO_DAY)
 
 
-def _between(rates: Interval) -> List[LinearCostModel]:
+def _bounding_models(rates: Interval) -> List[LinearCostModel]:
     return [LinearCostModel(0.0, rates.low), LinearCostModel(0.0, rates.high)]
 
 
@@ -161,14 +161,14 @@ def rank_speed(
     """
     own = [run for run in runs if run.plain and same_chip(run.config, config)]
     if own:
-        return _from_runs(config, own)
+        return _speed_from_runs(config, own)
     peak = config.hardware.peak_tflops.get("tf32" if config.precision.tf32 else config.precision.name)
-    rows = [row for row in published if _is_of(row, config) and row.get("p_core")]
+    rows = [row for row in published if _is_published_row_of(row, config) and row.get("p_core")]
     power = None if config.hardware.power_w is None else Interval(0.4, 1.0) * config.hardware.power_w
     base = _UNKNOWN_BASE.get(config.hardware.accelerator, _CARD_BASE)
     if rows:
-        fewest = min(_ranks(row) for row in rows)
-        rows = [row for row in rows if _ranks(row) == fewest]
+        fewest = min(_num_ranks(row) for row in rows)
+        rows = [row for row in rows if _num_ranks(row) == fewest]
         per_sample = _published_flops_a_sample(config, work)
         rate = hull([per_sample * row["p_core"] / fewest for row in rows])
         basis = f"published p_core of {config.hardware.name} {rows[0]['topology']} ({rows[0]['fix_hp']})"
@@ -179,7 +179,7 @@ def rank_speed(
         if config.scoring.name != "published":
             rate = Interval(rate.low * _OTHER_SCORING.low, rate.high * _OTHER_SCORING.high)
             basis += ", of the other scoring"
-        return RankSpeed(_between(rate), _UNKNOWN_WAITING, basis, power, base)
+        return RankSpeed(_bounding_models(rate), _UNKNOWN_WAITING, basis, power, base)
     if not peak:
         name = config.hardware.name
         raise InputError(
@@ -189,10 +189,10 @@ def rank_speed(
     basis = (
         f"{_UNKNOWN_EFFICIENCY.low:.0%} to {_UNKNOWN_EFFICIENCY.high:.0%} of the peak, nothing is known of this chip"
     )
-    return RankSpeed(_between(_UNKNOWN_EFFICIENCY * (peak * 1e12)), _UNKNOWN_WAITING, basis, power, base)
+    return RankSpeed(_bounding_models(_UNKNOWN_EFFICIENCY * (peak * 1e12)), _UNKNOWN_WAITING, basis, power, base)
 
 
-def _from_runs(config: TrainConfig, runs: List[MeasuredRun]) -> RankSpeed:
+def _speed_from_runs(config: TrainConfig, runs: List[MeasuredRun]) -> RankSpeed:
     alike = [run for run in runs if run.config.scoring.name == config.scoring.name]
     chosen = alike or runs
     share = config.topology.devices_per_node if config.hardware.accelerator == "cpu" else 1  # ranks share the cores
@@ -236,14 +236,14 @@ def same_chip(one: TrainConfig, other: TrainConfig) -> bool:
     )
 
 
-def _is_of(row: Dict[str, Any], config: TrainConfig) -> bool:
+def _is_published_row_of(row: Dict[str, Any], config: TrainConfig) -> bool:
     tf32 = config.precision.tf32 or (row["tf32"] and config.precision.name == "fp32")
     return bool(
         row["hardware"] == config.hardware.name and row["precision"] == config.precision.name and tf32 == row["tf32"]
     )
 
 
-def _ranks(row: Dict[str, Any]) -> int:
+def _num_ranks(row: Dict[str, Any]) -> int:
     nodes, devices = str(row["topology"]).split("x")
     return int(nodes) * int(devices)
 

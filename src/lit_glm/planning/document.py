@@ -95,7 +95,7 @@ def write_plan(
     curves = [
         curve
         for scoring in ("published", "shared_context")
-        for curve in [_curve(config, scoring, measured, published)]
+        for curve in [_scaling_curve(config, scoring, measured, published)]
         if curve
     ]
     picture = draw_scaling(curves, str(config.hardware.name))
@@ -106,7 +106,7 @@ def write_plan(
     return f"{shown}\nlit_glm: {folder}/plan.md, plan.json" + (", plan.svg" if picture else "")
 
 
-def _curve(
+def _scaling_curve(
     config: Any, scoring: str, measured: List[MeasuredRun], published: List[Dict[str, Any]]
 ) -> Optional[ScalingCurve]:
     """The chip of a configuration over the number of cards, under one scoring."""

@@ -23,23 +23,23 @@ _SLOW_MIB_S = 50.0
 _SHOWN = 48
 
 
-def _existing(place: Path) -> Path:
+def _existing_parent(place: Path) -> Path:
     """The folder itself, or the nearest above it that exists."""
     place = place.absolute()
     return next(folder for folder in (place, *place.parents) if folder.is_dir())
 
 
-def _size(count: float) -> str:
+def _format_size(count: float) -> str:
     return f"{count / _GIB:.1f} GiB" if count >= _GIB else f"{count / 2**20:.1f} MiB"
 
 
 def check_disk(config: TrainConfig, place: Path) -> CheckResult:
     """Compare free space with what checkpoints take, and write a little to see how fast that goes."""
-    folder = _existing(place)
+    folder = _existing_parent(place)
     count = estimates.count_parameters(config.model)
     one = count * (2 + 12 if config.precision.name == "fp16" else 12)
     needed, free = _CHECKPOINTS * one, shutil.disk_usage(str(folder)).free
-    said = f"{folder}: {_size(free)} free, checkpoints take up to {_size(needed)}"
+    said = f"{folder}: {_format_size(free)} free, checkpoints take up to {_format_size(needed)}"
     if free < needed:
         return CheckResult("", "fail", said, "make room, or give hydra.run.dir= on another disk")
     try:
@@ -59,7 +59,7 @@ def check_disk(config: TrainConfig, place: Path) -> CheckResult:
     return CheckResult("", "ok", said)
 
 
-def _decoder(config: TrainConfig) -> Callable[[Any], str]:
+def _make_decoder(config: TrainConfig) -> Callable[[Any], str]:
     """Token ids to text where the vocabulary is known, else to numbers."""
     vocab_file = config.data.vocab_file
     pieces: List[str] = []
@@ -86,7 +86,7 @@ def check_data(config: TrainConfig, key: str) -> CheckResult:
     path = Path(getattr(config.data, key))
     if config.data.synthetic is not None and not path.exists():
         return CheckResult("", "ok", f"{path}: not there yet, train generates it on first use")
-    decode, model = _decoder(config), config.model
+    decode, model = _make_decoder(config), config.model
     found = call_isolated(summarise_hdf5, path, key == "eval_file")
     if found["highest"] >= model.vocab_size:
         raise InputError(

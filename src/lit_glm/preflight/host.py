@@ -26,7 +26,7 @@ def check_host() -> CheckResult:
     return CheckResult("", "ok", said)
 
 
-def constraints() -> "tuple[str, Dict[str, str]]":
+def tested_versions() -> "tuple[str, Dict[str, str]]":
     """Name and content of the file with the versions that are tested on this Python."""
     name = "seed.txt" if sys.version_info < (3, 9) else "current.txt"
     text = (CONF_DIR.parent / "constraints" / name).read_text(encoding="utf-8")
@@ -35,7 +35,7 @@ def constraints() -> "tuple[str, Dict[str, str]]":
 
 def check_packages() -> CheckResult:
     """Compare installed packages with what this project needs and with what it is tested with."""
-    name, tested = constraints()
+    name, tested = tested_versions()
     try:
         needs = [Requirement(text) for text in metadata.requires("lit-glm") or []]
     except metadata.PackageNotFoundError:

@@ -22,7 +22,7 @@ def check_vocabulary(file: Path) -> Tuple[bool, str]:
     return same, f"vocabulary {'is' if same else f'of {pieces} lines is not'} bert-large-uncased's"
 
 
-def _examples(path: Path, kind: str) -> Tuple[bool, str]:
+def _compare_num_examples(path: Path, kind: str) -> Tuple[bool, str]:
     from lit_glm.data.sequence_lengths import SequenceLengths
 
     count, known = len(SequenceLengths.from_hdf5(path)), _QUESTIONS[kind]
@@ -31,7 +31,7 @@ def _examples(path: Path, kind: str) -> Tuple[bool, str]:
     return same, f"{count:,} examples to {'train' if kind == 'train' else 'evaluate'} on: {said}"
 
 
-def _weights(path: Path) -> Tuple[bool, str]:
+def _compare_num_weights(path: Path) -> Tuple[bool, str]:
     from lit_glm.metrics.memory_estimate import count_parameters
     from lit_glm.model.checkpoint import read_weights
 
@@ -56,9 +56,9 @@ def check_provenance(config: TrainConfig) -> CheckResult:
     if config.data.synthetic is None:
         for kind, name in (("train", config.data.train_file), ("eval", config.data.eval_file)):
             if Path(name).is_file():
-                compare(lambda name=name, kind=kind: _examples(Path(name), kind))  # type: ignore[misc]
+                compare(lambda name=name, kind=kind: _compare_num_examples(Path(name), kind))  # type: ignore[misc]
     if weights is not None and Path(weights).exists():
-        compare(lambda: _weights(Path(weights)))
+        compare(lambda: _compare_num_weights(Path(weights)))
     if not found:
         return CheckResult("", "skip", "nothing to compare with what was published: docs/data.md says where to get it")
     other: Optional[str] = None if all(same for same, _ in found) else "docs/data.md says where the published files are"

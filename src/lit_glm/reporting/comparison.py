@@ -35,12 +35,12 @@ def compare_runs(one: ReportRun, other: ReportRun) -> Comparison:
         other: B; ratios are B / A.
     """
     settings = ReportTable(
-        ["key", "A", "B"], [[key, _text(a), _text(b)] for key, a, b in config_differences(one, other)]
+        ["key", "A", "B"], [[key, _to_text(a), _to_text(b)] for key, a, b in config_differences(one, other)]
     )
     lines = [f"A: {one.path}", f"B: {other.path}", "", "## Configuration and environment", ""]
     lines += table_lines(settings) if settings.rows else ["No difference."]
-    lines += ["", "## Figures", "", *table_lines(_figures(one, other))]
-    steps = _losses(one, other)
+    lines += ["", "## Figures", "", *table_lines(_metrics_table(one, other))]
+    steps = _common_losses(one, other)
     lines += ["", "## Loss, step by step", ""]
     if not steps:
         return Comparison("\n".join([*lines, "No step in common."]) + "\n", None)
@@ -66,11 +66,11 @@ def _loss_difference(a: float, b: float) -> float:
     return 0.0 if math.isfinite(a) == math.isfinite(b) else math.inf
 
 
-def _text(value: object) -> str:
+def _to_text(value: object) -> str:
     return "" if value is None else str(value)
 
 
-def _figures(one: ReportRun, other: ReportRun) -> ReportTable:
+def _metrics_table(one: ReportRun, other: ReportRun) -> ReportTable:
     lines = []
     for key in _FIGURES:
         a, b = one.number(key), other.number(key)
@@ -79,11 +79,11 @@ def _figures(one: ReportRun, other: ReportRun) -> ReportTable:
         ratio = f"{b / a:.3f}" if a and b is not None else ""
         lines.append([key, "" if a is None else f"{a:.6g}", "" if b is None else f"{b:.6g}", ratio])
     named = ("status", "scoring", "simulated", "hardware", "topology", "precision")
-    lines += [[key, _text(one.result.get(key)), _text(other.result.get(key)), ""] for key in named]
+    lines += [[key, _to_text(one.result.get(key)), _to_text(other.result.get(key)), ""] for key in named]
     return ReportTable(["figure", "A", "B", "B / A"], lines)
 
 
-def _losses(one: ReportRun, other: ReportRun) -> List[Tuple[int, float, float]]:
+def _common_losses(one: ReportRun, other: ReportRun) -> List[Tuple[int, float, float]]:
     """(step, A's loss, B's loss) of the steps that both have."""
 
     def losses(run: ReportRun) -> "dict[int, float]":

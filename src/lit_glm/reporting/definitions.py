@@ -7,7 +7,7 @@ from lit_glm.reporting.run_reader import ReportRow, ReportRun
 from lit_glm.reporting.table import ReportTable
 
 
-def distinct(values: List[Any]) -> List[str]:
+def distinct_texts(values: List[Any]) -> List[str]:
     """As texts, each once, without what is unknown."""
     return list(dict.fromkeys(str(value) for value in values if value not in (None, "")))
 
@@ -17,12 +17,12 @@ def metric_definitions(name: str, found: List[ReportRow], words: Translations) -
     runs = [run for row in found for run in row.runs]
 
     def setting_values(key: str, otherwise: str) -> str:
-        return ", ".join(distinct([run.settings.get(key) for run in runs])) or otherwise
+        return ", ".join(distinct_texts([run.settings.get(key) for run in runs])) or otherwise
 
-    cards = distinct([run.environment.get("device_name") for run in runs])
-    precisions = ", ".join(distinct([row["precision"] for row in found]))
+    cards = distinct_texts([run.environment.get("device_name") for run in runs])
+    precisions = ", ".join(distinct_texts([row["precision"] for row in found]))
     data = {"record": "ReCoRD", "synthetic": "synthetic"}
-    sets = ", ".join(data.get(text, text) for text in distinct([run.settings.get("data.name") for run in runs]))
+    sets = ", ".join(data.get(text, text) for text in distinct_texts([run.settings.get("data.name") for run in runs]))
     lines = [
         ("task", words("task_value"), ""),
         ("model", f"GLM ({setting_values('model.name', str(runs[0].result.get('model')))})", ""),
@@ -36,13 +36,13 @@ def metric_definitions(name: str, found: List[ReportRow], words: Translations) -
         ("p_train", words("see", "p_train"), words("p_train_remark")),
         ("p_core", words("see", "p_core"), words("p_core_remark")),
         ("acc", words("see", "acc"), words("acc_remark")),
-        ("changes", "; ".join(_changes(runs)) or words("none"), words("changes_remark")),
+        ("changes", "; ".join(_changed_settings(runs)) or words("none"), words("changes_remark")),
     ]
     columns = [words("name"), words("value"), words("remark")]
     return ReportTable(columns, [[words(key), value, remark] for key, value, remark in lines], heading=name)
 
 
-def _changes(runs: List[ReportRun]) -> List[str]:
+def _changed_settings(runs: List[ReportRun]) -> List[str]:
     """Settings that are not those of the published case, with their values."""
     from lit_glm.config.hydra_main import compose_config, validate_config
     from lit_glm.config.schema import TrainConfig, iter_leaves

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Tuple
 
 from lit_glm.hardware.vendor_packages import COMPILERS, FRAMEWORKS
-from lit_glm.reporting.definitions import distinct, metric_definitions
+from lit_glm.reporting.definitions import distinct_texts, metric_definitions
 from lit_glm.reporting.i18n import Translations
 from lit_glm.reporting.published_rows import load_published_rows, published_tables
-from lit_glm.reporting.row_format import annotated_label, format_cell, row_notes, unique_row_label
+from lit_glm.reporting.row_format import format_cell, label_with_annotations, row_notes, unique_row_label
 from lit_glm.reporting.run_reader import ReportRow, ReportRun, group_into_rows, sort_key
 from lit_glm.reporting.table import ReportTable
 from lit_glm.runs.result import TABLE_COLUMNS, has_many_skipped_steps
@@ -73,7 +73,8 @@ def make_document(
         found.sort(key=lambda row: sort_key(row.median(sort), sort))
     hardware = list(dict.fromkeys(str(row["hardware"]) for row in found))
     environments = [
-        _environment(name, [run for run in runs if run.result["hardware"] == name], told, words) for name in hardware
+        _describe_environment(name, [run for run in runs if run.result["hardware"] == name], told, words)
+        for name in hardware
     ]
     published, ratios = published_tables(found, words)
     count = sum(line["hardware"] in hardware for line in load_published_rows())
@@ -84,13 +85,13 @@ def make_document(
         general=[
             metric_definitions(name, [row for row in found if row["hardware"] == name], words) for name in hardware
         ],
-        performance=_performance(found, words),
+        performance=_performance_tables(found, words),
         published=ReportTable(published.columns, own_rows, published.notes),
         other_chips=ReportTable(published.columns, [row for row in published.rows if row not in own_rows]),
         ratios=ratios,
-        missing=_missing(found, environments, words),
+        missing=_list_missing(found, environments, words),
         left_out=left_out,
-        source_runs=_source_runs(found, words),
+        source_runs=_source_runs_table(found, words),
         rows=found,
     )
 
@@ -98,12 +99,12 @@ def make_document(
 # -- environment -------------------------------------------------------------------------------------------------
 
 
-def _environment(name: str, runs: List[ReportRun], told: Dict[str, str], words: Translations) -> Environment:
+def _describe_environment(name: str, runs: List[ReportRun], told: Dict[str, str], words: Translations) -> Environment:
     known = [run.environment for run in runs if run.environment]
 
     def entry(key: str, values: List[Any]) -> EnvironmentEntry:
         given = told.get(_TOLD.get(key, ""))
-        return EnvironmentEntry(key, words(key), [given] if given else distinct(values))
+        return EnvironmentEntry(key, words(key), [given] if given else distinct_texts(values))
 
     def packages(environment: Dict[str, Any], names: Tuple[str, ...]) -> str:
         versions = environment.get("packages") or {}
@@ -123,7 +124,7 @@ def _environment(name: str, runs: List[ReportRun], told: Dict[str, str], words: 
     def image(environment: Dict[str, Any]) -> Optional[str]:
         return words("no_container") if environment.get("container_image") == "" else environment.get("container_image")
 
-    several = any(row_nodes > 1 for row_nodes in (_nodes(run) for run in runs))
+    several = any(row_nodes > 1 for row_nodes in (_num_nodes(run) for run in runs))
     networks = [environment.get("network") for environment in known]
     return Environment(
         name,
@@ -150,7 +151,7 @@ def _environment(name: str, runs: List[ReportRun], told: Dict[str, str], words: 
     )
 
 
-def _nodes(run: ReportRun) -> int:
+def _num_nodes(run: ReportRun) -> int:
     nodes = str(run.result.get("topology")).partition("x")[0]
     return int(nodes) if nodes.isdecimal() else 1
 
@@ -158,7 +159,7 @@ def _nodes(run: ReportRun) -> int:
 # -- figures -------------------------------------------------------------------------------------------------------
 
 
-def _performance(found: List[ReportRow], words: Translations) -> List[ReportTable]:
+def _performance_tables(found: List[ReportRow], words: Translations) -> List[ReportTable]:
     tables = []
     scorings = [name for name in _SCORINGS if any(row["scoring"] == name for row in found)]
     scorings += sorted({str(row["scoring"]) for row in found} - set(_SCORINGS))
@@ -172,7 +173,7 @@ def _performance(found: List[ReportRow], words: Translations) -> List[ReportTabl
             ReportTable(
                 [words("config"), *TABLE_COLUMNS[1:]],
                 [
-                    [annotated_label(row, words), *(format_cell(row, column) for column in TABLE_COLUMNS[1:])]
+                    [label_with_annotations(row, words), *(format_cell(row, column) for column in TABLE_COLUMNS[1:])]
                     for row in own
                 ],
                 [words("unit"), *dict.fromkeys(notes)],
@@ -182,7 +183,7 @@ def _performance(found: List[ReportRow], words: Translations) -> List[ReportTabl
     return tables
 
 
-def _source_runs(found: List[ReportRow], words: Translations) -> ReportTable:
+def _source_runs_table(found: List[ReportRow], words: Translations) -> ReportTable:
     known = any(run.number("energy_j") is not None for row in found for run in row.runs)
     lines = [
         [
@@ -191,7 +192,7 @@ def _source_runs(found: List[ReportRow], words: Translations) -> ReportTable:
             words.state(run.result["status"]),
             str(run.result.get("seed", "")),
             str(run.environment.get("host", "")),
-            *_energy(run, known),
+            *_energy_cells(run, known),
             str(run.path),
         ]
         for row in found
@@ -205,7 +206,7 @@ def _source_runs(found: List[ReportRow], words: Translations) -> ReportTable:
     )
 
 
-def _energy(run: ReportRun, known: bool) -> List[str]:
+def _energy_cells(run: ReportRun, known: bool) -> List[str]:
     """Two cells, empty where a card's power is unknown; none where no run of the document has any."""
     joules, rate = run.number("energy_j"), run.number("samples_per_joule")
     cells = ["" if joules is None else f"{joules / 1000:.1f}", "" if rate is None else f"{rate:.3g}"]
@@ -215,7 +216,7 @@ def _energy(run: ReportRun, known: bool) -> List[str]:
 # -- what is missing -------------------------------------------------------------------------------------------------
 
 
-def _missing(found: List[ReportRow], environments: List[Environment], words: Translations) -> List[str]:
+def _list_missing(found: List[ReportRow], environments: List[Environment], words: Translations) -> List[str]:
     lines: List[str] = []
     for environment in environments:
         own = [row for row in found if row["hardware"] == environment.name]

@@ -36,7 +36,7 @@ document.querySelectorAll("table.rows").forEach(function (table) {
 """Sorts a table by the column that is clicked; the page allows this script alone, by its hash."""
 
 
-def _safe(text: str) -> str:
+def _escape_markdown(text: str) -> str:
     """Text for Markdown: no cell, line or tag of a name's own."""
     for char in "\\`*|<>":
         text = text.replace(char, "\\" + char)
@@ -45,48 +45,48 @@ def _safe(text: str) -> str:
 
 def table_lines(table: ReportTable) -> List[str]:
     """A table in Markdown, columns aligned."""
-    rows = [[_safe(text) for text in row] for row in (table.columns, *table.rows)]
+    rows = [[_escape_markdown(text) for text in row] for row in (table.columns, *table.rows)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(table.columns))]
     lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(row, widths)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return lines
 
 
-def _notes(lines: List[str]) -> List[str]:
-    return ["", *(f"- {_safe(line)}" for line in lines)] if lines else []
+def _note_lines(lines: List[str]) -> List[str]:
+    return ["", *(f"- {_escape_markdown(line)}" for line in lines)] if lines else []
 
 
 def markdown(document: Document, generated: str) -> str:
     """The whole document as Markdown."""
     words = document.words
-    out = [f"# {words('title')}", "", _safe(generated), "", f"## {words('environment')}"]
+    out = [f"# {words('title')}", "", _escape_markdown(generated), "", f"## {words('environment')}"]
     several = len(document.environments) > 1
     for environment in document.environments:
-        out += ["", f"### {_safe(environment.name)}"] if several else []
+        out += ["", f"### {_escape_markdown(environment.name)}"] if several else []
         for heading, entries in (
             ("hardware_environment", environment.hardware),
             ("software_environment", environment.software),
         ):
             out += ["", f"{'####' if several else '###'} {words(heading)}", ""]
-            out += [f"- {entry.label}: {_safe(entry_text(entry))}".rstrip() for entry in entries]
+            out += [f"- {entry.label}: {_escape_markdown(entry_text(entry))}".rstrip() for entry in entries]
     out += ["", f"## {words('runs')}", "", f"### {words('general')}"]
     for table in document.general:
-        out += ["", f"#### {_safe(table.heading)}"] if several else []
+        out += ["", f"#### {_escape_markdown(table.heading)}"] if several else []
         out += ["", *table_lines(table)]
     out += ["", f"### {words('performance')}"]
     for table in document.performance:
-        out += ["", f"#### {_safe(table.heading)}", "", *table_lines(table), *_notes(table.notes)]
+        out += ["", f"#### {_escape_markdown(table.heading)}", "", *table_lines(table), *_note_lines(table.notes)]
     out += ["", f"## {words('published')}"]
     out += ["", *table_lines(document.published)] if document.published.rows else []
-    out += _notes(document.published.notes)
+    out += _note_lines(document.published.notes)
     if document.other_chips.rows:
         out += ["", f"### {words('other_chips')}", "", *table_lines(document.other_chips)]
     out += ["", f"### {words('ratios')}"]
     out += ["", *table_lines(document.ratios)] if document.ratios.rows else []
-    out += _notes(document.ratios.notes)
-    out += ["", f"## {words('missing')}", *_notes(document.missing or [words("nothing_missing")])]
+    out += _note_lines(document.ratios.notes)
+    out += ["", f"## {words('missing')}", *_note_lines(document.missing or [words("nothing_missing")])]
     if document.left_out:
-        out += ["", f"## {words('left_out')}", *_notes(document.left_out)]
+        out += ["", f"## {words('left_out')}", *_note_lines(document.left_out)]
     out += ["", f"## {words('runs_behind')}", "", *table_lines(document.source_runs)]
     return "\n".join(out) + "\n"
 
@@ -117,12 +117,12 @@ def csv_text(document: Document) -> str:
         ]
         said = "; ".join(row_annotations(row, words))
         writer.writerow(
-            [_no_formula(value) for value in (row_label(row, words), *shown, *state, said, folders)] + numbers
+            [_escape_formula(value) for value in (row_label(row, words), *shown, *state, said, folders)] + numbers
         )
     return out.getvalue()
 
 
-def _no_formula(value: Any) -> Any:
+def _escape_formula(value: Any) -> Any:
     """A text that a spreadsheet would take for a formula stays a text."""
     return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
 

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure as Canvas
 
 from lit_glm.hardware.device_monitor import load_readings
-from lit_glm.metrics.timing import PERCENTILES, drop_warmup, num_warmup_steps
+from lit_glm.metrics.timing import PERCENTILES, drop_warmup, num_timing_warmup_steps
 from lit_glm.reporting.i18n import Translations
 from lit_glm.reporting.row_format import row_label
 from lit_glm.reporting.run_reader import ReportRow, ReportRun, as_number
@@ -27,11 +27,11 @@ def run_phases(run: ReportRun) -> List[Tuple[str, List[Span]]]:
     if init is None or e2e is None or run.result.get("interruptions"):
         return []
     spans: List[Span] = []
-    steps = [_seconds(row.get("step_s")) for row in run.table("steps.csv")]
+    steps = [_parse_seconds(row.get("step_s")) for row in run.table("steps.csv")]
     done = np.concatenate([[0.0], np.cumsum(steps)])
     earlier = 0.0
     for row in run.table("evals.csv"):
-        step, seconds = _seconds(row.get("step")), _seconds(row.get("seconds"))
+        step, seconds = _parse_seconds(row.get("step")), _parse_seconds(row.get("seconds"))
         if not 0 < step < len(done):
             continue
         begin = init + float(done[int(step)]) + earlier
@@ -40,7 +40,7 @@ def run_phases(run: ReportRun) -> List[Tuple[str, List[Span]]]:
     return [("part_init", [(0.0, init)]), ("part_training", [(init, e2e)]), ("part_eval", spans)]
 
 
-def _seconds(text: Any) -> float:
+def _parse_seconds(text: Any) -> float:
     try:
         return float(text or 0.0)
     except ValueError:
@@ -105,7 +105,7 @@ Series = Tuple[str, ReportRun]
 Panels = Optional[List[Canvas]]
 
 
-def _one(canvas: Optional[Canvas]) -> Panels:
+def _as_panels(canvas: Optional[Canvas]) -> Panels:
     return None if canvas is None else [canvas]
 
 
@@ -115,18 +115,18 @@ def draw_plots(rows: List[ReportRow], words: Translations) -> Tuple[List[Plot], 
     shown: List[Series] = [(name, row.typical) for name, row in zip(names, rows)][:_MOST_LINES]
     drawn: List[Plot] = []
     kinds: List[Tuple[str, Callable[[List[Series], Translations], Panels]]] = [
-        ("fig_loss", _loss),
-        ("fig_acc", _accuracy),
-        ("fig_throughput", _throughput),
-        ("fig_time", _time),
-        ("fig_memory", _memory),
-        ("fig_devices", lambda shown, words: _one(plot_devices(shown, words))),
-        ("fig_grid", lambda _, words: _grid(rows, words)),
+        ("fig_loss", _plot_loss),
+        ("fig_acc", _plot_accuracy),
+        ("fig_throughput", _plot_throughput),
+        ("fig_time", _plot_time),
+        ("fig_memory", _plot_memory),
+        ("fig_devices", lambda shown, words: _as_panels(plot_devices(shown, words))),
+        ("fig_grid", lambda _, words: _plot_grid(rows, words)),
     ]
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "lit_glm"}):
         for key, make in kinds:
             panels = make(shown, words) or []
-            svgs = [_svg(canvas, words(key), f"{key}{number}") for number, canvas in enumerate(panels)]
+            svgs = [_render_svg(canvas, words(key), f"{key}{number}") for number, canvas in enumerate(panels)]
             if svgs:
                 drawn.append(Plot(key, words(key), svgs))
     there = {figure.key for figure in drawn}
@@ -150,7 +150,7 @@ def legend_labels(rows: List[ReportRow], words: Translations) -> List[str]:
     return [name or row_label(row, words) for name, row in zip(several, rows)]
 
 
-def _svg(canvas: Canvas, title: str, key: str) -> Markup:
+def _render_svg(canvas: Canvas, title: str, key: str) -> Markup:
     import warnings
 
     out = io.StringIO()
@@ -165,33 +165,33 @@ def _svg(canvas: Canvas, title: str, key: str) -> Markup:
     return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{Markup.escape(title)}" ', 1))
 
 
-def _canvas(columns: int = 1, height: float = 3.2) -> Tuple[List[Canvas], List[Any]]:
+def _make_panels(columns: int = 1, height: float = 3.2) -> Tuple[List[Canvas], List[Any]]:
     """Panels of a figure and their axes."""
     panels = [Canvas(figsize=(9.0 / columns, height)) for _ in range(columns)]
     return panels, [panel.subplots() for panel in panels]
 
 
-def _columns(table: List[Dict[str, str]], *names: str) -> List[Any]:
+def _numeric_columns(table: List[Dict[str, str]], *names: str) -> List[Any]:
     """Columns as arrays, lines without a number in the first two of them left out."""
-    rows = [[_float(row.get(name)) for name in names] for row in table]
+    rows = [[_parse_float(row.get(name)) for name in names] for row in table]
     kept = np.array([row for row in rows if np.isfinite(row[:2]).all()]).reshape(-1, len(names))
     return list(kept.T)
 
 
-def _float(text: Optional[str]) -> float:
+def _parse_float(text: Optional[str]) -> float:
     try:
         return float(text or "nan")
     except ValueError:
         return float("nan")
 
 
-def _thin(*arrays: Any) -> List[Any]:
+def _downsample(*arrays: Any) -> List[Any]:
     """At most so many points, evenly taken."""
     step = max(1, len(arrays[0]) // _MOST_POINTS)
     return [array[::step] for array in arrays]
 
 
-def _finish(panels: List[Canvas], lines: int) -> List[Canvas]:
+def _add_legend(panels: List[Canvas], lines: int) -> List[Canvas]:
     """The legend stands below the first panel, where it tells anything apart."""
     handles, labels = panels[0].axes[0].get_legend_handles_labels()
     unique = dict(zip(labels, handles))
@@ -200,34 +200,34 @@ def _finish(panels: List[Canvas], lines: int) -> List[Canvas]:
     return panels
 
 
-def _shown(name: str) -> str:
+def _escape_legend_name(name: str) -> str:
     return " " + name  # a legend leaves out names that begin with an underscore
 
 
-def _loss(shown: Sequence[Series], words: Translations) -> Panels:
-    panels, (left, right) = _canvas(2)
+def _plot_loss(shown: Sequence[Series], words: Translations) -> Panels:
+    panels, (left, right) = _make_panels(2)
     lines = 0
     for name, run in shown:
-        steps, loss, rate = _columns(run.table("steps.csv"), "step", "loss", "lr")
+        steps, loss, rate = _numeric_columns(run.table("steps.csv"), "step", "loss", "lr")
         if len(steps):
-            steps, loss, rate = _thin(steps, loss, rate)
-            left.plot(steps, loss, lw=1, label=_shown(name))
+            steps, loss, rate = _downsample(steps, loss, rate)
+            left.plot(steps, loss, lw=1, label=_escape_legend_name(name))
             right.plot(steps, rate, lw=1.2)
             lines += 1
     left.set(xlabel=words("step"), ylabel=words("loss"))
     right.set(xlabel=words("step"), ylabel=words("lr"))
-    return _finish(panels, lines) if lines else None
+    return _add_legend(panels, lines) if lines else None
 
 
-def _accuracy(shown: Sequence[Series], words: Translations) -> Panels:
-    panels, (left, right) = _canvas(2)
+def _plot_accuracy(shown: Sequence[Series], words: Translations) -> Panels:
+    panels, (left, right) = _make_panels(2)
     lines = 0
     for name, run in shown:
-        step, accuracy, samples = _columns(run.table("evals.csv"), "step", "acc", "samples")
+        step, accuracy, samples = _numeric_columns(run.table("evals.csv"), "step", "acc", "samples")
         if not len(step):
             continue
-        left.plot(samples, 100 * accuracy, marker="o", ms=3, lw=1.2, label=_shown(name))
-        done, seconds = _columns(run.table("steps.csv"), "step", "step_s")
+        left.plot(samples, 100 * accuracy, marker="o", ms=3, lw=1.2, label=_escape_legend_name(name))
+        done, seconds = _numeric_columns(run.table("steps.csv"), "step", "step_s")
         if len(done):
             clock = np.concatenate([[0.0], np.cumsum(seconds)]) / 60
             right.plot(clock[np.searchsorted(done, step, side="right")], 100 * accuracy, marker="o", ms=3, lw=1.2)
@@ -239,7 +239,7 @@ def _accuracy(shown: Sequence[Series], words: Translations) -> Panels:
         left.annotate(words("target", f"{100 * target:g}"), (0, 100 * target), fontsize=8, va="bottom", color="0.4")
     left.set(xlabel=words("samples"), ylabel=f"{words('accuracy')} (%)")
     right.set(xlabel=words("minutes"), ylabel=f"{words('accuracy')} (%)")
-    return _finish(panels, lines) if lines else None
+    return _add_legend(panels, lines) if lines else None
 
 
 def throughput_percentiles(seconds: Any, samples: float) -> Tuple[float, float, float]:
@@ -248,28 +248,28 @@ def throughput_percentiles(seconds: Any, samples: float) -> Tuple[float, float, 
     return p50, p90, p99
 
 
-def _throughput(shown: Sequence[Series], words: Translations) -> Panels:
-    panels, (axes,) = _canvas(1)
+def _plot_throughput(shown: Sequence[Series], words: Translations) -> Panels:
+    panels, (axes,) = _make_panels(1)
     lines = 0
     for name, run in shown:
-        steps, seconds, samples = _columns(run.table("steps.csv"), "step", "step_s", "samples")
+        steps, seconds, samples = _numeric_columns(run.table("steps.csv"), "step", "step_s", "samples")
         if not len(steps) or not (seconds > 0).all():
             continue
         batch = float(samples[0] / steps[0])
         p50, p90, p99 = throughput_percentiles(seconds, batch)
-        first = num_warmup_steps(len(steps))
+        first = num_timing_warmup_steps(len(steps))
         rate = batch / seconds
         said = f"{name}: " + words("slowness", f"{p50:.4g}", f"{p90:.4g}", f"{p99:.4g}")
-        (line,) = axes.plot(*_thin(steps[first:], rate[first:]), lw=0.8, label=_shown(said))
+        (line,) = axes.plot(*_downsample(steps[first:], rate[first:]), lw=0.8, label=_escape_legend_name(said))
         axes.plot(steps[:first], rate[:first], ".", ms=3, color="0.6")
         axes.axhline(p50, lw=0.8, ls="--", color=line.get_color(), alpha=0.7)
         lines += 1
     axes.set(xlabel=words("step"), ylabel=words("rate"))
     axes.set_ylim(bottom=0)
-    return _finish(panels, lines) if lines else None
+    return _add_legend(panels, lines) if lines else None
 
 
-def _time(shown: Sequence[Series], words: Translations) -> Panels:
+def _plot_time(shown: Sequence[Series], words: Translations) -> Panels:
     parts = ("part_init", "part_data", "part_compute", "part_eval", "part_other")
     bars: List[Tuple[str, List[float]]] = []
     for name, run in shown:
@@ -277,42 +277,42 @@ def _time(shown: Sequence[Series], words: Translations) -> Panels:
         e2e, init, no_eval, compute = (run.number(key) for key in keys)
         if e2e is None or init is None or no_eval is None or compute is None:
             continue
-        evaluation = sum(_float(row.get("seconds")) for row in run.table("evals.csv") if row.get("step") != "0")
+        evaluation = sum(_parse_float(row.get("seconds")) for row in run.table("evals.csv") if row.get("step") != "0")
         evaluation = evaluation if np.isfinite(evaluation) else 0.0
         other = max(0.0, e2e - init - no_eval - evaluation)
-        waiting = sum(_float(row.get("data_s")) for row in run.table("steps.csv"))
+        waiting = sum(_parse_float(row.get("data_s")) for row in run.table("steps.csv"))
         waiting = min(waiting, no_eval - compute) if np.isfinite(waiting) else 0.0
         other += max(0.0, no_eval - compute - waiting)
         bars.append((name, [init, waiting, compute, evaluation, other]))
     if not bars:
         return None
-    panels, (axes,) = _canvas(1, 1.6 + 0.35 * len(bars))
+    panels, (axes,) = _make_panels(1, 1.6 + 0.35 * len(bars))
     starts = np.zeros(len(bars))
     for number, part in enumerate(parts):
         widths = np.array([bar[1][number] for bar in bars])
         axes.barh(range(len(bars)), widths, left=starts, label=words(part), height=0.6)
         starts += widths
-    axes.set_yticks(range(len(bars)), [_shown(name) for name, _ in bars])
+    axes.set_yticks(range(len(bars)), [_escape_legend_name(name) for name, _ in bars])
     axes.invert_yaxis()
     axes.set_xlabel(words("seconds"))
     panels[0].legend(loc="outside lower left", ncols=5, fontsize=8)
     return panels
 
 
-def _memory(shown: Sequence[Series], words: Translations) -> Panels:
-    panels, (axes,) = _canvas(1)
+def _plot_memory(shown: Sequence[Series], words: Translations) -> Panels:
+    panels, (axes,) = _make_panels(1)
     lines = 0
     for name, run in shown:
-        seconds, used = _columns(run.table("memory.csv"), "seconds", "gib")
+        seconds, used = _numeric_columns(run.table("memory.csv"), "seconds", "gib")
         if len(seconds):
-            axes.plot(*_thin(seconds / 60, used), lw=1.2, label=_shown(name))
+            axes.plot(*_downsample(seconds / 60, used), lw=1.2, label=_escape_legend_name(name))
             lines += 1
     axes.set(xlabel=words("minutes"), ylabel="GiB")
     axes.set_ylim(bottom=0)
-    return _finish(panels, lines) if lines else None
+    return _add_legend(panels, lines) if lines else None
 
 
-def _grid(rows: List[ReportRow], words: Translations) -> Panels:
+def _plot_grid(rows: List[ReportRow], words: Translations) -> Panels:
     """The largest set of rows that differ in bs and lr alone."""
     groups: Dict[Tuple[str, ...], List[ReportRow]] = {}
     for row in rows:
@@ -327,7 +327,7 @@ def _grid(rows: List[ReportRow], words: Translations) -> Panels:
     sizes, rates = sorted({row["bs"] for row in group}), sorted({row["lr"] for row in group})
     if len(sizes) * len(rates) < 2:
         return None
-    panels, axes = _canvas(2, 1.6 + 0.5 * len(sizes))
+    panels, axes = _make_panels(2, 1.6 + 0.5 * len(sizes))
     for place, (figure, scale, form) in zip(axes, (("p_core", 1.0, "{:.4g}"), ("acc", 100.0, "{:.2f}%"))):
         values = np.full((len(sizes), len(rates)), np.nan)
         for row in group:

@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 
 from lit_glm.config.hydra_main import CONF_DIR
 from lit_glm.reporting.i18n import Translations
-from lit_glm.reporting.row_format import annotated_label, format_cell, unique_row_label
+from lit_glm.reporting.row_format import format_cell, label_with_annotations, unique_row_label
 from lit_glm.reporting.run_reader import ReportRow, ReportRun
 from lit_glm.reporting.table import ReportTable
 from lit_glm.runs.result import TABLE_COLUMNS
@@ -48,7 +48,7 @@ def published_tables(found: List[ReportRow], words: Translations) -> Tuple[Repor
     table = ReportTable([words("config"), *TABLE_COLUMNS[1:], words("source")], lines, said)
     ratios, notes = [], []
     for row in found:
-        matches, note = _matches(row, published, words)
+        matches, note = _matching_rows(row, published, words)
         if note:
             notes.append(note)
         ended = all(run.result.get("converged") for run in row.runs)
@@ -56,20 +56,20 @@ def published_tables(found: List[ReportRow], words: Translations) -> Tuple[Repor
             notes.append(words("no_ratio_e2e", unique_row_label(row, words)))
         for line in matches:
             measured = {key: None if key == "e2e_time" and not ended else row.median(key) for key in _RATIOS}
-            values = [_ratio(measured[key], line.get(key)) for key in _RATIOS]
+            values = [_format_ratio(measured[key], line.get(key)) for key in _RATIOS]
             if any(values):
-                ratios.append([annotated_label(row, words), str(row["fix_hp"]), str(line["fix_hp"]), *values])
+                ratios.append([label_with_annotations(row, words), str(row["fix_hp"]), str(line["fix_hp"]), *values])
             else:
                 notes.append(words("no_ratio_figures", unique_row_label(row, words)))
     head = [words("config"), "fix_hp", f"fix_hp ({words('source')})", *_RATIOS]
     return table, ReportTable(head, ratios, list(dict.fromkeys(notes)))
 
 
-def _ratio(measured: Any, published: Any) -> str:
+def _format_ratio(measured: Any, published: Any) -> str:
     return f"{measured / published:.2f}x" if measured and published else ""
 
 
-def _matches(
+def _matching_rows(
     row: ReportRow, published: List[Dict[str, Any]], words: Translations
 ) -> "Tuple[List[Dict[str, Any]], str]":
     """Published rows of the same thing; else why there are none."""

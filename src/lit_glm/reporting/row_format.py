@@ -33,7 +33,7 @@ def unique_row_label(row: ReportRow, words: Translations) -> str:
     return f"{row_label(row, words)} {row['fix_hp']}{number}"
 
 
-def annotated_label(row: ReportRow, words: Translations) -> str:
+def label_with_annotations(row: ReportRow, words: Translations) -> str:
     """Name of a row and what a reader must know of it."""
     said = row_annotations(row, words)
     return row_label(row, words) + (f" ({', '.join(said)})" if said else "")
@@ -53,7 +53,7 @@ def row_annotations(row: ReportRow, words: Translations) -> List[str]:
     if open_ended:
         several = len(row.runs) > 1
         said.append(words("some_unconverged", len(open_ended), len(row.runs)) if several else words("unconverged"))
-    resumed = sum(_count(run) for run in row.runs)
+    resumed = sum(_num_interruptions(run) for run in row.runs)
     if resumed:
         said.append(words("resumed", resumed))
     repeated = sum(int(run.number("repeated_steps") or 0) for run in row.runs)
@@ -71,7 +71,7 @@ def row_annotations(row: ReportRow, words: Translations) -> List[str]:
     return said
 
 
-def _count(run: ReportRun) -> int:
+def _num_interruptions(run: ReportRun) -> int:
     interruptions = run.result.get("interruptions")
     return interruptions if isinstance(interruptions, int) else 0
 
@@ -95,7 +95,7 @@ def format_cell(row: ReportRow, column: str) -> str:
     return text if spread is None else f"{text} [{form(spread[0])}, {form(spread[1])}]"
 
 
-def _verification(row: ReportRow, name: str, words: Translations) -> str:
+def _verification_note(row: ReportRow, name: str, words: Translations) -> str:
     """The newest verification of the same hardware, driver and precision."""
     run = row.typical
     precision = str(row["precision"])
@@ -143,6 +143,6 @@ def row_notes(row: ReportRow, words: Translations) -> List[str]:
     if row.differs:
         lines.append(words("differs", name, ", ".join(f"{key}={value}" for key, value in sorted(row.differs.items()))))
     if not row["simulated"]:
-        lines.append(_verification(row, name, words))
+        lines.append(_verification_note(row, name, words))
     lines += [words("error_was", name, run.result["error"]) for run in row.runs if run.result.get("error")]
     return lines

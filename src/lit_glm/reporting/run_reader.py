@@ -17,6 +17,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 import psutil
 from omegaconf import OmegaConf
 
+from lit_glm.config.migration import migrate_names
 from lit_glm.runs.result import COMPLETE, is_lower_better
 
 _TEXTS = ("status", "hardware", "topology", "precision", "scoring", "fix_hp", "model", "error")
@@ -127,7 +128,7 @@ def find_runs(patterns: List[str]) -> Tuple[List[ReportRun], List[str]]:
     trouble: List[str] = []
     for pattern in patterns:
         places = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
-        found = [folder for place in places for folder in _folders(Path(place))]
+        found = [folder for place in places for folder in _find_run_folders(Path(place))]
         if not places:
             trouble.append(f"{pattern}: there is no such folder")
         elif not found:
@@ -136,13 +137,13 @@ def find_runs(patterns: List[str]) -> Tuple[List[ReportRun], List[str]]:
             if folder.resolve() in runs:
                 continue
             try:
-                runs[folder.resolve()] = _read(folder)
+                runs[folder.resolve()] = _read_run(folder)
             except (OSError, ValueError, RecursionError) as error:
                 trouble.append(f"{folder}: result.json cannot be read ({error})")
     return list(runs.values()), trouble
 
 
-def _folders(place: Path) -> Iterator[Path]:
+def _find_run_folders(place: Path) -> Iterator[Path]:
     if place.name == "result.json":
         place = place.parent
     for root, folders, files in os.walk(str(place)):
@@ -152,25 +153,27 @@ def _folders(place: Path) -> Iterator[Path]:
             yield Path(root)
         if "jobs" in folders:  # of a sweep: combinations that an earlier sweep had done stand where that left them
             for note in sorted((Path(root) / "jobs").glob("*.json")):
-                run_dir = _json(note).get("run_dir")
+                run_dir = _read_json(note).get("run_dir")
                 if isinstance(run_dir, str) and (Path(run_dir) / "result.json").is_file():
                     yield Path(run_dir)
 
 
-def _read(folder: Path) -> ReportRun:
+def _read_run(folder: Path) -> ReportRun:
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    result = migrate_names(result, "result.json") if isinstance(result, dict) else result
     if not isinstance(result, dict) or not {"hardware", "topology", "status"} <= set(result):
         raise ValueError("it is not a result of train")
     result.update({key: str(result[key]) for key in _TEXTS if result.get(key) is not None})
     if not result["hardware"] or not result["status"]:
         raise ValueError("hardware or status is empty")
-    environment = {key: value for key, value in _json(folder / "environment.json").items() if _is_plain(key, value)}
-    if result["status"] == "running" and not _alive(folder, environment):
+    known = migrate_names(_read_json(folder / "environment.json"), "environment.json")
+    environment = {key: value for key, value in known.items() if _has_expected_type(key, value)}
+    if result["status"] == "running" and not _is_process_alive(folder, environment):
         result["status"] = "killed"
-    return ReportRun(folder, result, environment, _settings(folder))
+    return ReportRun(folder, result, environment, _read_flat_config(folder))
 
 
-def _is_plain(key: str, value: Any) -> bool:
+def _has_expected_type(key: str, value: Any) -> bool:
     """Whether an entry of environment.json has the type that `train` gives it."""
     if key in ("packages", "variables"):
         return isinstance(value, dict) and all(isinstance(version, str) for version in value.values())
@@ -179,19 +182,20 @@ def _is_plain(key: str, value: Any) -> bool:
     return not isinstance(value, (dict, list))
 
 
-def _settings(folder: Path) -> Dict[str, Any]:
+def _read_flat_config(folder: Path) -> Dict[str, Any]:
     """The configuration as the job had it, else as Hydra has left it."""
-    config = _json(folder / "job.json").get("config")
+    config = _read_json(folder / "job.json").get("config")
     if isinstance(config, dict):
-        return _flat(config)
+        return _flatten(migrate_names(config, "config"))
     try:
-        loaded = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "config.yaml"), resolve=True)
-        return _flat(loaded)
+        # Never resolved: `${oc.env:NAME}` in somebody else's folder would read the environment of whoever reports.
+        loaded: Any = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "config.yaml"), resolve=False)
+        return _flatten(migrate_names(loaded, "config"))
     except Exception:  # none, torn, or of something else
         return {}
 
 
-def _alive(folder: Path, environment: Dict[str, Any]) -> bool:
+def _is_process_alive(folder: Path, environment: Dict[str, Any]) -> bool:
     """Whether a run that says it is running is: by its process on this machine, by the age of its files elsewhere."""
     pid = environment.get("pid")
     if isinstance(pid, int) and environment.get("host") == platform.node():
@@ -204,7 +208,7 @@ def _alive(folder: Path, environment: Dict[str, Any]) -> bool:
     return time.time() - newest < _SILENT_S
 
 
-def _json(path: Path) -> Dict[str, Any]:
+def _read_json(path: Path) -> Dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return content if isinstance(content, dict) else {}
@@ -212,12 +216,12 @@ def _json(path: Path) -> Dict[str, Any]:
         return {}
 
 
-def _flat(node: Any, prefix: str = "") -> Dict[str, Any]:
+def _flatten(node: Any, prefix: str = "") -> Dict[str, Any]:
     if not isinstance(node, dict):
         return {prefix[:-1]: node}
     flat: Dict[str, Any] = {}
     for key, value in node.items():
-        flat.update(_flat(value, f"{prefix}{key}."))
+        flat.update(_flatten(value, f"{prefix}{key}."))
     return flat
 
 
@@ -236,30 +240,36 @@ def group_into_rows(runs: List[ReportRun]) -> List[ReportRow]:
     """
     groups: Dict[str, ReportRow] = {}
     for run in runs:
-        key = json.dumps([_named(run), _kind(run), _compared(run)], sort_keys=True, default=str)
+        key = json.dumps(
+            [_row_name_fields(run), _comparability_key(run), _compared_settings(run)], sort_keys=True, default=str
+        )
         groups.setdefault(key, ReportRow([])).runs.append(run)
     found = list(groups.values())
     for row in found:
-        others = [other for other in found if other is not row and _named(other.runs[0]) == _named(row.runs[0])]
-        own = _compared(row.runs[0])
+        others = [
+            other
+            for other in found
+            if other is not row and _row_name_fields(other.runs[0]) == _row_name_fields(row.runs[0])
+        ]
+        own = _compared_settings(row.runs[0])
         for other in others:
-            theirs = _compared(other.runs[0])
+            theirs = _compared_settings(other.runs[0])
             for name in sorted({*own, *theirs}):
                 if own.get(name) != theirs.get(name):
                     row.differs[name] = own.get(name)
     found.sort(key=lambda row: (str(row["hardware"]), row.nodes, str(row["precision"]), str(row["fix_hp"])))
     for row in found:
-        namesakes = [other for other in found if _named(other.runs[0]) == _named(row.runs[0])]
+        namesakes = [other for other in found if _row_name_fields(other.runs[0]) == _row_name_fields(row.runs[0])]
         row.number = namesakes.index(row) + 1 if len(namesakes) > 1 else 0
     return found
 
 
-def _named(run: ReportRun) -> List[Any]:
+def _row_name_fields(run: ReportRun) -> List[Any]:
     named = [run.result.get(key) for key in ("scoring", "hardware", "topology", "precision", "fix_hp")]
     return named if run.settings else [*named, run.result.get("model")]
 
 
-def _kind(run: ReportRun) -> List[Any]:
+def _comparability_key(run: ReportRun) -> List[Any]:
     """What must not be mixed within a row."""
     software = [(run.environment.get("packages") or {}).get("torch"), run.environment.get("driver")]
     own = [bool(run.result.get(key)) for key in ("simulated", "profiled")]
@@ -267,7 +277,7 @@ def _kind(run: ReportRun) -> List[Any]:
     return [*state, run.result.get("tf32"), run.result.get("runtime"), *software]
 
 
-def _compared(run: ReportRun) -> Dict[str, Any]:
+def _compared_settings(run: ReportRun) -> Dict[str, Any]:
     skip = (*_REPETITION, *_PLACES)
     own = ("run.resume", "run.stall_timeout_s", "run.rendezvous_timeout_s", "run.checkpoint_interval_steps")
     described = ("hardware.", "topology.", "report.", "sweep.", "logger.", "callbacks.", "hydra.")

@@ -51,9 +51,9 @@ def _make_tile(row: ReportRow, published: List[Dict[str, Any]], words: Translati
         ("p_train", format_cell(row, "p_train")),
         ("p_whole", format_cell(row, "p_whole")),
         (words("mem"), f"{format_cell(row, 'mem')} GiB" if format_cell(row, "mem") else ""),
-        ("mfu", "" if row["simulated"] else _share(row.median("mfu"))),
-        (words("card_ratio"), _ratio(row, published)),
-        (words("energy"), _joules(row)),
+        ("mfu", "" if row["simulated"] else _format_percent(row.median("mfu"))),
+        (words("card_ratio"), _published_ratio(row, published)),
+        (words("energy"), _format_energy(row)),
         (words("card_verified"), "" if row["simulated"] else verification_summary(row, words)),
     ]
     typical = row.typical
@@ -80,16 +80,16 @@ def run_command_line(run: ReportRun) -> str:
     return " ".join([typed, *(shlex.quote(str(argument)) for argument in known[1:])])
 
 
-def _share(value: Any) -> str:
+def _format_percent(value: Any) -> str:
     return "" if value is None else f"{100 * value:.1f}%"
 
 
-def _joules(row: ReportRow) -> str:
+def _format_energy(row: ReportRow) -> str:
     joules, rate = row.median("energy_j"), row.median("samples_per_joule")
     return "" if joules is None else f"{joules / 1000:.1f} kJ" + ("" if rate is None else f", {rate:.3g} samples/J")
 
 
-def _ratio(row: ReportRow, published: List[Dict[str, Any]]) -> str:
+def _published_ratio(row: ReportRow, published: List[Dict[str, Any]]) -> str:
     """p_core over that of the published row of the same thing; "" where there is none or nothing compares."""
     own = row.median("p_core")
     keys = ("hardware", "topology", "precision", "scoring")

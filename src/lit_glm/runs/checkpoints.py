@@ -105,12 +105,12 @@ def prune(run_dir: Path) -> None:
         path.unlink()
 
 
-def latest_valid(run_dir: Path, identity: str, whole: bool) -> Tuple[Optional[Path], Dict[str, Any], List[str]]:
+def latest_valid(run_dir: Path, config_hash: str, whole: bool) -> Tuple[Optional[Path], Dict[str, Any], List[str]]:
     """The newest checkpoint that can be read and belongs to this run.
 
     Args:
         run_dir: the run folder.
-        identity: of the run's configuration.
+        config_hash: of the run's configuration.
         whole: read every value now, so that one that is damaged in its middle is passed over; else see `glance`.
 
     Returns:
@@ -120,7 +120,8 @@ def latest_valid(run_dir: Path, identity: str, whole: bool) -> Tuple[Optional[Pa
     for _, path in list_checkpoints(run_dir):
         try:
             content = load_lazy(path)
-            if content["lit_glm"]["config_hash"] != identity:
+            own = content["lit_glm"]
+            if own.get("config_hash", own.get("identity")) != config_hash:  # its name before 0.2.0
                 raise ValueError("it belongs to another configuration")
             return path, load(path) if whole else content, passed_over
         except Exception as error:  # torn files fail in many ways

@@ -42,17 +42,17 @@ def find_requeued_run(config: TrainConfig, run_dir: Path) -> Optional[Path]:
         return None
     runs = runs_by_config_hash(default_search_paths(run_dir)).get(config_hash(config), [])
     own = [run for run in runs if (read_job_json(run) or {}).get("slurm_job") == os.environ.get("SLURM_JOB_ID")]
-    return max(own, key=_time, default=None)
+    return max(own, key=_job_mtime, default=None)
 
 
 def newest_unfinished(runs: List[Path]) -> Optional[Path]:
     """The newest of some runs that is neither complete nor being worked at."""
-    return max((run for run in runs if not is_complete(run) and not is_running(run)), key=_time, default=None)
+    return max((run for run in runs if not is_complete(run) and not is_running(run)), key=_job_mtime, default=None)
 
 
 def best_run(runs: List[Path]) -> Optional[Path]:
     """The newest complete run of a configuration, else the newest."""
-    return max([run for run in runs if is_complete(run)] or runs, key=_time, default=None)
+    return max([run for run in runs if is_complete(run)] or runs, key=_job_mtime, default=None)
 
 
 def default_search_paths(run_dir: Path) -> SearchPaths:
@@ -89,5 +89,5 @@ def find_run_dirs(places: SearchPaths) -> Iterator[Path]:
                 folders.clear()
 
 
-def _time(folder: Path) -> float:
+def _job_mtime(folder: Path) -> float:
     return (folder / JOB_FILE).stat().st_mtime

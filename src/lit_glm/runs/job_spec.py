@@ -13,31 +13,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 import lit_glm
 from lit_glm.atomic_files import write_json
-from lit_glm.config.schema import TrainConfig, iter_leaves
+from lit_glm.config.migration import migrate_job
+from lit_glm.config.schema import TrainConfig, iter_keys
 from lit_glm.errors import InputError
 
 JOB_FILE = "job.json"
-_NOT_IDENTITY = (
-    "run.resume",
-    "run.overwrite",
-    "run.stall_timeout_s",
-    "hardware.monitor_interval_s",
-    "hardware.link_gbytes_s",
-    "hardware.network_gbytes_s",
-    "hardware.power_w",
-    "data.cache_dir",
-    "sweep.skip_done",
-    "sweep.objective",
-    "run.rendezvous_timeout_s",
-    "report.machine",
-    "report.device_name",
-    "report.network",
-    "report.driver",
-    "report.image",
-)
-"""Keys that decide how a job is run and described, not what it computes."""
-_ADDED: Dict[str, Any] = {"data.longest_first": False, "run.evaluate": True, "hardware._target_": None}
-"""Keys that came later, with the values that they had before there were any: with these a job is what it was."""
+_RESUMABLE_SINCE = (0, 2)
+"""Run folders of older versions are read (report, evaluate, export, plan), but not continued."""
 
 
 @dataclass
@@ -78,33 +60,49 @@ class JobSpec:
         except (OmegaConfBaseException, KeyError, TypeError, ValueError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(
-                f"{folder / JOB_FILE}: written by lit_glm {content.get('lit_glm', 'of an older version')}, cannot be read "
-                f"by {lit_glm.__version__} ({reason}); go on with the version that began it, or begin anew elsewhere"
+                f"{folder / JOB_FILE}: written by lit_glm {content.get('lit_glm', 'of an unknown version')}, cannot be "
+                f"read by {lit_glm.__version__} ({reason}); use the version that started the run, or start a new one"
             ) from error
 
 
 def read_job_json(folder: Path) -> Optional[Dict[str, Any]]:
-    """The content of a job file as it stands; None if it is torn, missing or no such thing."""
+    """Return job.json with current names; None if it is missing, torn or something else."""
     try:
         content = json.loads((folder / JOB_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    return content if isinstance(content, dict) else None
+    return migrate_job(content) if isinstance(content, dict) else None
 
 
 def hashed_settings(config: TrainConfig) -> Dict[str, Any]:
-    """All keys and values that decide what a job computes, flat."""
+    """Return all keys and values that decide what a job computes, flat."""
     found = {
         key: value
-        for key, value in iter_leaves(config)
-        if key not in _NOT_IDENTITY and _ADDED.get(key, not value) != value
+        for key, value, entry in iter_keys(config)
+        if entry.metadata.get("hashed", True)
+        and not ("neutral" in entry.metadata and value == entry.metadata["neutral"])
     }
     return {**found, "profiled": True} if config.profiled else found
 
 
 def config_hash(config: TrainConfig) -> str:
-    """A short name for a configuration: equal for equal settings, wherever and whenever they were composed."""
+    """Return a short hash of a configuration: equal for equal settings, wherever and whenever they were composed."""
     return hashlib.sha256(json.dumps(hashed_settings(config), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def ensure_resumable(folder: Path) -> None:
+    """Reject a run folder of a version whose runs cannot be continued.
+
+    Raises:
+        InputError: names both versions.
+    """
+    version = str((read_job_json(folder) or {}).get("lit_glm") or lit_glm.__version__)
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if numbers < _RESUMABLE_SINCE:
+        raise InputError(
+            f"run.resume={folder}: this run was started by lit_glm {version} and cannot be resumed by lit_glm "
+            f"{lit_glm.__version__}; resume it with lit_glm {version}, or start a new run"
+        )
 
 
 def ensure_same_config(config: TrainConfig, folder: Path) -> None:
@@ -113,6 +111,7 @@ def ensure_same_config(config: TrainConfig, folder: Path) -> None:
     Raises:
         InputError: names the keys that differ, with both values.
     """
+    ensure_resumable(folder)
     before, now = hashed_settings(JobSpec.read(folder).config), hashed_settings(config)
     differing = [
         f"{key}: {before.get(key)} there, {now.get(key)} here"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from lit_glm.atomic_files import write_json
+from lit_glm.config.migration import migrate_names
 from lit_glm.config.schema import TrainConfig
 
 RESULT_FILE = "result.json"
@@ -19,10 +20,10 @@ _ROOM_BYTES = 2**16
 def read_result(run_dir: Path) -> Optional[Dict[str, Any]]:
     """The result of a run folder; None if there is none or it cannot be read."""
     try:
-        content: Dict[str, Any] = json.loads((run_dir / RESULT_FILE).read_text(encoding="utf-8"))
-        return content
+        content: Any = json.loads((run_dir / RESULT_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return migrate_names(content, "result.json") if isinstance(content, dict) else None
 
 
 def is_complete(run_dir: Path) -> bool:
@@ -63,7 +64,7 @@ def reserve_disk_space(run_dir: Path) -> None:
     (run_dir / _ROOM).write_bytes(b"\0" * _ROOM_BYTES)
 
 
-def release_disk_space(run_dir: Path) -> None:
+def release_reserved_disk_space(run_dir: Path) -> None:
     """Give it back."""
     try:
         (run_dir / _ROOM).unlink()
@@ -81,7 +82,7 @@ def update_result(run_dir: Path, **changes: Any) -> None:
             write_json(run_dir / RESULT_FILE, {**result, **changes})
             return
         except OSError:
-            release_disk_space(run_dir)
+            release_reserved_disk_space(run_dir)
 
 
 def mark_failed(run_dir: Path, reason: str) -> None:
@@ -191,7 +192,7 @@ def final_summary(result: Dict[str, Any], config: TrainConfig, run_dir: Path) ->
     run, step, samples = config.run, result["global_steps"], result["num_trained_samples"]
     when = f"at step {step} ({samples:,} samples, {result['raw_train_time']:.1f} s of training)"
     accuracy, target = result.get("acc"), f"{100 * run.target_accuracy:g}%"
-    has = _percent(accuracy)
+    has = _format_percent(accuracy)
     if result["status"] == "success":
         how = f"REACHED: accuracy {has}, target {target}, {when}"
     elif result["status"] == "interrupted":
@@ -220,10 +221,10 @@ def _warmup_message(start: Optional[Dict[str, float]]) -> str:
         return ""
     which = "step" if start["count"] == 1 else f"{start['count']} steps"
     return (
-        f"\nwarm-up: the first {which} took {start['seconds']:.1f} s, {start['slowdown']:.1f} times as long as the same "
-        "work later (memory, kernels and files used for the first time); p_core, p_train and p_whole contain it"
+        f"\nwarm-up: the first {which} took {start['seconds']:.1f} s, {start['slowdown']:.1f}x a steady-state step of the "
+        "same work; included in p_core, p_train and p_whole"
     )
 
 
-def _percent(share: Optional[float]) -> str:
+def _format_percent(share: Optional[float]) -> str:
     return "unknown" if share is None else f"{100 * share:.2f}%"

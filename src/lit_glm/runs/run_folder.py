@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List
 
 from lit_glm.atomic_files import write_text
+from lit_glm.config.migration import migrate_names
 from lit_glm.errors import InputError
 from lit_glm.runs import job_spec as jobs
 from lit_glm.runs.error_files import clear_error_files
 from lit_glm.runs.job_spec import JobSpec
 from lit_glm.runs.lock import is_running, lock_directory
-from lit_glm.runs.result import read_result, release_disk_space, reserve_disk_space, write_initial_result
+from lit_glm.runs.result import read_result, release_reserved_disk_space, reserve_disk_space, write_initial_result
 
 ENVIRONMENT_FILE = "environment.json"
 _FILES = (
@@ -30,7 +31,7 @@ def read_environment(run_dir: Path) -> Dict[str, Any]:
         content = json.loads((run_dir / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
+    return migrate_names(content, "environment.json") if isinstance(content, dict) else {}
 
 
 def ensure_available(run_dir: Path, overwrite: bool) -> None:
@@ -91,7 +92,7 @@ def acquire_run_dir(job: JobSpec, run_dir: Path, composed: Dict[str, str]) -> It
         try:
             yield lock
         finally:
-            release_disk_space(run_dir)
+            release_reserved_disk_space(run_dir)
 
 
 def ensure_no_new_run(run_dir: Path, job: JobSpec) -> None:

@@ -14,7 +14,7 @@ MEMORY_COLUMNS = ("step", "seconds", "gib")
 """Of memory.csv: memory in use on the first rank's device, about once a second, seconds since the entry of train."""
 
 
-def _text(value: Any) -> str:
+def _to_csv_field(value: Any) -> str:
     if value is None:
         return ""
     return repr(value) if isinstance(value, float) else str(value)
@@ -46,7 +46,7 @@ class AppendOnlyCSV:
 
     def add(self, **values: Any) -> None:
         """Append a line; a value that does not exist is an empty field."""
-        self._file.write(",".join(_text(values.get(name)) for name in self._columns) + "\n")
+        self._file.write(",".join(_to_csv_field(values.get(name)) for name in self._columns) + "\n")
         self._file.flush()  # a run that is killed has this line
 
     def total(self, column: str) -> float:

@@ -40,7 +40,7 @@ def write_verification(
     return content
 
 
-def _places(starts: Iterable[Path]) -> Iterator[Path]:
+def _search_dirs(starts: Iterable[Path]) -> Iterator[Path]:
     for start in starts:
         for folder in [start, *list(start.resolve().parents)[:_ABOVE]]:
             yield folder / "outputs" / FOLDER
@@ -61,7 +61,7 @@ def latest_verification(
         precision: its name.
     """
     found = []
-    for place in dict.fromkeys(_places(starts)):
+    for place in dict.fromkeys(_search_dirs(starts)):
         for file in (file for depth in _DEPTHS for file in place.glob(f"{depth}{VERIFY_FILE}")):
             try:
                 content = json.loads(file.read_text(encoding="utf-8"))

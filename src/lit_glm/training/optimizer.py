@@ -9,7 +9,7 @@ from torch import nn
 from lit_glm.config.schema import OptimizerConfig
 
 
-def learning_rate(step: int, highest: float, warmup: float, decay_iters: float, decay_ratio: float) -> float:
+def learning_rate_at_step(step: int, highest: float, warmup: float, decay_iters: float, decay_ratio: float) -> float:
     """Learning rate after `step` updates: linear warm-up, then linear decay to `decay_ratio` times the highest.
 
     Args:
@@ -37,7 +37,7 @@ class LearningRateSchedule:
 
     def _apply(self) -> None:
         config = self._config
-        rate = learning_rate(
+        rate = learning_rate_at_step(
             self._updates,
             config.lr,
             config.warmup,

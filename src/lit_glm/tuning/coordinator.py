@@ -22,10 +22,10 @@ def run_coordinator(config: Any, trials: TrialRunner, folder: Path, train: Any) 
     record = SearchState(folder, config)
     if record.trials:
         print(f"lit_glm: goes on after {len(record.trials)} tries", flush=True)
-    runtime = _runtime(config)
+    runtime = _make_memory_runtime(config)
     limit, most = record.seconds + 60.0 * config.tune.max_minutes, len(train) // config.topology.world_size
     orders = TrialQueue(folder) if config.topology.num_nodes > 1 else None
-    record.write(done=False)  # from now on the folder is this search's
+    record.write(complete=False)  # from now on the folder is this search's
     status = 0
     try:
         while True:
@@ -34,7 +34,7 @@ def run_coordinator(config: Any, trials: TrialRunner, folder: Path, train: Any) 
             if bs is None or left <= 0:
                 break
             begun = time.monotonic()
-            work = _work(config, bs, train)
+            work = _workload_for_bs(config, bs, train)
             tried = _exceeds_memory(work, config, bs, runtime)
             if tried is None:
                 number = sum(one.bs == bs for one in record.trials)
@@ -46,8 +46,8 @@ def run_coordinator(config: Any, trials: TrialRunner, folder: Path, train: Any) 
                 finally:
                     record.seconds += time.monotonic() - begun
             record.trials.append(tried)
-            record.write(done=False)
-            print(f"lit_glm: {_line(tried)}", flush=True)
+            record.write(complete=False)
+            print(f"lit_glm: {_trial_line(tried)}", flush=True)
             if tried.status == TIME:
                 break
         if record.seconds >= limit or (record.trials and record.trials[-1].status == TIME):
@@ -57,7 +57,7 @@ def run_coordinator(config: Any, trials: TrialRunner, folder: Path, train: Any) 
                 flush=True,
             )
     except Interrupted as stop:
-        record.write(done=False)
+        record.write(complete=False)
         print(f"lit_glm: {stop}; go on with run.resume={folder}", file=sys.stderr)
         status = stop.exit_status
     finally:
@@ -65,9 +65,9 @@ def run_coordinator(config: Any, trials: TrialRunner, folder: Path, train: Any) 
             orders.put(None, "")
     best, top = fastest_bs(record.trials), largest_bs(record.trials)
     last = best or top or 1
-    print(record.conclude(_work(config, last, train), _software()), flush=True)
+    print(record.conclude(_workload_for_bs(config, last, train), _software_versions()), flush=True)
     answered = [one for one in record.trials if one.status != TIME]
-    record.write(done=next_bs(answered, most, config.tune.repeats) is None)
+    record.write(complete=next_bs(answered, most, config.tune.repeats) is None)
     return status or (0 if best is not None else 1)
 
 
@@ -90,7 +90,7 @@ def _install_stop_handlers() -> None:
         signal.signal(number, stop)
 
 
-def _runtime(config: Any) -> Any:
+def _make_memory_runtime(config: Any) -> Any:
     """Asked for the device's memory; None where it can only be asked by the ranks themselves."""
     if config.hardware.accelerator != "cpu" and config.hardware.runtime != "simulated":
         return None  # a driver that this process has opened would stand in the tries' way
@@ -99,7 +99,7 @@ def _runtime(config: Any) -> Any:
     return make_runtime(config.hardware, config.topology)
 
 
-def _work(config: Any, bs: int, train: Any) -> Workload:
+def _workload_for_bs(config: Any, bs: int, train: Any) -> Workload:
     data = replace(config.data, longest_first=True)
     return Workload(replace(config, bs=bs, data=data), train, None)
 
@@ -119,14 +119,14 @@ def _exceeds_memory(work: Workload, config: Any, bs: int, runtime: Optional[Any]
     return Trial(bs, LIMIT, message=found.host_message or f"estimated at {found.estimate.total / 2**30:.1f}{own} GiB")
 
 
-def _line(tried: Trial) -> str:
+def _trial_line(tried: Trial) -> str:
     if tried.status != FITS:
         return f"bs={tried.bs}: {tried.status} ({tried.message[:160]})"
     memory = "" if tried.memory_gib is None else f", {tried.memory_gib:.2f} GiB"
     return f"bs={tried.bs}: {tried.p_core or 0.0:.4g} samples/s{memory}"
 
 
-def _software() -> str:
+def _software_versions() -> str:
     import datetime
 
     import torch

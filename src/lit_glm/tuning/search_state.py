@@ -10,6 +10,7 @@ import matplotlib
 from matplotlib.figure import Figure as Canvas
 
 from lit_glm.atomic_files import write_json, write_text
+from lit_glm.config.migration import migrate_names
 from lit_glm.config.schema import TrainConfig
 from lit_glm.config.tuned_values import MODEL_KEYS, TUNE_FILE
 from lit_glm.metrics.memory_estimate import estimate_memory
@@ -38,20 +39,20 @@ class SearchState:
         before = read_state(folder)
         if before is not None:
             names = {field.name for field in fields(Trial)}
-            known = [Trial(**{key: value for key, value in one.items() if key in names}) for one in before["tries"]]
+            known = [Trial(**{key: value for key, value in one.items() if key in names}) for one in before["trials"]]
             self.trials = [one for one in known if one.status != TIME]  # there may be more of it now
             self.seconds = float(before["seconds"])
 
-    def write(self, done: bool) -> None:
+    def write(self, complete: bool) -> None:
         """Write tune.json."""
         content = {
             **search_fields(self._config),
             "config_hash": search_hash(self._config),
-            "done": done,
+            "complete": complete,
             "seconds": self.seconds,
             "largest_bs": largest_bs(self.trials),
             "fastest_bs": fastest_bs(self.trials),
-            "tries": [asdict(one) for one in self.trials],
+            "trials": [asdict(one) for one in self.trials],
         }
         write_json(self.folder / TUNE_FILE, content)
 
@@ -70,7 +71,7 @@ class SearchState:
                 f"bs=auto takes the fastest of searches below outputs/tune/; for good: copy {self.folder / pair}",
                 "to the folder fix_hp/ of a configuration of your own (--config-dir)",
             ]
-            write_text(self.folder / "tune.svg", _figure(self.trials, self._config))
+            write_text(self.folder / "tune.svg", _plot_trials(self.trials, self._config))
         shown = "\n".join(said)
         write_text(self.folder / "tune.md", shown + ("\n\n![samples a second by bs](tune.svg)\n" if best else "\n"))
         return shown
@@ -96,10 +97,10 @@ def search_hash(config: TrainConfig) -> str:
 def read_state(folder: Path) -> Optional[Dict[str, Any]]:
     """tune.json; None if there is none."""
     try:
-        content: Dict[str, Any] = json.loads((folder / TUNE_FILE).read_text(encoding="utf-8"))
-        return content
+        content: Any = json.loads((folder / TUNE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return migrate_names(content, "tune.json") if isinstance(content, dict) else None
 
 
 def trial_table(tries: List[Trial], config: TrainConfig, work: Workload) -> str:
@@ -130,10 +131,10 @@ def trial_table(tries: List[Trial], config: TrainConfig, work: Workload) -> str:
                 f"{median_p_core(own):.4g}",
                 spread if len(own) > 1 else "",
                 str(len(own)),
-                _number(own[-1].mfu, 3),
-                _number(max((one.memory_gib or 0.0 for one in own), default=None) or None, 2),
+                _format_number(own[-1].mfu, 3),
+                _format_number(max((one.memory_gib or 0.0 for one in own), default=None) or None, 2),
                 f"{guess:.2f}",
-                _number(own[-1].samples_per_joule, 3),
+                _format_number(own[-1].samples_per_joule, 3),
                 ", ".join(marks),
             ]
         )
@@ -142,7 +143,7 @@ def trial_table(tries: List[Trial], config: TrainConfig, work: Workload) -> str:
     return markdown_table(rows)
 
 
-def _number(value: Optional[float], digits: int) -> str:
+def _format_number(value: Optional[float], digits: int) -> str:
     return "" if value is None else f"{value:.{digits}g}" if digits == 3 else f"{value:.{digits}f}"
 
 
@@ -159,7 +160,7 @@ def fix_hp_text(tries: List[Trial], config: TrainConfig, text: str, software: st
     )
 
 
-def _figure(tries: List[Trial], config: TrainConfig) -> str:
+def _plot_trials(tries: List[Trial], config: TrainConfig) -> str:
     known = trials_by_bs(tries)
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "lit_glm"}):
         canvas = Canvas(figsize=(6.0, 3.4))

@@ -50,7 +50,7 @@ def iter_trials(folder: Path, patience_s: float) -> Iterator[Tuple[int, str]]:
     while time.monotonic() < until:
         if own is None:
             starts = sorted((folder / _FOLDER).glob("*")) if (folder / _FOLDER).is_dir() else []
-            own = starts[-1] if starts and not _over(starts[-1]) else None
+            own = starts[-1] if starts and not _is_finished(starts[-1]) else None
         file = None if own is None else own / f"{number:04}.json"
         if file is None or not file.is_file():
             time.sleep(_LOOK_S)
@@ -65,6 +65,6 @@ def iter_trials(folder: Path, patience_s: float) -> Iterator[Tuple[int, str]]:
     )
 
 
-def _over(start: Path) -> bool:
+def _is_finished(start: Path) -> bool:
     files = sorted(start.glob("*.json"))
     return bool(files) and json.loads(files[-1].read_text(encoding="utf-8"))["bs"] is None

@@ -115,7 +115,7 @@ class AcceptanceTest:
         tf32 = which == "tf32"
         sample = make_fixture(config)
         seen: List[OperatorResult] = []
-        yield from _catch_errors(f"operators {name}", lambda: _operators(config, sample, runtime, tf32, seen))
+        yield from _catch_errors(f"operators {name}", lambda: _check_operators(config, sample, runtime, tf32, seen))
         wrong = sorted({one.name for one in seen if one.status in ("differs", "missing")})
         if any(one.status == "missing" for one in seen):
             yield CheckResult(f"model {name}", "skip", f"not checked: there is no {', '.join(wrong)}")
@@ -150,7 +150,7 @@ def _downgrade_consequence(check: CheckResult, wrong: List[str]) -> CheckResult:
     return check
 
 
-def _operators(
+def _check_operators(
     config: TrainConfig, sample: VerifyFixture, runtime: Runtime, tf32: bool, seen: List[OperatorResult]
 ) -> List[CheckResult]:
     """A training step and an evaluation of each scoring; what is wrong in lines of its own."""

@@ -34,7 +34,7 @@ def check_collectives(config: TrainConfig) -> CheckResult:
     except RunError as error:
         advice = "look at the collective library, its variables, and the links between the cards"
         return CheckResult("collectives", "fail", " ".join(str(error.summary or error).split())[:300], advice)
-    kinds = ", ".join(_name(dtype) for dtype in training_dtypes(config))
+    kinds = ", ".join(_dtype_name(dtype) for dtype in training_dtypes(config))
     return CheckResult("collectives", "ok", f"sum, broadcast and gather of {kinds} over {ranks} ranks are right")
 
 
@@ -44,7 +44,7 @@ def training_dtypes(config: TrainConfig) -> List[Any]:
     return [torch.float32, *half, torch.int64, torch.uint8]
 
 
-def _name(dtype: Any) -> str:
+def _dtype_name(dtype: Any) -> str:
     return str(dtype).replace("torch.", "")
 
 
@@ -65,17 +65,17 @@ def run_collectives(rank: int, ranks: int, device: Any, kinds: List[Any]) -> Lis
             summed = rank_contribution(dtype, rank, ranks, device)
             torch.distributed.all_reduce(summed)
             if not torch.equal(summed, (torch.arange(_COUNT, device=device) % 13 + 1).to(dtype)):
-                wrong.append(f"the sum of {_name(dtype)} over {ranks} ranks is wrong on rank {rank}")
+                wrong.append(f"the sum of {_dtype_name(dtype)} over {ranks} ranks is wrong on rank {rank}")
         for source in sorted({0, ranks - 1}):
             sent = rank_contribution(dtype, rank, ranks, device)
             torch.distributed.broadcast(sent, source)
             if not torch.equal(sent, rank_contribution(dtype, source, ranks, device)):
-                wrong.append(f"the broadcast of {_name(dtype)} from rank {source} is wrong on rank {rank}")
+                wrong.append(f"the broadcast of {_dtype_name(dtype)} from rank {source} is wrong on rank {rank}")
         own = rank_contribution(dtype, rank, ranks, device)
         gathered = [torch.zeros_like(own) for _ in range(ranks)]
         torch.distributed.all_gather(gathered, own)
         wrong += [
-            f"the gathering of {_name(dtype)} is wrong on rank {rank} for rank {one}'s part"
+            f"the gathering of {_dtype_name(dtype)} is wrong on rank {rank} for rank {one}'s part"
             for one in range(ranks)
             if not torch.equal(gathered[one], rank_contribution(dtype, one, ranks, device))
         ]

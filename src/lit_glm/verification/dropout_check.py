@@ -6,7 +6,7 @@ import torch
 
 from lit_glm.check_result import CheckResult
 from lit_glm.hardware.runtimes.base import Runtime
-from lit_glm.model.dropout import apply_zeros_, dropout, sample_zeros
+from lit_glm.model.dropout import dropout, sample_zeros, zero_elements_
 
 _SHARE = 0.1
 _COUNT = 2**20
@@ -19,7 +19,7 @@ def check_dropout(runtime: Runtime) -> CheckResult:
 
     def masks(seed: int) -> "tuple[torch.Tensor, torch.Tensor]":
         runtime.manual_seed(seed)
-        return dropout(ones, _SHARE).cpu(), apply_zeros_(ones.clone(), sample_zeros(ones, _SHARE)[0]).cpu()
+        return dropout(ones, _SHARE).cpu(), zero_elements_(ones.clone(), sample_zeros(ones, _SHARE)[0]).cpu()
 
     first, again, other = masks(1), masks(1), masks(2)
     share = max((float((mask == 0).double().mean()) for mask in first), key=lambda value: abs(value - _SHARE))

@@ -22,7 +22,7 @@ _SEED = 20231
 _FIRST = 0x100  # characters stand for tokens, one each
 
 
-class _Characters:
+class _CharacterTokenizer:
     """A tokenizer to which every character is a token."""
 
     eos, cls, mask, sop, eop = 0, 1, 2, 3, 4
@@ -70,7 +70,7 @@ def make_fixture(config: TrainConfig, examples: int = 2, candidates: int = 3) ->
         choices = [text(2 + number % 4) for _ in range(candidates)]  # of one length: a longer one is never chosen
         passage = text(int(length * (0.55 + 0.2 * number / max(1, examples - 1))))
         questions.append(Question(number, f"{number}", 1, passage, text(5), text(7), choices, choices[:1], [0]))
-    encoded = encode_questions(questions, _Characters(model.vocab_size), length)  # type: ignore[arg-type]
+    encoded = encode_questions(questions, _CharacterTokenizer(model.vocab_size), length)  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory(prefix="lit_glm-verify-") as folder:
         writer = SparseWriter(Path(folder) / "some.hdf5", length)
         writer.add(encoded.columns, encoded.separators, encoded.counts, encoded.right)

@@ -75,7 +75,7 @@ def map_structure(value: Any, change: Callable[[Any], Any]) -> Any:
 def to_host(value: Any) -> Any:
     """A tensor's copy on the processor, in rows; a device by the processor."""
     if isinstance(value, Tensor):
-        return _in_rows(value.detach()).to("cpu", copy=True)
+        return _to_strided(value.detach()).to("cpu", copy=True)
     return torch.device("cpu") if isinstance(value, torch.device) else value
 
 
@@ -110,10 +110,10 @@ class OperatorRecorder:
         here = not tensors or any(tensor.device.type == self._device.type for tensor in tensors)
         if not here or name == "t" or name.startswith(_PLAIN):
             return operator(*args, **kwargs)
-        key = (str(operator), str([_outline(entry) for entry in (args, kwargs)]))
+        key = (str(operator), str([_call_signature(entry) for entry in (args, kwargs)]))
         if key in self.seen and self.seen[key].status != "missing":
             return operator(*args, **kwargs)
-        shapes = ", ".join(f"{_type(tensor)}{list(tensor.shape)}" for tensor in tensors[:4])
+        shapes = ", ".join(f"{_dtype_name(tensor)}{list(tensor.shape)}" for tensor in tensors[:4])
         if any(word in name for word in _DRAWN):
             self.seen[key] = OperatorResult(name, shapes, "drawn")
             return operator(*args, **kwargs)
@@ -166,18 +166,18 @@ class OperatorRecorder:
             )
         if exact is None and not writes:
             return OperatorResult(name, shapes, "unknown", message="the processor has it in no other way")
-        mine = tensors_in(list(after)) if writes else [_in_rows(tensor) for tensor in tensors_in(out)]
+        mine = tensors_in(list(after)) if writes else [_to_strided(tensor) for tensor in tensors_in(out)]
         theirs = tensors_in(list(inputs)) if writes else tensors_in(exact)
         pairs = [(own, other) for own, other in zip(mine, theirs) if own.numel()]
         terms = reduction_length(tensors_in(list(before)), [own for own, _ in pairs])
         far, bound, status = [RelativeError(0.0, 0.0)], 0.0, "ok"
         for own, other in pairs:
             if own.is_floating_point():
-                narrowest = _narrowest([own, *tensors_in(list(before))])
+                narrowest = _narrowest_dtype([own, *tensors_in(list(before))])
                 in_type = any(word in name for word in _ADDS_IN_TYPE)
                 own_bound = operator_bound(narrowest, terms, self._tf32, "attention" in name, in_type)
                 # What nearly cancels is as far off as what it was made of.
-                least = _size(tensors_in(list(inputs))) if narrowest is torch.float32 else 0.0
+                least = _input_magnitude(tensors_in(list(inputs))) if narrowest is torch.float32 else 0.0
                 distant = relative_error(own, other.double(), least)
                 bound = max(bound, own_bound)
                 status = status if distant.within(own_bound) else "differs"
@@ -195,17 +195,17 @@ _TIES = 1e-4
 """Share of the comparisons that may come out otherwise: of numbers that only float64 tells apart."""
 
 
-def _in_rows(tensor: Tensor) -> Tensor:
+def _to_strided(tensor: Tensor) -> Tensor:
     """Itself; a tensor in oneDNN's own layout, which only its operators read, as any other."""
     return tensor.to_dense() if tensor.is_mkldnn else tensor
 
 
-def _narrowest(tensors: List[Tensor]) -> torch.dtype:
+def _narrowest_dtype(tensors: List[Tensor]) -> torch.dtype:
     floating = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
     return max(floating, key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def _size(tensors: List[Tensor]) -> float:
+def _input_magnitude(tensors: List[Tensor]) -> float:
     """Of a product of the inputs: root mean square of the first, less where another one's is below 1."""
     floating = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
     sizes = [float(tensor.double().square().mean().sqrt()) for tensor in floating]
@@ -213,11 +213,11 @@ def _size(tensors: List[Tensor]) -> float:
     return known[0] * math.prod(min(1.0, size) for size in known[1:]) if known else 0.0
 
 
-def _type(tensor: Tensor) -> str:
+def _dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).replace("torch.", "")
 
 
-def _outline(value: Any) -> Any:
+def _call_signature(value: Any) -> Any:
     """What tells one kind of call from another: shapes and types, and all that is no tensor."""
     plain: Callable[[Any], Any] = lambda entry: (  # noqa: E731
         (str(entry.dtype), tuple(entry.shape)) if isinstance(entry, Tensor) else repr(entry)

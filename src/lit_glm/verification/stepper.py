@@ -51,7 +51,7 @@ class TrainStepper:
             table = candidate_scores(self.glm, batch, TRAIN_MASK)
             loss = candidate_loss(table)
         scaler = getattr(self._plugin, "scaler", None)
-        (loss if scaler is None else scaler.multiply(loss.float())).backward()
+        (loss if scaler is None else scaler.scale_loss(loss.float())).backward()
         return loss.detach()
 
     def train(self, batch: Any) -> float:

@@ -50,13 +50,13 @@ class TimedMatmuls:
         return count
 
 
-def _size(runtime: Runtime) -> int:
+def _matmul_size(runtime: Runtime) -> int:
     return 1024 if runtime.device(0).type == "cpu" else 4096
 
 
 def check_clock(runtime: Runtime) -> CheckResult:
     """Read a value after synchronize: what that takes has not been waited for."""
-    products = TimedMatmuls(runtime, torch.float32, _size(runtime))
+    products = TimedMatmuls(runtime, torch.float32, _matmul_size(runtime))
     count = products.calibrate()
     shares, ratios = [], []
     for _ in range(3):

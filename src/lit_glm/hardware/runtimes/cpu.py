@@ -56,7 +56,7 @@ class CPURuntime(Runtime):
             return "processors have few fp16 instructions: expect it to be slower than precision=fp32"
         return ""
 
-    def kernels(self) -> RuntimeOps:
+    def model_ops(self) -> RuntimeOps:
         """Linear layers by the faster of torch's two libraries."""
         linear = onednn.linear if onednn.PREFERS_ONEDNN else F.linear
         return RuntimeOps(linear, onednn.linear_gelu if onednn.supports_bf16_gelu() else None, self.checkpoint())
@@ -80,7 +80,7 @@ class CPURuntime(Runtime):
             self._children = psutil.Process().children(recursive=True)
         return self._children
 
-    def memory_now(self, index: int) -> Optional[float]:
+    def memory_in_use(self, index: int) -> Optional[float]:
         """Resident memory of this process and its children."""
         total = 0.0
         for one in (psutil.Process(), *self._child_processes()):

@@ -19,7 +19,7 @@ class CUDARuntime(Runtime):
     has_tf32 = True
     pins_memory = True
     has_driver = True
-    install = (
+    install_hint = (
         "torch's build for the card (NVIDIA's: https://pytorch.org/get-started; others': the vendor's) and its driver"
     )
 
@@ -27,7 +27,7 @@ class CUDARuntime(Runtime):
         self._watch = MonitoredMemory()
 
     @staticmethod
-    def missing() -> Optional[str]:
+    def unavailable_reason() -> Optional[str]:
         """Asks torch; a build without CUDA says no."""
         if torch.cuda.is_available():
             return None
@@ -55,7 +55,7 @@ class CUDARuntime(Runtime):
         """torch.cuda.synchronize."""
         torch.cuda.synchronize()
 
-    def read_later(self, values: Tensor, pending: Optional[Any] = None) -> Callable[[], List[Any]]:
+    def to_host_async(self, values: Tensor, pending: Optional[Any] = None) -> Callable[[], List[Any]]:
         """By a copy to page-locked memory, on a stream of its own where a collective must be waited for first."""
         stream = torch.cuda.current_stream() if pending is None else torch.cuda.Stream()
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -82,7 +82,7 @@ class CUDARuntime(Runtime):
         """As torch reports it."""
         return str(torch.cuda.get_device_name(index))
 
-    def watch_memory(self, index: int, file: Path) -> None:
+    def attach_memory_monitor(self, index: int, file: Path) -> None:
         """NVML counts what the allocator does not see: the context, the collectives' buffers."""
         self._watch.start(file, index, "CUDA_VISIBLE_DEVICES")
 
@@ -94,11 +94,11 @@ class CUDARuntime(Runtime):
         """As torch's allocator keeps it (what pytorch.org/memory_viz reads)."""
         return torch.cuda.memory_snapshot()
 
-    def processes_on(self, index: int) -> Optional[int]:
+    def num_processes(self, index: int) -> Optional[int]:
         """As NVML counts them."""
         return nvml_processes(index, "CUDA_VISIBLE_DEVICES")
 
-    def memory_now(self, index: int) -> Optional[float]:
+    def memory_in_use(self, index: int) -> Optional[float]:
         """The monitor's last reading, else what the allocator holds."""
         self._watch.update()
         return self._watch.last or float(torch.cuda.memory_reserved(index))

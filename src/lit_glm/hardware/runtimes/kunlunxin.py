@@ -15,7 +15,7 @@ import torch
 from lit_glm.config.schema import LossScaleConfig
 from lit_glm.hardware.device_monitor import MonitoredMemory
 from lit_glm.hardware.loss_scale import VendorLossScale
-from lit_glm.hardware.monitors import physical_device_index, xpu_driver, xpu_names, xpu_total_memory
+from lit_glm.hardware.monitors import physical_device_index, xpu_device_names, xpu_driver_version, xpu_total_memory
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.hardware.runtimes.cuda import CUDARuntime
 
@@ -34,7 +34,7 @@ def tree_unsupported_reason(nodes: int) -> Optional[str]:
 _VISIBLE = "XPU_VISIBLE_DEVICES"
 
 
-def _amp() -> Any:
+def _import_vendor_amp() -> Any:
     """The vendor's package for mixed precision; None if it has none."""
     try:
         return importlib.import_module("torch_xmlir.amp")
@@ -48,12 +48,12 @@ class XMLIRRuntime(Runtime):
     name = "xmlir"
     backend = "xccl"
     has_driver = True
-    install = (
+    install_hint = (
         "the vendor's wheels, pip install --no-deps xmlir-*.whl xacc-*.whl, for Python 3.8 (docs/r300.md, lines 2 to 4)"
     )
 
     @staticmethod
-    def missing() -> Optional[str]:
+    def unavailable_reason() -> Optional[str]:
         """Looks for the package without importing it: its switches are read at import."""
         if importlib.util.find_spec("torch_xmlir") is None:
             return "the package torch_xmlir is not installed (Kunlunxin's xmlir and xacc, Python 3.8, torch 1.12.1+cpu)"
@@ -73,7 +73,7 @@ class XMLIRRuntime(Runtime):
             raise RuntimeError("torch_xmlir sees no XPU: check the driver (xpu_smi) and XPU_VISIBLE_DEVICES")
 
     @staticmethod
-    def cannot_span(nodes: int) -> Optional[str]:
+    def multi_node_unsupported_reason(nodes: int) -> Optional[str]:
         """A tree has pairs of nodes."""
         return tree_unsupported_reason(nodes)
 
@@ -111,12 +111,12 @@ class XMLIRRuntime(Runtime):
 
     def autocast(self, dtype: torch.dtype) -> ContextManager[Any]:
         """The vendor's own, where the package has one."""
-        own = getattr(_amp(), "autocast", None)
+        own = getattr(_import_vendor_amp(), "autocast", None)
         return own(dtype=dtype) if own is not None else super().autocast(dtype)
 
     def loss_scaler(self, config: LossScaleConfig) -> Optional[VendorLossScale]:
         """torch_xmlir.amp.GradScaler; it knows no hysteresis and no minimum."""
-        scaler = getattr(_amp(), "GradScaler", None)
+        scaler = getattr(_import_vendor_amp(), "GradScaler", None)
         if scaler is None:
             return None
         return VendorLossScale(scaler(init_scale=config.initial, growth_interval=config.window))
@@ -136,14 +136,14 @@ class XMLIRRuntime(Runtime):
 
     def driver_version(self) -> Optional[str]:
         """As the vendor's monitor says."""
-        return xpu_driver()
+        return xpu_driver_version()
 
-    def memory_now(self, index: int) -> Optional[float]:
+    def memory_in_use(self, index: int) -> Optional[float]:
         """The monitor's last reading, else what the runtime says, where it says anything."""
         self._memory.update()
         return self._memory.last or self._statistic("memory_reserved", index)
 
-    def watch_memory(self, index: int, file: Path) -> None:
+    def attach_memory_monitor(self, index: int, file: Path) -> None:
         """The vendor's command-line tool is asked, as in the published runs."""
         self._memory.start(file, index, _VISIBLE)
 
@@ -165,10 +165,10 @@ class XPyTorchRuntime(CUDARuntime):
 
     name = "xpytorch"
     has_tf32 = False
-    install = "XPyTorch, the vendor's own build of torch 2 with torch_xmlir (docs/hardware.md)"
+    install_hint = "XPyTorch, the vendor's own build of torch 2 with torch_xmlir (docs/hardware.md)"
 
     @staticmethod
-    def missing() -> Optional[str]:
+    def unavailable_reason() -> Optional[str]:
         """Looks for the package without importing it: its switches are read at import."""
         if importlib.util.find_spec("torch_xmlir") is None:
             return "the package torch_xmlir is not installed (XPyTorch from Kunlunxin, for its own builds of torch 2)"
@@ -184,15 +184,15 @@ class XPyTorchRuntime(CUDARuntime):
             raise RuntimeError("torch_xmlir is installed but no XPU answers: check the driver (xpu-smi -m)")
 
     @staticmethod
-    def cannot_span(nodes: int) -> Optional[str]:
+    def multi_node_unsupported_reason(nodes: int) -> Optional[str]:
         """A tree has pairs of nodes."""
         return tree_unsupported_reason(nodes)
 
     def driver_version(self) -> Optional[str]:
         """As the vendor's monitor says."""
-        return xpu_driver()
+        return xpu_driver_version()
 
     def device_name(self, index: int) -> str:
         """Asked of the monitor: torch says "GPU" for every card."""
         card = physical_device_index(index, "CUDA_VISIBLE_DEVICES")
-        return "" if card is None else xpu_names().get(card, "")
+        return "" if card is None else xpu_device_names().get(card, "")

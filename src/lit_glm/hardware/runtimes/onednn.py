@@ -16,7 +16,7 @@ from lit_glm.model.runtime_ops import is_cpu_autocast_enabled
 _WORTH_IT = 2**23  # multiply-adds from which the other library's call costs less than it saves
 
 
-def _processor_is_intels() -> bool:
+def _is_intel_cpu() -> bool:
     try:
         with open("/proc/cpuinfo") as file:
             return any("GenuineIntel" in line for line in file if line.startswith("vendor_id"))
@@ -24,13 +24,11 @@ def _processor_is_intels() -> bool:
         return True
 
 
-PREFERS_ONEDNN = (
-    torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available() and not _processor_is_intels()
-)
+PREFERS_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available() and not _is_intel_cpu()
 _POINTWISE = onednn_linear()
 
 
-def _product(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+def _onednn_matmul(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     """Multiply x with the transposed weight, by oneDNN."""
     if _POINTWISE is not None:
         out: Tensor = _POINTWISE(x, weight, bias, "none", [], "")
@@ -38,20 +36,20 @@ def _product(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     return F.linear(x.contiguous().to_mkldnn(), weight.contiguous(), bias).to_dense()  # before torch 2
 
 
-class _OneDNN(torch.autograd.Function):
+class _OneDNNLinear(torch.autograd.Function):
     """A linear layer, all three of its products by oneDNN."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
-        return _product(x, weight, bias)
+        return _onednn_matmul(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
         x, weight = ctx.saved_tensors
-        grad_x = _product(grad, weight.t(), None) if ctx.needs_input_grad[0] else None
+        grad_x = _onednn_matmul(grad, weight.t(), None) if ctx.needs_input_grad[0] else None
         grad_weight = _weight_gradient(grad, x) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight, grad.sum(0) if ctx.has_bias else None
 
@@ -60,8 +58,8 @@ def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """[T, out], [T, in] -> [out, in]; the library copies what comes first, so take the order that copies less."""
     rows, outputs, inputs = len(x), grad.shape[1], x.shape[1]
     if rows * outputs <= rows * inputs + outputs * inputs:
-        return _product(grad.t(), x.t(), None)
-    return _product(x.t(), grad.t(), None).t().contiguous()
+        return _onednn_matmul(grad.t(), x.t(), None)
+    return _onednn_matmul(x.t(), grad.t(), None).t().contiguous()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
@@ -80,7 +78,7 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
         and len(x) * weight.numel() >= _WORTH_IT
         and not is_cpu_autocast_enabled()
     ):
-        out: Tensor = _OneDNN.apply(x, weight, bias)
+        out: Tensor = _OneDNNLinear.apply(x, weight, bias)
         return out
     return F.linear(x, weight, bias)
 
@@ -96,7 +94,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Optional[Tensor]:
     Returns:
         [T, out]; None where torch has no such product, and outside of autocast to bf16.
     """
-    if _POINTWISE is None or not is_cpu_autocast_enabled() or _autocasts_to() is not torch.bfloat16:
+    if _POINTWISE is None or not is_cpu_autocast_enabled() or _cpu_autocast_dtype() is not torch.bfloat16:
         return None
     half = [part.to(torch.bfloat16) for part in (x, weight, bias)]
     out: Tensor = _POINTWISE(*half, "gelu", [], "tanh")
@@ -112,7 +110,7 @@ def supports_bf16_gelu() -> bool:
         return False
 
 
-def _autocasts_to() -> torch.dtype:
+def _cpu_autocast_dtype() -> torch.dtype:
     if hasattr(torch, "get_autocast_dtype"):
         return torch.get_autocast_dtype("cpu")
     return torch.get_autocast_cpu_dtype()  # before torch 2.4

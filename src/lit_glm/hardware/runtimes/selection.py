@@ -8,6 +8,7 @@ from typing import Any, Dict, List
 
 from omegaconf import OmegaConf
 
+from lit_glm.config.migration import find_old_methods
 from lit_glm.config.schema import HardwareConfig, TopologyConfig
 from lit_glm.errors import InputError
 from lit_glm.hardware.env import set_hardware_env
@@ -40,10 +41,16 @@ def import_runtime_class(target: str) -> "type[Runtime]":
         raise InputError(
             f"hardware._target_={target}: is no subclass of lit_glm.hardware.runtimes.base.Runtime (docs/new_chip.md)"
         )
+    renamed = find_old_methods(found)
+    if renamed:
+        raise InputError(
+            f"hardware._target_={target}: has names of an older lit_glm; rename them ({', '.join(renamed)}), see "
+            "docs/new_chip.md"
+        )
     return found
 
 
-def _classes(hardware: HardwareConfig) -> Dict[str, "type[Runtime]"]:
+def _runtime_classes(hardware: HardwareConfig) -> Dict[str, "type[Runtime]"]:
     from lit_glm.hardware.runtimes.cpu import CPURuntime
     from lit_glm.hardware.runtimes.cuda import CUDARuntime
     from lit_glm.hardware.runtimes.kunlunxin import XMLIRRuntime, XPyTorchRuntime
@@ -72,8 +79,8 @@ def _candidate_runtimes(hardware: HardwareConfig) -> List[str]:
         )
     if hardware.product_name and "cpu" in hardware.runtimes:
         raise InputError(
-            f"hardware.runtimes={hardware.runtimes}: a processor's figures would stand under {hardware.product_name}'s name; "
-            "rehearse with hardware.runtime=simulated"
+            f"hardware.runtimes={hardware.runtimes}: CPU figures would be reported as {hardware.product_name}'s; use "
+            "hardware.runtime=simulated for a dry run"
         )
     if hardware.runtime == "auto":
         return list(hardware.runtimes)
@@ -94,7 +101,7 @@ def check_runtime_available(hardware: HardwareConfig, topology: TopologyConfig) 
     names = _candidate_runtimes(hardware)
     if {"cpu", "simulated"} & set(names):
         return  # without importing torch
-    classes = _classes(hardware)
+    classes = _runtime_classes(hardware)
     reasons = [(name, classes[name].unavailable_reason()) for name in names]
     there = [name for name, reason in reasons if reason is None]
     if not there:
@@ -105,7 +112,7 @@ def check_runtime_available(hardware: HardwareConfig, topology: TopologyConfig) 
 
 
 def _unavailable_message(hardware: HardwareConfig, reasons: List[str]) -> str:
-    ways = dict.fromkeys(_classes(hardware)[name].install_hint for name in _candidate_runtimes(hardware))
+    ways = dict.fromkeys(_runtime_classes(hardware)[name].install_hint for name in _candidate_runtimes(hardware))
     return (
         f"hardware={hardware.name}: none of its runtimes can be used here\n"
         + "\n".join(reasons)
@@ -124,7 +131,7 @@ def make_runtime(hardware: HardwareConfig, topology: TopologyConfig) -> Runtime:
     from lit_glm.hardware.runtimes.simulated import SimulatedRuntime
 
     set_hardware_env(hardware)
-    classes = _classes(hardware)
+    classes = _runtime_classes(hardware)
     names = _candidate_runtimes(hardware)
     reasons = []
     for name in names:
@@ -153,7 +160,7 @@ def check_device_count(runtime: Runtime, topology: TopologyConfig) -> None:
         )
 
 
-def _matches(file: str, pattern: str, name: str) -> bool:
+def _pattern_matches(file: str, pattern: str, name: str) -> bool:
     try:
         return re.search(pattern, name) is not None
     except re.error as error:
@@ -186,8 +193,8 @@ def validate_devices(hardware: HardwareConfig, runtime: Runtime, devices: int, f
         name = runtime.device_name(index)
         if runtime.simulated or not name:
             continue
-        better = [file for file, pattern in patterns.items() if pattern and _matches(file, pattern, name)]
-        if hardware.device_name_pattern and not _matches(hardware.name, hardware.device_name_pattern, name):
+        better = [file for file, pattern in patterns.items() if pattern and _pattern_matches(file, pattern, name)]
+        if hardware.device_name_pattern and not _pattern_matches(hardware.name, hardware.device_name_pattern, name):
             raise InputError(
                 f"hardware={hardware.name}, but card {index} calls itself {name!r}; "
                 f"take hardware={better[0] if better else 'cuda (any card, no peak)'}"
