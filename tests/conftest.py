@@ -1,28 +1,37 @@
-"""What several tests need: the golden files, a small corpus, and commands as users type them."""
+"""What several tests need: golden files, commands as users type them, markers by folder, context of a failure."""
 
+import csv
 import hashlib
+import importlib
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Union
 
 import pytest
 from hypothesis import settings
+
+from fork_server import ForkedProcess, ForkServer, can_fork
 
 settings.register_profile("unhurried", deadline=None)  # tests run beside each other: none is judged by its time
 settings.load_profile("unhurried")
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two tests at a time: threads that spin take each other's cores
-GOLDEN = Path(__file__).parent / "parity" / "golden"
+TESTS = Path(__file__).parent
+GOLDEN = TESTS / "parity" / "golden"
 HDF5 = GOLDEN / "ReCoRD" / "glm_train_eval_hdf5_sparse"
 TRAIN_FILE = HDF5 / "train_hdf5" / "train_sparse.hdf5"
 EVAL_FILE = HDF5 / "eval_hdf5" / "eval_sparse.hdf5"
 CHECKPOINT = GOLDEN / "blocklm-large-blank"
 
-LONGEST = ("runs", "preflight", "documents", "tuning", "verification", "hardware", "parity", "planning", "model")
-"""Folders, those of real processes before all others."""
+MARKERS = {"runs": "process", "documents": "slow"}
+"""Folder -> marker of its tests; all others are `unit`. A test may be marked `process` or `slow` by itself."""
+_LONG_S = 5.0
+"""A test above this without a marker that explains it is named at the end."""
+_TAIL = 4000
+"""Characters of a process's output that a failure shows."""
 
 
 def pytest_addoption(parser: Any) -> None:
@@ -31,13 +40,53 @@ def pytest_addoption(parser: Any) -> None:
 
 
 def pytest_collection_modifyitems(items: List[Any]) -> None:
-    """Files that take longest first: one that came last would run alone."""
+    """Mark tests by their folder; those of processes come first, since one that came last would run alone."""
+    for item in items:
+        folder = item.path.relative_to(TESTS).parts[0]
+        own = {mark.name for mark in item.iter_markers()} & {"process", "slow", "unit"}
+        if not own:
+            item.add_marker(MARKERS.get(folder, "unit"))
+    items.sort(key=lambda item: "unit" in item.keywords)
 
-    def place(item: Any) -> int:
-        return next((place for place, name in enumerate(LONGEST) if name in item.path.parts), len(LONGEST))
 
-    items.sort(key=place)
+# -- what a failure shows ----------------------------------------------------------------------------------------------
 
+_started: List[Any] = []
+"""Processes of the test that runs: (arguments, folder, what is known of the end)."""
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: Any, call: Any) -> Iterator[None]:
+    """Add the end of each process's output and its results to a failed test, so that a log explains it."""
+    outcome: Any = yield
+    report = outcome.get_result()
+    if report.failed:
+        for arguments, cwd, done in _started:
+            status, out, err = done() if callable(done) else done
+            lines = [f"$ {' '.join(map(str, arguments))}", f"exit status: {status}", out[-_TAIL:], err[-_TAIL:]]
+            for file in sorted(Path(cwd).rglob("result.json"))[:4]:
+                lines += [str(file), file.read_text(errors="replace")[:_TAIL]]
+            report.sections.append(("process", "\n".join(filter(None, lines))))
+    if call.when == "teardown":
+        _started.clear()
+
+
+def pytest_runtest_logreport(report: Any) -> None:
+    """Note unit tests that take long."""
+    if report.when == "call" and report.duration > _LONG_S and "unit" in report.keywords:
+        _long_tests.append(f"{report.nodeid}: {report.duration:.1f} s")
+
+
+_long_tests: List[str] = []
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Name unit tests that should be marked, or made faster."""
+    for line in _long_tests:
+        terminalreporter.write_line(f"warning: unit test above {_LONG_S:g} s: {line}", yellow=True)
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
 
 SHAPE = [
     "model.num_layers=3",
@@ -60,36 +109,73 @@ GOLDEN_RUN = [
     "optimizer.lr_decay_iters=22",
     "run.max_steps=25",
 ]
+Process = Union["subprocess.Popen[str]", ForkedProcess]
+_server = ForkServer()
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    _server.close()
 
 
 def command(name: str, *arguments: str) -> List[str]:
     return [sys.executable, "-m", f"lit_glm.{name}", *arguments]
 
 
+def start_command(
+    name: str, *arguments: str, cwd: Path, env: Optional[Dict[str, str]] = None, cold: bool = False
+) -> Process:
+    """Start a command in a session of its own.
+
+    Args:
+        name: of the command.
+        arguments: of its command line.
+        cwd: folder that it starts in.
+        env: variables beside this process's.
+        cold: in a new interpreter, as a user does, rather than in a fork of one that has imported torch.
+    """
+    whole = {**os.environ, **(env or {})}
+    process: Process
+    if cold or not can_fork(env):
+        process = subprocess.Popen(
+            command(name, *arguments),
+            cwd=cwd,
+            env=whole,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+    else:
+        process = ForkedProcess(_server, f"lit_glm.{name}", list(arguments), cwd, whole, session=True)
+    _started.append((process.args, cwd, lambda: (process.poll(), "", "")))
+    return process
+
+
 def lit_glm(
-    name: str, *arguments: str, cwd: Path, env: Optional[Dict[str, str]] = None, timeout: float = 300
+    name: str,
+    *arguments: str,
+    cwd: Path,
+    env: Optional[Dict[str, str]] = None,
+    timeout: float = 300,
+    cold: bool = False,
 ) -> "subprocess.CompletedProcess[str]":
-    """Run a command in a process of its own, as a user does."""
-    return subprocess.run(
-        command(name, *arguments),
-        cwd=cwd,
-        env={**os.environ, **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    """Run a command in a process of its own to its end; arguments as for `start_command`."""
+    process = start_command(name, *arguments, cwd=cwd, env=env, cold=cold)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    _started[-1] = (process.args, cwd, (process.returncode, out, err))
+    assert process.returncode is not None
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def lit_glm_here(name: str, *arguments: str) -> int:
     """Run a command in this process: the same entry, without a second import of torch."""
-    import importlib
-
     before = list(sys.argv)
     sys.argv = [f"lit_glm.{name}", *arguments]
     try:
@@ -100,10 +186,14 @@ def lit_glm_here(name: str, *arguments: str) -> int:
 
 
 def rows(path: Path) -> List[Dict[str, Any]]:
-    import csv
-
     with path.open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def tree_digest(folder: Path) -> Dict[str, str]:
+    """Hash of every file below a folder, by its path: what a refused command must leave as it was."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.fixture
@@ -128,9 +218,3 @@ def two_hosts() -> Any:
         if shutil.which("ip"):
             for name in names:
                 subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
-
-
-def tree_digest(folder: Path) -> Dict[str, str]:
-    """Hash of every file below a folder, by its path: what a refused command must leave as it was."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -51,7 +51,7 @@ def test_a_missing_runtime_is_said_with_the_way_out(tmp_path: Path, capfd: Any) 
             "hardware.runtimes=[abacus] (conf/hardware/r300.yaml): one or more of cpu, cuda",
         ),
         ("hardware.runtimes=[]", "hardware.runtimes=[] (conf/hardware/r300.yaml): one or more of"),
-        ("hardware.runtimes=[cpu]", "a processor's figures would stand under"),
+        ("hardware.runtimes=[cpu]", "CPU figures would be reported as"),
     ],
 )
 def test_runtimes_that_a_chip_cannot_have(override: str, said: str, tmp_path: Path, capfd: Any) -> None:

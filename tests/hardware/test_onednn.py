@@ -42,7 +42,7 @@ def test_what_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "PREFERS_ONEDNN", True)
     monkeypatch.setattr(linear, "_WORTH_IT", 4096)
     real = linear._onednn_matmul
-    monkeypatch.setattr(linear, "_product", lambda *arguments: calls.append(1) or real(*arguments))
+    monkeypatch.setattr(linear, "_onednn_matmul", lambda *arguments: calls.append(1) or real(*arguments))
     layer, x = Linear(32, 64, RuntimeOps(linear.linear)), torch.randn(16, 32)
     layer(x)
     assert len(calls) == 1

@@ -9,7 +9,7 @@ from typing import Dict, List
 
 import psutil
 
-from conftest import GOLDEN_RUN, command
+from conftest import GOLDEN_RUN, Process, command, start_command
 
 FOUR_CARDS = [*GOLDEN_RUN, "hardware=r300", "hardware.runtime=simulated", "bs=2", "run.max_steps=4"]
 
@@ -21,13 +21,15 @@ def free_port() -> int:
 
 
 def on_node(rank: int, address: str, port: int) -> Dict[str, str]:
-    return {**os.environ, "MASTER_ADDR": address, "MASTER_PORT": str(port), "NODE_RANK": str(rank)}
+    return {"MASTER_ADDR": address, "MASTER_PORT": str(port), "NODE_RANK": str(rank)}
 
 
-def start(arguments: List[str], env: Dict[str, str], cwd: Path, *before: str) -> "subprocess.Popen[str]":
+def start(arguments: List[str], env: Dict[str, str], cwd: Path, *before: str) -> Process:
+    if not before:
+        return start_command("train", *arguments, cwd=cwd, env=env)
     return subprocess.Popen(
         [*before, *command("train", *arguments)],
-        env=env,
+        env={**os.environ, **env},
         cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -35,7 +37,7 @@ def start(arguments: List[str], env: Dict[str, str], cwd: Path, *before: str) ->
     )
 
 
-def ranks_of(process: "subprocess.Popen[str]") -> List[psutil.Process]:
+def ranks_of(process: Process) -> List[psutil.Process]:
     """The worker processes of a job, first rank first."""
     children = psutil.Process(process.pid).children(recursive=True)
     found = {}

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from conftest import GOLDEN_RUN, command, lit_glm, lit_glm_here, rows
+from conftest import GOLDEN_RUN, Process, command, lit_glm, lit_glm_here, rows, start_command
 
 FILES = (
     "result.json",
@@ -103,7 +103,7 @@ def test_events_are_those_of_flagperf(whole: Any) -> None:
     assert events[-1]["value"]["global_steps"] == STEPS
 
 
-def _wait_for_steps(run: Path, process: "subprocess.Popen[str]", steps: int) -> None:
+def _wait_for_steps(run: Path, process: Process, steps: int) -> None:
     limit = time.monotonic() + 120
     while time.monotonic() < limit and process.poll() is None:
         if (run / "steps.csv").is_file() and (run / "steps.csv").read_bytes().count(b"\n") > steps:
@@ -112,15 +112,8 @@ def _wait_for_steps(run: Path, process: "subprocess.Popen[str]", steps: int) -> 
     raise AssertionError(f"the run did not reach step {steps}: {process.communicate()}")
 
 
-def _start(folder: Path, run: Path, topology: str, *more: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        command("train", *DEBUG, f"topology={topology}", f"hydra.run.dir={run}", *more),
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+def _start(folder: Path, run: Path, topology: str, *more: str, cold: bool = False) -> Process:
+    return start_command("train", *DEBUG, f"topology={topology}", f"hydra.run.dir={run}", *more, cwd=folder, cold=cold)
 
 
 def _same(run: Path, whole: Path, folder: Path) -> None:
@@ -182,11 +175,18 @@ def test_a_run_that_is_stopped_in_every_way_goes_on_as_if_it_had_not_been(whole:
     _same(run, unbroken, folder)
 
 
+def _belongs(process: psutil.Process, run: Path) -> bool:
+    """Whether a process is a run's: by its command line, or (what the fork server has started) by its folder."""
+    named = str(run) in " ".join(process.info["cmdline"] or [])  # type: ignore[attr-defined]
+    there = process.info["cwd"] == str(run.parent) and process.pid != os.getpid()  # type: ignore[attr-defined]
+    return named or there
+
+
 def _nothing_left(run: Path) -> None:
     limit = time.monotonic() + 20
     left: List[Any] = []
     while time.monotonic() < limit:
-        left = [p for p in psutil.process_iter(["cmdline"]) if str(run) in " ".join(p.info["cmdline"] or [])]
+        left = [p for p in psutil.process_iter(["cmdline", "cwd"]) if _belongs(p, run)]
         if not left:
             return
         time.sleep(0.2)
@@ -284,5 +284,6 @@ def test_commands_answer_without_torch(arguments: List[str], tmp_path: Path) -> 
 
 
 def test_unknown_command(tmp_path: Path) -> None:
-    done = lit_glm("cli", "trian", cwd=tmp_path)
+    module = [sys.executable, "-m", "lit_glm", "trian"]
+    done = subprocess.run(module, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, "trian: there is no such command" in done.stderr) == (2, True)

@@ -38,6 +38,6 @@ def test_reached_or_not_and_why_it_stopped() -> None:
 
 def test_a_slow_start_is_said_and_a_usual_one_is_not() -> None:
     slow = said("success", first_steps={"count": 2, "seconds": 31.2, "slowdown": 2.84})
-    assert "the first 2 steps took 31.2 s, 2.8 times as long as the same work later" in slow
+    assert "the first 2 steps took 31.2 s, 2.8x a steady-state step of the same work" in slow
     assert "warm-up" not in said("success", first_steps={"count": 2, "seconds": 31.2, "slowdown": 1.2})
     assert "warm-up" not in said("success", first_steps=None)

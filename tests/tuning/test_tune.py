@@ -25,9 +25,9 @@ def test_a_search_leaves_its_files_and_auto_takes_them(
     said = capfd.readouterr().out
     found = json.loads((folder / TUNE_FILE).read_text())
     assert found["complete"] is True
-    assert [one["bs"] for one in found["tries"]][:2] == [1, 2]
-    assert found["largest_bs"] == max(one["bs"] for one in found["tries"])  # all of them fit
-    assert all(one["p_core"] > 0 and one["memory_gib"] > 0 for one in found["tries"])
+    assert [one["bs"] for one in found["trials"]][:2] == [1, 2]
+    assert found["largest_bs"] == max(one["bs"] for one in found["trials"])  # all of them fit
+    assert all(one["p_core"] > 0 and one["memory_gib"] > 0 for one in found["trials"])
     assert f"largest bs that fits: {found['largest_bs']}; fastest: {found['fastest_bs']}" in said
     pair = (folder / "cpu_1x1.yaml").read_text()
     assert pair.startswith("# @package _global_\n")

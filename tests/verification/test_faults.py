@@ -27,7 +27,7 @@ Failed = List[Tuple[str, str]]
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing_check, "_AT_LEAST_S", 0.02)
     monkeypatch.setattr(timing_check, "_COPIED", 2**20)
-    monkeypatch.setattr(timing_check, "_size", lambda runtime: 256)
+    monkeypatch.setattr(timing_check, "_matmul_size", lambda runtime: 256)
     small = {"num_layers": 2, "hidden_size": 32, "vocab_size": 128, "max_sequence_length": 48}
     monkeypatch.setattr(acceptance, "_NARROW", {**acceptance._NARROW, **small})
 

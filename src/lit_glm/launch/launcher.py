@@ -22,7 +22,7 @@ from lit_glm.launch.signals import EXIT_STATUS, Interrupted, stop_signals
 from lit_glm.metrics.energy import energy_metrics
 from lit_glm.openmp import LAUNCHER_THREADS_VARIABLE, omp_env_for_ranks
 from lit_glm.process_utils import GRACE_S, kill_children, set_parent_death_signal, terminate_tree
-from lit_glm.runs.error_files import error_reason, root_cause, write_error_file
+from lit_glm.runs.error_files import error_reason, report_killed_rank, root_cause, write_error_file
 from lit_glm.runs.job_spec import JobSpec
 from lit_glm.runs.lock import lock_directory
 from lit_glm.runs.result import mark_failed, read_result, update_result
@@ -100,7 +100,7 @@ def monitor_node_devices(job: JobSpec, run_dir: Path, node: int) -> Iterator[Non
 
 @contextmanager
 def write_energy_metrics(job: JobSpec, run_dir: Path) -> Iterator[None]:
-    """As `node_watched` of the first node; what the cards of all nodes took stands in the result then."""
+    """Monitor the devices of node 0 inside the block; afterwards write the energy of all nodes into the result."""
     try:
         with monitor_node_devices(job, run_dir, 0):
             yield
@@ -173,6 +173,9 @@ def clean_env() -> Dict[str, str]:
 
 def _agent_command(job: JobSpec, node: Node, spec_dir: Path, run_dir: Path, module: str) -> List[str]:
     topology = job.config.topology
+    rank = ["-m", module, str(spec_dir), str(run_dir)]
+    if topology.world_size == 1:  # one rank has nobody to meet: an agent would import torch once more for nothing
+        return [sys.executable, *rank]
     return [
         sys.executable,
         "-m",
@@ -184,16 +187,15 @@ def _agent_command(job: JobSpec, node: Node, spec_dir: Path, run_dir: Path, modu
         f"--master_port={node.port}",
         f"--rdzv_conf=timeout={max(1, int(job.config.run.rendezvous_timeout_s))}",
         "--max_restarts=0",
-        "-m",
-        module,
-        str(spec_dir),
-        str(run_dir),
+        *rank,
     ]
 
 
 def _rank_env(job: JobSpec, node: Node) -> Dict[str, str]:
     """Of the ranks: a chip's variables before anything is imported, and the share of the machine that a rank has."""
     environment = {**job.config.hardware.env, **clean_env()}
+    if job.config.topology.world_size == 1:
+        environment.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     environment.update(omp_env_for_ranks(job.config.topology.devices_per_node * node.num_nodes_here))
     interface = network_interface_to(node.address) if job.config.topology.num_nodes > 1 else None
     if interface is not None:
@@ -275,6 +277,8 @@ def run_torchrun(
             signal.signal(number, handler)
     if stalled:
         raise RunError(stalled[0])
+    if status < 0:  # only a rank without an agent ends so
+        status = report_killed_rank(run_dir, 0, -status)
     _raise_for_status(status, spec_dir, run_dir, oom_kill_count() > killed)
 
 

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import signal
 import sys
 import threading
 import time
@@ -17,7 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from lit_glm.broken_pipe import ignore_broken_pipe
 from lit_glm.compat import skip_exit_barrier_on_failure
 from lit_glm.launch.signals import EXIT_STATUS
-from lit_glm.runs.error_files import write_killed_file
+from lit_glm.runs.error_files import report_killed_rank
 
 _MARGIN_S = 5.0
 _CAUSE_EXIT_CODES = (2, *EXIT_STATUS.values())
@@ -36,10 +35,7 @@ def main() -> int:
         failures = sorted(error.failures.values(), key=lambda failure: failure.timestamp)
         for rank, failure in sorted(error.failures.items()):
             if failure.exitcode < 0:
-                name = signal.Signals(-failure.exitcode).name
-                print(f"lit_glm: rank {rank} was killed by {name}", file=sys.stderr, flush=True)
-                if failure.exitcode not in (-signal.SIGTERM, -signal.SIGABRT):  # these come of other ranks' errors
-                    write_killed_file(Path(sys.argv[-2]), rank, name)
+                report_killed_rank(Path(sys.argv[-2]), rank, -failure.exitcode)
         codes = [failure.exitcode for failure in failures]
         return next((code for code in codes if code in _CAUSE_EXIT_CODES), max(1, codes[0]))
     except SignalException as error:

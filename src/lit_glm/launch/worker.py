@@ -25,7 +25,8 @@ _FIRST_RANK_SPEAKS_S = 6.0
 
 def main(spec_dir: Path, run_dir: Path) -> int:
     """Do this rank's part; errors become messages and exit statuses."""
-    set_parent_death_signal()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # without an agent the launcher has chosen the signal: it saves first
+        set_parent_death_signal()
     ignore_broken_pipe()
     job = JobSpec.read(spec_dir)
     beat = Heartbeat(spec_dir, int(os.environ["RANK"]))

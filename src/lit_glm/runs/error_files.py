@@ -1,5 +1,7 @@
 """What went wrong in which rank: a note each in the run folder, the reason in its first line, the traceback below."""
 
+import signal
+import sys
 import traceback
 from pathlib import Path
 from typing import List, Optional
@@ -27,13 +29,27 @@ def write_error_file(folder: Path, rank: int, error: BaseException) -> None:
         pass
 
 
-def write_killed_file(folder: Path, rank: int, name: str) -> None:
-    """Leave a note of a rank that could not leave one itself: a signal has killed it."""
+def report_killed_rank(folder: Path, rank: int, number: int) -> int:
+    """Report a rank that a signal has killed: on the screen, and in a file that the rank itself could not write.
+
+    Args:
+        folder: of the job.
+        rank: which one.
+        number: of the signal.
+
+    Returns:
+        The exit status of a job that ends so.
+    """
+    name = signal.Signals(number).name
+    print(f"lit_glm: rank {rank} was killed by {name}", file=sys.stderr, flush=True)
+    if number in (signal.SIGTERM, signal.SIGABRT):  # these are consequences of other ranks' errors
+        return 1
     try:
         (folder / _FOLDER).mkdir(exist_ok=True)
         (folder / _FOLDER / f"{_KILLED}{rank}.txt").write_text(f"rank {rank} was killed by {name}\n", encoding="utf-8")
     except OSError:
         pass
+    return 1
 
 
 def clear_error_files(folder: Path) -> None:

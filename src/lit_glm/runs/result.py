@@ -221,8 +221,8 @@ def _warmup_message(start: Optional[Dict[str, float]]) -> str:
         return ""
     which = "step" if start["count"] == 1 else f"{start['count']} steps"
     return (
-        f"\nwarm-up: the first {which} took {start['seconds']:.1f} s, {start['slowdown']:.1f}x a steady-state step of the "
-        "same work; included in p_core, p_train and p_whole"
+        f"\nwarm-up: the first {which} took {start['seconds']:.1f} s, {start['slowdown']:.1f}x a steady-state step of "
+        "the same work; included in p_core, p_train and p_whole"
     )
 
 

@@ -40,7 +40,7 @@ def _linear(args: Any, kwargs: Any) -> Any:
     return F.linear(*args)
 
 
-def _linear_pointwise(args: Any, kwargs: Any) -> Any:
+def _fused_linear(args: Any, kwargs: Any) -> Any:
     x, weight, bias, kind, _, algorithm = args
     out = F.linear(x, weight, bias)
     return F.gelu(out, approximate=algorithm or "none") if kind == "gelu" else out
@@ -67,6 +67,6 @@ def _attention(name: str, args: Any, kwargs: Any) -> Optional[List[Tensor]]:
 _OWN: Dict[str, Callable[[Any, Any], Any]] = {
     "log_softmax": _log_softmax,
     "softmax": _softmax,
-    "linear_pointwise": _linear_pointwise,
+    "linear_pointwise": _fused_linear,
     "mkldnn_linear": _linear,
 }

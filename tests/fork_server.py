@@ -1,0 +1,227 @@
+"""Runs one-rank commands in forks of a process that has already imported torch and Lightning.
+
+A command under test costs three seconds of imports otherwise. The server imports what `train` imports, starts no
+thread and computes nothing; a fork gets its arguments, environment, folder and standard streams from the test and runs
+the command's module as `python -m` does. Ranks are started by the command itself, as a user's are.
+
+    python tests/fork_server.py lit_glm SOCKET     (the word lit_glm: `report` knows a running command by it)
+"""
+
+import array
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import IO, Any, Dict, List, Optional, Tuple
+
+_MAX_REQUEST = 2**20
+_MODULES = ("lit_glm.launch.rank_runner", "lit_glm.launch.launcher", "lit_glm.launch.sweep", "lit_glm.evaluate")
+_SAFE = ("MASTER_", "NODE_RANK", "SLURM_", "MLFLOW_", "WANDB_", "LIT_GLM_CONTAINER", "LIT_GLM_LOG")
+"""Beginnings of variables that no library reads when it is imported: with any other a command starts cold."""
+
+
+def can_fork(env: Optional[Dict[str, str]]) -> bool:
+    """Whether a command with these additional variables may start from the server."""
+    return all(name.startswith(_SAFE) for name in env or {})
+
+
+class ForkedProcess:
+    """What tests use of `subprocess.Popen`, for a process that the server has forked."""
+
+    def __init__(
+        self, server: "ForkServer", module: str, arguments: List[str], cwd: Path, env: Dict[str, str], session: bool
+    ) -> None:
+        self.args = [module, *arguments]
+        self.returncode: Optional[int] = None
+        (out, out_end), (err, err_end) = os.pipe(), os.pipe()
+        self.stdout, self.stderr = (os.fdopen(end, encoding="utf-8", errors="replace") for end in (out, err))
+        self._connection = server.connect()
+        request = {"module": module, "arguments": arguments, "cwd": str(cwd), "env": env, "session": session}
+        descriptors = array.array("i", [out_end, err_end])
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)]
+        self._connection.sendmsg([json.dumps(request).encode() + b"\n"], rights)
+        os.close(out_end)
+        os.close(err_end)
+        self._answers = self._connection.makefile("r")
+        self.pid = int(self._answers.readline())
+
+    def poll(self) -> Optional[int]:
+        """Return the exit status; None while the process runs."""
+        if self.returncode is None and select.select([self._connection], [], [], 0)[0]:
+            self._read_status()
+        return self.returncode
+
+    def wait(self, timeout: Optional[float] = None) -> int:
+        """Wait for the end."""
+        if self.returncode is None:
+            if not select.select([self._connection], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+            self._read_status()
+        assert self.returncode is not None
+        return self.returncode
+
+    def _read_status(self) -> None:
+        status = int(self._answers.readline())
+        self.returncode = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+        self._connection.close()
+
+    def communicate(self, timeout: Optional[float] = None) -> Tuple[str, str]:
+        """Read both outputs to their end, then wait."""
+        texts: Dict[IO[str], List[bytes]] = {stream: [] for stream in (self.stdout, self.stderr) if not stream.closed}
+        ends = time.monotonic() + (timeout if timeout is not None else 1e9)
+        waiting = list(texts)
+        while waiting:
+            ready = select.select(waiting, [], [], max(0.0, ends - time.monotonic()))[0]
+            if not ready:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+            for stream in ready:
+                block = os.read(stream.fileno(), 2**16)
+                texts[stream].append(block)
+                if not block:
+                    waiting.remove(stream)
+        self.wait(max(0.0, ends - time.monotonic()))
+        out, err = (b"".join(texts.get(stream, [])).decode("utf-8", "replace") for stream in (self.stdout, self.stderr))
+        for stream in texts:
+            stream.close()
+        return out, err
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless the process has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+        self.send_signal(signal.SIGTERM)
+
+
+class ForkServer:
+    """The server of one pytest process, started at its first use."""
+
+    def __init__(self) -> None:
+        self._process: Optional[subprocess.Popen[bytes]] = None
+        self._folder = tempfile.TemporaryDirectory(prefix="lit_glm-fork-")
+        self._address = str(Path(self._folder.name) / "socket")
+
+    def connect(self) -> socket.socket:
+        """Connect to the server; starts it where none runs."""
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__, "lit_glm", self._address], stdin=subprocess.PIPE
+            )
+        connection = socket.socket(socket.AF_UNIX)
+        while True:
+            try:
+                connection.connect(self._address)
+                return connection
+            except (FileNotFoundError, ConnectionRefusedError):
+                if self._process.poll() is not None:
+                    raise RuntimeError("the fork server has ended") from None
+                time.sleep(0.02)
+
+    def close(self) -> None:
+        """End the server."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._folder.cleanup()
+
+
+def _receive(connection: socket.socket) -> Tuple[Dict[str, Any], List[int]]:
+    descriptors = array.array("i")
+    data, ancillary, _, _ = connection.recvmsg(_MAX_REQUEST, socket.CMSG_SPACE(2 * descriptors.itemsize))
+    for _, _, content in ancillary:
+        descriptors.frombytes(content[: len(content) - len(content) % descriptors.itemsize])
+    while not data.endswith(b"\n"):
+        data += connection.recv(_MAX_REQUEST)
+    return json.loads(data), list(descriptors)
+
+
+def _become(request: Dict[str, Any], descriptors: List[int]) -> None:
+    """Turn this fork into the command."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if request["session"]:
+        os.setsid()
+    null = os.open(os.devnull, os.O_RDONLY)
+    for source, target in ((null, 0), (descriptors[0], 1), (descriptors[1], 2)):
+        os.dup2(source, target)
+    for descriptor in (null, *descriptors):
+        os.close(descriptor)
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["env"])
+    sys.argv = [request["module"], *request["arguments"]]
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
+    for number in request.get("ignored", ()):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def main(address: str) -> Optional[Dict[str, Any]]:
+    """Serve until standard input closes; returns a request in the fork that is to run it."""
+    from importlib import import_module
+
+    from lit_glm.openmp import limit_spinning
+
+    before = dict(os.environ)
+    os.environ["OPENBLAS_NUM_THREADS"] = (
+        "1"  # numpy's library starts its threads when it is imported; training uses none
+    )
+    limit_spinning()  # as a command does before it imports torch; the libraries read it when they are loaded
+    for module in _MODULES:
+        import_module(module)
+    os.environ.clear()
+    os.environ.update(before)
+    assert len(os.listdir("/proc/self/task")) == 1, "a library has started a thread: forks would lack it"
+    wake, waker = os.pipe()
+    os.set_blocking(waker, False)
+    os.set_blocking(wake, False)
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    signal.set_wakeup_fd(waker)
+    children: Dict[int, socket.socket] = {}
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen(8)
+        while True:
+            ready = select.select([listener, wake, sys.stdin], [], [])[0]
+            if sys.stdin in ready:
+                return None
+            if wake in ready:
+                os.read(wake, 4096)
+            for pid in list(children):
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    children.pop(pid).sendall(f"{status}\n".encode())
+            if listener in ready:
+                connection, _ = listener.accept()
+                request, descriptors = _receive(connection)
+                pid = os.fork()
+                if pid == 0:
+                    for held in (connection, *children.values()):
+                        held.close()
+                    os.close(wake)
+                    os.close(waker)
+                    _become(request, descriptors)
+                    return request
+                for descriptor in descriptors:
+                    os.close(descriptor)
+                children[pid] = connection
+                connection.sendall(f"{pid}\n".encode())
+
+
+if __name__ == "__main__":
+    wanted = main(sys.argv[2])
+    if wanted is not None:
+        runpy.run_module(wanted["module"], run_name="__main__", alter_sys=True)
