@@ -148,6 +148,14 @@ def _receive(connection: socket.socket) -> Tuple[Dict[str, Any], List[int]]:
     return json.loads(data), list(descriptors)
 
 
+def _send(connection: socket.socket, number: int) -> None:
+    """Send a number; a test that has ended meanwhile no longer listens."""
+    try:
+        connection.sendall(f"{number}\n".encode())
+    except OSError:
+        pass
+
+
 def _become(request: Dict[str, Any], descriptors: List[int]) -> None:
     """Turn this fork into the command."""
     signal.set_wakeup_fd(-1)
@@ -203,7 +211,7 @@ def main(address: str) -> Optional[Dict[str, Any]]:
             for pid in list(children):
                 ended, status = os.waitpid(pid, os.WNOHANG)
                 if ended:
-                    children.pop(pid).sendall(f"{status}\n".encode())
+                    _send(children.pop(pid), status)
             if listener in ready:
                 connection, _ = listener.accept()
                 request, descriptors = _receive(connection)
@@ -218,7 +226,7 @@ def main(address: str) -> Optional[Dict[str, Any]]:
                 for descriptor in descriptors:
                     os.close(descriptor)
                 children[pid] = connection
-                connection.sendall(f"{pid}\n".encode())
+                _send(connection, pid)
 
 
 if __name__ == "__main__":

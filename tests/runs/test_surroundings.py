@@ -37,7 +37,7 @@ def test_a_hangup_is_a_stop_unless_it_is_ignored(ignored: bool, tmp_path: Path) 
     run = tmp_path / "run"
     if ignored:
         before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it to the command
-        process = _start(tmp_path, run, "1x1")
+        process = _start(tmp_path, run, "1x1", cold=True)
         signal.signal(signal.SIGHUP, before)
     else:
         process = _start(tmp_path, run, "1x1", "run.max_steps=4000", "run.eval_interval_samples=100000")
