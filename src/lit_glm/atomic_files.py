@@ -4,6 +4,8 @@ import errno
 import fcntl
 import json
 import os
+import platform
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +15,8 @@ from typing import Any, Dict, Iterator
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary name to write to; what was written there gets the real one in one step, or is gone after an error."""
-    temporary = path.with_name(f".{path.name}.part")
+    # A name of its own for each writer: two ranks that share one would read each other's half.
+    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}-{threading.get_ident()}.part")
     try:
         yield temporary
         os.replace(temporary, path)

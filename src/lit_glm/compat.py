@@ -6,25 +6,15 @@ Each has its reason; `tests/test_compat.py` fails when a release of the dependen
 from typing import Any, Callable, ContextManager, List, Optional, Tuple
 
 
-def skip_exit_barrier_on_failure() -> None:
-    """Have torchrun's agent end when its ranks have failed.
+def keep_own_signals(trainer: Any) -> None:
+    """Have Lightning set no signal handlers, and broadcast none of its own between ranks.
 
-    torch 1.12, the only release for the native runtime, waits 300 s for the agents of the other nodes after a failure
-    too, and gives its launcher no way to say less: those that are gone never come. Newer ones do not wait.
+    Its handler of SIGTERM ends a run without a checkpoint, sits there from the middle of `fit` on, and has every step
+    of several ranks broadcast whether one has got the signal (Lightning 2.6). No argument of the trainer prevents it.
     """
-    import torch
-
-    if not torch.__version__.startswith("1."):
-        return
-    from torch.distributed.elastic.agent.server.api import SimpleElasticAgent, WorkerState
-
-    wait: Any = SimpleElasticAgent._exit_barrier
-
-    def after_a_success(agent: Any) -> None:
-        if agent._worker_group.state == WorkerState.SUCCEEDED:
-            wait(agent)
-
-    SimpleElasticAgent._exit_barrier = after_a_success  # type: ignore[method-assign]
+    connector = trainer._signal_connector
+    connector.register_signal_handlers = connector.teardown = lambda: None
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
 
 def onednn_linear() -> Optional[Callable[..., Any]]:

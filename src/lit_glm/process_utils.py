@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import resource
 import signal
 import sys
 from typing import List, Optional
@@ -9,14 +10,34 @@ from typing import List, Optional
 import psutil
 
 GRACE_S = 40.0
-"""For ranks that save a checkpoint before they end."""
+"""For a process that saves before it ends."""
+MOST_OPEN_FILES = 65536
+
+
+_LIBC = ctypes.CDLL(None)  # opened here: a child between fork and exec must not load a library
 
 
 def set_parent_death_signal(number: int = signal.SIGKILL) -> None:
     """Have the kernel send this process a signal when its parent ends (Linux: prctl PR_SET_PDEATHSIG)."""
     try:
-        ctypes.CDLL(None).prctl(1, int(number))
+        _LIBC.prctl(1, int(number))
     except (AttributeError, OSError):  # another system
+        pass
+
+
+def raise_open_files_limit() -> None:
+    """Raise the soft limit of open files to the hard one: loaders' processes hand over tensors as open files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def kill_session(pid: int) -> None:
+    """End the session that a process has begun, at once; the process itself may be gone."""
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except OSError:
         pass
 
 

@@ -95,6 +95,7 @@ def run(config: TrainConfig, run_dir: Path, resumes: bool, files: Dict[str, str]
     """Run one job unless it is complete; returns the exit status."""
     from lit_glm.launch.launcher import run_job
     from lit_glm.launch.signals import Interrupted
+    from lit_glm.runs.checkpoints import resume_hint
     from lit_glm.runs.job_spec import JobSpec
     from lit_glm.runs.result import COMPLETE, read_result, results_table
 
@@ -107,7 +108,7 @@ def run(config: TrainConfig, run_dir: Path, resumes: bool, files: Dict[str, str]
     try:
         run_job(JobSpec(config, _ENTRY, sys.argv, resumes), run_dir, files)
     except Interrupted as stop:
-        print(f"lit_glm: {stop}; go on with run.resume={run_dir}", file=sys.stderr)
+        print(f"lit_glm: {stop}; {resume_hint(run_dir)}", file=sys.stderr)
         return stop.exit_status
     return 0
 

@@ -43,9 +43,9 @@ def ranks_of(process: Process) -> List[psutil.Process]:
     found = {}
     for child in children:
         try:
-            started_by = child.parent()  # loaders are ranks' children
-            by_agent = started_by is not None and "lit_glm.launch.torchrun_agent" in started_by.cmdline()
-            if by_agent and "lit_glm.launch.worker" in child.cmdline() and "RANK" in child.environ():
+            if (
+                child.ppid() == process.pid and "lit_glm.launch.worker" in child.cmdline()
+            ):  # loaders are ranks' children
                 found[int(child.environ()["RANK"])] = child
         except psutil.Error:  # a short command of a rank's, which has ended
             continue

@@ -99,19 +99,20 @@ def test_a_killed_command_keeps_its_folder_until_its_ranks_are_gone(tmp_path: Pa
     process = _start(tmp_path, run, "1x2", "run.max_steps=5000")
     _wait_for_steps(run, process, 3)
     ranks = ranks_of(process)
-    agent = ranks[0].parent()
-    assert agent is not None
-    agent.suspend()  # it passes no signal on
+    for rank in ranks:
+        rank.suspend()
     try:
         process.kill()
         process.wait()
         assert all(rank.is_running() for rank in ranks)
         assert is_running(run)
     finally:
-        agent.resume()
-    psutil.wait_procs([agent, *ranks], timeout=60)
+        for rank in ranks:
+            rank.resume()
+    psutil.wait_procs(ranks, timeout=60)  # the kernel has told them
     assert not any(rank.is_running() for rank in ranks)
     assert not is_running(run)
+    assert list((run / "checkpoints").glob("step-*.ckpt"))
 
 
 MINE = """

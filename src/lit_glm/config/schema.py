@@ -181,6 +181,7 @@ class RunConfig:
     max_skipped_steps: int = 100
     stall_timeout_s: float = unhashed(1200.0)
     rendezvous_timeout_s: float = unhashed(300.0)
+    shutdown_timeout_s: float = unhashed(120.0)
 
 
 @dataclass

@@ -56,6 +56,7 @@ _OPEN: Dict[str, Tuple[float, float]] = {
     "optimizer.clip_grad": (0, _INF),
     "run.stall_timeout_s": (0, _INF),
     "run.rendezvous_timeout_s": (0, _INF),
+    "run.shutdown_timeout_s": (0, _INF),
     "hardware.memory_gib": (0, _INF),
     "hardware.monitor_interval_s": (0, _INF),
     "hardware.link_gbytes_s": (0, _INF),

@@ -63,7 +63,7 @@ class PrefetchIterator:
             atexit.unregister(close)
 
 
-_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
 
 
 class SignalSafeDataLoader:

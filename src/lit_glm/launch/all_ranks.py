@@ -10,11 +10,10 @@ from typing import Any, Callable, Dict, Optional
 from lit_glm.atomic_files import write_json
 from lit_glm.config.schema import TrainConfig
 from lit_glm.launch.heartbeat import Heartbeat
-from lit_glm.launch.launcher import run_torchrun
 from lit_glm.launch.nodes import resolve_node
 from lit_glm.launch.process_group import process_group
+from lit_glm.launch.supervisor import run_ranks
 from lit_glm.launch.worker import run_and_report_errors
-from lit_glm.process_utils import set_parent_death_signal
 from lit_glm.runs.job_spec import JobSpec
 
 _FILE = "found.json"
@@ -41,7 +40,7 @@ def run_on_all_ranks(config: TrainConfig, module: str, limit_s: float) -> Option
         job = JobSpec(config, time.monotonic(), [])
         job.write(folder)
         node = resolve_node(config.topology, config.hardware.runtime == "simulated")
-        run_torchrun(job, node, folder, folder, module, _MARGIN_S)
+        run_ranks(job, node, folder, module, _MARGIN_S)
         if node.rank > 0:
             return None
         found: Dict[str, Any] = json.loads((folder / _FILE).read_text(encoding="utf-8"))
@@ -54,7 +53,6 @@ def rank_main(folder: Path, work: Callable[[TrainConfig], Dict[str, Any]]) -> in
     Returns:
         The exit status.
     """
-    set_parent_death_signal()
     config = JobSpec.read(folder).config
     beat = Heartbeat(folder, int(os.environ["RANK"]))
 

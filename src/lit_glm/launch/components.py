@@ -13,6 +13,7 @@ import torch
 from pytorch_lightning.plugins.environments import LightningEnvironment
 
 from lit_glm.atomic_files import write_json
+from lit_glm.compat import keep_own_signals
 from lit_glm.config.hydra_main import CONF_DIR
 from lit_glm.config.schema import TrainConfig
 from lit_glm.config.tuned_values import nearest_pair_hint
@@ -27,7 +28,6 @@ from lit_glm.hardware.precision import make_precision
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.hardware.runtimes.selection import check_device_count, make_runtime, validate_devices
 from lit_glm.launch.process_group import assert_same_job_on_all_ranks, collective_timeout_s
-from lit_glm.launch.signals import SignalMask
 from lit_glm.metrics import memory_estimate
 from lit_glm.metrics.benchmark_callback import BenchmarkCallback, CallbackDependencies
 from lit_glm.metrics.loggers import hyperparameters, make_callbacks, make_loggers
@@ -84,13 +84,12 @@ def rank_context_from_env(job: JobSpec, run_dir: Path) -> RankContext:
     return RankContext(job, run_dir, int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0)))
 
 
-def build_components(place: RankContext, beat: Callable[[], None], stops: Optional[SignalMask]) -> TrainingComponents:
+def build_components(place: RankContext, beat: Callable[[], None]) -> TrainingComponents:
     """Make what a rank needs, and say what will run.
 
     Args:
         place: where this rank works.
         beat: its sign of life.
-        stops: has signals put off while Lightning sets its handlers; None: not in the main thread.
 
     Raises:
         InputError: names what of the configuration does not fit the machine, the data or the weights.
@@ -118,19 +117,17 @@ def build_components(place: RankContext, beat: Callable[[], None], stops: Option
         lambda: data.data_wait_s,
         (len(train_split), len(eval_split)),
         hyperparameters(config),
-        stops.block if stops is not None else lambda: None,
-        stops.reinstall_and_unblock if stops is not None else lambda: None,
     )
     recorder = BenchmarkCallback(config, runtime, place.job.start_time, data.sampler(0, 0), around)
     loggers = make_loggers(place.job, place.run_dir, checkpoints.checkpoint_step(resume_from))
-    # One device needs no cluster; inside a Slurm allocation Lightning would look for one.
-    no_cluster = [LightningEnvironment()] if config.topology.world_size == 1 else []
+    # The supervisor has said where a rank stands; inside a Slurm allocation Lightning would look there.
+    environment = [] if "TORCHELASTIC_RUN_ID" in os.environ else [LightningEnvironment()]
     trainer = pl.Trainer(
         accelerator=make_accelerator(runtime, config.hardware.accelerator),
         strategy=strategy,
         devices=config.topology.devices_per_node,
         num_nodes=config.topology.num_nodes,
-        plugins=[precision, AtomicCheckpointIO(content), *no_cluster],
+        plugins=[precision, AtomicCheckpointIO(content), *environment],
         callbacks=[recorder, *make_callbacks(config)],
         logger=loggers or False,
         max_epochs=-1,
@@ -143,6 +140,7 @@ def build_components(place: RankContext, beat: Callable[[], None], stops: Option
         default_root_dir=str(place.run_dir),
         detect_anomaly=False,
     )
+    keep_own_signals(trainer)
     return TrainingComponents(runtime, train_split, module, data, recorder, trainer, resume_from)
 
 

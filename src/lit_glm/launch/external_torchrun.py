@@ -1,9 +1,10 @@
 """`train` as one rank of a torchrun that the user has started: no ranks of its own, one run folder for all."""
 
 import os
+import signal
 import sys
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
 
@@ -11,16 +12,15 @@ from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
 from lit_glm.gc_pause import paused_gc
 from lit_glm.hardware.runtimes.selection import make_runtime
-from lit_glm.launch import heartbeat
 from lit_glm.launch.heartbeat import STALL_MARGIN_S, StallWatchdog, run_watchdog, stall_message
-from lit_glm.launch.launcher import monitor_node_devices, write_energy_metrics, write_failure_status
+from lit_glm.launch.launcher import exit_interrupted, monitor_node_devices, record_run
 from lit_glm.launch.nodes import ExternalRank
 from lit_glm.launch.process_group import process_group
+from lit_glm.launch.signals import StopRequest
 from lit_glm.launch.worker import run_and_report_errors
-from lit_glm.process_utils import exit_now, kill_children
+from lit_glm.process_utils import exit_now, kill_children, raise_open_files_limit, set_parent_death_signal
 from lit_glm.runs.job_spec import JobSpec
 from lit_glm.runs.result import is_complete, mark_failed
-from lit_glm.runs.run_folder import acquire_run_dir
 
 _FIRST_SPEAKS_S = 5.0
 
@@ -68,11 +68,14 @@ def run_under_external_torchrun(
         from lit_glm.hardware import object_collectives
         from lit_glm.launch.rank_runner import run_rank
 
+    set_parent_death_signal(signal.SIGTERM)  # a torchrun that is killed tells its ranks nothing
+    raise_open_files_limit()
     folder = Path(os.devnull)
 
     def work() -> None:
         nonlocal folder
         with ExitStack() as keep:
+            keep.enter_context(stop.interruptible())
             if outer.local_rank == 0:
                 prepare_data()
             keep.enter_context(process_group(config))
@@ -81,10 +84,7 @@ def run_under_external_torchrun(
                 run_dir, resumes = find()
                 if resumes and is_complete(run_dir):
                     raise InputError(f"run.resume={run_dir}: the run is complete, there is nothing to do")
-                first = JobSpec(config, entry, sys.argv, resumes)
-                keep.enter_context(acquire_run_dir(first, run_dir, composed))
-                keep.enter_context(write_energy_metrics(first, run_dir))
-                heartbeat.clear_heartbeats(run_dir)
+                keep.enter_context(record_run(JobSpec(config, entry, sys.argv, resumes), run_dir, composed))
                 told = (str(run_dir.resolve()), resumes)
             if config.topology.world_size > 1:
                 told = object_collectives.broadcast_object(
@@ -95,12 +95,11 @@ def run_under_external_torchrun(
             node = outer.rank // config.topology.devices_per_node
             if outer.local_rank == 0 and node > 0:
                 keep.enter_context(monitor_node_devices(job, folder, node))
-            with _run_watchdog(config, folder, outer), write_failure_status(
-                folder, resumes
-            ) if outer.rank == 0 else nullcontext():
-                run_rank(job, folder)
+            with _run_watchdog(config, folder, outer):
+                run_rank(job, folder, stop)
 
-    status = run_and_report_errors(work, lambda: folder)
+    with StopRequest(config.run.shutdown_timeout_s, lambda *told: exit_interrupted(folder)(*told)) as stop:
+        status = run_and_report_errors(work, lambda: folder)
     if config.topology.world_size > 1:
         exit_now(status)
     return status

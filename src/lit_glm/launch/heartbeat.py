@@ -1,8 +1,8 @@
 """Heartbeats of the ranks, and the watchdog that detects ranks without one and reports where they are.
 
-Each rank touches a file of its own at every step and dumps its stack on request (SIGUSR1). The watchdog is used by a
-run in this process, by the launcher of ranks, and by each rank under a torchrun started by the user; the caller
-decides how the job ends.
+Each rank touches a file of its own at every step and dumps its stack on request (a real-time signal). The watchdog is
+used by a run in this process, by the supervisor of ranks, and by each rank under a torchrun started by the user; the
+caller decides how the job ends.
 """
 
 import faulthandler
@@ -23,7 +23,8 @@ _EVERY_S = 1.0
 _ANSWER_S = 2.0
 _ROUNDING_S = 2.0  # a process's start is known to a second
 _FRAMES = 8
-_ASK = signal.SIGUSR1
+_ASK = signal.SIGRTMIN + 2
+"""Asks for a stack; not one of the signals that stop, nor one that a library is known to take."""
 
 
 def _stack_of(file: Path) -> Path:
@@ -40,18 +41,12 @@ class Heartbeat:
         self._path = folder / _FOLDER / str(rank)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._stack = _stack_of(self._path).open("w")
-        self.enable_stack_dump()
+        # Python writes the stack from within the handler: also while a collective never returns.
+        faulthandler.unregister(_ASK)  # of an earlier run in this process
+        faulthandler.register(_ASK, self._stack, all_threads=False)
         self._path.write_text(str(os.getpid()))
         os.utime(self._path, (0, 0))
         self._next = 0.0
-
-    def enable_stack_dump(self) -> None:
-        """Be ready to say where this process is; again after somebody has set signal handlers anew.
-
-        Python writes the stack from within the handler: also while a collective never returns.
-        """
-        faulthandler.unregister(_ASK)  # else one that was taken away meanwhile is taken for set
-        faulthandler.register(_ASK, self._stack, all_threads=False)
 
     def __call__(self) -> None:
         """Touch the file, if it is time."""

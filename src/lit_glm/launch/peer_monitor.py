@@ -1,8 +1,8 @@
-"""Ties the ranks of several nodes together: one that ends without a word, wherever, ends all within seconds.
+"""Ties ranks together: one that ends without a word, wherever, ends all within seconds.
 
-torchrun's agents watch their own node only, and a collective library may wait for a peer on another one as long as its
-own limit lets it, half an hour with some. So each rank holds a connection to rank 0. The kernel closes those of a
-process that is gone, however it ended, and notices when a host no longer answers.
+A supervisor or torchrun watches its own node only, and a collective library may wait for a peer on another one as long
+as its own limit lets it, half an hour with some. So each rank holds a connection to rank 0. The kernel closes those of
+a process that is gone, however it ended, and notices when a host no longer answers.
 """
 
 import os
@@ -14,10 +14,10 @@ import sys
 import threading
 import time
 import traceback
-from typing import Any, Callable, Dict, Tuple
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
 from lit_glm.errors import RunError
-from lit_glm.launch.signals import EXIT_STATUS
+from lit_glm.launch.signals import INTERRUPTED_STATUSES, Interrupted
 
 _GRACE_S = 10.0
 """For the error of a collective, or torchrun's signal: they end a rank in better order than this does."""
@@ -28,7 +28,7 @@ _PROBES = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}  # a host t
 _HELLO = struct.Struct("!16si")
 _WORD = struct.Struct("!ii")  # a rank, and the exit status that it ends with
 _TOKEN_BYTES = 16
-_MAPPED = "::ffff:"  # an IPv4 address as IPv6 has it
+_NO_WORD = -1
 _FRAMES = 8
 
 
@@ -42,17 +42,17 @@ def _exit_with_stack(words: str, status: int) -> None:
 class PeerMonitor:
     """This rank's end of it. A thread waits; nothing is sent until somebody ends."""
 
-    def __init__(self, rank: int, peers: Dict[int, socket.socket]) -> None:
+    def __init__(self, rank: int, peers: Dict[int, socket.socket], hosts: Sequence[str]) -> None:
         """Begin to watch.
 
         Args:
             rank: this one.
             peers: connections by rank: all others on rank 0, rank 0 alone elsewhere.
+            hosts: of all ranks.
         """
-        self._rank, self._peers = rank, peers
-        self._addresses = {rank: _address(connection) for rank, connection in peers.items()}
+        self._rank, self._peers, self._hosts = rank, peers, hosts
         self._over, self._lost = threading.Event(), threading.Event()
-        self._status = 0
+        self._lost_rank, self._status = -1, 0
         self._lock = threading.Lock()
         threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
 
@@ -61,9 +61,19 @@ class PeerMonitor:
         self._over.set()
         self._send_exit(self._rank, status)
 
-    def was_peer_interrupted(self) -> bool:
-        """Whether another rank was: then an error of this one comes from that. Waits a moment for the word."""
-        return self._lost.wait(_WORD_S) and self._status in EXIT_STATUS.values()
+    def error_of_lost_peer(self) -> Optional[BaseException]:
+        """What an error of this rank comes from, if another has ended; waits a moment for the word of it."""
+        if not self._lost.wait(_WORD_S):
+            return None
+        if self._status in INTERRUPTED_STATUSES:
+            return Interrupted(self._status - 128)
+        return RunError(self._describe_loss())
+
+    def _describe_loss(self) -> str:
+        where = f"rank {self._lost_rank} on {self._hosts[self._lost_rank]}"
+        if self._status in INTERRUPTED_STATUSES:
+            return f"{where} was interrupted"
+        return f"lost {where}: it was killed or is out of reach" if self._status == _NO_WORD else f"{where} failed"
 
     def _send_exit(self, rank: int, status: int) -> None:
         with self._lock:
@@ -86,31 +96,24 @@ class PeerMonitor:
                     selector.unregister(key.fileobj)
 
     def _receive_exit(self, connection: Any, rank: int) -> Tuple[int, int]:
-        """Which rank has ended, with which status: that of the connection if it ended without a word."""
+        """Which rank has ended, with which status: `_NO_WORD` if the connection ended without one."""
         try:
             said = connection.recv(_WORD.size, socket.MSG_WAITALL)
         except OSError:
             said = b""
-        return _WORD.unpack(said) if len(said) == _WORD.size else (rank, 1)
+        return _WORD.unpack(said) if len(said) == _WORD.size else (rank, _NO_WORD)
 
     def _on_peer_exit(self, lost: int, status: int) -> None:
-        self._status = status
+        self._lost_rank, self._status = lost, status
         self._lost.set()
         if self._over.is_set():
             return
         if self._rank == 0:
             self._send_exit(lost, status)
-        where = f" on {self._addresses[lost]}" if lost in self._addresses else ""
-        how = "was interrupted" if status in EXIT_STATUS.values() else "failed, was killed or is out of reach"
         time.sleep(_GRACE_S)
         if not self._over.is_set():
-            words = f"rank {self._rank} ends because rank {lost}{where} {how}"
-            _exit_with_stack(words, status if status in EXIT_STATUS.values() else 1)
-
-
-def _address(connection: socket.socket) -> str:
-    address = str(connection.getpeername()[0])
-    return address[len(_MAPPED) :] if address.startswith(_MAPPED) else address
+            words = f"rank {self._rank} ends because {self._describe_loss()}"
+            _exit_with_stack(words, status if status in INTERRUPTED_STATUSES else 1)
 
 
 def _listener() -> socket.socket:
@@ -158,12 +161,12 @@ def _accept_peers(listener: socket.socket, token: bytes, others: int) -> Dict[in
     return peers
 
 
-def connect_peers(rank: int, world_size: int, address: str, agree: Callable[[Any], Any]) -> PeerMonitor:
+def connect_peers(rank: int, hosts: Sequence[str], address: str, agree: Callable[[Any], Any]) -> PeerMonitor:
     """Connect this rank with rank 0; called by all ranks.
 
     Args:
         rank: this one.
-        world_size: how many there are.
+        hosts: of all ranks, for messages.
         address: of rank 0, as the other ranks see it.
         agree: gives all ranks what rank 0 has given it.
 
@@ -174,7 +177,7 @@ def connect_peers(rank: int, world_size: int, address: str, agree: Callable[[Any
         with _listener() as listener:
             token = secrets.token_bytes(_TOKEN_BYTES)
             agree((listener.getsockname()[1], token))
-            return PeerMonitor(0, _accept_peers(listener, token, world_size - 1))
+            return PeerMonitor(0, _accept_peers(listener, token, len(hosts) - 1), hosts)
     port, token = agree(None)
     try:
         connection = socket.create_connection((address, port), timeout=_CONNECT_S / 3)  # of each address it has
@@ -183,4 +186,4 @@ def connect_peers(rank: int, world_size: int, address: str, agree: Callable[[Any
         raise RunError(
             f"rank {rank} cannot reach rank 0 at {address}:{port} ({error}): nodes must reach each other on any port"
         ) from error
-    return PeerMonitor(rank, {0: _enable_keepalive(connection)})
+    return PeerMonitor(rank, {0: _enable_keepalive(connection)}, hosts)

@@ -1,17 +1,15 @@
 """The ranks of a job: how they meet, that they do the same, and that none stays behind alone."""
 
 import os
-import signal
 import socket
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Dict, Iterator, List
 
 from lit_glm.config.schema import TrainConfig
-from lit_glm.errors import InputError
+from lit_glm.errors import InputError, RunError
 from lit_glm.hardware.runtimes.selection import check_device_count, make_runtime
 from lit_glm.launch.heartbeat import STALL_MARGIN_S
-from lit_glm.launch.signals import Interrupted
 
 _LATER_S = 15.0
 
@@ -24,6 +22,10 @@ def collective_timeout_s(config: TrainConfig) -> float:
     return config.run.stall_timeout_s + STALL_MARGIN_S + _LATER_S
 
 
+class RendezvousError(RunError):
+    """The ranks did not meet."""
+
+
 @contextmanager
 def process_group(config: TrainConfig) -> Iterator[None]:
     """Open the process group of this rank, as torchrun's variables describe it; none for one device.
@@ -31,8 +33,8 @@ def process_group(config: TrainConfig) -> Iterator[None]:
     An error inside ends the other ranks too, on whichever node they are.
 
     Raises:
-        InputError: if the number of ranks or of devices is not the topology's.
-        RunError: if the nodes do not reach each other.
+        InputError: if the number of ranks or of devices is not the topology's, or nobody provides the backend.
+        RunError: if the nodes do not reach each other, or a rank is lost.
     """
     import torch
 
@@ -50,8 +52,13 @@ def process_group(config: TrainConfig) -> Iterator[None]:
     if config.topology.world_size == 1:
         yield
         return
-    torch.distributed.init_process_group(runtime.backend, timeout=timedelta(seconds=collective_timeout_s(config)))
-    if config.topology.num_nodes == 1:  # its agent sees to that
+    _check_backend(runtime.backend, config.hardware.name)
+    timeout = timedelta(seconds=collective_timeout_s(config))
+    external = "TORCHELASTIC_RUN_ID" in os.environ  # a torchrun of the user's: it has a store already
+    store: Any = None if external else _meet(config)
+    place: Any = {} if external else {"store": store, "rank": int(os.environ["RANK"]), "world_size": found}
+    torch.distributed.init_process_group(runtime.backend, timeout=timeout, **place)
+    if config.topology.num_nodes == 1 and not external:  # its supervisor sees to that
         yield
         return
     from lit_glm.hardware import object_collectives
@@ -59,17 +66,59 @@ def process_group(config: TrainConfig) -> Iterator[None]:
 
     device = runtime.device(local_rank)
     rank = torch.distributed.get_rank()
-    line = connect_peers(
-        rank, found, os.environ["MASTER_ADDR"], lambda told: object_collectives.broadcast_object(told, device)
+    hosts = object_collectives.all_gather_object(socket.gethostname(), device)
+    monitor = connect_peers(
+        rank, hosts, os.environ["MASTER_ADDR"], lambda told: object_collectives.broadcast_object(told, device)
     )
     try:
         yield
     except BaseException as error:
-        if not hasattr(error, "exit_status") and line.was_peer_interrupted():
-            error = Interrupted(signal.SIGTERM)
-        line.announce_exit(getattr(error, "exit_status", 1))
+        if not hasattr(error, "exit_status"):
+            error = monitor.error_of_lost_peer() or error
+        monitor.announce_exit(getattr(error, "exit_status", 1))
         raise error
-    line.announce_exit(0)
+    monitor.announce_exit(0)
+
+
+def _check_backend(backend: str, hardware: str) -> None:
+    """Refuse a backend that neither torch nor the chip's runtime has registered.
+
+    Raises:
+        InputError: names those that there are.
+    """
+    import torch
+
+    known = [name.lower() for name in vars(torch.distributed.Backend).values() if isinstance(name, str)]
+    known = [*known, *map(str.lower, getattr(torch.distributed.Backend, "_plugins", {}))]
+    if backend.lower() not in known:
+        raise InputError(
+            f"hardware={hardware}: its collective backend {backend} is registered by neither torch nor the chip's "
+            "runtime; correct Runtime.backend, or have the runtime import the package that registers it"
+        )
+
+
+def _meet(config: TrainConfig) -> Any:
+    """The store at which all ranks have met.
+
+    Raises:
+        RendezvousError: if they have not in time.
+    """
+    import torch
+
+    address, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["RANK"])
+    limit = config.run.rendezvous_timeout_s
+    try:
+        return torch.distributed.TCPStore(
+            address, port, config.topology.world_size, rank == 0, timedelta(seconds=max(1.0, limit))
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0][:300]
+        raise RendezvousError(
+            f"rendezvous failed on node {os.environ['GROUP_RANK']} ({reason}): {config.topology.num_nodes} nodes were "
+            f"to meet at {address}:{port} (run.rendezvous_timeout_s, {limit:g} s). Was the same command started on "
+            "every node, and can this one reach that address and port?",
+            "rendezvous failed",
+        ) from error
 
 
 def _assign_simulated_node(config: TrainConfig) -> None:

@@ -1,7 +1,6 @@
 """One rank of one job: build, train, conclude."""
 
 import signal
-import threading
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -13,7 +12,7 @@ from lit_glm.hardware import object_collectives
 from lit_glm.hardware.oom import is_oom_error
 from lit_glm.launch.components import RankContext, TrainingComponents, build_components, rank_context_from_env
 from lit_glm.launch.heartbeat import Heartbeat
-from lit_glm.launch.signals import Interrupted, SignalMask, StopSignalHandler
+from lit_glm.launch.signals import Interrupted, StopRequest
 from lit_glm.metrics import memory_estimate
 from lit_glm.metrics.flops import FlopCounter, peak_key
 from lit_glm.metrics.loggers import close_loggers
@@ -22,13 +21,14 @@ from lit_glm.runs.job_spec import JobSpec
 from lit_glm.runs.result import final_summary, results_table
 
 
-def run_rank(job: JobSpec, run_dir: Path, beat: Optional[Heartbeat] = None) -> Dict[str, Any]:
+def run_rank(job: JobSpec, run_dir: Path, stop: StopRequest, beat: Optional[Heartbeat] = None) -> Dict[str, Any]:
     """Run this process's part of a job.
 
     Args:
         job: what to do.
         run_dir: the run folder.
-        beat: this rank's sign of life; None: one in the run folder.
+        stop: of this process.
+        beat: this rank's heartbeat; None: one in the run folder.
 
     Returns:
         The result (rank 0), else an empty dict.
@@ -37,28 +37,18 @@ def run_rank(job: JobSpec, run_dir: Path, beat: Optional[Heartbeat] = None) -> D
         InputError, RunError: what the user should read.
         Interrupted: after a signal; what was done is saved.
     """
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    signals = StopSignalHandler() if in_main_thread else None
-    stops = SignalMask(signals) if signals is not None else None
     place = rank_context_from_env(job, run_dir)
-    try:
-        beat = beat or Heartbeat(run_dir, place.rank)
-        built = _build_components(place, beat, stops)
-        _fit(place, built, signals)
-        beat.enable_stack_dump()  # Lightning's teardown sets all signal handlers that Python knows of
-        result = _write_final_result(place, built)
-        if built.recorder.interrupted:
-            raise Interrupted((signals.received if signals else None) or signal.SIGTERM)
-        return result
-    finally:
-        if signals is not None and stops is not None:
-            stops.unblock()
-            signals.restore()
+    built = _build_components(place, beat or Heartbeat(run_dir, place.rank))
+    _fit(place, built, stop)
+    result = _write_final_result(place, built)
+    if built.recorder.interrupted:
+        raise Interrupted(stop.received or signal.SIGTERM)
+    return result
 
 
-def _build_components(place: RankContext, beat: Heartbeat, stops: Optional[SignalMask]) -> TrainingComponents:
+def _build_components(place: RankContext, beat: Heartbeat) -> TrainingComponents:
     try:
-        return build_components(place, beat, stops)
+        return build_components(place, beat)
     except Exception as error:
         if not is_oom_error(error):
             raise
@@ -68,11 +58,9 @@ def _build_components(place: RankContext, beat: Heartbeat, stops: Optional[Signa
         raise RunError(f"{said}; take a smaller model, or a machine with more memory", "out of memory") from error
 
 
-def _fit(place: RankContext, built: TrainingComponents, signals: Optional[StopSignalHandler]) -> None:
+def _fit(place: RankContext, built: TrainingComponents, stop: StopRequest) -> None:
     """Train to the end; what there was not enough memory for is said as that."""
-    if signals is not None:
-        signals.module = built.module
-        built.module.stop_requested = signals.received is not None
+    stop.save_first(built.module)
     resume_from = str(built.resume_from) if built.resume_from else None
     try:
         built.trainer.fit(built.module, datamodule=built.data, ckpt_path=resume_from)
@@ -84,9 +72,6 @@ def _fit(place: RankContext, built: TrainingComponents, signals: Optional[StopSi
             place.config, lengths, built.runtime, place.local_rank, built.recorder.current_activity
         )
         raise RunError(said, summary="out of memory") from error
-    finally:
-        if signals is not None:
-            signals.module = None
 
 
 def _write_final_result(place: RankContext, built: TrainingComponents) -> Dict[str, Any]:

@@ -1,68 +1,155 @@
-"""Stop signals: turned into a request that the training loop takes up, and kept away from Lightning's handlers."""
+"""Stop signals: noted when they come, and turned into an orderly end of the process that they reach."""
 
+import os
+import select
 import signal
-from typing import Any, Optional
+import threading
+import time
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterator, Optional, TypeVar
 
-EXIT_STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+INTERRUPTED_STATUSES = tuple(128 + number for number in STOP_SIGNALS)
+"""Exit statuses of a process that one of them has stopped."""
+_NOTHING_TO_SAVE_S = 5.0
+"""How long a process may take to stop before its first step, where a library may wait for other ranks."""
+_SECOND_S = 0.5
+"""From when on a second Ctrl-C is another one: a terminal and a launcher may both pass on the first."""
 
 
-def stop_signals() -> "list[signal.Signals]":
-    """The signals that stop a job; a hangup does not where it is ignored, as by nohup."""
-    return [n for n in EXIT_STATUS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
-
-
-class Interrupted(Exception):
-    """The run was asked to stop and has saved what it had."""
+class Interrupted(BaseException):
+    """The run was asked to stop. No `Exception`, so that no library takes it for an error of its own."""
 
     def __init__(self, signal_number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
-        self.exit_status = EXIT_STATUS.get(signal.Signals(signal_number), 128 + signal_number)
+        super().__init__(f"interrupted by {signal.Signals(signal_number).name}")
+        self.exit_status = 128 + int(signal_number)
 
 
-class StopSignalHandler:
-    """Turns the signals that stop into a request that the training loop takes up; a second Ctrl-C stops at once."""
+_Self = TypeVar("_Self", bound="StopSignals")
+
+
+class StopSignals:
+    """Takes the signals that stop while it is entered (in the main thread; elsewhere it receives none).
+
+    A handler of somebody else's for SIGUSR1 or SIGUSR2, such as submitit's, is called when this is left.
+    """
 
     def __init__(self) -> None:
         self.received: Optional[int] = None
-        self.module: Any = None
-        """Whose `stop_requested` is set; None: there is nothing to save yet."""
-        self.numbers = stop_signals()
-        self._before = {number: signal.getsignal(number) for number in self.numbers}
-        self.install()
+        """The first of them."""
+        self._previous: Dict[int, Any] = {}
 
-    def install(self) -> None:
-        """Set the handlers: at first, and again after somebody else has set his."""
-        for number in self.numbers:
-            signal.signal(number, self._handle)
+    def __enter__(self: _Self) -> _Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                before = signal.getsignal(number)
+                if number in (signal.SIGINT, signal.SIGTERM) or before != signal.SIG_IGN:  # nohup ignores SIGHUP
+                    self._previous[number] = before
+                    signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        earlier = self._previous.get(self.received or 0)
+        if self.received in (signal.SIGUSR1, signal.SIGUSR2) and callable(earlier):
+            earlier(self.received, None)
 
     def _handle(self, number: int, _frame: Any) -> None:
-        again = self.received is not None and number == signal.SIGINT
-        self.received = number
-        if self.module is None or again:
-            raise Interrupted(number)  # nothing to save yet, or no patience left
-        self.module.stop_requested = True
+        if self.received is None:
+            self.received = number
+        self.on_signal(number)
 
-    def restore(self) -> None:
-        """Put back the handlers that were there before."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def on_signal(self, number: int) -> None:
+        """Called in the main thread for each signal."""
 
 
-class SignalMask:
-    """Ours after Lightning's, which come between two hooks of a callback: from the first on, signals are put off."""
+class StopRequest(StopSignals):
+    """Stops the work of one rank: after its step if it trains, at once if there is nothing to save yet.
 
-    def __init__(self, signals: StopSignalHandler) -> None:
-        self._signals = signals
+    A thread hears of a signal too, through the interpreter's wake-up descriptor, also while the main thread is inside a
+    library. It ends the process when the time for an orderly end is over, or at a second Ctrl-C.
+    """
 
-    def block(self) -> None:
-        """Lightning sets its handlers next."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, self._signals.numbers)
+    def __init__(self, limit_s: float, give_up: Callable[[int, str], None]) -> None:
+        """Get ready.
 
-    def reinstall_and_unblock(self) -> None:
-        """It has."""
-        self._signals.install()
-        self.unblock()
+        Args:
+            limit_s: for an orderly end (run.shutdown_timeout_s).
+            give_up: gets the signal and the reason; ends the process.
+        """
+        super().__init__()
+        self._limit_s, self._give_up = limit_s, give_up
+        self.module: Any = None
+        """Whose `stop_requested` is set; None: there is nothing to save."""
+        self._interruptible = False
+        self._thread: Optional[threading.Thread] = None
 
-    def unblock(self) -> None:
-        """Signals are taken from here on; also after something has failed in between."""
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._signals.numbers)
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Inside, until there is something to save, a signal raises `Interrupted` wherever the main thread is.
+
+        Raises:
+            Interrupted: for a signal that has come before, too.
+        """
+        self._interruptible = True
+        try:
+            if self.received is not None:
+                raise Interrupted(self.received)
+            yield
+        finally:
+            self._interruptible = False
+
+    def save_first(self, module: Any) -> None:
+        """From now on a signal sets `stop_requested` of a module that is about to be trained."""
+        self.module = module
+        self._interruptible = False
+        module.stop_requested = self.received is not None
+
+    def on_signal(self, number: int) -> None:
+        """Ask the training loop to stop, or raise."""
+        if self.module is not None:
+            self.module.stop_requested = True
+        elif self._interruptible:
+            self._interruptible = False  # once: what is done on the way out is not disturbed
+            raise Interrupted(number)
+
+    def __enter__(self) -> "StopRequest":
+        super().__enter__()
+        if self._previous:
+            self._read, self._write = os.pipe()
+            os.set_blocking(self._write, False)
+            self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+            self._thread = threading.Thread(target=self._watch, name="stop request", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._thread is not None:
+            signal.set_wakeup_fd(self._wakeup)
+            os.close(self._write)
+            self._thread.join()
+            os.close(self._read)
+        super().__exit__(*error)
+
+    def _watch(self) -> None:
+        first, since, limit = 0, 0.0, 0.0
+        while True:
+            left = max(0.0, since + limit - time.monotonic()) if first else None
+            if not select.select([self._read], [], [], left)[0]:
+                self._give_up(first, f"has not stopped within {limit:g} s (run.shutdown_timeout_s)")
+                return
+            numbers = os.read(self._read, 64)
+            if not numbers:
+                return
+            for number in numbers:
+                if number not in self._previous:
+                    continue
+                if not first:
+                    first, since = number, time.monotonic()
+                    limit = self._limit_s
+                    if self.module is None and self._interruptible:
+                        limit = min(limit, _NOTHING_TO_SAVE_S)
+                elif number == signal.SIGINT and time.monotonic() - since > _SECOND_S:
+                    self._give_up(first, "was ended by a second Ctrl-C")
+                    return

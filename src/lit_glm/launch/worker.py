@@ -1,4 +1,4 @@
-"""A rank's entry under torchrun: `python -m lit_glm.launch.worker SPEC_DIR RUN_DIR`.
+"""A rank's entry: `python -m lit_glm.launch.worker SPEC_DIR RUN_DIR`.
 
 SPEC_DIR holds job.json and this node's signs of life; on the first node it is the run folder.
 """
@@ -14,9 +14,9 @@ from lit_glm.broken_pipe import ignore_broken_pipe
 from lit_glm.errors import InputError, RunError
 from lit_glm.gc_pause import paused_gc
 from lit_glm.launch.heartbeat import Heartbeat
-from lit_glm.launch.process_group import process_group
-from lit_glm.launch.signals import Interrupted
-from lit_glm.process_utils import exit_now, set_parent_death_signal
+from lit_glm.launch.process_group import RendezvousError, process_group
+from lit_glm.launch.signals import Interrupted, StopRequest
+from lit_glm.process_utils import exit_now, kill_children
 from lit_glm.runs.error_files import write_error_file
 from lit_glm.runs.job_spec import JobSpec
 
@@ -25,21 +25,27 @@ _FIRST_RANK_SPEAKS_S = 6.0
 
 def main(spec_dir: Path, run_dir: Path) -> int:
     """Do this rank's part; errors become messages and exit statuses."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # without an agent the launcher has chosen the signal: it saves first
-        set_parent_death_signal()
     ignore_broken_pipe()
     job = JobSpec.read(spec_dir)
-    beat = Heartbeat(spec_dir, int(os.environ["RANK"]))
+    rank = int(os.environ["RANK"])
+
+    def give_up(number: int, reason: str) -> None:
+        print(f"lit_glm: rank {rank} {reason}", file=sys.stderr, flush=True)
+        kill_children()
+        os._exit(128 + number)
 
     def work() -> None:
-        with paused_gc():
-            from lit_glm.launch.rank_runner import run_rank
+        with stop.interruptible():
+            beat = Heartbeat(spec_dir, rank)
+            with paused_gc():
+                from lit_glm.launch.rank_runner import run_rank
 
-        with process_group(job.config):
-            beat()
-            run_rank(job, run_dir, beat)
+            with process_group(job.config):
+                beat()
+                run_rank(job, run_dir, stop, beat)
 
-    return run_and_report_errors(work, lambda: spec_dir)
+    with StopRequest(job.config.run.shutdown_timeout_s, give_up) as stop:
+        return run_and_report_errors(work, lambda: spec_dir)
 
 
 def run_and_report_errors(work: Callable[[], None], notes: Callable[[], Path]) -> int:
@@ -59,8 +65,11 @@ def run_and_report_errors(work: Callable[[], None], notes: Callable[[], Path]) -
         return stop.exit_status
     except (InputError, RunError) as error:
         write_error_file(notes(), rank, error)
-        if isinstance(error, InputError) and os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(_FIRST_RANK_SPEAKS_S)  # wrong input is wrong for all ranks: the first says it, its end ends all
+        external = "TORCHELASTIC_RUN_ID" in os.environ
+        if isinstance(error, InputError) and not external:
+            return error.exit_status  # the supervisor reads it from the file
+        if isinstance(error, (InputError, RendezvousError)) and os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(_FIRST_RANK_SPEAKS_S)  # the same for all ranks here: the first says it, its end ends all
         print(f"lit_glm: rank {rank}: {error}", file=sys.stderr, flush=True)
         return error.exit_status
     except BaseException as error:

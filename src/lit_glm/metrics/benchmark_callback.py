@@ -51,10 +51,6 @@ class CallbackDependencies:
     """How many there are to train and to evaluate on."""
     hyperparameters: Dict[str, Any]
     """For loggers."""
-    block_signals: Callable[[], None]
-    """Called before Lightning sets handlers of its own,"""
-    unblock_signals: Callable[[], None]
-    """and after."""
 
 
 class BenchmarkCallback(pl.Callback):
@@ -86,7 +82,6 @@ class BenchmarkCallback(pl.Callback):
         self.step_metrics: Optional[StepMetrics] = None
         """Of the newest step."""
         self.interrupted = False
-        self.evaluated_step = -1
         self.current_activity = "before the first step"
         """Where the run is, for errors."""
         self.final_durations: Optional[Tuple[PhaseDurations, float]] = None
@@ -96,13 +91,8 @@ class BenchmarkCallback(pl.Callback):
 
     # -- Lightning's hooks ---------------------------------------------------------------------------------------
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lightning sets its signal handlers between this hook and the next."""
-        self._around.block_signals()
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End of initialisation: the first evaluation, or the place where an interrupted run goes on."""
-        self._around.unblock_signals()
         module = self._module(pl_module)
         module.train()
         step, account = module.steps_done, self.run_metrics
@@ -111,8 +101,8 @@ class BenchmarkCallback(pl.Callback):
         if files is not None:
             self.events.log = PerfLog(files.path / "perf.log")
         told: Any = (files.accuracy, files.evaluated_step) if files is not None else None
-        account.accuracy, self.evaluated_step = trainer.strategy.broadcast(told)
-        is_new = step == 0 and self.evaluated_step < 0
+        account.accuracy, self.run_metrics.evaluated_step = trainer.strategy.broadcast(told)
+        is_new = step == 0 and self.run_metrics.evaluated_step < 0
         if is_new:
             self.events.submitted(self._around.examples)
         self.events.emit("INIT_START", ago=account.e2e())
@@ -121,7 +111,7 @@ class BenchmarkCallback(pl.Callback):
             self.interrupted = self._evaluate(trainer, module, "INIT_EVALUATION") is None
             trainer.should_stop = self.interrupted
         account.init_seconds = account.e2e()
-        self.metric_logging.begin(trainer.loggers, step, self.evaluated_step)
+        self.metric_logging.begin(trainer.loggers, step, self.run_metrics.evaluated_step)
         self.events.emit("INIT_END")
         self.events.emit("TRAIN_START")
         self.timer.training_starts()
@@ -156,7 +146,7 @@ class BenchmarkCallback(pl.Callback):
         )  # the device has just been waited for: nothing else waits for values
         self._write_step(module.steps_done, self.step_metrics, times)
         self._after_step(trainer, module, times)
-        self.metric_logging.step(trainer.loggers, module.steps_done, self.evaluated_step, self.step_metrics)
+        self.metric_logging.step(trainer.loggers, module.steps_done, self.run_metrics.evaluated_step, self.step_metrics)
         self.divergence_guard.check_step(module.steps_done, self.step_metrics, trainer.is_global_zero)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -196,11 +186,12 @@ class BenchmarkCallback(pl.Callback):
         limit = has_reached_limit(step, config.global_batch, config.run)
         due = config.run.evaluate and (is_evaluation_due(step, config.global_batch, config.run) or limit)
         evaluated = None
-        if due and self.evaluated_step < step and not stop:
+        if due and self.run_metrics.evaluated_step < step and not stop:
             with self.timer.pause():
                 evaluated = self._evaluate(trainer, module, None)
                 stop = evaluated is None
-        ends = limit or has_converged(self.run_metrics.accuracy, config.run)
+        unevaluated = due and self.run_metrics.evaluated_step < step  # stopped before: the run goes on with this
+        ends = (limit or has_converged(self.run_metrics.accuracy, config.run)) and not unevaluated
         if times is not None and self.step_metrics is not None:
             schedule: Any = module.lr_schedulers()
             self.events.step_ended(step, self._epoch, self.step_metrics, schedule.rate, times.step, ends)
@@ -239,7 +230,7 @@ class BenchmarkCallback(pl.Callback):
             return None
         self.runtime.synchronize()
         seconds = time.perf_counter() - start
-        self.run_metrics.accuracy, self.evaluated_step = accuracy, step
+        self.run_metrics.accuracy, self.run_metrics.evaluated_step = accuracy, step
         if event is not None:
             self.events.emit(event, {"eval_accuracy": accuracy, "time": seconds})
         if self.run_metrics.writer is not None:

@@ -39,6 +39,9 @@ class RunMetrics:
         self.config, self._runtime, self._clock, self._order, self._entry = config, runtime, clock, order, entry
         self.init_seconds = 0.0
         self.accuracy: Optional[float] = None
+        """Of the newest evaluation."""
+        self.evaluated_step = -1
+        """The step that it followed."""
         self.writer: Optional[RunWriter] = None
         self.contention: Optional[ContentionMonitor] = None
         """On the first rank."""
@@ -130,7 +133,7 @@ class RunMetrics:
             **config_fields(config),
             "e2e_time": e2e + self._earlier_e2e,
             **throughput_metrics(self.samples(step), seconds + self._earlier),
-            "acc": self.accuracy,
+            "acc": self.accuracy if self.evaluated_step == step else None,
             "mem_actual_gib": used if used is None else max(used, float(before or 0.0)),
             "mem_total_gib": None if total is None else total / 2**30,
             "mfu": None,

@@ -5,8 +5,6 @@ import re
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
-import torch
-
 from lit_glm.atomic_files import atomic_write
 from lit_glm.errors import RunError
 
@@ -44,6 +42,8 @@ def save(content: Dict[str, Any], target: Path) -> None:
     Raises:
         RunError: if the disk does not take it; what was written of it is gone again.
     """
+    import torch
+
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(target) as temporary, temporary.open("wb") as file:
@@ -67,6 +67,8 @@ def save(content: Dict[str, Any], target: Path) -> None:
 
 def load(path: Path) -> Dict[str, Any]:
     """Read a checkpoint of ours onto the CPU; never executes code from it."""
+    import torch
+
     if torch.__version__.startswith("1."):  # no weights_only there
         from lit_glm.model.checkpoint import restricted_load
 
@@ -78,6 +80,8 @@ def load(path: Path) -> Dict[str, Any]:
 
 def load_lazy(path: Path) -> Dict[str, Any]:
     """As `load`, but values are read when they are used, where torch can map a file into memory (from 2.1)."""
+    import torch
+
     if torch.__version__.startswith(("1.", "2.0")):
         return load(path)
     content: Dict[str, Any] = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
@@ -97,6 +101,22 @@ def list_checkpoints(run_dir: Path) -> List[Tuple[int, Path]]:
         if match:
             found.append((int(match.group(1)), path))
     return sorted(found, reverse=True)
+
+
+def resume_hint(run_dir: Path) -> str:
+    """What a run that was stopped can go on from, for people."""
+    found = list_checkpoints(run_dir)
+    after = f"after step {found[0][0]}" if found else "from the start (no checkpoint was saved)"
+    return f"resume {after} with run.resume={run_dir}"
+
+
+def remove_partial(run_dir: Path) -> None:
+    """Delete what is left of checkpoints that were being written when their rank was killed."""
+    for part in (run_dir / "checkpoints").glob(".step-*.part"):
+        try:
+            part.unlink()
+        except OSError:
+            pass
 
 
 def prune(run_dir: Path) -> None:

@@ -1,10 +1,13 @@
 """What went wrong in which rank: a note each in the run folder, the reason in its first line, the traceback below."""
 
+import os
 import signal
 import sys
 import traceback
 from pathlib import Path
 from typing import List, Optional
+
+from lit_glm.errors import InputError
 
 _FOLDER = "errors"
 _KILLED = "killed-"
@@ -24,7 +27,9 @@ def write_error_file(folder: Path, rank: int, error: BaseException) -> None:
     calls = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     try:
         (folder / _FOLDER).mkdir(exist_ok=True)
-        (folder / _FOLDER / f"rank-{rank}.txt").write_text(f"{error_reason(error)}\n\n{calls}", encoding="utf-8")
+        who = f"rank {rank}: " if os.environ.get("WORLD_SIZE", "1") != "1" and not isinstance(error, InputError) else ""
+        note = folder / _FOLDER / f"rank-{rank}.txt"
+        note.write_text(f"{who}{error_reason(error)}\n\n{calls}", encoding="utf-8")
     except OSError:
         pass
 

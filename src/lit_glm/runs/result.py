@@ -91,6 +91,12 @@ def mark_failed(run_dir: Path, reason: str) -> None:
         update_result(run_dir, status="failed", error=reason)
 
 
+def mark_interrupted(run_dir: Path) -> None:
+    """Say in the result that the run was interrupted, unless that already says how it ended."""
+    if (read_result(run_dir) or {}).get("status") == "running":
+        update_result(run_dir, status="interrupted")
+
+
 TABLE_COLUMNS = ("config", "precision", "fix_hp", "e2e_time", "p_whole", "p_train", "p_core", "acc", "mem")
 """The published table's, in its order (its first column is named 配置 there)."""
 _SKIPPED_SHARE = 0.01

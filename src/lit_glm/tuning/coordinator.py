@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
-from lit_glm.launch.signals import Interrupted, stop_signals
+from lit_glm.launch.signals import STOP_SIGNALS, Interrupted
 from lit_glm.planning.workload import Workload
 from lit_glm.tuning.search import FITS, LIMIT, TIME, Trial, fastest_bs, largest_bs, next_bs
 from lit_glm.tuning.search_state import SearchState
@@ -86,8 +86,9 @@ def _install_stop_handlers() -> None:
     def stop(number: int, _frame: Any) -> None:
         raise Interrupted(number)
 
-    for number in stop_signals():
-        signal.signal(number, stop)
+    for number in STOP_SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, stop)
 
 
 def _make_memory_runtime(config: Any) -> Any:

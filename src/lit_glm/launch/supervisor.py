@@ -1,0 +1,271 @@
+"""The supervisor of one node's ranks: starts them, ends them in order, and decides how the job ended.
+
+    starting -> running -> stopping -> ended
+
+Whatever happens becomes an event in one queue: a signal to this process, the exit of a rank, or ranks that give no
+heartbeat. The first that is not a rank's success is the cause of the end; a rank that was killed is a better one than
+the errors of its peers. After the cause the other ranks are asked to stop, and killed when their time is over.
+"""
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Dict, List, Optional
+
+from lit_glm.errors import InputError, RunError
+from lit_glm.hardware.oom import oom_kill_count
+from lit_glm.launch.heartbeat import STALL_MARGIN_S, StallWatchdog, run_watchdog, stall_message
+from lit_glm.launch.nodes import Node, network_interface_to
+from lit_glm.launch.signals import INTERRUPTED_STATUSES, STOP_SIGNALS, Interrupted, StopSignals
+from lit_glm.openmp import LAUNCHER_THREADS_VARIABLE, omp_env_for_ranks
+from lit_glm.process_utils import kill_session, set_parent_death_signal
+from lit_glm.runs.error_files import report_killed_rank, root_cause
+from lit_glm.runs.job_spec import JobSpec
+
+_START_S = 30.0
+"""Seconds that a rank may need to its first heartbeat beside other work: it imports torch and joins the others."""
+_FAILURE_GRACE_S = 30.0
+"""For the other ranks when one has failed: one of them may be saving."""
+_STALL_GRACE_S = 5.0
+_JOB_VARIABLES = (
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "LOCAL_RANK",
+    "NODE_RANK",
+    "WORLD_SIZE",
+    "RANK",
+    "GROUP_RANK",
+    "GROUP_WORLD_SIZE",
+    "TORCHELASTIC_RUN_ID",
+    "LOCAL_WORLD_SIZE",
+    "PL_GLOBAL_SEED",
+    "PL_SEED_WORKERS",
+    LAUNCHER_THREADS_VARIABLE,
+)
+"""Variables of one job that must not reach another."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that the supervisor reacts to."""
+
+    kind: str
+    """"signal", "exit" or "stall"."""
+    rank: int = -1
+    status: int = 0
+    """Of a rank: as subprocess has it, negative after a signal. Of a signal: its number."""
+    reason: str = ""
+
+
+class Supervisor(StopSignals):
+    """Entered before anything that a signal must not interrupt; `run` then runs the ranks to their end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = "starting"
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._ranks: Dict[int, subprocess.Popen[bytes]] = {}
+        self._alive: Dict[int, subprocess.Popen[bytes]] = {}
+        self._cause: Optional[Event] = None
+        self._deadline: Optional[float] = None
+        self._killed = False
+
+    def on_signal(self, number: int) -> None:
+        """Note it; a handler that did more could interrupt anything."""
+        self._events.put(Event("signal", status=number))
+
+    def run(
+        self,
+        job: JobSpec,
+        node: Node,
+        spec_dir: Path,
+        run_dir: Path,
+        lock: Optional[int] = None,
+        module: str = "lit_glm.launch.worker",
+        margin_s: float = STALL_MARGIN_S,
+    ) -> None:
+        """Run all ranks of this node to their end; leaves nothing running.
+
+        Args:
+            job: how many ranks, and how long they may be silent.
+            node: this one.
+            spec_dir: holds job.json; where the ranks' heartbeats are.
+            run_dir: where files go.
+            lock: descriptor that keeps the run folder as long as a rank may be at work there, after this process too.
+            module: what each rank runs, with the two folders as its arguments.
+            margin_s: seconds beyond `run.stall_timeout_s` without a heartbeat until the ranks are ended.
+
+        Raises:
+            InputError, RunError, Interrupted: how it ended otherwise.
+        """
+        self._job, self._spec_dir, self._run_dir = job, spec_dir, run_dir
+        topology, oom_kills = job.config.topology, oom_kill_count()
+        first, count = node.rank * topology.devices_per_node, topology.devices_per_node * node.num_nodes_here
+        limits = job.config.run
+        # Before the first heartbeat the nodes are still meeting, which has a limit of its own; then the ranks start.
+        before_first_s = limits.rendezvous_timeout_s + _START_S + margin_s
+        watchdog = StallWatchdog(
+            spec_dir, range(first, first + count), limits.stall_timeout_s + margin_s, before_first_s
+        )
+        _print_rendezvous(job, node)
+        try:
+            with run_watchdog(watchdog, self._on_stall):
+                self._start_ranks(first, count, _job_env(job, node), [module, str(spec_dir), str(run_dir)], lock)
+                while self._alive:
+                    self._wait_for_event()
+        finally:
+            self._kill()
+        self.state = "ended"
+        self._raise_for_cause(oom_kill_count() > oom_kills)
+
+    def _start_ranks(
+        self, first: int, count: int, env: Dict[str, str], arguments: List[str], lock: Optional[int]
+    ) -> None:
+        for local_rank in range(count):
+            rank = first + local_rank
+            process = subprocess.Popen(
+                [sys.executable, "-m", *arguments],
+                env={**env, "RANK": str(rank), "LOCAL_RANK": str(local_rank)},
+                start_new_session=True,  # Ctrl-C reaches this process alone, which asks the ranks
+                preexec_fn=partial(set_parent_death_signal, signal.SIGTERM),
+                pass_fds=() if lock is None else (lock,),
+            )
+            self._ranks[rank] = self._alive[rank] = process
+            threading.Thread(target=self._wait_for_exit, args=(rank, process), daemon=True).start()
+        self.state = "running"
+
+    def _wait_for_exit(self, rank: int, process: "subprocess.Popen[bytes]") -> None:
+        self._events.put(Event("exit", rank, process.wait()))
+
+    def _on_stall(self, where: List[str]) -> None:
+        self._events.put(Event("stall", reason=stall_message(self._job.config, self._run_dir, where)))
+
+    def _wait_for_event(self) -> None:
+        left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        try:
+            event = self._events.get(timeout=left)
+        except queue.Empty:
+            self._print_late_ranks()
+            self._kill()
+            return
+        if event.kind == "exit":
+            process = self._alive.pop(event.rank)
+            kill_session(process.pid)  # its loaders, should it have been killed
+            if event.status != 0:
+                self._on_failure(event)
+        elif event.kind == "signal":
+            if self._cause is None:
+                self._stop(event, self._job.config.run.shutdown_timeout_s)
+            elif event.status == signal.SIGINT:  # a second Ctrl-C
+                self._kill()
+        elif self._cause is None:
+            self._stop(event, _STALL_GRACE_S)
+
+    def _on_failure(self, event: Event) -> None:
+        by_other = event.status < 0 and not self._killed and not (self.state == "stopping" and -event.status == 15)
+        if by_other:
+            report_killed_rank(self._spec_dir, event.rank, -event.status)
+        if self._cause is None:
+            stopped = event.status in INTERRUPTED_STATUSES or -event.status in STOP_SIGNALS
+            self._stop(event, self._job.config.run.shutdown_timeout_s if stopped else _FAILURE_GRACE_S)
+        elif by_other and self._cause.kind == "exit" and self._cause.status == 1:
+            self._cause = event  # the error seen before was a peer's that lost this rank
+
+    def _stop(self, cause: Event, grace_s: float) -> None:
+        self._cause, self.state = cause, "stopping"
+        self._deadline = time.monotonic() + grace_s
+        for process in self._alive.values():
+            process.send_signal(signal.SIGTERM)
+
+    def _print_late_ranks(self) -> None:
+        assert self._cause is not None
+        if self._killed or self._cause.kind != "signal":
+            return
+        late = ", ".join(map(str, sorted(self._alive)))
+        name, limit = signal.Signals(self._cause.status).name, self._job.config.run.shutdown_timeout_s
+        print(
+            f"lit_glm: rank{'s' * (len(self._alive) > 1)} {late} had not stopped {limit:g} s after {name} "
+            "(run.shutdown_timeout_s) and were killed",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _kill(self) -> None:
+        self._deadline = None
+        self._killed = True
+        for process in self._alive.values():
+            kill_session(process.pid)
+            process.kill()
+
+    def _raise_for_cause(self, out_of_memory: bool) -> None:
+        """Turn the cause of the end into the error that it stands for; none for a success."""
+        cause = self._cause
+        if cause is None:
+            return
+        if cause.kind == "signal":
+            if any(process.returncode for process in self._ranks.values()):
+                raise Interrupted(cause.status)
+            return  # the ranks had finished already
+        if cause.kind == "stall":
+            raise RunError(cause.reason)
+        if cause.status in INTERRUPTED_STATUSES:
+            raise Interrupted(cause.status - 128)
+        if -cause.status in STOP_SIGNALS:
+            raise Interrupted(-cause.status)
+        reason = root_cause(self._spec_dir)
+        if cause.status == InputError.exit_status:
+            raise InputError(reason or f"rank {cause.rank} refused the job")
+        said = f"rank {cause.rank} failed, its error stands above ({self._run_dir})"
+        if out_of_memory and (reason is None or "was killed" in reason):
+            said = f"{said}; out of memory: the machine had none left, and the kernel has killed a process"
+            reason = "out of memory"
+        raise RunError(said, summary=reason or said)
+
+
+def job_free_env() -> Dict[str, str]:
+    """The environment without what another job has left in it."""
+    return {name: value for name, value in os.environ.items() if name not in _JOB_VARIABLES}
+
+
+def _job_env(job: JobSpec, node: Node) -> Dict[str, str]:
+    """Variables of all ranks of a node: the chip's, where ranks meet, and the share of the machine that each has."""
+    topology = job.config.topology
+    count = topology.devices_per_node * node.num_nodes_here
+    env = {
+        **job.config.hardware.env,
+        **job_free_env(),
+        "WORLD_SIZE": str(topology.world_size),
+        "LOCAL_WORLD_SIZE": str(count),
+        "GROUP_RANK": str(node.rank),
+        "GROUP_WORLD_SIZE": str(topology.num_nodes // node.num_nodes_here),
+        "MASTER_ADDR": node.address,
+        "MASTER_PORT": str(node.port),
+        **omp_env_for_ranks(count),
+    }
+    interface = network_interface_to(node.address) if topology.num_nodes > 1 else None
+    if interface is not None:
+        env.setdefault("GLOO_SOCKET_IFNAME", interface)  # a host's own name often means the loopback to it
+    return env
+
+
+def _print_rendezvous(job: JobSpec, node: Node) -> None:
+    """Whom this node waits for, and where."""
+    nodes, limit = job.config.topology.num_nodes, f"up to {job.config.run.rendezvous_timeout_s:g} s"
+    if nodes == node.num_nodes_here:
+        return
+    others = "node 1" if nodes == 2 else f"nodes 1 to {nodes - 1}"
+    what = f"node {node.rank} joins node 0" if node.rank > 0 else f"node 0 is waiting for {others}"
+    print(f"lit_glm: {what} at {node.address}:{node.port} ({limit})", flush=True)
+
+
+def run_ranks(job: JobSpec, node: Node, folder: Path, module: str, margin_s: float) -> None:
+    """Run ranks that keep no run folder: of `doctor` and `verify`."""
+    with Supervisor() as supervisor:
+        supervisor.run(job, node, folder, folder, module=module, margin_s=margin_s)
