@@ -16,6 +16,7 @@ import hydra
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import OverrideType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -129,11 +130,16 @@ class _ComposedConfig(NamedTuple):
 
 
 def _compose_with_hydra(config_name: str, overrides: Sequence[str]) -> _ComposedConfig:
-    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3", job_name=config_name):
-        whole = hydra.compose(config_name, overrides=list(overrides), return_hydra_config=True)
-        better = _fix_hp_override(whole, overrides)
-        if better is not None:
-            whole = hydra.compose(config_name, overrides=[*overrides, better], return_hydra_config=True)
+    sweep = GlobalHydra.instance().hydra  # of Hydra's own entry, which is calling a job of a sweep
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3", job_name=config_name):
+            whole = hydra.compose(config_name, overrides=list(overrides), return_hydra_config=True)
+            better = _fix_hp_override(whole, overrides)
+            if better is not None:
+                whole = hydra.compose(config_name, overrides=[*overrides, better], return_hydra_config=True)
+    finally:
+        GlobalHydra.instance().hydra = sweep
     config = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
     return _ComposedConfig(config, whole, [] if better is None else [better])
 
@@ -181,9 +187,11 @@ def run_command(
             check_overrides(line, schema, CONF_DIR)
             for overrides in line.sample_combinations(is_group(line.config_dir)) if line.multirun else [line.overrides]:
                 composed = _compose_with_hydra(config_name, [*overrides, *line.searchpath])
-            if not line.multirun:
+            if line.multirun:
+                line.overrides = _add_keys_of_swept_groups(config_name, line)
+            else:
                 config = validate_config(composed.config, schema)
-            elif before_sweep is not None and not line.cfg:
+            if line.multirun and before_sweep is not None and not line.cfg:
                 before_sweep(composed.whole, line)
     except InputError as error:
         return _print_error(str(error), 2)
@@ -200,6 +208,33 @@ def run_command(
         return _run_task(task, config, composed.config).status
     finally:
         HydraConfig.instance().cfg = None
+
+
+def _add_keys_of_swept_groups(config_name: str, line: CommandLine) -> List[str]:
+    """The overrides of a sweep, with `++` where only groups that are swept have the key.
+
+    Hydra composes a sweep's configuration once without what is swept, and rejects keys that are not there.
+    """
+    groups = is_group(line.config_dir)
+    parsed = list(zip(line.overrides, line.parse()))
+    plain = [(text, override) for text, override in parsed if not override.is_sweep_override()]
+    named = [text for text, override in plain if groups(override.key_or_group)]
+    without_sweeps = _compose_with_hydra(config_name, [*named, *line.searchpath]).whole
+
+    def is_there(key: str) -> bool:
+        node: Any = without_sweeps
+        for name in key.split("."):
+            if not isinstance(node, DictConfig) or name not in node.keys():  # noqa: SIM118 (`in` hides missing values)
+                return False
+            node = None if OmegaConf.is_missing(node, name) else node[name]
+        return True
+
+    added = {
+        text
+        for text, override in plain
+        if text not in named and override.type == OverrideType.CHANGE and not is_there(override.key_or_group)
+    }
+    return [f"++{text}" if text in added else text for text in line.overrides]
 
 
 def is_group(config_dir: Optional[str]) -> Callable[[str], bool]:
