@@ -116,6 +116,7 @@ _server = ForkServer()
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    _server.env = dict(os.environ)
     yield
     _server.close()
 

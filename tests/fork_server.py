@@ -110,6 +110,8 @@ class ForkServer:
     """The server of one pytest process, started at its first use."""
 
     def __init__(self) -> None:
+        self.env: Dict[str, str] = {}
+        """Of the server itself, whatever the first test that needs it has changed."""
         self._process: Optional[subprocess.Popen[bytes]] = None
         self._folder = tempfile.TemporaryDirectory(prefix="lit_glm-fork-")
         self._address = str(Path(self._folder.name) / "socket")
@@ -117,9 +119,8 @@ class ForkServer:
     def connect(self) -> socket.socket:
         """Connect to the server; starts it where none runs."""
         if self._process is None:
-            self._process = subprocess.Popen(
-                [sys.executable, __file__, "lit_glm", self._address], stdin=subprocess.PIPE
-            )
+            command = [sys.executable, __file__, "lit_glm", self._address]
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, env=self.env, cwd=Path(__file__).parent)
         connection = socket.socket(socket.AF_UNIX)
         while True:
             try:

@@ -5,6 +5,7 @@ import time
 _ENTRY = time.monotonic()  # e2e_time counts from here
 
 import os  # noqa: E402
+import signal  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any, Callable, Dict, Tuple  # noqa: E402
@@ -121,6 +122,10 @@ def _before_sweep(whole: Any, line: CommandLine) -> None:
 
 def main() -> int:
     """Compose, check and run; returns the exit status."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a torchrun that is killed tells its ranks nothing
+        from lit_glm.process_utils import set_parent_death_signal
+
+        set_parent_death_signal(signal.SIGTERM)
     status, stopped = 0, False
     try:
         status = run_command("train", TrainConfig, train, _before_sweep)

@@ -12,8 +12,9 @@ from lit_glm.config.schema import TrainConfig
 from lit_glm.launch.heartbeat import Heartbeat
 from lit_glm.launch.nodes import resolve_node
 from lit_glm.launch.process_group import process_group
+from lit_glm.launch.signals import StopRequest
 from lit_glm.launch.supervisor import run_ranks
-from lit_glm.launch.worker import run_and_report_errors
+from lit_glm.launch.worker import exit_rank, run_and_report_errors
 from lit_glm.runs.job_spec import JobSpec
 
 _FILE = "found.json"
@@ -57,7 +58,7 @@ def rank_main(folder: Path, work: Callable[[TrainConfig], Dict[str, Any]]) -> in
     beat = Heartbeat(folder, int(os.environ["RANK"]))
 
     def join_and_work() -> None:
-        with process_group(config):
+        with stop.interruptible(), process_group(config):
             beat()
             import torch
 
@@ -66,4 +67,5 @@ def rank_main(folder: Path, work: Callable[[TrainConfig], Dict[str, Any]]) -> in
                 write_json(folder / _FILE, found)
             torch.distributed.barrier()
 
-    return run_and_report_errors(join_and_work, lambda: folder)
+    with StopRequest(config.run.shutdown_timeout_s, exit_rank) as stop:
+        return run_and_report_errors(join_and_work, lambda: folder, stop)

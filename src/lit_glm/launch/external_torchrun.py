@@ -1,7 +1,6 @@
 """`train` as one rank of a torchrun that the user has started: no ranks of its own, one run folder for all."""
 
 import os
-import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -18,7 +17,7 @@ from lit_glm.launch.nodes import ExternalRank
 from lit_glm.launch.process_group import process_group
 from lit_glm.launch.signals import StopRequest
 from lit_glm.launch.worker import run_and_report_errors
-from lit_glm.process_utils import exit_now, kill_children, raise_open_files_limit, set_parent_death_signal
+from lit_glm.process_utils import exit_now, kill_children, raise_open_files_limit
 from lit_glm.runs.job_spec import JobSpec
 from lit_glm.runs.result import is_complete, mark_failed
 
@@ -68,7 +67,6 @@ def run_under_external_torchrun(
         from lit_glm.hardware import object_collectives
         from lit_glm.launch.rank_runner import run_rank
 
-    set_parent_death_signal(signal.SIGTERM)  # a torchrun that is killed tells its ranks nothing
     raise_open_files_limit()
     folder = Path(os.devnull)
 
@@ -99,7 +97,7 @@ def run_under_external_torchrun(
                 run_rank(job, folder, stop)
 
     with StopRequest(config.run.shutdown_timeout_s, lambda *told: exit_interrupted(folder)(*told)) as stop:
-        status = run_and_report_errors(work, lambda: folder)
+        status = run_and_report_errors(work, lambda: folder, stop)
     if config.topology.world_size > 1:
         exit_now(status)
     return status

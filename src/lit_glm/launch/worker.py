@@ -15,9 +15,9 @@ from lit_glm.errors import InputError, RunError
 from lit_glm.gc_pause import paused_gc
 from lit_glm.launch.heartbeat import Heartbeat
 from lit_glm.launch.process_group import RendezvousError, process_group
-from lit_glm.launch.signals import Interrupted, StopRequest
+from lit_glm.launch.signals import Interrupted, StopRequest, StopSignals
 from lit_glm.process_utils import exit_now, kill_children
-from lit_glm.runs.error_files import write_error_file
+from lit_glm.runs.error_files import error_reason, write_error_file
 from lit_glm.runs.job_spec import JobSpec
 
 _FIRST_RANK_SPEAKS_S = 6.0
@@ -29,11 +29,6 @@ def main(spec_dir: Path, run_dir: Path) -> int:
     job = JobSpec.read(spec_dir)
     rank = int(os.environ["RANK"])
 
-    def give_up(number: int, reason: str) -> None:
-        print(f"lit_glm: rank {rank} {reason}", file=sys.stderr, flush=True)
-        kill_children()
-        os._exit(128 + number)
-
     def work() -> None:
         with stop.interruptible():
             beat = Heartbeat(spec_dir, rank)
@@ -44,16 +39,24 @@ def main(spec_dir: Path, run_dir: Path) -> int:
                 beat()
                 run_rank(job, run_dir, stop, beat)
 
-    with StopRequest(job.config.run.shutdown_timeout_s, give_up) as stop:
-        return run_and_report_errors(work, lambda: spec_dir)
+    with StopRequest(job.config.run.shutdown_timeout_s, exit_rank) as stop:
+        return run_and_report_errors(work, lambda: spec_dir, stop)
 
 
-def run_and_report_errors(work: Callable[[], None], notes: Callable[[], Path]) -> int:
+def exit_rank(number: int, reason: str) -> None:
+    """End a rank that has not stopped in time after a signal; its supervisor says how the job ended."""
+    print(f"lit_glm: rank {os.environ['RANK']} {reason}", file=sys.stderr, flush=True)
+    kill_children()
+    os._exit(128 + number)
+
+
+def run_and_report_errors(work: Callable[[], None], notes: Callable[[], Path], stop: StopSignals) -> int:
     """Do a rank's work; what goes wrong is said by this rank, once, and noted.
 
     Args:
         work: the work.
         notes: folder that the note goes to, once that is known.
+        stop: of this process.
 
     Returns:
         The exit status.
@@ -61,8 +64,8 @@ def run_and_report_errors(work: Callable[[], None], notes: Callable[[], Path]) -
     rank = int(os.environ.get("RANK", "0"))
     try:
         work()
-    except Interrupted as stop:
-        return stop.exit_status
+    except Interrupted as interrupted:
+        return interrupted.exit_status
     except (InputError, RunError) as error:
         write_error_file(notes(), rank, error)
         external = "TORCHELASTIC_RUN_ID" in os.environ
@@ -74,6 +77,9 @@ def run_and_report_errors(work: Callable[[], None], notes: Callable[[], Path]) -
         return error.exit_status
     except BaseException as error:
         write_error_file(notes(), rank, error)
+        if stop.received is not None:  # the others have stopped, and left this one alone
+            print(f"lit_glm: rank {rank}, asked to stop: {error_reason(error)}", file=sys.stderr, flush=True)
+            return 128 + stop.received
         print(f"lit_glm: rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         return 1
     return 0
