@@ -37,6 +37,7 @@ def test_it_has_the_name_of_its_file() -> None:
     assert type(accelerator).get_parallel_devices([0, 1]) == [torch.device("cpu")] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["simulated", "auto"])
 def test_intels_names_are_never_asked_for_this_card(runtime: str, tmp_path: Path) -> None:
     chip = ["hardware=r300", f"hardware.runtime={runtime}", "run.max_steps=1", f"hydra.run.dir={tmp_path}/run"]

@@ -36,6 +36,7 @@ gelu: tanh
 """
 
 
+@pytest.mark.slow
 def test_a_chip_of_a_package_outside(tmp_path: Path) -> None:
     (tmp_path / "lib" / "beads").mkdir(parents=True)
     (tmp_path / "lib" / "beads" / "__init__.py").touch()

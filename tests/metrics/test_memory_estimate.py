@@ -57,6 +57,7 @@ print(before, highest())
 SHAPE = ["model.num_layers=8", "model.hidden_size=384", "model.num_attention_heads=6", "model.vocab_size=4000"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", ["0.0", "0.1"])
 def test_the_estimate_is_near_what_the_kernel_counts(dropout: str, tmp_path: Path) -> None:
     overrides = [*SHAPE, "bs=8", f"model.hidden_dropout={dropout}", f"model.attention_dropout={dropout}"]

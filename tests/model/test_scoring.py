@@ -67,6 +67,7 @@ def model(gelu: str = "tanh") -> GLM:
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(batch=st.lists(questions.filter(fits), min_size=1, max_size=4))
+@pytest.mark.slow
 def test_both_scorings_give_the_same_scores(batch: List[Question], tmp_path: Path) -> None:
     split, glm = split_of(batch, tmp_path), model()
     indices = list(range(len(batch)))

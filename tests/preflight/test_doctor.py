@@ -36,6 +36,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_two_ranks_of_a_healthy_machine(tmp_path: Path) -> None:
     done = lit_glm("doctor", *GOLDEN_RUN, "topology=1x2", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

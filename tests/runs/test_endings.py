@@ -31,6 +31,7 @@ def test_a_rank_that_is_killed_ends_the_job(victim: int, tmp_path: Path) -> None
     assert len(rows(run / "steps.csv")) >= 10
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_job(tmp_path: Path) -> None:
     run = tmp_path / "run"
     more = ["run.max_steps=100000", "run.eval_interval_samples=100000", "run.stall_timeout_s=4"]
@@ -57,6 +58,7 @@ def test_a_rank_that_hangs_ends_the_job(tmp_path: Path) -> None:
 TWO_NODES = [*FOUR_CARDS[:-1], "topology.num_nodes=2", "topology.devices_per_node=2", "run.max_steps=100000"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("victim", "number"), [(3, signal.SIGKILL), (2, signal.SIGSTOP)])
 def test_a_rank_that_ends_or_hangs_ends_both_nodes(victim: int, number: int, tmp_path: Path) -> None:
     port = free_port()
@@ -75,6 +77,7 @@ def test_a_rank_that_ends_or_hangs_ends_both_nodes(victim: int, number: int, tmp
     assert len(rows(tmp_path / "run" / "steps.csv")) >= 5
 
 
+@pytest.mark.slow
 def test_an_interrupt_on_one_node_ends_both_in_order(tmp_path: Path) -> None:
     port = free_port()
     nodes = [
@@ -94,6 +97,7 @@ def test_an_interrupt_on_one_node_ends_both_in_order(tmp_path: Path) -> None:
     _nothing_left(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_killed_command_keeps_its_folder_until_its_ranks_are_gone(tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = _start(tmp_path, run, "1x2", "run.max_steps=5000")
@@ -143,6 +147,7 @@ def test_the_error_of_the_rank_that_failed_is_on_the_screen(tmp_path: Path) -> N
     _nothing_left(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_hang_under_a_torchrun_of_the_users_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One rank: no collective notices, nor does torchrun."""
     (tmp_path / "mine.py").write_text(MINE)

@@ -1,42 +1,48 @@
 """The scripts that start a job on several nodes, and the one that tests the seed stack, with doubles around them."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict
 
-from conftest import GOLDEN_RUN
-from parity.test_training import check_trajectory
-from runs.processes import free_port
+import pytest
 
 SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
-TWO_NODES = [*GOLDEN_RUN, "topology.num_nodes=2", "topology.devices_per_node=1"]
+ARGUMENTS = ["hardware=r300", "topology=2x8", "lr='1e-5'"]
 
 
 def script(name: str, *arguments: str, cwd: Path, **variables: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         ["bash", str(SCRIPTS / name), *arguments],
         cwd=cwd,
-        env={**os.environ, "PYTHON": sys.executable, **variables},
+        env={**os.environ, **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         universal_newlines=True,
     )
 
 
-def finish(processes: List[Any]) -> List[Any]:
-    outputs = [process.communicate(timeout=240) for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), outputs
-    return outputs
-
-
-def test_launch_node(tmp_path: Path) -> None:
-    where = ["127.0.0.1", str(free_port())]
-    finish(
-        [script("launch_node.sh", rank, *where, *TWO_NODES, "hydra.run.dir=run", cwd=tmp_path) for rank in ("0", "1")]
+def started(name: str, *arguments: str, cwd: Path, **variables: str) -> Any:
+    """What a script starts: a double of Python says its arguments and where it stands among the nodes."""
+    double = cwd / "python_double.sh"
+    double.write_text(
+        f"#!/bin/sh\nexec '{sys.executable}' -c 'import json, os, sys; print(json.dumps([sys.argv[1:], "
+        '[os.environ.get(name) for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")]]))\' "$@"\n'
     )
-    check_trajectory(tmp_path / "run", "tanh", 2)
+    double.chmod(0o755)
+    process = script(name, *arguments, cwd=cwd, PYTHON=str(double), **variables)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    return json.loads(out)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_launch_node(rank: str, tmp_path: Path) -> None:
+    arguments, where = started("launch_node.sh", rank, "10.0.0.1", "29500", *ARGUMENTS, cwd=tmp_path)
+    assert arguments == ["-m", "lit_glm.train", *ARGUMENTS]
+    assert where == [rank, "10.0.0.1", "29500"]
 
 
 def test_launch_node_says_how(tmp_path: Path) -> None:
@@ -65,15 +71,20 @@ def slurm(tmp_path: Path, node: int, tasks: int = 2) -> Dict[str, str]:
     }
 
 
-def test_launch_slurm(tmp_path: Path) -> None:
-    port = str(free_port())
-    tasks = [{**slurm(tmp_path, node), "MASTER_PORT": port} for node in (0, 1)]
-    finish([script("launch_slurm.sh", *TWO_NODES, cwd=tmp_path, **variables) for variables in tasks])
-    check_trajectory(tmp_path / "outputs" / "slurm-7.3", "tanh", 2)
+@pytest.mark.parametrize("node", [0, 1])
+def test_launch_slurm(node: int, tmp_path: Path) -> None:
+    arguments, where = started("launch_slurm.sh", *ARGUMENTS, cwd=tmp_path, **slurm(tmp_path, node))
+    assert arguments == ["-m", "lit_glm.train", *ARGUMENTS, "hydra.run.dir=outputs/slurm-7.3"]
+    assert where == [str(node), "127.0.0.1", str(20000 + 7)]
+
+
+def test_a_folder_of_the_users_is_taken_under_slurm(tmp_path: Path) -> None:
+    arguments, _ = started("launch_slurm.sh", "hydra.run.dir=mine", cwd=tmp_path, **slurm(tmp_path, 0))
+    assert arguments == ["-m", "lit_glm.train", "hydra.run.dir=mine"]
 
 
 def test_launch_slurm_wants_one_task_a_node(tmp_path: Path) -> None:
-    process = script("launch_slurm.sh", *TWO_NODES, cwd=tmp_path, **slurm(tmp_path, 0, tasks=16))
+    process = script("launch_slurm.sh", *ARGUMENTS, cwd=tmp_path, **slurm(tmp_path, 0, tasks=16))
     said = process.communicate(timeout=20)[1]
     assert process.returncode == 2
     assert "16 tasks on 2 nodes: one task a node" in said

@@ -16,6 +16,7 @@ from runs.processes import FOUR_CARDS, free_port, on_node, start, torchrun
 from runs.test_runs import DEBUG, _nothing_left, result
 
 
+@pytest.mark.slow
 def test_two_nodes_of_two_cards_equal_one_device(tmp_path: Path) -> None:
     port = free_port()
     two = [*FOUR_CARDS, "topology.num_nodes=2", "topology.devices_per_node=2", f"hydra.run.dir={tmp_path / 'two'}"]
@@ -32,6 +33,7 @@ def test_two_nodes_of_two_cards_equal_one_device(tmp_path: Path) -> None:
     assert result(tmp_path / "two")["acc"] == result(tmp_path / "one")["acc"]
 
 
+@pytest.mark.slow
 def test_two_hosts_an_agent_each(two_hosts: List[str], tmp_path: Path) -> None:
     """The golden two-rank trajectory, one rank a host."""
     arguments = [*GOLDEN_RUN, "topology.num_nodes=2", "topology.devices_per_node=1", f"hydra.run.dir={tmp_path}/run"]
@@ -44,6 +46,7 @@ def test_two_hosts_an_agent_each(two_hosts: List[str], tmp_path: Path) -> None:
     check_trajectory(tmp_path / "run", "tanh", 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_node_that_nobody_meets_says_where_it_waited(rank: int, tmp_path: Path) -> None:
     port = free_port()
@@ -69,6 +72,7 @@ def test_a_busy_port_is_said_not_waited_for(tmp_path: Path) -> None:
     assert f"MASTER_PORT={port}: is in use on this machine" in done.stderr
 
 
+@pytest.mark.slow
 def test_nodes_with_different_commands_do_not_train_together(tmp_path: Path) -> None:
     port = free_port()
     two = [*GOLDEN_RUN, "topology.num_nodes=2", "topology.devices_per_node=1"]
@@ -81,6 +85,7 @@ def test_nodes_with_different_commands_do_not_train_together(tmp_path: Path) -> 
     assert any("another configuration than rank 0" in said for _, said in outputs), outputs
 
 
+@pytest.mark.slow
 def test_under_a_torchrun_of_the_users(tmp_path: Path) -> None:
     done = torchrun(*GOLDEN_RUN, "topology=1x2", "hydra.run.dir=run", ranks=2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

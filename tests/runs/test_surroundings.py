@@ -74,6 +74,7 @@ def test_a_second_sweep_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "sweep" / "0").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_takes_nothing_from_single_runs_and_says_what_it_takes(tmp_path: Path) -> None:
     debug = ["experiment=debug", "run.max_steps=2", "logger={}"]
     assert lit_glm_here("train", *debug, "bs=2", f"hydra.run.dir={tmp_path}/outputs/a/b") == 0
@@ -98,6 +99,7 @@ class Fails(Callback):
 """
 
 
+@pytest.mark.slow
 def test_a_failed_trial_is_an_answer_to_a_search(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     (tmp_path / "fails.py").write_text(FAILS)
@@ -128,6 +130,7 @@ print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.st
 """
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_is_said(tmp_path: Path) -> None:
     """The kernel gives this process 700 MiB of addresses more than its libraries take; gradients and Adam want more."""
     taken = subprocess.run([sys.executable, "-c", ADDRESSES], stdout=subprocess.PIPE, text=True, check=True)

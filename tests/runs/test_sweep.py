@@ -54,6 +54,7 @@ def test_a_sweep_and_another_in_the_same_folder(tmp_path: Path) -> None:
     assert states(tmp_path) == [[f"bs={bs},lr=0.001", "finished"] for bs in (3, 4, 2)]
 
 
+@pytest.mark.slow
 def test_the_variables_of_one_combination_are_not_the_users_for_the_next(tmp_path: Path) -> None:
     done = lit_glm("train", *SWEEP, "topology=1x1", "+hardware.env.BKCL_PCIE_RING=1,2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -65,6 +66,7 @@ def test_the_variables_of_one_combination_are_not_the_users_for_the_next(tmp_pat
 THREE = ["bs=2,3,4", "topology=1x1", "run.max_steps=40", "run.checkpoint_interval_steps=5"]
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_killed_and_started_again(tmp_path: Path) -> None:
     """The killed sweep leaves one run complete and one unfinished; the next start runs what is left, nothing twice."""
     process = subprocess.Popen(
@@ -98,6 +100,7 @@ def test_a_sweep_that_is_killed_and_started_again(tmp_path: Path) -> None:
     assert [line[0] for line in (tmp_path / "sweep" / "sweep.md").read_text().splitlines()] == ["|"] * 5
 
 
+@pytest.mark.slow
 def test_topologies_in_turn_leave_nothing_behind(tmp_path: Path) -> None:
     """1x2 before 1x1: variables of its ranks do not reach that."""
     done = lit_glm("train", *SWEEP, "bs=2", "topology=1x2,1x1", cwd=tmp_path)
@@ -122,6 +125,7 @@ def test_skip_done_can_be_switched_off(tmp_path: Path) -> None:
     assert (tmp_path / "sweep" / "0" / "result.json").read_bytes() != before
 
 
+@pytest.mark.slow
 def test_jobs_side_by_side_by_joblib(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     plugin = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
@@ -130,6 +134,7 @@ def test_jobs_side_by_side_by_joblib(tmp_path: Path) -> None:
     assert states(tmp_path) == [["bs=2,lr=0.001", "finished"], ["bs=4,lr=0.001", "finished"]]
 
 
+@pytest.mark.slow
 def test_jobs_by_submitit(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     plugin = ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"]
@@ -138,6 +143,7 @@ def test_jobs_by_submitit(tmp_path: Path) -> None:
     assert states(tmp_path) == [["bs=2,lr=0.001", "finished"], ["bs=4,lr=0.001", "finished"]]
 
 
+@pytest.mark.slow
 def test_a_search_by_optuna(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     plugin = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1", "sweep.objective=acc"]

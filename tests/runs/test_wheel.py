@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 
 
+@pytest.mark.slow
 def test_wheel_works_from_another_folder(tmp_path: Path) -> None:
     pytest.importorskip("hatchling")
     build = [

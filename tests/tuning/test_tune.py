@@ -12,6 +12,7 @@ from lit_glm.tuning.search_state import TUNE_FILE
 TINY = ["hardware=cpu", "model=glm_tiny", "data=synthetic", "data.synthetic.num_train=6", "data.synthetic.num_eval=2"]
 
 
+@pytest.mark.slow
 def test_a_search_leaves_its_files_and_auto_takes_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:

@@ -19,6 +19,7 @@ from lit_glm.verification import acceptance, timing_check
 from lit_glm.verification.error_bounds import operator_bound, relative_error
 
 
+@pytest.mark.slow
 def test_the_command_leaves_its_file_and_says_a_line_a_check(tmp_path: Path) -> None:
     done = lit_glm("verify", "topology=1x2", "precision=fp32", "model=glm_tiny", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
