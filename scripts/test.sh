@@ -23,7 +23,7 @@ ruff format --check src tests benchmarks scripts
 mypy & types=$!
 # Where Python is told to write no bytecode, each process would compile src anew.
 python -m compileall -q src
-# Types are checked meanwhile. Three at a time on two cores: tests of silence and of ends mostly wait. A file's tests
+# Types are checked meanwhile. Four at a time on two cores: tests of silence and of ends mostly wait. A file's tests
 # stay together, since they share what is made once per file.
-python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "${select[@]}"
+python -m pytest -n 4 --dist loadfile --no-loadscope-reorder "${select[@]}"
 wait "$types" || { echo "lit_glm: mypy found errors, see above" >&2; exit 1; }

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from lit_glm.config.hydra_main import compose_config, run_command, validate_config
 from lit_glm.config.schema import TrainConfig, iter_leaves
+from lit_glm.launch.sweep import SweepCallback
 
 GROUPS = {"hardware": "cpu", "precision": "fp32", "scoring": "published", "topology": "1x2"}
 
@@ -21,6 +22,7 @@ def sweep(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> Lis
         jobs.append(config)
         return 0
 
+    monkeypatch.setattr(SweepCallback, "started", None)  # and None again after the test
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["train", "-m", *arguments])
     assert run_command("train", TrainConfig, task) == 0

@@ -19,6 +19,7 @@ from parity.test_training import check_trajectory
 ROOT = Path(__file__).parent.parent.parent
 
 
+@pytest.mark.slow
 def test_golden_steps_on_two_simulated_cards(tmp_path: Path) -> None:
     run = tmp_path / "run"
     chip = ["hardware=r300", "hardware.runtime=simulated", "topology=1x2"]
@@ -59,6 +60,7 @@ def test_runtimes_that_a_chip_cannot_have(override: str, said: str, tmp_path: Pa
     assert said in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_more_devices_than_there_are(tmp_path: Path) -> None:
     more = CPURuntime().device_count() + 1
     done = lit_glm("train", *GOLDEN_RUN, f"topology.devices_per_node={more}", "bs=1", cwd=tmp_path)

@@ -96,6 +96,7 @@ def test_an_overflow_is_left_out_and_the_scale_halves(precision: str, tmp_path: 
 
 
 @needs_half
+@pytest.mark.slow
 def test_fp16_goes_on_as_if_it_had_not_been_stopped(tmp_path: Path) -> None:
     """The masters and the scale are in the checkpoint."""
     how = ["precision=fp16", "precision.loss_scale.initial=1e8", "data.num_workers=0", "run.max_steps=20"]

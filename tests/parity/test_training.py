@@ -57,7 +57,9 @@ def test_one_process(gelu: str, scoring: str, tmp_path: Path) -> None:
     np.testing.assert_allclose([e["value"]["learning_rate"] for e in ends], Z["r1.lr_logged"], atol=1e-15, rtol=0)
 
 
-@pytest.mark.parametrize(("gelu", "scoring"), [("tanh", "shared_context"), ("erf", "published")])
+@pytest.mark.parametrize(
+    ("gelu", "scoring"), [("tanh", "shared_context"), pytest.param("erf", "published", marks=pytest.mark.slow)]
+)
 def test_two_processes(gelu: str, scoring: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = [*GOLDEN_RUN, "topology=1x2", f"model.gelu={gelu}", f"scoring={scoring}", f"hydra.run.dir={run}"]

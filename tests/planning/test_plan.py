@@ -115,6 +115,7 @@ def test_the_slowest_of_thousands_of_ranks_in_seconds() -> None:
     assert work.slowest > work.mean
 
 
+@pytest.mark.slow
 def test_the_command_takes_lists_and_learns_from_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

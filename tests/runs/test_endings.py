@@ -13,7 +13,7 @@ from runs.processes import FOUR_CARDS, free_port, on_node, ranks_of, start, torc
 from runs.test_runs import DEBUG, _nothing_left, _start, _wait_for_steps, result
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_is_killed_ends_the_job(victim: int, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = _start(tmp_path, run, "1x2", "run.max_steps=100000", "run.eval_interval_samples=100000")

@@ -93,6 +93,7 @@ def test_under_a_torchrun_of_the_users(tmp_path: Path) -> None:
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.slow
 def test_a_torchrun_of_another_size_is_refused(tmp_path: Path) -> None:
     done = torchrun(*GOLDEN_RUN, "topology=1x4", ranks=2, cwd=tmp_path)
     assert done.returncode != 0
@@ -100,6 +101,7 @@ def test_a_torchrun_of_another_size_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("result.json"))
 
 
+@pytest.mark.slow
 def test_no_process_group_for_one_device(tmp_path: Path) -> None:
     code = (
         "import sys, torch.distributed as d\n"

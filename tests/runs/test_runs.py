@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
-@pytest.fixture(scope="module", params=["1x1", "1x2"])
+@pytest.fixture(scope="module", params=["1x1", pytest.param("1x2", marks=pytest.mark.slow)])
 def whole(request: Any, folder: Path) -> Any:
     """A run that was never stopped."""
     run = folder / f"whole_{request.param}"

@@ -15,7 +15,7 @@ from runs.test_runs import DEBUG, _start, _wait_for_steps, result
 from runs.test_sweep import SWEEP, states
 
 
-@pytest.mark.parametrize("topology", ["1x1", "1x2"])
+@pytest.mark.parametrize("topology", ["1x1", pytest.param("1x2", marks=pytest.mark.slow)])
 def test_a_closed_output_ends_nothing(topology: str, tmp_path: Path) -> None:
     process = subprocess.Popen(
         command("train", "experiment=debug", f"topology={topology}", "hydra.run.dir=run"),

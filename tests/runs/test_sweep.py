@@ -109,6 +109,7 @@ def test_topologies_in_turn_leave_nothing_behind(tmp_path: Path) -> None:
     assert [(r["topology"], r["status"]) for r in results] == [("1x2", "finished"), ("1x1", "finished")]
 
 
+@pytest.mark.slow
 def test_skip_done_can_be_switched_off(tmp_path: Path) -> None:
     """What is there is thrown away only if that is asked for."""
     run = ["experiment=debug", "run.max_steps=3", "logger={}", "bs=2", f"hydra.run.dir={tmp_path}/sweep/0"]
