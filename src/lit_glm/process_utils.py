@@ -9,9 +9,13 @@ from typing import List, Optional
 
 import psutil
 
+from lit_glm.errors import RunError
+
 GRACE_S = 40.0
 """For a process that saves before it ends."""
-MOST_OPEN_FILES = 65536
+_MOST_OPEN_FILES = 65536
+_LOADER_OPEN_FILES = 256
+"""That loaders' processes and their rank need at least; with fewer they wait for each other without a word."""
 
 
 _LIBC = ctypes.CDLL(None)  # opened here: a child between fork and exec must not load a library
@@ -28,9 +32,27 @@ def set_parent_death_signal(number: int = signal.SIGKILL) -> None:
 def raise_open_files_limit() -> None:
     """Raise the soft limit of open files to the hard one: loaders' processes hand over tensors as open files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_OPEN_FILES)
+    wanted = _MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def check_open_files_limit(num_workers: int) -> None:
+    """Check that a rank may open as many files as its loaders need.
+
+    Args:
+        num_workers: processes that load batches (data.num_workers).
+
+    Raises:
+        RunError: if not.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if num_workers > 0 and soft != resource.RLIM_INFINITY and soft < _LOADER_OPEN_FILES:
+        raise RunError(
+            f"a process may open {soft} files here (ulimit -Hn), but data.num_workers={num_workers} needs "
+            f"{_LOADER_OPEN_FILES}: raise the limit, or take data.num_workers=0",
+            f"open files are limited to {soft}",
+        )
 
 
 def kill_session(pid: int) -> None:

@@ -35,6 +35,7 @@ from lit_glm.metrics.system_info import describe_system
 from lit_glm.model.attention import check_attention_available
 from lit_glm.model.build import build_glm
 from lit_glm.openmp import choose_num_threads
+from lit_glm.process_utils import check_open_files_limit
 from lit_glm.runs import checkpoints, verifications
 from lit_glm.runs.job_spec import JobSpec, config_hash
 from lit_glm.runs.run_folder import ENVIRONMENT_FILE, read_environment
@@ -96,6 +97,7 @@ def build_components(place: RankContext, beat: Callable[[], None]) -> TrainingCo
     """
     config = place.config
     _silence_third_party()
+    check_open_files_limit(config.data.num_workers)
     beat()
     runtime = _make_validated_runtime(place)
     resume_from, content = _find_resume_checkpoint(place, runtime)  # before anything in the folder changes
