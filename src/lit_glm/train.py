@@ -42,12 +42,12 @@ def train(config: TrainConfig, composed: Any) -> TaskOutcome:
 
         if outer is not None:
             raise InputError("-m under torchrun: a sweep starts the ranks of its jobs itself; leave torchrun out")
-        return run_sweep_job(config, run_dir, files, lambda: prepare_data(config))
+        return run_sweep_job(config, run_dir, files, sys.argv, lambda: prepare_data(config))
     if outer is not None:
         from lit_glm.launch.external_torchrun import run_under_external_torchrun
 
         find, prepare = (lambda: _resolve_run_dir(config, run_dir)), (lambda: prepare_data(config))
-        return TaskOutcome(run_under_external_torchrun(config, outer, _ENTRY, find, files, prepare))
+        return TaskOutcome(run_under_external_torchrun(config, outer, _ENTRY, sys.argv, find, files, prepare))
     run_dir, resumes = _resolve_run_dir(config, run_dir)
     return TaskOutcome(run(config, run_dir, resumes, files, lambda: prepare_data(config)))
 

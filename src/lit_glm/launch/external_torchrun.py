@@ -46,6 +46,7 @@ def run_under_external_torchrun(
     config: TrainConfig,
     outer: ExternalRank,
     entry: float,
+    command: List[str],
     find: Callable[[], Tuple[Path, bool]],
     composed: Dict[str, str],
     prepare_data: Callable[[], None],
@@ -56,6 +57,7 @@ def run_under_external_torchrun(
         config: the run's.
         outer: which rank this is.
         entry: `time.monotonic()` at the entry of `train`.
+        command: the command line.
         find: asked on the first rank for the run folder and whether it holds a run that goes on.
         composed: what .hydra/ is to hold.
         prepare_data: called on the first rank of each node, before any other reads data.
@@ -82,14 +84,14 @@ def run_under_external_torchrun(
                 run_dir, resumes = find()
                 if resumes and is_complete(run_dir):
                     raise InputError(f"run.resume={run_dir}: the run is complete, there is nothing to do")
-                keep.enter_context(record_run(JobSpec(config, entry, sys.argv, resumes), run_dir, composed))
+                keep.enter_context(record_run(JobSpec(config, entry, command, resumes), run_dir, composed))
                 told = (str(run_dir.resolve()), resumes)
             if config.topology.world_size > 1:
                 told = object_collectives.broadcast_object(
                     told, make_runtime(config.hardware, config.topology).device(outer.local_rank)
                 )
             folder, resumes = Path(told[0]), told[1]
-            job = JobSpec(config, entry if outer.rank == 0 else time.monotonic(), sys.argv, resumes)
+            job = JobSpec(config, entry if outer.rank == 0 else time.monotonic(), command, resumes)
             node = outer.rank // config.topology.devices_per_node
             if outer.local_rank == 0 and node > 0:
                 keep.enter_context(monitor_node_devices(job, folder, node))

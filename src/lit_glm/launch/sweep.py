@@ -167,7 +167,7 @@ def _write_job_record(
 
 
 def run_sweep_job(
-    config: TrainConfig, run_dir: Path, files: Dict[str, str], prepare_data: Callable[[], None]
+    config: TrainConfig, run_dir: Path, files: Dict[str, str], command: List[str], prepare_data: Callable[[], None]
 ) -> TaskOutcome:
     """Run one job of a sweep, or go on with it, or find it done.
 
@@ -175,6 +175,7 @@ def run_sweep_job(
         config: the combination's.
         run_dir: where a new run goes.
         files: what .hydra/ is to hold.
+        command: the command line.
         prepare_data: called before the job starts.
 
     Raises:
@@ -194,7 +195,7 @@ def run_sweep_job(
         if earlier is None and (run_dir / JOB_FILE).exists() and config.sweep.skip_done:
             folder = run_dir.resolve().with_name(f"{run_dir.name}-{config_hash(config)}")  # the folder is another's
         reused_from = "" if earlier is None else str(folder)
-        result = _run_or_reuse(config, folder, earlier is not None, sweep_dir, files, prepare_data)
+        result = _run_or_reuse(config, folder, earlier is not None, sweep_dir, files, command, prepare_data)
         status = 0
     except (InputError, RunError) as error:
         print(f"lit_glm: {error}", file=sys.stderr)
@@ -217,6 +218,7 @@ def _run_or_reuse(
     goes_on: bool,
     sweep_dir: Path,
     files: Dict[str, str],
+    command: List[str],
     prepare_data: Callable[[], None],
 ) -> Dict[str, Any]:
     """The result of a combination, run if it is not there."""
@@ -236,7 +238,7 @@ def _run_or_reuse(
     if not goes_on:
         ensure_available(folder, config.run.overwrite)
     prepare_data()
-    job = JobSpec(config, time.monotonic(), sys.argv, goes_on, str(sweep_dir.resolve()))
+    job = JobSpec(config, time.monotonic(), command, goes_on, str(sweep_dir.resolve()))
     return run_job(job, folder, files, in_process=False)
 
 

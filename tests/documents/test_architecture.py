@@ -1,0 +1,32 @@
+"""docs/architecture.md names the modules that handle a job between the command line and a rank's exit."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import lit_glm
+
+SRC = Path(lit_glm.__file__).parent
+PAGE = Path(__file__).parent.parent.parent / "docs" / "architecture.md"
+
+
+@pytest.mark.unit
+def test_the_modules_that_handle_a_job_are_those_of_the_page() -> None:
+    importing = {
+        ".".join(file.relative_to(SRC).with_suffix("").parts)
+        for file in SRC.rglob("*.py")
+        if re.search(r"import [^\n]*\bJobSpec\b|^class JobSpec\b", file.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    rows = [line.split("|")[1] for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    named = {name for row in rows for name in re.findall(r"`([\w.]+)`", row)}
+    assert named == importing
+    assert len(named) <= 20
+
+
+@pytest.mark.unit
+def test_nothing_below_the_entries_reads_the_command_line() -> None:
+    """Except the entry of each process, under `if __name__`."""
+    for file in (SRC / "launch").glob("*.py"):
+        body = file.read_text(encoding="utf-8").split('if __name__ == "__main__"')[0]
+        assert "sys.argv" not in body, file
