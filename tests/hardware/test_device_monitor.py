@@ -1,8 +1,10 @@
 """The node's reader of the monitor, and what is made of its table."""
 
+import json
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import List
 
@@ -10,7 +12,9 @@ import pytest
 
 from lit_glm.config.schema import HardwareConfig, TopologyConfig, TrainConfig
 from lit_glm.hardware.device_monitor import COLUMNS, MonitoredMemory, load_readings, monitor_devices, monitor_for
+from lit_glm.launch import launcher
 from lit_glm.metrics.energy import energy_metrics, integrate_power
+from lit_glm.runs.job_spec import JobSpec
 
 TOOL = """#!/bin/sh
 for card in 0 1 2 3; do
@@ -131,3 +135,17 @@ def test_energy_is_unknown_where_any_card_is_silent(tmp_path: Path) -> None:
 def test_beyond_the_readings_the_nearest_one_holds() -> None:
     readings = [{"time_s": 4.0, "power_w": 10.0}, {"time_s": 6.0, "power_w": 20.0}]
     assert integrate_power(readings, [[0.0, 10.0]]) == pytest.approx(4 * 10 + 2 * 15 + 4 * 20)
+
+
+def test_a_run_that_was_stopped_before_it_trained_has_an_energy_but_no_mean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In its first evaluation: no sample, no second of training, and no error on the way out."""
+    monkeypatch.setattr(launcher, "monitor_node_devices", lambda *_: nullcontext())
+    table(tmp_path, ["0,0,0,1,100,40,", "20,0,0,1,100,40,"])
+    (tmp_path / "result.json").write_text('{"status": "interrupted", "training_spans": [[5, 5]]}')
+    with launcher.write_energy_metrics(JobSpec(config(1, 1), 0.0, []), tmp_path):
+        pass
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["power_mean_w"] is None or result["samples_per_joule"] is None
+    assert "W on the average" not in capsys.readouterr().out
