@@ -52,9 +52,15 @@ def ranks_of(process: Process) -> List[psutil.Process]:
     return [found[rank] for rank in sorted(found)]
 
 
-def torchrun(*arguments: str, ranks: int, cwd: Path) -> "subprocess.CompletedProcess[str]":
+def start_torchrun(*arguments: str, ranks: int, cwd: Path) -> "subprocess.Popen[str]":
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
     where = ["--master_addr=127.0.0.1", f"--master_port={free_port()}", "-m", "lit_glm.train"]
-    return subprocess.run(
-        [*launcher, *where, *arguments], cwd=cwd, capture_output=True, text=True, timeout=240, check=False
+    return subprocess.Popen(
+        [*launcher, *where, *arguments], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+
+
+def torchrun(*arguments: str, ranks: int, cwd: Path) -> "subprocess.CompletedProcess[str]":
+    process = start_torchrun(*arguments, ranks=ranks, cwd=cwd)
+    out, err = process.communicate(timeout=240)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)

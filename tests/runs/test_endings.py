@@ -1,6 +1,7 @@
 """A rank that dies, fails or hangs ends its job on all nodes, and nothing outlives it."""
 
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from conftest import lit_glm, rows
 from lit_glm.runs.lock import is_running
-from runs.processes import FOUR_CARDS, free_port, on_node, ranks_of, start, torchrun
+from runs.processes import FOUR_CARDS, free_port, on_node, ranks_of, start, start_torchrun, torchrun
 from runs.test_runs import DEBUG, _nothing_left, _start, _wait_for_steps, result
 
 
@@ -158,3 +159,25 @@ def test_a_hang_under_a_torchrun_of_the_users_ends(tmp_path: Path, monkeypatch: 
     assert "no progress for 2 s (run.stall_timeout_s)" in done.stderr
     assert "mine.py" in done.stderr  # where it hangs
     assert result(tmp_path / "run")["status"] == "failed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["rank 1", "torchrun"])
+def test_what_is_killed_under_a_torchrun_of_the_users_ends_all(victim: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    more = ["topology=1x2", "run.max_steps=100000", "run.max_samples=10000000", f"hydra.run.dir={run}"]
+    process = start_torchrun("experiment=debug", "run.eval_interval_samples=1000000", *more, ranks=2, cwd=tmp_path)
+    _wait_for_steps(run, process, 5)
+    ranks = {child.environ()["RANK"]: child for child in psutil.Process(process.pid).children()}
+    (ranks["1"] if victim == "rank 1" else process).kill()
+    said = process.communicate(timeout=120)[1]
+    gone, alive = psutil.wait_procs(list(ranks.values()), timeout=120)
+    assert not alive
+    final = result(run)
+    if victim == "rank 1":
+        assert final["status"] == "failed"
+        assert final["error"] == f"lost rank 1 on {socket.gethostname()}: it was killed or is out of reach"
+        assert f"lit_glm: rank 0: {final['error']}" in said
+    else:
+        assert final["status"] == "interrupted"  # the kernel has told the ranks, which have saved
+        assert list((run / "checkpoints").glob("step-*.ckpt"))

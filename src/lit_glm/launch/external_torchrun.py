@@ -14,6 +14,7 @@ from lit_glm.hardware.runtimes.selection import make_runtime
 from lit_glm.launch.heartbeat import STALL_MARGIN_S, StallWatchdog, run_watchdog, stall_message
 from lit_glm.launch.launcher import exit_interrupted, monitor_node_devices, record_run
 from lit_glm.launch.nodes import ExternalRank
+from lit_glm.launch.peer_monitor import name_lost_peer
 from lit_glm.launch.process_group import process_group
 from lit_glm.launch.signals import StopRequest
 from lit_glm.launch.worker import run_and_report_errors
@@ -78,7 +79,7 @@ def run_under_external_torchrun(
             keep.enter_context(stop.interruptible())
             if outer.local_rank == 0:
                 prepare_data()
-            keep.enter_context(process_group(config))
+            peers = keep.enter_context(process_group(config))
             told: Any = None
             if outer.rank == 0:
                 run_dir, resumes = find()
@@ -95,7 +96,7 @@ def run_under_external_torchrun(
             node = outer.rank // config.topology.devices_per_node
             if outer.local_rank == 0 and node > 0:
                 keep.enter_context(monitor_node_devices(job, folder, node))
-            with _run_watchdog(config, folder, outer):
+            with _run_watchdog(config, folder, outer), name_lost_peer(peers):
                 run_rank(job, folder, stop)
 
     with StopRequest(config.run.shutdown_timeout_s, lambda *told: exit_interrupted(folder)(*told)) as stop:

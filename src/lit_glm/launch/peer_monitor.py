@@ -14,7 +14,8 @@ import sys
 import threading
 import time
 import traceback
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple
 
 from lit_glm.errors import RunError
 from lit_glm.launch.signals import INTERRUPTED_STATUSES, Interrupted
@@ -114,6 +115,22 @@ class PeerMonitor:
         if not self._over.is_set():
             words = f"rank {self._rank} ends because {self._describe_loss()}"
             _exit_with_stack(words, status if status in INTERRUPTED_STATUSES else 1)
+
+
+@contextmanager
+def name_lost_peer(monitor: Optional[PeerMonitor]) -> Iterator[None]:
+    """Turn an error that comes from the end of another rank into one that names it; None: no rank is watched.
+
+    Raises:
+        RunError, Interrupted: in place of a collective library's error.
+    """
+    try:
+        yield
+    except BaseException as error:
+        found = None if monitor is None or hasattr(error, "exit_status") else monitor.error_of_lost_peer()
+        if found is None:
+            raise
+        raise found from error
 
 
 def _listener() -> socket.socket:

@@ -4,12 +4,13 @@ import os
 import socket
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Dict, Iterator, List
+from typing import Any, Dict, Iterator, List, Optional
 
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError, RunError
 from lit_glm.hardware.runtimes.selection import check_device_count, make_runtime
 from lit_glm.launch.heartbeat import STALL_MARGIN_S
+from lit_glm.launch.peer_monitor import PeerMonitor, connect_peers, name_lost_peer
 
 _LATER_S = 15.0
 
@@ -27,10 +28,13 @@ class RendezvousError(RunError):
 
 
 @contextmanager
-def process_group(config: TrainConfig) -> Iterator[None]:
+def process_group(config: TrainConfig) -> Iterator[Optional[PeerMonitor]]:
     """Open the process group of this rank, as torchrun's variables describe it; none for one device.
 
     An error inside ends the other ranks too, on whichever node they are.
+
+    Yields:
+        The monitor of the other ranks; None where a supervisor of ours watches all of them.
 
     Raises:
         InputError: if the number of ranks or of devices is not the topology's, or nobody provides the backend.
@@ -50,7 +54,7 @@ def process_group(config: TrainConfig) -> Iterator[None]:
             "is the same command running on every node?"
         )
     if config.topology.world_size == 1:
-        yield
+        yield None
         return
     _check_backend(runtime.backend, config.hardware.name)
     timeout = timedelta(seconds=collective_timeout_s(config))
@@ -59,10 +63,9 @@ def process_group(config: TrainConfig) -> Iterator[None]:
     place: Any = {} if external else {"store": store, "rank": int(os.environ["RANK"]), "world_size": found}
     torch.distributed.init_process_group(runtime.backend, timeout=timeout, **place)
     if config.topology.num_nodes == 1 and not external:  # its supervisor sees to that
-        yield
+        yield None
         return
     from lit_glm.hardware import object_collectives
-    from lit_glm.launch.peer_monitor import connect_peers
 
     device = runtime.device(local_rank)
     rank = torch.distributed.get_rank()
@@ -71,12 +74,11 @@ def process_group(config: TrainConfig) -> Iterator[None]:
         rank, hosts, os.environ["MASTER_ADDR"], lambda told: object_collectives.broadcast_object(told, device)
     )
     try:
-        yield
+        with name_lost_peer(monitor):
+            yield monitor
     except BaseException as error:
-        if not hasattr(error, "exit_status"):
-            error = monitor.error_of_lost_peer() or error
         monitor.announce_exit(getattr(error, "exit_status", 1))
-        raise error
+        raise
     monitor.announce_exit(0)
 
 
