@@ -115,12 +115,15 @@ class ForkServer:
         self._process: Optional[subprocess.Popen[bytes]] = None
         self._folder = tempfile.TemporaryDirectory(prefix="lit_glm-fork-")
         self._address = str(Path(self._folder.name) / "socket")
+        self._log = Path(self._folder.name) / "stderr.txt"
 
     def connect(self) -> socket.socket:
         """Connect to the server; starts it where none runs."""
         if self._process is None:
             command = [sys.executable, __file__, "lit_glm", self._address]
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, env=self.env, cwd=Path(__file__).parent)
+            with self._log.open("w") as log:
+                folder = Path(__file__).parent
+                self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=log, env=self.env, cwd=folder)
         connection = socket.socket(socket.AF_UNIX)
         while True:
             try:
@@ -128,7 +131,8 @@ class ForkServer:
                 return connection
             except (FileNotFoundError, ConnectionRefusedError):
                 if self._process.poll() is not None:
-                    raise RuntimeError("the fork server has ended") from None
+                    said = self._log.read_text(errors="replace")[-2000:]
+                    raise RuntimeError(f"the fork server has ended ({self._process.returncode}): {said}") from None
                 time.sleep(0.02)
 
     def close(self) -> None:

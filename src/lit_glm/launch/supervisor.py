@@ -122,6 +122,8 @@ class Supervisor(StopSignals):
                     self._wait_for_event()
         finally:
             self._kill()
+            for process in self._ranks.values():
+                process.wait()
         self.state = "ended"
         self._raise_for_cause(oom_kill_count() > oom_kills)
 
@@ -182,7 +184,7 @@ class Supervisor(StopSignals):
         self._cause, self.state = cause, "stopping"
         self._deadline = time.monotonic() + grace_s
         for process in self._alive.values():
-            process.send_signal(signal.SIGTERM)
+            _send_signal(process, signal.SIGTERM)
 
     def _print_late_ranks(self) -> None:
         assert self._cause is not None
@@ -192,7 +194,7 @@ class Supervisor(StopSignals):
         name, limit = signal.Signals(self._cause.status).name, self._job.config.run.shutdown_timeout_s
         print(
             f"lit_glm: rank{'s' * (len(self._alive) > 1)} {late} had not stopped {limit:g} s after {name} "
-            "(run.shutdown_timeout_s) and were killed",
+            f"(run.shutdown_timeout_s) and {'were' if len(self._alive) > 1 else 'was'} killed",
             file=sys.stderr,
             flush=True,
         )
@@ -202,7 +204,7 @@ class Supervisor(StopSignals):
         self._killed = True
         for process in self._alive.values():
             kill_session(process.pid)
-            process.kill()
+            _send_signal(process, signal.SIGKILL)
 
     def _raise_for_cause(self, out_of_memory: bool) -> None:
         """Turn the cause of the end into the error that it stands for; none for a success."""
@@ -227,6 +229,14 @@ class Supervisor(StopSignals):
             said = f"{said}; out of memory: the machine had none left, and the kernel has killed a process"
             reason = "out of memory"
         raise RunError(said, summary=reason or said)
+
+
+def _send_signal(process: "subprocess.Popen[bytes]", number: int) -> None:
+    """Send a signal to a process that its own thread may have seen end meanwhile."""
+    try:
+        process.send_signal(number)
+    except ProcessLookupError:
+        pass
 
 
 def job_free_env() -> Dict[str, str]:
