@@ -65,7 +65,7 @@ def tune(config: Any, _composed: Any) -> int:
         with lock_directory(folder):
             return run_coordinator(config, trials, folder, train)
     except Interrupted as stop:
-        print(f"lit_glm: {stop}; go on with run.resume={folder}", file=sys.stderr)
+        print(f"lit_glm: {stop}; resume with run.resume={folder}", file=sys.stderr)
         return stop.exit_status
 
 

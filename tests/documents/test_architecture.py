@@ -1,5 +1,6 @@
 """docs/architecture.md names the modules that handle a job between the command line and a rank's exit."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -30,3 +31,13 @@ def test_nothing_below_the_entries_reads_the_command_line() -> None:
     for file in (SRC / "launch").glob("*.py"):
         body = file.read_text(encoding="utf-8").split('if __name__ == "__main__"')[0]
         assert "sys.argv" not in body, file
+
+
+@pytest.mark.unit
+def test_files_and_functions_are_of_a_size_to_read() -> None:
+    for file in SRC.rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        assert text.count("\n") <= 500, file
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < 80, (file, node.name)

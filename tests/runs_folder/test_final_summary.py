@@ -31,7 +31,7 @@ def test_reached_or_not_and_why_it_stopped() -> None:
     )
     by_samples = said("finished", "run.max_steps=null", "run.max_samples=39", acc=None)
     assert "accuracy unknown, target 80%; run.max_samples=39 was the limit" in by_samples
-    assert "it goes on with run.resume=outputs/a" in said("interrupted")
+    assert "resume with run.resume=outputs/a" in said("interrupted")
     assert "nothing was evaluated" in said("finished", "run.evaluate=false", acc=None)
     assert "3 steps without an update" in said("finished", skipped_steps=3)
 

@@ -56,7 +56,7 @@ def save(content: Dict[str, Any], target: Path) -> None:
     except OSError as error:
         raise RunError(
             f"{target}: the checkpoint cannot be written ({error}); what was measured is on the disk; make room, "
-            f"then go on with run.resume={target.parent.parent}"
+            f"then resume with run.resume={target.parent.parent}"
         ) from error
     folder = os.open(str(target.parent), os.O_RDONLY)
     try:

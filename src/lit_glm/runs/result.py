@@ -203,11 +203,7 @@ def final_summary(result: Dict[str, Any], config: TrainConfig, run_dir: Path) ->
         how = f"REACHED: accuracy {has}, target {target}, {when}"
     elif result["status"] == "interrupted":
         saved = run.checkpoint_interval_steps is not None
-        on = (
-            f"it goes on with run.resume={run_dir}"
-            if saved
-            else "nothing was saved (run.checkpoint_interval_steps=null)"
-        )
+        on = f"resume with run.resume={run_dir}" if saved else "nothing was saved (run.checkpoint_interval_steps=null)"
         how = f"STOPPED {when}: accuracy {has}, target {target}; {on}"
     else:
         limit = f"run.max_samples={run.max_samples}"

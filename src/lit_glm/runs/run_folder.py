@@ -47,8 +47,8 @@ def ensure_available(run_dir: Path, overwrite: bool) -> None:
         if not overwrite:
             status = (read_result(run_dir) or {}).get("status", "unknown")
             raise InputError(
-                f"{run_dir}: holds a run already (status {status}); go on with it by run.resume={run_dir}, throw it "
-                "away and begin anew by run.overwrite=true, or give another hydra.run.dir="
+                f"{run_dir}: holds a run already (status {status}); resume it with run.resume={run_dir}, delete it "
+                "and start over with run.overwrite=true, or give another hydra.run.dir="
             )
         return
     foreign = [name for name in (*_FILES, *_FOLDERS) if (run_dir / name).exists()]
@@ -98,7 +98,7 @@ def acquire_run_dir(job: JobSpec, run_dir: Path, composed: Dict[str, str]) -> It
 def ensure_no_new_run(run_dir: Path, job: JobSpec) -> None:
     """Refuse what another process has begun and ended since the folder was looked at."""
     if (run_dir / jobs.JOB_FILE).is_file() and not job.config.run.overwrite:
-        raise InputError(f"{run_dir}: another run has just been here; go on with it by run.resume={run_dir}")
+        raise InputError(f"{run_dir}: another run has just been here; resume it with run.resume={run_dir}")
 
 
 def _remove_previous_run(run_dir: Path) -> None:

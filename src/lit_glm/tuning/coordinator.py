@@ -53,12 +53,12 @@ def run_coordinator(config: Any, trials: TrialRunner, folder: Path, train: Any) 
         if record.seconds >= limit or (record.trials and record.trials[-1].status == TIME):
             print(
                 f"lit_glm: tune.max_minutes={config.tune.max_minutes:g} are over: what is known so far; "
-                f"go on with more of them and run.resume={folder}",
+                f"resume with more of them and run.resume={folder}",
                 flush=True,
             )
     except Interrupted as stop:
         record.write(complete=False)
-        print(f"lit_glm: {stop}; go on with run.resume={folder}", file=sys.stderr)
+        print(f"lit_glm: {stop}; resume with run.resume={folder}", file=sys.stderr)
         status = stop.exit_status
     finally:
         if orders is not None:
