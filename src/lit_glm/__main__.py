@@ -32,6 +32,8 @@ def main() -> int:
     command = sys.argv.pop(1)
     sys.argv[0] = f"lit-glm {command}"
     status: int = importlib.import_module(f"lit_glm.{command}").main()
+    if command == "train":
+        importlib.import_module("lit_glm.launch.signals").ignore_stop_signals()
     return status
 
 

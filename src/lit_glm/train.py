@@ -15,6 +15,7 @@ from lit_glm.config.hydra_main import TaskOutcome, run_command  # noqa: E402
 from lit_glm.config.schema import TrainConfig  # noqa: E402
 from lit_glm.errors import InputError  # noqa: E402
 from lit_glm.gc_pause import paused_gc  # noqa: E402
+from lit_glm.launch.signals import Interrupted, RaisingStopSignals, ignore_stop_signals  # noqa: E402
 
 
 def train(config: TrainConfig, composed: Any) -> TaskOutcome:
@@ -95,7 +96,6 @@ def _resolve_run_dir(config: TrainConfig, run_dir: Path) -> Tuple[Path, bool]:
 def run(config: TrainConfig, run_dir: Path, resumes: bool, files: Dict[str, str], prepare: Callable[[], None]) -> int:
     """Run one job unless it is complete; returns the exit status."""
     from lit_glm.launch.launcher import run_job
-    from lit_glm.launch.signals import Interrupted
     from lit_glm.runs.checkpoints import resume_hint
     from lit_glm.runs.job_spec import JobSpec
     from lit_glm.runs.result import COMPLETE, read_result, results_table
@@ -128,9 +128,13 @@ def main() -> int:
         set_parent_death_signal(signal.SIGTERM)
     status, stopped = 0, False
     try:
-        status = run_command("train", TrainConfig, train, _before_sweep)
+        with RaisingStopSignals():
+            status = run_command("train", TrainConfig, train, _before_sweep)
     except KeyboardInterrupt:
         stopped = True
+    except Interrupted as stop:
+        print(f"lit_glm: {stop}", file=sys.stderr)
+        status = stop.exit_status
     sweep = sys.modules.get("lit_glm.launch.sweep")  # imported when a sweep starts
     if sweep is not None:
         status = max(status, sweep.finish_sweep())  # the jobs have noted which signal it was
@@ -138,4 +142,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    outcome = main()
+    ignore_stop_signals()
+    sys.exit(outcome)

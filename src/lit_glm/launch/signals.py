@@ -52,7 +52,10 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         earlier = self._previous.get(self.received or 0)
-        if self.received in (signal.SIGUSR1, signal.SIGUSR2) and callable(earlier):
+        outer = getattr(earlier, "__self__", None)
+        if isinstance(outer, StopSignals):
+            outer.received = outer.received or self.received  # it has been dealt with here
+        elif self.received in (signal.SIGUSR1, signal.SIGUSR2) and callable(earlier):
             earlier(self.received, None)
 
     def _handle(self, number: int, _frame: Any) -> None:
@@ -62,6 +65,20 @@ class StopSignals:
 
     def on_signal(self, number: int) -> None:
         """Called in the main thread for each signal."""
+
+
+class RaisingStopSignals(StopSignals):
+    """A signal raises `Interrupted` at once: where there is no run yet, or no longer."""
+
+    def on_signal(self, number: int) -> None:
+        """Raise."""
+        raise Interrupted(number)
+
+
+def ignore_stop_signals() -> None:
+    """Ignore them while the interpreter ends: how the process ended has been decided and said."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class StopRequest(StopSignals):
