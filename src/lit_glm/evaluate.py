@@ -176,6 +176,7 @@ def _write_results(
             "eval_file": config.data.eval_file,
             "hardware": config.hardware.name,
             "runtime": runtime.name,
+            "device": runtime.device_name(0) or None,
             "simulated": runtime.simulated,
         },
     )
@@ -184,6 +185,7 @@ def _write_results(
 def _print_scores(out: Path, report: Dict[str, Any], config: TrainConfig, runtime: Any, named: bool) -> None:
     if runtime.simulated:
         print(f"SIMULATED on the processor, no figure of {config.hardware.name}")
+    print(f"device  {runtime.device_name(0) or config.hardware.name} (hardware={config.hardware.name})")
     for key, value in report.items():
         if key == "num_examples":
             print(f"examples  {value}")

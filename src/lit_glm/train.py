@@ -79,12 +79,18 @@ def _resolve_run_dir(config: TrainConfig, run_dir: Path) -> Tuple[Path, bool]:
     Raises:
         InputError: if a new run must not begin there.
     """
+    from hydra.core.hydra_config import HydraConfig
+
     from lit_glm.runs.discovery import find_requeued_run, resolve_resume
     from lit_glm.runs.job_spec import ensure_same_config
     from lit_glm.runs.run_folder import ensure_available
 
     resume = config.run.resume
-    folder = find_requeued_run(config, run_dir) if resume is None else resolve_resume(resume, config, run_dir)
+    given = any(str(override).startswith("hydra.run.dir=") for override in HydraConfig.get().overrides.hydra)
+    if resume is None:
+        folder = find_requeued_run(config, run_dir, given)
+    else:
+        folder = resolve_resume(resume, config, run_dir, given)
     if folder is not None:
         ensure_same_config(config, folder)
         return folder.resolve(), True

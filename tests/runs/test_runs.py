@@ -157,12 +157,12 @@ def test_a_run_that_is_stopped_in_every_way_goes_on_as_if_it_had_not_been(whole:
         assert stopped["global_steps"] > 0
         assert stopped["e2e_time"] > spent
         _nothing_left(run)
-        more = ["run.resume=auto", f"hydra.run.dir={folder / 'other'}"]
+        more = ["run.resume=auto"]
         told, spent = "goes on after step", stopped["e2e_time"]
     newest = sorted((run / "checkpoints").glob("*.ckpt"))[-1]
     newest.write_bytes(newest.read_bytes()[:-1000])
     (run / "checkpoints" / "step-00000999.ckpt").write_bytes(b"foreign")
-    more[0] = f"run.resume={run}"
+    more = [f"run.resume={run}", f"hydra.run.dir={folder / 'other'}"]
     done = lit_glm("train", *DEBUG, f"topology={topology}", *more, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "goes on after step" in done.stdout

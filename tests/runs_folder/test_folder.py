@@ -6,7 +6,7 @@ from typing import Any, List
 
 import pytest
 
-from conftest import lit_glm_here, rows
+from conftest import lit_glm_here, rows, tree_digest
 from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
@@ -61,6 +61,53 @@ def test_a_folder_that_holds_a_run_is_refused_or_overwritten(tmp_path: Path, cap
     assert lit_glm_here("train", *DEBUG, "seed=7", "hydra.run.dir=run", "run.overwrite=true") == 0
     assert result(tmp_path / "run")["seed"] == 7
     assert "seed: 7" in (tmp_path / "run" / ".hydra" / "config.yaml").read_text()
+
+
+def test_auto_takes_no_run_beside_a_folder_that_was_given(tmp_path: Path) -> None:
+    """It may be somebody else's."""
+    assert lit_glm_here("train", *DEBUG, "run.checkpoint_interval_steps=1", "hydra.run.dir=scratch/alice/run1") == 0
+    alice = tmp_path / "scratch" / "alice" / "run1"
+    (alice / "result.json").write_text(json.dumps({**result(alice), "status": "running"}))
+    before = tree_digest(alice)
+    for more in (["hydra.run.dir=scratch/bob/run1"], ["hydra.run.dir=scratch/alice/run2"], []):
+        assert lit_glm_here("train", *DEBUG, "run.checkpoint_interval_steps=1", "run.resume=auto", *more) == 0
+    assert tree_digest(alice) == before
+    assert result(tmp_path / "scratch" / "bob" / "run1")["interruptions"] == 0
+
+
+def test_overwriting_leaves_what_is_not_the_runs_and_follows_links(tmp_path: Path) -> None:
+    """A checkpoint of the run that was thrown away would outrank those of the new one."""
+    run, scratch = tmp_path / "run", tmp_path / "scratch"
+    arguments = [*DEBUG, "run.checkpoint_interval_steps=1", f"hydra.run.dir={run}"]
+    assert lit_glm_here("train", *arguments) == 0
+    (run / "checkpoints").rename(scratch)
+    (run / "checkpoints").symlink_to(scratch)
+    (scratch / "step-00000999.ckpt").write_bytes(b"of the old run")
+    for mine in (scratch / "mine.safetensors", run / "csv" / "notes.csv"):
+        mine.write_text("mine")
+    assert lit_glm_here("train", *arguments, "run.overwrite=true") == 0
+    assert (run / "checkpoints").is_symlink()
+    assert not (scratch / "step-00000999.ckpt").exists()
+    assert list(scratch.glob("step-*.ckpt"))
+    assert (scratch / "mine.safetensors").read_text() == (run / "csv" / "notes.csv").read_text() == "mine"
+
+
+def test_a_checkpoint_that_is_damaged_in_its_middle_is_passed_over(tmp_path: Path, capfd: Any) -> None:
+    run = tmp_path / "run"
+    arguments = [*DEBUG, "run.checkpoint_interval_steps=1"]
+    assert lit_glm_here("train", *arguments, f"hydra.run.dir={run}") == 0
+    *_, before, newest = sorted((run / "checkpoints").glob("step-*.ckpt"))
+    content = bytearray(newest.read_bytes())
+    middle = int(0.35 * len(content))
+    content[middle : middle + 2048] = bytes(255 - value for value in content[middle : middle + 2048])
+    newest.write_bytes(bytes(content))
+    (run / "result.json").write_text(json.dumps({**result(run), "status": "interrupted"}))
+    assert lit_glm_here("evaluate", str(newest), "hydra.run.dir=scored") == 2
+    assert "is damaged" in capfd.readouterr().err
+    assert lit_glm_here("train", *arguments, f"run.resume={run}") == 0
+    said = capfd.readouterr()
+    assert f"{newest}: passed over (it is damaged: " in said.err
+    assert f"goes on after step {int(before.stem[5:])}" in said.out
 
 
 def test_a_job_that_slurm_has_requeued_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +235,7 @@ def test_five_hundred_runs_are_compared_by_a_name_each(tmp_path: Path, monkeypat
         folder.mkdir(parents=True)
         JobSpec(config, 0.0, []).write(folder)
     monkeypatch.setattr(JobSpec, "read", lambda folder: pytest.fail("a configuration was read"))
-    found = runs_by_config_hash(default_search_paths(tmp_path / "outputs" / "day" / "new"))
+    found = runs_by_config_hash(default_search_paths(tmp_path / "outputs" / "day" / "new", False))
     assert [len(runs) for runs in found.values()] == [500]
 
 

@@ -56,5 +56,5 @@ def test_train_refuses_the_folder_of_a_live_run(
     result = tmp_path / "outputs" / "a" / "b" / "result.json"
     result.write_text(result.read_text().replace('"finished"', '"running"'))
     with lock_directory(result.parent):
-        assert lit_glm_here("train", *debug, "hydra.run.dir=outputs/a/c", "run.resume=auto") == 0
-    assert (tmp_path / "outputs" / "a" / "c" / "result.json").is_file()
+        assert lit_glm_here("train", *debug, "run.resume=auto") == 0
+    assert len(list((tmp_path / "outputs").rglob("result.json"))) == 2  # a new run

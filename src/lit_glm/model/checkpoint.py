@@ -186,6 +186,20 @@ def _are_weights(content: Dict[Any, Any]) -> bool:
     return bool(content) and all(isinstance(value, Tensor) for value in content.values())
 
 
+def find_damage(path: Path) -> Optional[str]:
+    """The first part of a torch archive whose checksum is wrong; None if all are right, or the file has none.
+
+    torch writes a CRC-32 for each tensor and reads them unchecked.
+    """
+    if not zipfile.is_zipfile(path):
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip()
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
+        return str(error)
+
+
 def _load_torch_file(path: Path) -> Any:
     """The content of a torch file, nothing of it executed.
 
@@ -195,6 +209,9 @@ def _load_torch_file(path: Path) -> Any:
     said = describe_wrong_file(path)
     if said is not None:
         raise InputError(f"{path}: {said}")
+    damage = find_damage(path)
+    if damage is not None:
+        raise InputError(f"{path}: is damaged ({damage}: wrong checksum): copy or download it again")
     try:
         if torch.__version__.startswith("1."):
             return restricted_load(path)

@@ -131,11 +131,13 @@ def latest_valid(run_dir: Path, config_hash: str, whole: bool) -> Tuple[Optional
     Args:
         run_dir: the run folder.
         config_hash: of the run's configuration.
-        whole: read every value now, so that one that is damaged in its middle is passed over; else see `glance`.
+        whole: read every value now; else when it is used.
 
     Returns:
         Its path (None if there is none), its content, and a line for each that was passed over.
     """
+    from lit_glm.model.checkpoint import find_damage
+
     passed_over: List[str] = []
     for _, path in list_checkpoints(run_dir):
         try:
@@ -143,6 +145,9 @@ def latest_valid(run_dir: Path, config_hash: str, whole: bool) -> Tuple[Optional
             own = content["lit_glm"]
             if own.get("config_hash", own.get("identity")) != config_hash:  # its name before 0.2.0
                 raise ValueError("it belongs to another configuration")
+            damage = find_damage(path)
+            if damage is not None:
+                raise ValueError(f"it is damaged: {damage} has a wrong checksum")
             return path, load(path) if whole else content, passed_over
         except Exception as error:  # torn files fail in many ways
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -14,13 +14,14 @@ SearchPaths = Sequence[Tuple[Path, int]]
 """Folders, and how many levels below each run folders are looked for."""
 
 
-def resolve_resume(resume: str, config: TrainConfig, run_dir: Path) -> Optional[Path]:
+def resolve_resume(resume: str, config: TrainConfig, run_dir: Path, given: bool = False) -> Optional[Path]:
     """The run folder that `run.resume` means.
 
     Args:
         resume: a run folder, or auto.
         config: of the command line.
-        run_dir: where a new run would go; runs beside it are looked at too.
+        run_dir: where a new run would go.
+        given: whether the user has named that folder: then `auto` looks nowhere else.
 
     Returns:
         The folder; None if `auto` finds none, and a new run is to be started.
@@ -33,14 +34,14 @@ def resolve_resume(resume: str, config: TrainConfig, run_dir: Path) -> Optional[
         if not (folder / JOB_FILE).is_file():
             raise InputError(f"run.resume={resume}: is no run folder (it has no {JOB_FILE})")
         return folder
-    return newest_unfinished(runs_by_config_hash(default_search_paths(run_dir)).get(config_hash(config), []))
+    return newest_unfinished(runs_by_config_hash(default_search_paths(run_dir, given)).get(config_hash(config), []))
 
 
-def find_requeued_run(config: TrainConfig, run_dir: Path) -> Optional[Path]:
+def find_requeued_run(config: TrainConfig, run_dir: Path, given: bool) -> Optional[Path]:
     """The run of this very Slurm job, if Slurm has put it back into the queue and started it again."""
     if os.environ.get("SLURM_RESTART_COUNT", "0") in ("", "0"):
         return None
-    runs = runs_by_config_hash(default_search_paths(run_dir)).get(config_hash(config), [])
+    runs = runs_by_config_hash(default_search_paths(run_dir, given)).get(config_hash(config), [])
     own = [run for run in runs if (read_job_json(run) or {}).get("slurm_job") == os.environ.get("SLURM_JOB_ID")]
     return max(own, key=_job_mtime, default=None)
 
@@ -55,15 +56,12 @@ def best_run(runs: List[Path]) -> Optional[Path]:
     return max([run for run in runs if is_complete(run)] or runs, key=_job_mtime, default=None)
 
 
-def default_search_paths(run_dir: Path) -> SearchPaths:
-    """Where runs are that may go on: the folder itself, its siblings, and all below outputs/ and multirun/."""
-    return [
-        (run_dir, 0),
-        (run_dir.parent, 1),
-        (run_dir.parent.parent, 2),
-        (Path("outputs"), 3),
-        (Path("multirun"), 3),
-    ]
+def default_search_paths(run_dir: Path, given: bool) -> SearchPaths:
+    """Where runs are that may be resumed: the folder that was given, else all below outputs/ and multirun/ here.
+
+    What lies beside a folder that was given may be somebody else's.
+    """
+    return [(run_dir, 0)] if given else [(run_dir, 0), (Path("outputs"), 3), (Path("multirun"), 3)]
 
 
 def runs_by_config_hash(places: SearchPaths) -> Dict[str, List[Path]]:

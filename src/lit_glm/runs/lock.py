@@ -43,11 +43,13 @@ def lock_directory(folder: Path, advice: str = "wait for its end, or give anothe
 
 
 def is_running(folder: Path) -> bool:
-    """Whether a process is at work in a folder."""
+    """Whether a process is at work in a folder; True where that cannot be told, as in a folder of another user's."""
     try:
         descriptor = os.open(str(folder / LOCK_FILE), os.O_RDWR)
-    except OSError:
+    except FileNotFoundError:
         return False
+    except OSError:
+        return True
     try:
         return not try_lock(descriptor)
     finally:

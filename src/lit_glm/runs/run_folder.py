@@ -20,8 +20,18 @@ _FILES = (
     "result.json", "steps.csv", "evals.csv", "memory.csv", "devices.csv", "perf.log", "mlperf.log", "mlflow_run",
     ENVIRONMENT_FILE,
 )  # fmt: skip
-_FOLDERS = ("checkpoints", "csv", "tensorboard", "mlruns", "wandb", "profile", "errors", "ranks", ".hydra")
-"""What a run writes, besides job.json."""
+_FOLDERS = {
+    "checkpoints": ("step-*.ckpt", ".step-*.part"),
+    "csv": ("metrics.csv", "hparams.yaml"),
+    "tensorboard": ("events.out.tfevents.*", "hparams.yaml"),
+    "mlruns": ("[0-9]*", ".trash", "models", "meta.yaml"),
+    "wandb": ("run-*", "offline-run-*", "latest-run", "debug*.log"),
+    "profile": ("trace.json", "kernels.md", "memory_snapshot.pickle", "*.csv", "*.json"),
+    "errors": ("rank-*.txt", "killed-*.txt"),
+    "ranks": ("[0-9]*",),
+    ".hydra": ("config.yaml", "hydra.yaml", "overrides.yaml"),
+}
+"""What a run writes, besides job.json: names in the folder, and in its subfolders, any of which may be a link."""
 _NODES = "nodes"  # a folder each for the jobs of further nodes, which may come first
 
 
@@ -102,14 +112,28 @@ def ensure_no_new_run(run_dir: Path, job: JobSpec) -> None:
 
 
 def _remove_previous_run(run_dir: Path) -> None:
-    """Take away what an earlier run of this program has left, which may be overwritten."""
+    """Delete what an earlier run of this program has left, by name: whatever else is there stays.
+
+    Raises:
+        InputError: if something cannot be deleted; a new run would take it for its own.
+    """
     if not (run_dir / jobs.JOB_FILE).is_file():
         return
-    for name in _FILES:
-        if (run_dir / name).exists():
-            (run_dir / name).unlink()
-    for name in _FOLDERS:
-        shutil.rmtree(str(run_dir / name), ignore_errors=True)
+    try:
+        for name in _FILES:
+            if (run_dir / name).exists():
+                (run_dir / name).unlink()
+        for name, patterns in _FOLDERS.items():
+            folder = run_dir / name
+            for path in [path for pattern in patterns for path in folder.glob(pattern)]:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(str(path))
+                elif path.is_symlink() or path.exists():
+                    path.unlink()
+            if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+                folder.rmdir()
+    except OSError as error:
+        raise InputError(f"run.overwrite=true: an earlier run cannot be deleted ({error})") from error
 
 
 def hydra_files(config: str, hydra: str, overrides: List[str]) -> Dict[str, str]:
