@@ -159,8 +159,8 @@ class Supervisor(StopSignals):
             return
         if event.kind == "exit":
             process = self._alive.pop(event.rank)
-            kill_session(process.pid)  # its loaders, should it have been killed
             if event.status != 0:
+                kill_session(process.pid)  # its loaders, should it have been killed
                 self._on_failure(event)
         elif event.kind == "signal":
             if self._cause is None:
