@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, List, Optional, Tuple
+from typing import Any, Callable, Iterator, List, Optional, Tuple
 
 import psutil
 import pytest
@@ -15,7 +15,7 @@ from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError, RunError
 from lit_glm.launch import supervisor as supervisors
 from lit_glm.launch.nodes import Node
-from lit_glm.launch.signals import Interrupted
+from lit_glm.launch.signals import STOP_SIGNALS, Interrupted
 from lit_glm.launch.supervisor import Supervisor
 from lit_glm.runs.job_spec import JobSpec
 
@@ -89,8 +89,13 @@ def run(folder: Path, *fates: str, when: Optional[Callable[[Path], Any]] = None,
 
 
 @pytest.fixture(autouse=True)
-def _no_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PYTHONPATH", raising=False)  # the user's would come before the ranks'
+def _surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No PYTHONPATH of the user's, which would come before the ranks'; a signal that comes late ends no test process."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    before = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def send(*numbers: int, pause_s: float = 0.0) -> Callable[[Path], None]:
