@@ -90,7 +90,7 @@ def run(folder: Path, *fates: str, when: Optional[Callable[[Path], Any]] = None,
 
 @pytest.fixture(autouse=True)
 def _surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No PYTHONPATH of the user's, which would come before the ranks'; a signal that comes late ends no test process."""
+    """No PYTHONPATH of the user's, which would come before the ranks'; a signal that comes late ends no test."""
     monkeypatch.delenv("PYTHONPATH", raising=False)
     before = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
     yield
