@@ -41,7 +41,8 @@ def refuses(): ready(); note(InputError("no such file")); sys.exit(2)
 def is_killed():
     signal.signal(signal.SIGTERM, signal.SIG_IGN); ready(); time.sleep(0.3); os.kill(os.getpid(), signal.SIGKILL)
 def loses_its_peer():
-    ready(); time.sleep(0.2)
+    ready()
+    while not (folder / "ready-1").exists(): time.sleep(0.02)
     note(RuntimeError("Connection closed by peer")); sys.exit(1)
 def has_a_child():
     import subprocess
