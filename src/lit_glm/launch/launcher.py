@@ -38,7 +38,7 @@ def run_job(job: JobSpec, run_dir: Path, composed: Dict[str, str], in_process: b
         Its result.
 
     Raises:
-        InputError, RunError, Interrupted: how it ended otherwise; result.json says so too.
+        InputError, RunError, Interrupted: how it ended otherwise; result.json holds the same.
     """
     topology = job.config.topology
     check_node_count(topology)
@@ -133,7 +133,7 @@ def _run_secondary_node(job: JobSpec, node: Node, run_dir: Path, supervisor: Sup
 
 
 def exit_interrupted(run_dir: Path) -> Callable[[int, str], None]:
-    """What ends this process when a run in it does not stop in time."""
+    """Return the function that exits this process when its run does not stop in time."""
 
     def end(number: int, reason: str) -> None:
         remove_partial(run_dir)
@@ -151,9 +151,9 @@ def _run_in_process(job: JobSpec, run_dir: Path, stop: StopRequest) -> None:
         from lit_glm.launch.rank_runner import run_rank
 
     def end_all(where: List[str]) -> None:
-        said = stall_message(job.config, run_dir, where)
-        mark_failed(run_dir, said)
-        print(f"lit_glm: {said}", file=sys.stderr, flush=True)
+        message = stall_message(job.config, run_dir, where)
+        mark_failed(run_dir, message)
+        print(f"lit_glm: {message}", file=sys.stderr, flush=True)
         kill_children()
         os._exit(1)
 

@@ -62,7 +62,7 @@ def process_group(config: TrainConfig) -> Iterator[Optional[PeerMonitor]]:
     store: Any = None if external else _meet(config)
     place: Any = {} if external else {"store": store, "rank": int(os.environ["RANK"]), "world_size": found}
     torch.distributed.init_process_group(runtime.backend, timeout=timeout, **place)
-    if config.topology.num_nodes == 1 and not external:  # its supervisor sees to that
+    if config.topology.num_nodes == 1 and not external:  # its supervisor watches all ranks
         yield None
         return
     from lit_glm.hardware import object_collectives

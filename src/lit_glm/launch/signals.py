@@ -29,14 +29,14 @@ _Self = TypeVar("_Self", bound="StopSignals")
 
 
 class StopSignals:
-    """Takes the signals that stop while it is entered (in the main thread; elsewhere it receives none).
+    """Context manager that handles the stop signals (in the main thread; elsewhere it receives none).
 
-    A handler of somebody else's for SIGUSR1 or SIGUSR2, such as submitit's, is called when this is left.
+    An earlier handler for SIGUSR1 or SIGUSR2, such as submitit's, is called on exit.
     """
 
     def __init__(self) -> None:
         self.received: Optional[int] = None
-        """The first of them."""
+        """The first signal."""
         self._previous: Dict[int, Any] = {}
 
     def __enter__(self: _Self) -> _Self:
@@ -54,7 +54,7 @@ class StopSignals:
         earlier = self._previous.get(self.received or 0)
         outer = getattr(earlier, "__self__", None)
         if isinstance(outer, StopSignals):
-            outer.received = outer.received or self.received  # it has been dealt with here
+            outer.received = outer.received or self.received  # it has been handled here
         elif self.received in (signal.SIGUSR1, signal.SIGUSR2) and callable(earlier):
             earlier(self.received, None)
 
@@ -68,7 +68,7 @@ class StopSignals:
 
 
 class RaisingStopSignals(StopSignals):
-    """A signal raises `Interrupted` at once: where there is no run yet, or no longer."""
+    """Raises `Interrupted` on a signal: before a run begins, and between the jobs of a sweep."""
 
     def on_signal(self, number: int) -> None:
         """Raise."""
@@ -76,7 +76,7 @@ class RaisingStopSignals(StopSignals):
 
 
 def ignore_stop_signals() -> None:
-    """Ignore them while the interpreter ends: how the process ended has been decided and said."""
+    """Ignore the stop signals while the interpreter exits: the exit status has been decided."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -84,8 +84,8 @@ def ignore_stop_signals() -> None:
 class StopRequest(StopSignals):
     """Stops the work of one rank: after its step if it trains, at once if there is nothing to save yet.
 
-    A thread hears of a signal too, through the interpreter's wake-up descriptor, also while the main thread is inside a
-    library. It ends the process when the time for an orderly end is over, or at a second Ctrl-C.
+    A thread receives the signal too, through the interpreter's wake-up descriptor, also while the main thread is inside
+    a library. It ends the process when the time for an orderly end is over, or at a second Ctrl-C.
     """
 
     def __init__(self, limit_s: float, give_up: Callable[[int, str], None]) -> None:
@@ -128,7 +128,7 @@ class StopRequest(StopSignals):
         if self.module is not None:
             self.module.stop_requested = True
         elif self._interruptible:
-            self._interruptible = False  # once: what is done on the way out is not disturbed
+            self._interruptible = False  # only once, so that cleanup is not interrupted
             raise Interrupted(number)
 
     def __enter__(self) -> "StopRequest":

@@ -78,7 +78,7 @@ class Supervisor(StopSignals):
         self._killed = False
 
     def on_signal(self, number: int) -> None:
-        """Note it; a handler that did more could interrupt anything."""
+        """Queue the signal: a handler that raised could interrupt any statement."""
         self._events.put(Event("signal", status=number))
 
     def run(
@@ -160,7 +160,7 @@ class Supervisor(StopSignals):
         if event.kind == "exit":
             process = self._alive.pop(event.rank)
             if event.status != 0:
-                kill_session(process.pid)  # its loaders, should it have been killed
+                kill_session(process.pid)  # data loader workers that a killed rank has left
                 self._on_failure(event)
         elif event.kind == "signal":
             if self._cause is None:
@@ -171,14 +171,16 @@ class Supervisor(StopSignals):
             self._stop(event, _STALL_GRACE_S)
 
     def _on_failure(self, event: Event) -> None:
-        by_other = event.status < 0 and not self._killed and not (self.state == "stopping" and -event.status == 15)
-        if by_other:
+        killed_by_other = (
+            event.status < 0 and not self._killed and not (self.state == "stopping" and -event.status == signal.SIGTERM)
+        )
+        if killed_by_other:
             report_killed_rank(self._spec_dir, event.rank, -event.status)
         if self._cause is None:
             stopped = event.status in INTERRUPTED_STATUSES or -event.status in STOP_SIGNALS
             self._stop(event, self._job.config.run.shutdown_timeout_s if stopped else _FAILURE_GRACE_S)
-        elif by_other and self._cause.kind == "exit" and self._cause.status == 1:
-            self._cause = event  # the error seen before was a peer's that lost this rank
+        elif killed_by_other and self._cause.kind == "exit" and self._cause.status == 1:
+            self._cause = event  # the earlier error is that of a peer that lost its connection to this rank
 
     def _stop(self, cause: Event, grace_s: float) -> None:
         self._cause, self.state = cause, "stopping"
@@ -207,7 +209,7 @@ class Supervisor(StopSignals):
             _send_signal(process, signal.SIGKILL)
 
     def _raise_for_cause(self, out_of_memory: bool) -> None:
-        """Turn the cause of the end into the error that it stands for; none for a success."""
+        """Raise the error that corresponds to the cause; return after a success."""
         cause = self._cause
         if cause is None:
             return
@@ -224,15 +226,15 @@ class Supervisor(StopSignals):
         reason = root_cause(self._spec_dir)
         if cause.status == InputError.exit_status:
             raise InputError(reason or f"rank {cause.rank} refused the job")
-        said = f"rank {cause.rank} failed, its error stands above ({self._run_dir})"
+        message = f"rank {cause.rank} failed, see its error above ({self._run_dir})"
         if out_of_memory and (reason is None or "was killed" in reason):
-            said = f"{said}; out of memory: the machine had none left, and the kernel has killed a process"
+            message = f"{message}; out of memory: the machine had none left, and the kernel has killed a process"
             reason = "out of memory"
-        raise RunError(said, summary=reason or said)
+        raise RunError(message, summary=reason or message)
 
 
 def _send_signal(process: "subprocess.Popen[bytes]", number: int) -> None:
-    """Send a signal to a process that its own thread may have seen end meanwhile."""
+    """Send a signal to a process, which may have exited meanwhile."""
     try:
         process.send_signal(number)
     except ProcessLookupError:
@@ -240,7 +242,7 @@ def _send_signal(process: "subprocess.Popen[bytes]", number: int) -> None:
 
 
 def job_free_env() -> Dict[str, str]:
-    """The environment without what another job has left in it."""
+    """Return the environment without the variables of another job."""
     return {name: value for name, value in os.environ.items() if name not in _JOB_VARIABLES}
 
 
@@ -266,7 +268,7 @@ def _job_env(job: JobSpec, node: Node) -> Dict[str, str]:
 
 
 def _print_rendezvous(job: JobSpec, node: Node) -> None:
-    """Whom this node waits for, and where."""
+    """Print which nodes this one waits for, and at which address."""
     nodes, limit = job.config.topology.num_nodes, f"up to {job.config.run.rendezvous_timeout_s:g} s"
     if nodes == node.num_nodes_here:
         return
@@ -276,6 +278,6 @@ def _print_rendezvous(job: JobSpec, node: Node) -> None:
 
 
 def run_ranks(job: JobSpec, node: Node, folder: Path, module: str, margin_s: float) -> None:
-    """Run ranks that keep no run folder: of `doctor` and `verify`."""
+    """Run the ranks of `doctor` and `verify`, which have no run folder."""
     with Supervisor() as supervisor:
         supervisor.run(job, node, folder, folder, module=module, margin_s=margin_s)

@@ -1,6 +1,6 @@
 """A rank's entry: `python -m lit_glm.launch.worker SPEC_DIR RUN_DIR`.
 
-SPEC_DIR holds job.json and this node's signs of life; on the first node it is the run folder.
+SPEC_DIR holds job.json and this node's heartbeats; on the first node it is the run folder.
 """
 
 import os
@@ -20,11 +20,11 @@ from lit_glm.process_utils import exit_now, kill_children
 from lit_glm.runs.error_files import error_reason, write_error_file
 from lit_glm.runs.job_spec import JobSpec
 
-_FIRST_RANK_SPEAKS_S = 6.0
+_FIRST_RANK_REPORTS_S = 6.0
 
 
 def main(spec_dir: Path, run_dir: Path) -> int:
-    """Do this rank's part; errors become messages and exit statuses."""
+    """Run this rank; turn errors into messages and an exit status."""
     ignore_broken_pipe()
     job = JobSpec.read(spec_dir)
     rank = int(os.environ["RANK"])
@@ -44,18 +44,18 @@ def main(spec_dir: Path, run_dir: Path) -> int:
 
 
 def exit_rank(number: int, reason: str) -> None:
-    """End a rank that has not stopped in time after a signal; its supervisor says how the job ended."""
+    """End a rank that has not stopped in time after a signal; its supervisor reports how the job ended."""
     print(f"lit_glm: rank {os.environ['RANK']} {reason}", file=sys.stderr, flush=True)
     kill_children()
     os._exit(128 + number)
 
 
 def run_and_report_errors(work: Callable[[], None], notes: Callable[[], Path], stop: StopSignals) -> int:
-    """Do a rank's work; what goes wrong is said by this rank, once, and noted.
+    """Run a rank; print an error once and write it to the error file.
 
     Args:
-        work: the work.
-        notes: folder that the note goes to, once that is known.
+        work: what the rank runs.
+        notes: returns the folder of the error file, which may not be known before.
         stop: of this process.
 
     Returns:
@@ -72,7 +72,9 @@ def run_and_report_errors(work: Callable[[], None], notes: Callable[[], Path], s
         if isinstance(error, InputError) and not external:
             return error.exit_status  # the supervisor reads it from the file
         if isinstance(error, (InputError, RendezvousError)) and os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(_FIRST_RANK_SPEAKS_S)  # the same for all ranks here: the first says it, its end ends all
+            time.sleep(
+                _FIRST_RANK_REPORTS_S
+            )  # all ranks of this node have the same error: the first prints it, its exit ends the others
         print(f"lit_glm: rank {rank}: {error}", file=sys.stderr, flush=True)
         return error.exit_status
     except BaseException as error:

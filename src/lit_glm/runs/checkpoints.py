@@ -104,14 +104,14 @@ def list_checkpoints(run_dir: Path) -> List[Tuple[int, Path]]:
 
 
 def resume_hint(run_dir: Path) -> str:
-    """What a run that was stopped can go on from, for people."""
+    """Return which checkpoint an interrupted run can be resumed from, for messages."""
     found = list_checkpoints(run_dir)
     after = f"after step {found[0][0]}" if found else "from the start (no checkpoint was saved)"
     return f"resume {after} with run.resume={run_dir}"
 
 
 def remove_partial(run_dir: Path) -> None:
-    """Delete what is left of checkpoints that were being written when their rank was killed."""
+    """Delete partial checkpoint files of ranks that were killed while they saved."""
     for part in (run_dir / "checkpoints").glob(".step-*.part"):
         try:
             part.unlink()

@@ -92,7 +92,7 @@ def mark_failed(run_dir: Path, reason: str) -> None:
 
 
 def mark_interrupted(run_dir: Path) -> None:
-    """Say in the result that the run was interrupted, unless that already says how it ended."""
+    """Set the status to interrupted, unless the result already has a final status."""
     if (read_result(run_dir) or {}).get("status") == "running":
         update_result(run_dir, status="interrupted")
 
