@@ -72,9 +72,8 @@ def run_and_report_errors(work: Callable[[], None], notes: Callable[[], Path], s
         if isinstance(error, InputError) and not external:
             return error.exit_status  # the supervisor reads it from the file
         if isinstance(error, (InputError, RendezvousError)) and os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(
-                _FIRST_RANK_REPORTS_S
-            )  # all ranks of this node have the same error: the first prints it, its exit ends the others
+            # All ranks of this node have the same error: the first prints it, and its exit ends the others.
+            time.sleep(_FIRST_RANK_REPORTS_S)
         print(f"lit_glm: rank {rank}: {error}", file=sys.stderr, flush=True)
         return error.exit_status
     except BaseException as error:
