@@ -83,7 +83,8 @@ def main(revision: str = "HEAD") -> int:
             found |= {"tests/configs", "tests/parity"}
         if file.startswith(("docs/", "README")):
             found.add("tests/documents")
-    print("\n".join(sorted(entry for entry in found if (ROOT / entry).exists())))
+    for entry in sorted(entry for entry in found if (ROOT / entry).exists()):
+        print(entry)
     return 0
 
 
