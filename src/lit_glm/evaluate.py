@@ -64,7 +64,9 @@ def score_predictions(
 
 
 def inherit_run_config(config: TrainConfig, given: List[str]) -> TrainConfig:
-    """Take model and data of the run whose checkpoint is to be scored; what is given on the command line wins.
+    """Take model, data and device of the run whose checkpoint is to be scored; the command line wins.
+
+    Where the run's device is not present the command line's is used, with a message.
 
     Args:
         config: of the command line.
@@ -72,6 +74,7 @@ def inherit_run_config(config: TrainConfig, given: List[str]) -> TrainConfig:
     """
     from dataclasses import fields, replace
 
+    from lit_glm.hardware.env import set_hardware_env
     from lit_glm.runs.job_spec import JOB_FILE, JobSpec
 
     path = Path(config.model.init_checkpoint or "")
@@ -79,12 +82,25 @@ def inherit_run_config(config: TrainConfig, given: List[str]) -> TrainConfig:
     if not (run_dir / JOB_FILE).is_file():
         return config
     run: Any = JobSpec.read(run_dir).config
-    for group in ("model", "data"):
+    for group in ("model", "data", "hardware"):
         if group in given:
             continue
         own = {field.name for field in fields(getattr(config, group)) if f"{group}.{field.name}" in given}
+        if group == "hardware" and own:  # keys of a device are for that device
+            continue
         changes = {name: getattr(getattr(config, group), name) for name in own}
-        setattr(config, group, replace(getattr(run, group), **changes))
+        inherited = replace(getattr(run, group), **changes)
+        if group == "hardware":
+            set_hardware_env(inherited)  # before anything imports torch
+            from lit_glm.hardware.runtimes.selection import check_runtime_available
+
+            try:
+                check_runtime_available(inherited, config.topology)
+            except InputError as error:
+                reason = str(error).splitlines()[0]
+                print(f"lit_glm: not scored on the run's device: {reason}", file=sys.stderr)
+                continue
+        setattr(config, group, inherited)
     return config
 
 
@@ -95,8 +111,6 @@ def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
     from lit_glm.config.command_line import CommandLine
     from lit_glm.hardware.env import set_hardware_env
 
-    for line in set_hardware_env(config.hardware):  # before anything imports torch
-        print(f"lit_glm: {line}", file=sys.stderr)
     if config.topology.world_size > 1:
         raise InputError(f"topology={config.topology.name}: evaluate runs on one device; leave topology out")
     if config.model.init_checkpoint is None:
@@ -105,7 +119,10 @@ def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
     out = Path(hydra.run.dir)
     _check_not_foreign(out)
     given = [override.key_or_group for override in CommandLine(list(hydra.overrides.task)).parse()]
-    accuracy, chosen, runtime = _score_checkpoint(inherit_run_config(config, given))
+    config = inherit_run_config(config, given)
+    for line in set_hardware_env(config.hardware):
+        print(f"lit_glm: {line}", file=sys.stderr)
+    accuracy, chosen, runtime = _score_checkpoint(config)
     names = read_example_metadata(Path(config.data.eval_file), len(chosen))
     report: Dict[str, Any] = {"acc": accuracy, "em": None, "f1": None, "num_examples": len(chosen)}
     predictions = [{"idx": example, "label": candidate} for example, candidate in chosen]

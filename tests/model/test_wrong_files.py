@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import io
+import json
 import tarfile
 from pathlib import Path
 from typing import Any, Callable
@@ -74,6 +75,27 @@ def test_a_run_folder_is_evaluated_as_it_was_trained(
     (tmp_path / "mine" / "predictions.jsonl").write_text("dear")
     assert lit_glm_here("evaluate", "model.init_checkpoint=run", "hydra.run.dir=mine") == 2
     assert (tmp_path / "mine" / "predictions.jsonl").read_text() == "dear"
+
+
+def test_a_run_is_evaluated_on_its_own_device_where_that_is_present(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    simulated = ["hardware=r300", "hardware.runtime=simulated"]
+    assert lit_glm_here("train", "experiment=debug", *simulated, "run.max_steps=2", "hydra.run.dir=run") == 0
+    assert lit_glm_here("evaluate", "run", "hydra.run.dir=same") == 0
+    told = json.loads(Path("same/evaluation.json").read_text())
+    assert (told["hardware"], told["simulated"]) == ("r300", True)
+    assert lit_glm_here("evaluate", "run", "hardware=cpu", "hydra.run.dir=chosen") == 0
+    job = json.loads(Path("run/job.json").read_text())
+    job["config"]["hardware"]["runtime"] = "auto"
+    Path("run/job.json").write_text(json.dumps(job))
+    capfd.readouterr()
+    assert lit_glm_here("evaluate", "run", "hydra.run.dir=other") == 0
+    assert "not scored on the run's device: hardware=r300" in capfd.readouterr().err
+    for folder in ("chosen", "other"):
+        told = json.loads(Path(folder, "evaluation.json").read_text())
+        assert (told["hardware"], told["simulated"]) == ("cpu", False)
 
 
 def test_the_golden_checkpoint_is_one() -> None:

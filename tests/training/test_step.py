@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from pathlib import Path
 from typing import Any, List
 
@@ -51,6 +52,40 @@ def test_accumulation_updates_every_nth_step(tmp_path: Path) -> None:
     assert rates[0] == rates[1] == 0.0
     assert rates[2] == rates[3] > 0
     assert rates[4] == rates[5] != rates[2]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("stop_after", [4, 5])
+def test_gradients_that_wait_for_an_update_survive_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, stop_after: int
+) -> None:
+    """Windows of two: the loss of step 4, the last of its window, is not finite; step 5 opens the next window."""
+    how = ["optimizer.gradient_accumulation_steps=2", "run.max_steps=8", "bs=2", f"precision={precision}"]
+    how += ["run.evaluate=false", "run.checkpoint_interval_steps=100", "optimizer.lr_decay_iters=100"]
+    calls: List[int] = []
+    real, stops = module_file.candidate_loss, [0]
+
+    def loss_of_step(table: Any) -> Any:
+        calls.append(1)
+        if len(calls) == stops[0]:
+            signal.raise_signal(signal.SIGTERM)
+        return real(table) * (float("nan") if len(calls) == 4 else 1.0)
+
+    monkeypatch.setattr(module_file, "candidate_loss", loss_of_step)
+    unbroken = tmp_path / "unbroken"
+    assert lit_glm_here("train", *GOLDEN_RUN, *how, f"hydra.run.dir={unbroken}") == 0
+    calls.clear()
+    stops[0] = stop_after
+    folder = tmp_path / "run"
+    assert lit_glm_here("train", *GOLDEN_RUN, *how, f"hydra.run.dir={folder}") == 128 + signal.SIGTERM
+    assert [int(row["step"]) for row in rows(folder / "steps.csv")][-1] == stop_after
+    assert lit_glm_here("train", *GOLDEN_RUN, *how, f"run.resume={folder}") == 0
+    columns = ("step", "loss", "lr", "grad_norm", "loss_scale")
+    told = [[[row[name] for name in columns] for row in rows(place / "steps.csv")] for place in (unbroken, folder)]
+    assert told[0] == told[1]
+    # As published: the gradient of step 3 is part of the update after step 6.
+    assert told[0][3][2] == ""
+    assert told[0][5][2] != ""
 
 
 def test_parameter_groups_are_the_published_ones() -> None:

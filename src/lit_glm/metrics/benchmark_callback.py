@@ -180,9 +180,7 @@ class BenchmarkCallback(pl.Callback):
     def _after_step(self, trainer: pl.Trainer, module: RecordModule, times: Optional[StepTimes]) -> None:
         """Evaluate, stop and save where that is due; `times` of the step, None if it was done in an earlier process."""
         config, step = self.config, module.steps_done
-        # Gradients of a window that is not full are in no checkpoint: neither save nor stop there.
-        whole = step % config.optimizer.gradient_accumulation_steps == 0
-        stop = bool(module.pending_metrics and module.pending_metrics.stop_requested) and whole
+        stop = bool(module.pending_metrics and module.pending_metrics.stop_requested)
         limit = has_reached_limit(step, config.global_batch, config.run)
         due = config.run.evaluate and (is_evaluation_due(step, config.global_batch, config.run) or limit)
         evaluated = None
@@ -201,7 +199,7 @@ class BenchmarkCallback(pl.Callback):
             trainer.should_stop = True
             self.interrupted = stop and not ends
         every = config.run.checkpoint_interval_steps
-        due_to_save = every is not None and ((step % every == 0 and whole) or stop or ends)
+        due_to_save = every is not None and (step % every == 0 or stop or ends)
         if times is not None and due_to_save and self._saved_step < step:
             self._saved_step = step
             self.current_activity = f"saving step {step}"

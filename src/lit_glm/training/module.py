@@ -74,6 +74,7 @@ class RecordModule(pl.LightningModule):
         self.pending_metrics: Optional[PendingStepMetrics] = None
         self.config_hash = ""
         """Of the configuration, so that a checkpoint is not taken for another run's."""
+        self._restored_gradients: Optional[List[Optional[Tensor]]] = None
 
     def forward(self, batch: Union[PackedBatch, PaddedBatch]) -> Tensor:
         """[B, C] scores; slots without a candidate hold the mask value of training or evaluation."""
@@ -89,6 +90,7 @@ class RecordModule(pl.LightningModule):
         optimizer: Any = self.optimizers()
         schedule: Any = self.lr_schedulers()
         precision: Any = self.trainer.precision_plugin
+        self._restore_gradients(optimizer)
 
         accumulate = self._config.optimizer.gradient_accumulation_steps
         loss = candidate_loss(self(batch))
@@ -99,7 +101,8 @@ class RecordModule(pl.LightningModule):
         scale = scaled.loss_scale if scaled is not None else None
         # Whoever reads a value waits for the device. With one micro-batch an update, the backward pass is asked for
         # before the loss is looked at, so that the device has work meanwhile; gradients of a loss that is not finite
-        # are thrown away. With several, they would spoil those of the micro-batches before.
+        # are thrown away. With several, they would spoil those of the micro-batches before, which stay: as published,
+        # those of a window whose last loss is not finite are part of the next update.
         early = read() if accumulate > 1 else None
         if early is None or math.isfinite(early[0]):
             self.manual_backward(loss if accumulate == 1 else loss / accumulate)
@@ -149,14 +152,24 @@ class RecordModule(pl.LightningModule):
         scheduler.step()
 
     def on_save_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
-        """Save the counters beside weights, optimizer and schedule."""
+        """Save the counters, and the gradients that wait for an update, beside weights, optimizer and schedule."""
+        gradients = [parameter.grad for parameter in self._optimizer_parameters(self.optimizers())]
         checkpoint["lit_glm"] = {
             "steps_done": self.steps_done,
             "steps_skipped": self.steps_skipped,
             "config_hash": self.config_hash,
+            "gradients": None if all(gradient is None for gradient in gradients) else gradients,
         }
 
     def on_load_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
-        """Restore the counters."""
+        """Restore the counters; gradients are restored in the next step, when the optimizer has its parameters."""
         self.steps_done = checkpoint["lit_glm"]["steps_done"]
         self.steps_skipped = checkpoint["lit_glm"]["steps_skipped"]
+        self._restored_gradients = checkpoint["lit_glm"].get("gradients")
+
+    def _restore_gradients(self, optimizer: Any) -> None:
+        if self._restored_gradients is None:
+            return
+        for parameter, gradient in zip(self._optimizer_parameters(optimizer), self._restored_gradients):
+            parameter.grad = None if gradient is None else gradient.to(parameter)
+        self._restored_gradients = None
