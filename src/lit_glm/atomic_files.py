@@ -13,27 +13,45 @@ from typing import Any, Dict, Iterator
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary name to write to; what was written there gets the real one in one step, or is gone after an error."""
+def atomic_write(path: Path, durable: bool = False) -> Iterator[Path]:
+    """A temporary name to write to; what was written there gets the real one in one step, or is gone after an error.
+
+    Args:
+        path: the real name.
+        durable: flush the file and its name to the disk, so that both survive a loss of power.
+    """
     # A name of its own for each writer: two ranks that share one would read each other's half.
     temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}-{threading.get_ident()}.part")
     try:
         yield temporary
+        if durable:
+            flush_to_disk(temporary)
         os.replace(temporary, path)
+        if durable:
+            flush_to_disk(path.parent)
     finally:
         if temporary.exists():
             temporary.unlink()
 
 
-def write_text(path: Path, text: str) -> None:
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk."""
+    descriptor = os.open(str(path), os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str, durable: bool = False) -> None:
     """Write a file that is at any moment either the old one or the new one."""
-    with atomic_write(path) as temporary:
+    with atomic_write(path, durable) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, content: Dict[str, Any]) -> None:
+def write_json(path: Path, content: Dict[str, Any], durable: bool = False) -> None:
     """As `write_text`."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n", durable)
 
 
 def try_lock(descriptor: int) -> bool:

@@ -13,9 +13,9 @@ from lit_glm.config.schema import TrainConfig, iter_leaves
 from lit_glm.errors import InputError
 from lit_glm.hardware.runtimes.selection import import_runtime_class
 from lit_glm.plan import PlanConfig
+from lit_glm.runs.environment import read_environment
 from lit_glm.runs.job_spec import JobSpec
 from lit_glm.runs.result import read_result
-from lit_glm.runs.run_folder import read_environment
 
 OLD_RUN = Path(__file__).parent.parent / "cases" / "run_0_1_0"
 """A run folder that lit_glm 0.1.0 has written (fp16, interrupted); of its checkpoint only the weights are kept."""

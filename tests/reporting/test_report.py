@@ -277,3 +277,17 @@ def test_published_rows_are_those_of_the_notes() -> None:
     assert (ours["acc"], ours["mem_actual_gib"], ours["mem_total_gib"]) == (0.8031, 31.7, 32.0)
     assert all(row["source"] for row in rows.values())
     assert json.dumps(load_published_rows())
+
+
+def test_runs_of_unequal_machines_are_rows_of_their_own(tmp_path: Path, capfd: Any) -> None:
+    make_run(tmp_path / "a", PUBLISHED, environment={"cpu": "EPYC", "cores": 64})
+    make_run(tmp_path / "b", PUBLISHED, environment={"cpu": "Xeon", "cores": 64}, p_core=160.0)
+    make_run(tmp_path / "c", PUBLISHED, environment={"cpu": "EPYC", "cores": 64})
+    _, text, _ = report(capfd, tmp_path)
+    assert [row[0].split(" (")[1].split(", e")[0] for row in performance(text)] == [
+        "#1, cpu: EPYC, 2 runs)",
+        "#2, cpu: Xeon)",
+    ]
+    status, text, _ = report(capfd, tmp_path, "--check")
+    assert status == 1
+    assert "measured on another machine or other software than another row of this name (cpu: Xeon)" in text

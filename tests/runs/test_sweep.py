@@ -11,6 +11,7 @@ import pytest
 
 from conftest import command, lit_glm, lit_glm_here, rows
 from runs.test_runs import _nothing_left
+from runs_folder.test_lost_files import edit_environment
 
 SWEEP = ["-m", "experiment=debug", "run.max_steps=3", "hydra.sweep.dir=sweep", "logger={}"]
 
@@ -156,3 +157,18 @@ def test_a_search_by_optuna(tmp_path: Path) -> None:
     best = (tmp_path / "sweep" / "optimization_results.yaml").read_text()
     results = [json.loads(path.read_text())["acc"] for path in (tmp_path / "sweep").glob("*/result.json")]
     assert f"best_value: {max(results)}" in best
+
+
+def test_a_sweep_does_not_take_results_of_another_machine(tmp_path: Path) -> None:
+    sweep = [*SWEEP, "bs=2,4"]
+    assert lit_glm("train", *sweep, cwd=tmp_path).returncode == 0
+    edit_environment(tmp_path / "sweep" / "1", packages={"torch": "1.0"})
+    before = (tmp_path / "sweep" / "1" / "result.json").read_bytes()
+    for _ in range(2):  # measured anew once, in a folder beside it
+        again = lit_glm("train", *sweep, cwd=tmp_path)
+        assert again.returncode == 0, again.stderr
+        assert "sweep/1 is not reused: it was measured on another machine (torch 1.0, here " in again.stdout
+        assert "sweep/1-" in (tmp_path / "sweep" / "sweep.csv").read_text()
+    assert (tmp_path / "sweep" / "1" / "result.json").read_bytes() == before
+    folders = sorted(path.name[:2] for path in (tmp_path / "sweep").iterdir() if path.is_dir())
+    assert folders == ["0", "1", "1-", "jo"]

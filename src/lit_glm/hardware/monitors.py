@@ -204,6 +204,28 @@ def nvml_readings() -> List[DeviceReading]:
     return found
 
 
+def nvml_device_names() -> Dict[int, str]:
+    """Name of each NVIDIA card; empty without the package nvidia-ml-py or a driver."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        names = {
+            index: pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(index))
+            for index in range(pynvml.nvmlDeviceGetCount())
+        }
+    except Exception:  # as above
+        return {}
+    return {index: name.decode() if isinstance(name, bytes) else str(name) for index, name in names.items()}
+
+
+def nvidia_driver_version() -> Optional[str]:
+    """Version of the NVIDIA driver by nvidia-smi; None where that prints anything else, such as an error."""
+    text = command_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    first = text.splitlines()[0].strip() if text else ""
+    return first if re.fullmatch(r"\d+(\.\d+)+", first) else None
+
+
 def nvml_processes(index: int, visible: str) -> Optional[int]:
     """Processes that compute on a visible NVIDIA card; None without the package nvidia-ml-py or a driver."""
     card = physical_device_index(index, visible)
@@ -214,6 +236,15 @@ def nvml_processes(index: int, visible: str) -> Optional[int]:
         return len(pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(card)))
     except Exception:  # as above
         return None
+
+
+def cpu_name() -> str:
+    """Model name of the processor as the kernel reports it; "" where it does not."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return ""
 
 
 class CPUMonitor:
@@ -264,12 +295,15 @@ class Monitor:
     read: Callable[[], List[DeviceReading]]
     visible_devices_variable: str = ""
     """The variable that says which cards a process sees; "": all that there are belong to the job."""
+    device_names: Callable[[], Dict[int, str]] = dict
+    """Names of the machine's cards by their index."""
+    driver_version: Callable[[], Optional[str]] = lambda: None
 
 
 MONITORS: Dict[str, Monitor] = {
-    "xmlir": Monitor(xpu_readings, "XPU_VISIBLE_DEVICES"),
-    "xpytorch": Monitor(xpu_readings, "CUDA_VISIBLE_DEVICES"),
-    "cuda": Monitor(nvml_readings, "CUDA_VISIBLE_DEVICES"),
+    "xmlir": Monitor(xpu_readings, "XPU_VISIBLE_DEVICES", xpu_device_names, xpu_driver_version),
+    "xpytorch": Monitor(xpu_readings, "CUDA_VISIBLE_DEVICES", xpu_device_names, xpu_driver_version),
+    "cuda": Monitor(nvml_readings, "CUDA_VISIBLE_DEVICES", nvml_device_names, nvidia_driver_version),
     "cpu": Monitor(CPUMonitor().readings),
 }
 """By the runtime's name."""

@@ -12,7 +12,6 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.environments import LightningEnvironment
 
-from lit_glm.atomic_files import write_json
 from lit_glm.compat import keep_own_signals
 from lit_glm.config.hydra_main import CONF_DIR
 from lit_glm.config.schema import TrainConfig
@@ -37,8 +36,8 @@ from lit_glm.model.build import build_glm
 from lit_glm.openmp import choose_num_threads
 from lit_glm.process_utils import check_open_files_limit
 from lit_glm.runs import checkpoints, verifications
+from lit_glm.runs.environment import environment_changes, read_environment, write_environment
 from lit_glm.runs.job_spec import JobSpec, config_hash
-from lit_glm.runs.run_folder import ENVIRONMENT_FILE, read_environment
 from lit_glm.runs.run_writer import RunWriter
 from lit_glm.training.checkpoint_io import AtomicCheckpointIO
 from lit_glm.training.module import RecordModule
@@ -178,7 +177,10 @@ def _announce_run(place: RankContext, runtime: Runtime) -> None:
     runtime.attach_memory_monitor(place.local_rank, device_monitor.readings_file(place.run_dir, node))
     if place.rank > 0:
         return
-    write_json(place.run_dir / ENVIRONMENT_FILE, describe_system(config, runtime, place.job.command))
+    write_environment(place.run_dir, describe_system(config, runtime, place.job.command), place.job.is_resume)
+    changes = environment_changes(read_environment(place.run_dir))
+    if changes:
+        place.print_once(f"not all parts of this run were measured on the same machine: {'; '.join(changes)}")
     what = "SIMULATED, no figure of the chip: " if runtime.simulated else ""
     precision = config.precision.name
     if precision == "fp32" and runtime.has_tf32:

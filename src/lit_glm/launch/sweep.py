@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
@@ -25,6 +26,7 @@ from lit_glm.config.schema import TrainConfig
 from lit_glm.config.validators import OBJECTIVE_METRICS
 from lit_glm.errors import InputError, RunError
 from lit_glm.runs import discovery
+from lit_glm.runs.environment import environment_differences, local_environment, read_environment
 from lit_glm.runs.job_spec import JOB_FILE, JobSpec, config_hash, ensure_same_config
 from lit_glm.runs.lock import is_running, lock_directory
 from lit_glm.runs.result import (
@@ -193,7 +195,7 @@ def run_sweep_job(
         earlier = _find_earlier_run(config, run_dir)
         folder = run_dir.resolve() if earlier is None else earlier.resolve()
         if earlier is None and (run_dir / JOB_FILE).exists() and config.sweep.skip_done:
-            folder = run_dir.resolve().with_name(f"{run_dir.name}-{config_hash(config)}")  # the folder is another's
+            folder = _free_folder(run_dir.resolve(), config_hash(config))
         reused_from = "" if earlier is None else str(folder)
         result = _run_or_reuse(config, folder, earlier is not None, sweep_dir, files, command, prepare_data)
         status = 0
@@ -210,6 +212,12 @@ def run_sweep_job(
         _write_job_record(sweep_dir, int(hydra.job.num), folder, status, row, **told)
     value = (result or {}).get(config.sweep.objective)
     return TaskOutcome(status, None if value is None else float(value))
+
+
+def _free_folder(run_dir: Path, name: str) -> Path:
+    """A folder beside one that holds another run, of another configuration or from another machine."""
+    numbers = (f"{run_dir.name}-{name}{'' if number == 1 else f'-{number}'}" for number in count(1))
+    return next(folder for folder in map(run_dir.with_name, numbers) if not (folder / JOB_FILE).exists())
 
 
 def _run_or_reuse(
@@ -255,12 +263,25 @@ def _find_earlier_run(config: TrainConfig, run_dir: Path) -> Optional[Path]:
         hydra = HydraConfig.get()
         given = any(str(override).startswith("hydra.sweep.dir=") for override in hydra.overrides.hydra)
         runs = discovery.runs_by_config_hash(search_paths(Path(hydra.sweep.dir), given)).get(config_hash(config), [])
-        folder = discovery.best_run(runs)
+        folder = discovery.best_run(_runs_of_this_machine(runs, config))
     else:
         folder = None
     if folder is not None:
         ensure_same_config(config, folder)
     return folder
+
+
+def _runs_of_this_machine(runs: List[Path], config: TrainConfig) -> List[Path]:
+    """Those of some runs that were measured on a machine and software like these; says which were not."""
+    here, same = local_environment(config) if runs else {}, []
+    for run in runs:
+        differences = environment_differences(read_environment(run), here)
+        if not differences:
+            same.append(run)
+            continue
+        what = "; ".join(f"{name} {there}, here {local}" for name, there, local in differences)
+        print(f"lit_glm: sweep: {run} is not reused: it was measured on another machine ({what})", flush=True)
+    return same
 
 
 def finish_sweep() -> int:
@@ -324,7 +345,7 @@ def _print_reusable_runs(there: Dict[str, List[Path]], line: CommandLine) -> Non
             config = validate_config(compose_config("train", [*overrides, *line.searchpath]), TrainConfig)
         except (InputError, HydraException, OmegaConfBaseException):
             continue  # said when its turn comes
-        run = discovery.best_run(there.get(config_hash(config), []))
+        run = discovery.best_run(_runs_of_this_machine(there.get(config_hash(config), []), config))
         if run is not None:
             how = "complete, taken from" if is_complete(run) else "goes on in"
             print(f"lit_glm: sweep: {' '.join(changes) or 'the only combination'}: {how} {run}", flush=True)

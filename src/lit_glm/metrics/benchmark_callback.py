@@ -115,6 +115,7 @@ class BenchmarkCallback(pl.Callback):
         self.events.emit("INIT_END")
         self.events.emit("TRAIN_START")
         self.timer.training_starts()
+        self.run_metrics.write("running", module)  # a run that is killed before its first step has its times
         if step > 0:
             # The run may have been stopped between a step and what follows it.
             self._after_step(trainer, module, None)
@@ -204,6 +205,7 @@ class BenchmarkCallback(pl.Callback):
             self._saved_step = step
             self.current_activity = f"saving step {step}"
             with self.timer.pause():
+                self.run_metrics.write("running", module, durable=True)  # a checkpoint's figures are there before it
                 self._around.save(trainer, step)
         if self.run_metrics.writer is not None and (self.run_metrics.writer.is_stale() or evaluated is not None):
             self.run_metrics.write("running", module)

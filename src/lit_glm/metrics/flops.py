@@ -153,14 +153,14 @@ class FlopCounter:
 
 
 def compute_mfu(
-    config: TrainConfig, work: WorkTotals, seconds: float, p_core: Optional[float], peak: str
+    config: TrainConfig, work: WorkTotals, seconds: Optional[float], p_core: Optional[float], peak: str
 ) -> Dict[str, Optional[float]]:
     """Work against time and peak.
 
     Args:
         config: the run's: its cards and their peak.
         work: of all steps.
-        seconds: pure_compute_time.
+        seconds: pure_compute_time; None: unknown.
         p_core: samples a second.
         peak: under which name the hardware file has the peak that counts.
 
@@ -169,6 +169,7 @@ def compute_mfu(
     """
     known = config.hardware.peak_tflops.get(peak)
     rates: Dict[str, Optional[float]] = {"mfu": None, "mfu_flagperf": None}
+    seconds = seconds or 0.0
     if known and p_core and seconds > 0:
         all_cards = config.topology.world_size * known * 1e12
         rates["mfu"] = work.flops / seconds / all_cards

@@ -1,15 +1,18 @@
 """What a run has come to so far: time, samples and memory of this process and of those before an interruption."""
 
+import math
 import time
 from typing import Any, Dict, List, Optional
 
 from lit_glm.config.schema import TrainConfig
 from lit_glm.data.sampler import InfiniteDistributedBatchSampler
+from lit_glm.errors import RunError
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.metrics import timing
 from lit_glm.metrics.contention import ContentionMonitor
 from lit_glm.metrics.flops import WorkTotals, compute_mfu, peak_key
 from lit_glm.metrics.timing import PhaseDurations, PhaseTimer, throughput_metrics
+from lit_glm.runs.environment import environment_changes, read_environment
 from lit_glm.runs.result import config_fields
 from lit_glm.runs.run_writer import RunWriter
 from lit_glm.training.module import RecordModule
@@ -45,6 +48,12 @@ class RunMetrics:
         self.writer: Optional[RunWriter] = None
         self.contention: Optional[ContentionMonitor] = None
         """On the first rank."""
+        self.missing_data: List[str] = []
+        """What is lost of the parts before an interruption; figures that depend on it are unknown."""
+        self.environment_changes: List[str] = []
+        """In what the machines differ that the parts of this run were measured on."""
+        self.has_earlier_result = True
+        """Whether result.json has what the earlier parts came to; the table of steps is another matter."""
         self._first_step = 0
         self._earlier = PhaseDurations()
         self._earlier_e2e = 0.0
@@ -56,15 +65,35 @@ class RunMetrics:
             return
         self.contention = ContentionMonitor(self._runtime, self.config.topology.devices_per_node)
         self.contention.begin()
-        if not files.previous_result:
-            return
-        # All of one moment: of steps and evaluations that stand, and never less than what they are contained in.
-        before, compute, steps = files.previous_result, files.steps.total("compute_s"), files.steps.total("step_s")
-        evaluations = sum(float(row["seconds"]) for row in files.evals.rows if row["step"] != "0")
-        raw = max(float(before.get("raw_train_time") or 0.0), steps + evaluations)
-        init = float(before.get("init_time") or 0.0)
-        self._earlier = PhaseDurations(compute, steps, raw, init)
-        self._earlier_e2e = max(float(before.get("e2e_time") or 0.0), init + raw)
+        if files.resumes:
+            self.environment_changes = environment_changes(read_environment(files.path))
+            self._add_earlier_parts(files, steps_done)
+
+    def _add_earlier_parts(self, files: RunWriter, steps_done: int) -> None:
+        """Add the times of the parts before an interruption; what is not known of all of them is not a number."""
+        told = files.previous_result.get("missing_data")
+        missing = [str(line) for line in told] if isinstance(told, list) else []
+        compute, steps = files.steps.total("compute_s"), files.steps.total("step_s")
+        if [int(row["step"]) for row in files.steps.rows] != list(range(1, steps_done + 1)):
+            missing.append(f"steps.csv has {len(files.steps.rows)} of the {steps_done} steps before an interruption")
+            compute = steps = math.nan
+        raw, init, e2e = (files.previous_number(name) for name in ("raw_train_time", "init_time", "e2e_time"))
+        self.has_earlier_result = (files.previous_number("global_steps") or -1) >= steps_done
+        if steps_done == 0 and files.evaluated_step < 0:  # nothing of an earlier part stands
+            raw, init, e2e, self.has_earlier_result = raw or 0.0, init or 0.0, e2e or 0.0, True
+        elif not self.has_earlier_result:  # the result is written before each checkpoint: this one is an older copy
+            missing.append(f"result.json of the {steps_done} steps before an interruption is missing")
+            raw = init = e2e = None
+        elif None in (raw, init, e2e) and not missing:
+            missing.append(f"result.json lacks times of the {steps_done} steps before an interruption")
+        # The result is up to a second older than the tables, so never less than what they hold. In `max`, what is not a
+        # number wins in the first place and loses in the second.
+        evaluations = files.evals.total("seconds", after_step=0)
+        known_raw = max(math.nan if raw is None else raw, steps + evaluations)
+        known_init = math.nan if init is None else init
+        self._earlier = PhaseDurations(compute, steps, known_raw, known_init)
+        self._earlier_e2e = max(math.nan if e2e is None else e2e, known_init + known_raw)
+        self.missing_data = list(dict.fromkeys(missing))
 
     def e2e(self) -> float:
         """Seconds since the entry of `train`."""
@@ -99,11 +128,15 @@ class RunMetrics:
         alone = self.config.topology.devices_per_node == 1 or not self._runtime.shares_memory
         return self._runtime.peak_memory(0) if alone else None
 
-    def write(self, status: str, module: RecordModule) -> None:
-        """Write result.json with what is known now, and a line of memory.csv."""
+    def write(self, status: str, module: RecordModule, durable: bool = False) -> None:
+        """Write result.json with what is known now, and a line of memory.csv; `durable` waits for the disk."""
         if self.writer is None:
             return
-        self.writer.write(self.row(status, module, self.durations(), self.e2e(), self.peak_memory()))
+        row = self.row(status, module, self.durations(), self.e2e(), self.peak_memory())
+        try:
+            self.writer.write(row, durable)
+        except OSError as error:
+            raise RunError(f"the run's files cannot be written: {error}") from error
         said = self.contention.sample_if_due() if self.contention is not None else None
         if said:
             print(f"lit_glm: {said}", flush=True)
@@ -126,15 +159,15 @@ class RunMetrics:
         """
         config, files, step = self.config, self.writer, module.steps_done
         assert files is not None
-        total, before = self._runtime.total_memory(0), files.previous_result.get("mem_actual_gib")
-        used = None if peak is None or total is None else peak / 2**30
-        return {
+        total, before = self._runtime.total_memory(0), files.previous_number("mem_actual_gib")
+        used = None if peak is None or total is None or not self.has_earlier_result else peak / 2**30
+        row = {
             "status": status,
             **config_fields(config),
             "e2e_time": e2e + self._earlier_e2e,
             **throughput_metrics(self.samples(step), seconds + self._earlier),
             "acc": self.accuracy if self.evaluated_step == step else None,
-            "mem_actual_gib": used if used is None else max(used, float(before or 0.0)),
+            "mem_actual_gib": used if used is None else max(used, before or 0.0),
             "mem_total_gib": None if total is None else total / 2**30,
             "mfu": None,
             "mfu_flagperf": None,
@@ -151,7 +184,12 @@ class RunMetrics:
             "simulated": self._runtime.simulated,
             "tf32": self._tf32(),
             "training_spans": self._training_spans(e2e),
+            "missing_data": self.missing_data,
+            "environment_changes": self.environment_changes,
             **self._contention_fields(),
+        }
+        return {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
         }
 
     def finish(
@@ -185,14 +223,18 @@ class RunMetrics:
         if rates["mfu"] is not None and rates["mfu"] > 1:
             rates["mfu_above_one"], rates["mfu"] = rates["mfu"], None  # no figure rather than a wrong one
         row.update(rank_imbalance=rank_imbalance, model_flops=work.flops, **rates)
-        row["step_s"] = timing.step_time_summary(self.writer.step_column("step_s"))
-        row["first_steps"] = timing.warmup_slowdown(self.writer.step_column("compute_s"), flops)
+        has_all_steps = row["no_eval_time"] is not None
+        row["step_s"] = timing.step_time_summary(self.writer.step_column("step_s")) if has_all_steps else None
+        computed = self.writer.step_column("compute_s") if has_all_steps else []
+        row["first_steps"] = timing.warmup_slowdown(computed, flops)
         self.writer.write(row)
         return row
 
-    def _training_spans(self, e2e: float) -> List[List[float]]:
+    def _training_spans(self, e2e: float) -> Optional[List[List[float]]]:
         """When it trained, in seconds since the entry of `train`, this part of the run behind the earlier ones."""
         assert self.writer is not None
+        if not self.has_earlier_result or not math.isfinite(self._earlier_e2e):
+            return None
         begin = self._earlier_e2e + self.init_seconds
         return [
             *(self.writer.previous_result.get("training_spans") or []),
@@ -203,12 +245,13 @@ class RunMetrics:
         """What others took meanwhile; of a run that was resumed the most of its parts."""
         assert self.writer is not None
         assert self.contention is not None
-        now = {
-            "external_cpu_load": self.contention.external_cpu_load,
-            "external_device_processes": self.contention.external_device_processes,
+        load, processes = self.contention.external_cpu_load, self.contention.external_device_processes
+        loads = [load, self.writer.previous_number("external_cpu_load")]
+        counts = [processes, self.writer.previous_number("external_device_processes")]
+        return {
+            "external_cpu_load": max((x for x in loads if x is not None), default=None),
+            "external_device_processes": max((int(x) for x in counts if x is not None), default=None),
         }
-        parts = {name: [value, self.writer.previous_result.get(name)] for name, value in now.items()}
-        return {name: max((x for x in both if x is not None), default=None) for name, both in parts.items()}
 
     def _tf32(self) -> bool:
         return self._peak_name() == "tf32"

@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 import lit_glm
 from lit_glm.config.hydra_main import CONF_DIR
 from lit_glm.config.schema import TrainConfig
+from lit_glm.hardware.monitors import cpu_name
 from lit_glm.hardware.runtimes.base import Runtime
-from lit_glm.hardware.runtimes.cpu import cpu_name
 from lit_glm.hardware.vendor_packages import PACKAGES, VISIBLE
 from lit_glm.openmp import SPIN_LIMITS, THREAD_COUNT_VARIABLES, available_cores
 

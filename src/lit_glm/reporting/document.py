@@ -7,7 +7,7 @@ from lit_glm.hardware.vendor_packages import COMPILERS, FRAMEWORKS
 from lit_glm.reporting.definitions import distinct_texts, metric_definitions
 from lit_glm.reporting.i18n import Translations
 from lit_glm.reporting.published_rows import load_published_rows, published_tables
-from lit_glm.reporting.row_format import format_cell, label_with_annotations, row_notes, unique_row_label
+from lit_glm.reporting.row_format import format_cell, label_with_annotations, row_notes, text_list, unique_row_label
 from lit_glm.reporting.run_reader import ReportRow, ReportRun, group_into_rows, sort_key
 from lit_glm.reporting.table import ReportTable
 from lit_glm.runs.result import TABLE_COLUMNS, has_many_skipped_steps
@@ -244,6 +244,14 @@ def _list_missing(found: List[ReportRow], environments: List[Environment], words
             lines.append(words("missing_cell", unique_row_label(row, words), ", ".join(empty)))
         if not row["simulated"] and any(run.complete and not run.result.get("converged") for run in row.runs):
             lines.append(words("missing_target", unique_row_label(row, words)))
+        if row.machine_differs:
+            machine = ", ".join(f"{name}: {value}" for name, value in row.machine_differs.items())
+            lines.append(words("missing_same_machine", unique_row_label(row, words), machine))
+        for run in row.runs:
+            changes = text_list(run.result.get("environment_changes"))
+            lines += [words("machines_changed", unique_row_label(row, words), "; ".join(changes))] if changes else []
+            reasons = text_list(run.result.get("missing_data"))
+            lines += [words("missing_data", unique_row_label(row, words), reason) for reason in reasons]
         lines += [
             words(
                 "missing_steps", unique_row_label(row, words), run.result["skipped_steps"], run.result["global_steps"]

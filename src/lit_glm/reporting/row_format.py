@@ -1,7 +1,7 @@
 """A row as the table shows it: its name, its marks, its cells in the published formats, why a cell is empty."""
 
 from pathlib import Path
-from typing import Callable, Dict, List
+from typing import Any, Callable, Dict, List
 
 from lit_glm.reporting.i18n import Translations
 from lit_glm.reporting.run_reader import ReportRow, ReportRun
@@ -63,12 +63,22 @@ def row_annotations(row: ReportRow, words: Translations) -> List[str]:
     said += [words("skipped", result["skipped_steps"], result["global_steps"]) for result in much]
     loads = [run.number("external_cpu_load") or 0.0 for run in row.runs if was_contended(run.result)]
     said += [words("not_alone", f"{100 * max(loads):.0f} %")] if loads else []
+    said += [f"{name}: {value}" for name, value in row.machine_differs.items()]
+    if any(run.result.get("environment_changes") for run in row.runs):
+        said.append(words("several_machines"))
+    if any(run.result.get("missing_data") for run in row.runs):
+        said.append(words("incomplete_data"))
     if len(row.runs) > 1:
         said.append(words("n_runs", len(row.runs)))
     data = row.runs[0].settings.get("data.name")
     if data not in (None, "record"):
         said.append(words("not_default_data", data))
     return said
+
+
+def text_list(value: Any) -> List[str]:
+    """A list of texts in a result; none where it is anything else."""
+    return [str(entry) for entry in value] if isinstance(value, list) else []
 
 
 def _num_interruptions(run: ReportRun) -> int:
@@ -142,6 +152,10 @@ def row_notes(row: ReportRow, words: Translations) -> List[str]:
         lines.append(words("median_of", name, len(row.runs)))
     if row.differs:
         lines.append(words("differs", name, ", ".join(f"{key}={value}" for key, value in sorted(row.differs.items()))))
+    for run in row.runs:
+        lines += [words("missing_data", name, reason) for reason in text_list(run.result.get("missing_data"))]
+        changes = text_list(run.result.get("environment_changes"))
+        lines += [words("machines_changed", name, "; ".join(changes))] if changes else []
     if not row["simulated"]:
         lines.append(_verification_note(row, name, words))
     lines += [words("error_was", name, run.result["error"]) for run in row.runs if run.result.get("error")]

@@ -18,6 +18,7 @@ import psutil
 from omegaconf import OmegaConf
 
 from lit_glm.config.migration import migrate_names
+from lit_glm.runs.environment import comparable_environment, environment_differences, environment_parts
 from lit_glm.runs.result import COMPLETE, is_lower_better
 
 _TEXTS = ("status", "hardware", "topology", "precision", "scoring", "fix_hp", "model", "error")
@@ -70,6 +71,8 @@ class ReportRow:
     runs: List[ReportRun]
     differs: Dict[str, Any] = field(default_factory=dict)
     """Settings that set it apart from other rows of the same name."""
+    machine_differs: Dict[str, str] = field(default_factory=dict)
+    """Entries of the environment that do so."""
     number: int = 0
     """Counts the rows of the same name, from 1; 0 where there is only one."""
 
@@ -168,6 +171,8 @@ def _read_run(folder: Path) -> ReportRun:
         raise ValueError("hardware or status is empty")
     known = migrate_names(_read_json(folder / "environment.json"), "environment.json")
     environment = {key: value for key, value in known.items() if _has_expected_type(key, value)}
+    if "parts" in environment:
+        environment["parts"] = environment_parts(environment)
     if result["status"] == "running" and not _is_process_alive(folder, environment):
         result["status"] = "killed"
     return ReportRun(folder, result, environment, _read_flat_config(folder))
@@ -179,6 +184,8 @@ def _has_expected_type(key: str, value: Any) -> bool:
         return isinstance(value, dict) and all(isinstance(version, str) for version in value.values())
     if key in ("devices", "command"):
         return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+    if key == "parts":
+        return isinstance(value, list)
     return not isinstance(value, (dict, list))
 
 
@@ -235,8 +242,8 @@ def sort_key(value: Optional[float], figure: str) -> Tuple[bool, float]:
 def group_into_rows(runs: List[ReportRun]) -> List[ReportRow]:
     """Put runs into rows: one a hardware, topology, precision, fix_hp and scoring.
 
-    Runs whose settings differ in more than the seed get rows of their own, which say in what they differ; so do
-    rehearsals, and runs that did not end as they should.
+    Runs whose settings differ in more than the seed, or that were measured on unequal machines, get rows of their own,
+    which name the difference; so do simulated runs, and runs that did not end as they should.
     """
     groups: Dict[str, ReportRow] = {}
     for run in runs:
@@ -257,6 +264,8 @@ def group_into_rows(runs: List[ReportRun]) -> List[ReportRow]:
             for name in sorted({*own, *theirs}):
                 if own.get(name) != theirs.get(name):
                     row.differs[name] = own.get(name)
+            machines = environment_differences(row.runs[0].environment, other.runs[0].environment)
+            row.machine_differs.update({name: here for name, here, _ in machines})
     found.sort(key=lambda row: (str(row["hardware"]), row.nodes, str(row["precision"]), str(row["fix_hp"])))
     for row in found:
         namesakes = [other for other in found if _row_name_fields(other.runs[0]) == _row_name_fields(row.runs[0])]
@@ -270,11 +279,10 @@ def _row_name_fields(run: ReportRun) -> List[Any]:
 
 
 def _comparability_key(run: ReportRun) -> List[Any]:
-    """What must not be mixed within a row."""
-    software = [(run.environment.get("packages") or {}).get("torch"), run.environment.get("driver")]
+    """What must not be mixed within a row, beside settings: machines and states."""
     own = [bool(run.result.get(key)) for key in ("simulated", "profiled")]
-    state = [*own, run.complete or str(run.path)]
-    return [*state, run.result.get("tf32"), run.result.get("runtime"), *software]
+    state = [*own, run.complete or str(run.path), run.result.get("environment_changes") or []]
+    return [*state, run.result.get("tf32"), run.result.get("runtime"), comparable_environment(run.environment)]
 
 
 def _compared_settings(run: ReportRun) -> Dict[str, Any]:

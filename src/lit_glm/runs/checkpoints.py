@@ -1,6 +1,5 @@
 """Checkpoints of a run that goes on: written whole or not at all, the newest good one found again."""
 
-import os
 import re
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
@@ -46,23 +45,16 @@ def save(content: Dict[str, Any], target: Path) -> None:
 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(target) as temporary, temporary.open("wb") as file:
+        with atomic_write(target, durable=True) as temporary, temporary.open("wb") as file:
             takes_all: Any = _ErrorCapturingWriter(file)
             torch.save(content, takes_all)
             if takes_all.error is not None:
                 raise takes_all.error
-            file.flush()
-            os.fsync(file.fileno())
     except OSError as error:
         raise RunError(
             f"{target}: the checkpoint cannot be written ({error}); what was measured is on the disk; make room, "
             f"then resume with run.resume={target.parent.parent}"
         ) from error
-    folder = os.open(str(target.parent), os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def load(path: Path) -> Dict[str, Any]:

@@ -143,6 +143,10 @@ def annotations(result: Dict[str, Any]) -> List[str]:
         said.append(f"{result['skipped_steps']} of {result['global_steps']} steps skipped")
     if was_contended(result):
         said.append(f"beside others: {result.get('external_cpu_load') or 0:.0%} of the machine")
+    if result.get("environment_changes"):
+        said.append(f"on several machines: {'; '.join(map(str, result['environment_changes']))}")
+    if result.get("missing_data"):
+        said.append("; ".join(map(str, result["missing_data"])))
     if result.get("reused_from"):
         said.append(f"taken from {result['reused_from']}")
     return said
@@ -196,7 +200,8 @@ def final_summary(result: Dict[str, Any], config: TrainConfig, run_dir: Path) ->
         run_dir: its folder.
     """
     run, step, samples = config.run, result["global_steps"], result["num_trained_samples"]
-    when = f"at step {step} ({samples:,} samples, {result['raw_train_time']:.1f} s of training)"
+    took = result.get("raw_train_time")
+    when = f"at step {step} ({samples:,} samples, {'unknown' if took is None else f'{took:.1f} s'} of training)"
     accuracy, target = result.get("acc"), f"{100 * run.target_accuracy:g}%"
     has = _format_percent(accuracy)
     if result["status"] == "success":

@@ -1,21 +1,19 @@
 """A run folder is taken by one job, or refused: nothing in it that this project has not written is ever touched."""
 
-import json
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List
+from typing import Dict, Iterator, List
 
 from lit_glm.atomic_files import write_text
-from lit_glm.config.migration import migrate_names
 from lit_glm.errors import InputError
 from lit_glm.runs import job_spec as jobs
+from lit_glm.runs.environment import ENVIRONMENT_FILE
 from lit_glm.runs.error_files import clear_error_files
 from lit_glm.runs.job_spec import JobSpec
 from lit_glm.runs.lock import is_running, lock_directory
 from lit_glm.runs.result import read_result, release_reserved_disk_space, reserve_disk_space, write_initial_result
 
-ENVIRONMENT_FILE = "environment.json"
 _FILES = (
     "result.json", "steps.csv", "evals.csv", "memory.csv", "devices.csv", "perf.log", "mlperf.log", "mlflow_run",
     ENVIRONMENT_FILE,
@@ -33,15 +31,6 @@ _FOLDERS = {
 }
 """What a run writes, besides job.json: names in the folder, and in its subfolders, any of which may be a link."""
 _NODES = "nodes"  # a folder each for the jobs of further nodes, which may come first
-
-
-def read_environment(run_dir: Path) -> Dict[str, Any]:
-    """What a run was measured on; empty where it has not come so far."""
-    try:
-        content = json.loads((run_dir / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return migrate_names(content, "environment.json") if isinstance(content, dict) else {}
 
 
 def ensure_available(run_dir: Path, overwrite: bool) -> None:

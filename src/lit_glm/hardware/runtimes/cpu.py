@@ -10,6 +10,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 
+from lit_glm.hardware.monitors import cpu_name
 from lit_glm.hardware.runtimes import onednn
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.model.runtime_ops import RuntimeOps
@@ -129,15 +130,6 @@ def accumulates_bf16_in_fp32() -> bool:
     """
     ones = torch.ones(2, 512, dtype=torch.bfloat16)
     return bool((ones @ ones.t() == 512).all())
-
-
-def cpu_name() -> str:
-    """Model name of the processor as the kernel reports it; "" where it does not."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return ""
 
 
 def _peak_rss(pid: int) -> float:

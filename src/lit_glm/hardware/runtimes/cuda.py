@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lit_glm.hardware.device_monitor import MonitoredMemory
-from lit_glm.hardware.monitors import command_output, nvml_processes
+from lit_glm.hardware.monitors import nvidia_driver_version, nvml_processes
 from lit_glm.hardware.runtimes.base import Runtime
 
 
@@ -105,7 +105,7 @@ class CUDARuntime(Runtime):
 
     def driver_version(self) -> Optional[str]:
         """As nvidia-smi says."""
-        return command_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0") or None
+        return nvidia_driver_version()
 
     def total_memory(self, index: int) -> Optional[float]:
         """As the driver reports it."""

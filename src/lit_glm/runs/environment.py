@@ -1,0 +1,88 @@
+"""environment.json: what each part of a run was measured on, and in what two machines differ. Imports no torch."""
+
+import json
+import os
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+from lit_glm.atomic_files import write_json
+from lit_glm.config.migration import migrate_names
+from lit_glm.config.schema import TrainConfig
+from lit_glm.hardware.device_monitor import monitor_for
+from lit_glm.hardware.monitors import cpu_name, physical_device_index
+from lit_glm.hardware.vendor_packages import COMPILERS, FRAMEWORKS
+from lit_glm.openmp import available_cores
+
+ENVIRONMENT_FILE = "environment.json"
+_MACHINE = ("devices", "runtime", "driver", "cpu", "cpu_count", "cores", "threads")
+_STACK = ("torch", *FRAMEWORKS, *COMPILERS)
+Difference = Tuple[str, str, str]
+"""What differs, in the one and in the other."""
+
+
+def read_environment(run_dir: Path) -> Dict[str, Any]:
+    """What the newest part of a run was measured on, all parts under `parts`; empty where it has not come so far."""
+    try:
+        content = json.loads((run_dir / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return migrate_names(content, ENVIRONMENT_FILE) if isinstance(content, dict) else {}
+
+
+def write_environment(run_dir: Path, part: Dict[str, Any], is_resume: bool) -> None:
+    """Write what this part of a run is measured on, behind the entries of the earlier parts."""
+    before = environment_parts(read_environment(run_dir)) if is_resume else []
+    write_json(run_dir / ENVIRONMENT_FILE, {**part, "parts": [*before, part]})
+
+
+def environment_parts(environment: Dict[str, Any]) -> List[Dict[str, Any]]:
+    """The entry of each part of a run, the first one first."""
+    parts = environment.get("parts")
+    if isinstance(parts, list):
+        return [part for part in parts if isinstance(part, dict)]
+    return [environment] if environment else []
+
+
+def comparable_environment(environment: Dict[str, Any]) -> Dict[str, str]:
+    """Everything of a machine and its software that figures depend on, as texts, without what is unknown."""
+    packages = environment.get("packages")
+    versions = packages if isinstance(packages, dict) else {}
+    values = {name: environment.get(name) for name in _MACHINE}
+    devices = values.get("devices")
+    if isinstance(devices, list):
+        values["devices"] = ", ".join(dict.fromkeys(str(name) for name in devices))
+    values.update({name: versions.get(name) for name in _STACK})
+    return {name: str(value) for name, value in values.items() if value not in (None, "")}
+
+
+def environment_differences(one: Dict[str, Any], other: Dict[str, Any]) -> List[Difference]:
+    """In what two environments differ, of what is known of both."""
+    left, right = comparable_environment(one), comparable_environment(other)
+    return [(name, left[name], right[name]) for name in left if name in right and left[name] != right[name]]
+
+
+def environment_changes(environment: Dict[str, Any]) -> List[str]:
+    """In what the parts of a run differ, as texts; empty if it ran on the same machine and software throughout."""
+    parts = environment_parts(environment)
+    changes = [change for pair in zip(parts, parts[1:]) for change in environment_differences(*pair)]
+    return list(dict.fromkeys(f"{name} {before} -> {after}" for name, before, after in changes))
+
+
+def local_environment(config: TrainConfig) -> Dict[str, Any]:
+    """What is known of this machine and its software without importing torch, by the names of environment.json."""
+    versions = {}
+    for name in _STACK:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    found = {"cpu": cpu_name(), "cpu_count": os.cpu_count(), "cores": available_cores(), "packages": versions}
+    monitor = monitor_for(config.hardware)
+    if monitor is None or not monitor.visible_devices_variable:
+        return found
+    names = monitor.device_names()
+    indices = range(config.topology.devices_per_node)
+    cards = [physical_device_index(index, monitor.visible_devices_variable) for index in indices]
+    devices: List[Optional[str]] = [None if card is None else names.get(card) for card in cards]
+    return {**found, "driver": monitor.driver_version(), "devices": None if None in devices else devices}
