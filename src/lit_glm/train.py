@@ -49,8 +49,7 @@ def train(config: TrainConfig, composed: Any) -> TaskOutcome:
 
         find, prepare = (lambda: _resolve_run_dir(config, run_dir)), (lambda: prepare_data(config))
         return TaskOutcome(run_under_external_torchrun(config, outer, _ENTRY, sys.argv, find, files, prepare))
-    run_dir, resumes = _resolve_run_dir(config, run_dir)
-    return TaskOutcome(run(config, run_dir, resumes, files, lambda: prepare_data(config)))
+    return TaskOutcome(run(config, run_dir, files, lambda: prepare_data(config)))
 
 
 def prepare_data(config: TrainConfig) -> None:
@@ -94,28 +93,35 @@ def _resolve_run_dir(config: TrainConfig, run_dir: Path) -> Tuple[Path, bool]:
     if folder is not None:
         ensure_same_config(config, folder)
         return folder.resolve(), True
-    if os.environ.get("NODE_RANK", "0") in ("", "0"):  # the first node keeps the folder
-        ensure_available(run_dir, config.run.overwrite)
+    ensure_available(run_dir, config.run.overwrite)
     return run_dir.resolve(), False
 
 
-def run(config: TrainConfig, run_dir: Path, resumes: bool, files: Dict[str, str], prepare: Callable[[], None]) -> int:
+def run(config: TrainConfig, run_dir: Path, files: Dict[str, str], prepare: Callable[[], None]) -> int:
     """Run one job unless it is complete; returns the exit status."""
-    from lit_glm.launch.launcher import run_job
+    from lit_glm.launch.launcher import announce_early_end, run_job
+    from lit_glm.launch.nodes import this_node
+    from lit_glm.launch.rendezvous import announce_end
     from lit_glm.runs.checkpoints import resume_hint
     from lit_glm.runs.job_spec import JobSpec
     from lit_glm.runs.result import COMPLETE, read_result, results_table
 
-    result = read_result(run_dir) if resumes else None
-    if result is not None and result.get("status") in COMPLETE:
-        print(f"lit_glm: {run_dir}: the run is complete, there is nothing to do")
-        print(results_table([result]))
-        return 0
-    prepare()
+    node, resumes = this_node(config.topology, config.hardware.runtime == "simulated"), False
+    with announce_early_end(config, node):
+        if node.rank == 0:  # the other nodes are told
+            run_dir, resumes = _resolve_run_dir(config, run_dir)
+        result = read_result(run_dir) if resumes else None
+        if result is not None and result.get("status") in COMPLETE:
+            print(f"lit_glm: {run_dir}: the run is complete, there is nothing to do")
+            print(results_table([result]), flush=True)
+            announce_end(config, node, 0, "the run is complete, there is nothing to do")
+            return 0
+        prepare()
     try:
-        run_job(JobSpec(config, _ENTRY, sys.argv, resumes), run_dir, files)
+        run_job(JobSpec(config, _ENTRY, sys.argv, resumes), run_dir, files, node)
     except Interrupted as stop:
-        print(f"lit_glm: {stop}; {resume_hint(run_dir)}", file=sys.stderr)
+        hint = f"; {resume_hint(run_dir)}" if node.rank == 0 else ""
+        print(f"lit_glm: {stop}{hint}", file=sys.stderr)
         return stop.exit_status
     return 0
 

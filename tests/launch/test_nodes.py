@@ -32,6 +32,13 @@ def test_several_nodes_need_their_variables(monkeypatch: pytest.MonkeyPatch) -> 
     assert (node.rank, node.address, node.port) == (1, "10.0.0.1", 29500)
 
 
+def test_a_host_name_that_cannot_be_resolved_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("NODE_RANK", "1"), ("MASTER_ADDR", "no-such-host.invalid"), ("MASTER_PORT", "29500")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="MASTER_ADDR=no-such-host.invalid: this host name cannot be resolved"):
+        resolve_node(TopologyConfig(2, 8))
+
+
 @pytest.mark.parametrize(("name", "value"), [("NODE_RANK", "2"), ("NODE_RANK", "one"), ("MASTER_PORT", "70000")])
 def test_a_variable_out_of_range(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for key, text in {"MASTER_ADDR": "h", "MASTER_PORT": "29500", "NODE_RANK": "0", name: value}.items():

@@ -77,9 +77,7 @@ def run(folder: Path, *fates: str, when: Optional[Callable[[Path], Any]] = None,
     thread.start()
     try:
         with Supervisor() as supervisor:
-            supervisor.run(
-                JobSpec(config, time.monotonic(), []), Node(0, "127.0.0.1", 1), folder, folder, module="a_rank"
-            )
+            supervisor.run(JobSpec(config, time.monotonic(), []), Node(0, "127.0.0.1", 1), folder, module="a_rank")
     except BaseException as error:
         return error
     finally:

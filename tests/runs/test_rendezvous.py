@@ -1,6 +1,7 @@
 """Several ranks and nodes as real processes: they meet, and they agree with fewer."""
 
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -60,6 +61,74 @@ def test_a_node_that_nobody_meets_says_where_it_waited(rank: int, tmp_path: Path
     assert "Traceback" not in said
     assert time.monotonic() - began < 60
     _nothing_left(tmp_path / "run")
+
+
+TWO = ["experiment=debug", "topology.num_nodes=2", "topology.devices_per_node=1", "run.max_steps=4"]
+
+
+def both(tmp_path: Path, *arguments: str, delay_s: float = 0.0) -> "tuple[List[int], List[str]]":
+    """Exit statuses and outputs of two nodes, the second of which starts later."""
+    port, nodes = free_port(), []
+    for rank in (0, 1):
+        nodes.append(start([*TWO, *arguments], on_node(rank, "127.0.0.1", port), tmp_path))
+        time.sleep(delay_s * (rank == 0))
+    outputs = ["".join(node.communicate(timeout=120)) for node in nodes]
+    return [node.returncode for node in nodes], outputs
+
+
+@pytest.mark.slow
+def test_node_0_decides_which_run_is_resumed(tmp_path: Path) -> None:
+    """The second node starts when the first has the folder, and finds nothing by itself."""
+    statuses, outputs = both(tmp_path)
+    assert statuses == [0, 0], outputs
+    (run,) = (path.parent for path in tmp_path.rglob("result.json"))
+    (run / "result.json").write_text(json.dumps({**result(run), "status": "interrupted"}))
+    statuses, outputs = both(tmp_path, "run.resume=auto", delay_s=5.0)
+    assert statuses == [0, 0], outputs
+    assert "the run goes on after step 4" in outputs[0]
+    assert [path.parent for path in tmp_path.rglob("job.json")] == [run]
+    assert result(run)["interruptions"] == 1
+    statuses, outputs = both(tmp_path, f"run.resume={run}", delay_s=2.0)  # complete: nobody waits for anybody
+    assert statuses == [0, 0], outputs
+    assert "node 0 has ended before the nodes had met: the run is complete" in outputs[1]
+
+
+@pytest.mark.slow
+def test_a_node_hears_that_the_other_has_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "steps.csv").write_text("dear")
+    began = time.monotonic()
+    statuses, outputs = both(tmp_path, f"hydra.run.dir={tmp_path / 'run'}", delay_s=2.0)
+    assert statuses == [2, 2], outputs
+    assert time.monotonic() - began < 60
+    assert "is no run folder of this program" in outputs[0]
+    assert "node 0 has ended before the nodes had met" in outputs[1]
+    assert "is no run folder of this program" in outputs[1]
+    assert (tmp_path / "run" / "steps.csv").read_text() == "dear"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_node_does_not_wait_for_one_that_was_stopped(stopped: int, tmp_path: Path) -> None:
+    port = free_port()
+    arguments = [*TWO, f"hydra.run.dir={tmp_path / 'run'}"]
+    first = start(arguments, on_node(stopped, "127.0.0.1", port), tmp_path)
+    assert first.stdout is not None
+    while "node" not in first.stdout.readline():  # it waits for the other, or joins it
+        assert first.poll() is None
+    other = start(arguments, on_node(1 - stopped, "127.0.0.1", port), tmp_path) if stopped else None
+    if other is not None:
+        assert other.stdout is not None
+        while "is waiting for node 1" not in other.stdout.readline():
+            assert other.poll() is None
+    first.send_signal(signal.SIGTERM)
+    if other is None:
+        other = start(arguments, on_node(1 - stopped, "127.0.0.1", port), tmp_path)
+    outputs = ["".join(node.communicate(timeout=100)) for node in (first, other)]
+    assert first.returncode == 143, outputs
+    # Either it hears of the signal, or the first had joined it before and both end with their connection.
+    assert other.returncode in (1, 143), outputs
+    assert "Traceback" not in outputs[1]
 
 
 def test_a_busy_port_is_said_not_waited_for(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def run_under_external_torchrun(
             keep.enter_context(stop.interruptible())
             if outer.local_rank == 0:
                 prepare_data()
-            peers = keep.enter_context(process_group(config))
+            peers = keep.enter_context(process_group(config)).peers
             told: Any = None
             if outer.rank == 0:
                 run_dir, resumes = find()

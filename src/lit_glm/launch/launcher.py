@@ -3,16 +3,19 @@
 import os
 import signal
 import sys
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List
 
+from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError, RunError
 from lit_glm.gc_pause import paused_gc
 from lit_glm.hardware.device_monitor import monitor_devices, readings_file
 from lit_glm.launch import heartbeat
 from lit_glm.launch.heartbeat import STALL_MARGIN_S, StallWatchdog, run_watchdog, stall_message
-from lit_glm.launch.nodes import Node, check_node_count, resolve_node
+from lit_glm.launch.nodes import Node, resolve_node
+from lit_glm.launch.rendezvous import announce_end
 from lit_glm.launch.signals import Interrupted, StopRequest
 from lit_glm.launch.supervisor import Supervisor
 from lit_glm.metrics.energy import energy_metrics
@@ -20,28 +23,29 @@ from lit_glm.process_utils import kill_children, raise_open_files_limit
 from lit_glm.runs.checkpoints import remove_partial, resume_hint
 from lit_glm.runs.error_files import error_reason, root_cause, write_error_file
 from lit_glm.runs.job_spec import JobSpec
-from lit_glm.runs.lock import lock_directory
 from lit_glm.runs.result import mark_failed, mark_interrupted, read_result, update_result
 from lit_glm.runs.run_folder import acquire_run_dir
 
 
-def run_job(job: JobSpec, run_dir: Path, composed: Dict[str, str], in_process: bool = True) -> Dict[str, Any]:
+def run_job(
+    job: JobSpec, run_dir: Path, composed: Dict[str, str], node: Node, in_process: bool = True
+) -> Dict[str, Any]:
     """Run a job to its end.
 
     Args:
         job: what to do.
         run_dir: where its files go.
         composed: what .hydra/ is to hold.
+        node: this one.
         in_process: one device: run here rather than in a process of its own.
 
     Returns:
-        Its result.
+        Its result; {} on another node than the first, which keeps it.
 
     Raises:
         InputError, RunError, Interrupted: how it ended otherwise; result.json holds the same.
     """
     topology = job.config.topology
-    check_node_count(topology)
     raise_open_files_limit()
     if topology.world_size == 1 and in_process:
         with StopRequest(job.config.run.shutdown_timeout_s, exit_interrupted(run_dir)) as stop, record_run(
@@ -49,13 +53,16 @@ def run_job(job: JobSpec, run_dir: Path, composed: Dict[str, str], in_process: b
         ):
             _run_in_process(job, run_dir, stop)
     else:
-        rehearses = job.config.hardware.runtime == "simulated"
-        node = resolve_node(topology, rehearses) if topology.world_size > 1 else Node(0, "127.0.0.1", 0)
-        with Supervisor() as supervisor:
+        if topology.num_nodes == 1 and topology.world_size > 1:
+            node = resolve_node(topology)
+        supervisor = Supervisor()
+        # Announced when the supervisor no longer keeps signals: a second Ctrl-C ends it.
+        with announce_early_end(job.config, node, lambda: supervisor.has_met), supervisor:
             if node.rank > 0:
-                return _run_secondary_node(job, node, run_dir, supervisor)
+                _run_secondary_node(job, node, supervisor)
+                return {}
             with record_run(job, run_dir, composed) as lock:
-                supervisor.run(job, node, run_dir, run_dir, lock)
+                supervisor.run(job, node, run_dir, lock)
     result = read_result(run_dir)
     if result is None:
         raise RunError(f"{run_dir}: the job ended without a result")
@@ -121,15 +128,22 @@ def write_failure_status(run_dir: Path, is_resume: bool) -> Iterator[None]:
         raise
 
 
-def _run_secondary_node(job: JobSpec, node: Node, run_dir: Path, supervisor: Supervisor) -> Dict[str, Any]:
-    """Run the ranks of another node than the first: that one keeps the run folder, which both may share."""
-    spec_dir = run_dir / "nodes" / str(node.rank)
-    with lock_directory(spec_dir) as lock:
-        heartbeat.clear_heartbeats(spec_dir)
-        job.write(spec_dir)
-        with monitor_node_devices(job, run_dir, node.rank):
-            supervisor.run(job, node, spec_dir, run_dir, lock)
-    return {}
+@contextmanager
+def announce_early_end(config: TrainConfig, node: Node, has_met: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Tell the other nodes when this one ends before all have met; an error goes on."""
+    try:
+        yield
+    except (InputError, RunError, Interrupted) as error:
+        if not has_met():
+            announce_end(config, node, error.exit_status, error_reason(error))
+        raise
+
+
+def _run_secondary_node(job: JobSpec, node: Node, supervisor: Supervisor) -> None:
+    """Run the ranks of another node than the first, which says which run folder it is when the nodes have met."""
+    with tempfile.TemporaryDirectory(prefix="lit_glm-node-") as name:
+        job.write(Path(name))
+        supervisor.run(job, node, Path(name))
 
 
 def exit_interrupted(run_dir: Path) -> Callable[[int, str], None]:

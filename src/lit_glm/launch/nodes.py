@@ -25,6 +25,16 @@ class Node:
     """Nodes whose ranks run here: all of a rehearsal's that was given no other machine."""
 
 
+def this_node(topology: TopologyConfig, rehearses: bool) -> Node:
+    """As `resolve_node`; the port of a job on one node is chosen when its ranks start, so that nobody takes it before.
+
+    Raises:
+        InputError: as there.
+    """
+    check_node_count(topology)
+    return resolve_node(topology, rehearses) if topology.num_nodes > 1 else Node(0, "127.0.0.1", 0)
+
+
 def resolve_node(topology: TopologyConfig, rehearses: bool = False) -> Node:
     """Find this node's place; several nodes need MASTER_ADDR, MASTER_PORT and NODE_RANK in the environment.
 
@@ -57,6 +67,13 @@ def resolve_node(topology: TopologyConfig, rehearses: bool = False) -> Node:
         os.environ["MASTER_ADDR"],
         _int_from_env("MASTER_PORT", 65535),
     )
+    try:
+        socket.getaddrinfo(node.address, node.port)
+    except OSError as error:
+        raise InputError(
+            f"MASTER_ADDR={node.address}: this host name cannot be resolved on {socket.gethostname()} "
+            f"({error.strerror}); give the address of node 0 instead"
+        ) from error
     if node.rank == 0:
         check_port(node.port)
     return node

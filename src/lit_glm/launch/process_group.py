@@ -3,14 +3,16 @@
 import os
 import socket
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Dict, Iterator, List, Optional
 
 from lit_glm.config.schema import TrainConfig
-from lit_glm.errors import InputError, RunError
+from lit_glm.errors import InputError
 from lit_glm.hardware.runtimes.selection import check_device_count, make_runtime
 from lit_glm.launch.heartbeat import STALL_MARGIN_S
 from lit_glm.launch.peer_monitor import PeerMonitor, connect_peers, name_lost_peer
+from lit_glm.launch.rendezvous import RunFolder, meet
 
 _LATER_S = 15.0
 
@@ -23,22 +25,33 @@ def collective_timeout_s(config: TrainConfig) -> float:
     return config.run.stall_timeout_s + STALL_MARGIN_S + _LATER_S
 
 
-class RendezvousError(RunError):
-    """The ranks did not meet."""
+@dataclass
+class JoinedGroup:
+    """What a rank knows when it has joined the others."""
+
+    peers: Optional[PeerMonitor]
+    """The monitor of the other ranks; None where a supervisor of ours watches all of them."""
+    run: Optional[RunFolder]
+    """As rank 0 has decided; None under a torchrun of the user's, and for a job without a run folder."""
 
 
 @contextmanager
-def process_group(config: TrainConfig) -> Iterator[Optional[PeerMonitor]]:
+def process_group(config: TrainConfig, run: Optional[RunFolder] = None) -> Iterator[JoinedGroup]:
     """Open the process group of this rank, as torchrun's variables describe it; none for one device.
 
     An error inside ends the other ranks too, on whichever node they are.
 
+    Args:
+        config: of the job.
+        run: the run folder, on rank 0.
+
     Yields:
-        The monitor of the other ranks; None where a supervisor of ours watches all of them.
+        The monitor of the other ranks, and the run folder.
 
     Raises:
         InputError: if the number of ranks or of devices is not the topology's, or nobody provides the backend.
         RunError: if the nodes do not reach each other, or a rank is lost.
+        NothingToDo: if node 0 has found the run complete.
     """
     import torch
 
@@ -54,16 +67,18 @@ def process_group(config: TrainConfig) -> Iterator[Optional[PeerMonitor]]:
             "is the same command running on every node?"
         )
     if config.topology.world_size == 1:
-        yield None
+        yield JoinedGroup(None, run)
         return
     _check_backend(runtime.backend, config.hardware.name)
     timeout = timedelta(seconds=collective_timeout_s(config))
     external = "TORCHELASTIC_RUN_ID" in os.environ  # a torchrun of the user's: it has a store already
-    store: Any = None if external else _meet(config)
+    store: Any = None
+    if not external:
+        store, run = meet(config, run)
     place: Any = {} if external else {"store": store, "rank": int(os.environ["RANK"]), "world_size": found}
     torch.distributed.init_process_group(runtime.backend, timeout=timeout, **place)
     if config.topology.num_nodes == 1 and not external:  # its supervisor watches all ranks
-        yield None
+        yield JoinedGroup(None, run)
         return
     from lit_glm.hardware import object_collectives
 
@@ -75,7 +90,7 @@ def process_group(config: TrainConfig) -> Iterator[Optional[PeerMonitor]]:
     )
     try:
         with name_lost_peer(monitor):
-            yield monitor
+            yield JoinedGroup(monitor, run)
     except BaseException as error:
         monitor.announce_exit(getattr(error, "exit_status", 1))
         raise
@@ -97,30 +112,6 @@ def _check_backend(backend: str, hardware: str) -> None:
             f"hardware={hardware}: its collective backend {backend} is registered by neither torch nor the chip's "
             "runtime; correct Runtime.backend, or have the runtime import the package that registers it"
         )
-
-
-def _meet(config: TrainConfig) -> Any:
-    """The store at which all ranks have met.
-
-    Raises:
-        RendezvousError: if they have not in time.
-    """
-    import torch
-
-    address, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["RANK"])
-    limit = config.run.rendezvous_timeout_s
-    try:
-        return torch.distributed.TCPStore(
-            address, port, config.topology.world_size, rank == 0, timedelta(seconds=max(1.0, limit))
-        )
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0][:300]
-        raise RendezvousError(
-            f"rendezvous failed on node {os.environ['GROUP_RANK']} ({reason}): {config.topology.num_nodes} nodes were "
-            f"to meet at {address}:{port} (run.rendezvous_timeout_s, {limit:g} s). Was the same command started on "
-            "every node, and can this one reach that address and port?",
-            "rendezvous failed",
-        ) from error
 
 
 def _assign_simulated_node(config: TrainConfig) -> None:

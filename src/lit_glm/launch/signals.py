@@ -46,6 +46,10 @@ class StopSignals:
                 if number in (signal.SIGINT, signal.SIGTERM) or before != signal.SIG_IGN:  # nohup ignores SIGHUP
                     self._previous[number] = before
                     signal.signal(number, self._handle)
+        outer = getattr(self._previous.get(signal.SIGTERM), "__self__", None)
+        if isinstance(outer, StopSignals) and outer.received is not None:
+            # What it raised was lost: an exception out of a destructor or a callback of the interpreter's is ignored.
+            self._handle(outer.received, None)
         return self
 
     def __exit__(self, *_: Any) -> None:

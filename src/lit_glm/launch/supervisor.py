@@ -21,12 +21,12 @@ from typing import Dict, List, Optional
 
 from lit_glm.errors import InputError, RunError
 from lit_glm.hardware.oom import oom_kill_count
-from lit_glm.launch.heartbeat import STALL_MARGIN_S, StallWatchdog, run_watchdog, stall_message
+from lit_glm.launch.heartbeat import STALL_MARGIN_S, StallWatchdog, last_heartbeat, run_watchdog, stall_message
 from lit_glm.launch.nodes import Node, network_interface_to
 from lit_glm.launch.signals import INTERRUPTED_STATUSES, STOP_SIGNALS, Interrupted, StopSignals
 from lit_glm.openmp import LAUNCHER_THREADS_VARIABLE, omp_env_for_ranks
 from lit_glm.process_utils import kill_session, set_parent_death_signal
-from lit_glm.runs.error_files import report_killed_rank, root_cause
+from lit_glm.runs.error_files import error_folder, report_killed_rank, root_cause
 from lit_glm.runs.job_spec import JobSpec
 
 _START_S = 30.0
@@ -70,6 +70,8 @@ class Supervisor(StopSignals):
     def __init__(self) -> None:
         super().__init__()
         self.state = "starting"
+        self.has_met = False
+        """Whether the ranks have met those of the other nodes."""
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._ranks: Dict[int, subprocess.Popen[bytes]] = {}
         self._alive: Dict[int, subprocess.Popen[bytes]] = {}
@@ -86,7 +88,6 @@ class Supervisor(StopSignals):
         job: JobSpec,
         node: Node,
         spec_dir: Path,
-        run_dir: Path,
         lock: Optional[int] = None,
         module: str = "lit_glm.launch.worker",
         margin_s: float = STALL_MARGIN_S,
@@ -96,16 +97,15 @@ class Supervisor(StopSignals):
         Args:
             job: how many ranks, and how long they may be silent.
             node: this one.
-            spec_dir: holds job.json; where the ranks' heartbeats are.
-            run_dir: where files go.
+            spec_dir: holds job.json; where the ranks' heartbeats are. On node 0 the run folder.
             lock: descriptor that keeps the run folder as long as a rank may be at work there, after this process too.
-            module: what each rank runs, with the two folders as its arguments.
+            module: what each rank runs, with that folder as its argument.
             margin_s: seconds beyond `run.stall_timeout_s` without a heartbeat until the ranks are ended.
 
         Raises:
             InputError, RunError, Interrupted: how it ended otherwise.
         """
-        self._job, self._spec_dir, self._run_dir = job, spec_dir, run_dir
+        self._job, self._spec_dir = job, spec_dir
         topology, oom_kills = job.config.topology, oom_kill_count()
         first, count = node.rank * topology.devices_per_node, topology.devices_per_node * node.num_nodes_here
         limits = job.config.run
@@ -117,13 +117,14 @@ class Supervisor(StopSignals):
         _print_rendezvous(job, node)
         try:
             with run_watchdog(watchdog, self._on_stall):
-                self._start_ranks(first, count, _job_env(job, node), [module, str(spec_dir), str(run_dir)], lock)
+                self._start_ranks(first, count, _job_env(job, node), [module, str(spec_dir)], lock)
                 while self._alive:
                     self._wait_for_event()
         finally:
             self._kill()
             for process in self._ranks.values():
                 process.wait()
+            self.has_met = last_heartbeat(spec_dir, range(first, first + count)) > 0
         self.state = "ended"
         self._raise_for_cause(oom_kill_count() > oom_kills)
 
@@ -147,7 +148,7 @@ class Supervisor(StopSignals):
         self._events.put(Event("exit", rank, process.wait()))
 
     def _on_stall(self, where: List[str]) -> None:
-        self._events.put(Event("stall", reason=stall_message(self._job.config, self._run_dir, where)))
+        self._events.put(Event("stall", reason=stall_message(self._job.config, error_folder(self._spec_dir), where)))
 
     def _wait_for_event(self) -> None:
         left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
@@ -175,7 +176,7 @@ class Supervisor(StopSignals):
             event.status < 0 and not self._killed and not (self.state == "stopping" and -event.status == signal.SIGTERM)
         )
         if killed_by_other:
-            report_killed_rank(self._spec_dir, event.rank, -event.status)
+            report_killed_rank(error_folder(self._spec_dir), event.rank, -event.status)
         if self._cause is None:
             stopped = event.status in INTERRUPTED_STATUSES or -event.status in STOP_SIGNALS
             self._stop(event, self._job.config.run.shutdown_timeout_s if stopped else _FAILURE_GRACE_S)
@@ -223,10 +224,10 @@ class Supervisor(StopSignals):
             raise Interrupted(cause.status - 128)
         if -cause.status in STOP_SIGNALS:
             raise Interrupted(-cause.status)
-        reason = root_cause(self._spec_dir)
+        reason = root_cause(error_folder(self._spec_dir))
         if cause.status == InputError.exit_status:
             raise InputError(reason or f"rank {cause.rank} refused the job")
-        message = f"rank {cause.rank} failed, see its error above ({self._run_dir})"
+        message = f"rank {cause.rank} failed, see its error above ({error_folder(self._spec_dir)})"
         if out_of_memory and (reason is None or "was killed" in reason):
             message = f"{message}; out of memory: the machine had none left, and the kernel has killed a process"
             reason = "out of memory"
@@ -280,4 +281,4 @@ def _print_rendezvous(job: JobSpec, node: Node) -> None:
 def run_ranks(job: JobSpec, node: Node, folder: Path, module: str, margin_s: float) -> None:
     """Run the ranks of `doctor` and `verify`, which have no run folder."""
     with Supervisor() as supervisor:
-        supervisor.run(job, node, folder, folder, module=module, margin_s=margin_s)
+        supervisor.run(job, node, folder, module=module, margin_s=margin_s)

@@ -6,6 +6,7 @@ process that started the sweep builds sweep.md and sweep.csv from these records.
 
 import csv
 import json
+import os
 import sys
 import time
 from contextlib import ExitStack
@@ -25,6 +26,7 @@ from lit_glm.config.hydra_main import TaskOutcome, compose_config, validate_conf
 from lit_glm.config.schema import TrainConfig
 from lit_glm.config.validators import OBJECTIVE_METRICS
 from lit_glm.errors import InputError, RunError
+from lit_glm.launch.nodes import Node
 from lit_glm.runs import discovery
 from lit_glm.runs.environment import environment_differences, local_environment, read_environment
 from lit_glm.runs.job_spec import JOB_FILE, JobSpec, config_hash, ensure_same_config
@@ -123,6 +125,8 @@ class SweepCallback(Callback):
 
     def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
         """Remember the folder; notes of an earlier start of the same sweep are renewed job by job."""
+        if os.environ.get("NODE_RANK", "0") not in ("", "0"):
+            return
         SweepCallback.started = Path(config.hydra.sweep.dir).resolve()
         for note in (SweepCallback.started / JOB_RECORDS_DIR).glob("*.json"):
             note.unlink()
@@ -183,6 +187,8 @@ def run_sweep_job(
     Raises:
         KeyboardInterrupt: the job was stopped, and the rest of the sweep is not wanted either.
     """
+    from lit_glm.launch.launcher import announce_early_end, run_job
+    from lit_glm.launch.nodes import this_node
     from lit_glm.launch.signals import Interrupted
 
     hydra = HydraConfig.get()
@@ -190,14 +196,22 @@ def run_sweep_job(
     of = "" if SweepCallback.total is None else f" of {SweepCallback.total}"
     changes = hydra.job.override_dirname or "the only combination"
     print(f"lit_glm: job {int(hydra.job.num) + 1}{of}: {changes}", flush=True)
-    reused_from = ""
+    reused_from, resumes, node = "", False, Node(0, "127.0.0.1", 0)
     try:
-        earlier = _find_earlier_run(config, run_dir)
-        folder = run_dir.resolve() if earlier is None else earlier.resolve()
-        if earlier is None and (run_dir / JOB_FILE).exists() and config.sweep.skip_done:
-            folder = _free_folder(run_dir.resolve(), config_hash(config))
-        reused_from = "" if earlier is None else str(folder)
-        result = _run_or_reuse(config, folder, earlier is not None, sweep_dir, files, command, prepare_data)
+        node = this_node(config.topology, config.hardware.runtime == "simulated")
+        with announce_early_end(config, node):
+            if node.rank == 0:
+                earlier = _find_earlier_run(config, run_dir)
+                folder, resumes = run_dir.resolve() if earlier is None else earlier.resolve(), earlier is not None
+                if earlier is None and (run_dir / JOB_FILE).exists() and config.sweep.skip_done:
+                    folder = _free_folder(run_dir.resolve(), config_hash(config))
+                reused_from = str(folder) if resumes else ""
+                result = _reusable_result(config, folder, resumes, node)
+            if result is None:
+                prepare_data()
+        if result is None:
+            job = JobSpec(config, time.monotonic(), command, resumes, str(sweep_dir.resolve()))
+            result = run_job(job, folder, files, node, in_process=False)
         status = 0
     except (InputError, RunError) as error:
         print(f"lit_glm: {error}", file=sys.stderr)
@@ -207,9 +221,10 @@ def run_sweep_job(
         status = stop.exit_status
         raise KeyboardInterrupt from None
     finally:
-        row = {**config_fields(config), "status": "failed"}
-        told = {"reused_from": reused_from, "objective": config.sweep.objective}
-        _write_job_record(sweep_dir, int(hydra.job.num), folder, status, row, **told)
+        if node.rank == 0:  # which makes the table
+            row = {**config_fields(config), "status": "failed"}
+            told = {"reused_from": reused_from, "objective": config.sweep.objective}
+            _write_job_record(sweep_dir, int(hydra.job.num), folder, status, row, **told)
     value = (result or {}).get(config.sweep.objective)
     return TaskOutcome(status, None if value is None else float(value))
 
@@ -220,34 +235,31 @@ def _free_folder(run_dir: Path, name: str) -> Path:
     return next(folder for folder in map(run_dir.with_name, numbers) if not (folder / JOB_FILE).exists())
 
 
-def _run_or_reuse(
-    config: TrainConfig,
-    folder: Path,
-    goes_on: bool,
-    sweep_dir: Path,
-    files: Dict[str, str],
-    command: List[str],
-    prepare_data: Callable[[], None],
-) -> Dict[str, Any]:
-    """The result of a combination, run if it is not there."""
-    from lit_glm.launch.launcher import run_job
+def _reusable_result(config: TrainConfig, folder: Path, resumes: bool, node: Node) -> Optional[Dict[str, Any]]:
+    """The result of a combination that is complete; None if it is to be run, or resumed.
+
+    Raises:
+        InputError: if its folder is not free.
+        RunError: if another process is at work on it.
+    """
+    from lit_glm.launch.rendezvous import announce_end
     from lit_glm.runs.run_folder import ensure_available
 
-    result = read_result(folder) if goes_on else None
+    if not resumes:
+        ensure_available(folder, config.run.overwrite)
+        return None
+    result = read_result(folder)
     if result is not None and result.get("status") in COMPLETE:
         print(f"lit_glm: {folder}: the run is complete, there is nothing to do")
         print(results_table([result]), flush=True)
+        announce_end(config, node, 0, "the run is complete, there is nothing to do")
         return result
-    if goes_on and is_running(folder):
+    if is_running(folder):
         raise RunError(
             f"{folder}: another process is at work on this combination, which is left to it; start the same sweep "
             "again when it has ended: what is complete then is not run again"
         )
-    if not goes_on:
-        ensure_available(folder, config.run.overwrite)
-    prepare_data()
-    job = JobSpec(config, time.monotonic(), command, goes_on, str(sweep_dir.resolve()))
-    return run_job(job, folder, files, in_process=False)
+    return None
 
 
 def search_paths(sweep_dir: Path, given: bool) -> discovery.SearchPaths:
@@ -313,7 +325,8 @@ def prepare_sweep(whole: Any, line: CommandLine) -> None:
     if whole.sweep.objective not in OBJECTIVE_METRICS:
         raise InputError(f"sweep.objective={whole.sweep.objective}: must be one of {', '.join(OBJECTIVE_METRICS)}")
     given, sweep_dir = line.sets("hydra.sweep.dir"), Path(str(whole.hydra.sweep.dir))
-    if given:
+    is_first_node = os.environ.get("NODE_RANK", "0") in ("", "0")  # it alone keeps the folder
+    if given and is_first_node:
         foreign = [name for name in _WRITES if (sweep_dir / name).exists()]
         notes = sweep_dir / JOB_RECORDS_DIR
         if not notes.is_dir() and foreign:
@@ -331,7 +344,7 @@ def prepare_sweep(whole: Any, line: CommandLine) -> None:
     searches = any(override.is_sweep_override() and not override.is_discrete_sweep() for override in line.parse())
     if "BasicSweeper" in str(whole.hydra.sweeper.get("_target_")) and not searches:
         SweepCallback.total = len(line.combinations())
-    if whole.sweep.skip_done:
+    if whole.sweep.skip_done and is_first_node:
         _print_reusable_runs(discovery.runs_by_config_hash(search_paths(sweep_dir, given)), line)
 
 

@@ -1,12 +1,14 @@
-"""A rank's entry: `python -m lit_glm.launch.worker SPEC_DIR RUN_DIR`.
+"""A rank's entry: `python -m lit_glm.launch.worker SPEC_DIR`.
 
-SPEC_DIR holds job.json and this node's heartbeats; on the first node it is the run folder.
+SPEC_DIR holds job.json and this node's heartbeats. On node 0 it is the run folder, on other nodes a temporary folder:
+node 0 says which run folder it is when the nodes have met.
 """
 
 import os
 import sys
 import time
 import traceback
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Callable
 
@@ -14,33 +16,46 @@ from lit_glm.broken_pipe import ignore_broken_pipe
 from lit_glm.errors import InputError, RunError
 from lit_glm.gc_pause import paused_gc
 from lit_glm.launch.heartbeat import Heartbeat
-from lit_glm.launch.process_group import RendezvousError, process_group
+from lit_glm.launch.launcher import monitor_node_devices
+from lit_glm.launch.process_group import process_group
+from lit_glm.launch.rendezvous import NothingToDo, RendezvousError, RunFolder, is_known_to_all
 from lit_glm.launch.signals import Interrupted, StopRequest, StopSignals
 from lit_glm.process_utils import exit_now, kill_children
-from lit_glm.runs.error_files import error_reason, write_error_file
+from lit_glm.runs.error_files import error_folder, error_reason, set_error_folder, write_error_file
 from lit_glm.runs.job_spec import JobSpec
 
 _FIRST_RANK_REPORTS_S = 6.0
 
 
-def main(spec_dir: Path, run_dir: Path) -> int:
+def main(spec_dir: Path) -> int:
     """Run this rank; turn errors into messages and an exit status."""
     ignore_broken_pipe()
     job = JobSpec.read(spec_dir)
-    rank = int(os.environ["RANK"])
+    rank, node = int(os.environ["RANK"]), int(os.environ["GROUP_RANK"])
 
     def work() -> None:
-        with stop.interruptible():
+        with ExitStack() as keep:
+            keep.enter_context(stop.interruptible())
             beat = Heartbeat(spec_dir, rank)
             with paused_gc():
                 from lit_glm.launch.rank_runner import run_rank
 
-            with process_group(job.config):
-                beat()
-                run_rank(job, run_dir, stop, beat)
+            try:
+                joined = keep.enter_context(process_group(job.config, RunFolder(spec_dir, job.is_resume)))
+            except BaseException as error:
+                if is_known_to_all(error):
+                    beat()  # so that the supervisor does not announce it
+                raise
+            beat()
+            assert joined.run is not None
+            job.is_resume = joined.run.is_resume
+            if spec_dir != joined.run.path and os.environ["LOCAL_RANK"] == "0" and node > 0:
+                set_error_folder(spec_dir, joined.run.path / "nodes" / str(node))
+                keep.enter_context(monitor_node_devices(job, joined.run.path, node))
+            run_rank(job, joined.run.path, stop, beat)
 
     with StopRequest(job.config.run.shutdown_timeout_s, exit_rank) as stop:
-        return run_and_report_errors(work, lambda: spec_dir, stop)
+        return run_and_report_errors(work, lambda: error_folder(spec_dir), stop)
 
 
 def exit_rank(number: int, reason: str) -> None:
@@ -66,6 +81,10 @@ def run_and_report_errors(work: Callable[[], None], notes: Callable[[], Path], s
         work()
     except Interrupted as interrupted:
         return interrupted.exit_status
+    except NothingToDo as reason:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"lit_glm: {reason}", flush=True)
+        return 0
     except (InputError, RunError) as error:
         write_error_file(notes(), rank, error)
         external = "TORCHELASTIC_RUN_ID" in os.environ
@@ -87,4 +106,4 @@ def run_and_report_errors(work: Callable[[], None], notes: Callable[[], Path], s
 
 
 if __name__ == "__main__":
-    exit_now(main(Path(sys.argv[1]), Path(sys.argv[2])))
+    exit_now(main(Path(sys.argv[1])))

@@ -11,6 +11,8 @@ from lit_glm.errors import InputError
 
 _FOLDER = "errors"
 _KILLED = "killed-"
+_ELSEWHERE = "error_folder"
+"""In the temporary folder of another node's ranks: names the folder of their errors, once they have met node 0's."""
 
 
 def error_reason(error: BaseException) -> str:
@@ -20,6 +22,20 @@ def error_reason(error: BaseException) -> str:
         return str(summary)
     text = str(error).strip()
     return text if hasattr(error, "exit_status") and text else f"{type(error).__name__}: {text}"
+
+
+def set_error_folder(spec_dir: Path, folder: Path) -> None:
+    """Have the errors of this node's ranks written elsewhere: below the run folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (spec_dir / _ELSEWHERE).write_text(str(folder), encoding="utf-8")
+
+
+def error_folder(spec_dir: Path) -> Path:
+    """Where the errors of a node's ranks are written."""
+    try:
+        return Path((spec_dir / _ELSEWHERE).read_text(encoding="utf-8"))
+    except OSError:
+        return spec_dir
 
 
 def write_error_file(folder: Path, rank: int, error: BaseException) -> None:

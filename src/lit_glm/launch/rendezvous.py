@@ -1,0 +1,193 @@
+"""How the ranks of a job meet: at a store of torch's that rank 0 keeps.
+
+Rank 0 leaves there which run folder the job has. A node that ends before all have met leaves there that it has, and
+why, so that the others do not wait for it.
+"""
+
+import json
+import os
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+from lit_glm.config.schema import TrainConfig
+from lit_glm.errors import InputError, RunError
+from lit_glm.launch.nodes import Node
+from lit_glm.launch.signals import INTERRUPTED_STATUSES, Interrupted
+
+_LOOK_S = 0.05
+_OTHERS_LOOK_S = 1.0
+_ANNOUNCE_S = 20.0
+"""How long a node that ends tries to tell the others, which may be starting."""
+_RUN, _ENDED = "run folder", "ended"
+
+
+class RendezvousError(RunError):
+    """The ranks did not meet."""
+
+
+class NothingToDo(Exception):
+    """Node 0 has found that the run is complete."""
+
+
+@dataclass
+class RunFolder:
+    """What node 0 decides for all."""
+
+    path: Path
+    is_resume: bool
+
+
+def meet(config: TrainConfig, run: Optional[RunFolder]) -> "tuple[Any, Optional[RunFolder]]":
+    """Meet the other ranks, by torchrun's variables.
+
+    Args:
+        config: of the job.
+        run: on rank 0, the run folder; None elsewhere, and for a job without one.
+
+    Returns:
+        The store, and the run folder.
+
+    Raises:
+        RendezvousError: if not all ranks have come in time.
+        InputError, RunError, Interrupted, NothingToDo: as another node has ended.
+    """
+    import torch
+
+    address, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["RANK"])
+    world, limit_s = config.topology.world_size, config.run.rendezvous_timeout_s
+    end = time.monotonic() + limit_s
+    try:
+        if rank > 0:
+            _wait_for_store(address, port, end)
+        store = torch.distributed.TCPStore(
+            address, port, world, rank == 0, timedelta(seconds=max(1.0, limit_s)), wait_for_workers=False
+        )
+        if rank == 0:
+            store.set(_RUN, json.dumps(None if run is None else [str(run.path), run.is_resume]))
+        store.set(_joined(rank), "")
+        _wait(store, [_RUN], end)
+        _wait(store, [_joined(other) for other in range(world)] if rank == 0 else [_joined("all")], end)
+        if rank == 0:
+            store.set(_joined("all"), "")
+        told = json.loads(store.get(_RUN))
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0][:300]
+        raise RendezvousError(
+            f"rendezvous failed on node {os.environ['GROUP_RANK']} ({reason}): {config.topology.num_nodes} nodes were "
+            f"to meet at {address}:{port} (run.rendezvous_timeout_s, {limit_s:g} s). Was the same command started on "
+            "every node, and can this one reach that address and port?",
+            "rendezvous failed",
+        ) from error
+    return store, None if told is None else RunFolder(Path(told[0]), bool(told[1]))
+
+
+def _wait_for_store(address: str, port: int, end: float) -> None:
+    """Wait until node 0 listens; torch's own waiting fills the screen.
+
+    Raises:
+        RuntimeError: if the time is over.
+    """
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=min(5.0, max(1.0, end - time.monotonic()))).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise RuntimeError(str(error)) from error
+            time.sleep(5 * _LOOK_S)
+
+
+def _joined(rank: Any) -> str:
+    return f"joined {rank}"
+
+
+def _wait(store: Any, keys: List[str], end: float) -> None:
+    """Wait until somebody has left all of some keys, or that a node has ended.
+
+    Raises:
+        RuntimeError: if the time is over, or the store is gone.
+    """
+    while not store.check(keys):
+        if store.check([_ENDED]):
+            break
+        if time.monotonic() > end:
+            missing = [key for key in keys if not store.check([key])]
+            raise RuntimeError(f"missing: {', '.join(missing)}")
+        time.sleep(_LOOK_S)
+    if store.check([_ENDED]):
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            store.set(_heard(os.environ["GROUP_RANK"]), "")
+        if os.environ["RANK"] == "0":
+            time.sleep(_OTHERS_LOOK_S)  # the store ends with this process
+        raise _error_of(json.loads(store.get(_ENDED)))
+
+
+def _heard(node: Any) -> str:
+    return f"heard by node {node}"
+
+
+def _error_of(told: Dict[str, Any]) -> Exception:
+    """The error with which a rank ends because a node has ended, with the attribute that `is_known_to_all` asks for."""
+    status, message = int(told["status"]), f"node {told['node']} has ended before the nodes had met: {told['reason']}"
+    error: Any = RunError(message, message)
+    if status == 0:
+        error = NothingToDo(message)
+    elif status in INTERRUPTED_STATUSES:
+        error = Interrupted(status - 128)
+    elif status == InputError.exit_status:
+        error = InputError(message)
+    error.is_known_to_all = True
+    return error
+
+
+def is_known_to_all(error: BaseException) -> bool:
+    """Whether the other nodes need not be told of an error of `meet`: one of them has told, or none has come."""
+    return isinstance(error, RendezvousError) or getattr(error, "is_known_to_all", False)
+
+
+def announce_end(config: TrainConfig, node: Node, status: int, reason: str) -> None:
+    """Tell the other nodes that this one ends before all have met, if they come within some seconds.
+
+    Args:
+        config: of the job.
+        node: this one.
+        status: exit status.
+        reason: in a sentence.
+    """
+    others = [other for other in range(config.topology.num_nodes) if other != node.rank]
+    if config.topology.num_nodes == node.num_nodes_here:
+        return
+    print(
+        f"lit_glm: node {node.rank} ends ({_first_line(reason)}); it tells the other nodes that wait for it, for up to "
+        f"{_ANNOUNCE_S:g} s (Ctrl-C: at once)",
+        file=sys.stderr,
+        flush=True,
+    )
+    import torch
+
+    text = json.dumps({"node": node.rank, "status": status, "reason": _first_line(reason)})
+    end, limit = time.monotonic() + _ANNOUNCE_S, timedelta(seconds=_ANNOUNCE_S)
+    try:
+        if node.rank > 0:
+            _wait_for_store(node.address, node.port, end)
+        store = torch.distributed.TCPStore(
+            node.address, node.port, config.topology.world_size, node.rank == 0, limit, wait_for_workers=False
+        )
+        store.set(_ENDED, text)
+        if node.rank == 0:
+            store.set(_RUN, "null")  # what the others wait for first
+            heard = [_heard(other) for other in others]
+            while not store.check(heard) and time.monotonic() < end:
+                time.sleep(_LOOK_S)
+            time.sleep(_OTHERS_LOOK_S)  # for the other ranks of these nodes
+    except (RuntimeError, ValueError):
+        return  # nobody is there
+
+
+def _first_line(text: str) -> str:
+    return text.splitlines()[0] if text else ""
