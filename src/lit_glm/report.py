@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Dict, List, Optional, Sequence
 
 from lit_glm.broken_pipe import ignore_broken_pipe
 from lit_glm.config.migration import old_key_message
-from lit_glm.config.validators import OBJECTIVE_METRICS
 from lit_glm.errors import InputError
+from lit_glm.metrics.registry import METRICS, OBJECTIVES
 
 if TYPE_CHECKING:
     from lit_glm.reporting.run_reader import ReportRun
@@ -92,8 +92,8 @@ def report(given: argparse.Namespace) -> int:
     from lit_glm.reporting.run_reader import find_runs
 
     places = list(given.runs)
-    if given.sort is not None and given.sort not in OBJECTIVE_METRICS:
-        raise InputError(f"--sort {given.sort}: must be one of {', '.join(OBJECTIVE_METRICS)}")
+    if given.sort is not None and given.sort not in OBJECTIVES:
+        raise InputError(f"--sort {given.sort}: must be one of {', '.join(OBJECTIVES)}")
     if given.compare:
         return _compare(given)
     kinds = _parse_choices(given.format, FORMATS, "--format")
@@ -156,7 +156,10 @@ def _best_run_text(runs: "List[ReportRun]", key: str) -> str:
     known = plain or known  # a rehearsal or a profiled run is the best of its kind alone
     best = min(known, key=lambda run: sort_key(run.number(key), key))
     command = run_command_line(best)
-    lines = [results_table([best.result]), f"best of {len(known)} by {key} ({best.number(key):.6g}): {best.path}"]
+    lines = [
+        results_table([best.result]),
+        f"best of {len(known)} by {key} ({METRICS[key].form(best.number(key) or 0.0)}): {best.path}",
+    ]
     return "\n".join([*lines, *([f"its command: {command}"] if command else [])])
 
 

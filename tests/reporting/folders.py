@@ -58,6 +58,7 @@ def make_run(
         "scoring": config.scoring.name,
         "fix_hp": config.fix_hp,
         "bs": config.bs,
+        "step_s": {"p50": 1.03, "p90": 1.05, "p99": 1.06, "mean": 1.03, "count": steps - 2},
         "lr": config.lr,
         "seed": config.seed,
         "model": config.model.name,

@@ -31,9 +31,9 @@ def tables(text: str) -> List[List[List[str]]]:
 
 
 def performance(text: str) -> List[List[str]]:
-    """Rows of all tables with the published columns, up to the published rows themselves."""
+    """Rows of all tables with the columns of results, up to the published rows."""
     measured = text.split("## Published rows")[0].split("## 已发布结果")[0]
-    rows = [table for table in tables(measured) if len(table[0]) == 9]
+    rows = [table for table in tables(measured) if len(table[0]) in (9, 10)]
     return [row for table in rows for row in table[1:]]
 
 
@@ -42,10 +42,13 @@ def test_one_run_as_the_published_row(tmp_path: Path, capfd: Any) -> None:
     status, text, _ = report(capfd, tmp_path / "run")
     assert status == 0
     assert performance(text) == [
-        ["R300 1x8", "fp32", "bs=5,lr=1e-05", "2000.00", "3.40", "3.80", "4.00", "80.52%", "31.8/32.0"]
+        ["R300 1x8", "fp32", "bs=5,lr=1e-05", "2000.00", "3.40", "3.80", "4.00", "80.52%", "31.8/32.0", "1.06"]
     ]
-    head = next(table[0] for table in tables(text) if len(table[0]) == 9)
-    assert head[1:] == ["precision", "fix_hp", "e2e_time", "p_whole", "p_train", "p_core", "acc", "mem"]
+    head = next(table[0] for table in tables(text) if len(table[0]) in (9, 10))
+    assert head[1:] == [
+        *("precision", "fix_hp", "e2e_time", "p_whole", "p_train", "p_core", "acc", "mem"),
+        "step_p99_s",
+    ]
 
 
 def test_the_chinese_document_has_the_published_fields_in_their_order(tmp_path: Path, capfd: Any) -> None:
@@ -115,7 +118,7 @@ def test_each_scoring_has_a_table_of_its_own(tmp_path: Path, capfd: Any) -> None
     make_run(tmp_path / "b", p_core=400.0)
     _, text, _ = report(capfd, tmp_path)
     measured = text.split("## Published rows")[0]
-    found = [table for table in tables(measured) if len(table[0]) == 9]
+    found = [table for table in tables(measured) if len(table[0]) in (9, 10)]
     assert [[row[6] for row in table[1:]] for table in found] == [["4.00"], ["400.00"]]
 
 
@@ -169,13 +172,13 @@ def test_the_best_run_and_rows_in_its_order(tmp_path: Path, capfd: Any) -> None:
     make_run(tmp_path / "failed", "bs=9", status="failed", p_core=99.0)
     status, text, _ = report(capfd, tmp_path, "--best")
     assert status == 0
-    assert f"best of 3 by acc (0.83): {tmp_path}/6" in text
-    assert f"best of 3 by p_core (40): {tmp_path}/5" in report(capfd, tmp_path, "--best", "--sort", "p_core")[1]
+    assert f"best of 3 by acc (83.00%): {tmp_path}/6" in text
+    assert f"best of 3 by p_core (40.00): {tmp_path}/5" in report(capfd, tmp_path, "--best", "--sort", "p_core")[1]
     rows = performance(report(capfd, tmp_path, "--sort", "p_core")[1])
-    assert [row[2].split(",")[0] for row in rows] == ["bs=9", "bs=5", "bs=6", "bs=4"]
+    assert [row[2].split(",")[0] for row in rows] == ["bs=5", "bs=6", "bs=4", "bs=9"]
     status, _, said = report(capfd, tmp_path, "--sort", "beauty")
     assert status == 2
-    assert "--sort beauty: must be one of acc, p_core" in said
+    assert "--sort beauty: must be one of e2e_time, p_whole" in said
 
 
 def test_the_head_of_the_page_answers_at_a_glance(tmp_path: Path, capfd: Any) -> None:
@@ -291,3 +294,38 @@ def test_runs_of_unequal_machines_are_rows_of_their_own(tmp_path: Path, capfd: A
     status, text, _ = report(capfd, tmp_path, "--check")
     assert status == 1
     assert "measured on another machine or other software than another row of this name (cpu: Xeon)" in text
+
+
+def test_what_is_no_result_stands_in_a_second_table(tmp_path: Path, capfd: Any) -> None:
+    make_run(tmp_path / "good", PUBLISHED)
+    make_run(tmp_path / "rehearsed", PUBLISHED, simulated=True, p_core=900.0)
+    make_run(tmp_path / "profiled", PUBLISHED, profiled=True)
+    make_run(tmp_path / "stopped", PUBLISHED, status="interrupted")
+    make_run(tmp_path / "tune" / "tries" / "bs5_0", PUBLISHED, p_core=77.0)
+    (tmp_path / "tune" / "tune.json").write_text("{}")
+    for language, heading in (("en", "Other runs"), ("zh", "其他运行")):
+        _, text, _ = report(capfd, tmp_path, "--lang", language)
+        results, others = text.split(heading)
+        assert len(performance(results)) == 1
+        assert len(performance(others)) == 3
+        assert "77.0" not in text
+    _, text, _ = report(capfd, tmp_path / "good", tmp_path / "rehearsed")
+    assert "Other runs" not in text
+    assert [("SIMULATED" in row[0]) for row in performance(text)].count(True) == 1
+    status, _, said = report(capfd, tmp_path / "tune" / "tries" / "bs5_0")
+    assert status == 2
+    assert "is a trial of tune" in said
+
+
+def test_simulated_runs_are_marked_in_every_figure(tmp_path: Path, capfd: Any) -> None:
+    for bs in (4, 5):
+        make_run(tmp_path / str(bs), f"bs={bs}", simulated=True)
+    for language, word in (("en", "SIMULATED"), ("zh", "模拟运行")):
+        page = report(capfd, tmp_path, "--format", "html", "--lang", language)[1]
+        figures = re.findall(r"<figure.*?</figure>", page, re.DOTALL)
+        assert len(figures) > 4
+        for figure in figures:
+            assert word in figure.split("<figcaption>")[1]
+        legends = [figure for figure in figures if "bs=5" in figure]
+        assert legends
+        assert all(f"bs=5 ({word})" in figure for figure in legends)

@@ -10,6 +10,8 @@ from lit_glm.errors import InputError
 
 TUNE_FILE = "tune.json"
 """What a search leaves in its folder."""
+TRIALS_FOLDER = "tries"
+"""Where the runs of its trials are."""
 MODEL_KEYS = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "activation_checkpointing")
 """Of a model, what decides how large a batch may be."""
 

@@ -4,13 +4,8 @@ import math
 from typing import Any, Dict, List, Tuple
 
 from lit_glm.config.schema import iter_leaves
+from lit_glm.metrics.registry import OBJECTIVES
 
-OBJECTIVE_METRICS = (
-    "acc", "p_core", "p_train", "p_whole", "e2e_time", "init_time", "raw_train_time", "no_eval_time",
-    "pure_compute_time", "mfu", "mfu_flagperf", "tokens_per_s", "candidates_per_s", "mem_actual_gib", "rank_imbalance",
-    "energy_j", "samples_per_joule", "num_trained_samples", "global_steps", "skipped_steps",
-)  # fmt: skip
-"""Numbers of result.json that a sweep can be judged by."""
 _INF = math.inf
 # key -> (lowest, highest); a bound in the second tuple is excluded
 _CLOSED: Dict[str, Tuple[float, float]] = {
@@ -72,7 +67,7 @@ _CHOICES: Dict[str, Tuple[str, ...]] = {
     "model.attention": ("auto", "fused", "matmul"),
     "precision.name": ("fp32", "amp", "fp16", "bf16"),
     "scoring.name": ("shared_context", "published"),
-    "sweep.objective": OBJECTIVE_METRICS,
+    "sweep.objective": OBJECTIVES,
 }
 
 

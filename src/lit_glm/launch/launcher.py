@@ -19,6 +19,7 @@ from lit_glm.launch.rendezvous import announce_end
 from lit_glm.launch.signals import Interrupted, StopRequest
 from lit_glm.launch.supervisor import Supervisor
 from lit_glm.metrics.energy import energy_metrics
+from lit_glm.metrics.registry import METRICS
 from lit_glm.process_utils import kill_children, raise_open_files_limit
 from lit_glm.runs.checkpoints import remove_partial, resume_hint
 from lit_glm.runs.error_files import error_reason, root_cause, write_error_file
@@ -102,8 +103,11 @@ def write_energy_metrics(job: JobSpec, run_dir: Path) -> Iterator[None]:
             took = energy_metrics(run_dir, job.config, result["training_spans"], result.get("num_trained_samples"))
             update_result(run_dir, **took)
             if None not in (took["energy_j"], took["power_mean_w"], took["samples_per_joule"]):
-                mean = f"{took['power_mean_w']:.0f} W on the average"
-                print(f"lit_glm: {took['energy_j'] / 1000:.1f} kJ, {took['samples_per_joule']:.3g} samples/J, {mean}")
+                energy, rate = (
+                    f"{took['energy_j'] / 1000:.1f} kJ",
+                    METRICS["samples_per_joule"].form(took["samples_per_joule"]),
+                )
+                print(f"lit_glm: {energy}, {rate} samples/J, {took['power_mean_w']:.0f} W on average")
 
 
 @contextmanager

@@ -24,19 +24,17 @@ from lit_glm.atomic_files import atomic_write, write_json, write_text
 from lit_glm.config.command_line import CommandLine
 from lit_glm.config.hydra_main import TaskOutcome, compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
-from lit_glm.config.validators import OBJECTIVE_METRICS
 from lit_glm.errors import InputError, RunError
 from lit_glm.launch.nodes import Node
+from lit_glm.metrics.registry import METRICS, OBJECTIVES, PUBLISHED_COLUMNS
 from lit_glm.runs import discovery
 from lit_glm.runs.environment import environment_differences, local_environment, read_environment
 from lit_glm.runs.job_spec import JOB_FILE, JobSpec, config_hash, ensure_same_config
 from lit_glm.runs.lock import is_running, lock_directory
 from lit_glm.runs.result import (
     COMPLETE,
-    TABLE_COLUMNS,
     config_fields,
     is_complete,
-    is_lower_better,
     read_result,
     results_table,
     table_cells,
@@ -65,7 +63,7 @@ def summarise_sweep(sweep_dir: Path) -> Tuple[str, int]:
     write_text(sweep_dir / "sweep.md", text + "\n")
     with atomic_write(sweep_dir / "sweep.csv") as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow([*TABLE_COLUMNS, "scoring", "status", "run_dir", "overrides", "reused_from"])
+        writer.writerow([*PUBLISHED_COLUMNS, "scoring", "status", "run_dir", "overrides", "reused_from"])
         for note, result in pairs:
             told = [note["run_dir"] or "", note["overrides"], note.get("reused_from", "")]
             writer.writerow([*table_cells(result), result["scoring"], result["status"], *told])
@@ -79,19 +77,24 @@ def summarise_sweep(sweep_dir: Path) -> Tuple[str, int]:
 
 def _has_metric(result: Dict[str, Any], objective: str) -> bool:
     """Whether a run is complete and has the figure that the sweep is judged by."""
-    return result.get("status") in COMPLETE and isinstance(result.get(objective), (int, float))
+    return result.get("status") in COMPLETE and _objective_value(result, objective) is not None
+
+
+def _objective_value(result: Dict[str, Any], objective: str) -> Optional[float]:
+    return METRICS[objective].value(result) if objective in METRICS else None
 
 
 def _ranking_key(result: Dict[str, Any], objective: str) -> Tuple[bool, float]:
     """Sorts the best first, and what has no figure last."""
     if not _has_metric(result, objective):
         return True, 0.0
-    value = float(result[objective])
-    return False, value if is_lower_better(objective) else -value
+    value = _objective_value(result, objective) or 0.0
+    return False, value if METRICS[objective].is_lower_better else -value
 
 
 def _ranking_line(number: int, note: Dict[str, Any], result: Dict[str, Any], objective: str) -> str:
-    value = f"{float(result[objective]):.6g}" if _has_metric(result, objective) else str(result.get("status"))
+    known = _objective_value(result, objective) if _has_metric(result, objective) else None
+    value = str(result.get("status")) if known is None else METRICS[objective].form(known)
     return f"{number}. {value}  {note['overrides'] or 'the only combination'}  {note['run_dir'] or ''}".rstrip()
 
 
@@ -112,7 +115,8 @@ def _best_run_line(notes: List[Dict[str, Any]], results: List[Dict[str, Any]], o
     if not results or not _has_metric(results[0], objective):
         return None
     what = notes[0]["overrides"] or "the only combination"
-    return f"lit_glm: best by {objective} ({float(results[0][objective]):.6g}): {what}, {notes[0]['run_dir']}"
+    value = METRICS[objective].form(_objective_value(results[0], objective) or 0.0)
+    return f"lit_glm: best by {objective} ({value}): {what}, {notes[0]['run_dir']}"
 
 
 class SweepCallback(Callback):
@@ -225,8 +229,7 @@ def run_sweep_job(
             row = {**config_fields(config), "status": "failed"}
             told = {"reused_from": reused_from, "objective": config.sweep.objective}
             _write_job_record(sweep_dir, int(hydra.job.num), folder, status, row, **told)
-    value = (result or {}).get(config.sweep.objective)
-    return TaskOutcome(status, None if value is None else float(value))
+    return TaskOutcome(status, _objective_value(result or {}, config.sweep.objective))
 
 
 def _free_folder(run_dir: Path, name: str) -> Path:
@@ -322,8 +325,8 @@ def prepare_sweep(whole: Any, line: CommandLine) -> None:
     Raises:
         InputError: if the folder is somebody else's, or another process runs a sweep there.
     """
-    if whole.sweep.objective not in OBJECTIVE_METRICS:
-        raise InputError(f"sweep.objective={whole.sweep.objective}: must be one of {', '.join(OBJECTIVE_METRICS)}")
+    if whole.sweep.objective not in OBJECTIVES:
+        raise InputError(f"sweep.objective={whole.sweep.objective}: must be one of {', '.join(OBJECTIVES)}")
     given, sweep_dir = line.sets("hydra.sweep.dir"), Path(str(whole.hydra.sweep.dir))
     is_first_node = os.environ.get("NODE_RANK", "0") in ("", "0")  # it alone keeps the folder
     if given and is_first_node:

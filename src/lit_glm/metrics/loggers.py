@@ -12,6 +12,7 @@ import lit_glm
 from lit_glm.atomic_files import write_text
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
+from lit_glm.metrics.registry import METRICS
 from lit_glm.metrics.run_metrics import RunMetrics
 from lit_glm.metrics.timing import samples_per_second
 from lit_glm.runs.job_spec import JobSpec
@@ -162,26 +163,26 @@ class MetricLogging:
             "train/loss": values.loss,
             "train/lr": values.lr,
             "train/grad_norm": values.grad_norm,
-            "perf/p_core": samples_per_second(samples, seconds.pure_compute),
-            "perf/p_train": samples_per_second(samples, seconds.no_eval),
-            "perf/p_whole": samples_per_second(samples, seconds.raw_train),
-            "mem/gib": None if memory is None else memory / 2**30,
+            METRICS["p_core"].logged_as: samples_per_second(samples, seconds.pure_compute),
+            METRICS["p_train"].logged_as: samples_per_second(samples, seconds.no_eval),
+            METRICS["p_whole"].logged_as: samples_per_second(samples, seconds.raw_train),
+            METRICS["mem_actual_gib"].logged_as: None if memory is None else memory / 2**30,
         }
         self._log(loggers, step, evaluated_step, point)
 
     def _log(self, loggers: List[Any], step: int, evaluated_step: int, point: Dict[str, Optional[float]]) -> None:
         if evaluated_step != self._evaluated_step:
             self._evaluated_step = evaluated_step
-            point["val/acc"] = self._account.accuracy
+            point[METRICS["acc"].logged_as] = self._account.accuracy
         known = {name: float(value) for name, value in point.items() if value is not None}
         for logger in loggers if known else []:
             logger.log_metrics(known, step=step)
 
 
 CSV_COLUMNS = (
-    "step", "train/loss", "train/lr", "train/grad_norm", "perf/p_core", "perf/p_train", "perf/p_whole", "val/acc",
-    "mem/gib",
-)  # fmt: skip
+    *("step", "train/loss", "train/lr", "train/grad_norm"),
+    *(METRICS[name].logged_as for name in ("p_core", "p_train", "p_whole", "acc", "mem_actual_gib")),
+)
 
 
 class ResumableCSVLogger(Logger):

@@ -7,6 +7,7 @@ from typing import List, Optional, Tuple
 import matplotlib
 from matplotlib.figure import Figure as Canvas
 
+from lit_glm.metrics.registry import METRICS
 from lit_glm.planning.prediction import Prediction
 from lit_glm.reporting.plots import STYLE
 
@@ -48,7 +49,7 @@ def draw_scaling(curves: List[ScalingCurve], chip: str) -> Optional[str]:
                 if own:
                     label = f"{curve.scoring}, {kind}"
                     left.plot(*zip(*own), _MARKS[kind], color=colour, markeredgecolor="black", label=label)
-        for axes, what in ((left, "p_core, samples a second"), (right, "cost, card-hours to the sample limit")):
+        for axes, what in ((left, METRICS["p_core"].axis_label()), (right, "cost, card-hours to the sample limit")):
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
             axes.set_xlabel("cards")

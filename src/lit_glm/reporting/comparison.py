@@ -4,15 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import List, Optional, Tuple
 
+from lit_glm.metrics.registry import METRICS
 from lit_glm.reporting.formats import table_lines
 from lit_glm.reporting.run_reader import ReportRun, config_differences
 from lit_glm.reporting.table import ReportTable
-
-_FIGURES = (
-    "e2e_time", "p_whole", "p_train", "p_core", "init_time", "raw_train_time", "no_eval_time", "pure_compute_time",
-    "acc", "mem_actual_gib", "mfu", "num_trained_samples", "global_steps", "skipped_steps",
-)  # fmt: skip
-
 
 _MOST_SHOWN = 20
 """Steps in the table of losses, evenly taken."""
@@ -72,7 +67,7 @@ def _to_text(value: object) -> str:
 
 def _metrics_table(one: ReportRun, other: ReportRun) -> ReportTable:
     lines = []
-    for key in _FIGURES:
+    for key in (metric.name for metric in METRICS.values() if metric.is_compared):
         a, b = one.number(key), other.number(key)
         if a is None and b is None:
             continue

@@ -2,6 +2,7 @@
 
 from typing import Any, Dict, List
 
+from lit_glm.metrics.registry import TABLE_METRICS
 from lit_glm.reporting.i18n import Translations
 from lit_glm.reporting.run_reader import ReportRow, ReportRun
 from lit_glm.reporting.table import ReportTable
@@ -30,16 +31,15 @@ def metric_definitions(name: str, found: List[ReportRow], words: Translations) -
         ("precision", words("see", precisions), words("precision_remark")),
         ("fix_hp", words("see", "fix_hp"), words("fix_hp_remark")),
         ("short_name", ", ".join(cards) or name, ""),
-        ("mem", words("see", "mem"), words("mem_remark")),
-        ("e2e_time", words("see", "e2e_time"), words("e2e_remark")),
-        ("p_whole", words("see", "p_whole"), words("p_whole_remark")),
-        ("p_train", words("see", "p_train"), words("p_train_remark")),
-        ("p_core", words("see", "p_core"), words("p_core_remark")),
-        ("acc", words("see", "acc"), words("acc_remark")),
-        ("changes", "; ".join(_changed_settings(runs)) or words("none"), words("changes_remark")),
     ]
+    language = words.language
+    # As published: memory before the figures that stand before it in the table of rows.
+    ordered = sorted(TABLE_METRICS, key=lambda metric: metric.column != "mem")
+    figures = [[one.label(language), words("see", one.column), one.remark(language)] for one in ordered]
+    changes = [words("changes"), "; ".join(_changed_settings(runs)) or words("none"), words("changes_remark")]
     columns = [words("name"), words("value"), words("remark")]
-    return ReportTable(columns, [[words(key), value, remark] for key, value, remark in lines], heading=name)
+    shown = [[words(key), value, remark] for key, value, remark in lines]
+    return ReportTable(columns, [*shown, *figures, changes], heading=name)
 
 
 def _changed_settings(runs: List[ReportRun]) -> List[str]:

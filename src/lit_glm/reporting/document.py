@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Tuple
 
 from lit_glm.hardware.vendor_packages import COMPILERS, FRAMEWORKS
+from lit_glm.metrics.registry import METRICS, PUBLISHED_COLUMNS, TABLE_COLUMNS, cell_text
 from lit_glm.reporting.definitions import distinct_texts, metric_definitions
 from lit_glm.reporting.i18n import Translations
 from lit_glm.reporting.published_rows import load_published_rows, published_tables
 from lit_glm.reporting.row_format import format_cell, label_with_annotations, row_notes, text_list, unique_row_label
 from lit_glm.reporting.run_reader import ReportRow, ReportRun, group_into_rows, sort_key
 from lit_glm.reporting.table import ReportTable
-from lit_glm.runs.result import TABLE_COLUMNS, has_many_skipped_steps
+from lit_glm.runs.result import has_many_skipped_steps
 
 TOPOLOGIES = ("1x1", "1x8", "2x8")
 """Of a complete document, as published."""
@@ -71,6 +72,7 @@ def make_document(
     found = group_into_rows(runs)
     if sort is not None:
         found.sort(key=lambda row: sort_key(row.median(sort), sort))
+    found.sort(key=lambda row: not row.runs[0].is_measurement)
     hardware = list(dict.fromkeys(str(row["hardware"]) for row in found))
     environments = [
         _describe_environment(name, [run for run in runs if run.result["hardware"] == name], told, words)
@@ -160,27 +162,35 @@ def _num_nodes(run: ReportRun) -> int:
 
 
 def _performance_tables(found: List[ReportRow], words: Translations) -> List[ReportTable]:
+    others = [row for row in found if not row.runs[0].is_measurement]
+    found = [row for row in found if row.runs[0].is_measurement]
     tables = []
     scorings = [name for name in _SCORINGS if any(row["scoring"] == name for row in found)]
     scorings += sorted({str(row["scoring"]) for row in found} - set(_SCORINGS))
     for scoring in scorings:
         own = [row for row in found if str(row["scoring"]) == scoring]
-        notes = [note for row in own for note in row_notes(row, words)]
-        if any(row["simulated"] for row in own):
-            notes.insert(0, words("mark_means_simulated"))
-        known = scoring in _SCORINGS
-        tables.append(
-            ReportTable(
-                [words("config"), *TABLE_COLUMNS[1:]],
-                [
-                    [label_with_annotations(row, words), *(format_cell(row, column) for column in TABLE_COLUMNS[1:])]
-                    for row in own
-                ],
-                [words("unit"), *dict.fromkeys(notes)],
-                words(f"scoring_{scoring}") if known else f"scoring={scoring}",
-            )
-        )
-    return tables
+        heading = words(f"scoring_{scoring}") if scoring in _SCORINGS else f"scoring={scoring}"
+        tables.append(_rows_table(own, heading, words))
+    return [*tables, *([_rows_table(others, words("other_runs"), words)] if others else [])]
+
+
+def _rows_table(rows: List[ReportRow], heading: str, words: Translations) -> ReportTable:
+    notes = [note for row in rows for note in row_notes(row, words)]
+    if any(row["simulated"] for row in rows):
+        notes.insert(0, words("mark_means_simulated"))
+    several = len({str(row["scoring"]) for row in rows}) > 1
+    return ReportTable(
+        [words("config"), *TABLE_COLUMNS[1:]],
+        [
+            [
+                label_with_annotations(row, words, [f"scoring={row['scoring']}"] if several else []),
+                *(format_cell(row, column) for column in TABLE_COLUMNS[1:]),
+            ]
+            for row in rows
+        ],
+        [words("unit"), *dict.fromkeys(notes)],
+        heading,
+    )
 
 
 def _source_runs_table(found: List[ReportRow], words: Translations) -> ReportTable:
@@ -209,7 +219,7 @@ def _source_runs_table(found: List[ReportRow], words: Translations) -> ReportTab
 def _energy_cells(run: ReportRun, known: bool) -> List[str]:
     """Two cells, empty where a card's power is unknown; none where no run of the document has any."""
     joules, rate = run.number("energy_j"), run.number("samples_per_joule")
-    cells = ["" if joules is None else f"{joules / 1000:.1f}", "" if rate is None else f"{rate:.3g}"]
+    cells = ["" if joules is None else f"{joules / 1000:.1f}", cell_text(METRICS["samples_per_joule"], rate)]
     return cells if known else []
 
 
@@ -239,7 +249,7 @@ def _list_missing(found: List[ReportRow], environments: List[Environment], words
             key = "missing_environment" if entry.key in _TOLD else "missing_environment_plain"
             lines.append(words(key, environment.name, entry.label, entry.key))
     for row in found:
-        empty = [column for column in TABLE_COLUMNS[1:] if not format_cell(row, column)]
+        empty = [column for column in PUBLISHED_COLUMNS[1:] if not format_cell(row, column)]
         if empty:
             lines.append(words("missing_cell", unique_row_label(row, words), ", ".join(empty)))
         if not row["simulated"] and any(run.complete and not run.result.get("converged") for run in row.runs):

@@ -6,10 +6,10 @@ import hashlib
 import io
 from typing import Any, List
 
+from lit_glm.metrics.registry import TABLE_COLUMNS, TABLE_METRICS
 from lit_glm.reporting.document import Document, EnvironmentEntry
 from lit_glm.reporting.row_format import format_cell, row_annotations, row_label
 from lit_glm.reporting.table import ReportTable
-from lit_glm.runs.result import TABLE_COLUMNS
 
 _SORTING = """
 document.querySelectorAll("table.rows").forEach(function (table) {
@@ -101,8 +101,8 @@ def csv_text(document: Document) -> str:
     words = document.words
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    figures = ("e2e_time", "p_whole", "p_train", "p_core", "acc", "mem_actual_gib", "mem_total_gib")
-    more = ("scoring", "status", "converged", "simulated", "runs", "marks", "run_dirs")
+    figures = [name for metric in TABLE_METRICS for name in (metric.name, metric.of) if name]
+    more = ("scoring", "status", "converged", "simulated", "runs", "marks", "run_dirs", "other_run")
     ends = [f"{name}_{end}" for name in figures for end in ("median", "min", "max")]
     writer.writerow([words("config"), *TABLE_COLUMNS[1:], *more, *ends])
     for row in document.rows:
@@ -117,7 +117,11 @@ def csv_text(document: Document) -> str:
         ]
         said = "; ".join(row_annotations(row, words))
         writer.writerow(
-            [_escape_formula(value) for value in (row_label(row, words), *shown, *state, said, folders)] + numbers
+            [
+                _escape_formula(value)
+                for value in (row_label(row, words), *shown, *state, said, folders, not row.runs[0].is_measurement)
+            ]
+            + numbers
         )
     return out.getvalue()
 

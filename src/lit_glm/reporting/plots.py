@@ -11,10 +11,11 @@ from markupsafe import Markup
 from matplotlib.figure import Figure as Canvas
 
 from lit_glm.hardware.device_monitor import load_readings
+from lit_glm.metrics.registry import METRICS, as_number
 from lit_glm.metrics.timing import PERCENTILES, drop_warmup, num_timing_warmup_steps
 from lit_glm.reporting.i18n import Translations
 from lit_glm.reporting.row_format import row_label
-from lit_glm.reporting.run_reader import ReportRow, ReportRun, as_number
+from lit_glm.reporting.run_reader import ReportRow, ReportRun
 
 _SHOWN = ("power_w", "utilisation", "temperature_c", "mem_gib")
 _MOST_CARDS = 16
@@ -126,9 +127,11 @@ def draw_plots(rows: List[ReportRow], words: Translations) -> Tuple[List[Plot], 
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "lit_glm"}):
         for key, make in kinds:
             panels = make(shown, words) or []
-            svgs = [_render_svg(canvas, words(key), f"{key}{number}") for number, canvas in enumerate(panels)]
+            simulated = any(row["simulated"] for row in rows[:_MOST_LINES])
+            caption = f"{words(key)} ({words('simulated')})" if simulated else words(key)
+            svgs = [_render_svg(canvas, caption, f"{key}{number}") for number, canvas in enumerate(panels)]
             if svgs:
-                drawn.append(Plot(key, words(key), svgs))
+                drawn.append(Plot(key, caption, svgs))
     there = {figure.key for figure in drawn}
     missing = [words(key) for key, _ in kinds if key not in there]
     notes = [words("fig_more", _MOST_LINES, len(rows) - _MOST_LINES)] if len(rows) > _MOST_LINES else []
@@ -147,7 +150,8 @@ def legend_labels(rows: List[ReportRow], words: Translations) -> List[str]:
     differ = [place for place in range(longest) if len({part[place] for part in parts}) > 1]
     names = [" ".join(part[place] for place in differ if part[place]) for part in parts]
     several = [f"{name} #{row.number}".strip() if row.number else name for name, row in zip(names, rows)]
-    return [name or row_label(row, words) for name, row in zip(several, rows)]
+    labels = [name or row_label(row, words) for name, row in zip(several, rows)]
+    return [f"{label} ({words('simulated')})" if row["simulated"] else label for label, row in zip(labels, rows)]
 
 
 def _render_svg(canvas: Canvas, title: str, key: str) -> Markup:
@@ -328,18 +332,19 @@ def _plot_grid(rows: List[ReportRow], words: Translations) -> Panels:
     if len(sizes) * len(rates) < 2:
         return None
     panels, axes = _make_panels(2, 1.6 + 0.5 * len(sizes))
-    for place, (figure, scale, form) in zip(axes, (("p_core", 1.0, "{:.4g}"), ("acc", 100.0, "{:.2f}%"))):
+    for place, metric in zip(axes, (METRICS["p_core"], METRICS["acc"])):
         values = np.full((len(sizes), len(rates)), np.nan)
         for row in group:
-            found = row.median(figure)
+            found = row.median(metric.name)
             if found is not None:
-                values[sizes.index(row["bs"]), rates.index(row["lr"])] = scale * found
+                values[sizes.index(row["bs"]), rates.index(row["lr"])] = found
         place.imshow(values, cmap="Blues", aspect="auto", alpha=0.7)
         for (y, x), value in np.ndenumerate(values):
-            place.text(x, y, form.format(value) if np.isfinite(value) else "–", ha="center", va="center")
+            place.text(x, y, metric.form(value) if np.isfinite(value) else "–", ha="center", va="center")
         place.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
         place.set_yticks(range(len(sizes)), [f"{size:g}" for size in sizes])
         place.grid(False)
-        place.set(xlabel="lr", ylabel="bs", title=figure)
-    panels[0].suptitle(" ".join(chosen[:4]), fontsize=9)
+        place.set(xlabel="lr", ylabel="bs", title=metric.axis_label())
+    marks = [words("simulated")] if group[0]["simulated"] else []
+    panels[0].suptitle(" ".join([*chosen[:4], *marks]), fontsize=9)
     return panels

@@ -5,11 +5,11 @@ from typing import Any, Dict, List, Tuple
 from omegaconf import OmegaConf
 
 from lit_glm.config.hydra_main import CONF_DIR
+from lit_glm.metrics.registry import PUBLISHED_COLUMNS
 from lit_glm.reporting.i18n import Translations
 from lit_glm.reporting.row_format import format_cell, label_with_annotations, unique_row_label
 from lit_glm.reporting.run_reader import ReportRow, ReportRun
 from lit_glm.reporting.table import ReportTable
-from lit_glm.runs.result import TABLE_COLUMNS
 
 _RATIOS = ("e2e_time", "p_whole", "p_train", "p_core")
 _WORKLOAD = {"model.name": "glm_large", "data.name": "record", "data.max_seq_length": 512}
@@ -38,14 +38,14 @@ def published_tables(found: List[ReportRow], words: Translations) -> Tuple[Repor
             words.config(line["hardware"].upper().replace("_", "-"), line["topology"]),
             *(
                 format_cell(row, column) + (_DOUBT if column == "precision" and line.get("fp16_flag") else "")
-                for column in TABLE_COLUMNS[1:]
+                for column in PUBLISHED_COLUMNS[1:]
             ),
             line["source"],
         ]
         for line, row in zip(published, wrapped)
     ]
     said = [words("published_note"), f"{_DOUBT.strip()} {words('published_fp16_flag')}"]
-    table = ReportTable([words("config"), *TABLE_COLUMNS[1:], words("source")], lines, said)
+    table = ReportTable([words("config"), *PUBLISHED_COLUMNS[1:], words("source")], lines, said)
     ratios, notes = [], []
     for row in found:
         matches, note = _matching_rows(row, published, words)

@@ -1,22 +1,15 @@
 """A row as the table shows it: its name, its marks, its cells in the published formats, why a cell is empty."""
 
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, List, Sequence
 
+from lit_glm.metrics.registry import TABLE_COLUMNS, TABLE_METRICS, cell_text
 from lit_glm.reporting.i18n import Translations
 from lit_glm.reporting.run_reader import ReportRow, ReportRun
-from lit_glm.runs.result import TABLE_COLUMNS, has_many_skipped_steps, was_contended
+from lit_glm.runs.result import has_many_skipped_steps, was_contended
 from lit_glm.runs.verifications import latest_verification
 
-_SECONDS: Callable[[float], str] = "{:.2f}".format
-_FORMATS: Dict[str, Callable[[float], str]] = {
-    "e2e_time": _SECONDS,
-    "p_whole": _SECONDS,
-    "p_train": _SECONDS,
-    "p_core": _SECONDS,
-    "acc": lambda share: f"{100 * share:.2f}%",
-    "mem": "{:.1f}".format,
-}
+_BY_COLUMN = {metric.column: metric for metric in TABLE_METRICS}
 
 
 def row_label(row: ReportRow, words: Translations) -> str:
@@ -33,9 +26,9 @@ def unique_row_label(row: ReportRow, words: Translations) -> str:
     return f"{row_label(row, words)} {row['fix_hp']}{number}"
 
 
-def label_with_annotations(row: ReportRow, words: Translations) -> str:
+def label_with_annotations(row: ReportRow, words: Translations, more: Sequence[str] = ()) -> str:
     """Name of a row and what a reader must know of it."""
-    said = row_annotations(row, words)
+    said = [*row_annotations(row, words), *more]
     return row_label(row, words) + (f" ({', '.join(said)})" if said else "")
 
 
@@ -91,18 +84,10 @@ def format_cell(row: ReportRow, column: str) -> str:
     if column in ("precision", "fix_hp"):
         tf32 = " (TF32)" if column == "precision" and row["precision"] == "fp32" and row["tf32"] else ""
         return str(row[column] if row[column] is not None else "") + tf32
-    form = _FORMATS[column]
-    key = "mem_actual_gib" if column == "mem" else column
-    middle, spread = row.median(key), row.spread(key)
-    if middle is None:
-        return ""
-    text = form(middle)
-    if column == "mem":
-        total = row.median("mem_total_gib")
-        if total is None:
-            return ""
-        text = f"{text}/{form(total)}"
-    return text if spread is None else f"{text} [{form(spread[0])}, {form(spread[1])}]"
+    metric = _BY_COLUMN[column]
+    total = row.median(metric.of) if metric.of else None
+    text, spread = cell_text(metric, row.median(metric.name), total), row.spread(metric.name)
+    return text if spread is None else f"{text} [{metric.form(spread[0])}, {metric.form(spread[1])}]"
 
 
 def _verification_note(row: ReportRow, name: str, words: Translations) -> str:
@@ -142,10 +127,10 @@ def row_notes(row: ReportRow, words: Translations) -> List[str]:
     for column, why in (("e2e_time", "why_no_e2e"), ("acc", "why_no_acc")):
         if column in empty and not row.runs[0].complete:
             lines.append(words(why, name, state))
-    if "mem" in empty and row["mem_actual_gib"] is None:
+    if "mem" in empty and row.median("mem_actual_gib") is None:
         lines.append(words("why_no_mem", name))
     plain = [column for column in empty if row.runs[0].complete or column in ("precision", "fix_hp")]
-    plain = [column for column in plain if column != "mem" or row["mem_actual_gib"] is not None]
+    plain = [column for column in plain if column != "mem" or row.median("mem_actual_gib") is not None]
     if plain:
         lines.append(words("why_no_value", name, ", ".join(plain)))
     if len(row.runs) > 1:

@@ -18,8 +18,10 @@ import psutil
 from omegaconf import OmegaConf
 
 from lit_glm.config.migration import migrate_names
+from lit_glm.config.tuned_values import TRIALS_FOLDER, TUNE_FILE
+from lit_glm.metrics.registry import METRICS, as_number
 from lit_glm.runs.environment import comparable_environment, environment_differences, environment_parts
-from lit_glm.runs.result import COMPLETE, is_lower_better
+from lit_glm.runs.result import COMPLETE
 
 _TEXTS = ("status", "hardware", "topology", "precision", "scoring", "fix_hp", "model", "error")
 _SILENT_S = 120.0
@@ -38,6 +40,13 @@ class ReportRun:
     environment: Dict[str, Any] = field(default_factory=dict)
     settings: Dict[str, Any] = field(default_factory=dict)
     """Flat configuration: dotted key -> value."""
+    is_named: bool = False
+    """Whether its folder itself was asked for, rather than one above it."""
+
+    @property
+    def is_measurement(self) -> bool:
+        """Whether it belongs into the table of results: complete, on real devices, without a profiler; or asked for."""
+        return self.is_named or (self.complete and not self.result.get("simulated") and not self.result.get("profiled"))
 
     @property
     def name(self) -> str:
@@ -51,7 +60,7 @@ class ReportRun:
 
     def number(self, key: str) -> Optional[float]:
         """A figure of the result; None unless it is a finite number."""
-        return as_number(self.result.get(key))
+        return METRICS[key].value(self.result) if key in METRICS else as_number(self.result.get(key))
 
     def table(self, name: str) -> List[Dict[str, str]]:
         """Lines of steps.csv, evals.csv or memory.csv; none if there is no such file."""
@@ -108,16 +117,6 @@ class ReportRow:
         return min(self.runs, key=lambda run: abs((run.number("p_core") or 0.0) - float(middle or 0.0)))
 
 
-def as_number(value: Any) -> Optional[float]:
-    """A finite number, or None: results of other versions and broken ones hold what they like."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    try:
-        return float(value) if abs(value) < float("inf") else None
-    except OverflowError:
-        return None
-
-
 def find_runs(patterns: List[str]) -> Tuple[List[ReportRun], List[str]]:
     """Read run folders.
 
@@ -137,13 +136,22 @@ def find_runs(patterns: List[str]) -> Tuple[List[ReportRun], List[str]]:
         elif not found:
             trouble.append(f"{pattern}: holds no run (no result.json)")
         for folder in found:
-            if folder.resolve() in runs:
+            if _is_trial(folder):
+                if folder in map(Path, places):
+                    trouble.append(f"{folder}: is a trial of tune; its figures are in tune.md of the search")
                 continue
             try:
-                runs[folder.resolve()] = _read_run(folder)
+                run = runs.setdefault(folder.resolve(), _read_run(folder))
+                run.is_named = run.is_named or folder in map(Path, places)
             except (OSError, ValueError, RecursionError) as error:
                 trouble.append(f"{folder}: result.json cannot be read ({error})")
     return list(runs.values()), trouble
+
+
+def _is_trial(folder: Path) -> bool:
+    """Whether a run folder is a trial of `tune`: too short, and on the longest examples first."""
+    search = folder.resolve().parent
+    return search.name == TRIALS_FOLDER and (search.parent / TUNE_FILE).is_file()
 
 
 def _find_run_folders(place: Path) -> Iterator[Path]:
@@ -236,7 +244,7 @@ def sort_key(value: Optional[float], figure: str) -> Tuple[bool, float]:
     """Sorts by a figure, the best first and what has none last."""
     if value is None:
         return True, 0.0
-    return False, value if is_lower_better(figure) else -value
+    return False, value if METRICS[figure].is_lower_better else -value
 
 
 def group_into_rows(runs: List[ReportRun]) -> List[ReportRow]:
@@ -281,7 +289,7 @@ def _row_name_fields(run: ReportRun) -> List[Any]:
 def _comparability_key(run: ReportRun) -> List[Any]:
     """What must not be mixed within a row, beside settings: machines and states."""
     own = [bool(run.result.get(key)) for key in ("simulated", "profiled")]
-    state = [*own, run.complete or str(run.path), run.result.get("environment_changes") or []]
+    state = [*own, run.is_measurement, run.complete or str(run.path), run.result.get("environment_changes") or []]
     return [*state, run.result.get("tf32"), run.result.get("runtime"), comparable_environment(run.environment)]
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
+from lit_glm.metrics.registry import METRICS, cell_text
 from lit_glm.reporting.i18n import Translations
 from lit_glm.reporting.published_rows import load_published_rows
 from lit_glm.reporting.row_format import format_cell, row_annotations, unique_row_label, verification_summary
@@ -47,11 +48,9 @@ def _make_tile(row: ReportRow, published: List[Dict[str, Any]], words: Translati
             words("card_time"),
             format_cell(row, "e2e_time") + " s" if state == "reached" and format_cell(row, "e2e_time") else "",
         ),
-        ("p_core", format_cell(row, "p_core")),
-        ("p_train", format_cell(row, "p_train")),
-        ("p_whole", format_cell(row, "p_whole")),
-        (words("mem"), f"{format_cell(row, 'mem')} GiB" if format_cell(row, "mem") else ""),
-        ("mfu", "" if row["simulated"] else _format_percent(row.median("mfu"))),
+        *((METRICS[name].column, _with_unit(row, name)) for name in ("p_core", "p_train", "p_whole", "step_p99_s")),
+        (METRICS["mem_actual_gib"].label(words.language), _with_unit(row, "mem_actual_gib")),
+        ("mfu", "" if row["simulated"] else cell_text(METRICS["mfu"], row.median("mfu"))),
         (words("card_ratio"), _published_ratio(row, published)),
         (words("energy"), _format_energy(row)),
         (words("card_verified"), "" if row["simulated"] else verification_summary(row, words)),
@@ -80,8 +79,9 @@ def run_command_line(run: ReportRun) -> str:
     return " ".join([typed, *(shlex.quote(str(argument)) for argument in known[1:])])
 
 
-def _format_percent(value: Any) -> str:
-    return "" if value is None else f"{100 * value:.1f}%"
+def _with_unit(row: ReportRow, name: str) -> str:
+    text = format_cell(row, METRICS[name].column)
+    return f"{text} {METRICS[name].unit}" if text else ""
 
 
 def _format_energy(row: ReportRow) -> str:

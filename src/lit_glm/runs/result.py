@@ -7,6 +7,7 @@ from typing import Any, Dict, List, Optional
 from lit_glm.atomic_files import write_json
 from lit_glm.config.migration import migrate_names
 from lit_glm.config.schema import TrainConfig
+from lit_glm.metrics.registry import METRICS, PUBLISHED_COLUMNS, PUBLISHED_METRICS, cell_text
 
 RESULT_FILE = "result.json"
 SCHEMA_VERSION = 3
@@ -97,19 +98,9 @@ def mark_interrupted(run_dir: Path) -> None:
         update_result(run_dir, status="interrupted")
 
 
-TABLE_COLUMNS = ("config", "precision", "fix_hp", "e2e_time", "p_whole", "p_train", "p_core", "acc", "mem")
-"""The published table's, in its order (its first column is named 配置 there)."""
 _SKIPPED_SHARE = 0.01
 CONTENTION_THRESHOLD = 0.1
 """Share of the machine that others may take before a reader must be told."""
-
-
-_LESS_IS_BETTER = ("time", "mem_", "rank_imbalance", "skipped_steps", "num_trained_samples", "global_steps", "energy_j")
-
-
-def is_lower_better(figure: str) -> bool:
-    """Whether a figure of a result is the better the lower it is."""
-    return any(part in figure for part in _LESS_IS_BETTER)
 
 
 def has_many_skipped_steps(result: Dict[str, Any]) -> bool:
@@ -154,29 +145,23 @@ def annotations(result: Dict[str, Any]) -> List[str]:
 
 def table_cells(result: Dict[str, Any]) -> List[str]:
     """A result in the published formats, one text a column; empty where nothing was measured."""
-
-    def number(name: str, digits: int) -> str:
-        return "" if result.get(name) is None else f"{result[name]:.{digits}f}"
-
     said = annotations(result)
     mark = f" ({', '.join(said)})" if said else ""
-    actual, total = number("mem_actual_gib", 1), number("mem_total_gib", 1)
+    figures = [
+        cell_text(metric, metric.value(result), METRICS[metric.of].value(result) if metric.of else None)
+        for metric in PUBLISHED_METRICS
+    ]
     return [
         f"{result['hardware']} {result['topology']}{mark}",
         str(result["precision"]),
         str(result["fix_hp"]),
-        number("e2e_time", 2),
-        number("p_whole", 2),
-        number("p_train", 2),
-        number("p_core", 2),
-        "" if result.get("acc") is None else f"{100 * result['acc']:.2f}%",
-        f"{actual}/{total}" if actual and total else "",
+        *figures,
     ]
 
 
 def results_table(results: List[Dict[str, Any]]) -> str:
     """Results as a Markdown table, columns and order as published."""
-    return markdown_table([list(TABLE_COLUMNS), *(table_cells(result) for result in results)])
+    return markdown_table([list(PUBLISHED_COLUMNS), *(table_cells(result) for result in results)])
 
 
 def markdown_table(rows: List[List[str]]) -> str:

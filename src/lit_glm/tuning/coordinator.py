@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
+from lit_glm.config.tuned_values import TRIALS_FOLDER
 from lit_glm.launch.signals import STOP_SIGNALS, Interrupted
 from lit_glm.planning.workload import Workload
 from lit_glm.tuning.search import FITS, LIMIT, TIME, Trial, fastest_bs, largest_bs, next_bs
@@ -38,7 +39,7 @@ def run_coordinator(config: Any, trials: TrialRunner, folder: Path, train: Any) 
             tried = _exceeds_memory(work, config, bs, runtime)
             if tried is None:
                 number = sum(one.bs == bs for one in record.trials)
-                place = folder / "tries" / f"bs{bs}_{number}"
+                place = folder / TRIALS_FOLDER / f"bs{bs}_{number}"
                 if orders is not None:
                     orders.put(bs, str(place.relative_to(folder)))
                 try:

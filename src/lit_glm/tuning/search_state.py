@@ -14,6 +14,7 @@ from lit_glm.config.migration import migrate_names
 from lit_glm.config.schema import TrainConfig
 from lit_glm.config.tuned_values import MODEL_KEYS, TUNE_FILE
 from lit_glm.metrics.memory_estimate import estimate_memory
+from lit_glm.metrics.registry import METRICS
 from lit_glm.planning.cost_model import saves_attention_probs
 from lit_glm.planning.workload import Workload
 from lit_glm.reporting.plots import STYLE
@@ -172,7 +173,7 @@ def _plot_trials(tries: List[Trial], config: TrainConfig) -> str:
             axes.axvline(bs, color="tab:red", linestyle=":", linewidth=1)
         axes.set_xscale("log", base=2)
         axes.set_xlabel("bs (dotted: did not fit)")
-        axes.set_ylabel("p_core, samples a second")
+        axes.set_ylabel(METRICS["p_core"].axis_label())
         axes.set_title(f"{config.hardware.name} {config.topology.name} {config.precision.name} {config.scoring.name}")
         axes.legend()
         out = io.StringIO()
