@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
+from hydra.errors import HydraException
+
 from lit_glm.config.hydra_main import run_command
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
@@ -63,7 +65,7 @@ def score_predictions(
     }
 
 
-def inherit_run_config(config: TrainConfig, given: List[str]) -> TrainConfig:
+def inherit_run_config(config: TrainConfig, given: List[str], overrides: List[str]) -> TrainConfig:
     """Take model, data and device of the run whose checkpoint is to be scored; the command line wins.
 
     Where the run's device is not present the command line's is used, with a message.
@@ -71,10 +73,10 @@ def inherit_run_config(config: TrainConfig, given: List[str]) -> TrainConfig:
     Args:
         config: of the command line.
         given: keys and groups that the command line sets.
+        overrides: of the command line.
     """
     from dataclasses import fields, replace
 
-    from lit_glm.hardware.env import set_hardware_env
     from lit_glm.runs.job_spec import JOB_FILE, JobSpec
 
     path = Path(config.model.init_checkpoint or "")
@@ -82,26 +84,39 @@ def inherit_run_config(config: TrainConfig, given: List[str]) -> TrainConfig:
     if not (run_dir / JOB_FILE).is_file():
         return config
     run: Any = JobSpec.read(run_dir).config
-    for group in ("model", "data", "hardware"):
+    for group in ("model", "data"):
         if group in given:
             continue
         own = {field.name for field in fields(getattr(config, group)) if f"{group}.{field.name}" in given}
-        if group == "hardware" and own:  # keys of a device are for that device
-            continue
         changes = {name: getattr(getattr(config, group), name) for name in own}
-        inherited = replace(getattr(run, group), **changes)
-        if group == "hardware":
-            set_hardware_env(inherited)  # before anything imports torch
-            from lit_glm.hardware.runtimes.selection import check_runtime_available
-
-            try:
-                check_runtime_available(inherited, config.topology)
-            except InputError as error:
-                reason = str(error).splitlines()[0]
-                print(f"lit_glm: not scored on the run's device: {reason}", file=sys.stderr)
-                continue
-        setattr(config, group, inherited)
+        setattr(config, group, replace(getattr(run, group), **changes))
+    if not any(key.split(".")[0] == "hardware" for key in given):
+        config.hardware = _hardware_of_run(run, config, overrides)
     return config
+
+
+def _hardware_of_run(run: TrainConfig, config: TrainConfig, overrides: List[str]) -> Any:
+    """The device that a run was made on, if it is present; else the command line's, with a message.
+
+    It is taken by its name, from this installation's files or the user's: what stands in the run folder may be somebody
+    else's, and names classes and variables.
+    """
+    from lit_glm.config.hydra_main import compose_config, validate_config
+    from lit_glm.hardware.env import set_hardware_env
+
+    chosen = [f"hardware={run.hardware.name}"]
+    chosen += ["hardware.runtime=simulated"] if run.hardware.runtime == "simulated" else []
+    try:
+        hardware = validate_config(compose_config("evaluate", [*overrides, *chosen]), TrainConfig).hardware
+        set_hardware_env(hardware)  # before anything imports torch
+        from lit_glm.hardware.runtimes.selection import check_runtime_available
+
+        check_runtime_available(hardware, config.topology)
+    except (InputError, HydraException) as error:
+        reason = str(error).splitlines()[0]
+        print(f"lit_glm: not scored on the run's device, {run.hardware.name}: {reason}", file=sys.stderr)
+        return config.hardware
+    return hardware
 
 
 def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
@@ -119,7 +134,8 @@ def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
     out = Path(hydra.run.dir)
     _check_not_foreign(out)
     given = [override.key_or_group for override in CommandLine(list(hydra.overrides.task)).parse()]
-    config = inherit_run_config(config, given)
+    overrides = [*hydra.overrides.task, *CommandLine.read(sys.argv[1:]).searchpath]
+    config = inherit_run_config(config, given, overrides)
     for line in set_hardware_env(config.hardware):
         print(f"lit_glm: {line}", file=sys.stderr)
     accuracy, chosen, runtime = _score_checkpoint(config)

@@ -1,10 +1,11 @@
 """`python -m lit_glm.plan [group=name,name] ...`: what a run would take, before anything is rented."""
 
 import json
+import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, List, Optional, Union
+from typing import Any, List, Optional, Tuple, Union
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
@@ -66,6 +67,31 @@ def _validate_combination(overrides: List[str]) -> Any:
         raise InputError(explain_hydra_error(error, PlanConfig, CONF_DIR)) from error
 
 
+_PUBLISHED_SAMPLES = 76_800
+"""That the published R300 1x8 run trained on: 2,400 steps of 32 (FlagPerf pull request 41)."""
+
+
+def _with_common_limit(configs: List[Any], combinations: List[List[str]]) -> Tuple[List[Any], int, str]:
+    """The combinations, all with the same number of samples, that number, and what it is in words.
+
+    The published values of the pairs have limits of their own, from 4,000 to millions: rows of unequal limits mislead.
+    """
+    given = {text.partition("=")[0] for overrides in combinations for text in overrides}
+    limits = {min(own.run.max_samples, (own.run.max_steps or math.inf) * own.global_batch) for own in configs}
+    if len(limits) == 1 and {"run.max_samples", "run.max_steps", "experiment"} & given:
+        samples = int(min(limits))
+        return configs, samples, f"a run of {samples:,} samples, its limit"
+    samples, reason = _PUBLISHED_SAMPLES, "as the published R300 1x8 run had; run.max_samples= gives another"
+    if "run.max_samples" in given:
+        samples, reason = max(own.run.max_samples for own in configs), "the largest run.max_samples"
+    runs = [replace(own.run, max_samples=samples, max_steps=None) for own in configs]
+    return (
+        [replace(own, run=run) for own, run in zip(configs, runs)],
+        samples,
+        f"a run of {samples:,} samples, {reason}",
+    )
+
+
 def _make_task(combinations: List[List[str]], as_json: bool) -> Any:
     """What is done with the first combination's configuration: all of them are predicted."""
 
@@ -79,6 +105,7 @@ def _make_task(combinations: List[List[str]], as_json: bool) -> Any:
         from lit_glm.reporting.published_rows import load_published_rows
 
         configs = [_validate_combination(overrides) for overrides in combinations]
+        configs, samples, reason = _with_common_limit(configs, combinations)
         if min(config.plan.device_counts, default=1) < 1:
             raise InputError(f"plan.device_counts={config.plan.device_counts}: numbers from 1 on")
         folder = Path(str(HydraConfig.get().run.dir)).resolve()
@@ -89,13 +116,13 @@ def _make_task(combinations: List[List[str]], as_json: bool) -> Any:
             train, held, data = load_examples(own)
             work = Workload(own, train, held)
             if work.enough:
-                predictions.append(predict(own, rank_speed(own, measured, published, work), work, data))
+                predictions.append(predict(own, rank_speed(own, measured, published, work), work, data, samples))
                 continue
             asked = f"{own.global_batch} examples a step, {len(train)} there"
             left_out.append(f"{own.topology.name}, bs={own.bs}: {asked}")
         if not predictions:
             raise InputError("nothing to predict: " + "; ".join(left_out))
-        shown = write_plan(folder, predictions, measured, published, config, left_out)
+        shown = write_plan(folder, predictions, measured, published, configs, (samples, reason), left_out)
         print(json.dumps([prediction.row() for prediction in predictions], indent=1) if as_json else shown)
         return 0
 

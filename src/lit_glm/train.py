@@ -21,7 +21,6 @@ from lit_glm.launch.signals import Interrupted, RaisingStopSignals, ignore_stop_
 def train(config: TrainConfig, composed: Any) -> TaskOutcome:
     """Run one job, or one combination of a sweep."""
     from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
 
     from lit_glm.hardware.env import set_hardware_env
 
@@ -35,7 +34,7 @@ def train(config: TrainConfig, composed: Any) -> TaskOutcome:
     hydra = HydraConfig.get()
     sweeps = hydra.mode is not None and hydra.mode.name != "RUN"
     run_dir = Path(hydra.runtime.output_dir if sweeps else hydra.run.dir)
-    files = hydra_files(OmegaConf.to_yaml(composed), OmegaConf.to_yaml(hydra), list(hydra.overrides.task))
+    files = hydra_files(composed, hydra, list(hydra.overrides.task))
     check_runtime_available(config.hardware, config.topology)
     outer = external_rank(config.topology)
     if sweeps:

@@ -26,7 +26,7 @@ def planned(*overrides: str, runs: Any = (), rows: Any = None) -> Prediction:
     config: Any = validate_config(compose_config("plan", list(overrides)), PlanConfig)
     work = Workload(config, TYPICAL, TYPICAL)
     return predict(
-        config, rank_speed(config, list(runs), load_published_rows() if rows is None else rows, work), work, ""
+        config, rank_speed(config, list(runs), load_published_rows() if rows is None else rows, work), work, "", 1000
     )
 
 

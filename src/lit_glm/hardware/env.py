@@ -4,6 +4,7 @@ import os
 from typing import List
 
 from lit_glm.config.schema import HardwareConfig
+from lit_glm.config.secrets import MASK
 
 
 def set_hardware_env(hardware: HardwareConfig) -> List[str]:
@@ -14,6 +15,8 @@ def set_hardware_env(hardware: HardwareConfig) -> List[str]:
     """
     kept = []
     for name, value in hardware.env.items():
+        if value == MASK:  # of a run folder; ranks have the value in their environment
+            continue
         if os.environ.get(name, value) != value:
             kept.append(f"{name}={os.environ[name]} is set and stays; conf/hardware/{hardware.name}.yaml has {value}")
         os.environ.setdefault(name, value)

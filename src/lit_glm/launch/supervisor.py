@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Dict, List, Optional
 
+from lit_glm.config.secrets import MASK
 from lit_glm.errors import InputError, RunError
 from lit_glm.hardware.oom import oom_kill_count
 from lit_glm.launch.heartbeat import STALL_MARGIN_S, StallWatchdog, last_heartbeat, run_watchdog, stall_message
@@ -48,6 +49,7 @@ _JOB_VARIABLES = (
     "PL_GLOBAL_SEED",
     "PL_SEED_WORKERS",
     LAUNCHER_THREADS_VARIABLE,
+    "LIT_GLM_SECRETS",
 )
 """Variables of one job that must not reach another."""
 
@@ -252,8 +254,9 @@ def _job_env(job: JobSpec, node: Node) -> Dict[str, str]:
     topology = job.config.topology
     count = topology.devices_per_node * node.num_nodes_here
     env = {
-        **job.config.hardware.env,
+        **{name: value for name, value in job.config.hardware.env.items() if value != MASK},
         **job_free_env(),
+        **job.secrets_variable(),
         "WORLD_SIZE": str(topology.world_size),
         "LOCAL_WORLD_SIZE": str(count),
         "GROUP_RANK": str(node.rank),

@@ -24,6 +24,7 @@ from lit_glm.atomic_files import atomic_write, write_json, write_text
 from lit_glm.config.command_line import CommandLine
 from lit_glm.config.hydra_main import TaskOutcome, compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
+from lit_glm.config.secrets import mask_overrides
 from lit_glm.errors import InputError, RunError
 from lit_glm.launch.nodes import Node
 from lit_glm.metrics.registry import METRICS, OBJECTIVES, PUBLISHED_COLUMNS
@@ -39,6 +40,7 @@ from lit_glm.runs.result import (
     results_table,
     table_cells,
 )
+from lit_glm.runs.run_folder import masked_yaml
 
 JOB_RECORDS_DIR = "jobs"
 """Folder of the notes, in the sweep's; it tells a sweep's folder from others."""
@@ -171,7 +173,8 @@ def _write_job_record(
     """Leave a note of a job, with the row of the table that it has without a result."""
     file = _job_record_file(sweep_dir, number)
     file.parent.mkdir(parents=True, exist_ok=True)
-    overrides = HydraConfig.get().job.override_dirname if HydraConfig.initialized() else ""
+    words = HydraConfig.get().job.override_dirname if HydraConfig.initialized() else ""
+    overrides = mask_overrides(words)
     folder = None if run_dir is None else str(run_dir.resolve())
     write_json(file, {"run_dir": folder, "exit_status": status, "overrides": overrides, "row": row, **more})
 
@@ -200,6 +203,7 @@ def run_sweep_job(
     of = "" if SweepCallback.total is None else f" of {SweepCallback.total}"
     changes = hydra.job.override_dirname or "the only combination"
     print(f"lit_glm: job {int(hydra.job.num) + 1}{of}: {changes}", flush=True)
+    _mask_multirun_file(sweep_dir)
     reused_from, resumes, node = "", False, Node(0, "127.0.0.1", 0)
     try:
         node = this_node(config.topology, config.hardware.runtime == "simulated")
@@ -299,12 +303,24 @@ def _runs_of_this_machine(runs: List[Path], config: TrainConfig) -> List[Path]:
     return same
 
 
+def _mask_multirun_file(sweep_dir: Path) -> None:
+    """Mask secrets in Hydra's own record of a sweep, which Hydra writes before the first job."""
+    file = sweep_dir / "multirun.yaml"
+    if not file.is_file():
+        return
+    found = OmegaConf.load(file)
+    masked = masked_yaml(found)
+    if masked != OmegaConf.to_yaml(found):
+        write_text(file, masked)
+
+
 def finish_sweep() -> int:
     """Make the table of the sweep that this process has started, if it has; returns its exit status."""
     sweep_dir, SweepCallback.started = SweepCallback.started, None
     if sweep_dir is None:
         return 0
     text, status = summarise_sweep(sweep_dir)
+    _mask_multirun_file(sweep_dir)
     print(text)
     print(f"lit_glm: {sweep_dir}/sweep.md, sweep.csv")
     return status

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 import lit_glm
 from lit_glm.config.hydra_main import CONF_DIR
 from lit_glm.config.schema import TrainConfig
+from lit_glm.config.secrets import is_secret, mask_override
 from lit_glm.hardware.monitors import cpu_name
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.hardware.vendor_packages import PACKAGES, VISIBLE
@@ -40,9 +41,6 @@ _VARIABLES = (
     "OMP_WAIT_POLICY",
     "GLOO_SOCKET_IFNAME",
 )
-
-
-_SECRET = re.compile(r"token|secret|password|passwd|api_?key|credential", re.IGNORECASE)
 
 
 def _command_output(*command: str, folder: Optional[Path] = None) -> Optional[str]:
@@ -131,7 +129,7 @@ def describe_system(config: TrainConfig, runtime: Runtime, command: List[str]) -
         "lit_glm": lit_glm.__version__,
         "git_commit": commit,
         "git_dirty": bool(changed) if commit else None,
-        "command": [_mask_secrets(argument) for argument in command],
+        "command": [mask_override(argument) for argument in command],
         "host": platform.node(),
         "pid": os.getpid(),
         "machine": told.machine or _machine_model() or of_file or None,
@@ -162,12 +160,4 @@ def _known_variables() -> List[str]:
     """Names from our own list and from the hardware files, never from the command line; none of a secret."""
     files: List[Any] = [OmegaConf.load(path) for path in sorted((CONF_DIR / "hardware").glob("*.yaml"))]
     names = [*_VARIABLES, *(str(name) for content in files for name in content.get("env") or {})]
-    return [name for name in dict.fromkeys(names) if not _SECRET.search(name)]
-
-
-def _mask_secrets(argument: str) -> str:
-    """An override that speaks of a secret keeps its key alone; an address loses its user and password."""
-    key, found, _ = argument.partition("=")
-    if _SECRET.search(argument):
-        return f"{key}=..." if found else "..."
-    return re.sub(r"//[^/@\s]+@", "//...@", argument)
+    return [name for name in dict.fromkeys(names) if not is_secret(name)]

@@ -3,10 +3,11 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 from lit_glm.atomic_files import write_text
 from lit_glm.config.schema import ScoringConfig, TopologyConfig
+from lit_glm.metrics.registry import METRICS
 from lit_glm.planning.cost_model import MeasuredRun, rank_speed, same_chip
 from lit_glm.planning.interval import Interval
 from lit_glm.planning.prediction import Prediction, predict
@@ -23,8 +24,9 @@ _HEAD = [
     "memory GiB",
     "fits",
     "step s",
-    "p_core",
-    "total",
+    METRICS["p_core"].axis_label(),
+    "samples",
+    "time to these",
     "energy MJ",
     "rests on",
 ]
@@ -40,7 +42,7 @@ def format_duration(span: Interval) -> str:
 
 def prediction_table(predictions: List[Prediction], basis: Dict[str, int]) -> str:
     """The rows; what they rest on by number."""
-    rows = [_HEAD]
+    rows = [list(_HEAD)]
     for one in predictions:
         config = one.config
         memory = one.memory_gib.text()
@@ -55,6 +57,7 @@ def prediction_table(predictions: List[Prediction], basis: Dict[str, int]) -> st
                 _FITS[one.fits],
                 one.step_s.text(),
                 one.p_core.text(),
+                f"{one.samples:,}",
                 format_duration(one.total_s),
                 "" if one.energy_j is None else (one.energy_j * 1e-6).text(),
                 f"[{basis[one.evidence]}]",
@@ -68,7 +71,8 @@ def write_plan(
     predictions: List[Prediction],
     measured: List[MeasuredRun],
     published: List[Dict[str, Any]],
-    config: Any,
+    configs: List[Any],
+    samples: Tuple[int, str],
     left_out: List[str],
 ) -> str:
     """Write the files.
@@ -78,7 +82,8 @@ def write_plan(
         predictions: the rows.
         measured: runs, for the figure.
         published: rows of conf/published.yaml, for the figure.
-        config: of the first combination: the figure is about its chip.
+        configs: of all combinations: the figure is about their chips.
+        samples: how many all rows are of, and why so many.
         left_out: what could not be predicted, and why.
 
     Returns:
@@ -88,17 +93,20 @@ def write_plan(
     for one in predictions:
         basis.setdefault(one.evidence, len(basis) + 1)
     lines = ["PREDICTED, not measured: each figure from low to high.", "", prediction_table(predictions, basis), ""]
+    lines += [f"time and energy are those of {samples[1]}"]
     lines += [f"[{number}] {text}" for text, number in basis.items()]
     lines += [f"left out: {text}" for text in left_out]
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "plan.json", json.dumps([one.row() for one in predictions], indent=1))
+    chips = {config.hardware.name: config for config in reversed(configs)}
     curves = [
         curve
+        for config in reversed(chips.values())
         for scoring in ("published", "shared_context")
-        for curve in [_scaling_curve(config, scoring, measured, published)]
+        for curve in [_scaling_curve(config, scoring, measured, published, samples[0])]
         if curve
     ]
-    picture = draw_scaling(curves, str(config.hardware.name))
+    picture = draw_scaling(curves, f"{samples[0]:,} samples")
     if picture is not None:
         write_text(folder / "plan.svg", picture)
     shown = "\n".join(lines)
@@ -107,9 +115,9 @@ def write_plan(
 
 
 def _scaling_curve(
-    config: Any, scoring: str, measured: List[MeasuredRun], published: List[Dict[str, Any]]
+    config: Any, scoring: str, measured: List[MeasuredRun], published: List[Dict[str, Any]], samples: int
 ) -> Optional[ScalingCurve]:
-    """The chip of a configuration over the number of cards, under one scoring."""
+    """The chip of a configuration over the number of devices, under one scoring."""
     name = config.hardware.name
     per_node = max(8, config.topology.devices_per_node)
     rows: List[Prediction] = []
@@ -119,6 +127,7 @@ def _scaling_curve(
         topology = TopologyConfig(max(1, cards // per_node), min(cards, per_node))
         own = replace(
             config,
+            run=replace(config.run, max_samples=samples, max_steps=None),
             topology=topology,
             scoring=scorings,
             model=replace(
@@ -132,7 +141,7 @@ def _scaling_curve(
         train, held, data = load_examples(own)
         work = Workload(own, train, held)
         if work.enough:
-            rows.append(predict(own, rank_speed(own, measured, published, work), work, data))
+            rows.append(predict(own, rank_speed(own, measured, published, work), work, data, samples))
     if not rows:
         return None
     points = [
@@ -149,4 +158,4 @@ def _scaling_curve(
             nodes, devices = str(line["topology"]).split("x")
             if line["hardware"] == name and line.get("p_core") and line["precision"] == config.precision.name:
                 points.append(("published", int(nodes) * int(devices), float(line["p_core"])))
-    return ScalingCurve(scoring, rows, points)
+    return ScalingCurve(f"{name}, scoring={scoring}", rows, points)

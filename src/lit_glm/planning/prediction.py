@@ -30,6 +30,8 @@ class Prediction:
     """None: between, or the device's memory is unknown."""
     step_s: Interval
     p_core: Interval
+    samples: int
+    """That `total_s` and `energy_j` are of."""
     total_s: Interval
     """The first step to the end: training and evaluations."""
     energy_j: Optional[Interval]
@@ -46,6 +48,7 @@ class Prediction:
             "precision": config.precision.name,
             "scoring": config.scoring.name,
             "bs": config.bs,
+            "samples": self.samples,
             "predicted": True,
             "memory_gib": self.memory_gib.pair(),
             "fits": self.fits,
@@ -78,7 +81,7 @@ def all_reduce_time(config: TrainConfig) -> Interval:
     return slowest.over(2.0 * (ranks - 1) / ranks * size)
 
 
-def predict(config: TrainConfig, speed: RankSpeed, work: Workload, data: str) -> Prediction:
+def predict(config: TrainConfig, speed: RankSpeed, work: Workload, data: str, samples: int) -> Prediction:
     """Predict a run.
 
     Args:
@@ -86,6 +89,7 @@ def predict(config: TrainConfig, speed: RankSpeed, work: Workload, data: str) ->
         speed: of one of its ranks.
         work: of its steps.
         data: what its lengths rest on.
+        samples: that it trains on, at most.
     """
     ranks = config.topology.world_size
     computing = speed.seconds(work.slowest)
@@ -108,6 +112,7 @@ def predict(config: TrainConfig, speed: RankSpeed, work: Workload, data: str) ->
         None if there is None or memory.low <= there < memory.high else memory.high <= there,
         step,
         compute.over(config.global_batch),
+        samples,
         total,
         None if cards is None else Interval(cards.low * total.low, cards.high * total.high),
         exchange,

@@ -92,6 +92,12 @@ STYLE: Any = {
 }
 
 
+def use_plain_numbers(axis: Any) -> None:
+    """Label a logarithmic axis with plain numbers; matplotlib's own labels are formulas, which `STYLE` does not set."""
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(lambda value, _: "")
+
+
 @dataclass
 class Plot:
     """One figure of the page."""

@@ -18,6 +18,7 @@ import psutil
 from omegaconf import OmegaConf
 
 from lit_glm.config.migration import migrate_names
+from lit_glm.config.secrets import mask_config, mask_override
 from lit_glm.config.tuned_values import TRIALS_FOLDER, TUNE_FILE
 from lit_glm.metrics.registry import METRICS, as_number
 from lit_glm.runs.environment import comparable_environment, environment_differences, environment_parts
@@ -179,6 +180,8 @@ def _read_run(folder: Path) -> ReportRun:
         raise ValueError("hardware or status is empty")
     known = migrate_names(_read_json(folder / "environment.json"), "environment.json")
     environment = {key: value for key, value in known.items() if _has_expected_type(key, value)}
+    if "command" in environment:
+        environment["command"] = [mask_override(word) for word in environment["command"]]
     if "parts" in environment:
         environment["parts"] = environment_parts(environment)
     if result["status"] == "running" and not _is_process_alive(folder, environment):
@@ -201,11 +204,11 @@ def _read_flat_config(folder: Path) -> Dict[str, Any]:
     """The configuration as the job had it, else as Hydra has left it."""
     config = _read_json(folder / "job.json").get("config")
     if isinstance(config, dict):
-        return _flatten(migrate_names(config, "config"))
+        return _flatten(mask_config(migrate_names(config, "config")))
     try:
         # Never resolved: `${oc.env:NAME}` in somebody else's folder would read the environment of whoever reports.
         loaded: Any = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "config.yaml"), resolve=False)
-        return _flatten(migrate_names(loaded, "config"))
+        return _flatten(mask_config(migrate_names(loaded, "config")))
     except Exception:  # none, torn, or of something else
         return {}
 

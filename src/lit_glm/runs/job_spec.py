@@ -15,9 +15,11 @@ import lit_glm
 from lit_glm.atomic_files import write_json
 from lit_glm.config.migration import migrate_job
 from lit_glm.config.schema import TrainConfig, iter_keys
+from lit_glm.config.secrets import find_secrets, mask_config, mask_override, restore_secrets
 from lit_glm.errors import InputError
 
 JOB_FILE = "job.json"
+_SECRETS_VARIABLE = "LIT_GLM_SECRETS"
 _RESUMABLE_SINCE = (0, 2)
 """Run folders of older versions are read (report, evaluate, export, plan), but not continued."""
 
@@ -41,7 +43,14 @@ class JobSpec:
             "lit_glm": lit_glm.__version__,
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
         }
-        write_json(folder / JOB_FILE, {**told, **dataclasses.asdict(self)})
+        content = dataclasses.asdict(self)
+        content.update(config=mask_config(content["config"]), command=[mask_override(word) for word in self.command])
+        write_json(folder / JOB_FILE, {**told, **content})
+
+    def secrets_variable(self) -> Dict[str, str]:
+        """The environment variable by which ranks get what `write` masks; none where there is nothing."""
+        secrets = find_secrets(dataclasses.asdict(self.config))
+        return {_SECRETS_VARIABLE: json.dumps(secrets)} if secrets else {}
 
     @classmethod
     def read(cls, folder: Path) -> "JobSpec":
@@ -55,7 +64,9 @@ class JobSpec:
             raise InputError(f"{folder / JOB_FILE}: is torn or no job of lit_glm: nothing can go on from this folder")
         names = {field.name for field in dataclasses.fields(cls)}
         try:
-            config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), content["config"]))
+            restore_secrets(content["config"], json.loads(os.environ.get(_SECRETS_VARIABLE, "{}")))
+            plain = _escape_interpolations(content["config"])
+            config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), plain))
             return cls(**{**{key: value for key, value in content.items() if key in names}, "config": config})
         except (OmegaConfBaseException, KeyError, TypeError, ValueError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -63,6 +74,15 @@ class JobSpec:
                 f"{folder / JOB_FILE}: written by lit_glm {content.get('lit_glm', 'of an unknown version')}, cannot be "
                 f"read by {lit_glm.__version__} ({reason}); use the version that started the run, or start a new one"
             ) from error
+
+
+def _escape_interpolations(node: Any) -> Any:
+    """Keep `${...}` as it stands: a folder of somebody else's must not read the environment of whoever looks at it."""
+    if isinstance(node, dict):
+        return {key: _escape_interpolations(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_escape_interpolations(value) for value in node]
+    return node.replace("${", "\\${") if isinstance(node, str) else node
 
 
 def read_job_json(folder: Path) -> Optional[Dict[str, Any]]:
@@ -77,7 +97,7 @@ def read_job_json(folder: Path) -> Optional[Dict[str, Any]]:
 def hashed_settings(config: TrainConfig) -> Dict[str, Any]:
     """Return all keys and values that decide what a job computes, flat."""
     found = {
-        key: value
+        key: mask_config({key: value})[key]
         for key, value, entry in iter_keys(config)
         if entry.metadata.get("hashed", True)
         and not ("neutral" in entry.metadata and value == entry.metadata["neutral"])

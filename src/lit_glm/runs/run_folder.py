@@ -3,9 +3,12 @@
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Dict, Iterator, List
+from typing import Any, Dict, Iterator, List
+
+from omegaconf import OmegaConf
 
 from lit_glm.atomic_files import write_text
+from lit_glm.config.secrets import mask_config, mask_override, mask_overrides
 from lit_glm.errors import InputError
 from lit_glm.runs import job_spec as jobs
 from lit_glm.runs.environment import ENVIRONMENT_FILE
@@ -125,13 +128,27 @@ def _remove_previous_run(run_dir: Path) -> None:
         raise InputError(f"run.overwrite=true: an earlier run cannot be deleted ({error})") from error
 
 
-def hydra_files(config: str, hydra: str, overrides: List[str]) -> Dict[str, str]:
-    """What .hydra/ holds, as Hydra itself names it.
+def hydra_files(config: Any, hydra: Any, overrides: List[str]) -> Dict[str, str]:
+    """What .hydra/ holds, as Hydra itself names it, secrets masked.
 
     Args:
-        config: the composed configuration as YAML.
+        config: the composed configuration.
         hydra: Hydra's own part of it.
         overrides: of the command line.
     """
-    lines = "".join(f"- {override}\n" for override in overrides)
-    return {"config.yaml": config, "hydra.yaml": hydra, "overrides.yaml": lines or "[]\n"}
+    lines = "".join(f"- {mask_override(override)}\n" for override in overrides)
+    return {"config.yaml": masked_yaml(config), "hydra.yaml": masked_yaml(hydra), "overrides.yaml": lines or "[]\n"}
+
+
+def masked_yaml(config: Any) -> str:
+    """A configuration as YAML, secrets masked, also where Hydra's own part of it has overrides as texts."""
+
+    def mask_texts(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: mask_texts(value) for key, value in node.items()}
+        if isinstance(node, list):
+            return [mask_texts(entry) for entry in node]
+        return mask_overrides(node) if isinstance(node, str) else node
+
+    plain = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
+    return OmegaConf.to_yaml(OmegaConf.create(mask_texts(mask_config(plain))))

@@ -17,7 +17,7 @@ from lit_glm.metrics.memory_estimate import estimate_memory
 from lit_glm.metrics.registry import METRICS
 from lit_glm.planning.cost_model import saves_attention_probs
 from lit_glm.planning.workload import Workload
-from lit_glm.reporting.plots import STYLE
+from lit_glm.reporting.plots import STYLE, use_plain_numbers
 from lit_glm.runs.job_spec import config_hash
 from lit_glm.runs.result import config_fields, markdown_table
 from lit_glm.tuning.search import TIME, Trial, fastest_bs, largest_bs, median_p_core, trials_by_bs
@@ -172,6 +172,7 @@ def _plot_trials(tries: List[Trial], config: TrainConfig) -> str:
         for bs in sorted({one.bs for one in tries} - set(known)):
             axes.axvline(bs, color="tab:red", linestyle=":", linewidth=1)
         axes.set_xscale("log", base=2)
+        use_plain_numbers(axes.xaxis)
         axes.set_xlabel("bs (dotted: did not fit)")
         axes.set_ylabel(METRICS["p_core"].axis_label())
         axes.set_title(f"{config.hardware.name} {config.topology.name} {config.precision.name} {config.scoring.name}")
