@@ -67,21 +67,20 @@ def _validate_combination(overrides: List[str]) -> Any:
         raise InputError(explain_hydra_error(error, PlanConfig, CONF_DIR)) from error
 
 
-_PUBLISHED_SAMPLES = 76_800
-"""That the published R300 1x8 run trained on: 2,400 steps of 32 (FlagPerf pull request 41)."""
-
-
 def _with_common_limit(configs: List[Any], combinations: List[List[str]]) -> Tuple[List[Any], int, str]:
     """The combinations, all with the same number of samples, that number, and what it is in words.
 
     The published values of the pairs have limits of their own, from 4,000 to millions: rows of unequal limits mislead.
     """
+    from lit_glm.reporting.published_rows import load_published_run_length
+
     given = {text.partition("=")[0] for overrides in combinations for text in overrides}
     limits = {min(own.run.max_samples, (own.run.max_steps or math.inf) * own.global_batch) for own in configs}
     if len(limits) == 1 and {"run.max_samples", "run.max_steps", "experiment"} & given:
         samples = int(min(limits))
         return configs, samples, f"a run of {samples:,} samples, its limit"
-    samples, reason = _PUBLISHED_SAMPLES, "as the published R300 1x8 run had; run.max_samples= gives another"
+    samples, run = load_published_run_length()
+    reason = f"as {run} had; run.max_samples= gives another"
     if "run.max_samples" in given:
         samples, reason = max(own.run.max_samples for own in configs), "the largest run.max_samples"
     runs = [replace(own.run, max_samples=samples, max_steps=None) for own in configs]

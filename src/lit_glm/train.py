@@ -24,6 +24,7 @@ def train(config: TrainConfig, composed: Any) -> TaskOutcome:
 
     from lit_glm.hardware.env import set_hardware_env
 
+    entry = time.monotonic()  # of a job of a sweep
     set_hardware_env(config.hardware)  # before anything imports torch
 
     with paused_gc():
@@ -42,7 +43,7 @@ def train(config: TrainConfig, composed: Any) -> TaskOutcome:
 
         if outer is not None:
             raise InputError("-m under torchrun: a sweep starts the ranks of its jobs itself; leave torchrun out")
-        return run_sweep_job(config, run_dir, files, sys.argv, lambda: prepare_data(config))
+        return run_sweep_job(config, run_dir, files, sys.argv, lambda: prepare_data(config), entry)
     if outer is not None:
         from lit_glm.launch.external_torchrun import run_under_external_torchrun
 

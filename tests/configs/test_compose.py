@@ -150,3 +150,16 @@ def test_wrong_input_is_one_message_and_status_2(
     output = capfd.readouterr()
     assert said in output.err
     assert "Traceback" not in output.err + output.out
+
+
+@pytest.mark.parametrize(
+    "override", ["hardware.name=h100", "model.name=glm_large", "++data.name=record", "-m hardware.name=a,b"]
+)
+def test_the_name_of_a_group_is_not_a_key(
+    override: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert lit_glm_here("train", "experiment=debug", *override.split()) == 2
+    group = override.split()[-1].lstrip("+").split(".")[0]
+    assert f"choose {group}=NAME" in capfd.readouterr().err
+    assert not list(tmp_path.rglob("result.json"))

@@ -6,7 +6,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import List
+from typing import Any, List
 
 import pytest
 
@@ -97,7 +97,7 @@ def test_torn_and_foreign_lines_are_left_out(tmp_path: Path) -> None:
 
 
 def config(nodes: int, devices: int) -> TrainConfig:
-    return TrainConfig(hardware=hardware(), topology=TopologyConfig(nodes, devices))
+    return TrainConfig(hardware=hardware(every=10.0), topology=TopologyConfig(nodes, devices))
 
 
 def table(folder: Path, lines: List[str]) -> None:
@@ -108,33 +108,75 @@ def test_energy_is_the_integral_over_the_training_time(tmp_path: Path) -> None:
     # 100 W at 0 s rising to 200 W at 10 s, constant after; a second card at 50 W throughout.
     lines = ["0,0,0,1,100,40,", "10,0,0,1,200,60,", "20,0,0,1,200,50,", "0,0,1,1,50,30,", "20,0,1,1,50,30,"]
     table(tmp_path, lines)
-    took = energy_metrics(tmp_path, config(1, 2), [[5.0, 15.0]], 35.0)
+    took = energy_metrics(tmp_path, config(1, 2), [[[5.0, 15.0]]], 35.0)
     assert took["energy_j"] == pytest.approx(5 * 175 + 5 * 200 + 10 * 50)
     assert took["samples_per_joule"] == pytest.approx(35 / took["energy_j"])
     assert took["power_mean_w"] == pytest.approx(took["energy_j"] / 10)
     assert (took["power_max_w"], took["temperature_max_c"]) == (200, 60)
-    resumed = energy_metrics(tmp_path, config(1, 2), [[0.0, 5.0], [15.0, 20.0]], 35.0)
+    resumed = energy_metrics(tmp_path, config(1, 2), [[[0.0, 5.0], [15.0, 20.0]]], 35.0)
     assert resumed["energy_j"] == pytest.approx(5 * 125 + 5 * 200 + 10 * 50)
 
 
 def test_energy_is_unknown_where_any_card_is_silent(tmp_path: Path) -> None:
     table(tmp_path, ["0,0,0,1,100,40,", "20,0,0,1,100,40,", "0,0,1,1,,30,"])
-    assert energy_metrics(tmp_path, config(1, 2), [[5.0, 15.0]], 1.0)["energy_j"] is None
+    assert energy_metrics(tmp_path, config(1, 2), [[[5.0, 15.0]]], 1.0)["energy_j"] is None
     table(tmp_path, ["0,0,0,1,100,40,", "20,0,0,1,100,40,"])
     assert (
-        energy_metrics(tmp_path, config(2, 1), [[5.0, 15.0]], 1.0)["energy_j"] is None
+        energy_metrics(tmp_path, config(2, 1), [[[5.0, 15.0]]] * 2, 1.0)["energy_j"] is None
     )  # the other node's are missing
-    assert energy_metrics(tmp_path, config(1, 2), [[5.0, 15.0]], 1.0)["energy_j"] is None  # a card that was never read
+    assert (
+        energy_metrics(tmp_path, config(1, 2), [[[5.0, 15.0]]], 1.0)["energy_j"] is None
+    )  # a card that was never read
     table(tmp_path, ["0,0,0,1,100,40,", "0,0,1,1,100,40,"])
-    assert energy_metrics(tmp_path, config(1, 1), [[5.0, 15.0]], 1.0)["energy_j"] is None  # another job's card beside
+    assert energy_metrics(tmp_path, config(1, 1), [[[5.0, 15.0]]], 1.0)["energy_j"] is None  # another job's card beside
     table(tmp_path, ["0,0,0,1,100,40,"])
     assert energy_metrics(tmp_path, config(1, 1), [], 1.0)["energy_j"] is None
-    assert integrate_power([], [[0.0, 1.0]]) is None
+    assert integrate_power([], [[0.0, 1.0]], 5.0) is None
 
 
 def test_beyond_the_readings_the_nearest_one_holds() -> None:
     readings = [{"time_s": 4.0, "power_w": 10.0}, {"time_s": 6.0, "power_w": 20.0}]
-    assert integrate_power(readings, [[0.0, 10.0]]) == pytest.approx(4 * 10 + 2 * 15 + 4 * 20)
+    found = integrate_power(readings, [[0.0, 10.0]], 2.0)
+    assert found is not None
+    assert found.joules == pytest.approx(4 * 10 + 2 * 15 + 4 * 20)
+    assert found.bridged_s == 8.0
+    assert integrate_power(readings, [[0.0, 10.0]], 0.5) is None
+
+
+def test_missing_readings_are_bridged_and_longer_gaps_are_not(tmp_path: Path) -> None:
+    seconds = [time_s for time_s in range(0, 1001, 5) if time_s != 500]
+
+    def took(times: List[int], silent: int = -1) -> Any:
+        table(tmp_path, [f"{time_s},0,0,1,{'' if time_s == silent else 100},40," for time_s in times])
+        return energy_metrics(tmp_path, TrainConfig(hardware=hardware(every=5.0)), [[[5.0, 995.0]]], 99.0)
+
+    whole = took(list(range(0, 1001, 5)))
+    assert (whole["energy_j"], whole["energy_bridged_share"]) == (pytest.approx(99_000), 0.0)
+    for bridged in (took(seconds), took(list(range(0, 1001, 5)), silent=500)):
+        assert bridged["energy_j"] == pytest.approx(99_000)
+        assert bridged["energy_bridged_share"] == pytest.approx(10 / 990)
+    assert took([time_s for time_s in seconds if not 480 < time_s < 505])["energy_j"] == pytest.approx(99_000)
+    assert took([time_s for time_s in seconds if not 475 < time_s < 510])["energy_j"] is None
+
+
+def test_each_node_has_its_own_training_time(tmp_path: Path) -> None:
+    """The second node was started 60 s before the first: its clock is 60 s ahead."""
+    table(tmp_path, [f"{time_s},0,0,1,100,," for time_s in range(0, 31, 5)])
+    (tmp_path / "nodes" / "1").mkdir(parents=True)
+    table(tmp_path / "nodes" / "1", [f"{time_s},1,0,1,{20 if time_s < 65 else 100},," for time_s in range(0, 91, 5)])
+    two = TrainConfig(hardware=hardware(every=5.0), topology=TopologyConfig(2, 1))
+    found = energy_metrics(tmp_path, two, [[[5.0, 25.0]], [[65.0, 85.0]]], 10.0)
+    assert found["energy_j"] == pytest.approx(2 * 20 * 100)
+    assert found["power_mean_w"] == pytest.approx(200)
+
+
+def test_readings_of_a_card_are_not_those_of_its_slice(tmp_path: Path) -> None:
+    one = TrainConfig(hardware=HardwareConfig(name="x", runtimes=["cuda"]))
+    table(tmp_path, [f"{time_s},0,0,1,700,," for time_s in range(0, 31, 5)])
+    assert energy_metrics(tmp_path, one, [[[5.0, 25.0]]], 10.0)["energy_j"] == pytest.approx(14_000)
+    assert energy_metrics(tmp_path, one, [[[5.0, 25.0]]], 10.0, sliced=True)["energy_j"] is None
+    table(tmp_path, [f"{time_s},0,MIG-abc,1,50,," for time_s in range(0, 31, 5)])
+    assert energy_metrics(tmp_path, one, [[[5.0, 25.0]]], 10.0, sliced=True)["energy_j"] == pytest.approx(1000)
 
 
 def test_a_run_that_was_stopped_before_it_trained_has_an_energy_but_no_mean(

@@ -2,14 +2,17 @@
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from conftest import GOLDEN_RUN, lit_glm, lit_glm_here
-from lit_glm.config.schema import HardwareConfig, TopologyConfig
+from lit_glm.config.hydra_main import compose_config, validate_config
+from lit_glm.config.schema import HardwareConfig, TopologyConfig, TrainConfig
 from lit_glm.errors import InputError
 from lit_glm.hardware.env import set_hardware_env
 from lit_glm.hardware.runtimes.cpu import CPURuntime
@@ -154,6 +157,39 @@ def test_a_card_is_checked_against_its_file(monkeypatch: pytest.MonkeyPatch) -> 
         HardwareConfig(name="h100", device_name_pattern="H100", memory_gib=40.0), _Card(), 1, folder
     )
     assert "card 0 has 79.1 GiB" in other[0]
+
+
+def test_a_slice_of_a_card_is_not_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = ROOT / "conf" / "hardware"
+    monkeypatch.setattr(_Card, "device_name", lambda *_: "NVIDIA H100 80GB HBM3 MIG 1g.10gb")
+    monkeypatch.setattr(_Card, "total_memory", lambda *_: 9.75 * 2**30)
+    h100 = validate_config(compose_config("train", ["hardware=h100"]), TrainConfig).hardware
+    with pytest.raises(InputError, match="device 0 is a slice of a card.*take hardware=cuda"):
+        validate_devices(h100, _Card(), 1, folder)
+    assert validate_devices(HardwareConfig(name="cuda"), _Card(), 1, folder) == []
+    assert (
+        len(validate_devices(HardwareConfig(name="mine", vendor="NVIDIA", product_name="My slice"), _Card(), 1, folder))
+        == 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "fits"),
+    [
+        ("h100", "NVIDIA H100 80GB HBM3", True),
+        ("h100", "NVIDIA H100 PCIe", False),
+        ("h200", "NVIDIA H200", True),
+        ("h200", "NVIDIA H200 NVL", False),
+        ("a100", "NVIDIA A100-SXM4-40GB", True),
+        ("a100", "NVIDIA A100-PCIE-40GB", True),
+        ("a100", "NVIDIA A100 80GB PCIe", True),
+        ("a100", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", False),
+        ("a100", "NVIDIA A100X", False),
+    ],
+)
+def test_names_of_cards_match_as_a_whole(file: str, name: str, fits: bool) -> None:
+    pattern = str(OmegaConf.load(ROOT / "conf" / "hardware" / f"{file}.yaml").device_name_pattern)
+    assert (re.search(pattern, name) is not None) == fits
 
 
 def test_what_a_card_is_called_must_be_a_pattern(tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
 """What the vendor's monitors print, good and broken."""
 
 import doctest
+import shlex
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Optional
+from typing import Any, List, Optional
 
 import pytest
 from hypothesis import given
@@ -13,8 +14,10 @@ from hypothesis import strategies as st
 
 from lit_glm.hardware import monitors
 from lit_glm.hardware.monitors import (
+    MONITORS,
     CPUMonitor,
     DeviceReading,
+    nvidia_driver_version,
     nvml_readings,
     parse_names,
     parse_xpu_smi,
@@ -167,3 +170,78 @@ def test_processors_by_files_like_the_kernels(tmp_path: Path) -> None:
     assert first.used_mib is not None
     (none,) = CPUMonitor(tmp_path / "nothing").readings()
     assert none.power_w is None
+
+
+class _Nvml:
+    """A double of nvidia-ml-py: two cards, of which the second has a MIG slice."""
+
+    NVML_TEMPERATURE_GPU = 0
+    uuids = ("GPU-aaaa", "GPU-bbbb", "MIG-cccc")
+
+    def nvmlInit(self) -> None: ...  # noqa: N802
+
+    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
+        return index
+
+    def nvmlDeviceGetUUID(self, handle: int) -> bytes:  # noqa: N802
+        return self.uuids[handle].encode()
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:  # noqa: N802
+        return self.uuids.index(uuid)
+
+    def nvmlDeviceGetMigMode(self, handle: int) -> List[int]:  # noqa: N802
+        return [int(handle == 1), 1]
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int, version: int = 1) -> SimpleNamespace:  # noqa: N802
+        return SimpleNamespace(used=(1 + handle) * 2**30, total=80 * 2**30)
+
+    def nvmlDeviceGetPowerUsage(self, handle: int) -> int:  # noqa: N802
+        if handle == 2:
+            raise RuntimeError("not supported")
+        return 100_000 * (1 + handle)
+
+
+@pytest.mark.parametrize(
+    ("visible", "index", "power_w", "used_gib"),
+    [
+        ("0", 0, 100.0, 1),
+        ("GPU-aaaa", 0, 100.0, 1),
+        ("GPU-a", 0, 100.0, 1),
+        ("1", 1, None, None),  # a slice of it: what the whole card takes is not its own
+        ("MIG-cccc", "MIG-cccc", None, 3),
+    ],
+)
+def test_devices_by_uuid_or_mig_name_have_their_own_readings(
+    visible: str, index: Any, power_w: Any, used_gib: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", _Nvml())
+    name = MONITORS["cuda"].resolve(visible)
+    assert name == str(index)
+    (reading,) = MONITORS["cuda"].read([name])
+    assert (reading.index, reading.power_w) == (index, power_w)
+    assert reading.used_mib == (None if used_gib is None else used_gib * 1024)
+    for unknown in ("GPU-", "GPU-zzzz", "7"):
+        found = MONITORS["cuda"].resolve(unknown)
+        assert found is None or MONITORS["cuda"].read([found]) == []
+
+
+@pytest.mark.parametrize(
+    "printed",
+    [
+        "Failed to initialize NVML: Driver/library version mismatch",
+        "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.",
+        "No devices were found",
+        "[N/A]",
+        "",
+    ],
+)
+def test_an_error_is_no_driver_version(printed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    for text, version in ((printed, None), ("555.42.06\n555.42.06", "555.42.06")):
+        tool.write_text(f"#!/bin/sh\nprintf '%s\n' {shlex.quote(text)}\n")
+        tool.chmod(0o755)
+        assert nvidia_driver_version() == version

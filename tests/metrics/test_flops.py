@@ -1,6 +1,6 @@
 """Counted work: the formulas against torch's own counter, steps against the batches that are really computed."""
 
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import pytest
@@ -80,18 +80,22 @@ def test_work_of_steps_is_that_of_their_batches(split: MemmapDataset, scoring: s
 
 
 def test_no_utilisation_without_a_peak() -> None:
-    rates = compute_mfu(configuration(), WorkTotals(1e12, 1000, 10), 2.0, 5.0, "fp32")
+    rates = compute_mfu(configuration(), WorkTotals(1e12, 1000, 10), 2.0, 5.0, None)
     assert (rates["mfu"], rates["mfu_flagperf"]) == (None, None)
     assert (rates["tokens_per_s"], rates["candidates_per_s"]) == (500.0, 5.0)
 
 
+def peak_of(config: TrainConfig) -> Optional[float]:
+    return config.hardware.peak_tflops[peak_key(config, True)]
+
+
 def test_utilisation_by_hand() -> None:
     config = configuration("hardware=a100", "topology=1x2")
-    rates = compute_mfu(config, WorkTotals(39e12, 1000, 10), 2.0, 10.0, peak_key(config, True))
+    rates = compute_mfu(config, WorkTotals(39e12, 1000, 10), 2.0, 10.0, peak_of(config))
     assert rates["mfu"] == pytest.approx(39e12 / 2 / (2 * 19.5e12))
     assert rates["mfu_flagperf"] == pytest.approx(6 * 0.33e9 * 512 * 10 / (2 * 19.5e12))
     rounded = configuration("hardware=a100", "precision.tf32=true")
-    assert compute_mfu(rounded, WorkTotals(39e12), 2.0, 10.0, peak_key(rounded, True))["mfu"] == pytest.approx(
+    assert compute_mfu(rounded, WorkTotals(39e12), 2.0, 10.0, peak_of(rounded))["mfu"] == pytest.approx(
         39e12 / 2 / 156e12
     )
 

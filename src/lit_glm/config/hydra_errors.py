@@ -3,9 +3,10 @@
 import difflib
 import re
 from pathlib import Path
-from typing import Any, List, Sequence
+from typing import Any, List, Optional, Sequence
 
 import yaml
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import MISSING
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -119,6 +120,10 @@ def check_overrides(line: CommandLine, schema: Any, conf: Path) -> None:
         if renamed is not None:
             said.append(renamed)
             continue
+        relabelled = _set_group_name(key, override, conf)
+        if relabelled is not None:
+            said.append(f"{text}: {relabelled}")
+            continue
         inside = any(key.startswith(f"{name}.") for name in keys)  # of a table such as hardware.peak_tflops
         if override.is_add() or override.is_delete() or key in known or key.startswith(_FREE) or inside:
             if override.is_sweep_override() and not line.multirun and not key.startswith("hydra"):
@@ -132,6 +137,16 @@ def check_overrides(line: CommandLine, schema: Any, conf: Path) -> None:
             said.append(better)
     if said:
         raise InputError("\n".join(said))
+
+
+def _set_group_name(key: str, override: Override, conf: Path) -> Optional[str]:
+    """Why the name of a group's file must not be set: results of one thing would stand under the name of another."""
+    group, _, rest = key.partition(".")
+    value = override.value() if not override.is_delete() and not override.is_sweep_override() else None
+    sets_name = rest == "name" or (not rest and isinstance(value, dict) and "name" in value)
+    if not sets_name or not (conf / group).is_dir():
+        return None
+    return f"the name says which file of {group} is taken and is no key to set; choose {group}=NAME"
 
 
 def _yaml_error_message(error: yaml.YAMLError) -> str:

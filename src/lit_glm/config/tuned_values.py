@@ -67,11 +67,17 @@ def resolve_auto_bs(composed: Any, pair_bs: Any) -> Tuple[int, str]:
         except (OSError, ValueError):
             continue
         if content.get("fastest_bs") and all(content.get(key) == value for key, value in {**wanted, **also}.items()):
-            so_far = "" if content.get("complete") else " so far"
-            found.append((file.stat().st_mtime, int(content["fastest_bs"]), f"{file.parent} found{so_far}"))
+            found.append((file.stat().st_mtime, str(file.parent), content))
     if found:
-        _, bs, place = max(found)
-        return bs, f"the fastest that {place}"
+        _, place, content = max(found, key=lambda search: search[:2])
+        bs = int(content["fastest_bs"])
+        if not content.get("complete"):
+            largest = content.get("largest_bs")
+            return bs, (
+                f"WARNING: the fastest so far of an incomplete search, {place} (largest tried: {largest}); resume it "
+                f"with python -m lit_glm.tune ... run.resume={place}"
+            )
+        return bs, f"the fastest that {place} found"
     if pair_bs is not None:
         return int(pair_bs), f"the fix_hp file of {wanted['hardware']}_{wanted['topology']}"
     about = " ".join(wanted.values())

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Tuple
 
 from lit_glm.config.schema import HardwareConfig
-from lit_glm.hardware.monitors import MONITORS, DeviceReading, Monitor, physical_device_index
+from lit_glm.hardware.monitors import MONITORS, DeviceReading, Monitor, nvml_device, visible_device
 from lit_glm.process_utils import set_parent_death_signal
 
 DEVICES_FILE = "devices.csv"
 COLUMNS = ("time_s", "node", "device", "mem_gib", "power_w", "temperature_c", "utilisation")
+_ALL = "-"
 _LAST_S = 15.0  # a monitor that hangs must not hold up the end of a run
 
 
@@ -57,12 +58,10 @@ def monitor_devices(hardware: HardwareConfig, file: Path, node: int, devices: in
     if monitor is None:
         yield
         return
-    cards = (
-        [physical_device_index(index, monitor.visible_devices_variable) for index in range(devices)]
-        if monitor.visible_devices_variable
-        else []
-    )
-    wanted = "-" if None in cards or not cards else ",".join(map(str, cards))
+    wanted = _ALL
+    if monitor.visible_devices_variable:
+        visible = [visible_device(index, monitor.visible_devices_variable) for index in range(devices)]
+        wanted = ",".join(card for card in map(monitor.resolve, visible) if card is not None)
     name = next(name for name, other in MONITORS.items() if other is monitor)
     arguments = [name, str(file), str(node), repr(hardware.monitor_interval_s), repr(begun), wanted]
     watch = subprocess.Popen(
@@ -98,7 +97,7 @@ def main(arguments: List[str]) -> int:
     """Read until nobody wants it any more."""
     set_parent_death_signal()
     name, path, node, every, begun, wanted = arguments
-    cards = None if wanted == "-" else [int(card) for card in wanted.split(",")]
+    cards = None if wanted == _ALL else [card for card in wanted.split(",") if card]
     read, file = MONITORS[name].read, Path(path)
     begins = not file.exists() or file.stat().st_size == 0
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -107,8 +106,8 @@ def main(arguments: List[str]) -> int:
             table.write(",".join(COLUMNS) + "\n")
         ended, due = False, time.monotonic()
         while True:
-            for reading in read():
-                if cards is None or reading.index in cards:
+            for reading in read(cards):
+                if cards is None or str(reading.index) in cards:
                     table.write(format_reading(time.monotonic() - float(begun), int(node), reading))
             table.flush()
             if ended:
@@ -124,7 +123,7 @@ class MonitoredMemory:
 
     def __init__(self) -> None:
         self._file: Optional[Path] = None
-        self._card: Optional[int] = None
+        self._card: Optional[str] = None
         self._read_to = 0
         self.last: Optional[float] = None
         """Newest reading, bytes."""
@@ -138,7 +137,8 @@ class MonitoredMemory:
             index: of the device among the visible ones.
             visible: the variable that says which cards are visible.
         """
-        self._file, self._card = file, physical_device_index(index, visible)
+        name = visible_device(index, visible)
+        self._file, self._card = file, (name if name.isdigit() else nvml_device(name))
 
     def update(self) -> None:
         """Take what has been written meanwhile."""
@@ -151,7 +151,7 @@ class MonitoredMemory:
         self._read_to += len(complete)
         for line in complete.decode("utf-8", errors="replace").splitlines():
             fields = line.split(",")
-            if len(fields) == len(COLUMNS) and fields[2] == str(self._card) and fields[3]:
+            if len(fields) == len(COLUMNS) and fields[2] == self._card and fields[3]:
                 self.last = float(fields[3]) * 2**30
                 self._peak = max(self._peak or 0.0, self.last)
 
@@ -173,12 +173,12 @@ def load_readings(file: Path) -> Dict[Tuple[str, str], List[Dict[str, Optional[f
         if len(fields) != len(COLUMNS):
             continue
         try:
-            values = [float(field) if field else None for field in fields]
+            values = [float(field) if field else None for field in (fields[0], *fields[3:])]
         except ValueError:
             continue
         if values[0] is None or not math.isfinite(values[0]):
             continue
-        found.setdefault((fields[1], fields[2]), []).append(dict(zip(COLUMNS, values)))
+        found.setdefault((fields[1], fields[2]), []).append(dict(zip((COLUMNS[0], *COLUMNS[3:]), values)))
     for readings in found.values():
         readings.sort(key=lambda reading: reading["time_s"] or 0.0)
     return found

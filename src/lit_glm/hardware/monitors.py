@@ -11,7 +11,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import psutil
 
@@ -23,7 +23,8 @@ _FIRST_S = 0.1  # between the first two readings of a counter
 class DeviceReading:
     """One card at one moment."""
 
-    index: int
+    index: Union[int, str]
+    """Of the card in the machine; of a MIG slice its name."""
     temperature_c: Optional[float]
     power_w: Optional[float]
     used_mib: Optional[float]
@@ -137,13 +138,21 @@ def xpu_device_names() -> Dict[int, str]:
     return parse_names(command_output("xpu-smi", "-m"))
 
 
+def visible_device(index: int, visible: str) -> str:
+    """How the variable that chooses devices names the visible device of an index: a number, a UUID, a MIG name."""
+    cards = os.environ.get(visible, "").split(",")
+    return (cards[index].strip() if index < len(cards) else "") or str(index)
+
+
 def physical_device_index(index: int, visible: str) -> Optional[int]:
     """Number of a visible device among the cards of the machine; None if the variable names cards otherwise (UUIDs)."""
-    cards = os.environ.get(visible, "").split(",")
-    card = cards[index].strip() if index < len(cards) else ""
-    if not card:
-        return index
+    card = visible_device(index, visible)
     return int(card) if card.isdigit() else None
+
+
+def is_mig_slice(name: str) -> bool:
+    """Whether a device calls itself a slice of a card, as in "NVIDIA H100 80GB HBM3 MIG 1g.10gb"."""
+    return " MIG " in f" {name} "
 
 
 def parse_driver(text: str) -> Optional[str]:
@@ -167,15 +176,56 @@ def xpu_driver_version() -> Optional[str]:
     return None
 
 
-def nvml_readings() -> List[DeviceReading]:
-    """NVIDIA cards by NVML; none without the package nvidia-ml-py or a driver, a field empty where a card is silent."""
+def _nvml_handles(wanted: Optional[Sequence[str]] = None) -> Dict[Union[int, str], Any]:
+    """NVML's handles of NVIDIA cards and MIG slices; none without the package nvidia-ml-py or a driver.
+
+    Args:
+        wanted: as CUDA_VISIBLE_DEVICES names them; None: all cards.
+
+    Returns:
+        By the card's number; of a slice by its name. What NVML does not know is left out.
+    """
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        cards = [(index, pynvml.nvmlDeviceGetHandleByIndex(index)) for index in range(pynvml.nvmlDeviceGetCount())]
-    except Exception:  # no package, no driver, or a driver of another age: then no reading
+        cards: Dict[Union[int, str], Any] = {
+            index: pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())
+        }
+    except Exception:  # no package, no driver, or a driver of another age
+        return {}
+    if wanted is None:
+        return cards
+    found: Dict[Union[int, str], Any] = {}
+    for name in wanted:
+        if name.isdigit():
+            found.update({key: handle for key, handle in cards.items() if key == int(name)})
+        elif name.startswith("MIG-"):
+            try:
+                found[name] = pynvml.nvmlDeviceGetHandleByUUID(name)
+            except Exception:  # no such slice
+                continue
+        else:  # CUDA takes the beginning of a UUID too, if no other card has it
+            uuids = {key: _decoded(pynvml.nvmlDeviceGetUUID(handle)) for key, handle in cards.items()}
+            matching = [key for key, uuid in uuids.items() if uuid.startswith(name)]
+            found.update({matching[0]: cards[matching[0]]} if len(matching) == 1 else {})
+    return found
+
+
+def _decoded(text: Any) -> str:
+    return text.decode() if isinstance(text, bytes) else str(text)
+
+
+def nvml_readings(wanted: Optional[Sequence[str]] = None) -> List[DeviceReading]:
+    """NVIDIA cards and slices by NVML, a field empty where one is silent.
+
+    Args:
+        wanted: as CUDA_VISIBLE_DEVICES names them; None: all cards.
+    """
+    cards = _nvml_handles(wanted)
+    if not cards:
         return []
+    import pynvml
 
     def asked(question: Callable[[], Any]) -> Any:
         try:
@@ -184,7 +234,13 @@ def nvml_readings() -> List[DeviceReading]:
             return None
 
     found = []
-    for index, handle in cards:
+    for index, handle in cards.items():
+        is_shared = asked(lambda: pynvml.nvmlDeviceGetMigMode(handle)[0]) == 1  # noqa: B023
+        if is_shared and isinstance(
+            index, int
+        ):  # what a process gets of it is a slice: these would be the whole card's
+            found.append(DeviceReading(index, None, None, None, None, None))
+            continue
         # The second version leaves out what the driver keeps for itself, as nvidia-smi does.
         memory = asked(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2))  # noqa: B023
         memory = memory or asked(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle))  # noqa: B023
@@ -209,14 +265,10 @@ def nvml_device_names() -> Dict[int, str]:
     try:
         import pynvml
 
-        pynvml.nvmlInit()
-        names = {
-            index: pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(index))
-            for index in range(pynvml.nvmlDeviceGetCount())
-        }
-    except Exception:  # as above
+        handles = _nvml_handles()
+        return {int(index): _decoded(pynvml.nvmlDeviceGetName(handle)) for index, handle in handles.items()}
+    except Exception:  # no package
         return {}
-    return {index: name.decode() if isinstance(name, bytes) else str(name) for index, name in names.items()}
 
 
 def nvidia_driver_version() -> Optional[str]:
@@ -228,14 +280,25 @@ def nvidia_driver_version() -> Optional[str]:
 
 def nvml_processes(index: int, visible: str) -> Optional[int]:
     """Processes that compute on a visible NVIDIA card; None without the package nvidia-ml-py or a driver."""
-    card = physical_device_index(index, visible)
     try:
         import pynvml
 
-        pynvml.nvmlInit()
-        return len(pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(card)))
+        (handle,) = _nvml_handles([visible_device(index, visible)]).values()
+        return len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle))
     except Exception:  # as above
         return None
+
+
+def nvml_device(name: str) -> Optional[str]:
+    """How devices.csv names a device that CUDA_VISIBLE_DEVICES names: by its number, or as a MIG slice."""
+    if name.isdigit():
+        return name
+    return next((str(key) for key in _nvml_handles([name])), None)
+
+
+def numbered_device(name: str) -> Optional[str]:
+    """The same where devices are chosen by numbers alone."""
+    return name if name.isdigit() else None
 
 
 def cpu_name() -> str:
@@ -292,18 +355,22 @@ def _read_sysfs(path: Path) -> str:
 class Monitor:
     """How the cards of a runtime are read."""
 
-    read: Callable[[], List[DeviceReading]]
+    read: Callable[[Optional[Sequence[str]]], List[DeviceReading]]
+    """Gets the devices that are wanted, by the names of `resolve`; may read more."""
     visible_devices_variable: str = ""
     """The variable that says which cards a process sees; "": all that there are belong to the job."""
     device_names: Callable[[], Dict[int, str]] = dict
     """Names of the machine's cards by their index."""
     driver_version: Callable[[], Optional[str]] = lambda: None
+    resolve: Callable[[str], Optional[str]] = numbered_device
+    """From the name that the variable has for a device to that of its readings; None where it cannot be found."""
 
 
+CPU_MONITOR = CPUMonitor()
 MONITORS: Dict[str, Monitor] = {
-    "xmlir": Monitor(xpu_readings, "XPU_VISIBLE_DEVICES", xpu_device_names, xpu_driver_version),
-    "xpytorch": Monitor(xpu_readings, "CUDA_VISIBLE_DEVICES", xpu_device_names, xpu_driver_version),
-    "cuda": Monitor(nvml_readings, "CUDA_VISIBLE_DEVICES", nvml_device_names, nvidia_driver_version),
-    "cpu": Monitor(CPUMonitor().readings),
+    "xmlir": Monitor(lambda _: xpu_readings(), "XPU_VISIBLE_DEVICES", xpu_device_names, xpu_driver_version),
+    "xpytorch": Monitor(lambda _: xpu_readings(), "CUDA_VISIBLE_DEVICES", xpu_device_names, xpu_driver_version),
+    "cuda": Monitor(nvml_readings, "CUDA_VISIBLE_DEVICES", nvml_device_names, nvidia_driver_version, nvml_device),
+    "cpu": Monitor(lambda _: CPU_MONITOR.readings()),
 }
 """By the runtime's name."""

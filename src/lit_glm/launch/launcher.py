@@ -12,6 +12,7 @@ from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError, RunError
 from lit_glm.gc_pause import paused_gc
 from lit_glm.hardware.device_monitor import monitor_devices, readings_file
+from lit_glm.hardware.monitors import is_mig_slice
 from lit_glm.launch import heartbeat
 from lit_glm.launch.heartbeat import STALL_MARGIN_S, StallWatchdog, run_watchdog, stall_message
 from lit_glm.launch.nodes import Node, resolve_node
@@ -22,6 +23,7 @@ from lit_glm.metrics.energy import energy_metrics
 from lit_glm.metrics.registry import METRICS
 from lit_glm.process_utils import kill_children, raise_open_files_limit
 from lit_glm.runs.checkpoints import remove_partial, resume_hint
+from lit_glm.runs.environment import read_environment
 from lit_glm.runs.error_files import error_reason, root_cause, write_error_file
 from lit_glm.runs.job_spec import JobSpec
 from lit_glm.runs.result import mark_failed, mark_interrupted, read_result, update_result
@@ -100,7 +102,9 @@ def write_energy_metrics(job: JobSpec, run_dir: Path) -> Iterator[None]:
     finally:
         result = read_result(run_dir)
         if result is not None and result.get("training_spans") and readings_file(run_dir, 0).is_file():
-            took = energy_metrics(run_dir, job.config, result["training_spans"], result.get("num_trained_samples"))
+            spans = result.get("training_spans_by_node") or [result["training_spans"]]
+            sliced = any(map(is_mig_slice, read_environment(run_dir).get("devices") or []))
+            took = energy_metrics(run_dir, job.config, spans, result.get("num_trained_samples"), sliced)
             update_result(run_dir, **took)
             if None not in (took["energy_j"], took["power_mean_w"], took["samples_per_joule"]):
                 energy, rate = (

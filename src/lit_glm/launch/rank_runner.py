@@ -79,7 +79,8 @@ def _write_final_result(place: RankContext, built: TrainingComponents) -> Dict[s
     config, recorder, runtime = place.config, built.recorder, built.runtime
     assert recorder.final_durations is not None
     seconds, e2e = recorder.final_durations
-    per_rank: List[Any] = [(seconds, runtime.peak_memory(place.local_rank))]
+    span = recorder.run_metrics.training_span(e2e)
+    per_rank: List[Any] = [(seconds, runtime.peak_memory(place.local_rank), span)]
     if config.topology.world_size > 1:
         per_rank = object_collectives.all_gather_object(per_rank[0], runtime.device(place.local_rank))
     result: Dict[str, Any] = {}
@@ -89,12 +90,15 @@ def _write_final_result(place: RankContext, built: TrainingComponents) -> Dict[s
         result = recorder.run_metrics.finish(
             _final_status(built, config.run.target_accuracy),
             built.module,
-            slowest_rank([entry for entry, _ in per_rank]),
+            slowest_rank([entry for entry, _, _ in per_rank]),
             e2e,
-            _peak_memory([peak for _, peak in per_rank if peak is not None], built, config.topology.devices_per_node),
+            _peak_memory(
+                [peak for _, peak, _ in per_rank if peak is not None], built, config.topology.devices_per_node
+            ),
             counter.totals_until(steps),
             counter.flops_per_step(steps),
             counter.rank_imbalance(steps),
+            [span for _, _, span in per_rank[:: config.topology.devices_per_node]],
         )
         recorder.events.finished(result)
         place.print_once(final_summary(result, config, place.run_dir))

@@ -8,7 +8,6 @@ import csv
 import json
 import os
 import sys
-import time
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
@@ -180,7 +179,12 @@ def _write_job_record(
 
 
 def run_sweep_job(
-    config: TrainConfig, run_dir: Path, files: Dict[str, str], command: List[str], prepare_data: Callable[[], None]
+    config: TrainConfig,
+    run_dir: Path,
+    files: Dict[str, str],
+    command: List[str],
+    prepare_data: Callable[[], None],
+    entry: float,
 ) -> TaskOutcome:
     """Run one job of a sweep, or go on with it, or find it done.
 
@@ -190,6 +194,7 @@ def run_sweep_job(
         files: what .hydra/ is to hold.
         command: the command line.
         prepare_data: called before the job starts.
+        entry: `time.monotonic()` when the job began; e2e_time counts from there, as that of a single run.
 
     Raises:
         KeyboardInterrupt: the job was stopped, and the rest of the sweep is not wanted either.
@@ -218,7 +223,7 @@ def run_sweep_job(
             if result is None:
                 prepare_data()
         if result is None:
-            job = JobSpec(config, time.monotonic(), command, resumes, str(sweep_dir.resolve()))
+            job = JobSpec(config, entry, command, resumes, str(sweep_dir.resolve()))
             result = run_job(job, folder, files, node, in_process=False)
         status = 0
     except (InputError, RunError) as error:

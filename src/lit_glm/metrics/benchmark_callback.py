@@ -100,8 +100,8 @@ class BenchmarkCallback(pl.Callback):
         account.begin(files, step)
         if files is not None:
             self.events.log = PerfLog(files.path / "perf.log")
-        told: Any = (files.accuracy, files.evaluated_step) if files is not None else None
-        account.accuracy, self.run_metrics.evaluated_step = trainer.strategy.broadcast(told)
+        told: Any = (files.accuracy, files.evaluated_step, account.earlier_e2e) if files is not None else None
+        account.accuracy, account.evaluated_step, account.earlier_e2e = trainer.strategy.broadcast(told)
         is_new = step == 0 and self.run_metrics.evaluated_step < 0
         if is_new:
             self.events.submitted(self._around.examples)

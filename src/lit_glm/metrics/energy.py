@@ -1,5 +1,6 @@
-"""What the cards took while a run trained: power integrated over the training time, all cards together."""
+"""What the devices took while a run trained: power integrated over each node's training time, all devices together."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -8,72 +9,115 @@ from lit_glm.hardware.device_monitor import load_readings, monitor_for, readings
 
 Reading = Dict[str, Optional[float]]
 Span = Sequence[float]
+_MOST_INTERVALS = 5.0
+"""Gaps of readings up to this are bridged in a straight line; a longer one makes energy unknown."""
+_LATE = 0.5
+"""Of an interval: by how much a reading may be late without being missing."""
 
 
-def integrate_power(readings: List[Reading], spans: List[Span]) -> Optional[float]:
-    """Power of one card integrated over some spans of time, by trapezoids; None where a reading has no power.
+@dataclass
+class DeviceEnergy:
+    """Of one device over some spans of time."""
 
-    Before its first and after its last reading a card is taken to have had the power that these say.
+    joules: float
+    bridged_s: float
+    """Seconds in which readings are missing."""
+
+
+def integrate_power(readings: List[Reading], spans: List[Span], interval_s: float) -> Optional[DeviceEnergy]:
+    """Power of one device integrated over some spans of time, by trapezoids.
+
+    Before its first and after its last reading a device is taken to have had the power that these say, for as long as a
+    gap may be.
+
+    Args:
+        readings: of the device, by their time.
+        spans: begin and end, in the time of the readings.
+        interval_s: seconds between readings.
+
+    Returns:
+        None where more than five readings in a row are missing, or have no power.
     """
-    points: List[Tuple[float, float]] = []
-    for reading in readings:
-        if reading["power_w"] is None:
-            return None
-        points.append((float(reading["time_s"] or 0.0), reading["power_w"]))
-    if not points:
-        return None
-
-    def power(at: float) -> float:
-        after = next((number for number, (moment, _) in enumerate(points) if moment >= at), len(points))
-        if after == 0 or after == len(points):
-            return points[min(after, len(points) - 1)][1]
-        (t0, p0), (t1, p1) = points[after - 1], points[after]
-        return p0 if t1 == t0 else p0 + (p1 - p0) * (at - t0) / (t1 - t0)
-
-    total = 0.0
+    points: List[Tuple[float, float]] = [
+        (float(reading["time_s"] or 0.0), reading["power_w"]) for reading in readings if reading["power_w"] is not None
+    ]
+    found = DeviceEnergy(0.0, 0.0)
     for begin, end in spans:
+        if not points:
+            return None
+        before = [point for point in points if point[0] <= begin][-1:]
+        after = [point for point in points if point[0] >= end][:1]
         inside = [point for point in points if begin < point[0] < end]
-        path = [(begin, power(begin)), *inside, (end, power(end))]
-        total += sum((t1 - t0) * (p0 + p1) / 2 for (t0, p0), (t1, p1) in zip(path, path[1:]))
-    return total
+        known = [*before, *inside, *after]
+        moments = [min(begin, known[0][0]), *(time for time, _ in known), max(end, known[-1][0])]
+        gaps = list(zip(moments, moments[1:]))
+        if max(later - earlier for earlier, later in gaps) > (_MOST_INTERVALS + _LATE) * interval_s:
+            return None
+        path = [(begin, _power_at(begin, known)), *inside, (end, _power_at(end, known))]
+        found.joules += sum((t1 - t0) * (p0 + p1) / 2 for (t0, p0), (t1, p1) in zip(path, path[1:]))
+        found.bridged_s += sum(
+            max(0.0, min(end, later) - max(begin, earlier))
+            for earlier, later in gaps
+            if later - earlier > (1.0 + _LATE) * interval_s
+        )
+    return found
 
 
-def energy_metrics(run_dir: Path, config: TrainConfig, spans: List[Span], samples: Optional[float]) -> Dict[str, Any]:
+def _power_at(moment: float, points: List[Tuple[float, float]]) -> float:
+    """Power at a moment, between the readings before and after it in a straight line."""
+    after = next((number for number, (time, _) in enumerate(points) if time >= moment), len(points))
+    if after == 0 or after == len(points):
+        return points[min(after, len(points) - 1)][1]
+    (t0, p0), (t1, p1) = points[after - 1], points[after]
+    return p0 if t1 == t0 else p0 + (p1 - p0) * (moment - t0) / (t1 - t0)
+
+
+def energy_metrics(
+    run_dir: Path, config: TrainConfig, spans_by_node: List[List[Span]], samples: Optional[float], sliced: bool = False
+) -> Dict[str, Any]:
     """Energy, power and temperature of a run.
 
     Args:
         run_dir: its folder.
-        config: the run's: the readings of all its cards must be there, and of no others.
-        spans: begin and end of training, in the time of devices.csv; more than one if it was resumed.
+        config: the run's: the readings of all its devices must be there, and of no others.
+        spans_by_node: begin and end of each node's training in the time of its devices.csv; several if it was resumed.
         samples: trained meanwhile.
+        sliced: whether the devices are slices of cards: then the readings of a card are not theirs.
 
     Returns:
-        Entries of result.json; None where any card's power is unknown.
+        Entries of result.json; None where any device's power is unknown.
     """
-    cards: Dict[Tuple[str, str], List[Reading]] = {}
-    monitor, topology, complete = monitor_for(config.hardware), config.topology, bool(spans)
+    monitor, topology = monitor_for(config.hardware), config.topology
+    has_spans = len(spans_by_node) == topology.num_nodes and all(spans_by_node)
+    is_known, energies, during = has_spans, [], []
+    seconds = 0.0
     for node in range(topology.num_nodes):
         found = load_readings(readings_file(run_dir, node))
+        if sliced:
+            found = {key: readings for key, readings in found.items() if not key[1].isdigit()}
         wanted = topology.devices_per_node if monitor is not None and monitor.visible_devices_variable else len(found)
-        complete = complete and bool(found) and len(found) == wanted
-        cards.update(found)
-    of_each = [integrate_power(readings, spans) for readings in cards.values()]
-    known = complete and all(one is not None for one in of_each)
-    total = sum(one for one in of_each if one is not None) if known else None
-    seconds = sum(end - begin for begin, end in spans)
-    during = [
-        reading
-        for readings in cards.values()
-        for reading in readings
-        if any(begin <= (reading["time_s"] or 0.0) <= end for begin, end in spans)
-    ]
+        is_known = is_known and bool(found) and len(found) == wanted
+        spans = spans_by_node[node] if node < len(spans_by_node) else []
+        seconds = max(seconds, sum(end - begin for begin, end in spans))
+        for readings in found.values():
+            energies.append(integrate_power(readings, spans, config.hardware.monitor_interval_s))
+            during += [
+                reading
+                for reading in readings
+                if any(begin <= (reading["time_s"] or 0.0) <= end for begin, end in spans)
+            ]
+    known = [energy for energy in energies if energy is not None]
+    is_known = is_known and len(known) == len(energies)
+    total = sum(energy.joules for energy in known) if is_known else None
+    bridged = sum(energy.bridged_s for energy in known) / len(known) if is_known and known else None
     powers = [value for value in (reading["power_w"] for reading in during) if value is not None]
-    warmth = [value for value in (reading["temperature_c"] for reading in during) if value is not None]
+    temperatures = [value for value in (reading["temperature_c"] for reading in during) if value is not None]
     return {
         "energy_j": total,
         "samples_per_joule": samples / total if total and samples else None,
+        "energy_bridged_share": bridged / seconds if bridged is not None and seconds else None,
         "power_mean_w": total / seconds if total is not None and seconds else None,
         "power_max_w": max(powers, default=None),
-        "temperature_mean_c": sum(warmth) / len(warmth) if warmth else None,
-        "temperature_max_c": max(warmth, default=None),
+        "temperature_mean_c": sum(temperatures) / len(temperatures) if temperatures else None,
+        "temperature_max_c": max(temperatures, default=None),
     }

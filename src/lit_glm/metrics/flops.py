@@ -153,7 +153,7 @@ class FlopCounter:
 
 
 def compute_mfu(
-    config: TrainConfig, work: WorkTotals, seconds: Optional[float], p_core: Optional[float], peak: str
+    config: TrainConfig, work: WorkTotals, seconds: Optional[float], p_core: Optional[float], peak: Optional[float]
 ) -> Dict[str, Optional[float]]:
     """Work against time and peak.
 
@@ -162,16 +162,15 @@ def compute_mfu(
         work: of all steps.
         seconds: pure_compute_time; None: unknown.
         p_core: samples a second.
-        peak: under which name the hardware file has the peak that counts.
+        peak: TFLOP/s of a device in what really runs; None: unknown.
 
     Returns:
         mfu, mfu_flagperf (FlagPerf's formula; None without a known peak), tokens and candidate sequences a second.
     """
-    known = config.hardware.peak_tflops.get(peak)
     rates: Dict[str, Optional[float]] = {"mfu": None, "mfu_flagperf": None}
     seconds = seconds or 0.0
-    if known and p_core and seconds > 0:
-        all_cards = config.topology.world_size * known * 1e12
+    if peak and p_core and seconds > 0:
+        all_cards = config.topology.world_size * peak * 1e12
         rates["mfu"] = work.flops / seconds / all_cards
         rates["mfu_flagperf"] = _FLAGPERF_FLOPS * p_core / all_cards
     measured = seconds > 0 and work.rows > 0

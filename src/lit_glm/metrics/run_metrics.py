@@ -7,6 +7,7 @@ from typing import Any, Dict, List, Optional
 from lit_glm.config.schema import TrainConfig
 from lit_glm.data.sampler import InfiniteDistributedBatchSampler
 from lit_glm.errors import RunError
+from lit_glm.hardware.monitors import is_mig_slice
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.metrics import timing
 from lit_glm.metrics.contention import ContentionMonitor
@@ -56,7 +57,8 @@ class RunMetrics:
         """Whether result.json has what the earlier parts came to; the table of steps is another matter."""
         self._first_step = 0
         self._earlier = PhaseDurations()
-        self._earlier_e2e = 0.0
+        self.earlier_e2e = 0.0
+        """Seconds of the parts before an interruption, on all ranks."""
 
     def begin(self, files: Optional[RunWriter], steps_done: int) -> None:
         """Training is about to begin, or to go on after some steps."""
@@ -92,7 +94,7 @@ class RunMetrics:
         known_raw = max(math.nan if raw is None else raw, steps + evaluations)
         known_init = math.nan if init is None else init
         self._earlier = PhaseDurations(compute, steps, known_raw, known_init)
-        self._earlier_e2e = max(math.nan if e2e is None else e2e, known_init + known_raw)
+        self.earlier_e2e = max(math.nan if e2e is None else e2e, known_init + known_raw)
         self.missing_data = list(dict.fromkeys(missing))
 
     def e2e(self) -> float:
@@ -142,7 +144,7 @@ class RunMetrics:
             print(f"lit_glm: {said}", flush=True)
         in_use = self._runtime.memory_in_use(0)
         if in_use is not None:
-            spent = round(self.e2e() + self._earlier_e2e, 3)
+            spent = round(self.e2e() + self.earlier_e2e, 3)
             self.writer.memory.add(step=module.steps_done, seconds=spent, gib=round(in_use / 2**30, 4))
 
     def row(
@@ -159,16 +161,19 @@ class RunMetrics:
         """
         config, files, step = self.config, self.writer, module.steps_done
         assert files is not None
-        total, before = self._runtime.total_memory(0), files.previous_number("mem_actual_gib")
-        used = None if peak is None or total is None or not self.has_earlier_result else peak / 2**30
+        measured, of_file = self._runtime.total_memory(0), None if self._is_slice() else config.hardware.memory_gib
+        total = of_file if measured is None else measured / 2**30
+        before = files.previous_number("mem_actual_gib")
+        used = None if peak is None or not self.has_earlier_result else peak / 2**30
         row = {
             "status": status,
             **config_fields(config),
-            "e2e_time": e2e + self._earlier_e2e,
+            "e2e_time": e2e + self.earlier_e2e,
             **throughput_metrics(self.samples(step), seconds + self._earlier),
             "acc": self.accuracy if self.evaluated_step == step else None,
             "mem_actual_gib": used if used is None else max(used, before or 0.0),
-            "mem_total_gib": None if total is None else total / 2**30,
+            "mem_total_gib": total,
+            "mem_total_source": None if total is None else "device" if measured is not None else "hardware file",
             "mfu": None,
             "mfu_flagperf": None,
             "tokens_per_s": None,
@@ -182,6 +187,7 @@ class RunMetrics:
             "interruptions": files.interruptions,
             "runtime": self._runtime.name,
             "simulated": self._runtime.simulated,
+            "computed_on_cpu": config.hardware._target_ is not None and self._runtime.device(0).type == "cpu",
             "tf32": self._tf32(),
             "training_spans": self._training_spans(e2e),
             "missing_data": self.missing_data,
@@ -202,6 +208,7 @@ class RunMetrics:
         work: WorkTotals,
         flops: Any,
         rank_imbalance: Optional[float],
+        node_spans: List[List[float]],
     ) -> Dict[str, Any]:
         """Write the final result (first rank).
 
@@ -213,15 +220,18 @@ class RunMetrics:
             peak: highest memory in use, bytes.
             work: of all steps.
             flops: [steps] of each step.
-            rank_imbalance: see `WorkCounter.imbalance`.
+            rank_imbalance: see `FlopCounter.rank_imbalance`.
+            node_spans: when each node trained, in the time of its devices.csv.
         """
         assert self.writer is not None
         assert self.contention is not None
         self.contention.sample()
         row = self.row(status, module, seconds, e2e, peak)
-        rates = compute_mfu(self.config, work, row["pure_compute_time"], row["p_core"], self._peak_name())
+        peak = None if self._is_slice() else self.config.hardware.peak_tflops.get(self._peak_name())
+        rates = compute_mfu(self.config, work, row["pure_compute_time"], row["p_core"], peak)
         if rates["mfu"] is not None and rates["mfu"] > 1:
             rates["mfu_above_one"], rates["mfu"] = rates["mfu"], None  # no figure rather than a wrong one
+        row["training_spans_by_node"] = self.spans_by_node(node_spans)
         row.update(rank_imbalance=rank_imbalance, model_flops=work.flops, **rates)
         has_all_steps = row["no_eval_time"] is not None
         row["step_s"] = timing.step_time_summary(self.writer.step_column("step_s")) if has_all_steps else None
@@ -233,13 +243,32 @@ class RunMetrics:
     def _training_spans(self, e2e: float) -> Optional[List[List[float]]]:
         """When it trained, in seconds since the entry of `train`, this part of the run behind the earlier ones."""
         assert self.writer is not None
-        if not self.has_earlier_result or not math.isfinite(self._earlier_e2e):
+        if not self.has_earlier_result or not math.isfinite(self.earlier_e2e):
             return None
-        begin = self._earlier_e2e + self.init_seconds
-        return [
-            *(self.writer.previous_result.get("training_spans") or []),
-            [begin, max(begin, e2e + self._earlier_e2e)],
-        ]
+        return [*(self.writer.previous_result.get("training_spans") or []), self.training_span(e2e)]
+
+    def training_span(self, e2e: float) -> List[float]:
+        """When this node trained in this part of the run, in the time of its devices.csv.
+
+        Args:
+            e2e: seconds from this node's entry to the end of training.
+        """
+        begin = self.earlier_e2e + self.init_seconds
+        return [begin, max(begin, e2e + self.earlier_e2e)]
+
+    def spans_by_node(self, spans: List[List[float]]) -> Optional[List[List[List[float]]]]:
+        """Training spans of each node, this part of the run behind the earlier ones; None where those are unknown.
+
+        Args:
+            spans: of each node in this part.
+        """
+        assert self.writer is not None
+        if not self.writer.resumes:
+            return [[span] for span in spans]
+        before = self.writer.previous_result.get("training_spans_by_node")
+        if not self.has_earlier_result or not isinstance(before, list) or len(before) != len(spans):
+            return None
+        return [[*earlier, span] for earlier, span in zip(before, spans)]
 
     def _contention_fields(self) -> Dict[str, Any]:
         """What others took meanwhile; of a run that was resumed the most of its parts."""
@@ -252,6 +281,9 @@ class RunMetrics:
             "external_cpu_load": max((x for x in loads if x is not None), default=None),
             "external_device_processes": max((int(x) for x in counts if x is not None), default=None),
         }
+
+    def _is_slice(self) -> bool:
+        return is_mig_slice(self._runtime.device_name(0))
 
     def _tf32(self) -> bool:
         return self._peak_name() == "tf32"

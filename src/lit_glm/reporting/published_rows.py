@@ -24,6 +24,12 @@ def load_published_rows() -> List[Dict[str, Any]]:
     return [{"scoring": content["scoring"], "converged": True, "status": "success", **row} for row in content["rows"]]
 
 
+def load_published_run_length() -> Tuple[int, str]:
+    """Samples that a published run trained on, and which run that was."""
+    content: Any = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "published.yaml"))
+    return int(content["run_length"]["samples"]), str(content["run_length"]["of"])
+
+
 def published_tables(found: List[ReportRow], words: Translations) -> Tuple[ReportTable, ReportTable]:
     """The table of the published rows, those of the report's hardware first; and that of the ratios."""
     published = load_published_rows()
@@ -35,7 +41,7 @@ def published_tables(found: List[ReportRow], words: Translations) -> Tuple[Repor
     ]
     lines = [
         [
-            words.config(line["hardware"].upper().replace("_", "-"), line["topology"]),
+            _published_name(line, words),
             *(
                 format_cell(row, column) + (_DOUBT if column == "precision" and line.get("fp16_flag") else "")
                 for column in PUBLISHED_COLUMNS[1:]
@@ -63,6 +69,12 @@ def published_tables(found: List[ReportRow], words: Translations) -> Tuple[Repor
                 notes.append(words("no_ratio_figures", unique_row_label(row, words)))
     head = [words("config"), "fix_hp", f"fix_hp ({words('source')})", *_RATIOS]
     return table, ReportTable(head, ratios, list(dict.fromkeys(notes)))
+
+
+def _published_name(line: Dict[str, Any], words: Translations) -> str:
+    if words.language == "zh" and line.get("zh"):
+        return str(line["zh"])
+    return words.config(line["hardware"].upper().replace("_", "-"), line["topology"])
 
 
 def _format_ratio(measured: Any, published: Any) -> str:

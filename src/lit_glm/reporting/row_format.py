@@ -37,6 +37,10 @@ def row_annotations(row: ReportRow, words: Translations) -> List[str]:
     said: List[str] = [f"#{row.number}"] if row.number else []
     if row["simulated"]:
         said.append(words("simulated"))
+    if row["computed_on_cpu"]:
+        said.append(words("computed_on_cpu"))
+    if row["mem_total_source"] == "hardware file":
+        said.append(words("mem_of_file"))
     if row["profiled"]:
         said.append(words("profiled"))
     status = str(row["status"])

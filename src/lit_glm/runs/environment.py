@@ -10,7 +10,7 @@ from lit_glm.atomic_files import write_json
 from lit_glm.config.migration import migrate_names
 from lit_glm.config.schema import TrainConfig
 from lit_glm.hardware.device_monitor import monitor_for
-from lit_glm.hardware.monitors import cpu_name, physical_device_index
+from lit_glm.hardware.monitors import cpu_name, visible_device
 from lit_glm.hardware.vendor_packages import COMPILERS, FRAMEWORKS
 from lit_glm.openmp import available_cores
 
@@ -81,8 +81,7 @@ def local_environment(config: TrainConfig) -> Dict[str, Any]:
     monitor = monitor_for(config.hardware)
     if monitor is None or not monitor.visible_devices_variable:
         return found
-    names = monitor.device_names()
-    indices = range(config.topology.devices_per_node)
-    cards = [physical_device_index(index, monitor.visible_devices_variable) for index in indices]
-    devices: List[Optional[str]] = [None if card is None else names.get(card) for card in cards]
+    names = {str(index): name for index, name in monitor.device_names().items()}
+    visible = [visible_device(i, monitor.visible_devices_variable) for i in range(config.topology.devices_per_node)]
+    devices: List[Optional[str]] = [names.get(monitor.resolve(card) or "") for card in visible]
     return {**found, "driver": monitor.driver_version(), "devices": None if None in devices else devices}

@@ -122,6 +122,10 @@ def annotations(result: Dict[str, Any]) -> List[str]:
     said = []
     if result.get("simulated"):
         said.append("simulated")
+    if result.get("computed_on_cpu"):
+        said.append("computed on the CPU")
+    if result.get("mem_total_source") == "hardware file":
+        said.append("device memory by the hardware file")
     if result.get("profiled"):
         said.append("profiled")
     if result.get("status") not in COMPLETE:

@@ -66,9 +66,10 @@ def run_coordinator(config: Any, trials: TrialRunner, folder: Path, train: Any) 
             orders.put(None, "")
     best, top = fastest_bs(record.trials), largest_bs(record.trials)
     last = best or top or 1
-    print(record.conclude(_workload_for_bs(config, last, train), _software_versions()), flush=True)
     answered = [one for one in record.trials if one.status != TIME]
-    record.write(complete=next_bs(answered, most, config.tune.repeats) is None)
+    complete = next_bs(answered, most, config.tune.repeats) is None
+    print(record.conclude(_workload_for_bs(config, last, train), _software_versions(), complete), flush=True)
+    record.write(complete)
     return status or (0 if best is not None else 1)
 
 

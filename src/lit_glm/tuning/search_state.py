@@ -20,7 +20,7 @@ from lit_glm.planning.workload import Workload
 from lit_glm.reporting.plots import STYLE, use_plain_numbers
 from lit_glm.runs.job_spec import config_hash
 from lit_glm.runs.result import config_fields, markdown_table
-from lit_glm.tuning.search import TIME, Trial, fastest_bs, largest_bs, median_p_core, trials_by_bs
+from lit_glm.tuning.search import LIMIT, MEMORY, TIME, Trial, fastest_bs, largest_bs, median_p_core, trials_by_bs
 
 
 class SearchState:
@@ -57,18 +57,21 @@ class SearchState:
         }
         write_json(self.folder / TUNE_FILE, content)
 
-    def conclude(self, work: Workload, software: str) -> str:
+    def conclude(self, work: Workload, software: str, complete: bool) -> str:
         """Write tune.md, tune.svg and the pair's file; returns what is said."""
         best, most = fastest_bs(self.trials), largest_bs(self.trials)
-        text = trial_table(self.trials, self._config, work)
+        text = trial_table(self.trials, self._config, work, complete)
         said = [text, ""]
+        if not complete:
+            said.append("INCOMPLETE: the search ended before all was known; larger or faster values may exist")
         if best is None:
             said.append("no batch size fits: take a smaller model, activation checkpointing, or more memory")
         else:
             pair = f"{self._config.hardware.name}_{self._config.topology.name}.yaml"
-            write_text(self.folder / pair, fix_hp_text(self.trials, self._config, text, software))
+            write_text(self.folder / pair, fix_hp_text(self.trials, self._config, text, software, complete))
+            names = ("that fits", "fastest") if complete else ("tried", "fastest so far")
             said += [
-                f"largest bs that fits: {most}; fastest: {best}",
+                f"largest bs {names[0]}: {most}; {names[1]}: {best}",
                 f"bs=auto takes the fastest of searches below outputs/tune/; for good: copy {self.folder / pair}",
                 "to the folder fix_hp/ of a configuration of your own (--config-dir)",
             ]
@@ -104,7 +107,7 @@ def read_state(folder: Path) -> Optional[Dict[str, Any]]:
     return migrate_names(content, "tune.json") if isinstance(content, dict) else None
 
 
-def trial_table(tries: List[Trial], config: TrainConfig, work: Workload) -> str:
+def trial_table(tries: List[Trial], config: TrainConfig, work: Workload, complete: bool) -> str:
     """A row a batch size, the fastest first, what does not fit behind."""
     known, best, most = trials_by_bs(tries), fastest_bs(tries), largest_bs(tries)
     rows = [
@@ -124,7 +127,8 @@ def trial_table(tries: List[Trial], config: TrainConfig, work: Workload) -> str:
         own = known[bs]
         rates = [one.p_core or 0.0 for one in own]
         guess = estimate_memory(config, work.lengths, 0.0, saves_attention_probs(config), bs).total / 2**30
-        marks = [text for text, is_so in (("fastest", bs == best), ("largest that fits", bs == most)) if is_so]
+        names = ("fastest", "largest that fits") if complete else ("fastest so far", "largest tried")
+        marks = [name for name, is_so in zip(names, (bs == best, bs == most)) if is_so]
         spread = f"[{min(rates):.4g}, {max(rates):.4g}]"
         rows.append(
             [
@@ -148,15 +152,20 @@ def _format_number(value: Optional[float], digits: int) -> str:
     return "" if value is None else f"{value:.{digits}g}" if digits == 3 else f"{value:.{digits}f}"
 
 
-def fix_hp_text(tries: List[Trial], config: TrainConfig, text: str, software: str) -> str:
+def fix_hp_text(tries: List[Trial], config: TrainConfig, text: str, software: str, complete: bool) -> str:
     """The fix_hp file of the pair, its evidence in comments."""
     best, most = fastest_bs(tries), largest_bs(tries)
     pair = f"{config.hardware.name}_{config.topology.name}"
     about = f"{config.precision.name}, scoring={config.scoring.name}, model={config.model.name}"
+    about_bs = (
+        f"The fastest bs; the largest that fits is {most}."
+        if complete
+        else f"INCOMPLETE search (complete: false): the fastest bs so far; the largest tried is {most}."
+    )
     evidence = "\n".join(f"# {line}".rstrip() for line in text.splitlines())
     return (
         f"# @package _global_\n# Found by `python -m lit_glm.tune` for {pair}: {about}; {software}.\n"
-        f"# The fastest bs; the largest that fits is {most}.\n{evidence}\n"
+        f"# {about_bs}\n{evidence}\n"
         f"fix_hp_source: {pair}\nbs: {best}\neval_bs: {best}\n"
     )
 
@@ -169,7 +178,7 @@ def _plot_trials(tries: List[Trial], config: TrainConfig) -> str:
         points: List[Tuple[int, float]] = [(bs, one.p_core or 0.0) for bs, own in known.items() for one in own]
         axes.plot(*zip(*points), "o", alpha=0.6, label="tries")
         axes.plot(list(known), [median_p_core(own) for own in known.values()], linewidth=1, label="median")
-        for bs in sorted({one.bs for one in tries} - set(known)):
+        for bs in sorted({one.bs for one in tries if one.status in (MEMORY, LIMIT)} - set(known)):
             axes.axvline(bs, color="tab:red", linestyle=":", linewidth=1)
         axes.set_xscale("log", base=2)
         use_plain_numbers(axes.xaxis)

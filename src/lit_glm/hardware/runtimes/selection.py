@@ -12,6 +12,7 @@ from lit_glm.config.migration import find_old_methods
 from lit_glm.config.schema import HardwareConfig, TopologyConfig
 from lit_glm.errors import InputError
 from lit_glm.hardware.env import set_hardware_env
+from lit_glm.hardware.monitors import is_mig_slice
 from lit_glm.hardware.runtimes.base import Runtime
 
 BUILT_IN_RUNTIMES = ("cpu", "cuda", "xmlir", "xpytorch")
@@ -193,6 +194,11 @@ def validate_devices(hardware: HardwareConfig, runtime: Runtime, devices: int, f
         name = runtime.device_name(index)
         if runtime.simulated or not name:
             continue
+        if is_mig_slice(name) and hardware.name in known and hardware.product_name:
+            raise InputError(
+                f"hardware={hardware.name}, but device {index} is a slice of a card, {name!r}, which has a part of the "
+                "card's speed and memory; take hardware=cuda, or a hardware file of your own (no peak, so no mfu)"
+            )
         better = [file for file, pattern in patterns.items() if pattern and _pattern_matches(file, pattern, name)]
         if hardware.device_name_pattern and not _pattern_matches(hardware.name, hardware.device_name_pattern, name):
             raise InputError(
