@@ -52,6 +52,7 @@ PLAN: Dict[str, str] = {
 }
 VERIFY: Dict[str, str] = {
     "schema_version": "1",
+    "complete": "whether all checks have ended; the file grows as they end",
     "ok": "whether no check failed",
     "finished": "date and time",
     "hardware, topology, runtime, simulated, driver, device_name, host, torch": "what was verified, and where",
@@ -73,12 +74,12 @@ def page() -> str:
     lines = [
         "# Fields of the JSON files",
         "",
-        "What `result.json`, the JSON of `plan` and `verify.json` hold. `python scripts/write_schema.py` writes this page",
-        "from the registry of figures (`metrics/registry.py`).",
+        "What `result.json`, the JSON of `plan` and `verify.json` hold. `python scripts/write_schema.py` writes this",
+        "page from the registry of figures (`metrics/registry.py`).",
         "",
         "## Figures of result.json",
         "",
-        "Unknown figures are null. `sweep.objective` and `report --sort` take those of which higher or lower is better.",
+        "Unknown figures are null. `sweep.objective` and `report --sort` take those with a better direction.",
         "",
         "| figure | unit | better | meaning | null when |",
         "| --- | --- | --- | --- | --- |",

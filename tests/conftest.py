@@ -39,6 +39,12 @@ def pytest_addoption(parser: Any) -> None:
     parser.addoption("--runtime", default=None, help="package.module.Class: what tests/hardware/conformance.py checks")
 
 
+def pytest_configure(config: Any) -> None:
+    """With a runtime of somebody's own, one line for each promise."""
+    if config.getoption("--runtime") is not None:
+        config.option.verbose = max(1, config.option.verbose)
+
+
 def pytest_collection_modifyitems(items: List[Any]) -> None:
     """Mark tests by their folder; those of processes come first, since one that came last would run alone."""
     for item in items:

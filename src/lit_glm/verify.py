@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, List
 
@@ -14,6 +15,20 @@ from lit_glm.config.schema import TrainConfig
 from lit_glm.hardware.env import set_hardware_env
 
 
+@dataclass
+class VerifyOptions:
+    """How long a verification may take."""
+
+    max_minutes: float = 30.0
+
+
+@dataclass
+class VerifyConfig(TrainConfig):
+    """The configuration of `train`, and how it is verified."""
+
+    verify: VerifyOptions = field(default_factory=VerifyOptions)
+
+
 def _configs_per_precision(config: TrainConfig) -> List[TrainConfig]:
     """One a precision: the one that was asked for, else all that the chip lists."""
     line = CommandLine.read(sys.argv[1:])
@@ -21,7 +36,7 @@ def _configs_per_precision(config: TrainConfig) -> List[TrainConfig]:
         return [config]
     given = [*HydraConfig.get().overrides.task, *line.searchpath]
     return [
-        validate_config(compose_config("verify", [*given, f"precision={name}"]), TrainConfig)
+        validate_config(compose_config("verify", [*given, f"precision={name}"]), VerifyConfig)
         for name in config.hardware.precisions
     ]
 
@@ -30,7 +45,7 @@ def main() -> int:
     """Compose, check, say; returns 1 if any check failed, 2 for a wrong configuration."""
     arguments, as_json = list(sys.argv), "--json" in sys.argv
 
-    def task(config: TrainConfig, _composed: Any) -> int:
+    def task(config: Any, _composed: Any) -> int:
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's library tells when it starts and stops
         set_hardware_env(config.hardware)  # before anything imports torch
 
@@ -44,13 +59,17 @@ def main() -> int:
         kept = validate_devices(config.hardware, runtime, config.topology.devices_per_node, CONF_DIR / "hardware")
         keys = [override.key_or_group for override in CommandLine.read(sys.argv[1:]).parse()]
         whole = any(key.split(".")[0] in ("model", "experiment") for key in keys)
-        acceptance = AcceptanceTest(_configs_per_precision(config), runtime, whole)
         if not as_json:
-            print("\n".join(f"lit_glm: {line}" for line in (*kept, acceptance.title())), flush=True)
+            print("\n".join(f"lit_glm: {line}" for line in (*kept, f"verify.json grows in {folder}")), flush=True)
+        acceptance = AcceptanceTest(_configs_per_precision(config), runtime, whole, 60.0 * config.verify.max_minutes)
+        if not as_json:
+            print(f"lit_glm: {acceptance.title()}", flush=True)
+        device = acceptance.device()
         for check in acceptance.checks():
+            verifications.write_verification(folder, device, acceptance.done, acceptance.passed, complete=False)
             if not as_json:
                 print(check.line(), flush=True)
-        content = verifications.write_verification(folder, acceptance.device(), acceptance.done, acceptance.passed)
+        content = verifications.write_verification(folder, device, acceptance.done, acceptance.passed)
         failed = [check.name for check in acceptance.done if check.status == "fail"]
         if as_json:
             print(json.dumps(content, indent=1, ensure_ascii=False))
@@ -61,7 +80,7 @@ def main() -> int:
 
     sys.argv = [argument for argument in arguments if argument != "--json"]
     try:
-        return run_command("verify", TrainConfig, task)
+        return run_command("verify", VerifyConfig, task)
     finally:
         sys.argv = arguments
 

@@ -140,7 +140,7 @@ def adapted(command: str, arguments: List[str], place: Path) -> List[str]:
 def test_a_command_of_the_pages(page: str, text: str, place: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     monkeypatch.chdir(place)
     monkeypatch.setattr(timing_check, "_AT_LEAST_S", 0.02)  # of verify: its figures are not looked at here
-    monkeypatch.setattr(timing_check, "_COPIED", 2**20)
+    monkeypatch.setattr(timing_check, "_BYTES", (2**20, 2**20))
     words = shlex.split(text)
     command, arguments = (words[2].split(".")[1], words[3:]) if words[0] == "python" else (words[1], words[2:])
     run = adapted(command, arguments, place)

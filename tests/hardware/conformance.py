@@ -2,11 +2,12 @@
 
     python -m pytest tests/hardware/conformance.py --runtime=package.module.Class
 
-Each check is one promise of `lit_glm.hardware.runtimes.base.Runtime`; its name says which. `verify` then judges the
-arithmetic, on the real step.
+Each check is one promise of `lit_glm.hardware.runtimes.base.Runtime` and prints one line; its name says which promise.
+`verify` then judges the arithmetic, on the real step.
 """
 
 import math
+from datetime import timedelta
 from typing import Any, Tuple
 
 import pytest
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from lit_glm.config.schema import LossScaleConfig
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.hardware.runtimes.selection import import_runtime_class
+from lit_glm.verification.timing_check import check_clock
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +53,18 @@ def test_it_counts_its_devices_and_each_holds_tensors(runtime: Runtime) -> None:
     assert there.cpu().tolist() == [0, 1, 2, 3, 4]
 
 
-def test_synchronize_returns_when_the_work_is_done(runtime: Runtime, x: torch.Tensor) -> None:
-    for _ in range(20):
-        x = x @ x.t() @ x / x.numel()
-    runtime.synchronize()
-    runtime.after_step()
-    assert math.isfinite(float(x.sum()))
+def test_synchronize_returns_when_the_work_is_done(runtime: Runtime) -> None:
+    """A chain of products, each of the last one's result; reading its end must take little of the time."""
+    check = check_clock(runtime)
+    assert check.status != "fail", check.message
+
+
+def test_tensors_of_the_device_are_not_the_hosts(runtime: Runtime, x: torch.Tensor) -> None:
+    assert x.device.type == runtime.device(0).type
+    assert (x + x).device == x.device
+    if x.device.type != "cpu":
+        with pytest.raises((RuntimeError, TypeError)):
+            _ = x + torch.ones(64, 32)  # a tensor of the host's takes no part without being copied
 
 
 def test_a_seed_decides_what_is_drawn(runtime: Runtime, x: torch.Tensor) -> None:
@@ -84,6 +92,51 @@ def test_a_collective_that_is_pending_is_waited_for(runtime: Runtime, x: torch.T
 
     assert runtime.to_host_async(x[0, :1].clone(), Pending())() == pytest.approx(x[0, :1].tolist())
     assert waited
+
+
+def test_fused_attention_agrees_with_products(runtime: Runtime) -> None:
+    if not hasattr(F, "scaled_dot_product_attention"):
+        pytest.skip("this torch has no fused attention")
+    torch.manual_seed(2)
+    q, k, v = (torch.randn(2, 4, 24, 16) for _ in range(3))
+    allowed = torch.ones(24, 24, dtype=torch.bool).tril()
+    exact = torch.softmax((q @ k.transpose(-1, -2) / 4.0).masked_fill(~allowed, -math.inf), -1) @ v
+    device = runtime.device(0)
+    found = F.scaled_dot_product_attention(q.to(device), k.to(device), v.to(device), allowed.to(device))
+    torch.testing.assert_close(found.cpu(), exact, rtol=1e-2, atol=1e-2)
+
+
+def test_dropout_draws_from_the_devices_own_generator(runtime: Runtime, x: torch.Tensor) -> None:
+    """What the host draws meanwhile changes nothing."""
+
+    def drawn(on_host: int) -> torch.Tensor:
+        runtime.manual_seed(5)
+        if runtime.device(0).type != "cpu":
+            torch.rand(on_host)
+        return F.dropout(x, 0.5).cpu()
+
+    assert torch.equal(drawn(0), drawn(7))
+
+
+def test_the_collectives_of_its_backend_take_device_tensors(runtime: Runtime, tmp_path: Any) -> None:
+    """With one rank: broadcast, all-reduce, all-gather and a barrier."""
+    known = [name.lower() for name in vars(torch.distributed.Backend).values() if isinstance(name, str)]
+    known += [name.lower() for name in getattr(torch.distributed.Backend, "_plugins", {})]
+    assert runtime.backend.lower() in known, f"{runtime.backend} is registered by nobody"
+    torch.distributed.init_process_group(
+        runtime.backend, init_method=f"file://{tmp_path}/store", rank=0, world_size=1, timeout=timedelta(seconds=60)
+    )
+    try:
+        values = torch.arange(6.0).to(runtime.device(0))
+        torch.distributed.broadcast(values, 0)
+        torch.distributed.all_reduce(values)
+        gathered = [torch.empty_like(values)]
+        torch.distributed.all_gather(gathered, values)
+        torch.distributed.barrier()
+        for found in (values, gathered[0]):
+            assert found.cpu().tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

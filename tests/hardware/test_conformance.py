@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from conftest import GOLDEN_RUN, lit_glm
+from conftest import GOLDEN_RUN, lit_glm, lit_glm_here
 from hardware.conformance import *  # noqa: F403  # its checks, here on the processor
 from lit_glm.config.schema import HardwareConfig
 from lit_glm.errors import InputError
@@ -72,3 +72,68 @@ def test_what_is_no_runtime_is_refused() -> None:
             import_runtime_class(absent)
     config: Any = HardwareConfig(name="x")
     assert config._target_ is None
+
+
+MINI = """
+from lit_glm.hardware.runtimes.cpu import CPURuntime
+
+class Mini(CPURuntime):
+    name = "mini"
+
+    monitor = "minimonitor.MONITOR"
+
+class NoTotal(Mini):
+    def total_memory(self, index):
+        return None
+"""
+MONITOR = """
+from lit_glm.hardware.monitors import DeviceReading, Monitor
+
+MONITOR = Monitor(lambda wanted: [DeviceReading(0, 40.0, 25.0, 1024.0, 4096.0, 50.0)])
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "minibeads.py").write_text(MINI)
+    (tmp_path / "lib" / "minimonitor.py").write_text(MONITOR)
+    monkeypatch.syspath_prepend(str(tmp_path / "lib"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "lib"))
+    (tmp_path / "own" / "hardware").mkdir(parents=True)
+    (tmp_path / "own" / "hardware" / "mini.yaml").write_text(
+        "name: mini\nproduct_name: MINI\n_target_: minibeads.Mini\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_name_and_a_class_are_a_hardware_file(own: Path, capfd: Any) -> None:
+    how = ["--config-dir", "own", "experiment=debug", "hardware=mini", "run.max_steps=2"]
+    assert lit_glm_here("train", *how, "hydra.run.dir=run") == 0
+    result = json.loads((own / "run" / "result.json").read_text())
+    assert (result["hardware"], result["computed_on_cpu"], result["simulated"]) == ("mini", True, False)
+    assert (result["energy_j"] or 0.0) > 0
+    assert (own / "run" / "devices.csv").read_text().splitlines()[1].endswith(",0,0,1,25,40,50")
+    assert "mini 1x1 (computed on the CPU)" in capfd.readouterr().out
+    assert lit_glm_here("train", *how, "hardware.runtime=cuda") == 2
+    assert "hardware=mini names its own class" in capfd.readouterr().err
+
+
+def test_keys_that_a_file_lacks_can_be_set(own: Path) -> None:
+    keys = ["hardware._target_=minibeads.NoTotal", "hardware.memory_gib=64", "precision.loss_scale.window=5"]
+    how = ["experiment=debug", "hardware.runtime=auto", "run.max_steps=2", *keys]
+    assert lit_glm_here("train", *how, "hydra.run.dir=run") == 0
+    result = json.loads((own / "run" / "result.json").read_text())
+    assert result["mem_actual_gib"] > 0
+    assert (result["mem_total_gib"], result["mem_total_source"]) == (64.0, "hardware file")
+
+
+def test_a_profile_of_tensors_without_storage(own: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    from lit_glm.metrics import profiler
+
+    monkeypatch.setattr(profiler, "_storage_bytes", lambda tensor: None)
+    how = ["experiment=debug", "callbacks=profile", "run.max_steps=20"]
+    assert lit_glm_here("train", *how, "hydra.run.dir=run") == 0
+    assert "no memory by kind" in capfd.readouterr().out
+    assert (own / "run" / "profile" / "kernels.md").is_file()

@@ -178,7 +178,7 @@ def test_the_best_run_and_rows_in_its_order(tmp_path: Path, capfd: Any) -> None:
     assert [row[2].split(",")[0] for row in rows] == ["bs=5", "bs=6", "bs=4", "bs=9"]
     status, _, said = report(capfd, tmp_path, "--sort", "beauty")
     assert status == 2
-    assert "--sort beauty: must be one of e2e_time, p_whole" in said
+    assert "--sort beauty: must be one of acc, p_core" in said
 
 
 def test_the_head_of_the_page_answers_at_a_glance(tmp_path: Path, capfd: Any) -> None:

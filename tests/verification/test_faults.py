@@ -27,8 +27,8 @@ Failed = List[Tuple[str, str]]
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing_check, "_AT_LEAST_S", 0.02)
-    monkeypatch.setattr(timing_check, "_COPIED", 2**20)
-    monkeypatch.setattr(timing_check, "_matmul_size", lambda runtime: 256)
+    monkeypatch.setattr(timing_check, "_BYTES", (2**20, 2**20))
+    monkeypatch.setattr(timing_check, "_SIZES", (256,))
     small = {"num_layers": 2, "hidden_size": 32, "vocab_size": 128, "max_sequence_length": 48}
     monkeypatch.setattr(acceptance, "_NARROW", {**acceptance._NARROW, **small})
 
@@ -38,7 +38,7 @@ def failed(runtime: Any = None, *overrides: str, until: str = "") -> Failed:
 
     Checks are made one by one, as they are asked for.
     """
-    config = validate_config(compose_config("verify", ["precision=fp32", *overrides]), TrainConfig)
+    config = validate_config(compose_config("train", ["precision=fp32", *overrides]), TrainConfig)
     checks = acceptance.AcceptanceTest([config], runtime or CPURuntime(), whole=False).checks()
     made = itertools.takewhile(lambda check: not until or not check.name.startswith(until), checks)
     return [(check.name, check.message) for check in made if check.status == "fail"]
@@ -156,7 +156,7 @@ def test_synchronize_returns_at_once() -> None:
     class Hasty(CPURuntime):
         def model_ops(self) -> RuntimeOps:
             def linear(x: Any, weight: Any, bias: Any) -> Any:
-                if x is weight:  # the square products of the clock
+                if bias is None and x.shape == weight.shape:  # the square products of the clock
                     done_at[0] = max(done_at[0], time.perf_counter()) + 0.004
                     return x
                 return F.linear(x, weight, bias)
@@ -176,7 +176,7 @@ def test_synchronize_returns_at_once() -> None:
 
 
 def test_a_product_is_faster_than_the_files_peak() -> None:
-    found = failed(None, "hardware.peak_tflops.fp32=0.001", until="dropout")
+    found = failed(None, "hardware.peak_tflops.fp32=0.001")
     assert [name for name, _ in found] == ["speed fp32"]
 
 

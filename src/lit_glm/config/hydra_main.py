@@ -10,15 +10,15 @@ import re
 import sys
 import traceback
 from pathlib import Path
-from typing import Any, Callable, List, NamedTuple, Optional, Sequence, TypeVar, Union
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple, TypeVar, Union
 
 import hydra
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.types import OverrideType
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_glm.broken_pipe import ignore_broken_pipe
@@ -27,6 +27,7 @@ from lit_glm.config.help_text import key_help
 from lit_glm.config.hydra_errors import check_overrides, explain_hydra_error
 from lit_glm.config.migration import REMOVED_KEYS, RENAMED, old_key_message
 from lit_glm.config.paths import CONF_DIR
+from lit_glm.config.schema import HardwareConfig, iter_leaves
 from lit_glm.config.tuned_values import resolve_auto_bs
 from lit_glm.config.validators import range_errors
 from lit_glm.errors import InputError, RunError
@@ -63,6 +64,7 @@ def validate_config(cfg: DictConfig, schema: "type[Config]") -> Config:
         cfg.bs, source = resolve_auto_bs(cfg, _fix_hp_bs(cfg))
         print(f"lit_glm: bs=auto: {cfg.bs}, {source}", file=sys.stderr, flush=True)
     _reject_old_keys(cfg)
+    cfg = _with_hardware_defaults(cfg)
     try:
         # Merging the plain content closes the way round the schema that Hydra leaves open (`+typo=1`, `++typo=1`).
         # The two steps say different things: the first which name is unknown, the second which type is wrong.
@@ -75,6 +77,21 @@ def validate_config(cfg: DictConfig, schema: "type[Config]") -> Config:
     if complaints:
         raise InputError("\n".join(complaints))
     return config
+
+
+def _with_hardware_defaults(cfg: DictConfig) -> DictConfig:
+    """A copy in which a hardware file of the user's has the keys that it leaves out; a name and a class are enough."""
+    cfg = cfg.copy()
+    hardware = cfg.get("hardware")
+    if not isinstance(hardware, DictConfig):
+        return cfg
+    own_class = hardware.get("_target_") is not None and "accelerator" not in hardware
+    defaults: Any = OmegaConf.to_container(OmegaConf.structured(HardwareConfig))
+    with open_dict(hardware):
+        for key, value in defaults.items():
+            if key not in hardware and value != MISSING:
+                hardware[key] = hardware.get("name") if key == "accelerator" and own_class else value
+    return cfg
 
 
 def _reject_old_keys(cfg: DictConfig) -> None:
@@ -185,7 +202,9 @@ def run_command(
         line = CommandLine.read(sys.argv[1:])
         if not line.is_help:
             check_overrides(line, schema, CONF_DIR)
-            for overrides in line.sample_combinations(is_group(line.config_dir)) if line.multirun else [line.overrides]:
+            if not line.multirun:
+                line.overrides, composed = _compose_known_keys(config_name, line, schema)
+            for overrides in line.sample_combinations(is_group(line.config_dir)) if line.multirun else []:
                 composed = _compose_with_hydra(config_name, [*overrides, *line.searchpath])
             if line.multirun:
                 line.overrides = _add_keys_of_swept_groups(config_name, line)
@@ -210,6 +229,37 @@ def run_command(
         HydraConfig.instance().cfg = None
 
 
+def _compose_known_keys(config_name: str, line: CommandLine, schema: "type[Config]") -> "Tuple[List[str], Any]":
+    """Compose; keys of the schema may be set where the chosen file does not have them.
+
+    Returns:
+        The overrides, with `++` where such keys are set, and what they compose to.
+    """
+    try:
+        return line.overrides, _compose_with_hydra(config_name, [*line.overrides, *line.searchpath])
+    except HydraException:
+        known = {key for key, _ in iter_leaves(schema())}
+
+        def is_known(key: str) -> bool:
+            return any(".".join(key.split(".")[:count]) in known for count in range(1, key.count(".") + 2))
+
+        added = [
+            f"++{text}" if override is not None and _is_change(override) and is_known(override.key_or_group) else text
+            for text, override in zip(line.overrides, line.parse_each())
+        ]
+        if added == line.overrides:
+            raise
+        try:
+            return added, _compose_with_hydra(config_name, [*added, *line.searchpath])
+        except HydraException:
+            pass
+        raise
+
+
+def _is_change(override: Override) -> bool:
+    return override.type == OverrideType.CHANGE
+
+
 def _add_keys_of_swept_groups(config_name: str, line: CommandLine) -> List[str]:
     """The overrides of a sweep, with `++` where only groups that are swept have the key.
 
@@ -232,7 +282,7 @@ def _add_keys_of_swept_groups(config_name: str, line: CommandLine) -> List[str]:
     added = {
         text
         for text, override in plain
-        if text not in named and override.type == OverrideType.CHANGE and not is_there(override.key_or_group)
+        if text not in named and _is_change(override) and not is_there(override.key_or_group)
     }
     return [f"++{text}" if text in added else text for text in line.overrides]
 

@@ -49,6 +49,7 @@ _OPEN: Dict[str, Tuple[float, float]] = {
     "model.init_std": (0, _INF),
     "optimizer.eps": (0, _INF),
     "optimizer.clip_grad": (0, _INF),
+    "verify.max_minutes": (0, _INF),
     "run.stall_timeout_s": (0, _INF),
     "run.rendezvous_timeout_s": (0, _INF),
     "run.shutdown_timeout_s": (0, _INF),

@@ -6,6 +6,7 @@ EVERY_S BEGUN CARDS`; it
 reads until its standard input is closed, and once more then.
 """
 
+import importlib
 import math
 import os
 import select
@@ -31,11 +32,30 @@ def monitor_for(hardware: HardwareConfig) -> Optional[Monitor]:
 
     Which runtime auto will take is not known yet: of those with the same tool, the one whose variable hides cards.
     """
+    name = _monitor_name(hardware)
+    return None if name is None else monitor_of_name(name)
+
+
+def _monitor_name(hardware: HardwareConfig) -> Optional[str]:
+    if hardware._target_ is not None and hardware.runtime != "simulated":
+        from lit_glm.hardware.runtimes.selection import import_runtime_class
+
+        return import_runtime_class(hardware._target_).monitor or None
     names = hardware.runtimes if hardware.runtime == "auto" else [hardware.runtime]
-    known = [MONITORS[name] for name in names if name in MONITORS]
-    return next(
-        (monitor for monitor in known if monitor.visible_devices_variable in os.environ), known[0] if known else None
-    )
+    known = [name for name in names if name in MONITORS]
+    chosen = (name for name in known if MONITORS[name].visible_devices_variable in os.environ)
+    return next(chosen, known[0] if known else None)
+
+
+def monitor_of_name(name: str) -> Monitor:
+    """A monitor by its runtime's name, or by package.module.NAME of a package outside this one."""
+    if name in MONITORS:
+        return MONITORS[name]
+    module, _, attribute = name.rpartition(".")
+    found = getattr(importlib.import_module(module), attribute)
+    if not isinstance(found, Monitor):
+        raise TypeError(f"{name} is no lit_glm.hardware.monitors.Monitor")
+    return found
 
 
 def readings_file(run_dir: Path, node: int) -> Path:
@@ -54,15 +74,15 @@ def monitor_devices(hardware: HardwareConfig, file: Path, node: int, devices: in
         devices: cards of it in use; the first visible ones.
         begun: `time.monotonic()` at which `time_s` is 0.
     """
-    monitor = monitor_for(hardware)
-    if monitor is None:
+    name = _monitor_name(hardware)
+    if name is None:
         yield
         return
+    monitor = monitor_of_name(name)
     wanted = _ALL
     if monitor.visible_devices_variable:
         visible = [visible_device(index, monitor.visible_devices_variable) for index in range(devices)]
         wanted = ",".join(card for card in map(monitor.resolve, visible) if card is not None)
-    name = next(name for name, other in MONITORS.items() if other is monitor)
     arguments = [name, str(file), str(node), repr(hardware.monitor_interval_s), repr(begun), wanted]
     watch = subprocess.Popen(
         [sys.executable, "-m", "lit_glm.hardware.device_monitor", *arguments],
@@ -98,7 +118,7 @@ def main(arguments: List[str]) -> int:
     set_parent_death_signal()
     name, path, node, every, begun, wanted = arguments
     cards = None if wanted == _ALL else [card for card in wanted.split(",") if card]
-    read, file = MONITORS[name].read, Path(path)
+    read, file = monitor_of_name(name).read, Path(path)
     begins = not file.exists() or file.stat().st_size == 0
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as table:

@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional
 
@@ -38,7 +39,8 @@ def run_on_all_ranks(config: TrainConfig, module: str, limit_s: float) -> Option
     config.run.stall_timeout_s = config.run.rendezvous_timeout_s = limit_s
     with tempfile.TemporaryDirectory(prefix="lit_glm-trial-") as name:
         folder = Path(name)
-        job = JobSpec(config, time.monotonic(), [])
+        plain = TrainConfig(**{entry.name: getattr(config, entry.name) for entry in fields(TrainConfig)})
+        job = JobSpec(plain, time.monotonic(), [])
         job.write(folder)
         node = resolve_node(config.topology, config.hardware.runtime == "simulated")
         run_ranks(job, node, folder, module, _MARGIN_S)

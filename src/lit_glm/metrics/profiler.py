@@ -243,7 +243,15 @@ class ProfilerCallback(pl.Callback):
             self._profiler.start()
         elif self._state == _BETWEEN and self._found is not None:
             self._state = _COUNTING
-            self._known = {_untyped_storage(tensor).data_ptr() for tensor in pl_module.state_dict().values()}
+            known = [_storage_bytes(tensor) for tensor in pl_module.state_dict().values()]
+            if None in known:
+                print(
+                    "lit_glm: profile: no memory by kind: this device's tensors have no storage of their own",
+                    flush=True,
+                )
+                self._write(trainer)
+                return
+            self._known = {entry[0] for entry in known if entry is not None}
             self._hooks.enter_context(
                 torch.autograd.graph.saved_tensors_hooks(self._record_saved_tensor, lambda tensor: tensor)
             )
@@ -328,15 +336,20 @@ class ProfilerCallback(pl.Callback):
         )
 
     def _record_saved_tensor(self, tensor: Tensor) -> Tensor:
-        storage = _untyped_storage(tensor)
-        if storage.data_ptr() not in self._known:
-            self._storages[storage.data_ptr()] = storage.nbytes()
+        known = _storage_bytes(tensor)
+        if known is not None and known[0] not in self._known:
+            self._storages[known[0]] = known[1]
         return tensor
 
 
-def _untyped_storage(tensor: Tensor) -> Any:
-    """Torch 1.12 has its storage under another name."""
-    return tensor.untyped_storage() if hasattr(tensor, "untyped_storage") else tensor.storage()
+def _storage_bytes(tensor: Tensor) -> Optional[Tuple[int, int]]:
+    """Address and size of a tensor's memory; None on a device whose tensors have none, such as a lazy one."""
+    try:
+        # Torch 1.12 has its storage under another name.
+        storage: Any = tensor.untyped_storage() if hasattr(tensor, "untyped_storage") else tensor.storage()
+        return int(storage.data_ptr()), int(storage.nbytes())
+    except (RuntimeError, NotImplementedError):
+        return None
 
 
 def _total_bytes(tensors: List[Any]) -> float:

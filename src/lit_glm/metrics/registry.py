@@ -215,8 +215,9 @@ TABLE_METRICS = tuple(metric for metric in METRICS.values() if metric.column)
 """Columns of a report's tables, in their order."""
 PUBLISHED_METRICS = tuple(metric for metric in TABLE_METRICS if metric.is_published)
 """Those that the published table has."""
-OBJECTIVES = tuple(metric.name for metric in METRICS.values() if metric.better)
-"""What sweeps and reports can be ranked by."""
+_USUAL = ("acc", "p_core")
+OBJECTIVES = (*_USUAL, *(name for name, metric in METRICS.items() if metric.better and name not in _USUAL))
+"""What sweeps and reports can be ranked by, the most usual first."""
 PUBLISHED_COLUMNS = ("config", "precision", "fix_hp", *(metric.column for metric in PUBLISHED_METRICS))
 """The published table's, in its order (its first column is named 配置 there)."""
 TABLE_COLUMNS = (*PUBLISHED_COLUMNS, *(metric.column for metric in TABLE_METRICS if not metric.is_published))

@@ -17,18 +17,20 @@ _ABOVE = 6  # folders above a run in which outputs/ may be
 
 
 def write_verification(
-    folder: Path, device: Dict[str, Any], checks: List[CheckResult], precisions: Dict[str, bool]
+    folder: Path, device: Dict[str, Any], checks: List[CheckResult], precisions: Dict[str, bool], complete: bool = True
 ) -> Dict[str, Any]:
-    """Leave a verification.
+    """Write what a verification has found so far.
 
     Args:
         folder: where.
         device: hardware, runtime, driver and the like.
         checks: all lines.
         precisions: whether all that belongs to a precision passed; those that were not tried are not in it.
+        complete: whether all checks have ended.
     """
     content = {
         "schema_version": _SCHEMA_VERSION,
+        "complete": complete,
         "ok": not any(check.status == "fail" for check in checks),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S"),
         **device,

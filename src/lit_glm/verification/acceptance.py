@@ -1,6 +1,8 @@
 """One check after the other, and what one failure says of the next."""
 
+import math
 import platform
+import time
 from dataclasses import replace
 from typing import Any, Callable, Dict, Iterator, List
 
@@ -24,26 +26,33 @@ _NARROW = {
     "vocab_size": 2048,
     "max_sequence_length": 128,
 }
+_SLOW_TFLOPS = 5.0
+"""A device below this, in products of fp32, gets a model cut to two narrow layers: the whole one would take an hour."""
 _ADVICE = {
-    "differs": "the device computes it wrongly: report it to the chip's vendor with these shapes",
+    "differs": "compare with the lines of the model below: if that deviates too, the device computes it wrongly",
     "missing": "the device's software lacks it: a newer one, or another runtime of the chip",
-    "falls back": "it runs on the processor, with two copies: its time is not the chip's",
+    "fails": "the operator exists and raised this error: see the runtime's documentation for these shapes",
+    "falls back": "it runs on the CPU, with two copies: its time is not the device's",
 }
 
 
 class AcceptanceTest:
     """All checks of a chip."""
 
-    def __init__(self, configurations: List[TrainConfig], runtime: Runtime, whole: bool) -> None:
+    def __init__(
+        self, configurations: List[TrainConfig], runtime: Runtime, whole: bool, limit_s: float = math.inf
+    ) -> None:
         """Get ready.
 
         Args:
             configurations: one a precision.
             runtime: of the chip.
-            whole: take the model as it is, on a processor too.
+            whole: take the model as it is, on a slow device too.
+            limit_s: seconds after which no further check begins.
         """
         self.configurations, self._runtime = configurations, runtime
-        self._cut = runtime.device(0).type == "cpu" and not whole
+        self._end, self._limit_s = time.monotonic() + limit_s, limit_s
+        self._cut = not whole and timing_check.measure_matmul(runtime, torch.float32)[0] < _SLOW_TFLOPS
         if self._cut:
             length = _NARROW["max_sequence_length"]
             self.configurations = [
@@ -79,27 +88,34 @@ class AcceptanceTest:
         }
 
     def checks(self) -> Iterator[CheckResult]:
-        """Run everything."""
-        for config in self.configurations:
-            own = []
-            for check in self._of_precision(config):
-                own.append(check)
-                yield check
-            self.done += own
-            if [check.status for check in own] != ["skip"]:
-                self.passed[config.precision.name] = not any(check.status == "fail" for check in own)
+        """Run everything, the shortest checks first."""
         config, runtime = self.configurations[0], self._runtime
+        general_failure = False
         for name, run in (
-            ("dropout", lambda: [dropout_check.check_dropout(runtime)]),
-            ("collectives", lambda: [collectives_check.check_collectives(config)]),
             ("clock", lambda: [timing_check.check_clock(runtime)]),
             ("bandwidth", lambda: timing_check.check_bandwidth(runtime)),
+            ("dropout", lambda: [dropout_check.check_dropout(runtime)]),
+            ("collectives", lambda: [collectives_check.check_collectives(config)]),
         ):
-            for check in _catch_errors(name, run):
+            for check in self._run(name, run):
                 self.done.append(check)
-                if check.status == "fail":
-                    self.passed = dict.fromkeys(self.passed, False)
+                general_failure = general_failure or check.status == "fail"
                 yield check
+        for config in self.configurations:
+            own: List[CheckResult] = []
+            for check in self._of_precision(config):
+                own.append(check)
+                self.done.append(check)
+                yield check
+            if any(check.status != "skip" for check in own) and not any(map(_is_out_of_time, own)):
+                fails = general_failure or any(check.status == "fail" for check in own)
+                self.passed[config.precision.name] = not fails
+
+    def _run(self, name: str, run: Callable[[], List[CheckResult]]) -> List[CheckResult]:
+        """What a check says, or what it raised; a line that it was not run if the time is over."""
+        if time.monotonic() > self._end:
+            return [CheckResult(name, "skip", f"{_OUT_OF_TIME}: verify.max_minutes={self._limit_s / 60:g} is over")]
+        return _catch_errors(name, run)
 
     def _of_precision(self, config: TrainConfig) -> Iterator[CheckResult]:
         name, runtime = config.precision.name, self._runtime
@@ -115,23 +131,28 @@ class AcceptanceTest:
         tf32 = which == "tf32"
         sample = make_fixture(config)
         seen: List[OperatorResult] = []
-        yield from _catch_errors(f"operators {name}", lambda: _check_operators(config, sample, runtime, tf32, seen))
-        wrong = sorted({one.name for one in seen if one.status in ("differs", "missing")})
-        if any(one.status == "missing" for one in seen):
-            yield CheckResult(f"model {name}", "skip", f"not checked: there is no {', '.join(wrong)}")
+        yield from self._run(f"operators {name}", lambda: _check_operators(config, sample, runtime, tf32, seen))
+        wrong = sorted({one.name for one in seen if one.status in ("differs", "missing", "fails")})
+        if any(one.status in ("missing", "fails") for one in seen):
+            yield CheckResult(f"model {name}", "skip", f"not checked: it needs {', '.join(wrong)}")
         else:
-            for check in _catch_errors(
-                f"model {name}", lambda: model_check.check_layers(config, sample, runtime, tf32)
-            ):
+            for check in self._run(f"model {name}", lambda: model_check.check_layers(config, sample, runtime, tf32)):
                 yield _downgrade_consequence(check, wrong)
-            for check in _catch_errors(
+            for check in self._run(
                 f"training {name}", lambda: model_check.check_training(config, sample, runtime, tf32)
             ):
                 yield _downgrade_consequence(check, wrong)
         peak = config.hardware.peak_tflops.get(which)
-        yield from _catch_errors(
+        yield from self._run(
             f"speed {name}", lambda: timing_check.check_speed(config, runtime, plugin.computes_in, peak, which)
         )
+
+
+_OUT_OF_TIME = "not checked"
+
+
+def _is_out_of_time(check: CheckResult) -> bool:
+    return check.status == "skip" and check.message.startswith(f"{_OUT_OF_TIME}: verify.max_minutes")
 
 
 def _catch_errors(name: str, run: Callable[[], List[CheckResult]]) -> List[CheckResult]:
@@ -146,7 +167,9 @@ def _catch_errors(name: str, run: Callable[[], List[CheckResult]]) -> List[Check
 def _downgrade_consequence(check: CheckResult, wrong: List[str]) -> CheckResult:
     """What follows from an operator that is named already is no failure of its own."""
     if check.status == "fail" and wrong:
-        return replace(check, status="warn", advice=f"follows from {', '.join(wrong)}, above")
+        names = ", ".join(wrong)
+        advice = f"agrees with {names}, above, which the device computes wrongly: report that to its vendor"
+        return replace(check, status="warn", advice=advice)
     return check
 
 
@@ -164,7 +187,7 @@ def _check_operators(
         with operators.recording():
             stepper.train(batch)
             stepper.evaluate(batch)
-        if not any(one.status == "missing" for one in operators.seen.values()):
+        if not any(one.status in ("missing", "fails") for one in operators.seen.values()):
             backs += find_cpu_fallbacks(lambda: (stepper.train(batch), stepper.evaluate(batch)))  # noqa: B023
     seen += operators.seen.values()
     for name, said in dict(backs).items():

@@ -23,7 +23,7 @@ def reference_result(name: str, operator: Any, args: Any, kwargs: Any) -> Any:
     if own is not None:
         return own(args, kwargs)
     if "scaled_dot_product" in name or name.startswith(("_efficient_attention", "_flash_attention")):
-        return _attention(name, args, kwargs)
+        return _attention(name, _bind(operator, args, kwargs))
     kwargs = {key: value for key, value in kwargs.items() if key not in ("pin_memory", "non_blocking")}
     return operator(*args, **kwargs)
 
@@ -46,22 +46,49 @@ def _fused_linear(args: Any, kwargs: Any) -> Any:
     return F.gelu(out, approximate=algorithm or "none") if kind == "gelu" else out
 
 
-def _attention(name: str, args: Any, kwargs: Any) -> Optional[List[Tensor]]:
-    """Attention whose dropout is 0; its log-sum-exp and random state are not compared."""
-    backward = "backward" in name
-    q, k, v = args[1:4] if backward else args[:3]
-    mask = kwargs.get("attn_mask")
-    if "efficient" in name:
-        mask = args[4] if backward else args[3]
-    scale = kwargs.get("scale") or q.shape[-1] ** -0.5
+def _bind(operator: Any, args: Any, kwargs: Any) -> Dict[str, Any]:
+    """Arguments by the names of the operator's schema: the same argument stands in another place of each kernel."""
+    names = [argument.name for argument in operator._schema.arguments]
+    return {**dict(zip(names, args)), **kwargs}
+
+
+_MASKS = ("attn_mask", "attn_bias", "bias")
+
+
+def _attention(name: str, bound: Dict[str, Any]) -> Optional[List[Tensor]]:
+    """Attention whose dropout is 0; its log-sum-exp and random state are not compared.
+
+    Args:
+        name: of the operator.
+        bound: its arguments by name; a kernel of a vendor's own may have other names, and is taken by its order.
+    """
+    values = list(bound.values())
+    first = int("backward" in name)
+    q, k, v = (bound.get(key, values[first + place]) for place, key in enumerate(("query", "key", "value")))
+    mask = next((bound[key] for key in _MASKS if isinstance(bound.get(key), Tensor)), None)
+    if mask is None and not any(key in bound for key in _MASKS) and len(values) > first + 3:
+        mask = values[first + 3] if isinstance(values[first + 3], Tensor) and not first else None
+    is_rows_first = name.startswith(("_efficient_attention", "_flash_attention"))  # [N, S, H, D] there
+    if is_rows_first:
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    scale = bound.get("scale") or q.shape[-1] ** -0.5
     scores = q @ k.transpose(-1, -2) * scale
-    probabilities = torch.softmax(scores if mask is None else scores + mask, -1)
-    if not backward:
-        return [probabilities @ v]
-    grad = args[0]
-    inner = grad @ v.transpose(-1, -2)
-    of_scores = probabilities * (inner - (inner * probabilities).sum(-1, keepdim=True)) * scale
-    return [of_scores @ k, of_scores.transpose(-1, -2) @ q, probabilities.transpose(-1, -2) @ grad]
+    if mask is not None and mask.dtype is torch.bool:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        scores = scores + mask
+    if bound.get("is_causal"):
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(later, -torch.inf)
+    probabilities = torch.softmax(scores, -1)
+    if not first:
+        results = [probabilities @ v]
+    else:
+        grad = values[0].transpose(1, 2) if is_rows_first else values[0]
+        inner = grad @ v.transpose(-1, -2)
+        of_scores = probabilities * (inner - (inner * probabilities).sum(-1, keepdim=True)) * scale
+        results = [of_scores @ k, of_scores.transpose(-1, -2) @ q, probabilities.transpose(-1, -2) @ grad]
+    return [result.transpose(1, 2) for result in results] if is_rows_first else results
 
 
 _OWN: Dict[str, Callable[[Any, Any], Any]] = {

@@ -16,6 +16,7 @@ from lit_glm.training.optimizer import make_optimizer
 from lit_glm.verification.fixtures import VerifyFixture
 
 _LOSS_SCALE = 1024.0
+_SEED = 7
 
 
 class TrainStepper:
@@ -31,6 +32,7 @@ class TrainStepper:
             exact: in float64 on the processor instead: what the others are held against.
         """
         weights = sample.fresh_model()
+        self._runtime, self._steps = None if exact else runtime, 0
         self.device = torch.device("cpu") if exact else runtime.device(0)
         # Training begins too high and finds its scale by leaving steps out; here each step counts.
         scaled = replace(config, precision=replace(config.precision, loss_scale=LossScaleConfig(initial=_LOSS_SCALE)))
@@ -47,17 +49,25 @@ class TrainStepper:
             self._plugin.wrap_optimizers([self.optimizer])
 
     def _backward(self, batch: Any) -> Tensor:
-        with self._plugin.forward_context():
-            table = candidate_scores(self.glm, batch, TRAIN_MASK)
-            loss = candidate_loss(table)
+        """Forward and backward pass, both within autocast as in training."""
+        if self._runtime is not None:
+            self._runtime.manual_seed(_SEED + self._steps)
         scaler = getattr(self._plugin, "scaler", None)
-        (loss if scaler is None else scaler.scale_loss(loss.float())).backward()
+        with self._plugin.forward_context():
+            loss = candidate_loss(candidate_scores(self.glm, batch, TRAIN_MASK))
+            (loss if scaler is None else scaler.scale_loss(loss.float())).backward()
         return loss.detach()
+
+    def _finish_step(self) -> None:
+        """End a step as training does: a lazy runtime cuts its graph here, and computes it."""
+        self._steps += 1
+        if self._runtime is not None:
+            self._runtime.after_step()
+            self._runtime.synchronize()
 
     def train(self, batch: Any) -> float:
         """One step; its loss before the update."""
-        batch = batch.to(self.device)
-        loss = self._backward(batch)
+        loss = self._backward(batch.to(self.device))
         scaled = self._plugin if isinstance(self._plugin, LossScalingPrecision) else None
         if scaled is not None:
             scaled.unscale_(self.optimizer)
@@ -68,6 +78,7 @@ class TrainStepper:
             if isinstance(self._plugin, FP16Precision):
                 self._plugin.round_weights()
         self.optimizer.zero_grad(set_to_none=True)
+        self._finish_step()
         return float(loss)
 
     def evaluate(self, batch: Any) -> Tensor:
@@ -76,6 +87,7 @@ class TrainStepper:
         with torch.no_grad(), self._plugin.forward_context():
             table = candidate_scores(self.glm, batch.to(self.device), EVAL_MASK, slice_size=10)
         self.glm.train()
+        self._finish_step()
         return table
 
     def capture(self, batch: Any) -> Tuple[List[Tuple[str, Tensor]], Dict[str, Tensor]]:
@@ -90,6 +102,7 @@ class TrainStepper:
         loss = self._backward(batch.to(self.device))
         for hook in hooks:
             hook.remove()
+        self._finish_step()  # so that nothing is read from a graph that is not computed
         scale = getattr(self._plugin, "loss_scale", 1.0)
         gradients = {
             name: parameter.grad.detach().cpu().double() / scale

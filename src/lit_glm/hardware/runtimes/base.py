@@ -32,6 +32,8 @@ class Runtime:
 
     install_hint = ""
     """How to get what it needs."""
+    monitor = ""
+    """package.module.NAME of a `lit_glm.hardware.monitors.Monitor`, in a module that imports no torch; "": none."""
 
     @staticmethod
     def unavailable_reason() -> Optional[str]:

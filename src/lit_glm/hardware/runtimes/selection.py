@@ -71,6 +71,11 @@ def _runtime_classes(hardware: HardwareConfig) -> Dict[str, "type[Runtime]"]:
 def _candidate_runtimes(hardware: HardwareConfig) -> List[str]:
     """Runtimes that may be taken, best first: none that would give another chip's figures under this one's name."""
     if hardware._target_ is not None:
+        if hardware.runtime not in ("auto", "simulated"):
+            raise InputError(
+                f"hardware.runtime={hardware.runtime}: hardware={hardware.name} names its own class "
+                f"(_target_: {hardware._target_}), which is taken with hardware.runtime=auto; leave the key out"
+            )
         return ["simulated"] if hardware.runtime == "simulated" else [TARGET_KEY]
     unknown = sorted(set(hardware.runtimes) - set(BUILT_IN_RUNTIMES))
     if unknown or not (hardware.runtimes or hardware.runtime == "simulated"):
