@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Dict, Iterator
 
+from lit_glm.errors import InputError
+
 
 @contextmanager
 def atomic_write(path: Path, durable: bool = False) -> Iterator[Path]:
@@ -41,6 +43,18 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folder(folder: Path, instead: str = "give another hydra.run.dir=") -> None:
+    """Make a folder that the user has named.
+
+    Raises:
+        InputError: if it cannot be made; says what to do `instead`.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: the folder cannot be made ({error.strerror}); {instead}") from error
 
 
 def write_text(path: Path, text: str, durable: bool = False) -> None:

@@ -123,6 +123,7 @@ def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
     """Score one checkpoint on one device."""
     from hydra.core.hydra_config import HydraConfig
 
+    from lit_glm.atomic_files import make_folder
     from lit_glm.config.command_line import CommandLine
     from lit_glm.hardware.env import set_hardware_env
 
@@ -133,6 +134,7 @@ def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
     hydra = HydraConfig.get()
     out = Path(hydra.run.dir)
     _check_not_foreign(out)
+    make_folder(out)
     given = [override.key_or_group for override in CommandLine(list(hydra.overrides.task)).parse()]
     overrides = [*hydra.overrides.task, *CommandLine.read(sys.argv[1:]).searchpath]
     config = inherit_run_config(config, given, overrides)
@@ -198,7 +200,6 @@ def _write_results(
 ) -> None:
     from lit_glm.atomic_files import write_json, write_text
 
-    out.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in predictions)
     write_text(out / "predictions.jsonl", "".join(lines))
     write_json(

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from typing import List, Optional
 
-from lit_glm.broken_pipe import ignore_broken_pipe
 from lit_glm.errors import InputError
+from lit_glm.safe_output import protect_output
 
 
 def export(run_dir: Path, layout: str, out: Path) -> str:
@@ -43,7 +43,7 @@ def export(run_dir: Path, layout: str, out: Path) -> str:
                 save_published(weights, temporary, step)
             else:
                 save_safetensors(weights, temporary)
-    except OSError as error:
+    except Exception as error:  # safetensors has an error of its own for a file that cannot be written
         raise InputError(f"--out {out}: cannot be written ({error})") from error
     count = sum(tensor.numel() for tensor in weights.values())
     return f"{out}: {len(weights)} tensors, {count} parameters, after step {step}"
@@ -56,7 +56,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser.add_argument("--to", required=True, choices=("published", "safetensors"), help="layout of the file")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="where it goes")
     given = parser.parse_args(arguments)
-    ignore_broken_pipe()
+    protect_output()
     try:
         print(export(given.run_dir, given.to, given.out))
     except InputError as error:

@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Dict, List, Optional, Sequence
 
-from lit_glm.broken_pipe import ignore_broken_pipe
 from lit_glm.config.migration import old_key_message
 from lit_glm.errors import InputError
 from lit_glm.metrics.registry import METRICS, OBJECTIVES
+from lit_glm.safe_output import output_error, protect_output
 
 if TYPE_CHECKING:
     from lit_glm.reporting.run_reader import ReportRun
@@ -185,9 +185,13 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two runs side by side instead")
     parser.add_argument("--max-loss-diff", type=float, help="with --compare: exit status 1 above it")
     given = parser.parse_intermixed_args(arguments)
-    ignore_broken_pipe()
+    protect_output()
     try:
-        return report(given)
+        status = report(given)
+        problem = output_error()
+        if problem is not None and given.out is None:
+            raise InputError(f"the report cannot be written to standard output ({problem}); give --out DIR")
+        return status
     except InputError as error:
         print(f"lit_glm: {error}", file=sys.stderr)
         return error.exit_status

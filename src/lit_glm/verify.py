@@ -9,6 +9,7 @@ from typing import Any, List
 
 from hydra.core.hydra_config import HydraConfig
 
+from lit_glm.atomic_files import make_folder
 from lit_glm.config.command_line import CommandLine
 from lit_glm.config.hydra_main import CONF_DIR, compose_config, run_command, validate_config
 from lit_glm.config.schema import TrainConfig
@@ -56,6 +57,7 @@ def main() -> int:
         runtime = make_runtime(config.hardware, config.topology)
         check_device_count(runtime, config.topology)
         folder = Path(str(HydraConfig.get().run.dir)).resolve()
+        make_folder(folder)
         kept = validate_devices(config.hardware, runtime, config.topology.devices_per_node, CONF_DIR / "hardware")
         keys = [override.key_or_group for override in CommandLine.read(sys.argv[1:]).parse()]
         whole = any(key.split(".")[0] in ("model", "experiment") for key in keys)

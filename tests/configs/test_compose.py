@@ -153,6 +153,21 @@ def test_wrong_input_is_one_message_and_status_2(
 
 
 @pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("callbacks=null", "choose one of default, none, profile; none is a name too"),
+        ("logger=null", "choose one of csv, mlflow, none"),
+        ("model=[glm_tiny,glm_small]", "one name, not a list; choose one of glm_base, glm_large"),
+        ("hardware=null", "choose one of a100, bi_v100"),
+        ("topology=[1x1]", "one name, not a list; choose one of 1x1, 1x2"),
+    ],
+)
+def test_a_group_takes_one_of_its_names(override: str, said: str, capfd: Any) -> None:
+    assert lit_glm_here("train", "experiment=debug", override) == 2
+    assert f"{override}: {said}" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
     "override", ["hardware.name=h100", "model.name=glm_large", "++data.name=record", "-m hardware.name=a,b"]
 )
 def test_the_name_of_a_group_is_not_a_key(

@@ -28,7 +28,7 @@ from lit_glm.config.schema import TrainConfig, iter_leaves
         ("quickstart", "did you mean experiment=quickstart?"),
         ("bs=4,5", "written with -m: train -m bs=4,5"),
         ("logger=csv,tensorboard", "all of them in one run: logger=[csv,tensorboard]"),
-        ("logger=null", "write logger=none"),
+        ("logger=null", "logger=null: choose one of csv, mlflow, none"),
         ("--learning_rate=1e-5", "write lr=1e-5"),
         ("mixed_precision=bf16", "write precision=bf16"),
         ("warmup_steps=100", "optimizer.warmup=SHARE"),

@@ -32,6 +32,15 @@ def test_several_nodes_need_their_variables(monkeypatch: pytest.MonkeyPatch) -> 
     assert (node.rank, node.address, node.port) == (1, "10.0.0.1", 29500)
 
 
+def test_variables_of_a_step_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "")
+    check_node_count(TopologyConfig(1, 2))
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")  # srun -n4 --pty bash
+    with pytest.raises(InputError, match="in a shell of `srun --pty bash`, start that with --nodes=1 --ntasks=1"):
+        check_node_count(TopologyConfig(1, 2))
+
+
 def test_a_host_name_that_cannot_be_resolved_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("NODE_RANK", "1"), ("MASTER_ADDR", "no-such-host.invalid"), ("MASTER_PORT", "29500")):
         monkeypatch.setenv(name, value)

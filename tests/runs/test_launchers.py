@@ -75,7 +75,7 @@ def slurm(tmp_path: Path, node: int, tasks: int = 2) -> Dict[str, str]:
 def test_launch_slurm(node: int, tmp_path: Path) -> None:
     arguments, where = started("launch_slurm.sh", *ARGUMENTS, cwd=tmp_path, **slurm(tmp_path, node))
     assert arguments == ["-m", "lit_glm.train", *ARGUMENTS, "hydra.run.dir=outputs/slurm-7.3"]
-    assert where == [str(node), "127.0.0.1", str(20000 + 7)]
+    assert where == [str(node), "127.0.0.1", str(20000 + 16 * 7 + 3)]
 
 
 def test_a_folder_of_the_users_is_taken_under_slurm(tmp_path: Path) -> None:
@@ -88,6 +88,29 @@ def test_launch_slurm_wants_one_task_a_node(tmp_path: Path) -> None:
     said = process.communicate(timeout=20)[1]
     assert process.returncode == 2
     assert "16 tasks on 2 nodes: one task a node" in said
+
+
+def test_launch_slurm_without_srun_is_refused_at_once(tmp_path: Path) -> None:
+    """The script of `sbatch --nodes=2` runs on the first node alone."""
+    alone = {**slurm(tmp_path, 0, tasks=1), "SLURM_JOB_NUM_NODES": "2", "SLURM_STEP_NUM_NODES": "", "SLURM_STEP_ID": ""}
+    process = script("launch_slurm.sh", *ARGUMENTS, cwd=tmp_path, **alone)
+    said = process.communicate(timeout=20)[1]
+    assert process.returncode == 2
+    assert "srun is missing" in said
+    assert "--wrap 'srun --kill-on-bad-exit=1 bash scripts/launch_slurm.sh" in said
+
+
+def test_launch_slurm_without_scontrol(tmp_path: Path) -> None:
+    there = slurm(tmp_path, 1)
+    (tmp_path / "bin" / "scontrol").write_text("#!/bin/sh\nexit 127\n")
+    process = script("launch_slurm.sh", *ARGUMENTS, cwd=tmp_path, **there)
+    assert "set MASTER_ADDR to the first node of node[0-1]" in process.communicate(timeout=20)[1]
+    assert process.returncode == 2
+    _, where = started("launch_slurm.sh", *ARGUMENTS, cwd=tmp_path, **{**there, "MASTER_ADDR": "10.0.0.1"})
+    assert where[:2] == ["1", "10.0.0.1"]
+    one = {**there, "SLURM_STEP_NUM_NODES": "1", "SLURM_NTASKS": "1", "SLURM_NODEID": "0"}
+    _, where = started("launch_slurm.sh", *ARGUMENTS, cwd=tmp_path, **one)
+    assert where == [None, None, None]  # train takes a free port
 
 
 def test_launch_slurm_outside_slurm(tmp_path: Path) -> None:

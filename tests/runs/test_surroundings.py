@@ -1,11 +1,13 @@
 """What happens around a command: nobody reads its output, a session closes, a sweep is at work, a trial fails."""
 
 import json
+import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, List
 
 import pytest
 
@@ -142,3 +144,55 @@ def test_memory_that_runs_out_is_said(tmp_path: Path) -> None:
     assert "lit_glm: out of memory" in done.stderr
     assert "Traceback" not in done.stderr
     assert json.loads((tmp_path / "run" / "result.json").read_text())["error"] == "out of memory"
+
+
+@pytest.mark.parametrize(
+    ("command", "what"),
+    [
+        (["train", "experiment=debug", "bs=2", "hydra.run.dir=/proc/nowhere/run"], "/proc/nowhere/run"),
+        (["train", "-m", "experiment=debug", "bs=2,4", "hydra.sweep.dir=/proc/nowhere"], "/proc/nowhere/jobs"),
+        (["plan", "hardware=r300", "hydra.run.dir=/proc/nowhere"], "/proc/nowhere"),
+        (["verify", "precision=fp32", "hydra.run.dir=/proc/nowhere"], "/proc/nowhere"),
+        (["tune", "experiment=debug", "hydra.run.dir=/proc/nowhere"], "/proc/nowhere"),
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_wrong_input(command: List[str], what: str, tmp_path: Path) -> None:
+    done = lit_glm(*command, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert f"{what}: the folder cannot be made" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("redirection", "status"), [("> /dev/full", 2), (">&-", 2)])
+def test_an_output_that_cannot_be_written_ends_no_run(redirection: str, status: int, tmp_path: Path) -> None:
+    def shell(line: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+        env = {**os.environ, **variables}
+        return subprocess.run(["bash", "-c", line], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+
+    train = f"{sys.executable} -m lit_glm.train experiment=debug run.max_steps=2 hydra.run.dir=run {redirection}"
+    done = shell(train)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "finished"
+    report = shell(f"{sys.executable} -m lit_glm.report run {redirection}")
+    assert report.returncode == status
+    assert "give --out DIR" in report.stderr
+    assert "Traceback" not in done.stderr + report.stderr
+    chinese = shell(f"{sys.executable} -m lit_glm.report run --lang zh", PYTHONIOENCODING="ascii")
+    assert chinese.returncode == 0, chinese.stderr
+    assert "\\u" in chinese.stdout
+
+
+@pytest.mark.slow
+def test_a_search_in_a_database(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    how = ["-m", "hydra/sweeper=optuna", "hydra.sweeper.storage=sqlite:///study.db", "hydra.sweeper.study_name=s"]
+    how += ["hydra.sweeper.n_trials=1", "hydra.sweeper.n_jobs=1", "sweep.objective=p_core", "experiment=debug"]
+    for trials in (1, 2):  # a study goes on after a restart
+        done = lit_glm("train", *how, "run.max_steps=2", "bs=choice(2,4)", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        with sqlite3.connect(tmp_path / "study.db") as study:
+            assert study.execute("select count(*) from trials").fetchall() == [(trials,)]
+    failed = lit_glm("train", *how[:3], "hydra.sweeper.study_name=t", *how[4:], "bs=choice(2000,4000)", cwd=tmp_path)
+    assert failed.returncode == 2, failed.stderr
+    assert "no job of it has succeeded" in failed.stderr
+    assert "Traceback" not in failed.stderr

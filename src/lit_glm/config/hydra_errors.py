@@ -124,19 +124,40 @@ def check_overrides(line: CommandLine, schema: Any, conf: Path) -> None:
         if relabelled is not None:
             said.append(f"{text}: {relabelled}")
             continue
+        wrong = _wrong_choice(key, override, conf)
+        if wrong is not None:
+            said.append(f"{text}: {wrong}")
+            continue
         inside = any(key.startswith(f"{name}.") for name in keys)  # of a table such as hardware.peak_tflops
         if override.is_add() or override.is_delete() or key in known or key.startswith(_FREE) or inside:
             if override.is_sweep_override() and not line.multirun and not key.startswith("hydra"):
                 at_once = f"; all of them in one run: {key}=[{value}]" if key in ("logger", "callbacks") else ""
                 said.append(f"{text}: several values are a sweep, written with -m: train -m {text} ...{at_once}")
-            elif key == "logger" and str(value).lower() == "null":
-                said.append("logger=null: write logger=none")
             continue
         better = suggest_key(key, value, known)
         if better is not None:
             said.append(better)
     if said:
         raise InputError("\n".join(said))
+
+
+_LISTS = ("logger", "callbacks")
+"""Groups of which several files can be chosen at once."""
+
+
+def _wrong_choice(key: str, override: Override, conf: Path) -> Optional[str]:
+    """Why a group cannot have a value: nothing, or several files where one is chosen."""
+    names = (
+        sorted(file.stem for file in (conf / key).glob("*.yaml")) if "." not in key and (conf / key).is_dir() else []
+    )
+    if not names or override.is_delete() or override.is_sweep_override():
+        return None
+    value, choices = override.value(), ", ".join(names)
+    if value is None:
+        return f"choose one of {choices}" + ("; none is a name too" if "none" in names else "")
+    if isinstance(value, list) and key not in _LISTS:
+        return f"one name, not a list; choose one of {choices}; several are a sweep: -m {key}=A,B"
+    return None
 
 
 def _set_group_name(key: str, override: Override, conf: Path) -> Optional[str]:

@@ -21,7 +21,6 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from lit_glm.broken_pipe import ignore_broken_pipe
 from lit_glm.config.command_line import CommandLine
 from lit_glm.config.help_text import key_help
 from lit_glm.config.hydra_errors import check_overrides, explain_hydra_error
@@ -32,6 +31,7 @@ from lit_glm.config.tuned_values import resolve_auto_bs
 from lit_glm.config.validators import range_errors
 from lit_glm.errors import InputError, RunError
 from lit_glm.openmp import limit_spinning
+from lit_glm.safe_output import protect_output
 
 Config = TypeVar("Config")
 
@@ -196,7 +196,7 @@ def run_command(
     Returns:
         0 done, 1 failed, 2 wrong input or configuration; what `task` returns, the highest over a sweep.
     """
-    ignore_broken_pipe()
+    protect_output()
     limit_spinning()  # before anything loads torch
     try:
         line = CommandLine.read(sys.argv[1:])
@@ -334,14 +334,27 @@ def _delegate_to_hydra(config_name: str, schema: "type[Config]", task: Task, lin
         statuses.append(outcome.status)
         return outcome.objective
 
-    arguments = list(sys.argv)
+    arguments, full_error = list(sys.argv), os.environ.get("HYDRA_FULL_ERROR")
     try:
         sys.argv = [arguments[0], *line.overrides, *more, *line.flags]  # Hydra wants flags behind all overrides
+        if line.multirun:
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what a sweeper or launcher has, instead of printing it
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(job)()
     except SystemExit as ended:  # Hydra has said what it could not do
         statuses.append(ended.code if isinstance(ended.code, int) else 1)
+    except (HydraException, OmegaConfBaseException) as error:
+        statuses.append(_print_error(explain_hydra_error(error, schema, CONF_DIR), 2))
+    except Exception as error:
+        if full_error is not None:
+            traceback.print_exc()
+        reason = (str(error).strip().splitlines() or [""])[0]
+        none = "no job of it has succeeded; " if statuses and all(statuses) else ""
+        message = f"the sweep has ended: {none}its sweeper or launcher raised {type(error).__name__}: {reason}"
+        statuses.append(_print_error(f"{message} (HYDRA_FULL_ERROR=1 shows where)", 1))
     finally:
         sys.argv = arguments
+        if full_error is None:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
     if {"--help", "-h"} & set(line.flags):
         print(key_help(config_name))
     return max(statuses, default=0)

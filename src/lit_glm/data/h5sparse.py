@@ -12,6 +12,7 @@ from typing import Any, Dict, List, Optional, Tuple, Type
 import h5py
 import numpy as np
 
+from lit_glm.atomic_files import make_folder
 from lit_glm.errors import InputError
 
 TOKEN_MATRICES = ("text", "target", "logit_mask", "position")
@@ -177,7 +178,7 @@ class SparseWriter:
         """
         self.path = Path(path)
         self._num_tokens = num_tokens
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent, "give another data.out_dir=")
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
         self._file = h5py.File(self._temporary, "w")
         self._wide = {name: _GrowingCSR(self._file.create_group(name)) for name in TOKEN_MATRICES}

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Tuple
 
+from lit_glm.errors import InputError
+
 _PLAIN = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "–": "-"})
 _PLACEHOLDER = "@placeholder"
 _OTHERS = 9  # wrong candidates of a training example
@@ -79,7 +81,9 @@ def read_questions(path: Path, train: bool, skipped: SkippedRecords) -> Iterator
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             read += len(raw)
-            if number == 1 and raw.startswith(codecs.BOM_UTF8):
+            if number == 1:
+                _reject_utf16(path, raw)
+            if raw.startswith(codecs.BOM_UTF8):  # of a file, or of one that was joined to another
                 raw = raw[len(codecs.BOM_UTF8) :]
             if not raw.strip():
                 continue
@@ -97,11 +101,23 @@ class UnusableRecord(Exception):
     """Why a line is left out."""
 
 
+def _reject_utf16(path: Path, raw: bytes) -> None:
+    """Refuse a file in UTF-16, whose lines cannot even be told apart.
+
+    Raises:
+        InputError: says how to convert it.
+    """
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or raw[1:2] == b"\0" or raw[:1] == b"\0":
+        raise InputError(f"{path}: not UTF-8 (it is UTF-16); convert it: iconv -f UTF-16 -t UTF-8 {path} > FILE")
+
+
 def _parse_json(raw: bytes) -> Any:
     """A line as JSON whose texts can be written again."""
     try:
         record = json.loads(raw.decode("utf-8"))
-    except (ValueError, RecursionError):  # UnicodeDecodeError is one too
+    except UnicodeDecodeError:
+        raise UnusableRecord(f"not UTF-8{_likely_encoding(raw)}") from None
+    except (ValueError, RecursionError):
         raise UnusableRecord("not JSON") from None
     if _SURROGATE.search(raw):
         try:
@@ -109,6 +125,17 @@ def _parse_json(raw: bytes) -> Any:
         except UnicodeEncodeError:
             raise UnusableRecord("half of a character (a lone surrogate)") from None
     return record
+
+
+def _likely_encoding(raw: bytes) -> str:
+    """In which other encoding a line is JSON, and how to convert the file; "" where none is known."""
+    for name in ("gbk", "big5", "latin-1"):
+        try:
+            json.loads(raw.decode(name))
+        except (ValueError, RecursionError):
+            continue
+        return f" (decodes as {name.upper()}; convert the file: iconv -f {name.upper()} -t UTF-8)"
+    return ""
 
 
 def _require_field(container: Any, key: str, kind: type, what: str) -> Any:

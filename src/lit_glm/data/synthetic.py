@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
-from lit_glm.atomic_files import file_lock, write_text
+from lit_glm.atomic_files import file_lock, make_folder, write_text
 from lit_glm.config.schema import DataConfig
 from lit_glm.data.prepare_hdf5 import prepare_files
 from lit_glm.errors import InputError
@@ -83,7 +83,7 @@ def _make_record(generator: random.Random, number: int) -> Dict[str, Any]:
 
 def write_synthetic_jsonl(folder: Path, seed: int, num_train: int, num_eval: int) -> None:
     """Write train.jsonl, val.jsonl and vocab.txt; the same bytes for the same arguments."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "give another data.out_dir=")
     generator = random.Random(seed)
     for name, count, first in (("train.jsonl", num_train, 0), ("val.jsonl", num_eval, num_train)):
         with (folder / name).open("w", encoding="utf-8") as file:
@@ -113,7 +113,7 @@ def ensure_synthetic_data(data: DataConfig) -> None:
     if is_there():
         return
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(out.parent, "give another data.out_dir=")
         with file_lock(out.with_name(f".{out.name}.lock")):
             if not is_there():  # else another run has generated it meanwhile
                 _generate_and_prepare(data, marker, settings, stamp, is_there)

@@ -87,11 +87,17 @@ def check_node_count(topology: TopologyConfig) -> None:
     """
     nodes = topology.num_nodes
     has = f"topology={topology.name} has {nodes} node{'s' * (nodes > 1)}"
-    found, tasks = os.environ.get("SLURM_STEP_NUM_NODES"), os.environ.get("SLURM_STEP_NUM_TASKS")
-    if found is not None and int(found) != nodes:
-        raise InputError(f"{has}, but Slurm started {found}")
-    if tasks is not None and int(tasks) != nodes:
-        raise InputError(f"{has}, but Slurm started {tasks} tasks: one a node, the ranks are started by train")
+    found, tasks = (os.environ.get(f"SLURM_STEP_NUM_{what}", "") for what in ("NODES", "TASKS"))
+    inside = (
+        "this process is in a step of srun (SLURM_STEP_NUM_NODES, SLURM_STEP_NUM_TASKS); in a shell of "
+        "`srun --pty bash`, start that with --nodes=1 --ntasks=1, or unset these variables"
+    )
+    if found.isdigit() and int(found) != nodes:  # an empty one says nothing
+        raise InputError(f"{has}, but Slurm started {found}: {inside}")
+    if tasks.isdigit() and int(tasks) != nodes:
+        raise InputError(
+            f"{has}, but Slurm started {tasks} tasks: one a node, the ranks are started by train; {inside}"
+        )
     if nodes == 1 and os.environ.get("NODE_RANK", "0") not in ("", "0"):
         raise InputError(
             f"{has}, but NODE_RANK={os.environ['NODE_RANK']}: unset it, or choose the topology of all nodes"

@@ -324,6 +324,8 @@ def finish_sweep() -> int:
     sweep_dir, SweepCallback.started = SweepCallback.started, None
     if sweep_dir is None:
         return 0
+    if not any((sweep_dir / JOB_RECORDS_DIR).glob("*.json")):
+        return 0  # no job has begun: why was said
     text, status = summarise_sweep(sweep_dir)
     _mask_multirun_file(sweep_dir)
     print(text)

@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Callable
 
-from lit_glm.broken_pipe import ignore_broken_pipe
 from lit_glm.errors import InputError, RunError
 from lit_glm.gc_pause import paused_gc
 from lit_glm.launch.heartbeat import Heartbeat
@@ -23,13 +22,14 @@ from lit_glm.launch.signals import Interrupted, StopRequest, StopSignals
 from lit_glm.process_utils import exit_now, kill_children
 from lit_glm.runs.error_files import error_folder, error_reason, set_error_folder, write_error_file
 from lit_glm.runs.job_spec import JobSpec
+from lit_glm.safe_output import protect_output
 
 _FIRST_RANK_REPORTS_S = 6.0
 
 
 def main(spec_dir: Path) -> int:
     """Run this rank; turn errors into messages and an exit status."""
-    ignore_broken_pipe()
+    protect_output()
     job = JobSpec.read(spec_dir)
     rank, node = int(os.environ["RANK"]), int(os.environ["GROUP_RANK"])
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
-from lit_glm.atomic_files import write_text
+from lit_glm.atomic_files import make_folder, write_text
 from lit_glm.config.schema import ScoringConfig, TopologyConfig
 from lit_glm.metrics.registry import METRICS
 from lit_glm.planning.cost_model import MeasuredRun, rank_speed, same_chip
@@ -96,7 +96,7 @@ def write_plan(
     lines += [f"time and energy are those of {samples[1]}"]
     lines += [f"[{number}] {text}" for text, number in basis.items()]
     lines += [f"left out: {text}" for text in left_out]
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_text(folder / "plan.json", json.dumps([one.row() for one in predictions], indent=1))
     chips = {config.hardware.name: config for config in reversed(configs)}
     curves = [

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
 
-from lit_glm.atomic_files import try_lock
+from lit_glm.atomic_files import make_folder, try_lock
 from lit_glm.errors import InputError
 
 _PROBE_S = 1.0  # somebody who only asks holds the lock for an instant
@@ -26,8 +26,11 @@ def lock_directory(folder: Path, advice: str = "wait for its end, or give anothe
     Raises:
         InputError: then.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(str(folder / LOCK_FILE), os.O_RDWR | os.O_CREAT, 0o644)
+    make_folder(folder)
+    try:
+        descriptor = os.open(str(folder / LOCK_FILE), os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written to ({error.strerror}); give another hydra.run.dir=") from error
     try:
         end = time.monotonic() + _PROBE_S
         while not try_lock(descriptor):

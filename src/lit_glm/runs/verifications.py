@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Optional
 
-from lit_glm.atomic_files import write_json
+from lit_glm.atomic_files import make_folder, write_json
 from lit_glm.check_result import CheckResult
 
 VERIFY_FILE = "verify.json"
@@ -37,7 +37,7 @@ def write_verification(
         "precisions": precisions,
         "checks": [{key: getattr(check, key) for key in _KEYS} for check in checks],
     }
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_json(folder / VERIFY_FILE, content)
     return content
 
