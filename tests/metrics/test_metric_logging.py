@@ -1,8 +1,12 @@
 """Points go to the loggers every few steps and at each evaluation, after the hyperparameters."""
 
+import time
 from types import SimpleNamespace
 from typing import Any, List
 
+import pytest
+
+from lit_glm.metrics import background_logger
 from lit_glm.metrics.loggers import MetricLogging
 from lit_glm.metrics.timing import PhaseDurations
 from lit_glm.training.module import StepMetrics
@@ -26,3 +30,46 @@ def test_points_at_each_tenth_step_and_each_evaluation() -> None:
         curves.step([logger], step, 12 if step == 12 else 0, StepMetrics(1.5, 1.5, 0.1, None, None))
     every = "mem/gib perf/p_core perf/p_train perf/p_whole train/loss train/lr"
     assert done == ["{'bs': 4}", "0: val/acc", f"10: {every}", f"12: {every} val/acc"]
+
+
+class Server:
+    """A double of a logger whose server is away, or slow."""
+
+    def __init__(self, fails: bool = False, slow_s: float = 0.0) -> None:
+        self.fails, self.slow_s = fails, slow_s
+        self.points: List[Any] = []
+
+    def log_metrics(self, metrics: Any, step: int) -> None:
+        time.sleep(self.slow_s)
+        if self.fails:
+            raise ConnectionError("the server is away")
+        self.points.append((metrics, step))
+
+
+def test_a_server_that_fails_costs_a_run_its_curves_alone(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(background_logger, "_PAUSE_S", 0.01)
+    server = Server(fails=True)
+    logger = background_logger.BackgroundLogger(server)
+    for step in range(5):
+        logger.log_metrics({"a": 1.0}, step)
+    logger.close()
+    said = capsys.readouterr().err
+    assert said.count("fails (the server is away); the run goes on") == 1
+    assert "its curves are incomplete: 5 calls have not reached it" in said
+
+
+def test_a_slow_server_does_not_hold_up_steps(capsys: Any) -> None:
+    server = Server(slow_s=0.1)
+    logger, begun = background_logger.BackgroundLogger(server, wait_s=0.3), time.monotonic()
+    for step in range(20):
+        logger.log_metrics({"a": 1.0}, step)
+    assert time.monotonic() - begun < 0.1 * 10  # far from what the server takes
+    logger.close()
+    assert time.monotonic() - begun < 0.1 * 20
+    assert "its curves are incomplete" in capsys.readouterr().err
+    quick = Server()
+    logger = background_logger.BackgroundLogger(quick)
+    for step in range(20):
+        logger.log_metrics({"a": 1.0}, step)
+    logger.close()
+    assert [step for _, step in quick.points] == list(range(20))

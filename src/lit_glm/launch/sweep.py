@@ -72,6 +72,11 @@ def summarise_sweep(sweep_dir: Path) -> Tuple[str, int]:
     if len(results) > 1 and _has_metric(results[0], objective):
         lines += [_ranking_line(number, note, result, objective) for number, (note, result) in enumerate(pairs, 1)]
     lines += filter(None, [_best_run_line(notes, results, objective)])
+    lines += [
+        f"lit_glm: failed: {note['overrides'] or 'the only combination'}: {str(result['error']).splitlines()[0]}"
+        for note, result in pairs
+        if result.get("error") and result.get("status") not in COMPLETE
+    ]
     status = max([int(note["exit_status"]) for note in notes], default=0)
     return "\n".join(lines), status
 
@@ -209,7 +214,7 @@ def run_sweep_job(
     changes = hydra.job.override_dirname or "the only combination"
     print(f"lit_glm: job {int(hydra.job.num) + 1}{of}: {changes}", flush=True)
     _mask_multirun_file(sweep_dir)
-    reused_from, resumes, node = "", False, Node(0, "127.0.0.1", 0)
+    reason, reused_from, resumes, node = "", "", False, Node(0, "127.0.0.1", 0)
     try:
         node = this_node(config.topology, config.hardware.runtime == "simulated")
         with announce_early_end(config, node):
@@ -228,14 +233,14 @@ def run_sweep_job(
         status = 0
     except (InputError, RunError) as error:
         print(f"lit_glm: {error}", file=sys.stderr)
-        status = error.exit_status
+        status, reason = error.exit_status, str(error)
     except Interrupted as stop:
         print(f"lit_glm: {stop}; start the same sweep again to go on", file=sys.stderr)
         status = stop.exit_status
         raise KeyboardInterrupt from None
     finally:
         if node.rank == 0:  # which makes the table
-            row = {**config_fields(config), "status": "failed"}
+            row = {**config_fields(config), "status": "failed", **({"error": reason} if reason else {})}
             told = {"reused_from": reused_from, "objective": config.sweep.objective}
             _write_job_record(sweep_dir, int(hydra.job.num), folder, status, row, **told)
     return TaskOutcome(status, _objective_value(result or {}, config.sweep.objective))

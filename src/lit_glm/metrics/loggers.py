@@ -12,6 +12,7 @@ import lit_glm
 from lit_glm.atomic_files import write_text
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
+from lit_glm.metrics.background_logger import BackgroundLogger
 from lit_glm.metrics.registry import METRICS
 from lit_glm.metrics.run_metrics import RunMetrics
 from lit_glm.metrics.timing import samples_per_second
@@ -60,7 +61,7 @@ def make_loggers(job: JobSpec, run_dir: Path, steps_done: int) -> List[Any]:
     for name, entry in job.config.logger.items():
         own = _logger_arguments(str(entry.get("_target_", "")), job, run_dir, steps_done)
         logger = _instantiate("logger", name, {**own, **entry})
-        made.append(logger)
+        made.append(logger if isinstance(logger, ResumableCSVLogger) else BackgroundLogger(logger))
         if "MLFlow" in type(logger).__name__ and os.environ.get("RANK", "0") == "0":
             write_text(_mlflow_id(run_dir), str(logger.run_id))
     return made
@@ -69,11 +70,8 @@ def make_loggers(job: JobSpec, run_dir: Path, steps_done: int) -> List[Any]:
 def close_loggers(loggers: List[Any]) -> None:
     """Have loggers complete their files: a rank ends without the interpreter's exit functions."""
     for logger in loggers:
-        for name in ("finish", "close"):
-            end = getattr(getattr(logger, "experiment", None), name, None)
-            if callable(end):
-                end()
-                break
+        if isinstance(logger, BackgroundLogger):
+            logger.close()
 
 
 def _mlflow_id(run_dir: Path) -> Path:
@@ -92,6 +90,8 @@ def _logger_arguments(target: str, job: JobSpec, run_dir: Path, steps_done: int)
         return {**place, "name": run_name(job.config), "id": _wandb_id(run_dir), "resume": "allow"}
     if target.endswith("MLFlowLogger"):
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # newer ones want a database server without it
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # 7 of its own: 246 s for each call
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         before = _mlflow_id(run_dir)
         goes_on = job.is_resume and before.is_file()
         store = os.environ.get("MLFLOW_TRACKING_URI") or f"file:{Path(job.sweep_dir or run_dir).resolve()}/mlruns"
