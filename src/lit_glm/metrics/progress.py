@@ -92,7 +92,8 @@ def _progress_line(account: RunMetrics, step: int, loss: float) -> str:
             left *= max(1.0, seconds.raw_train / seconds.no_eval)
             due = next_evaluation_step(step, batch, run, total)
             parts.append(f"next evaluation after step {due}, in {_format_duration((due - step) * batch / rate)}")
-        parts.append(f"at most {_format_duration(left)} left")
+        target = f"at {100 * run.target_accuracy:g}% accuracy, " if run.evaluate else ""
+        parts.append(f"stops {target}in {_format_duration(left)} at the latest")
     return "  ".join(parts)
 
 
