@@ -6,9 +6,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Dict, List
 
+import numpy as np
 import pytest
 
-from lit_glm.config.schema import DataConfig, SyntheticConfig
+from lit_glm.config.hydra_main import compose_config, validate_config
+from lit_glm.config.schema import DataConfig, SyntheticConfig, TrainConfig
+from lit_glm.data.memmap_dataset import open_dataset
+from lit_glm.data.sequence_lengths import SequenceLengths
 from lit_glm.data.synthetic import ensure_synthetic_data, synthetic_vocabulary, write_synthetic_jsonl
 from lit_glm.data.tokenizer import WordPieceTokenizer
 
@@ -87,3 +91,25 @@ def test_is_made_once_and_anew_for_other_settings(tmp_path: Path) -> None:
     ensure_synthetic_data(data(1))
     assert (tmp_path / "out" / "train_hdf5" / "train_sparse.hdf5").stat().st_mtime_ns != made
     assert not list(tmp_path.glob(".*.part-*"))
+
+
+def test_lengths_of_real_news(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    how = [
+        "data=synthetic",
+        "data.synthetic.lengths=record",
+        "data.synthetic.num_train=400",
+        "data.synthetic.num_eval=2",
+    ]
+    config = validate_config(compose_config("train", how), TrainConfig)
+    assert config.data.max_seq_length == 512
+    ensure_synthetic_data(config.data)
+    split = open_dataset(config.data.train_file, False, None)
+    lengths = SequenceLengths.from_dataset(split)
+    # 352 examples of real news, in the published vocabulary: median 308, mean 517 rows (contexts that are cut
+    # differ by candidate), 9.1 candidates.
+    assert 250 < float(np.median(lengths.rows)) < 400
+    assert 400 < float(np.mean(lengths.rows)) < 650
+    assert 8.5 < float(np.mean(lengths.candidates)) < 10.0
+    short = validate_config(compose_config("train", ["data=synthetic"]), TrainConfig)
+    assert short.data.max_seq_length == 128

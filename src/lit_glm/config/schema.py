@@ -119,6 +119,10 @@ class SyntheticConfig:
     seed: int = 0
     num_train: int = 20000
     num_eval: int = 500
+    lengths: str = field(default="short", metadata={"neutral": "short"})
+    """short, or record: the lengths of real news."""
+    max_seq_lengths: Dict[str, int] = field(default_factory=dict, metadata={"hashed": False})
+    """`data.max_seq_length` by `lengths`."""
 
 
 @dataclass

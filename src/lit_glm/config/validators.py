@@ -69,6 +69,7 @@ _CHOICES: Dict[str, Tuple[str, ...]] = {
     "precision.name": ("fp32", "amp", "fp16", "bf16"),
     "scoring.name": ("shared_context", "published"),
     "sweep.objective": OBJECTIVES,
+    "data.synthetic.lengths": ("short", "record"),
 }
 
 

@@ -69,7 +69,8 @@ def row_annotations(row: ReportRow, words: Translations) -> List[str]:
         said.append(words("n_runs", len(row.runs)))
     data = row.runs[0].settings.get("data.name")
     if data not in (None, "record"):
-        said.append(words("not_default_data", data))
+        lengths = row.runs[0].settings.get("data.synthetic.lengths")
+        said.append(words("not_default_data", f"{data}, lengths of real news" if lengths == "record" else data))
     return said
 
 

@@ -1,0 +1,26 @@
+"""A device's first day: what the time allows is measured, the rest is listed."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "bring_up.sh"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", [["hardware=cpu"], ["hardware=r300", "hardware.runtime=simulated"]])
+def test_a_page_of_what_the_time_allows(chip: "list[str]", tmp_path: Path) -> None:
+    out = tmp_path / "page"
+    command = ["bash", str(SCRIPT), *chip, "--minutes", "0.4", "--out", str(out)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = (out / "bring_up.md").read_text()
+    assert f"# Bring-up: {' '.join(chip)}" in page
+    assert "| debug run" in page
+    assert "Losses of the debug run (fp32, 10 steps): largest difference from the CPU's" in page
+    assert "- conformance kit: not run" in page
+    assert ("(SIMULATED)" in page) == (len(chip) > 1)
+    assert (out / "report" / "report.en.html").is_file()
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert again.returncode == 2  # what is there stays
