@@ -119,7 +119,7 @@ class SyntheticConfig:
     seed: int = 0
     num_train: int = 20000
     num_eval: int = 500
-    lengths: str = field(default="short", metadata={"neutral": "short"})
+    lengths: str = field(default="short", metadata={"added": "0.2.0", "neutral": "short"})
     """short, or record: the lengths of real news."""
     max_seq_lengths: Dict[str, int] = field(default_factory=dict, metadata={"hashed": False})
     """`data.max_seq_length` by `lengths`."""

@@ -68,12 +68,12 @@ def meet(config: TrainConfig, run: Optional[RunFolder]) -> "tuple[Any, Optional[
             address, port, world, rank == 0, timedelta(seconds=max(1.0, limit_s)), wait_for_workers=False
         )
         if rank == 0:
-            store.set(_RUN, json.dumps(None if run is None else [str(run.path), run.is_resume]))
-        store.set(_joined(rank), "")
+            _leave(store, _RUN, json.dumps(None if run is None else [str(run.path), run.is_resume]))
+        _leave(store, _joined(rank))
         _wait(store, [_RUN], end)
         _wait(store, [_joined(other) for other in range(world)] if rank == 0 else [_joined("all")], end)
         if rank == 0:
-            store.set(_joined("all"), "")
+            _leave(store, _joined("all"))
         told = json.loads(store.get(_RUN))
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0][:300]
@@ -106,22 +106,36 @@ def _joined(rank: Any) -> str:
     return f"joined {rank}"
 
 
+def _leave(store: Any, key: str, text: str = "") -> None:
+    """Leave something at the store, and count it: torch 1.12 can look whether a key is there by its count alone."""
+    store.set(key, text)
+    store.add(_counter(key), 1)
+
+
+def _counter(key: str) -> str:
+    return f"number of {key}"
+
+
+def _is_there(store: Any, *keys: str) -> bool:
+    return all(store.add(_counter(key), 0) > 0 for key in keys)
+
+
 def _wait(store: Any, keys: List[str], end: float) -> None:
     """Wait until somebody has left all of some keys, or that a node has ended.
 
     Raises:
         RuntimeError: if the time is over, or the store is gone.
     """
-    while not store.check(keys):
-        if store.check([_ENDED]):
+    while not _is_there(store, *keys):
+        if _is_there(store, _ENDED):
             break
         if time.monotonic() > end:
-            missing = [key for key in keys if not store.check([key])]
+            missing = [key for key in keys if not _is_there(store, key)]
             raise RuntimeError(f"missing: {', '.join(missing)}")
         time.sleep(_LOOK_S)
-    if store.check([_ENDED]):
+    if _is_there(store, _ENDED):
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            store.set(_heard(os.environ["GROUP_RANK"]), "")
+            _leave(store, _heard(os.environ["GROUP_RANK"]))
         if os.environ["RANK"] == "0":
             time.sleep(_OTHERS_LOOK_S)  # the store ends with this process
         raise _error_of(json.loads(store.get(_ENDED)))
@@ -178,11 +192,10 @@ def announce_end(config: TrainConfig, node: Node, status: int, reason: str) -> N
         store = torch.distributed.TCPStore(
             node.address, node.port, config.topology.world_size, node.rank == 0, limit, wait_for_workers=False
         )
-        store.set(_ENDED, text)
+        _leave(store, _ENDED, text)
         if node.rank == 0:
-            store.set(_RUN, "null")  # what the others wait for first
             heard = [_heard(other) for other in others]
-            while not store.check(heard) and time.monotonic() < end:
+            while not _is_there(store, *heard) and time.monotonic() < end:
                 time.sleep(_LOOK_S)
             time.sleep(_OTHERS_LOOK_S)  # for the other ranks of these nodes
     except (RuntimeError, ValueError):
