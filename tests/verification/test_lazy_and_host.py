@@ -91,6 +91,7 @@ def seen(operator: Any, *arguments: Any) -> List[str]:
     return [result.status for result in recorder.seen.values()]
 
 
+@pytest.mark.skipif(torch.__version__.startswith("1."), reason="torch 1.12 has no library of operators for this")
 def test_states_on_the_host_are_no_fall_back() -> None:
     library = torch.library.Library("lit_glm_demo", "DEF")
     schema = "(Tensor q, Tensor k, Tensor v, Tensor? b, bool c) -> (Tensor, Tensor, Tensor, Tensor)"

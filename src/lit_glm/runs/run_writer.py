@@ -73,7 +73,8 @@ def _is_intact(row: Dict[str, str]) -> bool:
 def read_csv_rows(path: Path, columns: Sequence[str]) -> List[Dict[str, str]]:
     """The complete lines of a table; a last line without its line feed was being written when the run was killed."""
     text = path.read_text(encoding="utf-8", errors="replace")
-    complete = text[: text.rfind("\n") + 1].splitlines()
+    # Lines with NUL, which a loss of power leaves, end the reader of Python 3.8 with an error.
+    complete = [line for line in text[: text.rfind("\n") + 1].splitlines() if "\0" not in line]
     rows = list(csv.DictReader(complete))
     return [row for row in rows if all(row.get(name) is not None for name in columns)]
 
