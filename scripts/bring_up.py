@@ -136,10 +136,9 @@ class BringUp:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=self.folder)
         begun = time.monotonic()
         while process.poll() is None:
-            if stop_in is not None and (stop_in / "steps.csv").is_file():
-                if len((stop_in / "steps.csv").read_text().splitlines()) > 7:
-                    process.send_signal(signal.SIGTERM)
-                    stop_in = None
+            if stop_in is not None and len(_losses_in(stop_in)) > 6:
+                process.send_signal(signal.SIGTERM)
+                stop_in = None
             if time.monotonic() - begun > limit_s:
                 process.send_signal(signal.SIGTERM)
                 try:
@@ -230,8 +229,12 @@ def _number(value: Any, form: str) -> str:
 
 
 def _losses(step: Step) -> List[float]:
+    return [] if step.run_dir is None else _losses_in(step.run_dir)
+
+
+def _losses_in(run_dir: Path) -> List[float]:
     try:
-        rows = (step.run_dir / "steps.csv").read_text().splitlines()[1:] if step.run_dir is not None else []
+        rows = (run_dir / "steps.csv").read_text().splitlines()[1:]
         return [float(row.split(",")[3] or "nan") for row in rows]
     except (OSError, ValueError, IndexError):
         return []
