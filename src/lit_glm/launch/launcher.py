@@ -138,7 +138,7 @@ def write_failure_status(run_dir: Path, is_resume: bool) -> Iterator[None]:
 
 @contextmanager
 def announce_early_end(config: TrainConfig, node: Node, has_met: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Tell the other nodes when this one ends before all have met; an error goes on."""
+    """Tell the other nodes when this one ends before all have met; the error is raised again."""
     try:
         yield
     except (InputError, RunError, Interrupted) as error:

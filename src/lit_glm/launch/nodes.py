@@ -26,10 +26,10 @@ class Node:
 
 
 def this_node(topology: TopologyConfig, rehearses: bool) -> Node:
-    """As `resolve_node`; the port of a job on one node is chosen when its ranks start, so that nobody takes it before.
+    """Find this node's rank and the rendezvous address; a single node's port is chosen when its ranks start.
 
     Raises:
-        InputError: as there.
+        InputError: if the environment does not say which node this is, or contradicts the topology.
     """
     check_node_count(topology)
     return resolve_node(topology, rehearses) if topology.num_nodes > 1 else Node(0, "127.0.0.1", 0)

@@ -1,7 +1,7 @@
-"""How the ranks of a job meet: at a store of torch's that rank 0 keeps.
+"""The rendezvous of a job's ranks, at a `torch.distributed.TCPStore` that rank 0 hosts.
 
-Rank 0 leaves there which run folder the job has. A node that ends before all have met leaves there that it has, and
-why, so that the others do not wait for it.
+Rank 0 writes the job's run folder to the store. A node that ends before all ranks have joined writes its exit status
+and the reason to the store, so that the other nodes do not wait for it.
 """
 
 import json
@@ -68,13 +68,13 @@ def meet(config: TrainConfig, run: Optional[RunFolder]) -> "tuple[Any, Optional[
             address, port, world, rank == 0, timedelta(seconds=max(1.0, limit_s)), wait_for_workers=False
         )
         if rank == 0:
-            _leave(store, _RUN, json.dumps(None if run is None else [str(run.path), run.is_resume]))
-        _leave(store, _joined(rank))
+            _write(store, _RUN, json.dumps(None if run is None else [str(run.path), run.is_resume]))
+        _write(store, _joined(rank))
         _wait(store, [_RUN], end)
         _wait(store, [_joined(other) for other in range(world)] if rank == 0 else [_joined("all")], end)
         if rank == 0:
-            _leave(store, _joined("all"))
-        told = json.loads(store.get(_RUN))
+            _write(store, _joined("all"))
+        folder = json.loads(store.get(_RUN))
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0][:300]
         raise RendezvousError(
@@ -83,7 +83,7 @@ def meet(config: TrainConfig, run: Optional[RunFolder]) -> "tuple[Any, Optional[
             "every node, and can this one reach that address and port?",
             "rendezvous failed",
         ) from error
-    return store, None if told is None else RunFolder(Path(told[0]), bool(told[1]))
+    return store, None if folder is None else RunFolder(Path(folder[0]), bool(folder[1]))
 
 
 def _wait_for_store(address: str, port: int, end: float) -> None:
@@ -106,8 +106,8 @@ def _joined(rank: Any) -> str:
     return f"joined {rank}"
 
 
-def _leave(store: Any, key: str, text: str = "") -> None:
-    """Leave something at the store, and count it: torch 1.12 can look whether a key is there by its count alone."""
+def _write(store: Any, key: str, text: str = "") -> None:
+    """Write a key of the store, and count it: torch 1.12 can look whether a key is there by its count alone."""
     store.set(key, text)
     store.add(_counter(key), 1)
 
@@ -121,7 +121,7 @@ def _is_there(store: Any, *keys: str) -> bool:
 
 
 def _wait(store: Any, keys: List[str], end: float) -> None:
-    """Wait until somebody has left all of some keys, or that a node has ended.
+    """Wait until all of some keys are written, or a node has ended.
 
     Raises:
         RuntimeError: if the time is over, or the store is gone.
@@ -135,19 +135,19 @@ def _wait(store: Any, keys: List[str], end: float) -> None:
         time.sleep(_LOOK_S)
     if _is_there(store, _ENDED):
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            _leave(store, _heard(os.environ["GROUP_RANK"]))
+            _write(store, _received(os.environ["GROUP_RANK"]))
         if os.environ["RANK"] == "0":
             time.sleep(_OTHERS_LOOK_S)  # the store ends with this process
         raise _error_of(json.loads(store.get(_ENDED)))
 
 
-def _heard(node: Any) -> str:
-    return f"heard by node {node}"
+def _received(node: Any) -> str:
+    return f"received by node {node}"
 
 
-def _error_of(told: Dict[str, Any]) -> Exception:
+def _error_of(end: Dict[str, Any]) -> Exception:
     """The error with which a rank ends because a node has ended, with the attribute that `is_known_to_all` asks for."""
-    status, message = int(told["status"]), f"node {told['node']} has ended before the nodes had met: {told['reason']}"
+    status, message = int(end["status"]), f"node {end['node']} has ended before the nodes had met: {end['reason']}"
     error: Any = RunError(message, message)
     if status == 0:
         error = NothingToDo(message)
@@ -160,7 +160,7 @@ def _error_of(told: Dict[str, Any]) -> Exception:
 
 
 def is_known_to_all(error: BaseException) -> bool:
-    """Whether the other nodes need not be told of an error of `meet`: one of them has told, or none has come."""
+    """Whether an error of `meet` need not be announced to other nodes: one of them caused it, or none has joined."""
     return isinstance(error, RendezvousError) or getattr(error, "is_known_to_all", False)
 
 
@@ -192,10 +192,10 @@ def announce_end(config: TrainConfig, node: Node, status: int, reason: str) -> N
         store = torch.distributed.TCPStore(
             node.address, node.port, config.topology.world_size, node.rank == 0, limit, wait_for_workers=False
         )
-        _leave(store, _ENDED, text)
+        _write(store, _ENDED, text)
         if node.rank == 0:
-            heard = [_heard(other) for other in others]
-            while not _is_there(store, *heard) and time.monotonic() < end:
+            receipts = [_received(other) for other in others]
+            while not _is_there(store, *receipts) and time.monotonic() < end:
                 time.sleep(_LOOK_S)
             time.sleep(_OTHERS_LOOK_S)  # for the other ranks of these nodes
     except (RuntimeError, ValueError):
