@@ -1,12 +1,14 @@
-"""How many kernels a step of GLM-Large launches on a card, counted without one: by the operators on device "meta".
+"""How many operators and kernels a training step of GLM-Large calls, counted without an accelerator.
 
-    python benchmarks/launches.py [--layers 24] [--groups 4]
-    python benchmarks/launches.py --waits       # reads of tensors by the host, a step of a real run on the processor
+    python benchmarks/launches.py [--layers 24] [--groups 4]    # eager, by phase, on device "meta"
+    python benchmarks/launches.py --compile                     # model.compile=true: kernels that Inductor generates
+    python benchmarks/launches.py --waits                       # reads of tensors by the host per step of a real run
 
-Counted are operators below autograd that compute (views do not); one for lists of tensors ("foreach") counts once,
-although a card needs a few launches for 293 tensors. Clipping by lists (as on CUDA) and the fused update are counted on
-the processor, since meta has neither; attention comes as products, where a card's fused kernel replaces about ten of
-them a layer. Nothing is read by the host: on meta that is an error.
+Counted are operators below autograd that compute (views do not), as CUDA dispatches them: dropout is one operator
+(`native_dropout`), fused attention with a mask is one (`_scaled_dot_product_efficient_attention`); "composed" counts
+what a device without either gets, where torch composes both from smaller operators. One operator for lists of tensors
+("foreach") counts once, although a GPU needs a few launches for 293 tensors. Clipping by lists (as on CUDA) and the
+fused update are counted on the CPU, since meta has neither. Reads by the host are an error on meta.
 """
 
 import argparse
@@ -20,6 +22,7 @@ from typing import Any, Callable, Dict, Iterator, Optional
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from lit_glm.compat import dispatch_mode
 from lit_glm.config.hydra_main import compose_config, validate_config
@@ -77,8 +80,26 @@ def batch(groups: int, n: int = 230, m: int = 26) -> PackedBatch:
     )  # fmt: skip
 
 
-def step(precision: str, layers: int, groups: int) -> Count:
+@contextmanager
+def dispatch_as_cuda() -> Iterator[None]:
+    """Call what torch calls on CUDA (ATen/native/Dropout.cpp, transformers/attention.cpp) instead of its parts."""
+    dropout, attention = F.dropout, F.scaled_dot_product_attention
+
+    def fused(q: Any, k: Any, v: Any, attn_mask: Any = None, dropout_p: float = 0.0) -> Any:
+        bias = None if attn_mask is None else attn_mask.expand(*q.shape[:3], k.shape[2])
+        return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, dropout_p)[0]
+
+    F.dropout = lambda x, p=0.5, training=True, inplace=False: torch.native_dropout(x, p, True)[0]
+    F.scaled_dot_product_attention = fused
+    try:
+        yield
+    finally:
+        F.dropout, F.scaled_dot_product_attention = dropout, attention
+
+
+def step(precision: str, layers: int, groups: int, attention: str = "auto") -> Count:
     own = [f"precision={precision}", f"model.num_layers={layers}", "model.hidden_size=64"]
+    own.append(f"model.attention={attention}")
     config = validate_config(
         compose_config("train", [*own, "model.num_attention_heads=4", "model.vocab_size=128"]), TrainConfig
     )
@@ -116,6 +137,28 @@ def step(precision: str, layers: int, groups: int) -> Count:
         with count.phase("rounding to fp16"):
             plugin.round_weights()
     return count
+
+
+def generated(layers: int, groups: int) -> "tuple[int, int, int]":
+    """Count generated kernels that a step of `layers` layers calls, compiled graphs, and Inductor's own count.
+
+    For the CPU Inductor counts each variant of a loop (vectorised, remainder) as a kernel.
+    """
+    from torch._dynamo.utils import counters
+    from torch._inductor import metrics
+    from torch._inductor.utils import run_and_get_code
+
+    model = ["model=glm_large", "model.num_layers=2", "model.hidden_size=64", "model.num_attention_heads=4"]
+    own = [*model, "model.vocab_size=128", "model.compile=true"]
+    glm = build_glm(validate_config(compose_config("train", own), TrainConfig).model)[0].train()
+
+    def steps() -> None:
+        for n in (230, 200):  # another length compiles nothing
+            candidate_loss(candidate_scores(glm, batch(groups, n), TRAIN_MASK)).backward()
+
+    _, codes = run_and_get_code(steps)
+    called = sum(code.count("= async_compile.") for code in codes)
+    return called * layers, counters["stats"]["unique_graphs"], metrics.generated_kernel_count
 
 
 _READS = ("tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__")
@@ -170,6 +213,7 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=4)
     parser.add_argument("--waits", action="store_true")
     parser.add_argument("--precision", default="fp32,bf16,amp,fp16")
+    parser.add_argument("--compile", action="store_true", help="kernels that Inductor generates")
     parser.add_argument("--names", action="store_true", help="the operators of each phase too")
     given = parser.parse_args()
     if given.waits:  # the last step's evaluation is behind it
@@ -177,14 +221,21 @@ def main() -> None:
             found = reads(precision)
             print(precision, {label: round(value, 2) for label, value in found.items()}, flush=True)
         return
-    print("| precision | " + " | ".join(PHASES) + " | in all |\n" + "|---" * (len(PHASES) + 2) + "|")
-    for precision in ("fp32", "bf16", "amp", "fp16"):
-        count = step(precision, given.layers, given.groups)
-        sums = [sum(count.phases[phase].values()) for phase in PHASES]
-        print(f"| {precision} | " + " | ".join(map(str, [*sums, sum(sums)])) + " |", flush=True)
-        if given.names:
-            for phase in PHASES:
-                print(f"  {phase}: {dict(count.phases[phase].most_common(12))}")
+    if given.compile:
+        kernels, graphs, variants = generated(given.layers, given.groups)
+        print(f"{kernels} generated kernels per step of {given.layers} layers, {graphs} graph(s)")
+        print(f"metrics.generated_kernel_count: {variants}, loop variants of one layer's kernels")
+        return
+    print("| precision | attention | " + " | ".join(PHASES) + " | in all |\n" + "|---" * (len(PHASES) + 3) + "|")
+    for precision in given.precision.split(","):
+        for attention in ("auto", "matmul", "composed"):
+            with contextlib.nullcontext() if attention == "composed" else dispatch_as_cuda():
+                count = step(precision, given.layers, given.groups, "auto" if attention == "composed" else attention)
+            sums = [sum(count.phases[phase].values()) for phase in PHASES]
+            print(f"| {precision} | {attention} | " + " | ".join(map(str, [*sums, sum(sums)])) + " |", flush=True)
+            if given.names:
+                for phase in PHASES:
+                    print(f"  {phase}: {dict(count.phases[phase].most_common(12))}")
 
 
 if __name__ == "__main__":

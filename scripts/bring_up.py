@@ -79,6 +79,7 @@ def plan_steps(tiny: bool, own: List[str], precisions: List[str]) -> List[Step]:
         train("fp16", "precision=fp16"),
         train("matmul attention", "model.attention=matmul"),
         train("activation checkpointing", "model.activation_checkpointing=true"),
+        train("compile", "model.compile=true", limit_s=240.0),
         train("profile", "callbacks=profile"),
         train("evaluation", "run.evaluate=true"),
         Step("stopped and resumed", "resume", resumed),

@@ -5,7 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_glm.model.dropout import Dropout, dropout
+from lit_glm.model.dropout import dropout
+from lit_glm.model.glm import Dropout
+from lit_glm.model.runtime_ops import RuntimeOps
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
@@ -57,7 +59,7 @@ def test_a_share_of_nearly_one_leaves_finite_numbers() -> None:
 
 
 def test_nothing_outside_training() -> None:
-    layer, x = Dropout(0.5), torch.ones(8, 8)
+    layer, x = Dropout(0.5, RuntimeOps()), torch.ones(8, 8)
     assert torch.equal(layer.eval()(x), x)
     assert not torch.equal(layer.train()(x), x)
 

@@ -171,7 +171,7 @@ def test_products_a_few_sequences_at_a_time_are_the_same(dropout: float, monkeyp
     torch.manual_seed(0)
     qkv = torch.randn(5 * 8, 3 * 16)
     plan, found = PaddedAttention.from_sequences(torch.tensor([3, 7, 1, 8, 2]), 8, "matmul"), []
-    one_by_one = lambda like, p: (torch.rand(like.shape) < p, 1.0 / (1.0 - p))  # noqa: E731
+    one_by_one = lambda like, p: (torch.rand(like.shape) >= p, 1.0 / (1.0 - p))  # noqa: E731
     monkeypatch.setattr(
         "lit_glm.model.matmul_attention.sample_zeros", one_by_one
     )  # so that slices draw what the whole would

@@ -108,6 +108,7 @@ class ModelConfig:
     gelu: str = "tanh"
     init_std: float = 0.02
     attention: str = "auto"
+    compile: bool = field(default=False, metadata={"added": "0.2.0", "neutral": False})
     activation_checkpointing: bool = False
     init_checkpoint: Optional[str] = None
 

@@ -9,6 +9,9 @@ from torch import Tensor
 from lit_glm.data.batch import PackedBatch, PaddedBatch, PaddingIndex
 from lit_glm.data.memmap_dataset import MemmapDataset
 
+_ALIGNED = 8
+"""Places per group are a multiple of this: fused attention kernels copy an additive mask of other strides."""
+
 
 def _ranges_to_indices(starts: Any, ends: Any) -> Any:
     """All numbers of the ranges starts..ends-1, one range after the other: [5, 1], [7, 2] -> [5, 6, 1]."""
@@ -83,6 +86,7 @@ def build_padding_index(context_lengths: Any, candidate_rows: Any, row_candidate
         row_candidate: [R] which candidate each candidate row belongs to.
     """
     groups, longest, most = len(context_lengths), int(context_lengths.max()), int(candidate_rows.max())
+    most += -(longest + most) % _ALIGNED
     first = np.arange(groups) * (longest + most)
     contexts = _ranges_to_indices(first, first + context_lengths)
     candidates = _ranges_to_indices(first + longest, first + longest + candidate_rows)

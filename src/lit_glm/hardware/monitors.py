@@ -216,6 +216,16 @@ def _decoded(text: Any) -> str:
     return text.decode() if isinstance(text, bytes) else str(text)
 
 
+def is_mig_enabled(handle: Any) -> bool:
+    """Whether an NVIDIA device is divided into slices."""
+    import pynvml
+
+    try:
+        return bool(pynvml.nvmlDeviceGetMigMode(handle)[0] == 1)
+    except Exception:  # a device without MIG
+        return False
+
+
 def nvml_readings(wanted: Optional[Sequence[str]] = None) -> List[DeviceReading]:
     """NVIDIA cards and slices by NVML, a field empty where one is silent.
 
@@ -235,10 +245,8 @@ def nvml_readings(wanted: Optional[Sequence[str]] = None) -> List[DeviceReading]
 
     found = []
     for index, handle in cards.items():
-        is_shared = asked(lambda: pynvml.nvmlDeviceGetMigMode(handle)[0]) == 1  # noqa: B023
-        if is_shared and isinstance(
-            index, int
-        ):  # what a process gets of it is a slice: these would be the whole card's
+        # A process gets a slice of such a device: these would be the whole device's.
+        if isinstance(index, int) and is_mig_enabled(handle):
             found.append(DeviceReading(index, None, None, None, None, None))
             continue
         # The second version leaves out what the driver keeps for itself, as nvidia-smi does.
@@ -283,7 +291,10 @@ def nvml_processes(index: int, visible: str) -> Optional[int]:
     try:
         import pynvml
 
-        (handle,) = _nvml_handles([visible_device(index, visible)]).values()
+        name = visible_device(index, visible)
+        (handle,) = _nvml_handles([name]).values()
+        if name.isdigit() and is_mig_enabled(handle):  # the whole device has the processes of all of its slices
+            return None
         return len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle))
     except Exception:  # as above
         return None

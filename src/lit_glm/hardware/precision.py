@@ -5,7 +5,7 @@ say what they do, and `check_arithmetic` computes a small product on the device 
 """
 
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, ContextManager, Dict, Iterator, List, Optional
 
 import torch
@@ -25,7 +25,25 @@ class FP32Precision(Precision):
     computes_in = torch.float32
 
 
-class MixedPrecision(Precision):
+def backward_context(loss: Tensor) -> ContextManager[Any]:
+    """Leave autocast for the backward pass, as torch's documentation asks.
+
+    A GPU's backward pass runs in a thread of its own, which before torch 2.5 inherited that autocast is on but not its
+    type: products of a bf16 step were computed in fp16 there (https://github.com/pytorch/pytorch/issues/133938).
+    """
+    return torch.autocast(loss.device.type, enabled=False) if loss.is_cuda else nullcontext()
+
+
+class _BackwardWithoutAutocast(Precision):
+    """Backward pass outside of autocast."""
+
+    def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        """Propagate the gradients of the loss."""
+        with backward_context(tensor):
+            super().backward(tensor, model, optimizer, *args, **kwargs)
+
+
+class MixedPrecision(_BackwardWithoutAutocast):
     """fp32 weights, matrix products in a half precision."""
 
     def __init__(self, runtime: Runtime, dtype: torch.dtype) -> None:
@@ -39,7 +57,7 @@ class MixedPrecision(Precision):
         return self._runtime.autocast(self.computes_in)
 
 
-class LossScalingPrecision(Precision):
+class LossScalingPrecision(_BackwardWithoutAutocast):
     """What amp and fp16 share: the loss is multiplied, gradients are divided, steps that overflow are left out."""
 
     scaler: Any

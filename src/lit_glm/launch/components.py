@@ -33,6 +33,7 @@ from lit_glm.metrics.loggers import hyperparameters, make_callbacks, make_logger
 from lit_glm.metrics.system_info import describe_system
 from lit_glm.model.attention import check_attention_available
 from lit_glm.model.build import build_glm
+from lit_glm.model.compile import check_compile_available
 from lit_glm.openmp import choose_num_threads
 from lit_glm.process_utils import check_open_files_limit
 from lit_glm.runs import checkpoints, verifications
@@ -107,7 +108,8 @@ def build_components(place: RankContext, beat: Callable[[], None]) -> TrainingCo
     _set_num_threads(place, lengths)
     _announce_run(place, runtime)
     beat()
-    place.print_once(memory_estimate.memory_message(config, lengths, runtime, place.local_rank))
+    memory_base = runtime.memory_in_use(place.local_rank)
+    place.print_once(memory_estimate.memory_message(config, lengths, runtime, place.local_rank, memory_base))
     module = _make_module(place, runtime)
     data = RecordDataModule(config, train_split, lambda: module.steps_done, runtime.pins_memory, runtime.synchronize)
     around = CallbackDependencies(
@@ -120,6 +122,7 @@ def build_components(place: RankContext, beat: Callable[[], None]) -> TrainingCo
         hyperparameters(config),
     )
     recorder = BenchmarkCallback(config, runtime, place.job.start_time, data.sampler(0, 0), around)
+    recorder.memory_base = memory_base
     loggers = make_loggers(place.job, place.run_dir, checkpoints.checkpoint_step(resume_from))
     # The supervisor has said where a rank stands; inside a Slurm allocation Lightning would look there.
     environment = [] if "TORCHELASTIC_RUN_ID" in os.environ else [LightningEnvironment()]
@@ -227,6 +230,8 @@ def _make_module(place: RankContext, runtime: Runtime) -> RecordModule:
     config = place.config
     device = runtime.device(place.local_rank)
     check_attention_available(config.model.attention)
+    if config.model.compile:
+        check_compile_available(device)
     reason = fused_unavailable_reason(device) if HAS_FUSED else None
     if reason:
         place.print_once(f"optimizer: torch's fused AdamW does not serve here ({reason}): the plain one is taken")

@@ -69,7 +69,12 @@ def _fit(place: RankContext, built: TrainingComponents, stop: StopRequest) -> No
             raise
         lengths = SequenceLengths.from_dataset(built.split)
         said = memory_estimate.oom_message(
-            place.config, lengths, built.runtime, place.local_rank, built.recorder.current_activity
+            place.config,
+            lengths,
+            built.runtime,
+            place.local_rank,
+            built.recorder.memory_base,
+            built.recorder.current_activity,
         )
         raise RunError(said, summary="out of memory") from error
 

@@ -82,6 +82,8 @@ class BenchmarkCallback(pl.Callback):
         self.step_metrics: Optional[StepMetrics] = None
         """Of the newest step."""
         self.interrupted = False
+        self.memory_base: Optional[float] = None
+        """Bytes in use on the device before the model was made."""
         self.current_activity = "before the first step"
         """Where the run is, for errors."""
         self.final_durations: Optional[Tuple[PhaseDurations, float]] = None

@@ -143,7 +143,11 @@ class MemoryCheck:
 
 
 def check_memory(
-    config: TrainConfig, lengths: SequenceLengths, runtime: Optional[Runtime], index: int = 0
+    config: TrainConfig,
+    lengths: SequenceLengths,
+    runtime: Optional[Runtime],
+    index: int = 0,
+    base: Optional[float] = None,
 ) -> MemoryCheck:
     """Estimate a run and compare with its device.
 
@@ -152,14 +156,17 @@ def check_memory(
         lengths: of the training examples.
         runtime: asked for the device's memory, in all and in use; None: unknown.
         index: of the device.
+        base: bytes in use before the model was made; None: what is in use now.
     """
-    base, own, keeps_scores, host = 0.0, None, True, ""
+    own, keeps_scores, host = None, True, ""
     ranks = config.topology.devices_per_node
     if runtime is not None:
         total, device = runtime.total_memory(index), runtime.device(index)
         sharing = ranks if runtime.shares_memory else 1
-        base, own = runtime.memory_in_use(index) or 0.0, None if total is None else total / sharing
+        own = None if total is None else total / sharing
+        base = runtime.memory_in_use(index) if base is None else base
         keeps_scores = choose_implementation(config.model.attention, device, config.model.attention_dropout) == "matmul"
+    base = base or 0.0
     guess = estimate_memory(config, lengths, base, keeps_scores)
     if runtime is not None and runtime.simulated:
         there = psutil.virtual_memory().total
@@ -172,9 +179,15 @@ def check_memory(
     return MemoryCheck(guess, own, fitting, host)
 
 
-def memory_message(config: TrainConfig, lengths: SequenceLengths, runtime: Optional[Runtime], index: int = 0) -> str:
-    """One line for the start of a run; further ones where the estimate exceeds what there is. Arguments: `judge`."""
-    found = check_memory(config, lengths, runtime, index)
+def memory_message(
+    config: TrainConfig,
+    lengths: SequenceLengths,
+    runtime: Optional[Runtime],
+    index: int = 0,
+    base: Optional[float] = None,
+) -> str:
+    """Describe the estimate in one line, in further ones what exceeds the device; arguments as for `check_memory`."""
+    found = check_memory(config, lengths, runtime, index, base)
     guess, of = found.estimate, "" if found.available_bytes is None else f" of {found.available_bytes / _GIB:.1f}"
     digits = 1 if guess.total >= 10 * _GIB else 2
     shown = [round(part / _GIB, digits) for part in (guess.weights, guess.training, guess.activations)]
@@ -193,7 +206,9 @@ def memory_message(config: TrainConfig, lengths: SequenceLengths, runtime: Optio
     return f"{text}\nmemory: bs={config.bs} is estimated above what the device has; {advice}"
 
 
-def oom_message(config: TrainConfig, lengths: SequenceLengths, runtime: Runtime, index: int, doing: str) -> str:
+def oom_message(
+    config: TrainConfig, lengths: SequenceLengths, runtime: Runtime, index: int, base: Optional[float], doing: str
+) -> str:
     """What is said when there was not enough.
 
     Args:
@@ -201,9 +216,10 @@ def oom_message(config: TrainConfig, lengths: SequenceLengths, runtime: Runtime,
         lengths: of the training examples.
         runtime: of the device.
         index: of the device.
+        base: bytes in use before the model was made.
         doing: where the run was, such as `in step 3`.
     """
-    found = check_memory(config, lengths, runtime, index)
+    found = check_memory(config, lengths, runtime, index, base)
     peak, total = runtime.peak_memory(index), runtime.total_memory(index)
 
     def gib(value: Optional[float]) -> str:

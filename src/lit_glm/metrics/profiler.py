@@ -325,7 +325,10 @@ class ProfilerCallback(pl.Callback):
         self._state = _DONE
         recorder: BenchmarkCallback = find_benchmark_callback(trainer)
         guess: MemoryEstimate = check_memory(
-            recorder.config, SequenceLengths.from_dataset(trainer.datamodule.split), recorder.runtime
+            recorder.config,
+            SequenceLengths.from_dataset(trainer.datamodule.split),
+            recorder.runtime,
+            base=recorder.memory_base,
         ).estimate
         assert self._found is not None
         text = profile_markdown(self._found, self._kinds, guess, recorder.runtime.peak_memory(0))

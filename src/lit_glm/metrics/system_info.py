@@ -19,7 +19,7 @@ from lit_glm.config.schema import TrainConfig
 from lit_glm.config.secrets import is_secret, mask_override
 from lit_glm.hardware.monitors import cpu_name
 from lit_glm.hardware.runtimes.base import Runtime
-from lit_glm.hardware.vendor_packages import PACKAGES, VISIBLE
+from lit_glm.hardware.vendor_packages import PACKAGES, VARIABLES
 from lit_glm.openmp import SPIN_LIMITS, THREAD_COUNT_VARIABLES, available_cores
 
 _PACKAGES = (
@@ -35,7 +35,7 @@ _PACKAGES = (
     *PACKAGES,
 )
 _VARIABLES = (
-    *VISIBLE,
+    *VARIABLES,
     *THREAD_COUNT_VARIABLES,
     *SPIN_LIMITS,
     "OMP_WAIT_POLICY",
@@ -138,6 +138,7 @@ def describe_system(config: TrainConfig, runtime: Runtime, command: List[str]) -
         "python": platform.python_version(),
         "executable": sys.executable,
         "packages": _package_versions(),
+        "libraries": runtime.library_versions(),
         "container_image": told.image if told.image is not None else _container_image(),
         "driver": told.driver or runtime.driver_version(),
         "has_driver": runtime.has_driver or runtime.simulated,

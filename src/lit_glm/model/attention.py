@@ -217,48 +217,49 @@ class PaddedAttention:
         return cls((len(separator), length), Mask((_causal(length, separator.device) | context)[:, None]), kernel)
 
     def __call__(self, qkv: Tensor, heads: int, dropout: float, candidates_only: bool) -> Tensor:
-        """Attention of one layer; as `FlatPlan`."""
-        width, places = qkv.shape[1] // 3, self.index
-        if places is not None:
-            qkv = _PadRows.apply(qkv, places.gather.view(-1), places.scatter)
-        q, k, v = qkv.view(*self.shape, 3, heads, width // heads).permute(2, 0, 3, 1, 4).unbind(0)
-        first = places.first_candidate if places is not None and candidates_only else 0
-        out = dot_product_attention(q[:, :, first:], k, v, self.mask, dropout, self.kernel, first)
+        """Attention of one layer; as `PerGroupAttention`."""
+        (groups, length), width = self.shape, qkv.shape[1] // 3
+        first = self.index.first_candidate if self.index is not None and candidates_only else 0
+        kernel = choose_implementation(self.kernel, qkv.device, dropout)
+        if self.index is not None:
+            unused = None if self.unused is None else self.unused[:, first:].reshape(-1, 1)
+            scatter = self.index.scatter_candidates if candidates_only else self.index.scatter
+            gather = self.index.gather_candidates if candidates_only else self.index.gather
+            qkv = _MoveRows.apply(qkv, self.index.gather.view(-1), self.index.scatter, None)
+        q, k, v = _SplitHeads.apply(qkv, groups, length, heads)
+        out = dot_product_attention(q[:, :, first:], k, v, self.mask, dropout, kernel, first)
         out = out.transpose(1, 2).reshape(-1, width)
-        if places is None:
-            return out
-        assert self.unused is not None
-        nobody = self.unused[:, first:].reshape(-1, 1)
-        if candidates_only:
-            return _UnpadRows.apply(out, places.scatter_candidates, places.gather_candidates.view(-1), nobody)
-        return _UnpadRows.apply(out, places.scatter, places.gather.view(-1), nobody)
+        return out if self.index is None else _MoveRows.apply(out, scatter, gather.view(-1), unused)
 
 
-class _PadRows(torch.autograd.Function):
-    """Rows at their places. Each has one place of its own: its gradient is found, not summed up over all places."""
+class _MoveRows(torch.autograd.Function):
+    """Rows at other places. Each place has at most one row, so that gradients are moved back and never summed."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, gather: Tensor, scatter: Tensor) -> Tensor:
-        ctx.save_for_backward(scatter)
-        return rows.index_select(0, gather)
+    def forward(ctx: Any, rows: Tensor, index: Tensor, inverse: Tensor, unused: Optional[Tensor]) -> Tensor:
+        """`rows[index]`; `inverse` moves gradients back; `unused`: rows of the input that went nowhere."""
+        ctx.save_for_backward(inverse, unused)
+        return rows.index_select(0, index)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0].index_select(0, ctx.saved_tensors[0]), None, None
+        inverse, unused = ctx.saved_tensors
+        moved = grads[0].index_select(0, inverse)
+        return moved if unused is None else moved.masked_fill_(unused, 0.0), None, None, None
 
 
-class _UnpadRows(torch.autograd.Function):
-    """Rows taken from their places again; what stands at nobody's has no gradient."""
+class _SplitHeads(torch.autograd.Function):
+    """Queries, keys and values of each head as views; their gradients are joined by one copy instead of two."""
 
     @staticmethod
-    def forward(ctx: Any, placed: Tensor, scatter: Tensor, gather: Tensor, nobody: Tensor) -> Tensor:
-        ctx.save_for_backward(gather, nobody)
-        return placed.index_select(0, scatter)
+    def forward(ctx: Any, qkv: Tensor, sequences: int, length: int, heads: int) -> Any:
+        """[N S, 3 D] -> three of [N, H, S, d]."""
+        return qkv.view(sequences, length, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        gather, nobody = ctx.saved_tensors
-        return grads[0].index_select(0, gather).masked_fill_(nobody, 0.0), None, None, None
+        joined = torch.stack([grad.transpose(1, 2) for grad in grads], dim=2)
+        return joined.view(joined.shape[0] * joined.shape[1], -1), None, None, None
 
 
 def choose_attention_layout(batch: PackedBatch, width: int, kernel: str) -> Any:

@@ -24,6 +24,7 @@ def _glm_config(config: ModelConfig) -> GLMConfig:
         init_std=config.init_std,
         activation_checkpointing=config.activation_checkpointing,
         attention=config.attention,
+        compile=config.compile,
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any, Optional, Tuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 _LOWEST_64 = -(2**63)
 _STEPS = 2**16
@@ -30,20 +30,27 @@ def sample_zeros(like: Tensor, p: float) -> Tuple[Tensor, float]:
         p: share of zeros; on the processor as near as gaps of multiples of 1 / 65536 in probability come to it.
 
     Returns:
-        What `clear` takes; and what to multiply the other elements with so that the mean stays.
+        For `zero_elements_`: the places of the zeros on the CPU, elsewhere a mask that is true at what stays; and the
+        factor of the other elements that keeps the mean.
     """
     if like.device.type != "cpu":
-        return torch.rand(like.shape, device=like.device) < p, 1.0 / (1.0 - p)
+        kept = torch.empty_like(like, dtype=torch.bool, memory_format=torch.contiguous_format)
+        return kept.bernoulli_(1.0 - p), 1.0 / (1.0 - p)
     gaps, share = _gap_table(p)
     return _sample_zero_positions(like.numel(), gaps, share), 1.0 / (1.0 - share)
 
 
 def zero_elements_(x: Tensor, zeros: Tensor) -> Tensor:
-    """Set the elements to zero that `draw` has drawn, in place; x has its elements one after the other."""
+    """Set the elements of a contiguous tensor to zero, in place, that `sample_zeros` has drawn."""
     if zeros.dtype is torch.bool:
-        return x.masked_fill_(zeros, 0.0)
+        return x.mul_(zeros)
     x.view(-1).index_fill_(0, zeros, 0.0)
     return x
+
+
+def with_zeros(x: Tensor, zeros: Tensor) -> Tensor:
+    """Copy a contiguous tensor, with zeros where `sample_zeros` has drawn them."""
+    return x * zeros if zeros.dtype is torch.bool else zero_elements_(x.clone(), zeros)
 
 
 @lru_cache(maxsize=8)
@@ -109,15 +116,3 @@ def dropout(x: Tensor, p: float, onto: Optional[Tensor] = None) -> Tensor:
         return dropped
     dropped = F.dropout(x, p) if p else x
     return dropped if onto is None else onto + dropped
-
-
-class Dropout(nn.Module):
-    """`dropout` in training, nothing else."""
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
-
-    def forward(self, x: Tensor, onto: Optional[Tensor] = None) -> Tensor:
-        """Any shape."""
-        return dropout(x, self.p if self.training else 0.0, onto)

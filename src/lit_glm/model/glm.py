@@ -6,13 +6,13 @@ and shapes are those of the published checkpoint. Shapes: T rows, D hidden, V vo
 
 import math
 from dataclasses import dataclass
-from typing import Callable, Optional, Protocol
+from typing import Any, Callable, Optional, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_glm.model.dropout import Dropout
+from lit_glm.model.compile import compiled, traceable
 from lit_glm.model.lm_head import log_probabilities
 from lit_glm.model.runtime_ops import RuntimeOps
 
@@ -32,6 +32,7 @@ class GLMConfig:
     init_std: float = 0.02
     activation_checkpointing: bool = False
     attention: str = "auto"
+    compile: bool = False
 
 
 class AttentionLayout(Protocol):
@@ -49,6 +50,18 @@ def gelu_tanh(x: Tensor) -> Tensor:
 def gelu_erf(x: Tensor) -> Tensor:
     """GELU, exact."""
     return F.gelu(x)
+
+
+class Dropout(nn.Module):
+    """Dropout of what a layer adds to its input, in training; the runtime draws the zeros."""
+
+    def __init__(self, p: float, kernels: RuntimeOps) -> None:
+        super().__init__()
+        self.p, self._dropout = p, kernels.dropout
+
+    def forward(self, x: Tensor, onto: Optional[Tensor] = None) -> Tensor:
+        """[T, D] -> [T, D], added to `onto` if given."""
+        return self._dropout(x, self.p if self.training else 0.0, onto)
 
 
 class Linear(nn.Linear):
@@ -74,9 +87,9 @@ class Attention(nn.Module):
         self.dropout = shape.attention_dropout
 
     def forward(self, x: Tensor, plan: AttentionLayout, candidates_only: bool) -> Tensor:
-        """[T, D] -> [T, D], or [R, D] with `candidates_only`."""
+        """[T, D] -> [T, D], or [R, D] with `candidates_only`; before the output projection `dense`."""
         dropout = self.dropout if self.training else 0.0
-        return self.dense(plan(self.query_key_value(x), self.heads, dropout, candidates_only))
+        return plan(self.query_key_value(x), self.heads, dropout, candidates_only)
 
 
 class MLP(nn.Module):
@@ -106,12 +119,19 @@ class Layer(nn.Module):
         self.attention = Attention(shape, kernels)
         self.post_attention_layernorm = nn.LayerNorm(shape.hidden_size, eps=1e-5)
         self.mlp = MLP(shape, kernels)
-        self.dropout = Dropout(shape.hidden_dropout)
+        self.dropout = Dropout(shape.hidden_dropout, kernels)
+        self._after_attention: Callable[[Any, Tensor, Tensor], Tensor] = Layer.after_attention
+        if shape.compile:
+            self._after_attention = compiled(Layer.after_attention)
 
     def forward(self, h: Tensor, plan: AttentionLayout, first_row: int) -> Tensor:
         """[T, D] -> [T - first_row, D]; with `first_row` > 0 only rows from there on leave the layer."""
         attended = self.attention(self.input_layernorm(h), plan, first_row > 0)
-        x: Tensor = self.dropout(attended, h[first_row:])
+        return self._after_attention(self, attended, h[first_row:] if first_row else h)
+
+    def after_attention(self, attended: Tensor, h: Tensor) -> Tensor:
+        """Add the projection of the attention and the MLP to the rows; this part can be compiled, [T, D] each."""
+        x: Tensor = self.dropout(self.attention.dense(attended), h)
         out: Tensor = self.dropout(self.mlp(self.post_attention_layernorm(x)), x)
         return out
 
@@ -123,7 +143,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.position_embeddings = nn.Embedding(shape.max_sequence_length + 1, shape.hidden_size)
         self.block_position_embeddings = nn.Embedding(shape.max_sequence_length + 1, shape.hidden_size)
-        self.dropout = Dropout(shape.hidden_dropout)
+        self.dropout = Dropout(shape.hidden_dropout, kernels)
         self.layers = nn.ModuleList(Layer(shape, kernels) for _ in range(shape.num_layers))
         self.final_layernorm = nn.LayerNorm(shape.hidden_size, eps=1e-5)
 
@@ -140,6 +160,8 @@ class GLM(nn.Module):
         """
         super().__init__()
         kernels = kernels or RuntimeOps()
+        if config.compile:
+            kernels = traceable(kernels)
         self.config = config
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.transformer = Transformer(config, kernels)

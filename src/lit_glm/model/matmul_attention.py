@@ -4,38 +4,38 @@ Shapes: N sequences, H heads, d = D / H.
 """
 
 import math
-from typing import Any, Optional
+from typing import Any, List, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_glm.model.dropout import sample_zeros, zero_elements_
+from lit_glm.model.dropout import sample_zeros, with_zeros, zero_elements_
 
 _SCORES = 2**21
 """Scores that a processor computes at a time (8 MiB in fp32)."""
 
 
 class MatmulAttention(torch.autograd.Function):
-    """Attention as products and a softmax; keeps the probabilities and where dropout put zeros.
+    """Attention as products and a softmax; keeps the probabilities and the zeros that dropout has drawn.
 
-    On a processor a few sequences at a time, so that their scores fit a cache. The backward pass takes a row's sum of
+    On the CPU a few sequences at a time, so that their scores fit a cache. The backward pass takes a row's sum of
     gradient x probability from the output, which is shorter than the row (Dao et al. 2022, FlashAttention, appendix
-    B.2), and overwrites what it no longer needs.
+    B.2), and overwrites what it no longer needs. Factors are part of a product (`alpha`), which saves a kernel each.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, forbidden: Optional[Tensor], dropout: float) -> Tensor:
-        """[N, H, queries, d] of q [N, H, queries, d], k and v [N, H, keys, d]; `forbidden` is true where no key is."""
+        """[N, H, queries, d] of q [N, H, queries, d], k and v [N, H, keys, d]; `forbidden` is true at hidden keys."""
         N, H, queries, d = q.shape
         keys = k.shape[2]
         ctx.factor, ctx.scale, ctx.dropout = 1.0 / math.sqrt(d), 1.0, dropout
         ctx.sequences = max(1, _SCORES // (H * queries * keys)) if q.device.type == "cpu" else N
         q, k, v = (part.reshape(N * H, -1, d) for part in (q, k, v))
-        out, kept = torch.empty_like(q, memory_format=torch.contiguous_format), []
+        parts, kept = [], []
         for start in range(0, N, ctx.sequences):
             some = slice(start * H, (start + ctx.sequences) * H)
-            scores = torch.bmm(q[some] * ctx.factor, k[some].transpose(1, 2))
+            scores = _scaled_product(q[some], k[some].transpose(1, 2), ctx.factor)
             if forbidden is not None:
                 own = forbidden if len(forbidden) != N else forbidden[start : start + ctx.sequences]
                 scores.view(-1, H, queries, keys).masked_fill_(own, torch.finfo(scores.dtype).min)
@@ -44,10 +44,9 @@ class MatmulAttention(torch.autograd.Function):
             if dropout:
                 zeros, ctx.scale = sample_zeros(probabilities, dropout)
                 kept.append(zeros)
-                probabilities = zero_elements_(probabilities.clone(), zeros)
-            _matmul_into(probabilities, v[some], out[some])
-        if dropout:
-            out.mul_(ctx.scale)
+                probabilities = with_zeros(probabilities, zeros)
+            parts.append(_scaled_product(probabilities, v[some], ctx.scale))
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)
         ctx.save_for_backward(q, k, v, out, *kept)
         return out.view(N, H, queries, d)
 
@@ -58,35 +57,34 @@ class MatmulAttention(torch.autograd.Function):
         N, H, queries, d = grads[0].shape
         grad = grads[0].reshape(N * H, queries, d)
         row_sum = (grad.float() * out.float()).sum(-1, keepdim=True).to(grad.dtype)
-        if ctx.scale != 1.0:
-            grad = grad * ctx.scale
-        grad_q, grad_k, grad_v = (torch.empty_like(part, memory_format=torch.contiguous_format) for part in (q, k, v))
         each = 2 if ctx.dropout else 1
+        parts: List[List[Tensor]] = [[], [], []]
         for number, start in enumerate(range(0, N, ctx.sequences)):
             some = slice(start * H, (start + ctx.sequences) * H)
-            grad_scores = torch.bmm(grad[some], v[some].transpose(1, 2))
             probabilities, *zeros = kept[number * each : (number + 1) * each]
-            dropped = zero_elements_(probabilities.clone(), *zeros) if zeros else probabilities
-            _matmul_into(dropped.transpose(1, 2), grad[some], grad_v[some])
+            grad_scores = _scaled_product(grad[some], v[some].transpose(1, 2), ctx.scale)
+            dropped = probabilities
             if zeros:
                 zero_elements_(grad_scores, *zeros)
+                dropped = with_zeros(probabilities, *zeros)
+            parts[2].append(_scaled_product(dropped.transpose(1, 2), grad[some], ctx.scale))
             grad_scores.sub_(row_sum[some]).mul_(probabilities)
-            _matmul_into(grad_scores, k[some], grad_q[some])
-            _matmul_into(grad_scores.transpose(1, 2), q[some], grad_k[some])
-        grad_q.mul_(ctx.factor)
-        grad_k.mul_(ctx.factor)
-        return (*(part.view(N, H, -1, d) for part in (grad_q, grad_k, grad_v)), None, None)
+            parts[0].append(_scaled_product(grad_scores, k[some], ctx.factor))
+            parts[1].append(_scaled_product(grad_scores.transpose(1, 2), q[some], ctx.factor))
+        joined = (own[0] if len(own) == 1 else torch.cat(own) for own in parts)
+        return (*(own.view(N, H, -1, d) for own in joined), None, None)
 
 
-def _matmul_into(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """Into a part of a result. On cards by a copy: a runtime need not know products that write where they are told."""
-    if out.device.type == "cpu":
-        torch.bmm(left, right, out=out)
-    else:
-        out.copy_(torch.bmm(left, right))
+def _scaled_product(left: Tensor, right: Tensor, factor: float) -> Tensor:
+    """`factor` x left @ right, [N, rows, cols] each, in one kernel."""
+    if factor == 1.0:
+        return torch.bmm(left, right)
+    shape = (left.shape[0], left.shape[1], right.shape[2])
+    return torch.baddbmm(left.new_empty(shape), left, right, beta=0.0, alpha=factor)
 
 
 def _softmax(scores: Tensor) -> Tensor:
     if scores.dtype is torch.float16 and scores.device.type == "cpu":  # torch 1.12 has none there
         return F.softmax(scores, dim=-1, dtype=torch.float32).to(scores.dtype)
-    return F.softmax(scores, dim=-1)  # sums in fp32, in halves too
+    # Sums in fp32, in halves too. Without the type, autocast on some devices would return and keep fp32.
+    return F.softmax(scores, dim=-1, dtype=scores.dtype)

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lit_glm.model.dropout import dropout
+
 
 @dataclass(frozen=True)
 class RuntimeOps:
@@ -18,6 +20,8 @@ class RuntimeOps:
     linear_gelu: Optional[Callable[..., Optional[Tensor]]] = None
     """A linear layer and GELU by its tanh approximation in one, (x, weight, bias) -> [T, out], where no gradient is
     needed; its answer None: in two. None: there is no such product."""
+    dropout: Callable[..., Tensor] = dropout
+    """(x, share of zeros, tensor to add to or None) -> x with zeros, scaled and added."""
     checkpoint: Callable[..., Any] = checkpoint
     """`fn(f, *args)` that recomputes f in the backward pass."""
 

@@ -23,7 +23,7 @@ from lit_glm.verification.error_bounds import (
     reduction_length,
     relative_error,
 )
-from lit_glm.verification.reference_ops import reference_result
+from lit_glm.verification.reference_ops import bind_arguments, reference_result
 
 _DRAWN = ("rand", "bernoulli", "dropout", "normal_", "uniform", "exponential", "multinomial")
 _PLAIN = (
@@ -114,7 +114,7 @@ class OperatorRecorder:
         if key in self.seen and self.seen[key].status not in ("missing", "fails"):
             return operator(*args, **kwargs)
         shapes = ", ".join(f"{_dtype_name(tensor)}{list(tensor.shape)}" for tensor in tensors[:4])
-        if any(word in name for word in _DRAWN):
+        if any(word in name for word in _DRAWN) or _draws_dropout(operator, args, kwargs):
             self.seen[key] = OperatorResult(name, shapes, "drawn")
             return operator(*args, **kwargs)
         before = map_structure((args, kwargs), to_host)
@@ -192,6 +192,11 @@ class OperatorRecorder:
                 status = status if share <= _TIES else "differs"
             far.append(distant)
         return OperatorResult(name, shapes, status, largest_error(far), bound)
+
+
+def _draws_dropout(operator: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operator such as fused attention has a share of dropout among its arguments."""
+    return any("dropout" in name and bool(value) for name, value in bind_arguments(operator, args, kwargs).items())
 
 
 _ADDS_IN_TYPE = ("index_add", "scatter_add", "embedding_dense_backward", "index_put")

@@ -23,7 +23,7 @@ def reference_result(name: str, operator: Any, args: Any, kwargs: Any) -> Any:
     if own is not None:
         return own(args, kwargs)
     if "scaled_dot_product" in name or name.startswith(("_efficient_attention", "_flash_attention")):
-        return _attention(name, _bind(operator, args, kwargs))
+        return _attention(name, bind_arguments(operator, args, kwargs))
     kwargs = {key: value for key, value in kwargs.items() if key not in ("pin_memory", "non_blocking")}
     return operator(*args, **kwargs)
 
@@ -46,7 +46,7 @@ def _fused_linear(args: Any, kwargs: Any) -> Any:
     return F.gelu(out, approximate=algorithm or "none") if kind == "gelu" else out
 
 
-def _bind(operator: Any, args: Any, kwargs: Any) -> Dict[str, Any]:
+def bind_arguments(operator: Any, args: Any, kwargs: Any) -> Dict[str, Any]:
     """Arguments by the names of the operator's schema: the same argument stands in another place of each kernel."""
     names = [argument.name for argument in operator._schema.arguments]
     return {**dict(zip(names, args)), **kwargs}

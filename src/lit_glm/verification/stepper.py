@@ -8,7 +8,7 @@ from pytorch_lightning.plugins.precision import Precision
 from torch import Tensor
 
 from lit_glm.config.schema import LossScaleConfig, TrainConfig
-from lit_glm.hardware.precision import FP16Precision, LossScalingPrecision, make_precision
+from lit_glm.hardware.precision import FP16Precision, LossScalingPrecision, backward_context, make_precision
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.model.build import build_glm
 from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, candidate_loss, candidate_scores
@@ -55,7 +55,8 @@ class TrainStepper:
         scaler = getattr(self._plugin, "scaler", None)
         with self._plugin.forward_context():
             loss = candidate_loss(candidate_scores(self.glm, batch, TRAIN_MASK))
-            (loss if scaler is None else scaler.scale_loss(loss.float())).backward()
+            with backward_context(loss):
+                (loss if scaler is None else scaler.scale_loss(loss.float())).backward()
         return loss.detach()
 
     def _finish_step(self) -> None:

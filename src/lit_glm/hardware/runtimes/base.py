@@ -1,7 +1,7 @@
 """What a chip's runtime must offer: the one interface between this project and any vendor's software."""
 
 from pathlib import Path
-from typing import Any, Callable, ContextManager, List, Optional
+from typing import Any, Callable, ContextManager, Dict, List, Optional
 
 import torch
 from torch import Tensor
@@ -123,6 +123,10 @@ class Runtime:
     def driver_version(self) -> Optional[str]:
         """Version of the cards' driver; None where nothing says it."""
         return None
+
+    def library_versions(self) -> Dict[str, str]:
+        """Versions of the vendor's libraries that torch uses, by name; empty where there are none to report."""
+        return {}
 
     def num_processes(self, index: int) -> Optional[int]:
         """How many processes compute on a device, this one among them; None where nothing says it."""

@@ -60,7 +60,8 @@ class CPURuntime(Runtime):
     def model_ops(self) -> RuntimeOps:
         """Linear layers by the faster of torch's two libraries."""
         linear = onednn.linear if onednn.PREFERS_ONEDNN else F.linear
-        return RuntimeOps(linear, onednn.linear_gelu if onednn.supports_bf16_gelu() else None, self.checkpoint())
+        gelu = onednn.linear_gelu if onednn.supports_bf16_gelu() else None
+        return RuntimeOps(linear, gelu, checkpoint=self.checkpoint())
 
     def peak_memory(self, index: int) -> Optional[float]:
         """Resident memory of this process and its children (data loaders): the kernel's high-water mark of each.

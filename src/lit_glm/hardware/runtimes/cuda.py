@@ -1,7 +1,7 @@
 """NVIDIA cards, and the cards of other vendors whose torch answers as torch.cuda."""
 
 from pathlib import Path
-from typing import Any, Callable, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 import torch
 from torch import Tensor
@@ -25,6 +25,11 @@ class CUDARuntime(Runtime):
 
     def __init__(self) -> None:
         self._watch = MonitoredMemory()
+        # cuDNN's attention, which torch prefers on H100 and later, builds a plan for every new shape (23 to 37 ms each;
+        # batches without padding have a new shape in every step), and some of its versions round the share of dropout
+        # to sixteenths (https://github.com/pytorch/pytorch/issues/174245).
+        if hasattr(torch.backends.cuda, "enable_cudnn_sdp"):
+            torch.backends.cuda.enable_cudnn_sdp(False)
 
     @staticmethod
     def unavailable_reason() -> Optional[str]:
@@ -87,8 +92,12 @@ class CUDARuntime(Runtime):
         self._watch.start(file, index, "CUDA_VISIBLE_DEVICES")
 
     def peak_memory(self, index: int) -> Optional[float]:
-        """The largest reading of the monitor, and at least what torch's allocator has reserved at most."""
-        return max(self._watch.peak() or 0.0, float(torch.cuda.max_memory_reserved(index)))
+        """The largest reading of the monitor, and at least what torch's allocator has reserved at most.
+
+        The allocator alone where other processes use the device: the monitor's readings contain their memory.
+        """
+        reserved = float(torch.cuda.max_memory_reserved(index))
+        return reserved if (self.num_processes(index) or 1) > 1 else max(self._watch.peak() or 0.0, reserved)
 
     def memory_snapshot(self) -> Optional[Any]:
         """As torch's allocator keeps it (what pytorch.org/memory_viz reads)."""
@@ -106,6 +115,16 @@ class CUDARuntime(Runtime):
     def driver_version(self) -> Optional[str]:
         """As nvidia-smi says."""
         return nvidia_driver_version()
+
+    def library_versions(self) -> Dict[str, str]:
+        """CUDA, cuDNN and NCCL that torch was built with."""
+        nccl = torch.cuda.nccl.version() if torch.distributed.is_nccl_available() else None
+        found = {
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "nccl": ".".join(map(str, nccl)) if isinstance(nccl, tuple) else nccl,
+        }
+        return {name: str(version) for name, version in found.items() if version is not None}
 
     def total_memory(self, index: int) -> Optional[float]:
         """As the driver reports it."""
