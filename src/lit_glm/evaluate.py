@@ -1,9 +1,10 @@
 """`python -m lit_glm.evaluate`: score a checkpoint on the evaluation set; EM and F1, predictions to a file."""
 
 import json
+import os
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from hydra.errors import HydraException
 
@@ -34,30 +35,53 @@ def read_example_metadata(eval_file: Path, num_examples: int) -> Optional[List[D
     return names
 
 
-def score_predictions(
-    names: List[Dict[str, Any]], chosen: List[Tuple[int, int]]
-) -> Tuple[List[Dict[str, Any]], Dict[str, float]]:
-    """Predictions in SuperGLUE's submission format, and the official scores.
+def describe_predictions(
+    chosen: List[Tuple[int, int]],
+    scores: Dict[int, List[float]],
+    answers: Callable[[int], Sequence[int]],
+    names: Optional[List[Dict[str, Any]]],
+) -> List[Dict[str, Any]]:
+    """Describe each prediction: `idx` and `label` as SuperGLUE's submission format has them, then what explains it.
 
     Args:
-        names: of all examples, in the order of the evaluation file.
         chosen: (example, candidate) of all examples.
+        scores: of the candidates of each example.
+        answers: example -> its right candidates.
+        names: texts of all examples, in the order of the evaluation file; None: candidates are numbered instead.
 
     Returns:
-        A prediction an example, and em, f1 and the shares that were cut to length.
+        An entry per example; `rank` is that of the best right candidate among all, from 1.
+    """
+    found = []
+    for example, candidate in chosen:
+        name = names[example] if names is not None else {}
+        texts = name.get("candidates") or list(range(len(scores[example])))
+        own, right = scores[example], list(answers(example))
+        best = max(own[place] for place in right)
+        entry = {"idx": name.get("idx", example), "label": texts[candidate], "query": name.get("query")}
+        entry["answers"] = name.get("answers") or right
+        entry.update(prediction=texts[candidate], score=own[candidate], rank=1 + sum(score > best for score in own))
+        entry["scores"] = [{"candidate": text, "score": score} for text, score in zip(texts, own)]
+        found.append(entry)
+    return found
+
+
+def score_predictions(names: List[Dict[str, Any]], chosen: List[Tuple[int, int]]) -> Dict[str, float]:
+    """Compute the official scores, em and f1, and the shares of what was cut to length.
+
+    Args:
+        names: texts of all examples, in the order of the evaluation file.
+        chosen: (example, candidate) of all examples.
     """
     from lit_glm.training.evaluation import em_and_f1
 
-    predictions, exact, overlap = [], 0.0, 0.0
+    exact, overlap = 0.0, 0.0
     for example, candidate in chosen:
-        name = names[example]
-        label = name["candidates"][candidate]
-        predictions.append({"idx": name["idx"], "label": label})
-        em, f1 = em_and_f1(label, name["answers"])
+        em, f1 = em_and_f1(names[example]["candidates"][candidate], names[example]["answers"])
         exact, overlap = exact + em, overlap + f1
     removed = [name["tokens_removed"] for name in names]
     candidates = sum(map(len, removed))
-    return predictions, {
+    return {
         "em": exact / len(chosen),
         "f1": overlap / len(chosen),
         "truncated_candidates": sum(cut > 0 for cuts in removed for cut in cuts) / candidates,
@@ -132,24 +156,33 @@ def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
     if config.model.init_checkpoint is None:
         raise InputError("model.init_checkpoint is not set: which checkpoint or run folder is to be scored?")
     hydra = HydraConfig.get()
-    out = Path(hydra.run.dir)
+    given = [override.key_or_group for override in CommandLine(list(hydra.overrides.task)).parse()]
+    out = _folder_for(config, hydra)
     _check_not_foreign(out)
     make_folder(out)
-    given = [override.key_or_group for override in CommandLine(list(hydra.overrides.task)).parse()]
     overrides = [*hydra.overrides.task, *CommandLine.read(sys.argv[1:]).searchpath]
     config = inherit_run_config(config, given, overrides)
     for line in set_hardware_env(config.hardware):
         print(f"lit_glm: {line}", file=sys.stderr)
-    accuracy, chosen, runtime = _score_checkpoint(config)
+    scores: Dict[int, List[float]] = {}
+    accuracy, chosen, runtime, split = _score_checkpoint(config, scores)
     names = read_example_metadata(Path(config.data.eval_file), len(chosen))
     report: Dict[str, Any] = {"acc": accuracy, "em": None, "f1": None, "num_examples": len(chosen)}
-    predictions = [{"idx": example, "label": candidate} for example, candidate in chosen]
+    predictions = describe_predictions(chosen, scores, split.answers_of, names)
     if names is not None:
-        predictions, scores = score_predictions(names, chosen)
-        report.update(scores)
+        report.update(score_predictions(names, chosen))
     _write_results(out, predictions, report, config, runtime)
     _print_scores(out, report, config, runtime, names is not None)
     return 0
+
+
+def _folder_for(config: TrainConfig, hydra: Any) -> Path:
+    """Return where results go: `hydra.run.dir` if given, else into the run folder, else a new one in outputs/."""
+    path = Path(config.model.init_checkpoint or "")
+    run_dir = path.parent.parent if path.suffix == ".ckpt" else path
+    given = any(override.startswith("hydra.run.dir=") for override in hydra.overrides.hydra)
+    inside = not given and (run_dir / "job.json").is_file() and os.access(run_dir, os.W_OK)
+    return run_dir / "evaluation" if inside else Path(hydra.run.dir)
 
 
 def _check_not_foreign(out: Path) -> None:
@@ -163,8 +196,10 @@ def _check_not_foreign(out: Path) -> None:
         raise InputError(f"{out}: holds {', '.join(foreign)} of something else; give another hydra.run.dir=")
 
 
-def _score_checkpoint(config: TrainConfig) -> Tuple[Optional[float], List[Tuple[int, int]], Any]:
-    """Accuracy, (example, chosen candidate) of all examples, and the runtime that scored them."""
+def _score_checkpoint(
+    config: TrainConfig, scores: Dict[int, List[float]]
+) -> Tuple[Optional[float], List[Tuple[int, int]], Any, Any]:
+    """Return accuracy, (example, chosen candidate) of all examples, runtime and data; fill in `scores`."""
     from lit_glm.data.synthetic import ensure_synthetic_data
     from lit_glm.hardware.runtimes.selection import make_runtime
 
@@ -191,8 +226,9 @@ def _score_checkpoint(config: TrainConfig) -> Tuple[Optional[float], List[Tuple[
     precision = make_precision(config, runtime)
     module = precision.convert_module(RecordModule(glm, config, runtime)).to(device).eval()
     with precision.forward_context():
-        accuracy, chosen = evaluate(module, evaluation_batches(split, config, pin_memory=runtime.pins_memory), runtime)
-    return accuracy, chosen, runtime
+        batches = evaluation_batches(split, config, pin_memory=runtime.pins_memory)
+        accuracy, chosen = evaluate(module, batches, runtime, scores=scores)
+    return accuracy, chosen, runtime, split
 
 
 def _write_results(

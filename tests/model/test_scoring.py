@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lit_glm.data.cloze import encode_questions
-from lit_glm.data.collate import build_padding_index, collate_packed, collate_padded
+from lit_glm.data.collate import build_padding_index, collate_packed, collate_padded, pad_packed
 from lit_glm.data.h5sparse import SparseWriter
 from lit_glm.data.memmap_dataset import MemmapDataset, open_dataset
 from lit_glm.data.superglue_jsonl import Question
@@ -221,3 +221,34 @@ def test_keys_in_whole_tiles_are_the_same_attention(keys: int) -> None:
     own = dot_product_attention(q, k, v, None, 0.0, "fused")
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
     assert (own.double() - exact).abs().max() < 0.02
+
+
+@given(batch=st.lists(questions.filter(fits), min_size=1, max_size=4), pad_to=st.sampled_from([8, 16, 48]))
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_padding_to_recurring_sizes_changes_no_score_and_no_gradient(
+    batch: List[Question], pad_to: int, tmp_path: Path
+) -> None:
+    split, glm, found = split_of(batch, tmp_path), model(), []
+    plain = collate_packed(split, list(range(len(batch))))
+    for one in (plain, pad_packed(plain, pad_to)):
+        glm.zero_grad()
+        table = candidate_scores(glm, one, TRAIN_MASK)
+        candidate_loss(table).backward()
+        found.append((table, {name: p.grad.clone() for name, p in glm.named_parameters() if p.grad is not None}))
+    (table, gradients), (padded, padded_gradients) = found
+    C = table.shape[1]
+    torch.testing.assert_close(padded[:, :C], table, atol=1e-5, rtol=1e-5)
+    assert bool((padded[:, C:] == TRAIN_MASK).all())
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(padded_gradients[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_lengths_of_real_news_come_in_few_shapes(tmp_path: Path) -> None:
+    """What a runtime that compiles for each shape would compile in 200 steps."""
+    draw = np.random.Generator(np.random.PCG64(0)).integers
+    entries = [question("h" * int(draw(12, LIMIT - 16)), "a", "b", ["ab"] * int(draw(2, 30))) for _ in range(200 * 4)]
+    split, shapes = split_of(entries, tmp_path), set()
+    for first in range(0, len(entries), 4):
+        padded = pad_packed(collate_packed(split, range(first, first + 4)), 16)
+        shapes.add((len(padded.tokens), len(padded.targets), len(padded.slot), padded.padding_index.gather.shape))
+    assert len(shapes) <= 10

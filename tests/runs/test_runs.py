@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -249,6 +250,16 @@ def test_a_disk_that_takes_no_checkpoint(folder: Path) -> None:
     assert not list((run / "checkpoints").iterdir())
 
 
+def test_a_run_is_evaluated_into_its_folder(whole: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, run, _ = whole
+    own = folder / f"copy of {run.name}"
+    shutil.copytree(run, own)
+    monkeypatch.chdir(folder)
+    assert lit_glm_here("evaluate", str(own)) == 0
+    assert json.loads((own / "evaluation" / "evaluation.json").read_text())["num_examples"] == 16
+    assert lit_glm_here("evaluate", str(own)) == 0  # again, over its own files
+
+
 def test_evaluate_names_its_predictions(whole: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, run, _ = whole
     monkeypatch.chdir(folder)
@@ -263,7 +274,15 @@ def test_evaluate_names_its_predictions(whole: Any, folder: Path, monkeypatch: p
     assert report["truncated_candidates"] == 0
     predictions = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
     assert len(predictions) == 16
-    assert set(predictions[0]) == {"idx", "label"}
+    first = predictions[0]
+    assert set(first) == {"idx", "label", "query", "answers", "prediction", "score", "rank", "scores"}
+    assert "@placeholder" in first["query"]
+    for one in predictions:
+        scores = {entry["candidate"]: entry["score"] for entry in one["scores"]}
+        assert one["label"] == one["prediction"]
+        assert one["score"] == scores[one["label"]] == max(scores.values())
+        assert (one["rank"] == 1) == (one["label"] in one["answers"])
+    assert sum(one["rank"] == 1 for one in predictions) / 16 == pytest.approx(report["acc"])
 
 
 @pytest.mark.parametrize(

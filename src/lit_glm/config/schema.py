@@ -138,6 +138,7 @@ class DataConfig:
     eval_file: str = ""
     max_seq_length: int = 512
     num_workers: int = 0
+    pad_to: Optional[int] = field(default=None, metadata={"added": "0.2.0", "neutral": None})
     cache_dir: Optional[str] = unhashed(None)
     balance_ranks: bool = False
     shuffle_seed: int = 0

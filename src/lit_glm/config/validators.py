@@ -21,6 +21,7 @@ _CLOSED: Dict[str, Tuple[float, float]] = {
     "model.max_sequence_length": (1, _INF),
     "data.max_seq_length": (8, _INF),
     "data.num_workers": (0, _INF),
+    "data.pad_to": (8, _INF),
     "data.shuffle_seed": (0, 2**32 - 1),
     "data.synthetic.seed": (0, 2**32 - 1),
     "data.synthetic.num_train": (1, _INF),
@@ -96,4 +97,6 @@ def range_errors(config: Any) -> List[str]:
     heads, hidden = values.get("model.num_attention_heads"), values.get("model.hidden_size")
     if heads and hidden and hidden % heads:
         complaints.append(f"model.hidden_size={hidden}: must be a multiple of model.num_attention_heads={heads}")
+    if values.get("data.pad_to") and values.get("scoring.name") == "published":
+        complaints.append(f"data.pad_to={values['data.pad_to']}: scoring=published pads as published; leave it null")
     return complaints

@@ -87,6 +87,8 @@ class PackedBatch(TensorDataclass):
     """Of each example the candidates that are right, in evaluation; in training candidate 0 is."""
     indices: Tuple[int, ...] = ()
     """Which examples of the data set these are."""
+    has_padding: bool = False
+    """Whether rows, groups and candidates are padded to sizes that recur (`data.pad_to`)."""
 
     @property
     def score_shape(self) -> Tuple[int, int]:

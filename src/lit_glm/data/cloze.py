@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 
-from lit_glm.data.superglue_jsonl import Question
+from lit_glm.data.superglue_jsonl import PLACEHOLDER, Question
 from lit_glm.data.tokenizer import WordPieceTokenizer
 
 
@@ -88,6 +88,7 @@ def encode_questions(questions: List[Question], pieces: WordPieceTokenizer, max_
             {
                 "idx": question.idx,
                 "guid": question.guid,
+                "query": f"{question.before}{PLACEHOLDER}{question.after}",
                 "candidates": question.candidates,
                 "answers": question.answers,
                 "tokens_removed": cuts,

@@ -1,5 +1,7 @@
 """Examples to batches, one function a scoring. B examples, C candidate slots, N candidates, S tokens, T rows."""
 
+import math
+from dataclasses import replace
 from typing import Any, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -75,6 +77,74 @@ def collate_packed(split: MemmapDataset, indices: Sequence[int]) -> PackedBatch:
         answers=_correct_candidates(split, indices),
         indices=tuple(index.tolist()),
     )
+
+
+def pad_packed(batch: PackedBatch, pad_to: int) -> PackedBatch:
+    """Pad a batch so that few different shapes occur: for runtimes that compile anew for each shape.
+
+    Contexts get the smallest of `pad_to`, 2 `pad_to`, 4 `pad_to`, ... rows that holds the longest. The other sizes grow
+    together: at level l a group has 64 x 2^l candidate rows, an example 16 x 2^l candidates, a batch B x 2^l groups.
+    Padding is neither attended to nor scored.
+
+    Args:
+        batch: without padding.
+        pad_to: fewest rows of a context.
+    """
+    groups, B, C = len(batch.context_lengths), batch.num_examples, batch.num_candidates
+    n, m = np.asarray(batch.context_lengths), np.asarray(batch.candidate_rows)
+    longest = pad_to * 2 ** _doublings(int(n.max()), pad_to)
+    level = max(_doublings(int(m.max()), 64), _doublings(C, 16), _doublings(groups, B))
+    most, slots, all_groups = 64 * 2**level, 16 * 2**level, B * 2**level
+    nobody = B * slots  # a candidate that is not scored: the one of all padding
+    starts = np.arange(groups)
+    contexts = _ranges_to_indices(starts * longest, starts * longest + n)
+    rows = _ranges_to_indices(starts * most, starts * most + m)
+    first = all_groups * longest
+    places = np.concatenate([contexts, first + rows])
+
+    def padded(tensor: Tensor, where: Any, size: int, fill: int = 0) -> Tensor:
+        return torch.full((size,), fill, dtype=tensor.dtype).index_copy_(0, torch.from_numpy(where), tensor)
+
+    size, length = all_groups * (longest + most), longest + most
+    row_candidate = padded(batch.row_candidate, rows, all_groups * most, nobody)
+    owner = np.full((all_groups, length), -2)
+    owner[:groups, :longest][np.arange(longest) < n[:, None]] = -1
+    owner[:, longest:] = np.where(row_candidate == nobody, -2, row_candidate).reshape(all_groups, most)
+    gather = np.concatenate(
+        [
+            np.arange(first).reshape(all_groups, longest),
+            first + np.arange(all_groups * most).reshape(all_groups, most),
+        ],
+        axis=1,
+    )
+    own_rows = _to_int64_tensor(np.arange(all_groups * most))
+    slot = batch.slot // C * slots + batch.slot % C
+    return replace(
+        batch,
+        tokens=padded(batch.tokens, places, size),
+        positions=padded(batch.positions, places, size),
+        blocks=padded(batch.blocks, places, size),
+        targets=padded(batch.targets, rows, all_groups * most),
+        row_candidate=row_candidate,
+        slot=torch.cat([slot, slot.new_full((nobody + 1 - len(slot),), nobody)]),
+        context_lengths=[longest] * all_groups,
+        candidate_rows=[most] * all_groups,
+        padding_index=PaddingIndex(
+            gather=_to_int64_tensor(gather),
+            scatter=_to_int64_tensor(np.argsort(gather.reshape(-1))),
+            gather_candidates=own_rows.view(all_groups, most),
+            scatter_candidates=own_rows,
+            owner=_to_int64_tensor(owner),
+            first_candidate=longest,
+        ),
+        num_candidates=slots,
+        has_padding=True,
+    )
+
+
+def _doublings(count: int, least: int) -> int:
+    """How often `least` must be doubled to hold `count`."""
+    return max(0, math.ceil(math.log2(count / least)))
 
 
 def build_padding_index(context_lengths: Any, candidate_rows: Any, row_candidate: Any) -> PaddingIndex:

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lit_glm.config.schema import TrainConfig
 from lit_glm.data.batch import PackedBatch, PaddedBatch
-from lit_glm.data.collate import collate_packed, collate_padded
+from lit_glm.data.collate import collate_packed, collate_padded, pad_packed
 from lit_glm.data.dataloader import PrefetchIterator, SignalSafeDataLoader, worker_init_fn
 from lit_glm.data.memmap_dataset import MemmapDataset
 from lit_glm.data.sampler import InfiniteDistributedBatchSampler, build_train_sampler
@@ -31,7 +31,13 @@ def collate_for(config: TrainConfig) -> Collate:
     """What turns examples into a batch of the chosen scoring."""
     if config.scoring.name == "published":
         return partial(_collate_padded, num_tokens=config.data.max_seq_length)
+    if config.data.pad_to is not None:
+        return partial(_collate_to_recurring_sizes, pad_to=config.data.pad_to)
     return collate_packed
+
+
+def _collate_to_recurring_sizes(split: MemmapDataset, indices: List[int], pad_to: int) -> PackedBatch:
+    return pad_packed(collate_packed(split, indices), pad_to)
 
 
 def _collate_padded(split: MemmapDataset, indices: List[int], num_tokens: int) -> PaddedBatch:
@@ -43,7 +49,7 @@ def evaluation_batches(
 ) -> Iterable[Any]:
     """This rank's share of the evaluation set in file order; every example belongs to exactly one rank."""
     mine = list(range(rank, len(split), world_size))
-    if config.scoring.name == "published":
+    if config.scoring.name == "published" or config.data.pad_to is not None:
         batches = [mine[start : start + config.eval_bs] for start in range(0, len(mine), config.eval_bs)]
     else:
         batches = batch_by_token_budget(mine, split.example_rows, config.eval_bs * config.data.max_seq_length)

@@ -15,7 +15,7 @@ from typing import Any, Dict, Iterator, List, Tuple
 from lit_glm.errors import InputError
 
 _PLAIN = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "–": "-"})
-_PLACEHOLDER = "@placeholder"
+PLACEHOLDER = "@placeholder"
 _OTHERS = 9  # wrong candidates of a training example
 _SHUFFLE_SEED = 42
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -187,7 +187,7 @@ def _parse_questions(
     found: List[Question] = []
     for query in queries:
         pieces = normalise_punctuation(_require_field(query, "query", str, "a question without text")).split(
-            _PLACEHOLDER
+            PLACEHOLDER
         )
         given = query.get("answers") or []
         if not isinstance(given, list) or "idx" not in query:

@@ -273,10 +273,9 @@ def choose_attention_layout(batch: PackedBatch, width: int, kernel: str) -> Any:
         width: D.
         kernel: `model.attention`.
     """
-    small = (
-        batch.padding_index.gather.shape[1] * width <= _SMALL_GROUP or batch.padding_index.gather.device.type != "cpu"
-    )
-    if small:
+    index = batch.padding_index
+    small = index.gather.shape[1] * width <= _SMALL_GROUP or index.gather.device.type != "cpu"
+    if small or batch.has_padding:
         return PaddedAttention.from_index(batch.padding_index, kernel)
     return PerGroupAttention.from_groups(batch.context_lengths, batch.candidate_rows, batch.row_candidate, kernel)
 

@@ -29,7 +29,7 @@ def score_shared_context(glm: GLM, batch: PackedBatch) -> Tensor:
     shape = glm.config
     plan = choose_attention_layout(batch, shape.hidden_size, shape.attention)
     h = glm.embed(batch.tokens, batch.positions, batch.blocks)
-    h = glm.encode(h, plan, first_row=sum(batch.context_lengths))
+    h = glm.encode(h, plan, first_row=len(batch.tokens) - len(batch.targets))
     # Only candidate rows reach the head: one row for each token to be predicted.
     log_probability = glm.log_probabilities(h, batch.targets)
     return log_probability.new_zeros(len(batch.slot)).index_add(0, batch.row_candidate, log_probability)
@@ -65,6 +65,8 @@ def candidate_scores(glm: GLM, batch: Union[PackedBatch, PaddedBatch], empty: fl
     if isinstance(batch, PackedBatch):
         scores = score_shared_context(glm, batch)
         B, C = batch.score_shape
+        if batch.has_padding:  # candidates of the padding have a slot of their own behind the others
+            return scores.new_full((B * C + 1,), empty).scatter(0, batch.slot, scores)[:-1].view(B, C)
         return scores.new_full((B * C,), empty).scatter(0, batch.slot, scores).view(B, C)
     slots = batch.score_shape[1]
     step = slice_size or slots

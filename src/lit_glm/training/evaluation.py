@@ -3,13 +3,14 @@
 import re
 import string
 from collections import Counter
-from typing import Any, Callable, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 from lit_glm.hardware.runtimes.base import Runtime
+from lit_glm.model.scoring import EVAL_MASK
 
 
 class ExactMatch(Metric):
@@ -72,6 +73,7 @@ def evaluate(
     runtime: Runtime,
     on_batch: Optional[OnBatch] = None,
     anybody: Callable[[bool], bool] = bool,
+    scores: Optional[Dict[int, List[float]]] = None,
 ) -> Tuple[Optional[float], List[Tuple[int, int]]]:
     """Choose a candidate for each example.
 
@@ -81,6 +83,7 @@ def evaluate(
         runtime: of the device that the model is on.
         on_batch: see `OnBatch`.
         anybody: whether any rank ended early, given whether this one did.
+        scores: gets the candidates' scores of each example, by its index; None: they are not read from the device.
 
     Returns:
         Accuracy over all ranks (None if ended early), and (example, chosen candidate) of this rank's examples.
@@ -89,18 +92,25 @@ def evaluate(
     training = module.training
     module.eval()
     chosen: List[Tuple[int, int]] = []
+    tables: List[Tensor] = []
     stopped = False
 
     def count(batch: Any, read: Callable[[], List[int]]) -> None:
         best = read()
         metric.update(best, batch.answers)
+        if scores is not None:
+            for index, row in zip(batch.indices, tables.pop(0).tolist()):
+                scores[index] = [score for score in row if score > EVAL_MASK / 2]
         chosen.extend(zip(batch.indices, best))
 
     waiting: Optional[Tuple[Any, Callable[[], List[int]]]] = None
     try:
         with torch.no_grad():
             for batch in loader:
-                best = module(batch.to(module.device, non_blocking=runtime.pins_memory)).argmax(dim=1)
+                table = module(batch.to(module.device, non_blocking=runtime.pins_memory))
+                best = table.argmax(dim=1)
+                if scores is not None:
+                    tables.append(table)
                 # The batch before is read while the device computes this one.
                 before, waiting = waiting, (batch, runtime.to_host_async(best))
                 if before is not None:
