@@ -178,6 +178,7 @@ def _become(request: Dict[str, Any], descriptors: List[int]) -> None:
     sys.argv = [request["module"], *request["arguments"]]
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests under nohup
     for number in request.get("ignored", ()):
         signal.signal(number, signal.SIG_IGN)
 

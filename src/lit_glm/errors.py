@@ -1,5 +1,7 @@
 """The two errors that people see without a traceback."""
 
+from typing import List
+
 
 class InputError(Exception):
     """Something that the user gave is wrong: a value, a name, a file. Exit status 2.
@@ -24,3 +26,11 @@ class RunError(Exception):
         """
         super().__init__(message)
         self.summary = summary
+
+
+def exception_chain(error: BaseException) -> List[BaseException]:
+    """List an error and its causes; the chain may be a cycle (omegaconf under a debugger, or with OC_CAUSE=1)."""
+    chain = [error]
+    while chain[-1].__cause__ is not None and chain[-1].__cause__ not in chain:
+        chain.append(chain[-1].__cause__)
+    return chain

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from conftest import lit_glm_here
+from conftest import lit_glm, lit_glm_here
 from lit_glm.config.hydra_main import CONF_DIR, compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
 
@@ -178,3 +178,11 @@ def test_the_name_of_a_group_is_not_a_key(
     group = override.split()[-1].lstrip("+").split(".")[0]
     assert f"choose {group}=NAME" in capfd.readouterr().err
     assert not list(tmp_path.rglob("result.json"))
+
+
+def test_an_error_that_is_its_own_cause_is_explained(tmp_path: Path) -> None:
+    """omegaconf makes such a chain where OC_CAUSE is set, or under a debugger."""
+    done = lit_glm("train", "experiment=debug", "+typo=1", cwd=tmp_path, env={"OC_CAUSE": "1"}, timeout=60)
+    assert done.returncode == 2
+    assert "typo" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,5 +1,8 @@
 """The files of conf/fix_hp/ against the published table, and what is said where nothing was published."""
 
+import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +11,7 @@ import pytest
 from conftest import lit_glm_here
 from lit_glm.config.hydra_main import CONF_DIR, compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
-from lit_glm.config.tuned_values import nearest_pair_hint, topologies_with_fix_hp
+from lit_glm.config.tuned_values import MODEL_KEYS, nearest_pair_hint, topologies_with_fix_hp
 
 MOST = 5553080
 # FlagPerf training/VENDOR/glm-pytorch/config, commit 1b5a030: pair -> bs, max_samples, lr, seed
@@ -78,3 +81,32 @@ def test_without_published_values_it_says_none_and_takes_the_nearest_only_if_ask
 def test_a_chip_is_no_part_of_anothers_name() -> None:
     assert set(topologies_with_fix_hp("bi_v100")) == {"1x1", "1x8", "2x8"}
     assert topologies_with_fix_hp("bi") == {}
+
+
+def a_search(folder: Path, age_s: float, **changes: Any) -> Path:
+    """A tune.json as `tune` leaves it for the debug configuration."""
+    config: Any = compose_config("train", ["experiment=debug"])
+    names = {key: config[key].name for key in ("hardware", "precision", "scoring", "model")}
+    content = {**names, "topology": "1x1", "tf32": config.precision.tf32, "max_seq_length": config.data.max_seq_length}
+    content.update({key: config.model[key] for key in MODEL_KEYS})
+    folder.mkdir(parents=True)
+    file = folder / "tune.json"
+    file.write_text(json.dumps({**content, "complete": True, **changes}))
+    os.utime(file, (time.time() - age_s, time.time() - age_s))
+    return folder
+
+
+def test_auto_takes_the_newest_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    a_search(Path("outputs/tune/a/old"), 100.0, fastest_bs=8)
+    new = a_search(Path("outputs/tune/a/new"), 50.0, fastest_bs=16)
+    torn = a_search(Path("outputs/tune/a/torn"), 10.0, fastest_bs=32)
+    (torn / "tune.json").write_text('{"fastest')
+    config = validate_config(compose_config("train", ["experiment=debug", "bs=auto"]), TrainConfig)
+    assert config.bs == 16
+    assert f"bs=auto: 16, the fastest that {new} found" in capfd.readouterr().err
+    part = a_search(Path("outputs/tune/a/part"), 1.0, fastest_bs=4, complete=False, largest_bs=8)
+    assert validate_config(compose_config("train", ["experiment=debug", "bs=auto"]), TrainConfig).bs == 4
+    said = capfd.readouterr().err
+    assert "WARNING: the fastest so far of an incomplete search" in said
+    assert f"run.resume={part}" in said

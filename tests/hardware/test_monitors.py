@@ -245,3 +245,8 @@ def test_an_error_is_no_driver_version(printed: str, tmp_path: Path, monkeypatch
         tool.write_text(f"#!/bin/sh\nprintf '%s\n' {shlex.quote(text)}\n")
         tool.chmod(0o755)
         assert nvidia_driver_version() == version
+
+
+def test_a_card_whose_memory_is_full_is_read() -> None:
+    (reading,) = parse_xpu_smi_m(new_line(0, 32768))
+    assert (reading.used_mib, reading.total_mib) == (32768, 32768)

@@ -100,3 +100,13 @@ def test_a_run_is_evaluated_on_its_own_device_where_that_is_present(
 
 def test_the_golden_checkpoint_is_one() -> None:
     assert len(read_weights(CHECKPOINT)) > 20
+
+
+def test_of_a_run_the_newest_checkpoint_is_read(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    limits = ["run.max_steps=4", "run.checkpoint_interval_steps=2", "logger=none"]
+    assert lit_glm_here("train", "experiment=debug", *limits, f"hydra.run.dir={run}") == 0
+    old, new = (read_weights(run / "checkpoints" / f"step-0000000{step}.ckpt") for step in (2, 4))
+    found = read_weights(run)
+    assert all(torch.equal(found[name], new[name]) for name in new)
+    assert not all(torch.equal(found[name], old[name]) for name in old)

@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 
 from conftest import GOLDEN_RUN, lit_glm_here
 from lit_glm.config.hydra_main import compose_config, validate_config
+from lit_glm.config.schema import RunConfig, TrainConfig
 from lit_glm.plan import PlanConfig
 from lit_glm.planning.cost_model import MeasuredRun, rank_speed
 from lit_glm.planning.interval import Interval, hull
 from lit_glm.planning.prediction import Prediction, all_reduce_time, predict
 from lit_glm.planning.workload import TypicalExamples, Workload
 from lit_glm.reporting.published_rows import load_published_rows
+from lit_glm.training.stopping_rules import has_reached_limit, is_evaluation_due
 
 TYPICAL = TypicalExamples.like_record(20_000, 512)
 
@@ -163,3 +165,23 @@ def test_fit_and_energy_by_the_hardware_file() -> None:
     assert small.energy_j.high == pytest.approx(small.total_s.high * 150.0)
     assert planned("hardware=r300", "scoring=published", "bs=400", "model.activation_checkpointing=false").fits is False
     assert planned("hardware=cpu", runs=[a_run(0.0, 1e11)]).fits is None
+
+
+@given(
+    batch=st.integers(1, 40),
+    most=st.integers(1, 400),
+    interval=st.integers(1, 200),
+    start=st.integers(0, 200),
+    limit=st.one_of(st.none(), st.integers(1, 50)),
+)
+def test_as_many_evaluations_are_planned_as_a_run_makes(
+    batch: int, most: int, interval: int, start: int, limit: Any
+) -> None:
+    run = RunConfig(max_samples=most, max_steps=limit, eval_interval_samples=interval, eval_start_samples=start)
+    steps, made = 0, 0
+    while steps == 0 or not has_reached_limit(steps, batch, run):
+        steps += 1
+        made += is_evaluation_due(steps, batch, run) or has_reached_limit(steps, batch, run)
+    work: Any = object.__new__(Workload)
+    work._config = TrainConfig(run=run, bs=batch)
+    assert (work.steps(), work.evaluations(steps)) == (steps, made)

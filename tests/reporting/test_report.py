@@ -5,12 +5,14 @@ import io
 import json
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any, Dict, List
 
 import pytest
 
 from lit_glm.report import main
+from lit_glm.reporting.run_reader import _is_process_alive
 from reporting.folders import make_run
 
 PUBLISHED = "scoring=published"
@@ -329,3 +331,12 @@ def test_simulated_runs_are_marked_in_every_figure(tmp_path: Path, capfd: Any) -
         legends = [figure for figure in figures if "bs=5" in figure]
         assert legends
         assert all(f"bs=5 ({word})" in figure for figure in legends)
+
+
+def test_a_run_of_another_machine_runs_while_any_of_its_files_is_new(tmp_path: Path) -> None:
+    for name, age_s in (("job.json", 4000.0), ("steps.csv", 5.0)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time.time() - age_s, time.time() - age_s))
+    assert _is_process_alive(tmp_path, {"host": "elsewhere", "pid": 1})
+    os.utime(tmp_path / "steps.csv", (time.time() - 4000.0, time.time() - 4000.0))
+    assert not _is_process_alive(tmp_path, {"host": "elsewhere", "pid": 1})

@@ -123,6 +123,8 @@ def _same(run: Path, whole: Path, folder: Path) -> None:
     assert columns(run / "evals.csv", "step", "samples", "acc") == columns(
         whole / "evals.csv", "step", "samples", "acc"
     )
+    skipped = [json.loads((path / "result.json").read_text())["skipped_steps"] for path in (run, whole)]
+    assert skipped[0] == skipped[1]
     weights = []
     for path in (run, whole):
         assert lit_glm_here("export", str(path), "--to", "published", "--out", str(folder / "w.pt")) == 0

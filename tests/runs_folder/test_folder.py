@@ -10,7 +10,7 @@ from conftest import lit_glm_here, rows, tree_digest
 from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
-from lit_glm.runs.discovery import default_search_paths, runs_by_config_hash
+from lit_glm.runs.discovery import default_search_paths, find_run_dirs, runs_by_config_hash
 from lit_glm.runs.job_spec import JobSpec
 from lit_glm.runs.lock import lock_directory
 from lit_glm.runs.run_folder import ensure_available
@@ -247,3 +247,13 @@ def test_memory_that_runs_out_in_an_evaluation(tmp_path: Path, capfd: Any, monke
     assert lit_glm_here("train", *DEBUG, "hydra.run.dir=run") == 1
     assert "out of memory in the evaluation after step 0 (eval_bs=4): estimated" in capfd.readouterr().err
     assert result(tmp_path / "run")["error"] == "out of memory"
+
+
+def test_runs_are_looked_for_as_deep_as_they_are_made(tmp_path: Path) -> None:
+    for name in ("a/b/c", "a/b/c/d", "x/child"):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+    (tmp_path / "a/b/c/d/job.json").touch()
+    (tmp_path / "x/child/job.json").touch()
+    assert list(find_run_dirs([(tmp_path / "x", 0)])) == []
+    assert list(find_run_dirs([(tmp_path / "a", 2)])) == []
+    assert list(find_run_dirs([(tmp_path / "a", 3)])) == [tmp_path / "a/b/c/d"]

@@ -16,3 +16,11 @@ def test_a_torn_last_line_and_later_steps_go(tmp_path: Path) -> None:
     assert again.total("seconds") == 4.5
     again.add(step=3, samples=12, acc=None, seconds=2.0)
     assert [row["acc"] for row in read_csv_rows(path, EVAL_COLUMNS)] == ["0.5", "0.5", "0.5", ""]
+
+
+def test_the_evaluation_before_training_is_no_training_time(tmp_path: Path) -> None:
+    table = AppendOnlyCSV(tmp_path / "evals.csv", EVAL_COLUMNS)
+    for step in range(3):
+        table.add(step=step, samples=4 * step, acc=0.5, seconds=1.5)
+    resumed = AppendOnlyCSV(tmp_path / "evals.csv", EVAL_COLUMNS, keep_steps=2)
+    assert resumed.total("seconds", after_step=0) == 3.0

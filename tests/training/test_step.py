@@ -11,10 +11,14 @@ import torch
 
 from conftest import GOLDEN, GOLDEN_RUN, lit_glm_here, rows
 from lit_glm.compat import dispatch_mode
-from lit_glm.config.schema import OptimizerConfig
+from lit_glm.config.hydra_main import compose_config, validate_config
+from lit_glm.config.schema import OptimizerConfig, TrainConfig
+from lit_glm.hardware.runtimes.cpu import CPURuntime
+from lit_glm.model.build import build_glm
 from lit_glm.model.glm import GLM, GLMConfig
 from lit_glm.training import module as module_file
 from lit_glm.training.evaluation import ExactMatch, em_and_f1, normalise_answer
+from lit_glm.training.module import RecordModule
 from lit_glm.training.optimizer import fused_unavailable_reason, make_optimizer, parameter_groups
 from lit_glm.verification.operator_check import operator_name
 
@@ -142,3 +146,10 @@ def test_official_scores(prediction: str, answers: List[str], em: float, f1: flo
 
 def test_normalisation() -> None:
     assert normalise_answer(" The  U.S. - an  Answer!") == "us answer"
+
+
+def test_skipped_steps_are_counted_on_after_a_resume(tmp_path: Path) -> None:
+    config = validate_config(compose_config("train", ["experiment=debug"]), TrainConfig)
+    module = RecordModule(build_glm(config.model)[0], config, CPURuntime())
+    module.on_load_checkpoint({"lit_glm": {"steps_done": 9, "steps_skipped": 3}})
+    assert (module.steps_done, module.steps_skipped) == (9, 3)

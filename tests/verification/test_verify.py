@@ -109,3 +109,9 @@ def test_distances() -> None:
     assert (
         relative_error(overflown, torch.tensor([1e6], dtype=torch.float64)).typical == 0.0
     )  # more than the type holds
+
+
+def test_below_the_smallest_half_one_step_is_no_error() -> None:
+    step = 2.0**-24
+    found = relative_error(torch.tensor([5 * step], dtype=torch.float16), torch.tensor([3 * step], dtype=torch.float64))
+    assert found.typical == pytest.approx(1 / 3)

@@ -15,7 +15,7 @@ from lit_glm.config.command_line import CommandLine
 from lit_glm.config.key_aliases import suggest_key
 from lit_glm.config.migration import old_key_message
 from lit_glm.config.schema import iter_leaves
-from lit_glm.errors import InputError
+from lit_glm.errors import InputError, exception_chain
 
 _TYPES = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "String": "text"}
 
@@ -45,9 +45,7 @@ def explain_hydra_error(error: BaseException, schema: Any, conf: Path) -> str:
     nodes = sorted({".".join(key.split(".")[:n]) for key in keys for n in range(1, key.count(".") + 1)})
     groups = sorted(entry.name for entry in conf.iterdir() if entry.is_dir() and any(entry.glob("*.yaml")))
     text = str(error)
-    causes = [error]
-    while causes[-1].__cause__ is not None:
-        causes.append(causes[-1].__cause__)
+    causes = exception_chain(error)
     cause = causes[-1]
 
     if isinstance(cause, yaml.YAMLError):

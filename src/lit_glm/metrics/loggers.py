@@ -11,7 +11,7 @@ from pytorch_lightning.utilities import rank_zero_only
 import lit_glm
 from lit_glm.atomic_files import write_text
 from lit_glm.config.schema import TrainConfig
-from lit_glm.errors import InputError
+from lit_glm.errors import InputError, exception_chain
 from lit_glm.metrics.background_logger import BackgroundLogger
 from lit_glm.metrics.registry import METRICS
 from lit_glm.metrics.run_metrics import RunMetrics
@@ -119,9 +119,7 @@ def _instantiate(group: str, name: str, entry: Dict[str, Any]) -> Any:
     except InputError:
         raise
     except Exception as error:  # a package that is missing, an argument too many, a server out of reach
-        cause: Optional[BaseException] = error
-        while cause is not None and not isinstance(cause, ImportError):
-            cause = cause.__cause__
+        cause = next((one for one in exception_chain(error) if isinstance(one, ImportError)), None)
         reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
         if cause is not None:
             raise InputError(

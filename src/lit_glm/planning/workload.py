@@ -124,6 +124,8 @@ class Workload:
         run, batch = self._config.run, self._config.global_batch
         if not run.evaluate:
             return 0
-        interval = max(1, -(-run.eval_interval_samples // batch))
-        early = max(0, -(-run.eval_start_samples // batch) - 1) // interval
-        return max(1, steps // interval - early + (1 if steps % interval else 0))
+        every = -(-run.eval_interval_samples // batch)
+        first = max(2, -(-run.eval_start_samples // batch))
+        at_the_end = {steps, *range(-(-run.max_samples // batch), steps + 1)}
+        by_interval = max(0, steps // every - (first - 1) // every)
+        return by_interval + sum(step < first or step % every != 0 for step in at_the_end)
