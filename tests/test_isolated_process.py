@@ -49,7 +49,7 @@ def test_a_result_and_progress() -> None:
     ("function", "said"),
     [
         (refuses, "^a.hdf5: no$"),
-        (breaks, "a.hdf5: is damaged, or no file of this kind .KeyError: 'chalk'."),
+        (breaks, "a.hdf5: damaged, or not a file of this kind .KeyError: 'chalk'."),
         (crashes, "a.hdf5: the process that read it was killed by SIGSEGV: the file is damaged"),
     ],
 )

@@ -1,3 +1,3 @@
-"""lit_glm fine-tunes GLM on ReCoRD on a given chip and records how fast and how well."""
+"""Benchmark of a device: fine-tunes GLM on ReCoRD, and records speed and accuracy."""
 
 __version__ = "0.2.0"

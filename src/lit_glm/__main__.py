@@ -1,4 +1,4 @@
-"""`lit-glm COMMAND ...` and `python -m lit_glm COMMAND ...`, the same as `python -m lit_glm.COMMAND ...`."""
+"""`lit-glm COMMAND ...` and `python -m lit_glm COMMAND ...`, equivalent to `python -m lit_glm.COMMAND ...`."""
 
 import importlib
 import sys
@@ -19,7 +19,7 @@ _COMMANDS = {
 
 
 def main() -> int:
-    """Run the command that the first argument names; returns its exit status."""
+    """Run the command that the first argument names; return its exit status."""
     if sys.argv[1:2] == ["--version"]:
         print(f"lit-glm {lit_glm.__version__}")
         return 0

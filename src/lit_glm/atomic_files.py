@@ -1,4 +1,4 @@
-"""Files that are whole at any moment, and one process at a time at making one."""
+"""Atomic replacement of files, and file locks."""
 
 import errno
 import fcntl
@@ -16,13 +16,13 @@ from lit_glm.errors import InputError
 
 @contextmanager
 def atomic_write(path: Path, durable: bool = False) -> Iterator[Path]:
-    """A temporary name to write to; what was written there gets the real one in one step, or is gone after an error.
+    """Yield a temporary path to write to, which is then renamed to `path` atomically, or deleted after an error.
 
     Args:
-        path: the real name.
-        durable: flush the file and its name to the disk, so that both survive a loss of power.
+        path: the final path.
+        durable: flush the file and its name to the disk, so that both survive a power loss.
     """
-    # A name of its own for each writer: two ranks that share one would read each other's half.
+    # One name per writer: ranks with the same name would overwrite each other's partial file.
     temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}-{threading.get_ident()}.part")
     try:
         yield temporary
@@ -46,33 +46,33 @@ def flush_to_disk(path: Path) -> None:
 
 
 def make_folder(folder: Path, instead: str = "give another hydra.run.dir=") -> None:
-    """Make a folder that the user has named.
+    """Create a folder that the user has named.
 
     Raises:
-        InputError: if it cannot be made; says what to do `instead`.
+        InputError: if it cannot be created; ends with the advice `instead`.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{folder}: the folder cannot be made ({error.strerror}); {instead}") from error
+        raise InputError(f"{folder}: the folder cannot be created ({error.strerror}); {instead}") from error
 
 
 def write_text(path: Path, text: str, durable: bool = False) -> None:
-    """Write a file that is at any moment either the old one or the new one."""
+    """Write a text file atomically."""
     with atomic_write(path, durable) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Dict[str, Any], durable: bool = False) -> None:
-    """As `write_text`."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n", durable)
 
 
 def try_lock(descriptor: int) -> bool:
-    """Lock an open file; False if another process has it, True too where the file system has no locks.
+    """Try to lock an open file; False if another process holds the lock, True also on file systems without locks.
 
-    The kernel's own locks (flock): it lets go of them however a process ends. A library for them (filelock 3.16, the
-    last for Python 3.8) takes a file system that has none for a lock that is never free.
+    Uses flock: the kernel releases it however a process ends. filelock 3.16 (the last version for Python 3.8) treats a
+    file system without locks as a lock that is never free.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -83,10 +83,10 @@ def try_lock(descriptor: int) -> bool:
 
 @contextmanager
 def file_lock(file: Path) -> Iterator[None]:
-    """Wait until nobody else is inside for the same file.
+    """Hold an exclusive lock on a file inside the block; waits until it is free.
 
     Raises:
-        OSError: if the file cannot be made.
+        OSError: if the file cannot be created.
     """
     descriptor = os.open(str(file), os.O_RDWR | os.O_CREAT, 0o644)
     try:

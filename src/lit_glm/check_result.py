@@ -1,4 +1,4 @@
-"""What one check of `doctor` or `verify` came to: a line for people, entries for programs."""
+"""Result of one check of `doctor` or `verify`."""
 
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -8,23 +8,23 @@ _MARKS = {"ok": "ok  ", "warn": "warn", "fail": "FAIL", "skip": "-   "}
 
 @dataclass
 class CheckResult:
-    """One line."""
+    """Result of one check, with a line of text for the user and fields for programs."""
 
     name: str
     status: str
-    """ok; warn: look at it; fail: it would go wrong, or is not to be trusted; skip: nothing was checked."""
+    """ok; warn: needs attention; fail: a run would fail or cannot be trusted; skip: nothing was checked."""
     message: str
     advice: str = ""
-    """What to do."""
+    """Advice on what to do."""
     value: Optional[float] = None
-    """What was measured,"""
+    """Measured value."""
     bound: Optional[float] = None
-    """and what it is held against."""
+    """Bound that the value is compared with."""
     artifact: Any = None
-    """What the check had to make, for later ones."""
+    """Object that the check created, for later checks."""
 
     def line(self) -> str:
-        """For people."""
+        """Return the line of text for the user."""
         against = "" if self.value is None or self.bound is None else f" ({self.value:.2g}, bound {self.bound:.2g})"
         advice = f" -> {self.advice}" if self.advice else ""
         return f"{_MARKS[self.status]}  {self.name}: {self.message}{against}{advice}"

@@ -1,16 +1,16 @@
-"""Names that dependencies call private and this project cannot do without. They stand nowhere else.
+"""Private APIs of dependencies that this project needs. They are used nowhere else.
 
-Each has its reason; `tests/test_compat.py` fails when a release of the dependency changes one.
+Each function gives the reason; `tests/test_compat.py` fails if a release of the dependency changes one.
 """
 
 from typing import Any, Callable, ContextManager, List, Optional, Tuple
 
 
 def keep_own_signals(trainer: Any) -> None:
-    """Have Lightning set no signal handlers, and broadcast none of its own between ranks.
+    """Prevent Lightning from installing signal handlers and from broadcasting signals between ranks.
 
-    Its handler of SIGTERM ends a run without a checkpoint, sits there from the middle of `fit` on, and has every step
-    of several ranks broadcast whether one has got the signal (Lightning 2.6). No argument of the trainer prevents it.
+    Its SIGTERM handler is installed in the middle of `fit`, ends a run without a checkpoint, and makes the ranks
+    broadcast at every step whether one has received the signal (Lightning 2.6). No trainer argument prevents it.
     """
     connector = trainer._signal_connector
     connector.register_signal_handlers = connector.teardown = lambda: None
@@ -18,9 +18,9 @@ def keep_own_signals(trainer: Any) -> None:
 
 
 def onednn_linear() -> Optional[Callable[..., Any]]:
-    """OneDNN's product of dense tensors, (x, weight, bias, "none", [], "") -> y; None before torch 2.
+    """Return oneDNN's linear for dense tensors, (x, weight, bias, "none", [], "") -> y; None before torch 2.
 
-    torch has no public way to it but tensors of a layout of their own, which are copied twice a call.
+    Through torch's public API it is only available for tensors in oneDNN's layout, which are copied twice per call.
     """
     import torch
 
@@ -31,7 +31,7 @@ def onednn_linear() -> Optional[Callable[..., Any]]:
 
 
 def numpy_unpickle_globals() -> Tuple[Callable[..., Any], ...]:
-    """What a pickled numpy random state names: published checkpoints hold one, which torch's safe reader must allow."""
+    """Return the globals of a pickled numpy random state, as in published checkpoints, for torch's safe loader."""
     import numpy as np
 
     core: Any = np._core if hasattr(np, "_core") else np.core  # numpy 2, numpy 1
@@ -40,10 +40,10 @@ def numpy_unpickle_globals() -> Tuple[Callable[..., Any], ...]:
 
 
 def dispatch_mode(see: Callable[[Any, Any, Any], Any]) -> ContextManager[Any]:
-    """Have `see(operator, args, kwargs)` called in place of each operator below autograd; it calls the operator itself.
+    """Return a context that calls `see(operator, args, kwargs)`, which runs it, for each operator below autograd.
 
-    torch has it in a module of a private name, with a base class that changed after 1.12; nothing public tells which
-    operators a step calls with their arguments.
+    The base class is in a private module of torch and has changed after 1.12; no public API reports the operators of a
+    step with their arguments.
     """
     from torch.utils import _python_dispatch
 
@@ -51,14 +51,14 @@ def dispatch_mode(see: Callable[[Any, Any, Any], Any]) -> ContextManager[Any]:
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             return see(func, args, kwargs or {})
 
-    push: Any = getattr(_python_dispatch, "push_torch_dispatch_mode", None)  # torch 1.12 makes it itself
+    push: Any = getattr(_python_dispatch, "push_torch_dispatch_mode", None)  # torch 1.12 creates the instance itself
     return Seeing() if push is None else push(Seeing)
 
 
 def multiply_all_(tensors: List[Any], factor: float) -> None:
-    """Multiply tensors in place: a few kernels for all of them, where one each would be 293 a step of GLM-Large.
+    """Multiply tensors in place with a few kernels; one per tensor would be 293 per step of GLM-Large.
 
-    torch documents its functions for lists of tensors, under names with an underscore.
+    torch documents its functions for lists of tensors, but their names begin with an underscore.
     """
     import torch
 
@@ -67,7 +67,7 @@ def multiply_all_(tensors: List[Any], factor: float) -> None:
 
 
 def copy_all_(targets: List[Any], sources: List[Any]) -> None:
-    """Copy tensors into others, whatever their types, as few kernels; one by one before torch 2.1."""
+    """Copy tensors into others of any dtype with few kernels; one by one before torch 2.1."""
     import torch
 
     each = getattr(torch, "_foreach_copy_", None)

@@ -13,25 +13,25 @@ from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError, RunError
 from lit_glm.hardware.env import set_hardware_env
 
-_DATA = "copy the file again and compare the sizes, or make it anew with python -m lit_glm.prepare"
+_DATA = "copy the file again and compare the sizes, or recreate it with python -m lit_glm.prepare"
 _ADVICE = {
-    "devices": "choose a topology or a hardware file that fits, or look at what hides cards (..._VISIBLE_DEVICES)",
+    "devices": "choose a topology or a hardware file that fits, or check what hides devices (..._VISIBLE_DEVICES)",
     "precision": "choose another precision",
-    "port": "set MASTER_PORT to a free one, the same on every node, or unset it on a single node",
-    "collectives": "look at the network between the ranks and at the variables of the collective library",
+    "port": "set MASTER_PORT to a free port, the same on every node, or unset it on a single node",
+    "collectives": "check the network between the ranks and the variables of the collective library",
     "data.train_file": _DATA,
     "data.eval_file": _DATA,
-    "checkpoint": "copy the checkpoint again and compare the sizes; its shape is that of model=...",
+    "checkpoint": "copy the checkpoint again and compare the sizes; its shapes must be those of model=...",
 }
-"""What to do where the error itself does not say it."""
+"""Advice for errors whose message contains none, by check."""
 
 
 def run_check(name: str, check: Callable[[], CheckResult]) -> CheckResult:
-    """Run a check; whatever it raises is a finding too.
+    """Run a check; an exception becomes a failed result.
 
     Args:
-        name: of the line.
-        check: leaves its finding's name empty.
+        name: name of the check.
+        check: returns a result without a name.
     """
     try:
         found = check()
@@ -46,11 +46,11 @@ def run_check(name: str, check: Callable[[], CheckResult]) -> CheckResult:
 
 
 def run_checks(config: TrainConfig, place: Path) -> Iterator[CheckResult]:
-    """Check one thing after the other.
+    """Run all checks in order, and yield their results.
 
     Args:
-        config: of the run that is to come.
-        place: folder that its run folder would be made in.
+        config: configuration of the planned run.
+        place: folder in which its run folder would be created.
     """
     kept = set_hardware_env(config.hardware)  # before anything imports torch
 
@@ -84,7 +84,7 @@ def run_checks(config: TrainConfig, place: Path) -> Iterator[CheckResult]:
 
 
 def main() -> int:
-    """Compose, check, say; returns 1 if any check failed, 2 for a wrong configuration."""
+    """Run the command; return 1 if any check failed, 2 for an invalid configuration, else 0."""
     arguments, as_json = list(sys.argv), "--json" in sys.argv
 
     def task(config: TrainConfig, _composed: Any) -> int:
@@ -100,7 +100,7 @@ def main() -> int:
             print(json.dumps({"ok": not failed, "checks": said}, indent=1, ensure_ascii=False))
         else:
             print(f"lit_glm: {len(failed)} failed: {', '.join(failed)}" if failed else "lit_glm: nothing failed")
-            print(f"lit_glm: the chip's own arithmetic: python -m lit_glm.verify hardware={config.hardware.name}")
+            print(f"lit_glm: to test the device's arithmetic: python -m lit_glm.verify hardware={config.hardware.name}")
         return 1 if failed else 0
 
     sys.argv = [argument for argument in arguments if argument != "--json"]

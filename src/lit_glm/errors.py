@@ -1,28 +1,28 @@
-"""The two errors that people see without a traceback."""
+"""Errors that are printed without a traceback."""
 
 from typing import List
 
 
 class InputError(Exception):
-    """Something that the user gave is wrong: a value, a name, a file. Exit status 2.
+    """Invalid user input: a value, a name or a file. Exit status 2.
 
-    The message says what was wrong, the value, where it came from and what to do.
+    The message states what is wrong, the value, where it came from and what to do.
     """
 
     exit_status = 2
 
 
 class RunError(Exception):
-    """The run itself failed: a rank died, a limit passed, a device vanished. Exit status 1."""
+    """Failure of the run itself: a rank died, a timeout expired, a device was lost. Exit status 1."""
 
     exit_status = 1
 
     def __init__(self, message: str, summary: str = "") -> None:
-        """Say what happened.
+        """Create the error.
 
         Args:
-            message: all of it, for the screen.
-            summary: in a few words, for result.json; "": the message.
+            message: full message for the terminal.
+            summary: short form for result.json; "": use the message.
         """
         super().__init__(message)
         self.summary = summary

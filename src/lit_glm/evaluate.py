@@ -1,4 +1,4 @@
-"""`python -m lit_glm.evaluate`: score a checkpoint on the evaluation set; EM and F1, predictions to a file."""
+"""`python -m lit_glm.evaluate`: score a checkpoint on the evaluation set; prints EM and F1, writes predictions."""
 
 import json
 import os
@@ -16,7 +16,7 @@ _FILES = ("evaluation.json", "predictions.jsonl")
 
 
 def read_example_metadata(eval_file: Path, num_examples: int) -> Optional[List[Dict[str, Any]]]:
-    """What `prepare` left beside an evaluation file: idx, candidates and answers of each example as text.
+    """Read what `prepare` wrote next to an evaluation file: idx, candidates and answers of each example as text.
 
     Returns:
         None if there is no such file (the published data has none).
@@ -31,7 +31,7 @@ def read_example_metadata(eval_file: Path, num_examples: int) -> Optional[List[D
         return None
     names = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     if len(names) != num_examples:
-        raise InputError(f"{path}: has {len(names)} lines, {eval_file} has {num_examples} examples; prepare both anew")
+        raise InputError(f"{path}: has {len(names)} lines, {eval_file} has {num_examples} examples; prepare both again")
     return names
 
 
@@ -90,14 +90,14 @@ def score_predictions(names: List[Dict[str, Any]], chosen: List[Tuple[int, int]]
 
 
 def inherit_run_config(config: TrainConfig, given: List[str], overrides: List[str]) -> TrainConfig:
-    """Take model, data and device of the run whose checkpoint is to be scored; the command line wins.
+    """Use model, data and device of the run whose checkpoint is scored; the command line takes precedence.
 
-    Where the run's device is not present the command line's is used, with a message.
+    If the run's device is not present, the command line's is used, with a message.
 
     Args:
-        config: of the command line.
+        config: configuration of the command line.
         given: keys and groups that the command line sets.
-        overrides: of the command line.
+        overrides: overrides of the command line.
     """
     from dataclasses import fields, replace
 
@@ -120,10 +120,10 @@ def inherit_run_config(config: TrainConfig, given: List[str], overrides: List[st
 
 
 def _hardware_of_run(run: TrainConfig, config: TrainConfig, overrides: List[str]) -> Any:
-    """The device that a run was made on, if it is present; else the command line's, with a message.
+    """Return the hardware of a run if its device is present; else the command line's, with a message.
 
-    It is taken by its name, from this installation's files or the user's: what stands in the run folder may be somebody
-    else's, and names classes and variables.
+    It is looked up by name in the files of this installation or of the user, because a run folder may be foreign, and
+    its configuration names classes and environment variables.
     """
     from lit_glm.config.hydra_main import compose_config, validate_config
     from lit_glm.hardware.env import set_hardware_env
@@ -154,7 +154,7 @@ def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
     if config.topology.world_size > 1:
         raise InputError(f"topology={config.topology.name}: evaluate runs on one device; leave topology out")
     if config.model.init_checkpoint is None:
-        raise InputError("model.init_checkpoint is not set: which checkpoint or run folder is to be scored?")
+        raise InputError("model.init_checkpoint is not set: give the checkpoint or run folder to score")
     hydra = HydraConfig.get()
     given = [override.key_or_group for override in CommandLine(list(hydra.overrides.task)).parse()]
     out = _folder_for(config, hydra)
@@ -186,14 +186,14 @@ def _folder_for(config: TrainConfig, hydra: Any) -> Path:
 
 
 def _check_not_foreign(out: Path) -> None:
-    """Refuse to write over what is not an evaluation's."""
+    """Reject a folder with files that an evaluation would overwrite but did not write."""
     foreign = [name for name in _FILES if (out / name).exists()]
     try:
         ours = "eval_file" in json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         ours = False
     if foreign and not ours:
-        raise InputError(f"{out}: holds {', '.join(foreign)} of something else; give another hydra.run.dir=")
+        raise InputError(f"{out}: contains {', '.join(foreign)}, not written by evaluate; give another hydra.run.dir=")
 
 
 def _score_checkpoint(
@@ -217,7 +217,7 @@ def _score_checkpoint(
 
     split = open_dataset(config.data.eval_file, True, config.data.cache_dir)
     split.check_fits_model(config.model.vocab_size, config.model.max_sequence_length, config.data.max_seq_length)
-    read_example_metadata(Path(config.data.eval_file), len(split))  # said before the work
+    read_example_metadata(Path(config.data.eval_file), len(split))  # fails before the work
     device = runtime.device(0)
     check_attention_available(config.model.attention)
     glm, done = build_glm(config.model, runtime.model_ops())
@@ -254,7 +254,7 @@ def _write_results(
 
 def _print_scores(out: Path, report: Dict[str, Any], config: TrainConfig, runtime: Any, named: bool) -> None:
     if runtime.simulated:
-        print(f"SIMULATED on the processor, no figure of {config.hardware.name}")
+        print(f"SIMULATED on the CPU, not measured on {config.hardware.name}")
     print(f"device  {runtime.device_name(0) or config.hardware.name} (hardware={config.hardware.name})")
     for key, value in report.items():
         if key == "num_examples":
@@ -263,14 +263,14 @@ def _print_scores(out: Path, report: Dict[str, Any], config: TrainConfig, runtim
             print(f"{key}  {100 * value:.2f}%")
     if not named:
         print(
-            "em, f1 and texts of the predictions need eval_examples.jsonl, which prepare writes beside the HDF5 file;"
+            "em, f1 and texts of the predictions need eval_examples.jsonl, which prepare writes next to the HDF5 file;"
         )
         print("predictions are numbered instead: idx = example, label = candidate")
     print(f"predictions  {out / 'predictions.jsonl'}")
 
 
 def main() -> int:
-    """Compose, check and run; a first word that is a path stands for model.init_checkpoint; returns the exit status."""
+    """Run the command; a first argument that is a path sets model.init_checkpoint; return the exit status."""
     arguments = list(sys.argv)
     flagged = {place + 1 for place, word in enumerate(arguments) if word in ("--config-dir", "-cd")}
     for place, word in enumerate(arguments):

@@ -1,4 +1,4 @@
-"""`python -m lit_glm.export RUN_DIR --to published|safetensors --out FILE`: the fine-tuned weights of a run."""
+"""`python -m lit_glm.export RUN_DIR --to published|safetensors --out FILE`: write the fine-tuned weights of a run."""
 
 import argparse
 import sys
@@ -15,10 +15,10 @@ def export(run_dir: Path, layout: str, out: Path) -> str:
     Args:
         run_dir: a run folder.
         layout: published or safetensors.
-        out: the file; appears complete or not at all.
+        out: the file; written atomically.
 
     Returns:
-        What was written, for people.
+        A message about what was written.
 
     Raises:
         InputError: if the folder holds no usable checkpoint or the file cannot be written.
@@ -29,11 +29,11 @@ def export(run_dir: Path, layout: str, out: Path) -> str:
     from lit_glm.runs.job_spec import JOB_FILE, read_job_json
 
     if not (run_dir / JOB_FILE).is_file():
-        raise InputError(f"{run_dir}: is no run folder (it has no {JOB_FILE})")
-    stored_hash = str((read_job_json(run_dir) or {}).get("config_hash"))  # of the version that wrote the checkpoints
+        raise InputError(f"{run_dir}: is not a run folder (no {JOB_FILE})")
+    stored_hash = str((read_job_json(run_dir) or {}).get("config_hash"))  # as computed by the version that wrote them
     path, content, passed_over = checkpoints.latest_valid(run_dir, stored_hash, whole=True)
     if path is None:
-        raise InputError("\n".join([f"{run_dir}: holds no checkpoint that can be used", *passed_over]))
+        raise InputError("\n".join([f"{run_dir}: contains no usable checkpoint", *passed_over]))
     weights = {name[len("glm.") :]: tensor for name, tensor in content["state_dict"].items()}
     step = content["lit_glm"]["steps_done"]
     try:
@@ -43,18 +43,18 @@ def export(run_dir: Path, layout: str, out: Path) -> str:
                 save_published(weights, temporary, step)
             else:
                 save_safetensors(weights, temporary)
-    except Exception as error:  # safetensors has an error of its own for a file that cannot be written
+    except Exception as error:  # safetensors raises its own error for a file that cannot be written
         raise InputError(f"--out {out}: cannot be written ({error})") from error
     count = sum(tensor.numel() for tensor in weights.values())
     return f"{out}: {len(weights)} tensors, {count} parameters, after step {step}"
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
-    """Parse, export; returns the exit status."""
+    """Parse the arguments and export; return the exit status."""
     parser = argparse.ArgumentParser("lit_glm.export", description="Write the fine-tuned weights of a run.")
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run folder of train")
     parser.add_argument("--to", required=True, choices=("published", "safetensors"), help="layout of the file")
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="where it goes")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="file to write")
     given = parser.parse_args(arguments)
     protect_output()
     try:

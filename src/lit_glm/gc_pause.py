@@ -1,7 +1,7 @@
-"""Importing torch and Lightning without the garbage collector: a sixth of the time that it takes.
+"""Pause of the garbage collector while torch and Lightning are imported; it takes a sixth of the import time.
 
-What modules are made of stays to the end of the process. Python's collector looks through it again and again while it
-grows, and at every full collection afterwards, on the step path too.
+Module objects live until the process exits. Python's collector scans them repeatedly while their number grows, and at
+every full collection afterwards, also during training steps.
 """
 
 import gc
@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from typing import Iterator
 
 _LARGE = 100
-"""Modules that a large library brings at least."""
+"""Minimum number of modules that a large library imports."""
 
 
 @contextmanager
 def paused_gc() -> Iterator[None]:
-    """Let the collector rest meanwhile, and leave out from then on what has been imported, if it is much."""
+    """Disable the collector inside the block; freeze the existing objects afterwards if much was imported."""
     before, was_on = len(sys.modules), gc.isenabled()
     gc.disable()
     try:

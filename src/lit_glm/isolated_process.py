@@ -1,6 +1,6 @@
-"""Calls a function in a process of its own: what a damaged file does to a C library must not end the one that asks.
+"""Call of a function in a child process, so that a damaged file that crashes a C library does not end the caller.
 
-The child is this file as a program; function and arguments go there pickled, progress and result come back.
+The child runs this module; it receives function and arguments pickled, and sends back progress and result.
 """
 
 import errno
@@ -17,28 +17,28 @@ from typing import Any, Callable, Optional
 from lit_glm.errors import InputError
 
 _TIMEOUT_S = 300.0
-"""A library that follows a damaged structure may go round for ever."""
+"""Seconds without a message from the child: a library may loop forever on a damaged file."""
 _MAX_ADDRESS_SPACE_BYTES = 2**34
-"""Of address space: a size that is damaged must not take all of the machine's memory."""
+"""Limit of the child's address space: a damaged size must not exhaust the machine's memory."""
 _WRITE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 ReportProgress = Callable[[int, int], None]
-"""Told (done, in all)."""
+"""Callback with (done, total)."""
 
 
 def call_isolated(function: Callable[..., Any], *arguments: Any, progress: Optional[ReportProgress] = None) -> Any:
-    """Call a function elsewhere.
+    """Call a function in a child process.
 
     Args:
-        function: of a module, found by its name; its last parameter is a `Progress`.
-        arguments: all others; they and what it returns must be picklable.
-        progress: told how far it is.
+        function: function that can be imported by name; its last parameter is a `ReportProgress`.
+        arguments: its other arguments; they and the result must be picklable.
+        progress: called with the progress.
 
     Returns:
-        What it returned.
+        The result of the function.
 
     Raises:
-        InputError: what it raised as that; or that it died, and of what.
-        OSError: if what it writes cannot be written.
+        InputError: if the function raised one, or the process died; gives the cause.
+        OSError: if the output of the function cannot be written.
     """
     places = os.pathsep.join(filter(None, [*sys.path, os.environ.get("PYTHONPATH", "")]))
     child = subprocess.Popen(
@@ -55,8 +55,8 @@ def call_isolated(function: Callable[..., Any], *arguments: Any, progress: Optio
         return _wait_for_result(child, silent, progress)
     except (EOFError, pickle.UnpicklingError, BrokenPipeError):
         status = child.wait()
-        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
-        how = f"gave no sign for {_TIMEOUT_S:g} s" if silent.is_set() else how
+        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
+        how = f"did not respond for {_TIMEOUT_S:g} s" if silent.is_set() else how
         raise InputError(f"{arguments[0]}: the process that read it {how}: the file is damaged") from None
     finally:
         if child.poll() is None:
@@ -65,7 +65,7 @@ def call_isolated(function: Callable[..., Any], *arguments: Any, progress: Optio
 
 
 def _wait_for_result(child: Any, silent: threading.Event, progress: Optional[ReportProgress]) -> Any:
-    """Listen until the child has an answer; one that says nothing for too long is ended."""
+    """Wait for the child's result; kill a child that sends nothing for `_TIMEOUT_S` seconds."""
 
     def end() -> None:
         silent.set()
@@ -89,12 +89,12 @@ def _wait_for_result(child: Any, silent: threading.Event, progress: Optional[Rep
 
 
 def main() -> None:
-    """The child."""
+    """Run the child: call the function, and send progress and result to the parent."""
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     if hard == resource.RLIM_INFINITY or hard > _MAX_ADDRESS_SPACE_BYTES:
         resource.setrlimit(resource.RLIMIT_AS, (_MAX_ADDRESS_SPACE_BYTES, hard))
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # keep the output of libraries out of the answers
     module, name, arguments = pickle.load(sys.stdin.buffer)  # noqa: S301 (of our own parent)
 
     def answer(kind: str, value: Any) -> None:
@@ -109,13 +109,13 @@ def main() -> None:
     except InputError as error:
         answer("refused", str(error))
     except OSError as error:
-        if error.errno in _WRITE_ERRNOS or "requested and" in str(error):  # numpy's words for a disk that is full
+        if error.errno in _WRITE_ERRNOS or "requested and" in str(error):  # numpy's message for a full disk
             answer("failed", str(error))
         else:
             answer("refused", f"{arguments[0]}: cannot be read ({error})")
     except Exception as error:  # a damaged file fails in many ways inside its library
         reason = (str(error).strip().splitlines() or [""])[0]
-        answer("refused", f"{arguments[0]}: is damaged, or no file of this kind ({type(error).__name__}: {reason})")
+        answer("refused", f"{arguments[0]}: damaged, or not a file of this kind ({type(error).__name__}: {reason})")
 
 
 if __name__ == "__main__":

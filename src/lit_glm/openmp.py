@@ -1,9 +1,9 @@
-"""How many threads a processor's step takes, and how long they spin for each other. Nothing here imports torch.
+"""OpenMP settings: number of threads per rank, and how long they spin. Does not import torch.
 
-A step has some hundred parallel regions. Threads that wait for the next one by spinning take the core of whoever else
-computes, and a region ends when its last thread had a core: beside one busy process a step took 70 times as long
-(benchmarks/). So spinning is bounded, before the OpenMP library is loaded, and a step that is too small for threads
-takes one.
+A step has some hundred parallel regions. Threads that spin while they wait for the next region occupy cores that other
+processes need, and a region ends only when its last thread has had a core: next to one busy process a step took 70
+times as long (benchmarks/). Therefore spinning is limited before the OpenMP library is loaded, and a step that is too
+small for several threads uses one.
 """
 
 import math
@@ -12,30 +12,30 @@ from pathlib import Path
 from typing import Dict, Optional
 
 SPIN_LIMITS = {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "0"}
-"""GNU's library: turns of its waiting loop (benchmarks/beside.py); Intel's: milliseconds (not measured)."""
+"""GNU's library: iterations of its wait loop (benchmarks/beside.py); Intel's: milliseconds (not measured)."""
 _POLICIES = ("OMP_WAIT_POLICY", "KMP_LIBRARY", *SPIN_LIMITS)
 THREAD_COUNT_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 LAUNCHER_THREADS_VARIABLE = "LIT_GLM_THREADS"
-"""Set beside OMP_NUM_THREADS where that is the launcher's and not the user's."""
+"""Set together with OMP_NUM_THREADS if the launcher, not the user, chose that value."""
 _WORK_PER_THREAD = 2**24
-"""Multiply-adds of a layer that are worth a thread: a tenth of a millisecond."""
+"""Multiply-adds of a layer per thread: a tenth of a millisecond, the least that justifies a thread."""
 
 
 def limit_spinning() -> None:
-    """Bound the spinning of the OpenMP libraries; where the user has said how threads wait, that stays."""
+    """Limit the spinning of the OpenMP libraries, unless the user has set how threads wait."""
     if not any(name in os.environ for name in _POLICIES):
         os.environ.update(SPIN_LIMITS)
 
 
 def available_cores() -> int:
-    """Cores that this process may use, by its affinity and the quota of its control groups."""
+    """Return the number of cores that this process may use, by its affinity and its cgroup quota."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _cgroup_cpu_quota()
     return bound if quota is None else max(1, min(bound, math.ceil(quota)))
 
 
 def _cgroup_cpu_quota() -> Optional[float]:
-    """Cores that the control group may use on average; None: all of them."""
+    """Return the number of cores that the cgroup may use on average; None if unlimited."""
     for path, period_path in (
         ("/sys/fs/cgroup/cpu.max", None),
         ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
@@ -51,7 +51,7 @@ def _cgroup_cpu_quota() -> Optional[float]:
 
 
 def omp_env_for_ranks(devices: int) -> Dict[str, str]:
-    """Variables of ranks that share this machine; none where the user has said how many threads they take."""
+    """Return the variables of ranks that share this machine; {} if the user has set the number of threads."""
     if any(name in os.environ for name in THREAD_COUNT_VARIABLES):
         return {}
     share = str(max(1, available_cores() // devices))
@@ -59,16 +59,16 @@ def omp_env_for_ranks(devices: int) -> Dict[str, str]:
 
 
 def choose_num_threads(rows: float, width: int, devices: int, begun_with: Optional[int]) -> Optional[int]:
-    """Threads of a rank.
+    """Choose the number of threads of a rank.
 
     Args:
-        rows: of a step's batch, on the average.
-        width: D.
-        devices: ranks on this machine.
-        begun_with: of a run that goes on, what it began with: another number sums up in another order.
+        rows: average number of rows of a step's batch.
+        width: hidden size, D.
+        devices: number of ranks on this machine.
+        begun_with: number of a resumed run's earlier part; another number changes the order of summation.
 
     Returns:
-        How many to set; None: the user has said it.
+        The number to set; None if the user has set it.
     """
     if LAUNCHER_THREADS_VARIABLE not in os.environ and any(name in os.environ for name in THREAD_COUNT_VARIABLES):
         return None

@@ -1,4 +1,4 @@
-"""`python -m lit_glm.plan [group=name,name] ...`: what a run would take, before anything is rented."""
+"""`python -m lit_glm.plan [group=name,name] ...`: predict memory, time, throughput and energy of a run."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from lit_glm.errors import InputError
 
 @dataclass
 class PlanOptions:
-    """What plan learns from and shows."""
+    """Options of `plan`: measured runs, and device counts of the plot."""
 
     runs: Any = None
     device_counts: List[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
@@ -27,7 +27,7 @@ class PlanOptions:
 
 @dataclass
 class PlanConfig(TrainConfig):
-    """The configuration of `train`, and what plan learns from."""
+    """Configuration of `train` with the options of `plan`."""
 
     plan: PlanOptions = field(default_factory=PlanOptions)
 
@@ -38,16 +38,16 @@ def _parse_run_dirs(given: Optional[Union[str, List[str]]]) -> List[Path]:
 
 
 def _combinations(line: CommandLine) -> List[List[str]]:
-    """Each combination of the lists; what plan itself is told belongs to all of them.
+    """Return the overrides of each combination of the lists; `plan.*` overrides apply to all of them.
 
     Raises:
-        InputError: on what is a search and no list.
+        InputError: on a search instead of a list.
     """
     own: List[str] = []
     rest: List[str] = []
     for text, override in zip(line.overrides, line.parse()):
         if override.is_sweep_override() and not override.is_discrete_sweep():
-            raise InputError(f"{text}: plan takes lists (bs=1,2,4), no intervals")
+            raise InputError(f"{text}: plan takes lists (bs=1,2,4), not intervals")
         key, _, value = text.partition("=")
         if key == "plan.runs" and override.is_sweep_override():
             text = f"plan.runs=[{value}]"
@@ -56,10 +56,10 @@ def _combinations(line: CommandLine) -> List[List[str]]:
 
 
 def _validate_combination(overrides: List[str]) -> Any:
-    """One combination.
+    """Compose and validate one combination.
 
     Raises:
-        InputError: names what of it does not exist or fit.
+        InputError: if a name does not exist or a value is invalid.
     """
     try:
         return validate_config(compose_config("plan", overrides), PlanConfig)
@@ -68,9 +68,9 @@ def _validate_combination(overrides: List[str]) -> Any:
 
 
 def _with_common_limit(configs: List[Any], combinations: List[List[str]]) -> Tuple[List[Any], int, str]:
-    """The combinations, all with the same number of samples, that number, and what it is in words.
+    """Return the combinations with the same number of samples for all, that number, and its description.
 
-    The published values of the pairs have limits of their own, from 4,000 to millions: rows of unequal limits mislead.
+    The fix_hp files have different limits, from 4,000 to millions of samples; rows with different limits mislead.
     """
     from lit_glm.reporting.published_rows import load_published_run_length
 
@@ -78,9 +78,9 @@ def _with_common_limit(configs: List[Any], combinations: List[List[str]]) -> Tup
     limits = {min(own.run.max_samples, (own.run.max_steps or math.inf) * own.global_batch) for own in configs}
     if len(limits) == 1 and {"run.max_samples", "run.max_steps", "experiment"} & given:
         samples = int(min(limits))
-        return configs, samples, f"a run of {samples:,} samples, its limit"
+        return configs, samples, f"a run of {samples:,} samples, the configured limit"
     samples, run = load_published_run_length()
-    reason = f"as {run} had; run.max_samples= gives another"
+    reason = f"as in {run}; set run.max_samples= for another"
     if "run.max_samples" in given:
         samples, reason = max(own.run.max_samples for own in configs), "the largest run.max_samples"
     runs = [replace(own.run, max_samples=samples, max_steps=None) for own in configs]
@@ -92,7 +92,7 @@ def _with_common_limit(configs: List[Any], combinations: List[List[str]]) -> Tup
 
 
 def _make_task(combinations: List[List[str]], as_json: bool) -> Any:
-    """What is done with the first combination's configuration: all of them are predicted."""
+    """Return the task, which gets the first combination's configuration and predicts all combinations."""
 
     def task(config: Any, _composed: Any) -> int:
         from hydra.core.hydra_config import HydraConfig
@@ -106,7 +106,7 @@ def _make_task(combinations: List[List[str]], as_json: bool) -> Any:
         configs = [_validate_combination(overrides) for overrides in combinations]
         configs, samples, reason = _with_common_limit(configs, combinations)
         if min(config.plan.device_counts, default=1) < 1:
-            raise InputError(f"plan.device_counts={config.plan.device_counts}: numbers from 1 on")
+            raise InputError(f"plan.device_counts={config.plan.device_counts}: must be at least 1")
         folder = Path(str(HydraConfig.get().run.dir)).resolve()
         measured = [MeasuredRun.read(path) for path in _parse_run_dirs(config.plan.runs)]
         published = load_published_rows()
@@ -117,7 +117,7 @@ def _make_task(combinations: List[List[str]], as_json: bool) -> Any:
             if work.enough:
                 predictions.append(predict(own, rank_speed(own, measured, published, work), work, data, samples))
                 continue
-            asked = f"{own.global_batch} examples a step, {len(train)} there"
+            asked = f"{own.global_batch} examples per step, {len(train)} available"
             left_out.append(f"{own.topology.name}, bs={own.bs}: {asked}")
         if not predictions:
             raise InputError("nothing to predict: " + "; ".join(left_out))
@@ -129,7 +129,7 @@ def _make_task(combinations: List[List[str]], as_json: bool) -> Any:
 
 
 def main() -> int:
-    """Compose, predict, say; returns 2 for a wrong configuration."""
+    """Run the command; return the exit status, 2 for an invalid configuration."""
     arguments, as_json = list(sys.argv), "--json" in sys.argv
     sys.argv = [argument for argument in arguments if argument not in ("--json", "-m", "--multirun")]
     combinations: List[List[str]] = []

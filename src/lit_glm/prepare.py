@@ -1,4 +1,4 @@
-"""`python -m lit_glm.prepare`: raw ReCoRD to the HDF5 files that `train` reads."""
+"""`python -m lit_glm.prepare`: convert raw ReCoRD to the HDF5 files that `train` reads."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ from lit_glm.errors import InputError
 
 
 def prepare(config: PrepareConfig, _composed: Any) -> int:
-    """Run the conversion and say what became of each file."""
+    """Run the conversion and print the result of each file."""
     data = config.data
     if data.name == "synthetic":
         from lit_glm.data.synthetic import ensure_synthetic_data
@@ -40,7 +40,7 @@ def prepare(config: PrepareConfig, _composed: Any) -> int:
 
 
 def main() -> int:
-    """Compose, check and run; returns the exit status."""
+    """Run the command and return the exit status."""
     return run_command("prepare", PrepareConfig, prepare)
 
 

@@ -1,4 +1,4 @@
-"""How processes of a job end: with whoever started them, when they are told to, and without being held up."""
+"""Process control: parent-death signal, limit of open files, termination of process trees, immediate exit."""
 
 import ctypes
 import os
@@ -12,25 +12,25 @@ import psutil
 from lit_glm.errors import RunError
 
 GRACE_S = 40.0
-"""For a process that saves before it ends."""
+"""Grace period in seconds for a process that saves before it exits."""
 _MOST_OPEN_FILES = 65536
 _LOADER_OPEN_FILES = 256
-"""That loaders' processes and their rank need at least; with fewer they wait for each other without a word."""
+"""Minimum number of open files for loader workers and their rank; with fewer they deadlock silently."""
 
 
 _LIBC = ctypes.CDLL(None)  # opened here: a child between fork and exec must not load a library
 
 
 def set_parent_death_signal(number: int = signal.SIGKILL) -> None:
-    """Have the kernel send this process a signal when its parent ends (Linux: prctl PR_SET_PDEATHSIG)."""
+    """Make the kernel send this process a signal when its parent exits (Linux: prctl PR_SET_PDEATHSIG)."""
     try:
         _LIBC.prctl(1, int(number))
-    except (AttributeError, OSError):  # another system
+    except (AttributeError, OSError):  # not Linux
         pass
 
 
 def raise_open_files_limit() -> None:
-    """Raise the soft limit of open files to the hard one: loaders' processes hand over tensors as open files."""
+    """Raise the soft limit of open files to the hard one: loader workers send tensors as open files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -50,13 +50,13 @@ def check_open_files_limit(num_workers: int) -> None:
     if num_workers > 0 and soft != resource.RLIM_INFINITY and soft < _LOADER_OPEN_FILES:
         raise RunError(
             f"a process may open {soft} files here (ulimit -Hn), but data.num_workers={num_workers} needs "
-            f"{_LOADER_OPEN_FILES}: raise the limit, or take data.num_workers=0",
+            f"{_LOADER_OPEN_FILES}: raise the limit, or use data.num_workers=0",
             f"open files are limited to {soft}",
         )
 
 
 def kill_session(pid: int) -> None:
-    """End the session that a process has begun, at once; the process itself may be gone."""
+    """Kill all processes of the session that a process leads; the process itself may have exited."""
     try:
         os.killpg(pid, signal.SIGKILL)
     except OSError:
@@ -64,12 +64,12 @@ def kill_session(pid: int) -> None:
 
 
 def terminate_tree(process: psutil.Process, grace_s: float, number: Optional[int] = signal.SIGTERM) -> None:
-    """End a process and all that it has started: asked first, killed when the time is over.
+    """Terminate a process and its descendants: with a signal first, with SIGKILL after a grace period.
 
     Args:
-        process: the one that is asked, and passes it on.
-        grace_s: how long it may take.
-        number: the signal that asks; None: it has been asked already.
+        process: root of the tree, which gets the signal and passes it on.
+        grace_s: grace period in seconds.
+        number: the signal; None: it has been sent already.
     """
     tree = [process, *_children(process)]
     try:
@@ -82,7 +82,7 @@ def terminate_tree(process: psutil.Process, grace_s: float, number: Optional[int
 
 
 def kill_processes(processes: List[psutil.Process]) -> None:
-    """End processes at once."""
+    """Kill processes with SIGKILL."""
     for process in processes:
         try:
             process.kill()
@@ -91,7 +91,7 @@ def kill_processes(processes: List[psutil.Process]) -> None:
 
 
 def kill_children() -> None:
-    """End all that this process has started."""
+    """Kill all descendants of this process."""
     kill_processes(_children(psutil.Process()))
 
 
@@ -103,10 +103,10 @@ def _children(process: psutil.Process) -> List[psutil.Process]:
 
 
 def exit_now(status: int) -> None:
-    """End this rank without the interpreter's teardown.
+    """Exit this process without the interpreter's teardown.
 
-    After a failure a peer that is gone must not hold this process up; after a success threads of torch's collectives
-    that are still joinable would abort it now and then.
+    After a failure, teardown may wait for a lost peer; after a success, threads of torch's collectives that are still
+    joinable occasionally abort the process.
     """
     sys.stdout.flush()
     sys.stderr.flush()

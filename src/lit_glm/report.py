@@ -1,4 +1,4 @@
-"""`python -m lit_glm.report RUN_DIR ...`: results of any number of runs as the published document."""
+"""`python -m lit_glm.report RUN_DIR ...`: report the results of any number of runs in the published format."""
 
 import argparse
 import sys
@@ -27,7 +27,7 @@ def _parse_choices(text: str, known: Sequence[str], option: str) -> List[str]:
 
 
 def _environment_overrides(places: List[str]) -> Dict[str, str]:
-    """Take `report.KEY=VALUE` out of the places."""
+    """Remove the `report.KEY=VALUE` arguments from `places` and return them."""
     given = [place for place in places if place.startswith("report.") and "=" in place]
     told = {}
     for argument in given:
@@ -43,7 +43,7 @@ def _environment_overrides(places: List[str]) -> Dict[str, str]:
 
 
 def _compare(given: argparse.Namespace) -> int:
-    """Two runs side by side, in Markdown and English, on the screen or as compare.md in --out."""
+    """Compare two runs, in Markdown and English, on standard output or as compare.md in --out; return the status."""
     from lit_glm.atomic_files import write_text
     from lit_glm.reporting.comparison import compare_runs
     from lit_glm.reporting.run_reader import find_runs
@@ -58,7 +58,7 @@ def _compare(given: argparse.Namespace) -> int:
     for place in places:
         runs, trouble = find_runs([place])
         if len(runs) != 1:
-            raise InputError("\n".join([f"--compare {place}: holds {len(runs)} runs, one is wanted", *trouble]))
+            raise InputError("\n".join([f"--compare {place}: contains {len(runs)} runs, must be one", *trouble]))
         sides.append(runs[0])
     found = compare_runs(*sides)
     if given.out is None:
@@ -82,7 +82,7 @@ def _compare(given: argparse.Namespace) -> int:
 
 
 def report(given: argparse.Namespace) -> int:
-    """Write what the command line asks for; returns the exit status."""
+    """Write the report that the arguments describe; return the exit status."""
     import datetime
 
     import lit_glm
@@ -100,7 +100,7 @@ def report(given: argparse.Namespace) -> int:
     languages = _parse_choices(given.lang, LANGUAGES, "--lang")
     told = _environment_overrides(places)
     if not places:
-        raise InputError("which runs? Give run folders, sweep folders or patterns of them")
+        raise InputError("no runs given: give run folders, sweep folders or patterns of them")
     if given.out is None and (len(kinds) > 1 or len(languages) > 1):
         raise InputError(f"--format {given.format} --lang {given.lang}: several files need --out DIR")
     runs, left_out = find_runs(places)
@@ -119,14 +119,14 @@ def report(given: argparse.Namespace) -> int:
         document = make_document(runs, left_out, told, words, key)
         missing = missing or document.missing
         if given.check and given.out is None:
-            break  # the list alone
+            break  # only the list is printed
         generated = words("generated", lit_glm.__version__, now, len(runs))
         for kind in kinds:
             if kind == "csv":
                 text = formats.csv_text(document)
             else:
                 text = (formats.html if kind == "html" else formats.markdown)(document, generated)
-            text = text.encode("utf-8", "replace").decode("utf-8")  # names of files may be no text
+            text = text.encode("utf-8", "replace").decode("utf-8")  # file names may be invalid UTF-8
             if given.out is None:
                 sys.stdout.write(text)
                 continue
@@ -144,30 +144,30 @@ def report(given: argparse.Namespace) -> int:
 
 
 def _best_run_text(runs: "List[ReportRun]", key: str) -> str:
-    """The best complete run by a figure: its row, its folder, its command."""
+    """Return row, folder and command of the best complete run by a metric."""
     from lit_glm.reporting.run_reader import sort_key
     from lit_glm.reporting.summary_tiles import run_command_line
     from lit_glm.runs.result import results_table
 
     known = [run for run in runs if run.complete and run.number(key) is not None]
     if not known:
-        raise InputError(f"--sort {key}: no complete run has this figure")
+        raise InputError(f"--sort {key}: no complete run has this metric")
     plain = [run for run in known if not run.result.get("simulated") and not run.result.get("profiled")]
-    known = plain or known  # a rehearsal or a profiled run is the best of its kind alone
+    known = plain or known  # simulated and profiled runs count only if there are no others
     best = min(known, key=lambda run: sort_key(run.number(key), key))
     command = run_command_line(best)
     lines = [
         results_table([best.result]),
         f"best of {len(known)} by {key} ({METRICS[key].form(best.number(key) or 0.0)}): {best.path}",
     ]
-    return "\n".join([*lines, *([f"its command: {command}"] if command else [])])
+    return "\n".join([*lines, *([f"command: {command}"] if command else [])])
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
-    """Parse, report; returns the exit status."""
+    """Parse the arguments and report; return the exit status."""
     parser = argparse.ArgumentParser(
         "lit_glm.report",
-        description="Results of runs as the published document: environment, general figures, a table of rows.",
+        description="Report results of runs in the published format: environment, general information, result table.",
         epilog="report.machine=..., report.device_name=, report.network=, report.driver=, report.image= provide "
         "information that cannot be detected.",
     )
@@ -175,15 +175,15 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser.add_argument("--format", default="md", help="md, csv, html; several with commas (default: md)")
     parser.add_argument("--lang", default="en", help="en, zh; several with commas (default: en)")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="write report.LANG.FORMAT there instead of to the screen"
+        "--out", type=Path, metavar="DIR", help="write report.LANG.FORMAT there instead of to standard output"
     )
     parser.add_argument(
-        "--check", action="store_true", help="say what is missing for a complete document, and nothing else; then 1"
+        "--check", action="store_true", help="list what is missing for a complete document; exit with 1 if anything is"
     )
-    parser.add_argument("--best", action="store_true", help="the best run alone, by --sort (default: acc)")
-    parser.add_argument("--sort", metavar="KEY", help="rows by a figure of result.json, the best first")
-    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two runs side by side instead")
-    parser.add_argument("--max-loss-diff", type=float, help="with --compare: exit status 1 above it")
+    parser.add_argument("--best", action="store_true", help="print only the best run, by --sort (default: acc)")
+    parser.add_argument("--sort", metavar="KEY", help="sort rows by a metric of result.json, best first")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="compare two runs side by side instead")
+    parser.add_argument("--max-loss-diff", type=float, help="with --compare: exit with 1 above it")
     given = parser.parse_intermixed_args(arguments)
     protect_output()
     try:

@@ -1,4 +1,4 @@
-"""A command goes on when its output is closed, full, or in an encoding that lacks a letter: no reason to end a run."""
+"""Output streams that do not end a run if they are closed or full, or if their encoding lacks a character."""
 
 import os
 import sys
@@ -6,15 +6,15 @@ from typing import Any, Optional
 
 
 class SafeStream:
-    """A stream that is written to as long as that works, and to nowhere after that."""
+    """Stream wrapper that discards its output after the first failed write."""
 
     def __init__(self, stream: Any, error: Optional[str] = None) -> None:
         self._stream = stream
         self.error = error
-        """Why it cannot be written; None: it can, or its reader has had enough."""
+        """Reason why the stream cannot be written; None if it can be, or if its reader closed the pipe."""
 
     def write(self, text: str) -> int:
-        """As the stream's; letters that its encoding lacks are written as escapes."""
+        """Write a text; characters that the encoding lacks are written as escapes."""
         try:
             return int(self._stream.write(text))
         except UnicodeEncodeError:
@@ -25,29 +25,29 @@ class SafeStream:
             return len(text)
 
     def flush(self) -> None:
-        """As the stream's."""
+        """Flush the stream."""
         try:
             self._stream.flush()
         except OSError as error:
             self._give_up(error)
 
     def _give_up(self, error: OSError) -> None:
-        # The descriptor, so that what waits in the stream's buffer, and the interpreter's last flush, end there too.
+        # Redirect the descriptor, so that buffered text and the interpreter's last flush are discarded too.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)
         if not isinstance(error, BrokenPipeError):  # `train | head -1`
             self.error = str(error.strerror)
             if self._stream is not sys.__stderr__:
-                print(f"lit_glm: the output cannot be written ({self.error}); it is lost from here on", file=sys.stderr)
+                print(f"lit_glm: the output cannot be written ({self.error}); further output is lost", file=sys.stderr)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
 def protect_output() -> None:
-    """Have this process's output and errors end nothing; called at a command's entry."""
-    for descriptor in (0, 1, 2):  # a closed one would be given to the next file that is opened
+    """Wrap stdout and stderr so that failed writes do not end the process; called at the start of a command."""
+    for descriptor in (0, 1, 2):  # the next opened file would get a closed descriptor
         try:
             os.fstat(descriptor)
         except OSError:
@@ -64,6 +64,6 @@ def protect_output() -> None:
 
 
 def output_error() -> Optional[str]:
-    """Why standard output could not be written; None where it could."""
+    """Return why standard output could not be written; None if it could."""
     sys.stdout.flush()
     return getattr(sys.stdout, "error", None)

@@ -1,4 +1,4 @@
-"""`python -m lit_glm.train`: one benchmark run, or a sweep of them with -m."""
+"""`python -m lit_glm.train`: run one benchmark, or a sweep with -m."""
 
 import time
 
@@ -24,7 +24,7 @@ def train(config: TrainConfig, composed: Any) -> TaskOutcome:
 
     from lit_glm.hardware.env import set_hardware_env
 
-    entry = time.monotonic()  # of a job of a sweep
+    entry = time.monotonic()  # start of a sweep's job
     set_hardware_env(config.hardware)  # before anything imports torch
 
     with paused_gc():
@@ -56,7 +56,7 @@ def prepare_data(config: TrainConfig) -> None:
     """Generate, convert and check the data, once for all ranks.
 
     Raises:
-        InputError: if it does not fit the model, or has fewer examples than a step takes.
+        InputError: if it does not fit the model, or has fewer examples than a step needs.
     """
     from lit_glm.data.memmap_dataset import open_datasets
     from lit_glm.data.synthetic import ensure_synthetic_data
@@ -67,13 +67,13 @@ def prepare_data(config: TrainConfig) -> None:
     if config.global_batch > examples:
         ranks = config.topology.world_size
         raise InputError(
-            f"bs={config.bs} on {ranks} device{'s' * (ranks > 1)} is {config.global_batch} examples a step, but "
-            f"{config.data.train_file} holds {examples}: take a smaller bs, fewer devices, or more data"
+            f"bs={config.bs} on {ranks} device{'s' * (ranks > 1)} needs {config.global_batch} examples per step, but "
+            f"{config.data.train_file} has {examples}: use a smaller bs, fewer devices, or more data"
         )
 
 
 def _resolve_run_dir(config: TrainConfig, run_dir: Path) -> Tuple[Path, bool]:
-    """The run folder, and whether it holds a run that goes on.
+    """Return the run folder, and whether its run is resumed.
 
     Raises:
         InputError: if a new run must not begin there.
@@ -98,7 +98,7 @@ def _resolve_run_dir(config: TrainConfig, run_dir: Path) -> Tuple[Path, bool]:
 
 
 def run(config: TrainConfig, run_dir: Path, files: Dict[str, str], prepare: Callable[[], None]) -> int:
-    """Run one job unless it is complete; returns the exit status."""
+    """Run one job unless it is complete; return the exit status."""
     from lit_glm.launch.launcher import announce_early_end, run_job
     from lit_glm.launch.nodes import this_node
     from lit_glm.launch.rendezvous import announce_end
@@ -108,13 +108,13 @@ def run(config: TrainConfig, run_dir: Path, files: Dict[str, str], prepare: Call
 
     node, resumes = this_node(config.topology, config.hardware.runtime == "simulated"), False
     with announce_early_end(config, node):
-        if node.rank == 0:  # the other nodes are told
+        if node.rank == 0:  # node 0 sends it to the others
             run_dir, resumes = _resolve_run_dir(config, run_dir)
         result = read_result(run_dir) if resumes else None
         if result is not None and result.get("status") in COMPLETE:
-            print(f"lit_glm: {run_dir}: the run is complete, there is nothing to do")
+            print(f"lit_glm: {run_dir}: the run is complete; nothing to do")
             print(results_table([result]), flush=True)
-            announce_end(config, node, 0, "the run is complete, there is nothing to do")
+            announce_end(config, node, 0, "the run is complete; nothing to do")
             return 0
         prepare()
     try:
@@ -133,8 +133,8 @@ def _before_sweep(whole: Any, line: CommandLine) -> None:
 
 
 def main() -> int:
-    """Compose, check and run; returns the exit status."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # a torchrun that is killed tells its ranks nothing
+    """Run the command and return the exit status."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a killed torchrun does not notify its ranks
         from lit_glm.process_utils import set_parent_death_signal
 
         set_parent_death_signal(signal.SIGTERM)
@@ -149,7 +149,7 @@ def main() -> int:
         status = stop.exit_status
     sweep = sys.modules.get("lit_glm.launch.sweep")  # imported when a sweep starts
     if sweep is not None:
-        status = max(status, sweep.finish_sweep())  # the jobs have noted which signal it was
+        status = max(status, sweep.finish_sweep())  # the job records contain the signal's status
     return 130 if stopped and status < 128 else status
 
 

@@ -1,4 +1,4 @@
-"""`python -m lit_glm.tune [group=name] ...`: the largest batch size that fits, and the fastest."""
+"""`python -m lit_glm.tune [group=name] ...`: find the largest batch size that fits, and the fastest."""
 
 import os
 import sys
@@ -13,12 +13,12 @@ from lit_glm.config.tuned_values import TUNE_FILE
 from lit_glm.errors import InputError
 
 _OWN = ("bs", "hydra.run.dir", "run.resume")
-"""Keys of a search that its tries do not get."""
+"""Keys of a search that are not passed to its trials."""
 
 
 @dataclass
 class TuneOptions:
-    """How long a search may take."""
+    """Options of `tune`: time limit, steps and repeats of the trials."""
 
     max_minutes: float = 60.0
     steps: int = 10
@@ -27,13 +27,13 @@ class TuneOptions:
 
 @dataclass
 class TuneConfig(TrainConfig):
-    """The configuration of `train`, and how it is searched."""
+    """Configuration of `train` with the options of `tune`."""
 
     tune: TuneOptions = field(default_factory=TuneOptions)
 
 
 def tune(config: Any, _composed: Any) -> int:
-    """Search, and say what was found."""
+    """Run the search on this node; return the exit status."""
     from hydra.core.hydra_config import HydraConfig
 
     from lit_glm.hardware.env import set_hardware_env
@@ -70,10 +70,10 @@ def tune(config: Any, _composed: Any) -> int:
 
 
 def _resolve_search_dir(config: TrainConfig, folder: Path) -> Path:
-    """Where the search is, or goes on.
+    """Return the folder of a new or resumed search.
 
     Raises:
-        InputError: if there is something else, or nothing to go on with.
+        InputError: if the folder contains something else, or no search to resume.
     """
     from lit_glm.tuning.search_state import read_state, search_hash
 
@@ -87,26 +87,26 @@ def _resolve_search_dir(config: TrainConfig, folder: Path) -> Path:
         ]
         if not mine:
             print(
-                "lit_glm: run.resume=auto: there is no unfinished search of this configuration: a new one", flush=True
+                "lit_glm: run.resume=auto: no unfinished search of this configuration; starting a new one", flush=True
             )
         newest: Optional[Path] = max(mine, key=lambda place: (place / TUNE_FILE).stat().st_mtime, default=None)
         return (newest or folder).resolve()
     if resume is not None:
         folder = Path(resume)
         if read_state(folder) is None:
-            raise InputError(f"run.resume={resume}: is no folder of a search (it has no {TUNE_FILE})")
+            raise InputError(f"run.resume={resume}: is not a search folder (no {TUNE_FILE})")
     before = read_state(folder)
     if before is not None and before.get("config_hash") != own:
-        raise InputError(f"{folder}: holds a search under another configuration; give another hydra.run.dir=")
+        raise InputError(f"{folder}: contains a search of another configuration; give another hydra.run.dir=")
     if before is None and folder.is_dir() and any(folder.iterdir()) and int(os.environ.get("NODE_RANK") or 0) == 0:
-        raise InputError(f"{folder}: holds something else; give another hydra.run.dir=")
+        raise InputError(f"{folder}: contains files that are not a search; give another hydra.run.dir=")
     return folder.resolve()
 
 
 def main() -> int:
-    """Compose, search, say; 130 after Ctrl-C, with what is known so far on disk."""
+    """Run the command; return the exit status, 130 after Ctrl-C."""
     arguments = list(sys.argv)
-    sys.argv = [argument for argument in arguments if not argument.startswith("bs=")]  # it is what is looked for
+    sys.argv = [argument for argument in arguments if not argument.startswith("bs=")]  # the search determines it
     try:
         return run_command("tune", TuneConfig, tune)
     except KeyboardInterrupt:

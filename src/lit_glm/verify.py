@@ -1,4 +1,4 @@
-"""`python -m lit_glm.verify [overrides] [--json]`: which operator, layer or figure of a chip cannot be trusted."""
+"""`python -m lit_glm.verify [overrides] [--json]`: numerical and timing acceptance test of a device."""
 
 import json
 import os
@@ -18,20 +18,20 @@ from lit_glm.hardware.env import set_hardware_env
 
 @dataclass
 class VerifyOptions:
-    """How long a verification may take."""
+    """Options of `verify`: its time limit."""
 
     max_minutes: float = 30.0
 
 
 @dataclass
 class VerifyConfig(TrainConfig):
-    """The configuration of `train`, and how it is verified."""
+    """Configuration of `train` with the options of `verify`."""
 
     verify: VerifyOptions = field(default_factory=VerifyOptions)
 
 
 def _configs_per_precision(config: TrainConfig) -> List[TrainConfig]:
-    """One a precision: the one that was asked for, else all that the chip lists."""
+    """Return one configuration per precision: the given precision, else all that the hardware file lists."""
     line = CommandLine.read(sys.argv[1:])
     if line.sets("precision"):
         return [config]
@@ -43,11 +43,11 @@ def _configs_per_precision(config: TrainConfig) -> List[TrainConfig]:
 
 
 def main() -> int:
-    """Compose, check, say; returns 1 if any check failed, 2 for a wrong configuration."""
+    """Run the command; return 1 if any check failed, 2 for an invalid configuration, else 0."""
     arguments, as_json = list(sys.argv), "--json" in sys.argv
 
     def task(config: Any, _composed: Any) -> int:
-        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's library tells when it starts and stops
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # Kineto otherwise logs every start and stop
         set_hardware_env(config.hardware)  # before anything imports torch
 
         from lit_glm.hardware.runtimes.selection import check_device_count, make_runtime, validate_devices
@@ -62,7 +62,7 @@ def main() -> int:
         keys = [override.key_or_group for override in CommandLine.read(sys.argv[1:]).parse()]
         whole = any(key.split(".")[0] in ("model", "experiment") for key in keys)
         if not as_json:
-            print("\n".join(f"lit_glm: {line}" for line in (*kept, f"verify.json grows in {folder}")), flush=True)
+            print("\n".join(f"lit_glm: {line}" for line in (*kept, f"writing verify.json to {folder}")), flush=True)
         acceptance = AcceptanceTest(_configs_per_precision(config), runtime, whole, 60.0 * config.verify.max_minutes)
         if not as_json:
             print(f"lit_glm: {acceptance.title()}", flush=True)

@@ -155,11 +155,11 @@ def test_wrong_input_is_one_message_and_status_2(
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("callbacks=null", "choose one of default, none, profile; none is a name too"),
+        ("callbacks=null", "choose one of default, none, profile; `none` is one of the names"),
         ("logger=null", "choose one of csv, mlflow, none"),
-        ("model=[glm_tiny,glm_small]", "one name, not a list; choose one of glm_base, glm_large"),
+        ("model=[glm_tiny,glm_small]", "must be one name, not a list; choose one of glm_base, glm_large"),
         ("hardware=null", "choose one of a100, bi_v100"),
-        ("topology=[1x1]", "one name, not a list; choose one of 1x1, 1x2"),
+        ("topology=[1x1]", "must be one name, not a list; choose one of 1x1, 1x2"),
     ],
 )
 def test_a_group_takes_one_of_its_names(override: str, said: str, capfd: Any) -> None:

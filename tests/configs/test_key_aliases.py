@@ -26,7 +26,7 @@ from lit_glm.config.schema import TrainConfig, iter_leaves
         ("tf32=true", "write precision=fp32 precision.tf32=true"),
         ("--experiment=quickstart", "write experiment=quickstart without the dashes"),
         ("quickstart", "did you mean experiment=quickstart?"),
-        ("bs=4,5", "written with -m: train -m bs=4,5"),
+        ("bs=4,5", "several values need a sweep (-m): train -m bs=4,5"),
         ("logger=csv,tensorboard", "all of them in one run: logger=[csv,tensorboard]"),
         ("logger=null", "logger=null: choose one of csv, mlflow, none"),
         ("--learning_rate=1e-5", "write lr=1e-5"),
@@ -71,8 +71,8 @@ def test_loggers_are_chosen_in_any_number(loggers: str) -> None:
 def test_help_has_the_comments_of_the_keys(command: str) -> None:
     text = key_help(command)
     assert "# tokens of context and candidate together" in text
-    assert ("# seconds between readings of the cards' monitor" in text) == (command != "prepare")
-    assert ("# a try that has not ended by then is ended" in text) == (command == "tune")
+    assert ("# seconds between readings of the device monitor" in text) == (command != "prepare")
+    assert ("# time limit of the search" in text) == (command == "tune")
     assert "defaults:" not in text
 
 

@@ -68,14 +68,14 @@ def test_without_published_values_it_says_none_and_takes_the_nearest_only_if_ask
     how = ["experiment=debug", "hardware=a100", "topology=4x8"]
     config = composed(*how)
     assert (config.fix_hp_source, config.bs) == ("none", 4)
-    assert nearest_pair_hint("a100", 32) == " (nearest: a100_2x8, taken with fix_hp=a100_2x8)"
+    assert nearest_pair_hint("a100", 32) == " (nearest: a100_2x8; use fix_hp=a100_2x8)"
     asked = composed("hardware=a100", "topology=4x8", "fix_hp=a100_2x8")
     assert (asked.fix_hp_source, asked.bs) == ("a100_2x8", 8)
     assert nearest_pair_hint("h100", 1) == ""
     run = [f"hydra.run.dir={tmp_path}/run", "run.max_steps=1", "hardware.runtime=simulated", "data.num_workers=0"]
     assert lit_glm_here("train", "experiment=debug", "hardware=bi_v100", *run, "~fix_hp") == 0
     said = capsys.readouterr().out
-    assert "values for the pair: none published (nearest: bi_v100_1x1, taken with fix_hp=bi_v100_1x1)" in said
+    assert "fix_hp values: none published (nearest: bi_v100_1x1; use fix_hp=bi_v100_1x1)" in said
 
 
 def test_a_chip_is_no_part_of_anothers_name() -> None:

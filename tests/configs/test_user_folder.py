@@ -52,7 +52,7 @@ def test_a_slip_in_a_file_of_the_users_is_said_with_its_line(tmp_path: Path, cap
 def test_a_pairs_file_without_its_first_line_is_said(tmp_path: Path, capfd: Any) -> None:
     (tmp_path / "own" / "fix_hp" / "cpu_1x1.yaml").write_text("bs: 2\n")
     assert lit_glm_here("train", "--config-dir", "own", "experiment=mine") == 2
-    assert "fix_hp: the chosen file of this group lacks its first line, `# @package _global_`" in capfd.readouterr().err
+    assert "fix_hp: the chosen file of this group sets top-level keys; add `# @package" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -53,11 +53,11 @@ def rewrite(group: str, dense: Any) -> Callable[[Any], None]:
         (TRAIN_FILE, lambda f: f["text"].__delitem__("indptr"), "group text is not a sparse matrix"),
         (TRAIN_FILE, set_value("text", 40, -1), "group text, row 0: token ids must not be negative"),
         (TRAIN_FILE, set_value("position", 3, 77), "group position, row 0"),
-        (TRAIN_FILE, rewrite("choice_start_end", np.zeros((0, 2), int)), "holds no examples"),
+        (TRAIN_FILE, rewrite("choice_start_end", np.zeros((0, 2), int)), "contains no examples"),
         (
             TRAIN_FILE,
             rewrite("choice_start_end", [[0, 0], [0, 231]]),
-            "example 0 has no candidates, so none that is right",
+            "example 0 has no candidates, hence no correct one",
         ),
         (TRAIN_FILE, rewrite("choice_start_end", [[0, 3], [4, 231]]), "example 1: range [4, 231]"),
         (EVAL_FILE, rewrite("answer_start_end", [[0, 0]] * 22 + [[0, 35]]), "example 0 has no right answer"),

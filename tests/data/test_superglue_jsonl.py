@@ -65,7 +65,7 @@ def test_prepare_reports_them(workers: int, tmp_path: Path, capfd: Any) -> None:
     assert lit_glm_here("prepare", *arguments) == 0
     said = capfd.readouterr().out
     assert "1 examples" in said
-    assert "left out 8" in said
+    assert "skipped 8" in said
     assert "1 x query longer than data.max_seq_length=512: line 8" in said
     assert not (out / "train_hdf5").exists()
     with SparseReader(out / "eval_hdf5" / "eval_sparse.hdf5", needs_answers=True) as reader:
@@ -76,7 +76,7 @@ def test_prepare_reports_them(workers: int, tmp_path: Path, capfd: Any) -> None:
     ("overrides", "said"),
     [
         ([], "data.raw_dir is not set"),
-        (["data.raw_dir=nowhere", f"data.vocab_file={VOCAB}"], "holds neither train.jsonl nor val.jsonl"),
+        (["data.raw_dir=nowhere", f"data.vocab_file={VOCAB}"], "contains neither train.jsonl nor val.jsonl"),
         (["data.raw_dir=.", "data.vocab_file=nowhere.txt"], "data.vocab_file=nowhere.txt: cannot be read"),
     ],
 )

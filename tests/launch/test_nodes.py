@@ -37,7 +37,7 @@ def test_variables_of_a_step_are_explained(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "")
     check_node_count(TopologyConfig(1, 2))
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")  # srun -n4 --pty bash
-    with pytest.raises(InputError, match="in a shell of `srun --pty bash`, start that with --nodes=1 --ntasks=1"):
+    with pytest.raises(InputError, match="with `srun --nodes=1 --ntasks=1 --pty bash`"):
         check_node_count(TopologyConfig(1, 2))
 
 
@@ -72,7 +72,7 @@ def test_slurm_must_have_started_as_many_nodes(monkeypatch: pytest.MonkeyPatch) 
     ("name", "value", "said"),
     [
         ("SLURM_STEP_NUM_NODES", "2", "Slurm started 2"),
-        ("SLURM_STEP_NUM_TASKS", "8", "Slurm started 8 tasks: one a node"),
+        ("SLURM_STEP_NUM_TASKS", "8", "Slurm started 8 tasks: use one task per node"),
         ("NODE_RANK", "1", "NODE_RANK=1"),
     ],
 )
@@ -110,7 +110,7 @@ def test_an_outer_torchrun_must_fit_the_topology(monkeypatch: pytest.MonkeyPatch
     found = external_rank(TopologyConfig(2, 2))
     assert found is not None
     assert (found.rank, found.local_rank) == (3, 1)
-    with pytest.raises(InputError, match="topology=1x2 is 2 ranks, 2 a node, but torchrun started 4, 2 a node"):
+    with pytest.raises(InputError, match="topology=1x2 has 2 ranks, 2 per node, but torchrun started 4, 2 per node"):
         external_rank(TopologyConfig(1, 2))
 
 

@@ -78,7 +78,7 @@ def test_a_rank_that_is_killed_ends_the_others(lost: int, tmp_path: Path) -> Non
     for rank in ranks:
         said = rank.communicate(timeout=20)[1]
         assert rank.returncode == 1
-        assert f"because lost rank {lost} on host{lost}" in said
+        assert f"exits: lost rank {lost} on host{lost}" in said
     assert time.monotonic() - began < 10
 
 
@@ -98,9 +98,7 @@ def test_a_host_that_is_out_of_reach_ends_the_other(two_hosts: List[str], tmp_pa
     for rank, process in enumerate(ranks):
         said = process.communicate(timeout=30)[1]
         assert process.returncode == 1
-        assert (
-            f"rank {rank} ends because lost rank {1 - rank} on host{1 - rank}: it was killed or is out of reach" in said
-        )
+        assert f"rank {rank} exits: lost rank {1 - rank} on host{1 - rank}: killed or unreachable" in said
 
 
 def test_a_rank_that_fails_ends_the_others(tmp_path: Path) -> None:
@@ -108,7 +106,7 @@ def test_a_rank_that_fails_ends_the_others(tmp_path: Path) -> None:
     tied(ranks)
     outputs = [rank.communicate(timeout=20)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [1, 0, 1]
-    assert all("because rank 1" in outputs[rank] for rank in (0, 2))
+    assert all("exits: rank 1" in outputs[rank] for rank in (0, 2))
     assert all("time.sleep(60)" in outputs[rank] or "in <module>" in outputs[rank] for rank in (0, 2))  # where it was
 
 
@@ -129,7 +127,7 @@ def test_a_rank_that_is_interrupted_interrupts_the_others(tmp_path: Path) -> Non
     tied(ranks)
     outputs = [rank.communicate(timeout=20)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [143, 143, 0]
-    assert all("because rank 2" in said and "was interrupted" in said for said in outputs[:2])
+    assert all("exits: rank 2" in said and "was interrupted" in said for said in outputs[:2])
 
 
 def test_ranks_that_end_well_end_nobody(tmp_path: Path) -> None:

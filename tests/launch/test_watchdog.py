@@ -57,7 +57,7 @@ def test_silence_is_counted_from_the_last_sign_or_from_the_start(
         clock[0] += 5
         silence.seconds_since_heartbeat(), other.seconds_since_heartbeat()
     assert (silence.seconds_since_heartbeat(), other.seconds_since_heartbeat()) == (60, 60)
-    assert silence.stalled_ranks()[0] == "rank 7 has given no sign of life"
+    assert silence.stalled_ranks()[0] == "rank 7 has not started"
     assert other.stalled_ranks() == []  # nobody has begun: the nodes may still be meeting
     os.utime(tmp_path / "ranks" / "0", (clock[0] - 1, clock[0] - 1))
     assert 0.9 < silence.seconds_since_heartbeat() < 1.1  # one that goes on is enough
@@ -109,7 +109,7 @@ def test_it_is_said_which_rank_is_where(tmp_path: Path) -> None:
             time.sleep(0.01)
         said = collect_stack_traces(tmp_path, range(5))
         assert said[0] == f"rank 3 (process {ranks[3].pid}) is stopped (SIGSTOP)"
-        assert said[1] == "rank 4 has given no sign of life"
+        assert said[1] == "rank 4 has not started"
         assert said[2].startswith("ranks 0, 2, innermost call first:\n")
         assert "in wait_for_the_others" in said[2]
         assert said[3].startswith("rank 1, innermost call first:\n")
@@ -126,7 +126,7 @@ def test_it_is_said_which_rank_is_where(tmp_path: Path) -> None:
         for rank in ranks:
             rank.kill()
             rank.wait()
-    assert collect_stack_traces(tmp_path, [1]) == ["rank 1 is gone"]
+    assert collect_stack_traces(tmp_path, [1]) == ["rank 1 has exited"]
 
 
 def test_a_process_whose_work_hangs_ends(tmp_path: Path) -> None:

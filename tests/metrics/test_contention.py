@@ -69,6 +69,6 @@ def test_alone_on_the_cards_nothing_is_said() -> None:
 
 def test_a_row_is_marked() -> None:
     row = {"status": "finished", "external_cpu_load": 0.42}
-    assert annotations(row) == ["beside others: 42% of the machine"]
+    assert annotations(row) == ["contention: other processes used 42% of the CPUs"]
     assert annotations({**row, "external_cpu_load": 0.05}) == []
     assert annotations({**row, "external_cpu_load": None, "external_device_processes": 1}) != []

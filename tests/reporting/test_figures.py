@@ -87,7 +87,7 @@ def test_figures_of_plan(drawn: Dict[str, List[str]], tmp_path: Path, monkeypatc
         assert picture.count(f"{chip}, scoring=published<") == 1  # no legend twice
     rows = json.loads(Path("plan/plan.json").read_text())
     assert [row["samples"] for row in rows] == [76_800] * 4
-    assert "76,800 samples, as the published R300 1x8 run had" in Path("plan/plan.md").read_text()
+    assert "76,800 samples, as in the published R300 1x8 run" in Path("plan/plan.md").read_text()
 
 
 def test_figure_of_tune(drawn: Dict[str, List[str]]) -> None:

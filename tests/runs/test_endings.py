@@ -176,7 +176,7 @@ def test_what_is_killed_under_a_torchrun_of_the_users_ends_all(victim: str, tmp_
     final = result(run)
     if victim == "rank 1":
         assert final["status"] == "failed"
-        assert final["error"] == f"lost rank 1 on {socket.gethostname()}: it was killed or is out of reach"
+        assert final["error"] == f"lost rank 1 on {socket.gethostname()}: killed or unreachable"
         assert f"lit_glm: rank 0: {final['error']}" in said
     else:
         assert final["status"] == "interrupted"  # the kernel has told the ranks, which have saved

@@ -57,7 +57,7 @@ def test_a_node_that_nobody_meets_says_where_it_waited(rank: int, tmp_path: Path
     said = alone.communicate(timeout=90)[1]
     assert alone.returncode == 1
     assert f"rendezvous failed on node {rank}" in said
-    assert f"2 nodes were to meet at 127.0.0.1:{port} (run.rendezvous_timeout_s, 4 s)" in said
+    assert f"2 nodes were expected at 127.0.0.1:{port} (run.rendezvous_timeout_s, 4 s)" in said
     assert "Traceback" not in said
     assert time.monotonic() - began < 60
     _nothing_left(tmp_path / "run")
@@ -85,12 +85,12 @@ def test_node_0_decides_which_run_is_resumed(tmp_path: Path) -> None:
     (run / "result.json").write_text(json.dumps({**result(run), "status": "interrupted"}))
     statuses, outputs = both(tmp_path, "run.resume=auto", delay_s=5.0)
     assert statuses == [0, 0], outputs
-    assert "the run goes on after step 4" in outputs[0]
+    assert "resuming after step 4" in outputs[0]
     assert [path.parent for path in tmp_path.rglob("job.json")] == [run]
     assert result(run)["interruptions"] == 1
     statuses, outputs = both(tmp_path, f"run.resume={run}", delay_s=2.0)  # complete: nobody waits for anybody
     assert statuses == [0, 0], outputs
-    assert "node 0 has ended before the nodes had met: the run is complete" in outputs[1]
+    assert "node 0 exited before the rendezvous completed: the run is complete" in outputs[1]
 
 
 @pytest.mark.slow
@@ -101,9 +101,9 @@ def test_a_node_hears_that_the_other_has_refused(tmp_path: Path) -> None:
     statuses, outputs = both(tmp_path, f"hydra.run.dir={tmp_path / 'run'}", delay_s=2.0)
     assert statuses == [2, 2], outputs
     assert time.monotonic() - began < 60
-    assert "is no run folder of this program" in outputs[0]
-    assert "node 0 has ended before the nodes had met" in outputs[1]
-    assert "is no run folder of this program" in outputs[1]
+    assert "is not a run folder" in outputs[0]
+    assert "node 0 exited before the rendezvous completed" in outputs[1]
+    assert "is not a run folder" in outputs[1]
     assert (tmp_path / "run" / "steps.csv").read_text() == "dear"
 
 
@@ -151,7 +151,7 @@ def test_nodes_with_different_commands_do_not_train_together(tmp_path: Path) -> 
     ]
     outputs = [process.communicate(timeout=120) for process in processes]
     assert all(process.returncode for process in processes), outputs
-    assert any("another configuration than rank 0" in said for _, said in outputs), outputs
+    assert any("a different configuration from rank 0" in said for _, said in outputs), outputs
 
 
 @pytest.mark.slow
@@ -166,7 +166,7 @@ def test_under_a_torchrun_of_the_users(tmp_path: Path) -> None:
 def test_a_torchrun_of_another_size_is_refused(tmp_path: Path) -> None:
     done = torchrun(*GOLDEN_RUN, "topology=1x4", ranks=2, cwd=tmp_path)
     assert done.returncode != 0
-    assert "topology=1x4 is 4 ranks, 4 a node, but torchrun started 2, 2 a node" in done.stderr
+    assert "topology=1x4 has 4 ranks, 4 per node, but torchrun started 2, 2 per node" in done.stderr
     assert not list(tmp_path.rglob("result.json"))
 
 

@@ -161,16 +161,16 @@ def test_a_run_that_is_stopped_in_every_way_goes_on_as_if_it_had_not_been(whole:
         assert stopped["e2e_time"] > spent
         _nothing_left(run)
         more = ["run.resume=auto"]
-        told, spent = "goes on after step", stopped["e2e_time"]
+        told, spent = "resuming after step", stopped["e2e_time"]
     newest = sorted((run / "checkpoints").glob("*.ckpt"))[-1]
     newest.write_bytes(newest.read_bytes()[:-1000])
     (run / "checkpoints" / "step-00000999.ckpt").write_bytes(b"foreign")
     more = [f"run.resume={run}", f"hydra.run.dir={folder / 'other'}"]
     done = lit_glm("train", *DEBUG, f"topology={topology}", *more, cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert "goes on after step" in done.stdout
-    assert "step-00000999.ckpt: passed over" in done.stderr
-    assert f"{newest.name}: passed over" in done.stderr
+    assert "resuming after step" in done.stdout
+    assert "step-00000999.ckpt: skipped" in done.stderr
+    assert f"{newest.name}: skipped" in done.stderr
     assert not (folder / "other").exists()
     final = result(run)
     assert (final["status"], final["interruptions"]) == ("finished", 3)

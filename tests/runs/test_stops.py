@@ -159,5 +159,5 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
     process.send_signal(signal.SIGINT)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
-    assert process.stdout.readline() == "2 was ended by a second Ctrl-C\n"
+    assert process.stdout.readline() == "2 was terminated by a second Ctrl-C\n"
     assert process.wait(timeout=60) == 3

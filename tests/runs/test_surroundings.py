@@ -72,7 +72,7 @@ def test_a_second_sweep_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     with lock_directory(tmp_path / "sweep" / "jobs"):
         done = lit_glm("train", *SWEEP, "bs=2,4", cwd=tmp_path)
     assert done.returncode == 2
-    assert "is at work here; wait for the end of that sweep" in done.stderr
+    assert "; wait until that sweep has ended" in done.stderr
     assert not (tmp_path / "sweep" / "0").exists()
 
 
@@ -81,11 +81,11 @@ def test_a_sweep_takes_nothing_from_single_runs_and_says_what_it_takes(tmp_path:
     debug = ["experiment=debug", "run.max_steps=2", "logger={}"]
     assert lit_glm_here("train", *debug, "bs=2", f"hydra.run.dir={tmp_path}/outputs/a/b") == 0
     first = lit_glm("train", "-m", *debug, "bs=2,4", cwd=tmp_path)
-    assert (first.returncode, first.stdout.count("there is nothing to do")) == (0, 0), first.stderr
+    assert (first.returncode, first.stdout.count("; nothing to do")) == (0, 0), first.stderr
     again = lit_glm("train", "-m", *debug, "bs=2,4", cwd=tmp_path)
     assert again.returncode == 0
-    assert again.stdout.count("lit_glm: sweep: bs=2: complete, taken from multirun/") == 1
-    assert again.stdout.count("(taken from ") == 2
+    assert again.stdout.count("lit_glm: sweep: bs=2: complete, reused from multirun/") == 1
+    assert again.stdout.count("(reused from ") == 2
     assert "lit_glm: best by acc" in again.stdout
 
 
@@ -159,7 +159,7 @@ def test_memory_that_runs_out_is_said(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made_is_wrong_input(command: List[str], what: str, tmp_path: Path) -> None:
     done = lit_glm(*command, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
-    assert f"{what}: the folder cannot be made" in done.stderr
+    assert f"{what}: the folder cannot be created" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -194,5 +194,5 @@ def test_a_search_in_a_database(tmp_path: Path) -> None:
             assert study.execute("select count(*) from trials").fetchall() == [(trials,)]
     failed = lit_glm("train", *how[:3], "hydra.sweeper.study_name=t", *how[4:], "bs=choice(2000,4000)", cwd=tmp_path)
     assert failed.returncode == 2, failed.stderr
-    assert "no job of it has succeeded" in failed.stderr
+    assert "no job succeeded" in failed.stderr
     assert "Traceback" not in failed.stderr

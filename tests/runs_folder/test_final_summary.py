@@ -26,13 +26,13 @@ def test_reached_or_not_and_why_it_stopped() -> None:
     reached = said("success")
     assert reached.startswith("REACHED: accuracy 81.25%, target 80%, at step 10 (40,000 samples, 12.3 s of training)")
     assert "python -m lit_glm.report outputs/a" in reached
-    assert "NOT REACHED: accuracy 81.25%, target 90%; run.max_steps=10 was the limit" in said(
+    assert "NOT REACHED: accuracy 81.25%, target 90%; stopped by run.max_steps=10" in said(
         "finished", "run.target_accuracy=0.9"
     )
     by_samples = said("finished", "run.max_steps=null", "run.max_samples=39", acc=None)
-    assert "accuracy unknown, target 80%; run.max_samples=39 was the limit" in by_samples
+    assert "accuracy unknown, target 80%; stopped by run.max_samples=39" in by_samples
     assert "resume with run.resume=outputs/a" in said("interrupted")
-    assert "nothing was evaluated" in said("finished", "run.evaluate=false", acc=None)
+    assert "no evaluation" in said("finished", "run.evaluate=false", acc=None)
     assert "3 steps without an update" in said("finished", skipped_steps=3)
 
 

@@ -37,7 +37,7 @@ def test_a_folder_with_files_of_the_users_is_refused(name: str, more: List[str],
     mine.write_text("dear")
     assert lit_glm_here("train", *DEBUG, "hydra.run.dir=mine", *more) == 2
     said = capfd.readouterr().err
-    assert f"it has no job.json), but holds {name.split('/')[0]}" in said
+    assert f"(no job.json) but contains {name.split('/')[0]}" in said
     assert mine.read_text() == "dear"
     assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == [name.split("/")[0]]
 
@@ -106,8 +106,8 @@ def test_a_checkpoint_that_is_damaged_in_its_middle_is_passed_over(tmp_path: Pat
     assert "is damaged" in capfd.readouterr().err
     assert lit_glm_here("train", *arguments, f"run.resume={run}") == 0
     said = capfd.readouterr()
-    assert f"{newest}: passed over (it is damaged: " in said.err
-    assert f"goes on after step {int(before.stem[5:])}" in said.out
+    assert f"{newest}: skipped (it is damaged: " in said.err
+    assert f"resuming after step {int(before.stem[5:])}" in said.out
 
 
 def test_a_job_that_slurm_has_requeued_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +123,7 @@ def test_a_job_that_slurm_has_requeued_goes_on(tmp_path: Path, monkeypatch: pyte
     assert result(tmp_path / "outputs" / "a" / "second")["interruptions"] == 0
 
 
-@pytest.mark.parametrize(("content", "said"), [("{torn", "is torn"), ('{"config": {"bss": 4}}', "written by lit_glm")])
+@pytest.mark.parametrize(("content", "said"), [("{torn", "damaged"), ('{"config": {"bss": 4}}', "written by lit_glm")])
 def test_a_job_file_that_cannot_be_read_is_said(content: str, said: str, tmp_path: Path, capfd: Any) -> None:
     (tmp_path / "old=run").mkdir()
     (tmp_path / "old=run" / "job.json").write_text(content)
@@ -146,7 +146,7 @@ def test_generated_data_leave_other_data_alone(tmp_path: Path, capfd: Any) -> No
     mine.mkdir(parents=True)
     (mine / "train.jsonl").write_text("dear")
     assert lit_glm_here("train", *DEBUG, "data.out_dir=data") == 2
-    assert "data.out_dir=data: holds raw of other data" in capfd.readouterr().err
+    assert "data.out_dir=data: contains raw, which was not generated" in capfd.readouterr().err
     assert (mine / "train.jsonl").read_text() == "dear"
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "notes.txt").write_text("dear")
@@ -159,7 +159,7 @@ def test_a_global_batch_above_the_examples_is_refused_and_short_batches_count_wh
     tmp_path: Path, capfd: Any
 ) -> None:
     assert lit_glm_here("train", *DEBUG, "bs=65") == 2
-    assert "is 65 examples a step, but" in capfd.readouterr().err
+    assert "needs 65 examples per step, but" in capfd.readouterr().err
     assert lit_glm_here("train", *DEBUG, "bs=40", "run.max_steps=3", "hydra.run.dir=run") == 0
     assert [row["samples"] for row in rows(tmp_path / "run" / "steps.csv")] == [
         "40",
@@ -223,7 +223,7 @@ def test_folders_of_further_nodes_may_come_first(tmp_path: Path) -> None:
     with lock_directory(tmp_path / "run" / "nodes" / "1"):
         ensure_available(tmp_path / "run", False)
     (tmp_path / "run" / "nodes" / "thesis").mkdir()
-    with pytest.raises(InputError, match="but holds nodes"):
+    with pytest.raises(InputError, match="but contains nodes"):
         ensure_available(tmp_path / "run", False)
 
 

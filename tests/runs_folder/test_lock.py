@@ -12,7 +12,7 @@ from lit_glm.runs.lock import is_running, lock_directory
 def test_a_run_folder_is_one_process_s(tmp_path: Path) -> None:
     with lock_directory(tmp_path / "run"):
         assert is_running(tmp_path / "run")
-        with pytest.raises(InputError, match="another process .* is at work here"), lock_directory(tmp_path / "run"):
+        with pytest.raises(InputError, match="in use by another process"), lock_directory(tmp_path / "run"):
             pass
     assert not is_running(tmp_path / "run")
     with lock_directory(tmp_path / "run"):
@@ -45,12 +45,10 @@ def test_train_refuses_the_folder_of_a_live_run(
     with lock_directory(tmp_path / "live"):
         (tmp_path / "live" / "steps.csv").write_text("the live run's")
         assert lit_glm_here("train", *debug, "hydra.run.dir=live") == 2
-        assert (
-            "live: is no run folder of this program (it has no job.json), but holds steps.csv" in capfd.readouterr().err
-        )
+        assert "live: is not a run folder (no job.json) but contains steps.csv" in capfd.readouterr().err
         (tmp_path / "live" / "job.json").write_text("{}")
         assert lit_glm_here("train", *debug, "hydra.run.dir=live") == 2
-        assert "live: a run is at work here" in capfd.readouterr().err
+        assert "live: in use by another run" in capfd.readouterr().err
         assert (tmp_path / "live" / "steps.csv").read_text() == "the live run's"
     assert lit_glm_here("train", *debug, "hydra.run.dir=outputs/a/b") == 0
     result = tmp_path / "outputs" / "a" / "b" / "result.json"

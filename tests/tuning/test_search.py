@@ -79,7 +79,7 @@ def test_memory_that_runs_out_is_an_answer(tmp_path: Path) -> None:
 
 
 def test_another_failure_is_none(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="bs=4 ended with status 2: no such data"):
+    with pytest.raises(RunError, match="bs=4 exited with status 2: no such data"):
         tried("import sys; print('no such data'); sys.exit(2)", tmp_path)
 
 

@@ -30,5 +30,5 @@ def test_a_start_that_is_over_is_waited_past(tmp_path: Path) -> None:
     before = TrialQueue(tmp_path)
     before.put(8, "x")
     before.put(None, "")
-    with pytest.raises(RunError, match="node 0 began no try for 0 s"):
+    with pytest.raises(RunError, match="node 0 started no trial for 0 s"):
         list(iter_trials(tmp_path, 0.5))

@@ -39,12 +39,12 @@ def test_a_search_leaves_its_files_and_auto_takes_them(
     assert not list(folder.glob("tries/*/checkpoints"))
     run = ["bs=auto", "run.max_steps=1", "run.evaluate=false", "run.checkpoint_interval_steps=null"]
     assert lit_glm_here("train", *TINY, *run, f"hydra.run.dir={tmp_path}/run") == 0
-    assert f"bs=auto: {found['fastest_bs']}, the fastest that outputs/tune/day/time found" in capfd.readouterr().err
+    assert f"bs=auto: {found['fastest_bs']}, fastest in outputs/tune/day/time" in capfd.readouterr().err
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (result["bs"], result["acc"], result["status"]) == (found["fastest_bs"], None, "finished")
     # Another configuration has no place in the same folder.
     assert lit_glm_here("tune", *how, "lr=1e-3", f"hydra.run.dir={folder}") == 2
-    assert "holds a search under another configuration" in capfd.readouterr().err
+    assert "contains a search of another configuration" in capfd.readouterr().err
     # The pair's file in a configuration of one's own serves as any other.
     (tmp_path / "own" / "fix_hp").mkdir(parents=True)
     (tmp_path / "own" / "fix_hp" / "cpu_1x1.yaml").write_text(pair)
@@ -58,4 +58,4 @@ def test_auto_without_a_search_says_how_to_search(tmp_path: Path, monkeypatch: p
     assert "bs=auto: no batch size is known for cpu 1x1 fp32 shared_context glm_tiny" in capfd.readouterr().err
     how = ["hardware=r300", "topology=1x8", "bs=auto", "data.out_dir=none"]
     assert lit_glm_here("train", *how, "hardware.runtime=simulated") == 2
-    assert "bs=auto: 5, the fix_hp file of r300_1x8" in capfd.readouterr().err
+    assert "bs=auto: 5, from the fix_hp file of r300_1x8" in capfd.readouterr().err

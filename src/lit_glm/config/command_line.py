@@ -1,4 +1,4 @@
-"""A command line as Hydra reads it: its flags here, its overrides by Hydra's own grammar."""
+"""Command-line parser: flags by argparse, overrides by Hydra's grammar."""
 
 import argparse
 import itertools
@@ -16,25 +16,25 @@ from lit_glm.errors import InputError
 
 @dataclass
 class CommandLine:
-    """Flags and overrides."""
+    """Parsed command line: Hydra's flags and overrides."""
 
     overrides: List[str]
     multirun: bool = False
     cfg: bool = False
-    """Whether the configuration is to be printed."""
+    """Whether --cfg was given, which prints the configuration."""
     is_help: bool = False
-    """Whether Hydra itself has to answer (help, info, completion): nothing is run."""
+    """Whether Hydra's own output was requested (help, info, version, completion); nothing is run then."""
     config_dir: Optional[str] = None
-    """The user's own folder of configuration."""
+    """Folder of the user's configuration files (--config-dir)."""
     flags: Tuple[str, ...] = ()
-    """All that is no override, as it was typed."""
+    """All arguments that are not overrides, as typed."""
 
     @classmethod
     def read(cls, arguments: Sequence[str]) -> "CommandLine":
-        """Read what stands behind the command's name.
+        """Parse the arguments that follow the command name.
 
         Raises:
-            InputError: on a flag that does not exist.
+            InputError: on an unknown flag, a flag without its value, or a missing --config-dir.
         """
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         for flags in (("--help", "-h"), ("--hydra-help",), ("--version",), ("--shell-completion", "-sc")):
@@ -55,7 +55,7 @@ class CommandLine:
         parser.add_argument("overrides", nargs="*")
         try:
             given, unknown = parser.parse_known_intermixed_args(list(arguments))
-        except SystemExit:  # argparse has printed what is missing behind a flag
+        except SystemExit:  # argparse has already printed which flag lacks a value
             raise InputError("see --help") from None
         if unknown:
             raise InputError(_unknown_option_message(unknown[0]))
@@ -69,21 +69,21 @@ class CommandLine:
 
     @property
     def searchpath(self) -> List[str]:
-        """Tells the compose API of the user's folder, as the flag tells Hydra's command line."""
+        """Override that adds `config_dir` to the search path of the compose API; empty without --config-dir."""
         if self.config_dir is None:
             return []
         return [f"hydra.searchpath=['file://{Path(self.config_dir).absolute()}']"]
 
     def parse(self) -> List[Override]:
-        """The overrides, read by Hydra's grammar.
+        """Parse the overrides with Hydra's grammar.
 
         Raises:
-            HydraException: on what is no override.
+            HydraException: on an invalid override.
         """
         return list(OverridesParser.create().parse_overrides(self.overrides))
 
     def parse_each(self) -> List[Optional[Override]]:
-        """The overrides one by one; None for what is none."""
+        """Parse each override separately; an invalid one gives None."""
         found: List[Optional[Override]] = []
         for text in self.overrides:
             try:
@@ -93,14 +93,14 @@ class CommandLine:
         return found
 
     def sets(self, key: str) -> bool:
-        """Whether a key or group is set here, or taken away."""
+        """Return whether an override sets or deletes a key or group."""
         return any(override.key_or_group == key for override in self.parse())
 
     def sample_combinations(self, is_group: Callable[[str], bool]) -> List[List[str]]:
-        """For -m: command lines without sweeps, in which each name of a swept group stands once.
+        """Return command lines without sweeps that together contain each name of every swept group (-m).
 
         Args:
-            is_group: whether a key is a configuration group; values of others are checked when their turn comes.
+            is_group: whether a key is a configuration group; values of other keys are checked when their job starts.
         """
         plain, sweeps = self._split()
         firsts = [values[0] for values in sweeps.values()]
@@ -111,12 +111,12 @@ class CommandLine:
         return lines
 
     def combinations(self) -> List[Tuple[List[str], List[str]]]:
-        """For -m over lists: of each combination what is its own, and its whole command line."""
+        """Return (swept overrides, all overrides) of each combination of a sweep over lists (-m)."""
         plain, sweeps = self._split()
         return [(list(own), [*plain, *own]) for own in itertools.product(*sweeps.values())]
 
     def _split(self) -> Tuple[List[str], Dict[str, List[str]]]:
-        """Overrides that are not swept, and of each key that is, an override a value; searches are left out."""
+        """Return the plain overrides, and one override per value of each swept key; interval sweeps are left out."""
         plain: List[str] = []
         sweeps: Dict[str, List[str]] = {}
         for text, override in zip(self.overrides, self.parse()):

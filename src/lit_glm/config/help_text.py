@@ -1,4 +1,4 @@
-"""What Hydra's help leaves out: the comments of the configuration files, beside the keys that they explain."""
+"""Help text with the comments of the configuration files, which Hydra's own help leaves out."""
 
 from pathlib import Path
 from typing import Any, Dict, List
@@ -11,10 +11,10 @@ _NOT_KEYS = ("defaults:", "hydra:")
 
 
 def key_help(config_name: str) -> str:
-    """The keys that a command uses, as its files of conf/ have them, with their comments.
+    """Return the keys of a command's files in conf/ with their comments.
 
     Args:
-        config_name: the primary file.
+        config_name: name of the primary file.
     """
     files: List[Path] = [CONF_DIR / f"{config_name}.yaml"]
     groups: Dict[str, Path] = {}
@@ -42,7 +42,7 @@ def _defaults_list(file: Path) -> List[Any]:
 
 
 def _key_lines(file: Path) -> List[str]:
-    """A file without its defaults, Hydra's part, and the remarks at its head."""
+    """Return the lines of a file without `defaults:`, `hydra:` and unindented comments."""
     kept: List[str] = []
     inside = True
     for line in file.read_text(encoding="utf-8").splitlines():

@@ -1,4 +1,4 @@
-"""Says in the user's words what Hydra and OmegaConf found wrong, with the nearest names that exist."""
+"""User-facing messages for errors of Hydra and OmegaConf, with the closest valid names."""
 
 import difflib
 import re
@@ -21,7 +21,7 @@ _TYPES = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or 
 
 
 def closest_names(name: str, known: Sequence[str]) -> List[str]:
-    """At most three of the known names, the most similar first; keys are compared whole and by their last part."""
+    """Return up to three known names, most similar first; keys are compared as a whole and by their last part."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     last = name.rsplit(".", 1)[-1]
     by_last = {key.rsplit(".", 1)[-1]: key for key in reversed(list(known))}
@@ -34,12 +34,12 @@ def explain_hydra_error(error: BaseException, schema: Any, conf: Path) -> str:
     """Turn an error of Hydra or OmegaConf into one message.
 
     Args:
-        error: what was raised.
+        error: the exception.
         schema: the dataclass of the configuration, for the names of its keys.
         conf: the folder of the configuration files, for the names of its groups.
 
     Returns:
-        What was wrong, and the nearest valid names.
+        The message: what is wrong, and the closest valid names.
     """
     keys = [key for key, _ in iter_leaves(schema())]
     nodes = sorted({".".join(key.split(".")[:n]) for key in keys for n in range(1, key.count(".") + 1)})
@@ -54,7 +54,7 @@ def explain_hydra_error(error: BaseException, schema: Any, conf: Path) -> str:
         return f"a configuration file cannot be read: {_first_line(cause)}"
     if isinstance(cause, MissingMandatoryValue):
         must = [key for key, default in iter_leaves(schema()) if default == MISSING]
-        return f"{', '.join(must)}: must have a value, and the chosen file (conf/{must[0].split('.')[0]}/) gives none"
+        return f"{', '.join(must)}: must have a value, but the chosen file (conf/{must[0].split('.')[0]}/) sets none"
 
     option = re.search(r"(?:Could not find|In '[^']*': Could not find) '([\w/]+)'", text)
     if option and "/" in option.group(1):
@@ -62,7 +62,7 @@ def explain_hydra_error(error: BaseException, schema: Any, conf: Path) -> str:
         names = sorted(file.stem for file in (conf / group).glob("*.yaml"))
         if names:
             return _unknown_name_message(
-                f"{group}={name}: there is no such {group}", closest_names(name, names), "it may be", names
+                f"{group}={name}: there is no such {group}", closest_names(name, names), "choose", names
             )
 
     wrong_type = re.search(r"Value '(.*)' of type '\w+' (?:could not be converted to|is not a valid) (\w+)", str(cause))
@@ -82,8 +82,8 @@ def explain_hydra_error(error: BaseException, schema: Any, conf: Path) -> str:
         known = keys + nodes + groups
         if name in groups and name not in nodes:
             return (
-                f"{name}: the chosen file of this group lacks its first line, `# @package _global_`: its keys are the "
-                "run's own"
+                f"{name}: the chosen file of this group sets top-level keys; add `# @package _global_` as its first "
+                "line"
             )
         if name not in known:
             return _unknown_name_message(
@@ -94,14 +94,14 @@ def explain_hydra_error(error: BaseException, schema: Any, conf: Path) -> str:
 
 
 _FREE = ("hydra", "logger.", "callbacks.")
-"""Keys that this project does not know by name."""
+"""Prefixes of keys that the schema does not define one by one."""
 
 
 def check_overrides(line: CommandLine, schema: Any, conf: Path) -> None:
-    """Say what is written here instead of a word that people bring from other tools, and that -m was forgotten.
+    """Reject malformed overrides, keys of other tools and older versions, and lists of values without -m.
 
     Raises:
-        InputError: with all of them.
+        InputError: lists all of them, each with the correct form.
     """
     keys = [key for key, _ in iter_leaves(schema())]
     nodes = {".".join(key.split(".")[:n]) for key in keys for n in range(1, key.count(".") + 1)}
@@ -111,7 +111,7 @@ def check_overrides(line: CommandLine, schema: Any, conf: Path) -> None:
         if override is None:
             groups = [folder.name for folder in sorted(conf.iterdir()) if (folder / f"{text}.yaml").is_file()]
             meant = f"did you mean {groups[0]}={text}?" if groups else "`--help` lists the keys"
-            said.append(f"{text}: is no KEY=VALUE (without spaces around the =); {meant}")
+            said.append(f"{text}: not KEY=VALUE (no spaces around =); {meant}")
             continue
         key, value = override.key_or_group, text.partition("=")[2]
         renamed = old_key_message(key, value)
@@ -126,11 +126,11 @@ def check_overrides(line: CommandLine, schema: Any, conf: Path) -> None:
         if wrong is not None:
             said.append(f"{text}: {wrong}")
             continue
-        inside = any(key.startswith(f"{name}.") for name in keys)  # of a table such as hardware.peak_tflops
+        inside = any(key.startswith(f"{name}.") for name in keys)  # entry of a mapping such as hardware.peak_tflops
         if override.is_add() or override.is_delete() or key in known or key.startswith(_FREE) or inside:
             if override.is_sweep_override() and not line.multirun and not key.startswith("hydra"):
                 at_once = f"; all of them in one run: {key}=[{value}]" if key in ("logger", "callbacks") else ""
-                said.append(f"{text}: several values are a sweep, written with -m: train -m {text} ...{at_once}")
+                said.append(f"{text}: several values need a sweep (-m): train -m {text} ...{at_once}")
             continue
         better = suggest_key(key, value, known)
         if better is not None:
@@ -144,7 +144,7 @@ _LISTS = ("logger", "callbacks")
 
 
 def _wrong_choice(key: str, override: Override, conf: Path) -> Optional[str]:
-    """Why a group cannot have a value: nothing, or several files where one is chosen."""
+    """Return why a value is invalid for a group (null, or a list where one name is required), or None."""
     names = (
         sorted(file.stem for file in (conf / key).glob("*.yaml")) if "." not in key and (conf / key).is_dir() else []
     )
@@ -152,27 +152,27 @@ def _wrong_choice(key: str, override: Override, conf: Path) -> Optional[str]:
         return None
     value, choices = override.value(), ", ".join(names)
     if value is None:
-        return f"choose one of {choices}" + ("; none is a name too" if "none" in names else "")
+        return f"choose one of {choices}" + ("; `none` is one of the names" if "none" in names else "")
     if isinstance(value, list) and key not in _LISTS:
-        return f"one name, not a list; choose one of {choices}; several are a sweep: -m {key}=A,B"
+        return f"must be one name, not a list; choose one of {choices}, or start a sweep: -m {key}=A,B"
     return None
 
 
 def _set_group_name(key: str, override: Override, conf: Path) -> Optional[str]:
-    """Why the name of a group's file must not be set: results of one thing would stand under the name of another."""
+    """Return an error if an override sets GROUP.name, which would label results with a wrong name; else None."""
     group, _, rest = key.partition(".")
     value = override.value() if not override.is_delete() and not override.is_sweep_override() else None
     sets_name = rest == "name" or (not rest and isinstance(value, dict) and "name" in value)
     if not sets_name or not (conf / group).is_dir():
         return None
-    return f"the name says which file of {group} is taken and is no key to set; choose {group}=NAME"
+    return f"the name identifies the chosen file of {group} and cannot be set; choose {group}=NAME"
 
 
 def _yaml_error_message(error: yaml.YAMLError) -> str:
-    """Where a YAML file is not what it should be."""
+    """Return the location and the cause of a YAML syntax error."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
     where = f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}" if mark is not None else "a YAML file"
-    return f"{where}: {problem}; texts with ': ' or ' #' in them need quotes, and levels are told by spaces alone"
+    return f"{where}: {problem}; quote strings that contain ': ' or ' #', and indent with spaces only"
 
 
 def _key_from_error(error: BaseException) -> str:

@@ -1,8 +1,8 @@
-"""Turns a command line into a checked configuration, and a wrong one into a message with exit status 2.
+"""Hydra entry point: composes and validates a configuration, then runs a task; invalid input exits with status 2.
 
-What goes wrong before the task is entered is the user's input; what goes wrong inside is not. So the configuration is
-composed here, by Hydra's compose API, and the task called with it. Hydra's own entry has what is Hydra's: help, --cfg,
---info, completion, and sweeps.
+Errors before the task starts are caused by the user's input, errors inside it are not. Therefore the configuration is
+composed here with Hydra's compose API, and the task is called with it. `hydra.main` handles help, --cfg, --info,
+completion and sweeps.
 """
 
 import os
@@ -37,11 +37,11 @@ Config = TypeVar("Config")
 
 
 class TaskOutcome(NamedTuple):
-    """How a task ended, and in a sweep the figure that a sweeper optimises."""
+    """Exit status of a task, and in a sweep the metric that a sweeper optimises."""
 
     status: int
     objective: Optional[float] = None
-    """None: the combination failed, which a search takes as an answer."""
+    """None: the job failed; a sweeper treats it as a failed trial."""
 
 
 Task = Callable[[Any, DictConfig], Union[int, TaskOutcome]]
@@ -51,8 +51,8 @@ def validate_config(cfg: DictConfig, schema: "type[Config]") -> Config:
     """Check names, types and ranges of a composed configuration.
 
     Args:
-        cfg: what Hydra composed.
-        schema: the dataclass it must fit, such as `TrainConfig`.
+        cfg: the composed configuration.
+        schema: the dataclass it must match, such as `TrainConfig`.
 
     Returns:
         The configuration as that dataclass, all interpolations resolved.
@@ -66,8 +66,8 @@ def validate_config(cfg: DictConfig, schema: "type[Config]") -> Config:
     _reject_old_keys(cfg)
     cfg = _with_hardware_defaults(cfg)
     try:
-        # Merging the plain content closes the way round the schema that Hydra leaves open (`+typo=1`, `++typo=1`).
-        # The two steps say different things: the first which name is unknown, the second which type is wrong.
+        # Merging the plain content enforces the schema, which `+typo=1` and `++typo=1` bypass in Hydra.
+        # merge rejects unknown names and wrong types, to_object rejects missing values.
         plain = OmegaConf.to_container(cfg, resolve=True)
         merged = OmegaConf.merge(OmegaConf.structured(schema), plain)
         config: Any = OmegaConf.to_object(merged)
@@ -80,7 +80,7 @@ def validate_config(cfg: DictConfig, schema: "type[Config]") -> Config:
 
 
 def _with_hardware_defaults(cfg: DictConfig) -> DictConfig:
-    """A copy in which a hardware file of the user's has the keys that it leaves out; a name and a class are enough."""
+    """Return a copy with defaults for the keys that a user's hardware file omits; a name and a class are enough."""
     cfg = cfg.copy()
     hardware = cfg.get("hardware")
     if not isinstance(hardware, DictConfig):
@@ -98,7 +98,7 @@ def _reject_old_keys(cfg: DictConfig) -> None:
     """Reject keys of older versions that a configuration file sets.
 
     Raises:
-        InputError: names the new key of each, and the user's file where one is found.
+        InputError: names the new key of each, and the user's file if one sets it.
     """
     messages = []
     for key in (*RENAMED["config"], *REMOVED_KEYS):
@@ -122,7 +122,7 @@ def _find_user_file_setting(name: str) -> str:
 
 
 def _fix_hp_bs(cfg: DictConfig) -> Optional[int]:
-    """What the fix_hp file that was picked up says of bs: the command line has put `auto` over it."""
+    """Return bs of the selected fix_hp file, which `bs=auto` has overridden in `cfg`; None if there is none."""
     own = CommandLine.read(sys.argv[1:]).config_dir
     for place in (CONF_DIR, *([Path(own)] if own is not None else [])):
         file = place / "fix_hp" / f"{cfg.get('fix_hp_source', 'none')}.yaml"
@@ -141,13 +141,13 @@ def compose_config(config_name: str, overrides: Sequence[str]) -> DictConfig:
 class _ComposedConfig(NamedTuple):
     config: DictConfig
     whole: DictConfig
-    """The same with Hydra's own part."""
+    """The same configuration including the `hydra` node."""
     pair: List[str]
-    """The override that takes the published values of what runs, where the command line's names are another pair's."""
+    """Override that selects the fix_hp file of the actual topology, if the chosen names select another one."""
 
 
 def _compose_with_hydra(config_name: str, overrides: Sequence[str]) -> _ComposedConfig:
-    sweep = GlobalHydra.instance().hydra  # of Hydra's own entry, which is calling a job of a sweep
+    sweep = GlobalHydra.instance().hydra  # set while `hydra.main` runs a job of a sweep
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3", job_name=config_name):
@@ -162,9 +162,9 @@ def _compose_with_hydra(config_name: str, overrides: Sequence[str]) -> _Composed
 
 
 def _fix_hp_override(whole: DictConfig, overrides: Sequence[str]) -> Optional[str]:
-    """An override that takes the published values of what runs, where another pair's were taken; None where not.
+    """Return the override that replaces a fix_hp file of another topology; None if no override is needed.
 
-    Hydra picks them by the names of hardware and topology; `topology.num_nodes=` and the like change what runs.
+    Hydra selects the file by the names of hardware and topology, but `topology.num_nodes=` changes the actual topology.
     """
     if "topology" not in whole or CommandLine(list(overrides)).sets("fix_hp"):
         return None
@@ -185,16 +185,16 @@ def run_command(
     task: Task,
     before_sweep: Optional[Callable[[DictConfig, CommandLine], None]] = None,
 ) -> int:
-    """Run `task` with the configuration of the command line, or hand over to Hydra what is Hydra's.
+    """Run `task` with the configuration of the command line; delegate help, --cfg and sweeps to Hydra.
 
     Args:
         config_name: the primary file in conf/.
-        schema: what the composed configuration must fit.
-        task: gets the checked configuration and the composed one, returns an exit status or an `Outcome`.
-        before_sweep: gets a combination's configuration and the command line; may refuse the sweep.
+        schema: the dataclass that the composed configuration must match.
+        task: takes the validated and the composed configuration; returns an exit status or a `TaskOutcome`.
+        before_sweep: takes a combination's configuration and the command line; may reject the sweep.
 
     Returns:
-        0 done, 1 failed, 2 wrong input or configuration; what `task` returns, the highest over a sweep.
+        The exit status: 0 success, 1 failure, 2 invalid input, or what `task` returns; the highest in a sweep.
     """
     protect_output()
     limit_spinning()  # before anything loads torch
@@ -217,7 +217,7 @@ def run_command(
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
         return _print_error(
             explain_hydra_error(error, schema, CONF_DIR), 2
-        )  # Hydra says some wrong overrides with a bare ValueError
+        )  # Hydra raises a bare ValueError for some invalid overrides
     if line.is_help or line.cfg or line.multirun:
         return _delegate_to_hydra(
             config_name, schema, task, line, [] if line.is_help or line.multirun else composed.pair
@@ -230,10 +230,10 @@ def run_command(
 
 
 def _compose_known_keys(config_name: str, line: CommandLine, schema: "type[Config]") -> "Tuple[List[str], Any]":
-    """Compose; keys of the schema may be set where the chosen file does not have them.
+    """Compose a configuration; keys of the schema may be set even if the chosen files do not define them.
 
     Returns:
-        The overrides, with `++` where such keys are set, and what they compose to.
+        The overrides, with `++` added for such keys, and the composed configuration.
     """
     try:
         return line.overrides, _compose_with_hydra(config_name, [*line.overrides, *line.searchpath])
@@ -261,9 +261,9 @@ def _is_change(override: Override) -> bool:
 
 
 def _add_keys_of_swept_groups(config_name: str, line: CommandLine) -> List[str]:
-    """The overrides of a sweep, with `++` where only groups that are swept have the key.
+    """Return the overrides of a sweep, with `++` added for keys that only swept groups define.
 
-    Hydra composes a sweep's configuration once without what is swept, and rejects keys that are not there.
+    Hydra first composes the configuration without the swept overrides, and rejects keys that it does not define.
     """
     groups = is_group(line.config_dir)
     parsed = list(zip(line.overrides, line.parse()))
@@ -288,7 +288,7 @@ def _add_keys_of_swept_groups(config_name: str, line: CommandLine) -> List[str]:
 
 
 def is_group(config_dir: Optional[str]) -> Callable[[str], bool]:
-    """Tells groups from other keys, by their folders here and in the user's own configuration."""
+    """Return a predicate for configuration groups: keys with a folder in conf/ or in `config_dir`."""
     places = [CONF_DIR, *([Path(config_dir)] if config_dir else [])]
     return lambda key: key.startswith("hydra/") or any((place / key).is_dir() for place in places)
 
@@ -299,7 +299,7 @@ def _print_error(message: str, status: int) -> int:
 
 
 def _run_task(task: Task, config: Any, composed: DictConfig) -> TaskOutcome:
-    """Call the task; whatever it raises ends here."""
+    """Call the task; turn every exception into a message and an exit status."""
     environment = dict(os.environ)
     try:
         returned = task(config, composed)
@@ -308,23 +308,23 @@ def _run_task(task: Task, config: Any, composed: DictConfig) -> TaskOutcome:
     except Exception:
         traceback.print_exc()
         return TaskOutcome(
-            _print_error("an unexpected error, see above: of the program or a plugin, not of the command line", 1)
+            _print_error("unexpected error (see traceback): a bug in lit_glm or a plugin, not in the command line", 1)
         )
-    finally:  # a chip's variables are not the user's for whatever runs next in this process
+    finally:  # variables of the hardware file must not leak into the next job of this process
         os.environ.clear()
         os.environ.update(environment)
     return returned if isinstance(returned, TaskOutcome) else TaskOutcome(returned)
 
 
 def _delegate_to_hydra(config_name: str, schema: "type[Config]", task: Task, line: CommandLine, more: List[str]) -> int:
-    """Hydra's own entry; in a sweep it calls the task for each combination, of which one that fails ends no other.
+    """Call `hydra.main`; in a sweep it runs the task for each combination, and a failed job does not stop the others.
 
     Args:
         config_name: the primary file in conf/.
-        schema: what a combination must fit.
-        task: called for each.
+        schema: the dataclass that a combination must match.
+        task: called for each combination.
         line: the command line.
-        more: further overrides, which it does not have.
+        more: further overrides that are not on the command line.
     """
     statuses: List[int] = []
 
@@ -336,11 +336,11 @@ def _delegate_to_hydra(config_name: str, schema: "type[Config]", task: Task, lin
 
     arguments, full_error = list(sys.argv), os.environ.get("HYDRA_FULL_ERROR")
     try:
-        sys.argv = [arguments[0], *line.overrides, *more, *line.flags]  # Hydra wants flags behind all overrides
+        sys.argv = [arguments[0], *line.overrides, *more, *line.flags]  # Hydra requires flags after all overrides
         if line.multirun:
-            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what a sweeper or launcher has, instead of printing it
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra raise errors of sweepers and launchers, not print them
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(job)()
-    except SystemExit as ended:  # Hydra has said what it could not do
+    except SystemExit as ended:  # Hydra has printed the error
         statuses.append(ended.code if isinstance(ended.code, int) else 1)
     except (HydraException, OmegaConfBaseException) as error:
         statuses.append(_print_error(explain_hydra_error(error, schema, CONF_DIR), 2))
@@ -348,9 +348,9 @@ def _delegate_to_hydra(config_name: str, schema: "type[Config]", task: Task, lin
         if full_error is not None:
             traceback.print_exc()
         reason = (str(error).strip().splitlines() or [""])[0]
-        none = "no job of it has succeeded; " if statuses and all(statuses) else ""
-        message = f"the sweep has ended: {none}its sweeper or launcher raised {type(error).__name__}: {reason}"
-        statuses.append(_print_error(f"{message} (HYDRA_FULL_ERROR=1 shows where)", 1))
+        none = "no job succeeded; " if statuses and all(statuses) else ""
+        message = f"sweep aborted: {none}the sweeper or launcher raised {type(error).__name__}: {reason}"
+        statuses.append(_print_error(f"{message} (set HYDRA_FULL_ERROR=1 for the traceback)", 1))
     finally:
         sys.argv = arguments
         if full_error is None:
@@ -361,7 +361,7 @@ def _delegate_to_hydra(config_name: str, schema: "type[Config]", task: Task, lin
 
 
 def _recompose_for_topology(config_name: str, cfg: DictConfig, searchpath: List[str]) -> DictConfig:
-    """A combination's configuration, with the published values of its own pair."""
+    """Return a combination's configuration with the fix_hp file of its actual topology."""
     if "topology" not in cfg:
         return cfg
     runs = f"{cfg.topology.num_nodes}x{cfg.topology.devices_per_node}"

@@ -1,4 +1,4 @@
-"""Words that people bring from other tools, and what is written here instead."""
+"""Suggestions for configuration keys that other tools use."""
 
 import re
 from typing import Any, Dict, Optional, Sequence
@@ -53,15 +53,15 @@ def _normalise_key(key: str) -> str:
 
 
 def suggest_key(key: str, value: Any, known: Sequence[str]) -> Optional[str]:
-    """What to write instead of a key that does not exist.
+    """Suggest the correct form of a key that does not exist.
 
     Args:
-        key: as it was typed.
-        value: as it was typed.
-        known: keys and groups that exist.
+        key: key as typed.
+        value: value as typed.
+        known: existing keys and groups.
 
     Returns:
-        A message; None: nothing is known of it.
+        The message; None if there is no suggestion.
     """
     word = _normalise_key(key.rsplit(".", 1)[-1])
     said = f"{key}={value}: there is no such key"
@@ -73,7 +73,7 @@ def suggest_key(key: str, value: Any, known: Sequence[str]) -> Optional[str]:
         return f"{said}; write precision={word}"
     if word in ("epochs", "epoch", "num_epochs", "max_epochs", "num_train_epochs"):
         return (
-            f"{said}: runs end by samples or steps; write run.max_samples=N (an epoch: as many as there are training "
+            f"{said}: runs are limited by samples or steps; write run.max_samples=N (one epoch: the number of training "
             "examples) or run.max_steps=N"
         )
     if word in ("dtype", "mixed_precision", "torch_dtype", "amp_level"):
@@ -85,5 +85,5 @@ def suggest_key(key: str, value: Any, known: Sequence[str]) -> Optional[str]:
         return None
     if meant.startswith("topology."):
         wide = f"topology=1x{value}" if meant.endswith("node") else f"topology={value}x8"
-        return f"{said}; write {wide} (nodes x devices a node), or {meant}={value}"
+        return f"{said}; write {wide} (nodes x devices per node), or {meant}={value}"
     return f"{said}; write {meant}={value}"

@@ -47,8 +47,8 @@ def old_key_message(key: str, value: Optional[str] = None) -> Optional[str]:
     """Return what to write instead of a configuration key of an older version.
 
     Args:
-        key: as it was written, with dots.
-        value: as it was written; None: the message names keys alone.
+        key: dotted key as written.
+        value: value as written; None: the message names only keys.
 
     Returns:
         The message; None if the key is not an old one.
@@ -63,10 +63,10 @@ def old_key_message(key: str, value: Optional[str] = None) -> Optional[str]:
 
 
 def migrate_names(content: Dict[str, Any], place: str) -> Dict[str, Any]:
-    """Return the content of a file with current names; a name that is current already stays.
+    """Return the content of a file with current names; names that are already current are kept.
 
     Args:
-        content: of the file, nested as JSON has it.
+        content: content of the file, nested as in JSON.
         place: a key of `RENAMED`.
     """
     migrated = _copy_dicts(content)
@@ -95,7 +95,7 @@ def migrate_job(content: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def find_old_methods(runtime: type) -> List[str]:
-    """Return a line for each method of a runtime class that is called by its name of an older version."""
+    """Return a line for each method of a runtime class that has the name of an older version."""
     renamed = RENAMED["runtime class"]
     return [f"{old} -> {new}" for old, new in renamed.items() if hasattr(runtime, old)]
 

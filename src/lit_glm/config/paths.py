@@ -1,4 +1,4 @@
-"""Where the shipped configuration is."""
+"""Path of the configuration files that come with the package (conf/)."""
 
 from pathlib import Path
 

@@ -1,6 +1,6 @@
-"""Every key that can be set, with its type; conf/ has the values, `lit_glm.config.validators` the ranges.
+"""Schema of the configuration: every key with its type. Values are in conf/, ranges in `lit_glm.config.validators`.
 
-Dataclasses rather than a list of names, so that OmegaConf checks types and mypy checks their use.
+Dataclasses, so that OmegaConf checks the types and mypy checks their use.
 Python 3.8 and OmegaConf both need the `typing` spellings here.
 
 A run folder stores a hash of its configuration, by which it is found and resumed. A plain field belongs to the hash and
@@ -19,8 +19,8 @@ def new_in(version: str, default: Any, neutral: Any) -> Any:
 
     Args:
         version: the release that has it first.
-        default: its value where nothing sets it.
-        neutral: the value with which a run computes what it did before the key existed; left out of the hash then.
+        default: the default value.
+        neutral: the value with which a run computes the same as before the key existed; it is left out of the hash.
     """
     return field(default=default, metadata={"added": version, "neutral": neutral})
 
@@ -32,7 +32,7 @@ def unhashed(default: Any) -> Any:
 
 @dataclass
 class HardwareConfig:
-    """One chip: what runs it, what it can do, what reports call it."""
+    """Device type: its runtime, its capabilities and its name in reports."""
 
     name: str = MISSING
     vendor: str = ""
@@ -58,7 +58,7 @@ class HardwareConfig:
 
 @dataclass
 class TopologyConfig:
-    """Nodes x devices a node."""
+    """Number of nodes and of devices per node."""
 
     num_nodes: int = 1
     devices_per_node: int = 1
@@ -70,7 +70,7 @@ class TopologyConfig:
 
     @property
     def name(self) -> str:
-        """As in the published table: `2x8`."""
+        """Name as in the published table, such as `2x8`."""
         return f"{self.num_nodes}x{self.devices_per_node}"
 
 
@@ -86,7 +86,7 @@ class LossScaleConfig:
 
 @dataclass
 class PrecisionConfig:
-    """In which arithmetic the model is computed."""
+    """Numerical precision of the model."""
 
     name: str = "fp32"
     tf32: bool = False
@@ -95,7 +95,7 @@ class PrecisionConfig:
 
 @dataclass
 class ModelConfig:
-    """Shape of GLM."""
+    """Architecture and initial weights of GLM."""
 
     name: str = "glm_large"
     num_layers: int = 24
@@ -121,14 +121,14 @@ class SyntheticConfig:
     num_train: int = 20000
     num_eval: int = 500
     lengths: str = field(default="short", metadata={"added": "0.2.0", "neutral": "short"})
-    """short, or record: the lengths of real news."""
+    """`short`, or `record`: sequence lengths as in real news."""
     max_seq_lengths: Dict[str, int] = field(default_factory=dict, metadata={"hashed": False})
-    """`data.max_seq_length` by `lengths`."""
+    """`data.max_seq_length` for each value of `lengths`."""
 
 
 @dataclass
 class DataConfig:
-    """Which examples, and how they reach the model."""
+    """Data files and how they are loaded."""
 
     name: str = "record"
     raw_dir: Optional[str] = None
@@ -173,7 +173,7 @@ class OptimizerConfig:
 
 @dataclass
 class RunConfig:
-    """When the run evaluates, saves and ends."""
+    """Evaluation, checkpoints, limits and timeouts of a run."""
 
     max_samples: int = 5553080
     max_steps: Optional[int] = None
@@ -192,7 +192,7 @@ class RunConfig:
 
 @dataclass
 class SweepConfig:
-    """How a multirun goes on."""
+    """Options of a sweep (Hydra multirun)."""
 
     skip_done: bool = unhashed(True)
     objective: str = unhashed("acc")
@@ -200,7 +200,7 @@ class SweepConfig:
 
 @dataclass
 class ReportConfig:
-    """What no program can know of the machine, for environment.json; null: what the system says of itself."""
+    """Machine information that cannot be detected, for environment.json; null: use what the system reports."""
 
     machine: Optional[str] = unhashed(None)
     device_name: Optional[str] = unhashed(None)
@@ -232,17 +232,17 @@ class TrainConfig:
     fix_hp_source: str = "none"
 
     def __post_init__(self) -> None:
-        """The rate that trains is the one that is reported, by whichever key it was set."""
+        """Set `lr` to `optimizer.lr`, so that the reported learning rate is the one used in training."""
         self.lr = self.optimizer.lr
 
     @property
     def global_batch(self) -> int:
-        """Examples a step, over all ranks."""
+        """Examples per step over all ranks."""
         return self.bs * self.topology.world_size
 
     @property
     def profiled(self) -> bool:
-        """Whether some of its steps run under a profiler: its figures are not those of other runs."""
+        """Whether a profiler callback is configured; metrics of such a run are not comparable with others."""
         return any(
             str((entry or {}).get("_target_", "")).endswith(("Profile", "ProfilerCallback"))
             for entry in self.callbacks.values()
@@ -250,7 +250,7 @@ class TrainConfig:
 
     @property
     def fix_hp(self) -> str:
-        """The column `fix_hp` of the published table."""
+        """Value of the column `fix_hp` of the published table."""
         return f"bs={self.bs},lr={self.lr:g}"
 
 

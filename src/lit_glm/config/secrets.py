@@ -1,4 +1,4 @@
-"""What must not stand in files that people publish: values under secret names, and passwords in addresses."""
+"""Masking of secrets in files that may be published: values with secret names, and credentials in URLs."""
 
 import re
 from typing import Any, Dict
@@ -11,17 +11,17 @@ _IN_ADDRESS = re.compile(r"//[^/@\s]+@")
 
 
 def is_secret(name: str) -> bool:
-    """Whether a name is that of a secret, such as HF_TOKEN."""
+    """Return whether a name denotes a secret, such as HF_TOKEN."""
     return _SECRET.search(name) is not None
 
 
 def mask_text(text: str) -> str:
-    """A text without the user and password of an address in it."""
+    """Mask user name and password of the URLs in a text."""
     return _IN_ADDRESS.sub(f"//{MASK}@", text)
 
 
 def mask_override(argument: str) -> str:
-    """An argument of a command line: of one that speaks of a secret the key alone is kept."""
+    """Mask a command-line argument: all but the key if it mentions a secret, else credentials in URLs."""
     key, found, _ = argument.partition("=")
     if is_secret(argument):
         return f"{key}={MASK}" if found else MASK
@@ -29,12 +29,12 @@ def mask_override(argument: str) -> str:
 
 
 def mask_overrides(text: str) -> str:
-    """Overrides joined by commas, as Hydra names a job by them; any other text as it is."""
+    """Mask overrides joined by commas (Hydra's `override_dirname`); of other text only credentials in URLs."""
     return ",".join(mask_override(part) if "=" in part else mask_text(part) for part in text.split(","))
 
 
 def mask_config(node: Any, is_hidden: bool = False) -> Any:
-    """A configuration as plain data, secrets masked."""
+    """Return a configuration of plain data with secrets masked."""
     if isinstance(node, dict):
         return {key: mask_config(value, is_hidden or is_secret(str(key))) for key, value in node.items()}
     if isinstance(node, list):
@@ -45,7 +45,7 @@ def mask_config(node: Any, is_hidden: bool = False) -> Any:
 
 
 def find_secrets(node: Any, prefix: str = "") -> Dict[str, str]:
-    """What `mask_config` masks: dotted key -> value."""
+    """Return the strings that `mask_config` masks, by dotted key."""
     found: Dict[str, str] = {}
     for key, value in node.items() if isinstance(node, dict) else []:
         if isinstance(value, dict):

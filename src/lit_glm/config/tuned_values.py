@@ -1,4 +1,4 @@
-"""Values known only for a pair of chip and topology: the files of conf/fix_hp/, and what a search has found."""
+"""Values for a pair of hardware and topology: the files of conf/fix_hp/, and the results of `tune`."""
 
 import json
 from pathlib import Path
@@ -9,44 +9,44 @@ from lit_glm.config.paths import CONF_DIR
 from lit_glm.errors import InputError
 
 TUNE_FILE = "tune.json"
-"""What a search leaves in its folder."""
+"""File with the state of a search, in its folder."""
 TRIALS_FOLDER = "tries"
-"""Where the runs of its trials are."""
+"""Subfolder with the runs of a search's trials."""
 MODEL_KEYS = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "activation_checkpointing")
-"""Of a model, what decides how large a batch may be."""
+"""Model keys that determine the largest possible batch size."""
 
 
 def topologies_with_fix_hp(hardware: str) -> Dict[str, int]:
-    """Topologies of a chip for which values were published, with their numbers of ranks."""
+    """Return the topologies with a fix_hp file for a hardware name, with their numbers of ranks."""
     found = {}
     for file in sorted((CONF_DIR / "fix_hp").glob(f"{hardware}_*.yaml")):
         nodes, _, devices = file.stem[len(hardware) + 1 :].partition("x")
-        if nodes.isdigit() and devices.isdigit():  # a chip's name may begin another's
+        if nodes.isdigit() and devices.isdigit():  # one hardware name may be a prefix of another
             found[f"{nodes}x{devices}"] = int(nodes) * int(devices)
     return found
 
 
 def nearest_pair_hint(hardware: str, ranks: int) -> str:
-    """What to add where a pair has no published values: how to take those of the nearest topology; "" without one."""
+    """Return a hint to the fix_hp file of the nearest topology, for pairs without one; "" if there is none."""
     known = topologies_with_fix_hp(hardware)
     if not known:
         return ""
     nearest = min(known, key=lambda name: (abs(known[name] - ranks), known[name]))
-    return f" (nearest: {hardware}_{nearest}, taken with fix_hp={hardware}_{nearest})"
+    return f" (nearest: {hardware}_{nearest}; use fix_hp={hardware}_{nearest})"
 
 
 def resolve_auto_bs(composed: Any, pair_bs: Any) -> Tuple[int, str]:
-    """The batch size that `bs=auto` means: the newest search's for the same thing, else that of the pair's file.
+    """Resolve `bs=auto`: the result of the newest matching search, else the value of the fix_hp file.
 
     Args:
-        composed: the configuration, bs not decided.
-        pair_bs: what the pair's fix_hp file says; None: there is none.
+        composed: the configuration, with bs unresolved.
+        pair_bs: bs of the fix_hp file; None if there is none.
 
     Returns:
-        It, and where it is from.
+        The batch size and its source.
 
     Raises:
-        InputError: if nothing is known; nothing is searched here.
+        InputError: if no batch size is known; no search is started.
     """
     wanted = {
         "hardware": composed.hardware.name,
@@ -74,12 +74,12 @@ def resolve_auto_bs(composed: Any, pair_bs: Any) -> Tuple[int, str]:
         if not content.get("complete"):
             largest = content.get("largest_bs")
             return bs, (
-                f"WARNING: the fastest so far of an incomplete search, {place} (largest tried: {largest}); resume it "
+                f"WARNING: fastest so far in an incomplete search, {place} (largest tried: {largest}); resume it "
                 f"with python -m lit_glm.tune ... run.resume={place}"
             )
-        return bs, f"the fastest that {place} found"
+        return bs, f"fastest in {place}"
     if pair_bs is not None:
-        return int(pair_bs), f"the fix_hp file of {wanted['hardware']}_{wanted['topology']}"
+        return int(pair_bs), f"from the fix_hp file of {wanted['hardware']}_{wanted['topology']}"
     about = " ".join(wanted.values())
     given = " ".join(f"{key}={value}" for key, value in wanted.items())
     raise InputError(

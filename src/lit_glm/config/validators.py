@@ -1,4 +1,4 @@
-"""What values may be: ranges and choices of keys, and what some keys ask of others."""
+"""Validation of values: ranges and choices of keys, and constraints between keys."""
 
 import math
 from typing import Any, Dict, List, Tuple
@@ -75,12 +75,12 @@ _CHOICES: Dict[str, Tuple[str, ...]] = {
 
 
 def range_errors(config: Any) -> List[str]:
-    """Say of each value outside its range what it is and what it may be, one sentence a value."""
+    """Return one message per invalid value, with the value and what is allowed."""
     complaints = []
     values = dict(iter_leaves(config))
     for key, value in values.items():
         if value is None or (key == "optimizer.lr" and str(value) == str(values.get("lr"))):
-            continue  # optimizer.lr follows lr unless it is set: say it once
+            continue  # optimizer.lr equals lr unless it is set: report it once
         if key in _CLOSED:
             low, high = _CLOSED[key]
             if not low <= value <= high:

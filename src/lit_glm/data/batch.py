@@ -1,4 +1,4 @@
-"""What a batch looks like in each scoring. Shapes: B examples, C candidate slots, S tokens, G groups, N candidates.
+"""Batch types of the scoring modes. Shapes: B examples, C candidate slots, S tokens, G groups, N candidates.
 
 A *context* is the part of a sequence that is attended in both directions: [CLS] passage query-with-[MASK] [PAD].
 Candidates of one example whose contexts are identical form a *group*; truncation can make contexts differ.
@@ -15,7 +15,7 @@ Batch = TypeVar("Batch", bound="TensorDataclass")
 
 @dataclass
 class TensorDataclass:
-    """A batch that can be sent to a device and pinned, which is all that Lightning asks of one."""
+    """Batch of tensors that can be moved to a device and pinned, as Lightning and torch's DataLoader require."""
 
     def to(self: Batch, device: Any, non_blocking: bool = False) -> Batch:
         """Return the batch with all tensors on `device`."""
@@ -36,45 +36,45 @@ class TensorDataclass:
 
 @dataclass
 class PaddingIndex(TensorDataclass):
-    """Where the rows of a flat batch stand when groups are padded to one size, for attention in one call.
+    """Indices that pad a packed batch to groups of equal size, for attention in one call.
 
-    K places a group = the longest context + the most candidate rows of a group; a group's candidates begin where the
-    longest context would end.
+    K slots per group = the longest context + the largest number of candidate rows of a group. The candidate slots of
+    every group begin after those of the longest context.
     """
 
     gather: Tensor
-    """[G, K] row of each place; row 0 at nobody's places, which are neither seen nor taken."""
+    """[G, K] row of each slot; row 0 in empty slots, which are masked and never gathered back."""
     scatter: Tensor
-    """[T] place of each row among the G K places."""
+    """[T] slot of each row among the G x K slots."""
     gather_candidates: Tensor
-    """[G, candidates' places] row of each place of candidates, counted among candidate rows."""
+    """[G, K - first_candidate] row of each candidate slot, counted among candidate rows."""
     scatter_candidates: Tensor
-    """[R] place of each candidate row among the places of candidates alone."""
+    """[R] slot of each candidate row, counted among candidate slots."""
     owner: Tensor
-    """[G, K] whose place it is: -2 nobody's, -1 the context's, else the candidate's number."""
+    """[G, K] owner of each slot: -2 none, -1 the context, else the index of the candidate."""
     first_candidate: int
-    """Rows of the longest context."""
+    """Number of rows of the longest context: the first candidate slot."""
 
 
 @dataclass
 class PackedBatch(TensorDataclass):
     """A batch without padding: first the rows of all contexts, then those of all candidates.
 
-    Candidates are ordered by group, so that the rows of a group stand together in both parts.
+    Candidates are ordered by group, so that the rows of a group are contiguous in both parts.
     """
 
     tokens: Tensor
     """[T] token ids, T = context rows + candidate rows."""
     positions: Tensor
-    """[T] position in the context; of a candidate's rows, that of the [MASK] which they fill."""
+    """[T] position in the context; for candidate rows, the position of the [MASK] that they fill."""
     blocks: Tensor
     """[T] block position: 0 in contexts, 1, 2, ... in a candidate."""
     targets: Tensor
-    """[R] the token to be predicted at each candidate row (R candidate rows)."""
+    """[R] token to be predicted at each candidate row (R candidate rows)."""
     row_candidate: Tensor
-    """[R] which of the N candidates a row belongs to."""
+    """[R] index of the candidate (of N) that a row belongs to."""
     slot: Tensor
-    """[N] where a candidate stands in the B x C table of scores, counted row by row."""
+    """[N] flat index of each candidate in the [B, C] table of scores."""
     context_lengths: List[int]
     """Rows of each group's context; sums to T - R."""
     candidate_rows: List[int]
@@ -84,9 +84,9 @@ class PackedBatch(TensorDataclass):
     num_candidates: int
     """C: the largest number of candidates of an example."""
     answers: Optional[List[Tuple[int, ...]]] = None
-    """Of each example the candidates that are right, in evaluation; in training candidate 0 is."""
+    """Correct candidates of each example in evaluation; None in training, where candidate 0 is correct."""
     indices: Tuple[int, ...] = ()
-    """Which examples of the data set these are."""
+    """Indices of the examples in the dataset."""
     has_padding: bool = False
     """Whether rows, groups and candidates are padded to sizes that recur (`data.pad_to`)."""
 
@@ -98,7 +98,7 @@ class PackedBatch(TensorDataclass):
 
 @dataclass
 class PaddedBatch(TensorDataclass):
-    """The published batch: every candidate slot is a sequence of its own, padded to S."""
+    """Batch of the published workload: every candidate slot is a separate sequence, padded to S."""
 
     text: Tensor
     """[B, C, S] token ids."""
@@ -109,7 +109,7 @@ class PaddedBatch(TensorDataclass):
     target: Tensor
     """[B, C, S] token to be predicted."""
     logit_mask: Tensor
-    """[B, C, S] 1 where there is one."""
+    """[B, C, S] 1 where a token is to be predicted."""
     loss_mask: Tensor
     """[B, C] 1 real candidate, 0 padding slot (a copy of candidate 0)."""
     answers: Optional[List[Tuple[int, ...]]] = None

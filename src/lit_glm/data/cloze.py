@@ -1,8 +1,8 @@
-"""Questions to rows of the published layout: GLM's ReCoRD pattern 0, cut to length, a row a candidate.
+"""Encoding of questions as rows of the published layout: GLM's ReCoRD pattern 0, truncated, one row per candidate.
 
     [CLS] passage query-before [MASK] query-after [PAD] | <sop> candidate...      targets: candidate... <eop>
 
-The passage loses tokens at its end, as many as needed for each candidate, so candidates may keep different contexts.
+The end of the passage is truncated as far as each candidate needs, so candidates may have different contexts.
 """
 
 from dataclasses import dataclass, field
@@ -16,16 +16,16 @@ from lit_glm.data.tokenizer import WordPieceTokenizer
 
 @dataclass
 class EncodedExamples:
-    """Some questions as sparse rows, in the form that `SparseWriter.add` takes."""
+    """Questions as sparse rows, in the form that `SparseWriter.add` takes."""
 
     columns: Dict[str, Tuple[Any, Any, Any]]
     separators: List[int]
     counts: List[int]
     right: List[List[int]]
     names: List[Dict[str, Any]]
-    """What `evaluate` needs to name its predictions: idx, candidates, answers, tokens cut off."""
+    """Metadata with which `evaluate` labels its predictions: idx, candidates, answers, number of truncated tokens."""
     too_long: List[int]
-    """Lines whose query leaves no room for the passage."""
+    """Lines whose query and candidates exceed the limit even without the passage."""
 
 
 @dataclass
@@ -47,18 +47,18 @@ class _SparseRows:
 
 
 def encode_questions(questions: List[Question], pieces: WordPieceTokenizer, max_seq_length: int) -> EncodedExamples:
-    """Tokenise questions and lay out a row for each candidate.
+    """Tokenise questions and lay out one row per candidate.
 
     Args:
-        questions: any number of them.
-        pieces: the vocabulary.
-        max_seq_length: most tokens of context and candidate together.
+        questions: the questions.
+        pieces: the tokenizer.
+        max_seq_length: maximum number of tokens of context and candidate together.
     """
     rows = {name: _SparseRows() for name in ("text", "target", "logit_mask", "position")}
     encoded = EncodedExamples({}, [], [], [], [], [])
     ids: Dict[str, List[int]] = {}
 
-    def ids_of(text: str) -> Any:  # passages and candidates come again and again
+    def ids_of(text: str) -> Any:  # passages and candidates recur
         if text not in ids:
             ids[text] = pieces.encode(text)
         return ids[text]
@@ -99,7 +99,7 @@ def encode_questions(questions: List[Question], pieces: WordPieceTokenizer, max_
 
 
 def _tokens_to_remove(question: Question, candidates: List[List[int]], ids_of: Any, limit: int) -> Optional[List[int]]:
-    """Tokens that the passage loses for each candidate; None if it has not that many."""
+    """Return the number of passage tokens to remove for each candidate; None if the passage is too short."""
     passage = len(ids_of(question.passage))
     text = passage + len(ids_of(question.before)) + 1 + len(ids_of(question.after))
     cuts = [max(0, 1 + text + 1 + len(candidate) - limit) for candidate in candidates]

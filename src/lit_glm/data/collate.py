@@ -1,4 +1,4 @@
-"""Examples to batches, one function a scoring. B examples, C candidate slots, N candidates, S tokens, T rows."""
+"""Collate functions, one per scoring mode. B examples, C candidate slots, N candidates, S tokens, T rows."""
 
 import math
 from dataclasses import replace
@@ -16,7 +16,7 @@ _ALIGNED = 8
 
 
 def _ranges_to_indices(starts: Any, ends: Any) -> Any:
-    """All numbers of the ranges starts..ends-1, one range after the other: [5, 1], [7, 2] -> [5, 6, 1]."""
+    """Concatenate the ranges starts..ends-1: [5, 1], [7, 2] -> [5, 6, 1]."""
     lengths = ends - starts
     stops = np.cumsum(lengths)
     return np.arange(stops[-1]) + np.repeat(starts - stops + lengths, lengths)
@@ -31,13 +31,13 @@ def _correct_candidates(split: MemmapDataset, indices: Sequence[int]) -> Optiona
 
 
 def collate_packed(split: MemmapDataset, indices: Sequence[int]) -> PackedBatch:
-    """Collect examples without padding.
+    """Collate examples without padding.
 
     Args:
-        split: where they are.
-        indices: which ones; B of them.
+        split: the dataset.
+        indices: [B] indices of the examples.
     """
-    # Whole arrays only: what is done example by example in Python would compete with the training loop for its lock.
+    # Whole arrays only: a Python loop over the examples would compete with the training loop for the GIL.
     index = np.asarray(indices)
     groups = _ranges_to_indices(split.example_group_end[index], split.example_group_end[index + 1])
     context_start, context_end = split.group_context_end[groups], split.group_context_end[groups + 1]
@@ -148,12 +148,12 @@ def _doublings(count: int, least: int) -> int:
 
 
 def build_padding_index(context_lengths: Any, candidate_rows: Any, row_candidate: Any) -> PaddingIndex:
-    """Lay the rows of a flat batch out in groups of one size.
+    """Build the index that pads a packed batch to groups of equal size.
 
     Args:
         context_lengths: [G] rows of each group's context.
         candidate_rows: [G] rows of each group's candidates.
-        row_candidate: [R] which candidate each candidate row belongs to.
+        row_candidate: [R] candidate of each candidate row.
     """
     groups, longest, most = len(context_lengths), int(context_lengths.max()), int(candidate_rows.max())
     most += -(longest + most) % _ALIGNED
@@ -177,12 +177,12 @@ def build_padding_index(context_lengths: Any, candidate_rows: Any, row_candidate
 
 
 def collate_padded(split: MemmapDataset, indices: Sequence[int], num_tokens: int) -> PaddedBatch:
-    """Collect examples as the published implementation does.
+    """Collate examples as the published implementation does.
 
     Args:
-        split: where they are.
-        indices: which ones; B of them.
-        num_tokens: S, the length that every candidate slot is padded to.
+        split: the dataset.
+        indices: [B] indices of the examples.
+        num_tokens: S, the length to which every candidate slot is padded.
     """
     counts = np.diff(split.example_candidate_end)[np.asarray(indices)]
     shape = (len(counts), int(counts.max()), num_tokens)

@@ -10,14 +10,14 @@ from torch.utils.data import DataLoader
 
 from lit_glm.process_utils import set_parent_death_signal
 
-_LOOK_S = 0.2  # how soon the thread notices that nobody takes any more
+_LOOK_S = 0.2  # how soon the thread notices that the consumer has stopped
 
 
 class PrefetchIterator:
-    """Goes through an iterable in a thread that is at most `depth` items ahead."""
+    """Iterable that prefetches up to `depth` items in a background thread."""
 
     def __init__(self, source: Iterable[Any], depth: int = 2) -> None:
-        """Wrap `source`; each iteration starts it anew."""
+        """Wrap `source`; each iteration restarts it."""
         self._source, self._depth = source, depth
 
     def __iter__(self) -> Iterator[Any]:
@@ -39,7 +39,7 @@ class PrefetchIterator:
                     if over.is_set():
                         return
                 hand_over("end", None)
-            except BaseException as error:  # raised where the item would have been taken
+            except BaseException as error:  # raised again in the consumer
                 hand_over("error", error)
 
         thread = threading.Thread(target=work, name="batches ahead", daemon=True)
@@ -49,7 +49,7 @@ class PrefetchIterator:
             thread.join()
 
         thread.start()
-        atexit.register(close)  # a thread that is inside torch when the interpreter goes takes the process with it
+        atexit.register(close)  # a thread inside torch at interpreter exit crashes the process
         try:
             while True:
                 kind, item = ready.get()
@@ -67,14 +67,14 @@ _SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal
 
 
 class SignalSafeDataLoader:
-    """A loader whose processes leave it to their rank to decide what a signal means."""
+    """DataLoader wrapper whose workers ignore stop signals; their rank decides how to react to them."""
 
     def __init__(self, loader: "DataLoader[Any]") -> None:
         self._loader = loader
 
     def __iter__(self) -> Iterator[Any]:
-        # torch's own handler ends a new process until `live_and_die_with_the_rank` has run there; a mask is inherited,
-        # so that no signal comes in between. This rank's are only put off.
+        # Until `worker_init_fn` has run, torch's own handler ends a new worker on a signal. Workers inherit the blocked
+        # mask, so that no signal arrives in between. This rank's signals are only delayed.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
             return iter(self._loader)
@@ -83,10 +83,10 @@ class SignalSafeDataLoader:
 
 
 def worker_init_fn(_worker: int) -> None:
-    """Ctrl-C and torchrun signal the whole process group; the rank decides what stops, and its processes with it.
+    """Ignore stop signals in a worker, and end it with its rank.
 
-    A rank that is killed takes them along: one that waits for a lock of the rank's would never end, and keep its
-    output and its run folder's lock.
+    Ctrl-C and torchrun signal the whole process group, but the rank decides when to stop. Without its killed rank, a
+    worker could wait for a lock of that rank forever, and keep its output and the lock of its run folder.
     """
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)

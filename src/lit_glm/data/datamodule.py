@@ -1,4 +1,4 @@
-"""HDF5 files to batches of the chosen scoring, for training and evaluation."""
+"""Batches of the chosen scoring mode for training and evaluation, as a LightningDataModule."""
 
 import time
 from functools import partial
@@ -18,7 +18,7 @@ Collate = Callable[[MemmapDataset, List[int]], Union[PackedBatch, PaddedBatch]]
 
 
 class _BatchDataset(Dataset):
-    """Batches by the indices of their examples; a loader with `batch_size=None` asks for one at a time."""
+    """Dataset whose items are batches, indexed by lists of examples; for loaders with `batch_size=None`."""
 
     def __init__(self, split: MemmapDataset, collate: Collate) -> None:
         self._split, self._collate = split, collate
@@ -28,7 +28,7 @@ class _BatchDataset(Dataset):
 
 
 def collate_for(config: TrainConfig) -> Collate:
-    """What turns examples into a batch of the chosen scoring."""
+    """Return the collate function of the chosen scoring mode."""
     if config.scoring.name == "published":
         return partial(_collate_padded, num_tokens=config.data.max_seq_length)
     if config.data.pad_to is not None:
@@ -47,7 +47,7 @@ def _collate_padded(split: MemmapDataset, indices: List[int], num_tokens: int) -
 def evaluation_batches(
     split: MemmapDataset, config: TrainConfig, rank: int = 0, world_size: int = 1, pin_memory: bool = False
 ) -> Iterable[Any]:
-    """This rank's share of the evaluation set in file order; every example belongs to exactly one rank."""
+    """Return this rank's batches of the evaluation set in file order; every example belongs to exactly one rank."""
     mine = list(range(rank, len(split), world_size))
     if config.scoring.name == "published" or config.data.pad_to is not None:
         batches = [mine[start : start + config.eval_bs] for start in range(0, len(mine), config.eval_bs)]
@@ -65,12 +65,12 @@ def evaluation_batches(
 
 
 def batch_by_token_budget(examples: List[int], rows: Any, most: int) -> List[List[int]]:
-    """Cut a list of examples into batches of at most so many rows, in order; a longer example has one of its own.
+    """Split a list of examples, in order, into batches of at most `most` rows; a longer example gets its own batch.
 
     Args:
-        examples: indices.
-        rows: of every example of the data, by its index.
-        most: rows of a batch: what `eval_bs` sequences of full length would have.
+        examples: indices of the examples.
+        rows: number of rows of every example of the dataset.
+        most: maximum number of rows per batch: that of `eval_bs` sequences of full length.
     """
     batches: List[List[int]] = []
     room = 0
@@ -85,12 +85,12 @@ def batch_by_token_budget(examples: List[int], rows: Any, most: int) -> List[Lis
 
 
 def _prefetch(loader: "DataLoader[Any]") -> Iterable[Any]:
-    """Loader processes are ahead by themselves."""
+    """Wrap a loader: with a prefetch thread, unless it has worker processes, which prefetch by themselves."""
     return SignalSafeDataLoader(loader) if loader.num_workers else PrefetchIterator(loader)
 
 
 class _TimedIterator:
-    """An iterable that tells how long each of its items was waited for."""
+    """Iterable that reports how long the consumer waited for each item."""
 
     def __init__(self, source: Iterable[Any], tell: Callable[[float], None]) -> None:
         self._source, self._tell = source, tell
@@ -104,7 +104,7 @@ class _TimedIterator:
 
 
 class RecordDataModule(pl.LightningDataModule):
-    """Training batches of this rank, from any step on."""
+    """LightningDataModule with the training batches of this rank, from any step on."""
 
     def __init__(
         self,
@@ -114,12 +114,12 @@ class RecordDataModule(pl.LightningDataModule):
         pin_memory: bool,
         synchronize: Callable[[], None],
     ) -> None:
-        """Describe the batches.
+        """Configure the batches.
 
         Args:
             config: batch size, topology, order.
             split: the training examples.
-            steps_done: asked when the loader is built, after a checkpoint has been restored.
+            steps_done: called when the loader is built, after a checkpoint has been restored.
             pin_memory: whether copies to the device go through page-locked memory.
             synchronize: waits for the device.
         """
@@ -128,14 +128,14 @@ class RecordDataModule(pl.LightningDataModule):
         self._steps_done = steps_done
         self._pin_memory, self._synchronize = pin_memory, synchronize
         self.data_wait_s = 0.0
-        """Seconds that training has waited for batches and for their way to the device."""
+        """Seconds that training has waited for batches and for their transfer to the device."""
 
     def sampler(self, start: int, rank: int) -> InfiniteDistributedBatchSampler:
-        """The order of this run's batches for a rank."""
+        """Build the sampler of this run's batches for a rank."""
         return build_train_sampler(self._config, self.split, rank, start)
 
     def train_dataloader(self) -> Iterable[Any]:
-        """Endless; the run ends by its own rules."""
+        """Return an endless iterable of batches; the stopping rules end the run."""
         assert self.trainer is not None
         loader = DataLoader(
             _BatchDataset(self.split, collate_for(self._config)),
@@ -151,7 +151,7 @@ class RecordDataModule(pl.LightningDataModule):
         self.data_wait_s += seconds
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
-        """Called by Lightning before each step."""
+        """Move a batch to the device and time it; Lightning calls this before each step."""
         if device.type == "cpu":
             return batch
         start = time.perf_counter()

@@ -1,6 +1,6 @@
-"""The published HDF5 layout: eight sparse matrices a file, one row a candidate. Reader and writer, h5py alone.
+"""Reader and writer of the published HDF5 layout with h5py: eight sparse matrices per file, one row per candidate.
 
-A group holds one CSR matrix as h5sparse 0.1 writes it: datasets `data`, `indices`, `indptr`, attributes
+Each group contains one CSR matrix as h5sparse 0.1 writes it: datasets `data`, `indices`, `indptr`, attributes
 `h5sparse_format` and `h5sparse_shape`. Shapes: C candidates of all examples together, N examples, A answers, S tokens.
 """
 
@@ -16,36 +16,36 @@ from lit_glm.atomic_files import make_folder
 from lit_glm.errors import InputError
 
 TOKEN_MATRICES = ("text", "target", "logit_mask", "position")
-"""[C, S] each; position [2 C, S]: positions and block positions in turn."""
+"""Matrices of shape [C, S]; position has shape [2 C, S], with alternating positions and block positions."""
 TRAIN_GROUPS = TOKEN_MATRICES + ("mask", "choice_start_end")
 EVAL_GROUPS = TRAIN_GROUPS + ("answer_idx", "answer_start_end")
 
 
 def require_file(path: Path) -> None:
-    """Say that a data file is missing.
+    """Check that a data file exists.
 
     Raises:
-        InputError: then.
+        InputError: if it does not.
     """
     if not path.is_file():
         raise InputError(
-            f"{path}: there is no such file; make it with `python -m lit_glm.prepare` or take generated data with "
+            f"{path}: there is no such file; create it with `python -m lit_glm.prepare` or use generated data with "
             "data=synthetic"
         )
 
 
 class SparseReader:
-    """One HDF5 file of the published layout, read piece by piece."""
+    """Reader of one HDF5 file of the published layout, in parts."""
 
     def __init__(self, path: "str | os.PathLike[str]", needs_answers: bool) -> None:
         """Open a file and check its layout.
 
         Args:
             path: the file.
-            needs_answers: whether the two answer groups must be there (evaluation).
+            needs_answers: whether the two answer groups are required (evaluation).
 
         Raises:
-            InputError: if the file is missing, is no HDF5 file, is cut short, or lacks a group.
+            InputError: if the file is missing, is not an HDF5 file, is truncated, or lacks a group.
         """
         self.path = Path(path)
         require_file(self.path)
@@ -72,21 +72,21 @@ class SparseReader:
 
     @property
     def num_candidates(self) -> int:
-        """C."""
+        """Number of candidates of all examples, C."""
         return self._shapes["text"][0]
 
     @property
     def num_tokens(self) -> int:
-        """S, the width of the file."""
+        """Number of tokens per row, S."""
         return self._shapes["text"][1]
 
     @property
     def num_examples(self) -> int:
-        """N."""
+        """Number of examples, N."""
         return self._shapes["choice_start_end"][0]
 
     def rows(self, name: str, start: int, stop: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
-        """Rows start..stop-1 of a matrix, dense, int64."""
+        """Read rows start..stop-1 of a matrix as a dense int64 array."""
         group = self._file[name]
         try:
             bounds = np.asarray(group["indptr"][start : stop + 1], dtype=np.int64)
@@ -108,16 +108,16 @@ class SparseReader:
         return dense
 
     def row_lengths(self, name: str) -> "np.ndarray[Any, np.dtype[np.int64]]":
-        """Stored entries of each row of a matrix."""
+        """Return the number of stored entries of each row of a matrix."""
         ends = np.asarray(self._file[name]["indptr"][:], dtype=np.int64)
         return ends[1:] - ends[:-1]
 
     def vector(self, name: str) -> "np.ndarray[Any, np.dtype[np.int64]]":
-        """A matrix with one row or one column, as a vector: both orientations occur."""
+        """Read a matrix with one row or one column as a vector; files have either orientation."""
         return self.rows(name, 0, self._shapes[name][0]).reshape(-1)
 
     def pairs(self, name: str) -> "np.ndarray[Any, np.dtype[np.int64]]":
-        """A matrix of (start, end) pairs, [N, 2], checked to be consecutive ranges."""
+        """Read a [N, 2] matrix of (start, end) pairs, and check that the ranges are consecutive."""
         pairs = self.rows(name, 0, self._shapes[name][0])
         wrong = np.flatnonzero((pairs[:, 0] > pairs[:, 1]) | (pairs[:, 0] != np.r_[0, pairs[:-1, 1]]))
         if len(wrong):
@@ -131,7 +131,7 @@ class SparseReader:
         group = self._file.get(name)
         if group is None:
             there = ", ".join(sorted(self._file)) or "nothing"
-            raise InputError(f"{self.path}: group {name} is missing; the file holds {there}")
+            raise InputError(f"{self.path}: group {name} is missing; the file contains {there}")
         try:
             layout = group.attrs["h5sparse_format"]
             shape = tuple(int(n) for n in group.attrs["h5sparse_shape"])
@@ -140,7 +140,7 @@ class SparseReader:
             raise InputError(f"{self.path}: group {name} is not a sparse matrix as h5sparse writes it") from error
         layout = layout.decode() if isinstance(layout, bytes) else str(layout)
         if layout != "csr":
-            raise InputError(f"{self.path}: group {name} has sparse format {layout!r}; csr is what can be read")
+            raise InputError(f"{self.path}: group {name} has sparse format {layout!r}; only csr can be read")
         if len(shape) != 2 or lengths[0] != lengths[1] or lengths[2] != shape[0] + 1:
             raise InputError(f"{self.path}: group {name}: shape {shape} does not fit its datasets of lengths {lengths}")
         self._shapes[name] = shape
@@ -153,28 +153,28 @@ class SparseReader:
             ("position", (2 * candidates, tokens)),
         ):
             if self._shapes[name] != expected:
-                raise InputError(f"{self.path}: group {name} has shape {self._shapes[name]}; text asks for {expected}")
+                raise InputError(f"{self.path}: group {name} has shape {self._shapes[name]}; text requires {expected}")
         if sorted(self._shapes["mask"]) != sorted((1, candidates)):
             raise InputError(
-                f"{self.path}: group mask has shape {self._shapes['mask']}; text asks for {(1, candidates)} or "
+                f"{self.path}: group mask has shape {self._shapes['mask']}; text requires {(1, candidates)} or "
                 f"{(candidates, 1)}"
             )
         for name in ("choice_start_end", "answer_start_end") if needs_answers else ("choice_start_end",):
             if self._shapes[name] != (self.num_examples, 2):
                 raise InputError(f"{self.path}: group {name} has shape {self._shapes[name]}, not [examples, 2]")
         if self.num_examples == 0 or candidates == 0:
-            raise InputError(f"{self.path}: the file holds no examples")
+            raise InputError(f"{self.path}: the file contains no examples")
 
 
 class SparseWriter:
-    """Writes a file of the published layout as a stream: memory use does not grow with the number of examples."""
+    """Streaming writer of the published layout: the token matrices are written in blocks of bounded size."""
 
     def __init__(self, path: "str | os.PathLike[str]", num_tokens: int) -> None:
-        """Begin a file under a temporary name; `close` gives it its own.
+        """Create a file under a temporary name; `close` renames it.
 
         Args:
-            path: where the finished file will stand.
-            num_tokens: S.
+            path: path of the finished file.
+            num_tokens: number of tokens per row, S.
         """
         self.path = Path(path)
         self._num_tokens = num_tokens
@@ -198,10 +198,10 @@ class SparseWriter:
         """Append examples.
 
         Args:
-            columns: of each wide matrix (row lengths, column indices, values) without zeros.
+            columns: (row lengths, column indices, values) of each token matrix, without zeros.
             separators: length of the context of each candidate.
-            candidate_counts: candidates of each example.
-            answers: right candidates of each example.
+            candidate_counts: number of candidates of each example.
+            answers: correct candidates of each example.
         """
         for name, (lengths, indices, values) in columns.items():
             self._wide[name].add(lengths, indices, values)
@@ -213,7 +213,7 @@ class SparseWriter:
             self._answers.extend(right)
 
     def close(self) -> None:
-        """Write what is small and comes last, and put the file under its name in one step."""
+        """Write the small matrices, and rename the file atomically."""
         for name, growing in self._wide.items():
             growing.finish((2 if name == "position" else 1) * self._candidates, self._num_tokens)
         separators = np.concatenate(self._separators) if self._separators else np.zeros(0, np.int64)
@@ -232,13 +232,13 @@ class SparseWriter:
         os.replace(self._temporary, self.path)
 
     def abandon(self) -> None:
-        """Leave nothing behind: after an error, or when there is nothing to write."""
+        """Delete the temporary file, after an error or if there is nothing to write."""
         self._file.close()
         self._temporary.unlink()
 
 
 class _GrowingCSR:
-    """One CSR matrix that rows are appended to."""
+    """CSR matrix to which rows are appended."""
 
     _BUFFER = 1 << 18  # entries kept in memory before they are written
 

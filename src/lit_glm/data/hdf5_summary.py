@@ -1,6 +1,6 @@
-"""What the doctor wants to know of an HDF5 file. Runs in a process of its own (`lit_glm.isolated_process`).
+"""Summary of an HDF5 file for the doctor. Runs in an isolated process (`lit_glm.isolated_process`).
 
-Not in `lit_glm.doctor`, whose entry imports Hydra: that would be half of this process's time.
+Not part of `lit_glm.doctor`, which imports Hydra: that would take half of the process's time.
 """
 
 from pathlib import Path
@@ -13,14 +13,14 @@ from lit_glm.isolated_process import ReportProgress
 
 
 def summarise_hdf5(path: Path, needs_answers: bool, _progress: ReportProgress) -> Dict[str, Any]:
-    """What is worth knowing of an HDF5 file.
+    """Summarise an HDF5 file: counts, longest sequence, highest token id, first and last example.
 
     Args:
-        path: of the file.
-        needs_answers: whether it is evaluated on.
+        path: path of the file.
+        needs_answers: whether it is an evaluation file, which has answers.
 
     Raises:
-        InputError: if it is damaged, or no file of this kind.
+        InputError: if it is damaged, or not a file of this kind.
     """
     with SparseReader(path, needs_answers) as reader:
         separators, choices = reader.vector("mask"), reader.pairs("choice_start_end")

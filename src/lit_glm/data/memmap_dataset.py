@@ -32,25 +32,25 @@ CACHE_ARRAYS = {
     "group_candidates": np.int32,  # [G] number of candidates
     "example_group_end": np.int64,  # [N]
     "example_candidate_end": np.int64,  # [N]
-    "example_rows": np.int32,  # [N] rows of the flat layout: contexts and candidates
-    "candidate_slot": np.int32,  # [C] place of a candidate in its example; they are stored group by group
+    "example_rows": np.int32,  # [N] rows in the packed layout: contexts and candidates
+    "candidate_slot": np.int32,  # [C] index of a candidate in its example; candidates are stored group by group
     "candidate_blank": np.int32,  # [C] position of the [MASK] that the candidate fills
     "candidate_token_end": np.int64,  # [C] end of its rows in the two arrays below
     "candidate_inputs": np.int32,  # start-of-piece, then the candidate's tokens
     "candidate_targets": np.int32,  # the candidate's tokens, then end-of-piece
-    "answers": np.int32,  # right candidates of all examples
+    "answers": np.int32,  # correct candidates of all examples
     "example_answer_end": np.int64,  # [N]
 }
 
 
 class MemmapDataset:
-    """The examples of one HDF5 file, read only."""
+    """Memory-mapped, read-only examples of one HDF5 file."""
 
     def __init__(self, folder: Path, source: Path) -> None:
         """Map the arrays of `folder`, made from `source`.
 
         Raises:
-            ValueError: if something in the folder is missing or has another size than it should.
+            OSError, ValueError, KeyError: if a file is missing or damaged, or has the wrong size.
         """
         self.source = source
         self.meta: Dict[str, Any] = json.loads((folder / "meta.json").read_text())
@@ -58,9 +58,9 @@ class MemmapDataset:
             size = self.meta["sizes"][name]
             if (folder / name).stat().st_size != size * np.dtype(dtype).itemsize:
                 raise ValueError(f"{folder / name} has the wrong size")
-            # A plain array over the mapped pages: each slice of numpy's own class for them costs a microsecond more.
+            # A plain array over the mapped pages: slicing np.memmap itself takes a microsecond longer.
             array = np.asarray(np.memmap(folder / name, dtype=dtype, mode="r")) if size else np.zeros(0, dtype)
-            # Ranges are read from end arrays with a zero in front; these are small and used at every batch.
+            # Ranges are read from end arrays with a leading zero; these are small and used at every batch.
             setattr(self, name, np.concatenate([[0], array]) if name.endswith("_end") else array)
 
     context_tokens: Any
@@ -82,16 +82,16 @@ class MemmapDataset:
 
     @property
     def num_candidates(self) -> int:
-        """Candidates of all examples together."""
+        """Number of candidates of all examples."""
         return len(self.candidate_slot)
 
     def answers_of(self, example: int) -> Tuple[int, ...]:
-        """Right candidates of an example."""
+        """Return the correct candidates of an example."""
         start, stop = self.example_answer_end[example], self.example_answer_end[example + 1]
         return tuple(int(answer) for answer in self.answers[start:stop])
 
     def check_fits_model(self, vocab_size: int, max_sequence_length: int, max_seq_length: int) -> None:
-        """Check that a model can take these examples.
+        """Check that these examples fit a model.
 
         Raises:
             InputError: on an id beyond the vocabulary, a position beyond the model's, a sequence beyond the data's.
@@ -100,14 +100,14 @@ class MemmapDataset:
         if token >= vocab_size:
             raise InputError(
                 f"{self.source}: group text or target, row {row}: token id {token} is beyond the vocabulary "
-                f"(model.vocab_size={vocab_size}); model=glm_small, glm_base and glm_large have BERT's of 30592"
+                f"(model.vocab_size={vocab_size}); model=glm_small, glm_base and glm_large have 30592 (BERT's)"
             )
         position, row = self.meta["max_position"]
         if position > max_sequence_length:
             raise InputError(
                 f"{self.source}: group position, row {row}: position {position} is beyond the model's "
                 f"(model.max_sequence_length={max_sequence_length}); prepare the data with a smaller "
-                "data.max_seq_length, or take a model with more (model=glm_small, glm_base, glm_large have 512; "
+                "data.max_seq_length, or use a model with more (model=glm_small, glm_base, glm_large have 512; "
                 f"model.max_sequence_length={position})"
             )
         length, row = self.meta["max_length"]
@@ -119,13 +119,13 @@ class MemmapDataset:
 
 
 def open_datasets(data: "DataConfig", model: "ModelConfig") -> Tuple[MemmapDataset, MemmapDataset]:
-    """Open training and evaluation data and check that the model can take them.
+    """Open training and evaluation data, and check that they fit the model.
 
-    Called once before any rank starts, so that errors are said once and the compact form is made once; then by each
-    rank, which finds it made.
+    Called once before any rank starts, so that errors are reported once and the cache is built once; then by each rank,
+    which finds the cache.
 
     Raises:
-        InputError: names the file and the place of what is wrong.
+        InputError: names the file and the location of the error.
     """
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
@@ -159,16 +159,16 @@ def open_dataset(
     cache_dir: Optional[str],
     progress: Optional[ReportProgress] = None,
 ) -> MemmapDataset:
-    """Open the compact form of an HDF5 file, and make it first where it is missing, stale or damaged.
+    """Open the cache of an HDF5 file; build it first if it is missing, stale or damaged.
 
     Args:
         source: HDF5 file of the published layout.
-        needs_answers: whether it is evaluated on.
-        cache_dir: where compact forms are kept; None: in a temporary place, for this process alone.
-        progress: told how far the conversion is.
+        needs_answers: whether it is an evaluation file, which has answers.
+        cache_dir: folder of the caches; None: a temporary one for this process.
+        progress: called with the progress of the conversion.
 
     Raises:
-        InputError: if the file is missing, broken, or breaks a rule of the layout; names file and place.
+        InputError: if the file is missing, damaged, or violates the layout; names file and location.
     """
     path = Path(source).absolute()
     require_file(path)
@@ -185,23 +185,23 @@ def open_dataset(
             with file_lock(folder.with_name(f"{folder.name}.lock")):
                 return _build_cache_in(folder, path, needs_answers, progress)
         except OSError:
-            pass  # a cache that cannot be written is no reason not to run
+            pass  # run without a cache if it cannot be written
     with tempfile.TemporaryDirectory(prefix="lit_glm-") as temporary:
         call_isolated(build_cache, path, needs_answers, Path(temporary), progress=progress)
-        return MemmapDataset(Path(temporary), path)  # the mapped files live on after they are removed
+        return MemmapDataset(Path(temporary), path)  # mapped files stay readable after they are deleted
 
 
 def _build_cache_in(
     folder: Path, source: Path, needs_answers: bool, progress: Optional[ReportProgress]
 ) -> MemmapDataset:
     try:
-        return MemmapDataset(folder, source)  # another run has made it while this one waited
+        return MemmapDataset(folder, source)  # another run has built it while this one waited
     except (OSError, ValueError, KeyError):
         pass
     temporary = Path(tempfile.mkdtemp(prefix=folder.name + ".part-", dir=str(folder.parent)))
     try:
         call_isolated(build_cache, source, needs_answers, temporary / "new", progress=progress)
-        if folder.exists():  # damaged, and moved as a whole: nobody may take halves of two for one
+        if folder.exists():  # damaged; moved as a whole, so that no process sees parts of both
             os.rename(folder, temporary / "old")
         os.rename(temporary / "new", folder)
         return MemmapDataset(folder, source)
@@ -213,16 +213,16 @@ _ROWS_AT_ONCE = 4096
 
 
 def build_cache(path: Path, needs_answers: bool, folder: Path, progress: Optional[ReportProgress] = None) -> None:
-    """Convert a file.
+    """Build the cache of an HDF5 file.
 
     Args:
-        path: of the HDF5 file.
-        needs_answers: whether it is evaluated on.
-        folder: where the arrays go.
-        progress: told how far it is.
+        path: path of the HDF5 file.
+        needs_answers: whether it is an evaluation file, which has answers.
+        folder: folder for the arrays.
+        progress: called with the progress.
 
     Raises:
-        InputError: if the file breaks a rule of the layout; names file and place.
+        InputError: if the file violates the layout; names file and location.
     """
     folder.mkdir(exist_ok=True)
     with SparseReader(path, needs_answers) as reader:
@@ -235,7 +235,7 @@ def build_cache(path: Path, needs_answers: bool, folder: Path, progress: Optiona
             )
         empty = np.flatnonzero(choices[:, 0] == choices[:, 1])
         if len(empty):
-            raise InputError(f"{path}: example {empty[0]} has no candidates, so none that is right")
+            raise InputError(f"{path}: example {empty[0]} has no candidates, hence no correct one")
         answers, answer_ends = (
             _read_answers(reader, choices) if needs_answers else (np.zeros(0), np.zeros(len(choices)))
         )
@@ -319,7 +319,7 @@ class CandidateRows:
         refuse(
             "position",
             (self.blank < 0) | (self.blank >= self.separator),
-            "a candidate must stand at a position of its context",
+            "the position of a candidate must be one of its context",
         )
         expected = np.where(in_candidate, column - self.separator[:, None] + 1, 0)
         refuse("position", ((position[:, 1] != expected) & within).any(1), "block positions must be 0, then 1, 2, ...")
@@ -337,7 +337,7 @@ class _CacheWriter:
         self.sizes[name] += len(array)
 
     def track_max(self, name: str, values: Any, first_row: int) -> None:
-        """Remember the largest value and its row, for messages that name the place."""
+        """Record the largest value and its row, for error messages."""
         row = int(np.argmax(values))
         if values[row] > self.maxima[name][0]:
             self.maxima[name] = (int(values[row]), first_row + row)

@@ -1,4 +1,4 @@
-"""Raw ReCoRD to the two HDF5 files of the published layout, as a stream over worker processes."""
+"""Streaming conversion of raw ReCoRD to the two HDF5 files of the published layout, with worker processes."""
 
 import json
 import multiprocessing
@@ -22,31 +22,31 @@ from lit_glm.errors import InputError
 TRAIN_FILE = Path("train_hdf5/train_sparse.hdf5")
 EVAL_FILE = Path("eval_hdf5/eval_sparse.hdf5")
 EXAMPLE_METADATA_FILE = "eval_examples.jsonl"
-"""Beside the evaluation file: a line an example, in its order, with idx, candidates and answers as text."""
+"""File next to the evaluation file: one line per example, in order, with idx, candidates and answers as text."""
 PREPARED_MARKER = "prepared.json"
-"""Says that the files of a folder were made by `prepare`."""
-_CHUNK = 64  # raw lines that a worker gets at once
+"""File that marks the files of a folder as written by `prepare`."""
+_CHUNK = 64  # raw lines per task of a worker
 
 
 @dataclass
 class PreparedFile:
-    """What became of one raw file."""
+    """Result of the conversion of one raw file."""
 
     path: Path
     examples: int
     candidates: int
     num_truncated: int
-    """Candidates whose passage lost tokens."""
+    """Candidates whose passage was truncated."""
     skipped: SkippedRecords
 
     def report(self) -> str:
-        """What was written and what was left out, for people."""
+        """Return a text with what was written and what was skipped."""
         lines = [
             f"{self.path}: {self.examples} examples, {self.candidates} candidates, "
             f"{self.num_truncated} of them truncated"
         ]
         if len(self.skipped):
-            lines += [f"left out {len(self.skipped)}:", self.skipped.report()]
+            lines += [f"skipped {len(self.skipped)}:", self.skipped.report()]
         return "\n".join(lines)
 
 
@@ -85,7 +85,7 @@ def _encode_in_parallel(
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with multiprocessing.get_context("spawn").Pool(workers, _start_worker, (vocab_file, max_seq_length)) as pool:
-        # A bounded number of chunks is under way, so that a slow disk does not fill the memory.
+        # The number of pending chunks is bounded, so that a slow disk does not fill the memory.
         pending: List[Any] = []
         for chunk in chunks:
             pending.append(pool.apply_async(_encode_chunk, (chunk,)))
@@ -96,15 +96,15 @@ def _encode_in_parallel(
 
 
 def prepare_file(raw: Path, out: Path, train: bool, vocab_file: str, max_seq_length: int, workers: int) -> PreparedFile:
-    """Turn one raw file into one HDF5 file.
+    """Convert one raw file to one HDF5 file.
 
     Args:
         raw: train.jsonl or val.jsonl.
-        out: the HDF5 file; appears complete or not at all.
-        train: which of the two it is.
-        vocab_file: the word pieces.
-        max_seq_length: most tokens of context and candidate together.
-        workers: processes that encode; 0: this one.
+        out: the HDF5 file; written atomically.
+        train: whether it is the training file.
+        vocab_file: vocabulary of word pieces.
+        max_seq_length: maximum number of tokens of context and candidate together.
+        workers: number of encoding processes; 0: encode in this process.
 
     Raises:
         InputError: if no line of the file can be used.
@@ -139,7 +139,7 @@ def prepare_file(raw: Path, out: Path, train: bool, vocab_file: str, max_seq_len
                 bar.update(task, completed=read[0])
         if not built.examples:
             reasons = skipped.report() or "  the file is empty"
-            raise InputError(f"{raw}: no line can be used:\n{reasons}")
+            raise InputError(f"{raw}: no usable line:\n{reasons}")
         writer.close()
         if not train:
             os.replace(temporary, names)
@@ -155,19 +155,19 @@ def prepare_file(raw: Path, out: Path, train: bool, vocab_file: str, max_seq_len
 def prepare_files(
     raw_dir: Path, out_dir: Path, vocab_file: str, max_seq_length: int, workers: int
 ) -> List[PreparedFile]:
-    """Turn a folder with train.jsonl, val.jsonl or both into the published files.
+    """Convert a folder with train.jsonl, val.jsonl or both to the published files.
 
     Raises:
-        InputError: if neither is there, the vocabulary cannot be used, or other files would be overwritten.
+        InputError: if neither exists, the vocabulary cannot be used, or other files would be overwritten.
     """
-    WordPieceTokenizer(vocab_file)  # a wrong vocabulary is said before any work
+    WordPieceTokenizer(vocab_file)  # rejects a wrong vocabulary before any work
     jobs = [
         (raw_dir / name, out_dir / out, train)
         for name, out, train in (("train.jsonl", TRAIN_FILE, True), ("val.jsonl", EVAL_FILE, False))
         if (raw_dir / name).is_file()
     ]
     if not jobs:
-        raise InputError(f"data.raw_dir={raw_dir}: holds neither train.jsonl nor val.jsonl")
+        raise InputError(f"data.raw_dir={raw_dir}: contains neither train.jsonl nor val.jsonl")
     _check_not_foreign(out_dir, [out for _, out, _ in jobs])
     built = []
     for raw, out, train in jobs:
@@ -177,10 +177,10 @@ def prepare_files(
 
 
 def _check_not_foreign(out_dir: Path, files: List[Path]) -> None:
-    """Files of this program's may be made anew, no others.
+    """Check that only files written by `prepare` will be overwritten.
 
     Raises:
-        InputError: if files are there that it has not made.
+        InputError: if there are files that it has not written.
     """
     foreign = [str(file) for file in files if file.exists()]
     if foreign and not (out_dir / PREPARED_MARKER).is_file():

@@ -1,4 +1,4 @@
-"""Which examples a rank trains on in step k, as a pure function of (seed, k): resuming needs nothing but k.
+"""Distributed batch sampler. The examples of step k are a pure function of (seed, k), so that resuming needs only k.
 
 The order is that of torch's DistributedSampler (shuffle, `set_epoch(0, 1, 2, ...)`, last short batch kept), as in the
 published implementation.
@@ -15,7 +15,7 @@ from lit_glm.config.schema import TrainConfig
 
 
 class InfiniteDistributedBatchSampler(Sampler):
-    """The batches of one rank, epoch after epoch without end."""
+    """Batch sampler of one rank that repeats epochs without end."""
 
     def __init__(
         self,
@@ -28,17 +28,17 @@ class InfiniteDistributedBatchSampler(Sampler):
         lengths: Optional[Any] = None,
         longest: Optional[Any] = None,
     ) -> None:
-        """Describe the order.
+        """Configure the order.
 
         Args:
             num_examples: N.
-            batch_size: examples a rank and step.
+            batch_size: examples per rank and step.
             rank: this rank.
             world_size: number of ranks.
-            seed: of the shuffles, together with the epoch.
+            seed: seed of the shuffles, to which the epoch is added.
             start: steps that are done already.
             lengths: [N] rows of each example, to give every rank of a global batch an equal share; None: as published.
-            longest: [N] rows by which the first step takes the longest examples; None: it takes what the shuffle says.
+            longest: [N] rows by which the first step takes the longest examples; None: shuffled order.
         """
         self._num_examples = num_examples
         self._batch_size = batch_size
@@ -51,16 +51,16 @@ class InfiniteDistributedBatchSampler(Sampler):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of an epoch, the last short one included."""
+        """Batches per epoch, including a partial last one."""
         per_rank = -(-self._num_examples // self._world_size)
         return -(-per_rank // self._batch_size)
 
     def epoch_of(self, step: int) -> int:
-        """Epoch, from 0, of a step counted from 1."""
+        """Return the epoch, from 0, of a step counted from 1."""
         return (step - 1) // self.steps_per_epoch
 
     def samples_until(self, step: int) -> int:
-        """Examples that all ranks together take in steps 1..step: an epoch's last batches may be short."""
+        """Return the number of examples of all ranks in steps 1..step; the last batches of an epoch may be partial."""
         epochs, rest = divmod(step, self.steps_per_epoch)
         total = -(-self._num_examples // self._world_size) * self._world_size
         return epochs * total + min(rest * self._batch_size * self._world_size, total)
@@ -75,7 +75,7 @@ class InfiniteDistributedBatchSampler(Sampler):
             epoch, first = epoch + 1, 0
 
     def epoch_order(self, epoch: int) -> Any:
-        """The examples of an epoch in the order in which all ranks together take them."""
+        """Return the examples of an epoch, in the order in which all ranks together take them."""
         generator = torch.Generator()
         generator.manual_seed(self._seed + epoch)
         order = torch.randperm(self._num_examples, generator=generator).numpy()
@@ -83,10 +83,10 @@ class InfiniteDistributedBatchSampler(Sampler):
             most = np.argsort(-self._longest, kind="stable")[: self._batch_size * self._world_size]
             order = np.concatenate([most, order[~np.isin(order, most)]])
         total = -(-self._num_examples // self._world_size) * self._world_size
-        return np.resize(order, total)  # wraps round to the start to give every rank the same number
+        return np.resize(order, total)  # wraps around to give every rank the same number
 
     def rank_batches(self, step: int) -> List[List[int]]:
-        """The examples of every rank in a step, counted from 1."""
+        """Return the examples of every rank in a step counted from 1."""
         epoch, k = divmod(step - 1, self.steps_per_epoch)
         if epoch != self._ordered[0]:
             self._ordered = (epoch, self.epoch_order(epoch))
@@ -102,13 +102,13 @@ class InfiniteDistributedBatchSampler(Sampler):
 def build_train_sampler(
     config: TrainConfig, split: Any, rank: int = 0, start: int = 0
 ) -> InfiniteDistributedBatchSampler:
-    """The order of a run's training batches.
+    """Build the sampler of a run's training batches.
 
     Args:
-        config: the run's.
+        config: configuration of the run.
         split: training examples.
-        rank: whose batches.
-        start: steps that are done.
+        rank: rank of the batches.
+        start: steps that are done already.
     """
     data = config.data
     rows = split.example_rows
@@ -127,13 +127,13 @@ def build_train_sampler(
 
 
 def balance_by_length(examples: Any, lengths: Any, world_size: int) -> List[List[int]]:
-    """Deal examples to ranks: the same number each, and as nearly as that allows the same total length.
+    """Distribute examples over ranks: an equal number each, and nearly equal total lengths.
 
-    Longest first, always to the rank with the least so far that still has room. Every rank computes the same.
+    Greedy, longest first, each to the rank with the smallest total that still has room. All ranks compute the same.
 
     Args:
         examples: a multiple of `world_size`.
-        lengths: of each example.
+        lengths: length of each example.
         world_size: number of ranks.
     """
     room = len(examples) // world_size

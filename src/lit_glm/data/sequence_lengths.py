@@ -1,4 +1,4 @@
-"""What the size of a batch depends on: lengths of the examples, from the compact form or from an HDF5 file."""
+"""Sequence lengths of the examples, which determine the size of a batch; from the cache or from an HDF5 file."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,25 +9,25 @@ import numpy as np
 from lit_glm.data.h5sparse import SparseReader
 from lit_glm.isolated_process import ReportProgress, call_isolated
 
-if TYPE_CHECKING:  # the process that reads a file on its own needs no more than numpy and h5py
+if TYPE_CHECKING:  # the isolated process that reads a file imports no more than numpy and h5py
     from lit_glm.data.memmap_dataset import MemmapDataset
 
 
 @dataclass
 class SequenceLengths:
-    """Of all examples, [N] each."""
+    """Lengths of all examples, [N] each."""
 
     candidates: Any
     rows: Any
-    """Of the flat layout: contexts and candidates."""
+    """Rows in the packed layout: contexts and candidates."""
     predicting: Any
-    """Of these, rows that predict a token."""
+    """Rows that predict a token."""
     pairs: Any
-    """Of query and key in attention: n^2 + m (n + m) of each group of an example."""
+    """Query-key pairs in attention: n^2 + m (n + m) for each group of an example."""
 
     @classmethod
     def from_dataset(cls, split: "MemmapDataset") -> "SequenceLengths":
-        """Of examples in the compact form."""
+        """Compute the lengths of a memory-mapped dataset."""
         ends = split.candidate_token_end[split.example_candidate_end]
         first = np.concatenate([[0], np.cumsum(split.group_candidates)])
         context = np.diff(split.group_context_end).astype(float)
@@ -38,7 +38,7 @@ class SequenceLengths:
 
     @classmethod
     def from_hdf5(cls, path: Path) -> "SequenceLengths":
-        """Of an HDF5 file that nothing has converted yet: as if no truncation made an example's contexts differ.
+        """Read the lengths of an HDF5 file without a cache; assumes that all contexts of an example are equal.
 
         Raises:
             InputError: if the file cannot be read.

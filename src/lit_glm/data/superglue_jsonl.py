@@ -1,7 +1,7 @@
-"""Raw ReCoRD (SuperGLUE v2 JSONL) to questions with candidates, by the rules of THUDM's RecordProcessor.
+"""Parser of raw ReCoRD (SuperGLUE v2 JSONL) to questions with candidates, by the rules of THUDM's RecordProcessor.
 
 https://github.com/THUDM/GLM, tasks/superglue: standardised punctuation, sorted distinct entities, one training example
-for each right answer with at most nine others, one evaluation example for each query with all entities.
+per correct answer with at most nine other candidates, one evaluation example per query with all entities.
 """
 
 import codecs
@@ -35,7 +35,7 @@ class Question:
     candidates: List[str]
     answers: List[str]
     right: List[int]
-    """Candidates that are right; in training [0]."""
+    """Indices of the correct candidates; [0] in training."""
 
 
 @dataclass
@@ -45,14 +45,14 @@ class SkippedRecords:
     lines: Dict[str, List[int]] = field(default_factory=dict)
 
     def add(self, reason: str, line: int) -> None:
-        """Count one."""
+        """Add a skipped line."""
         self.lines.setdefault(reason, []).append(line)
 
     def __len__(self) -> int:
         return sum(map(len, self.lines.values()))
 
     def report(self) -> str:
-        """A line a reason, with at most ten line numbers each."""
+        """Return one line per reason, with at most ten line numbers each."""
         rows = []
         for reason, lines in sorted(self.lines.items()):
             more = f" and {len(lines) - 10} more" if len(lines) > 10 else ""
@@ -61,7 +61,7 @@ class SkippedRecords:
 
 
 def normalise_punctuation(text: str) -> str:
-    """Curly quotes and en dashes to plain ones; one character for one, so that offsets stay valid."""
+    """Replace curly quotes and en dashes by plain ones, character by character, so that offsets stay valid."""
     return text.translate(_PLAIN)
 
 
@@ -71,7 +71,7 @@ def read_questions(path: Path, train: bool, skipped: SkippedRecords) -> Iterator
     Args:
         path: train.jsonl or val.jsonl.
         train: which of the two rules for candidates applies.
-        skipped: gets what cannot be used.
+        skipped: collects the lines and queries that cannot be used.
 
     Yields:
         (bytes read so far, the questions of one line).
@@ -83,7 +83,7 @@ def read_questions(path: Path, train: bool, skipped: SkippedRecords) -> Iterator
             read += len(raw)
             if number == 1:
                 _reject_utf16(path, raw)
-            if raw.startswith(codecs.BOM_UTF8):  # of a file, or of one that was joined to another
+            if raw.startswith(codecs.BOM_UTF8):  # at the start of a file, or of one of several that were concatenated
                 raw = raw[len(codecs.BOM_UTF8) :]
             if not raw.strip():
                 continue
@@ -92,27 +92,27 @@ def read_questions(path: Path, train: bool, skipped: SkippedRecords) -> Iterator
                 questions = _parse_questions(_parse_json(raw), number, train, generator, skipped)
             except UnusableRecord as error:
                 skipped.add(str(error), number)
-                generator.setstate(state)  # the lines behind it are drawn as if it were not there
+                generator.setstate(state)  # later lines draw as if this one did not exist
             else:
                 yield read, questions
 
 
 class UnusableRecord(Exception):
-    """Why a line is left out."""
+    """Exception with the reason why a line is skipped."""
 
 
 def _reject_utf16(path: Path, raw: bytes) -> None:
-    """Refuse a file in UTF-16, whose lines cannot even be told apart.
+    """Reject a file in UTF-16, which cannot be split into lines as bytes.
 
     Raises:
-        InputError: says how to convert it.
+        InputError: with the command that converts it.
     """
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or raw[1:2] == b"\0" or raw[:1] == b"\0":
         raise InputError(f"{path}: not UTF-8 (it is UTF-16); convert it: iconv -f UTF-16 -t UTF-8 {path} > FILE")
 
 
 def _parse_json(raw: bytes) -> Any:
-    """A line as JSON whose texts can be written again."""
+    """Parse a line as JSON, and check that its strings can be encoded as UTF-8."""
     try:
         record = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError:
@@ -128,7 +128,7 @@ def _parse_json(raw: bytes) -> Any:
 
 
 def _likely_encoding(raw: bytes) -> str:
-    """In which other encoding a line is JSON, and how to convert the file; "" where none is known."""
+    """Return a hint to the other encoding in which a line is JSON, and how to convert the file; "" if unknown."""
     for name in ("gbk", "big5", "latin-1"):
         try:
             json.loads(raw.decode(name))
@@ -139,10 +139,10 @@ def _likely_encoding(raw: bytes) -> str:
 
 
 def _require_field(container: Any, key: str, kind: type, what: str) -> Any:
-    """An entry of an object.
+    """Return an entry of an object.
 
     Raises:
-        Unusable: if there is none, or of another type.
+        UnusableRecord: if it is missing or has another type.
     """
     value = container.get(key) if isinstance(container, dict) else None
     if not isinstance(value, kind):
@@ -151,12 +151,12 @@ def _require_field(container: Any, key: str, kind: type, what: str) -> Any:
 
 
 def _entity_texts(text: str, spans: List[Any]) -> List[str]:
-    """Distinct texts of spans, sorted; a span's end belongs to it."""
+    """Return the distinct texts of spans, sorted; the end of a span is inclusive."""
     found = set()
     for span in spans:
         start, end = (_int_field(span, key) for key in ("start", "end"))
         if start < 0 or end < 0:
-            raise UnusableRecord("an entity at a negative place")
+            raise UnusableRecord("an entity at a negative offset")
         if end < start:
             raise UnusableRecord("an entity that ends before it starts")
         if end >= len(text):
@@ -169,7 +169,7 @@ def _int_field(span: Any, key: str) -> int:
     value = span.get(key) if isinstance(span, dict) else None
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     if isinstance(value, bool) or not whole:
-        raise UnusableRecord("an entity whose place is no whole number")
+        raise UnusableRecord("an entity whose offset is not an integer")
     return int(value)  # type: ignore[arg-type]
 
 
@@ -191,7 +191,7 @@ def _parse_questions(
         )
         given = query.get("answers") or []
         if not isinstance(given, list) or "idx" not in query:
-            raise UnusableRecord("a question without idx, or with answers that are no list")
+            raise UnusableRecord("a question without idx, or with answers that are not a list")
         # The reference keeps answers in a set; ascending order is one of its orders and the one of the golden files.
         answers = sorted(
             {normalise_punctuation(_require_field(answer, "text", str, "an answer without text")) for answer in given}
@@ -222,7 +222,7 @@ def _parse_questions(
 def _training_questions(
     ids: Any, entities: List[str], generator: random.Random, common: Dict[str, Any]
 ) -> List[Question]:
-    """A question for each right answer, with at most nine wrong ones."""
+    """Return one question per correct answer, each with at most nine wrong candidates."""
     found = []
     for number, answer in enumerate(common["answers"]):
         others = [entity for entity in entities if entity not in common["answers"]]
@@ -235,7 +235,7 @@ def _training_questions(
 
 
 def _evaluation_questions(ids: Any, entities: List[str], common: Dict[str, Any]) -> List[Question]:
-    """One question with all entities, if a right one is among them."""
+    """Return one question with all entities if one of them is correct, else none."""
     right = [place for place, entity in enumerate(entities) if entity in common["answers"]]
     guid = f"dev-p{ids[0]}-q{ids[1]}"
     return [Question(guid=guid, idx=ids[1], candidates=entities, right=right, **common)] if right else []

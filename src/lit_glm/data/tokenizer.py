@@ -1,4 +1,4 @@
-"""Text to word-piece ids: the `tokenizers` library behind one small class."""
+"""Word-piece tokenizer, a small wrapper around the `tokenizers` library."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from lit_glm.errors import InputError
 
 
 def _lower_sigma(text: str) -> str:
-    """Lower-case capital sigmas by their place in the word, as Python does; the library knows no final sigma."""
+    """Lower-case capital sigmas by their place in the word, as Python does; the library lacks the final sigma."""
 
     def lower(word: Match[str]) -> str:
         lowered = word.group().replace("\u0130", "I").lower()  # U+0130 alone becomes two characters
@@ -21,7 +21,7 @@ def _lower_sigma(text: str) -> str:
 
 
 class WordPieceTokenizer:
-    """BERT's uncased word pieces with GLM's command tokens.
+    """Tokenizer for BERT's uncased word pieces with GLM's command tokens.
 
     Command tokens are recognised anywhere in a text, case-sensitively; the rest is cleaned, lower-cased, stripped of
     accents, split at white space, punctuation and CJK ideographs, and covered by the longest matching pieces.
@@ -31,7 +31,7 @@ class WordPieceTokenizer:
         """Read a vocabulary.
 
         Args:
-            vocab_file: one token a line, its id is the number of its line from 0. The two block symbols
+            vocab_file: one token per line; its id is the line number from 0. The two block symbols
                 (start and end of piece) follow after the last line.
 
         Raises:
@@ -39,7 +39,7 @@ class WordPieceTokenizer:
         """
         path = Path(vocab_file)
         try:
-            # Split at line feeds only: a vocabulary may hold other characters that Python takes for a line's end.
+            # Split at line feeds only: a vocabulary may contain other characters that Python treats as line breaks.
             lines = path.read_bytes().decode("utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"data.vocab_file={path}: cannot be read as UTF-8 text ({error})") from error
@@ -64,6 +64,6 @@ class WordPieceTokenizer:
         self._tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in commands])
 
     def encode(self, text: str) -> List[int]:
-        """Ids of a text's word pieces; none for white space alone."""
+        """Return the word-piece ids of a text; [] for white space only."""
         ids: List[int] = self._tokenizer.encode(_lower_sigma(text), add_special_tokens=False).ids
         return ids

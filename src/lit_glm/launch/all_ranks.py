@@ -1,4 +1,4 @@
-"""Something that all ranks of a topology do once, outside any run: a sum for the doctor, collectives for verify."""
+"""Calls of a function on all ranks of a topology outside a run: all-reduce for doctor, collectives for verify."""
 
 import json
 import os
@@ -23,18 +23,18 @@ _MARGIN_S = 3.0
 
 
 def run_on_all_ranks(config: TrainConfig, module: str, limit_s: float) -> Optional[Dict[str, Any]]:
-    """Start the ranks of this node with a module whose main is `as_rank`.
+    """Start the ranks of this node with a module that calls `rank_main`.
 
     Args:
-        config: the topology and the chip; its time limits are changed.
-        module: what each rank runs.
-        limit_s: how long a rank may be silent, and how long nodes wait for each other.
+        config: topology and hardware; its timeouts are overwritten.
+        module: module that each rank runs.
+        limit_s: timeout in seconds of heartbeats and of the rendezvous.
 
     Returns:
-        What the first rank has found; None on another node than its.
+        The result of rank 0; None on secondary nodes.
 
     Raises:
-        InputError, RunError: what a rank has said.
+        InputError, RunError: the error of a rank.
     """
     config.run.stall_timeout_s = config.run.rendezvous_timeout_s = limit_s
     with tempfile.TemporaryDirectory(prefix="lit_glm-trial-") as name:
@@ -51,7 +51,7 @@ def run_on_all_ranks(config: TrainConfig, module: str, limit_s: float) -> Option
 
 
 def rank_main(folder: Path, work: Callable[[TrainConfig], Dict[str, Any]]) -> int:
-    """A rank's part: `work`, with all ranks joined; what the first one returns is what has been found.
+    """Call `work` on this rank after all ranks have joined; write what rank 0 returns to `folder`.
 
     Returns:
         The exit status.

@@ -1,4 +1,4 @@
-"""From a job to everything that one rank needs: runtime, data, model, recorder, and Lightning's trainer around them."""
+"""Construction of everything that one rank needs: runtime, data, model, benchmark callback, Lightning trainer."""
 
 import logging
 import os
@@ -47,7 +47,7 @@ from lit_glm.training.optimizer import HAS_FUSED, fused_unavailable_reason
 
 @dataclass
 class RankContext:
-    """Where a rank works."""
+    """Job, run folder and rank of this process."""
 
     job: JobSpec
     run_dir: Path
@@ -56,11 +56,11 @@ class RankContext:
 
     @property
     def config(self) -> TrainConfig:
-        """Of the job."""
+        """Configuration of the job."""
         return self.job.config
 
     def print_once(self, text: str) -> None:
-        """Say something, once a job."""
+        """Print a text on rank 0 only."""
         if self.rank == 0:
             for line in text.split("\n"):
                 print(f"lit_glm: {line}", flush=True)
@@ -68,7 +68,7 @@ class RankContext:
 
 @dataclass
 class TrainingComponents:
-    """What `build` makes."""
+    """Result of `build_components`."""
 
     runtime: Runtime
     split: MemmapDataset
@@ -81,19 +81,19 @@ class TrainingComponents:
 
 
 def rank_context_from_env(job: JobSpec, run_dir: Path) -> RankContext:
-    """Where this process works, by torchrun's variables."""
+    """Read this process's rank from torchrun's environment variables."""
     return RankContext(job, run_dir, int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def build_components(place: RankContext, beat: Callable[[], None]) -> TrainingComponents:
-    """Make what a rank needs, and say what will run.
+    """Build what a rank needs, and print what will run.
 
     Args:
-        place: where this rank works.
-        beat: its sign of life.
+        place: context of this rank.
+        beat: heartbeat of this rank.
 
     Raises:
-        InputError: names what of the configuration does not fit the machine, the data or the weights.
+        InputError: if the configuration does not fit the machine, the data or the weights.
     """
     config = place.config
     _silence_third_party()
@@ -124,7 +124,7 @@ def build_components(place: RankContext, beat: Callable[[], None]) -> TrainingCo
     recorder = BenchmarkCallback(config, runtime, place.job.start_time, data.sampler(0, 0), around)
     recorder.memory_base = memory_base
     loggers = make_loggers(place.job, place.run_dir, checkpoints.checkpoint_step(resume_from))
-    # The supervisor has said where a rank stands; inside a Slurm allocation Lightning would look there.
+    # The supervisor has set the rank's variables; inside a Slurm allocation Lightning would read Slurm's instead.
     environment = [] if "TORCHELASTIC_RUN_ID" in os.environ else [LightningEnvironment()]
     trainer = pl.Trainer(
         accelerator=make_accelerator(runtime, config.hardware.accelerator),
@@ -149,7 +149,7 @@ def build_components(place: RankContext, beat: Callable[[], None]) -> TrainingCo
 
 
 def _make_validated_runtime(place: RankContext) -> Runtime:
-    """The chip's runtime, its cards compared with the hardware file."""
+    """Create the runtime and compare its devices with the hardware file."""
     config = place.config
     kept = set_hardware_env(config.hardware)
     runtime = make_runtime(config.hardware, config.topology)
@@ -162,7 +162,7 @@ def _make_validated_runtime(place: RankContext) -> Runtime:
 
 
 def _set_num_threads(place: RankContext, lengths: SequenceLengths) -> None:
-    """Take as many threads as a step's work deserves, or as the run began with."""
+    """Set the number of threads according to a step's work, or to that of the run's first part."""
     config = place.config
     published = config.scoring.name == "published"
     rows = lengths.candidates.mean() * config.data.max_seq_length if published else lengths.rows.mean()
@@ -174,7 +174,7 @@ def _set_num_threads(place: RankContext, lengths: SequenceLengths) -> None:
 
 
 def _announce_run(place: RankContext, runtime: Runtime) -> None:
-    """Say what runs, on what, and leave it in the folder."""
+    """Print what runs on which device, and write environment.json."""
     config = place.config
     node = place.rank // config.topology.devices_per_node
     runtime.attach_memory_monitor(place.local_rank, device_monitor.readings_file(place.run_dir, node))
@@ -184,7 +184,7 @@ def _announce_run(place: RankContext, runtime: Runtime) -> None:
     changes = environment_changes(read_environment(place.run_dir))
     if changes:
         place.print_once(f"not all parts of this run were measured on the same machine: {'; '.join(changes)}")
-    what = "SIMULATED, no figure of the chip: " if runtime.simulated else ""
+    what = "SIMULATED, not measured on the device: " if runtime.simulated else ""
     precision = config.precision.name
     if precision == "fp32" and runtime.has_tf32:
         precision += " (TF32 on)" if config.precision.tf32 else " (TF32 off)"
@@ -195,7 +195,7 @@ def _announce_run(place: RankContext, runtime: Runtime) -> None:
     )
     place.print_once(
         f"{what}{config.model.name} on {config.hardware.name} {config.topology.name}, {precision}, {config.fix_hp}, "
-        f"global batch {config.global_batch}, values for the pair: {published}"
+        f"global batch {config.global_batch}, fix_hp values: {published}"
     )
     is_published = config.scoring.name == "published"
     place.print_once(
@@ -203,14 +203,14 @@ def _announce_run(place: RankContext, runtime: Runtime) -> None:
         + (
             "the published workload" + (", comparable with published rows" if not runtime.simulated else "")
             if is_published
-            else "one pass a context; same scores as published, other speed (not comparable with published rows)"
+            else "one forward pass per context; equal scores, but throughput is not comparable with published rows"
         )
     )
     place.print_once(f"run folder {place.run_dir}")
     if runtime.has_driver and not _is_verified(place):
         place.print_once(
-            f"no verification of this driver in {config.precision.name} has passed here: "
-            f"python -m lit_glm.verify hardware={config.hardware.name} finds out what can be trusted"
+            f"this driver has not passed a verification in {config.precision.name} here; run: "
+            f"python -m lit_glm.verify hardware={config.hardware.name}"
         )
     hint = runtime.precision_hint(config.precision.name)
     if hint:
@@ -234,7 +234,7 @@ def _make_module(place: RankContext, runtime: Runtime) -> RecordModule:
         check_compile_available(device)
     reason = fused_unavailable_reason(device) if HAS_FUSED else None
     if reason:
-        place.print_once(f"optimizer: torch's fused AdamW does not serve here ({reason}): the plain one is taken")
+        place.print_once(f"optimizer: torch's fused AdamW is unavailable here ({reason}); using the default")
     runtime.manual_seed(config.seed)
     glm, done = build_glm(config.model, runtime.model_ops())
     for line in done:
@@ -245,20 +245,20 @@ def _make_module(place: RankContext, runtime: Runtime) -> RecordModule:
 
 
 def _find_resume_checkpoint(place: RankContext, runtime: Runtime) -> "tuple[Optional[Path], Optional[dict[str, Any]]]":
-    """The checkpoint that the run goes on from, with its content; all ranks take the same."""
+    """Find the checkpoint to resume from and read it; all ranks must find the same one."""
     path, content = None, None
     if place.job.is_resume:
         path, content, passed_over = checkpoints.latest_valid(place.run_dir, config_hash(place.config), whole=True)
         if place.rank == 0:
             for line in passed_over:
                 print(f"lit_glm: {line}", file=sys.stderr)
-        if path is None and passed_over:  # starting again from step 0 would throw away what the folder holds
+        if path is None and passed_over:  # starting again from step 0 would discard the contents of the folder
             raise InputError(
                 f"run.resume={place.run_dir}: none of its {len(passed_over)} checkpoints can be used (see above); "
                 "restore one, or start a new run in another folder"
             )
-        from_start = "from the start: there is no checkpoint"
-        place.print_once(f"the run goes on {f'after step {checkpoints.checkpoint_step(path)}' if path else from_start}")
+        from_start = "from step 0: no checkpoint found"
+        place.print_once(f"resuming {f'after step {checkpoints.checkpoint_step(path)}' if path else from_start}")
     if place.config.topology.world_size > 1:
         assert_same_job_on_all_ranks(
             config_hash(place.config), checkpoints.checkpoint_step(path), runtime.device(place.local_rank)
@@ -273,7 +273,7 @@ def _save_checkpoint(trainer: pl.Trainer, run_dir: Path, step: int) -> None:
 
 
 def _silence_third_party() -> None:
-    """Lightning's hints are for its own users; ours read what this project prints."""
+    """Silence hints of Lightning and torch: users of this project see only its own messages."""
     for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for module in ("pytorch_lightning", "lightning_fabric", "torch.jit", "torch.utils.data"):

@@ -1,4 +1,4 @@
-"""`train` as one rank of a torchrun that the user has started: no ranks of its own, one run folder for all."""
+"""`train` as one rank of a torchrun started by the user: starts no ranks; all ranks share one run folder."""
 
 import os
 import sys
@@ -26,14 +26,14 @@ _FIRST_SPEAKS_S = 5.0
 
 
 def _run_watchdog(config: TrainConfig, folder: Path, outer: ExternalRank) -> Any:
-    """End this rank when its node gives no sign of life, as a launcher of ours would; torchrun then ends the others.
+    """Exit this rank when no rank of its node sends heartbeats, as our supervisor would; torchrun then ends the others.
 
-    A node's first rank speaks first, if it can.
+    The other ranks of a node wait longer than its first one, so that it reports the stall if it can.
     """
 
     def end_this(where: List[str]) -> None:
         message = stall_message(config, folder, where)
-        mark_failed(folder, message)  # the first rank may be the one that hangs
+        mark_failed(folder, message)  # the node's first rank may be the one that hangs
         print(f"lit_glm: {message}", file=sys.stderr, flush=True)
         kill_children()
         os._exit(1)
@@ -52,16 +52,16 @@ def run_under_external_torchrun(
     composed: Dict[str, str],
     prepare_data: Callable[[], None],
 ) -> int:
-    """Run this rank.
+    """Run this process as one rank of the user's torchrun.
 
     Args:
-        config: the run's.
-        outer: which rank this is.
+        config: configuration of the run.
+        outer: rank of this process.
         entry: `time.monotonic()` at the entry of `train`.
         command: the command line.
-        find: asked on the first rank for the run folder and whether it holds a run that goes on.
-        composed: what .hydra/ is to hold.
-        prepare_data: called on the first rank of each node, before any other reads data.
+        find: called on rank 0; returns the run folder and whether its run is resumed.
+        composed: contents of the files in .hydra/.
+        prepare_data: called on the first rank of each node, before any other rank reads data.
 
     Returns:
         The exit status.
@@ -84,7 +84,7 @@ def run_under_external_torchrun(
             if outer.rank == 0:
                 run_dir, resumes = find()
                 if resumes and is_complete(run_dir):
-                    raise InputError(f"run.resume={run_dir}: the run is complete, there is nothing to do")
+                    raise InputError(f"run.resume={run_dir}: the run is complete; nothing to do")
                 keep.enter_context(record_run(JobSpec(config, entry, command, resumes), run_dir, composed))
                 told = (str(run_dir.resolve()), resumes)
             if config.topology.world_size > 1:

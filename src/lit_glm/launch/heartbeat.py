@@ -21,10 +21,10 @@ from lit_glm.config.schema import TrainConfig
 _FOLDER = "ranks"
 _EVERY_S = 1.0
 _ANSWER_S = 2.0
-_ROUNDING_S = 2.0  # a process's start is known to a second
+_ROUNDING_S = 2.0  # start times of processes have a resolution of one second
 _FRAMES = 8
 _ASK = signal.SIGRTMIN + 2
-"""Asks for a stack; not one of the signals that stop, nor one that a library is known to take."""
+"""Signal that requests a stack dump; not a stop signal, nor one that a known library uses."""
 
 
 def _stack_of(file: Path) -> Path:
@@ -32,24 +32,24 @@ def _stack_of(file: Path) -> Path:
 
 
 class Heartbeat:
-    """Touches a file, at most once a second, so that it may be called at every step and every batch.
+    """Heartbeat of a rank: touches a file at most once a second, so that it may be called at every step and batch.
 
-    The first call is the first sign: until then a rank imports and waits for the others to join, and can only be asked.
+    The first call is the first heartbeat. Before it, a rank imports and joins the others, but can dump its stack.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
         self._path = folder / _FOLDER / str(rank)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._stack = _stack_of(self._path).open("w")
-        # Python writes the stack from within the handler: also while a collective never returns.
-        faulthandler.unregister(_ASK)  # of an earlier run in this process
+        # faulthandler writes the stack inside the signal handler, so it works while a collective hangs.
+        faulthandler.unregister(_ASK)  # handler of an earlier run in this process
         faulthandler.register(_ASK, self._stack, all_threads=False)
         self._path.write_text(str(os.getpid()))
         os.utime(self._path, (0, 0))
         self._next = 0.0
 
     def __call__(self) -> None:
-        """Touch the file, if it is time."""
+        """Touch the file, unless that was done less than a second ago."""
         now = time.monotonic()
         if now >= self._next:
             self._next = now + _EVERY_S
@@ -57,24 +57,24 @@ class Heartbeat:
 
 
 def clear_heartbeats(folder: Path) -> None:
-    """Forget the ranks of an earlier job."""
+    """Delete the heartbeat files of an earlier job."""
     for file in (folder / _FOLDER).glob("*"):
         file.unlink()
 
 
 def last_heartbeat(folder: Path, ranks: Sequence[int]) -> float:
-    """When the last sign was given, seconds since the epoch; 0 if none was."""
+    """Return the time of the newest heartbeat in seconds since the epoch; 0 if there is none."""
     signs = [0.0]
     for rank in ranks:
         try:
             signs.append((folder / _FOLDER / str(rank)).stat().st_mtime)
         except OSError:
-            pass  # none yet
+            pass  # no heartbeat yet
     return max(signs)
 
 
 def collect_stack_traces(folder: Path, ranks: Sequence[int]) -> List[str]:
-    """What these ranks of this machine are doing: lines for the person who asks which of them hangs."""
+    """Return the stack or the state of each of these local ranks, as text that shows which one hangs."""
     said: List[str] = []
     asked: Dict[int, int] = {}
     for rank in ranks:
@@ -82,28 +82,28 @@ def collect_stack_traces(folder: Path, ranks: Sequence[int]) -> List[str]:
         try:
             process = psutil.Process(int(file.read_text()))
             if process.create_time() > _stack_of(file).stat().st_mtime + _ROUNDING_S:
-                raise psutil.NoSuchProcess(process.pid)  # its number is another process's by now
+                raise psutil.NoSuchProcess(process.pid)  # the PID has been reused
             if process.status() == psutil.STATUS_STOPPED:
                 said.append(f"rank {rank} (process {process.pid}) is stopped (SIGSTOP)")
                 continue
             asked[rank] = _stack_of(file).stat().st_size
             process.send_signal(_ASK)
         except (OSError, ValueError):
-            said.append(f"rank {rank} has given no sign of life")
+            said.append(f"rank {rank} has not started")
         except psutil.Error:
-            said.append(f"rank {rank} is gone")
+            said.append(f"rank {rank} has exited")
     limit = time.monotonic() + _ANSWER_S
     stacks: Dict[str, List[int]] = {}
     for rank, size in asked.items():
         stacks.setdefault(_read_stack_dump(_stack_of(folder / _FOLDER / str(rank)), size, limit), []).append(rank)
     for stack, where in stacks.items():
         name = f"rank{'s' * (len(where) > 1)} {', '.join(map(str, where))}"
-        said.append(f"{name}, innermost call first:\n{stack}" if stack else f"{name} does not answer")
+        said.append(f"{name}, innermost call first:\n{stack}" if stack else f"{name} does not respond")
     return said
 
 
 def _read_stack_dump(file: Path, size: int, limit: float) -> str:
-    """The innermost calls that a rank has written behind the first `size` bytes; nothing if it does not in time."""
+    """Read the innermost frames that a rank writes after the first `size` bytes; empty on timeout."""
     while True:
         time.sleep(0.05)
         try:
@@ -116,28 +116,28 @@ def _read_stack_dump(file: Path, size: int, limit: float) -> str:
 
 
 STALL_MARGIN_S = 10.0
-"""Seconds beyond `run.stall_timeout_s` without a sign of life until a job is ended."""
+"""Seconds beyond `run.stall_timeout_s` without a heartbeat until a job is terminated."""
 _ASLEEP_S = 10.0
 
 
 class StallWatchdog:
-    """How long the ranks of this machine have given no sign of life, while whoever asks was awake himself."""
+    """Stall detector for the ranks of this machine. Time while this process was suspended does not count."""
 
     def __init__(self, folder: Path, ranks: Sequence[int], limit_s: float, before_first_s: float = 0.0) -> None:
-        """Begin to count.
+        """Start counting.
 
         Args:
-            folder: where the ranks give signs.
-            ranks: of this machine.
-            limit_s: how long all of them may be silent.
-            before_first_s: the same before the first sign, if that is longer: nodes are still meeting, ranks joining.
+            folder: folder with the heartbeats of the ranks.
+            ranks: ranks of this machine.
+            limit_s: maximum seconds without a heartbeat of any of them.
+            before_first_s: the limit before the first heartbeat, if longer: ranks start and join the rendezvous.
         """
         self._folder, self._ranks = folder, ranks
         self._limit, self._first = limit_s, max(limit_s, before_first_s)
         self._since = self._asked = time.time()
 
     def seconds_since_heartbeat(self) -> float:
-        """Since the newest sign; asked every second or so: after a longer pause (Ctrl-Z, a suspended machine) anew."""
+        """Return the age of the newest heartbeat; restarts if not called for `_ASLEEP_S` seconds (Ctrl-Z, suspend)."""
         now = time.time()
         if now - self._asked > _ASLEEP_S:
             self._since = now
@@ -145,7 +145,7 @@ class StallWatchdog:
         return now - max(self._since, last_heartbeat(self._folder, self._ranks))
 
     def stalled_ranks(self) -> List[str]:
-        """Whereabouts of the ranks if they have been silent for too long, and still are once that is known."""
+        """Return the stack traces of the ranks if there is no heartbeat within the limit, checked before and after."""
         limit = self._limit if last_heartbeat(self._folder, self._ranks) else self._first
         if self.seconds_since_heartbeat() <= limit:
             return []
@@ -155,11 +155,11 @@ class StallWatchdog:
 
 @contextmanager
 def run_watchdog(watch: StallWatchdog, on_silence: Callable[[List[str]], None]) -> Iterator[None]:
-    """Look once a second while the work inside goes on, in a thread that runs while the work hangs.
+    """Check once a second for a stall of the work inside the block, in a thread that runs even if it hangs.
 
     Args:
-        watch: what to look at.
-        on_silence: gets the whereabouts, once; it decides how the work ends.
+        watch: the stall detector.
+        on_silence: called once with the stack traces; decides how the work ends.
     """
     over = threading.Event()
 
@@ -178,6 +178,6 @@ def run_watchdog(watch: StallWatchdog, on_silence: Callable[[List[str]], None]) 
 
 
 def stall_message(config: TrainConfig, run_dir: Path, where: Sequence[str]) -> str:
-    """What is said of a job that made no progress: where its ranks were."""
+    """Return the error message of a job without progress, with the stack traces of its ranks."""
     limit = config.run.stall_timeout_s
-    return "\n".join([f"no progress for {limit:g} s (run.stall_timeout_s): the job was ended ({run_dir})", *where])
+    return "\n".join([f"no progress for {limit:g} s (run.stall_timeout_s): job terminated ({run_dir})", *where])

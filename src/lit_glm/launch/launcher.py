@@ -1,4 +1,4 @@
-"""Runs a job: in this process for one device, by a supervisor of ranks for several; records how it ended."""
+"""Job launcher: runs one device in this process, several under a supervisor; records how the job ended."""
 
 import os
 import signal
@@ -33,20 +33,20 @@ from lit_glm.runs.run_folder import acquire_run_dir
 def run_job(
     job: JobSpec, run_dir: Path, composed: Dict[str, str], node: Node, in_process: bool = True
 ) -> Dict[str, Any]:
-    """Run a job to its end.
+    """Run a job until it ends.
 
     Args:
-        job: what to do.
-        run_dir: where its files go.
-        composed: what .hydra/ is to hold.
-        node: this one.
-        in_process: one device: run here rather than in a process of its own.
+        job: the job.
+        run_dir: run folder.
+        composed: contents of the files in .hydra/.
+        node: this node.
+        in_process: whether a single device runs in this process rather than in a child process.
 
     Returns:
-        Its result; {} on another node than the first, which keeps it.
+        The result; {} on secondary nodes, because node 0 owns the run folder.
 
     Raises:
-        InputError, RunError, Interrupted: how it ended otherwise; result.json holds the same.
+        InputError, RunError, Interrupted: if the job did not end normally; result.json has the same status.
     """
     topology = job.config.topology
     raise_open_files_limit()
@@ -59,7 +59,7 @@ def run_job(
         if topology.num_nodes == 1 and topology.world_size > 1:
             node = resolve_node(topology)
         supervisor = Supervisor()
-        # Announced when the supervisor no longer keeps signals: a second Ctrl-C ends it.
+        # Announced after the supervisor restored the signal handlers, so that a second Ctrl-C interrupts it.
         with announce_early_end(job.config, node, lambda: supervisor.has_met), supervisor:
             if node.rank > 0:
                 _run_secondary_node(job, node, supervisor)
@@ -74,7 +74,7 @@ def run_job(
 
 @contextmanager
 def record_run(job: JobSpec, run_dir: Path, composed: Dict[str, str]) -> Iterator[int]:
-    """Keep a run folder while its job runs, and write there how it ended, what its devices did, and their energy."""
+    """Lock the run folder during a job, and write its final status, device readings and energy there."""
     with acquire_run_dir(job, run_dir, composed) as lock, write_energy_metrics(job, run_dir), write_failure_status(
         run_dir, job.is_resume
     ):
@@ -84,10 +84,10 @@ def record_run(job: JobSpec, run_dir: Path, composed: Dict[str, str]) -> Iterato
 
 @contextmanager
 def monitor_node_devices(job: JobSpec, run_dir: Path, node: int) -> Iterator[None]:
-    """The cards of a node are read inside; times go on where an earlier part of the run has ended."""
+    """Monitor a node's devices inside the block; timestamps continue those of an interrupted run."""
     file, before = readings_file(run_dir, node), (read_result(run_dir) or {}) if job.is_resume else {}
     if not job.is_resume and file.exists():
-        file.unlink()  # of a run that has been thrown away: the first node's has gone with it
+        file.unlink()  # of an overwritten run; node 0's was deleted with its run folder
     begun = job.start_time - float(before.get("e2e_time") or 0.0)
     with monitor_devices(job.config.hardware, file, node, job.config.topology.devices_per_node, begun):
         yield
@@ -118,7 +118,7 @@ def write_energy_metrics(job: JobSpec, run_dir: Path) -> Iterator[None]:
 def write_failure_status(run_dir: Path, is_resume: bool) -> Iterator[None]:
     """Record how the block ended in result.json and save the traceback of an unexpected error.
 
-    A resumed run whose input is rejected keeps the status that it had: it is as resumable as before.
+    A resumed run whose input is rejected keeps its status: it can still be resumed as before.
     """
     try:
         yield
@@ -138,7 +138,7 @@ def write_failure_status(run_dir: Path, is_resume: bool) -> Iterator[None]:
 
 @contextmanager
 def announce_early_end(config: TrainConfig, node: Node, has_met: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Tell the other nodes when this one ends before all have met; the error is raised again."""
+    """Notify the other nodes if this one fails before the rendezvous is complete; re-raise the error."""
     try:
         yield
     except (InputError, RunError, Interrupted) as error:
@@ -148,7 +148,7 @@ def announce_early_end(config: TrainConfig, node: Node, has_met: Callable[[], bo
 
 
 def _run_secondary_node(job: JobSpec, node: Node, supervisor: Supervisor) -> None:
-    """Run the ranks of another node than the first, which says which run folder it is when the nodes have met."""
+    """Run the ranks of a secondary node; node 0 sends the path of the run folder at the rendezvous."""
     with tempfile.TemporaryDirectory(prefix="lit_glm-node-") as name:
         job.write(Path(name))
         supervisor.run(job, node, Path(name))

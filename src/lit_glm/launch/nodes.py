@@ -1,4 +1,4 @@
-"""Where this process stands among the nodes of a job: from the environment that a launcher leaves, checked."""
+"""Node rank and rendezvous address of this process, read from the launcher's environment and checked."""
 
 import errno
 import os
@@ -14,36 +14,36 @@ from lit_glm.errors import InputError
 
 @dataclass(frozen=True)
 class Node:
-    """This machine's part."""
+    """Rank and rendezvous address of this node."""
 
     rank: int
     address: str
-    """Of node 0."""
+    """Address of node 0."""
     port: int
-    """Where node 0 waits for the others."""
+    """Port on which node 0 waits for the others."""
     num_nodes_here: int = 1
-    """Nodes whose ranks run here: all of a rehearsal's that was given no other machine."""
+    """Number of nodes simulated on this machine (simulated runtime without MASTER_ADDR)."""
 
 
 def this_node(topology: TopologyConfig, rehearses: bool) -> Node:
     """Find this node's rank and the rendezvous address; a single node's port is chosen when its ranks start.
 
     Raises:
-        InputError: if the environment does not say which node this is, or contradicts the topology.
+        InputError: if the environment does not define which node this is, or contradicts the topology.
     """
     check_node_count(topology)
     return resolve_node(topology, rehearses) if topology.num_nodes > 1 else Node(0, "127.0.0.1", 0)
 
 
 def resolve_node(topology: TopologyConfig, rehearses: bool = False) -> Node:
-    """Find this node's place; several nodes need MASTER_ADDR, MASTER_PORT and NODE_RANK in the environment.
+    """Find this node's rank and address; several nodes need MASTER_ADDR, MASTER_PORT and NODE_RANK in the environment.
 
     Args:
-        topology: how many nodes.
-        rehearses: whether cards are simulated: then one machine can stand for all nodes.
+        topology: number of nodes and devices.
+        rehearses: whether devices are simulated, in which case one machine can run the ranks of all nodes.
 
     Raises:
-        InputError: if something is missing or does not fit the topology, or if the port is taken.
+        InputError: if a variable is missing or does not fit the topology, or if the port is in use.
     """
     check_node_count(topology)
     if topology.num_nodes == 1:
@@ -58,7 +58,7 @@ def resolve_node(topology: TopologyConfig, rehearses: bool = False) -> Node:
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if not os.environ.get(name)]
     if missing:
         raise InputError(
-            f"topology={topology.name} has {topology.num_nodes} nodes: type the same command on each node with "
+            f"topology={topology.name} has {topology.num_nodes} nodes: run the same command on each node with "
             f"MASTER_ADDR, MASTER_PORT and NODE_RANK set (missing here: {', '.join(missing)}), "
             "or use scripts/launch_node.sh or scripts/launch_slurm.sh"
         )
@@ -80,7 +80,7 @@ def resolve_node(topology: TopologyConfig, rehearses: bool = False) -> Node:
 
 
 def check_node_count(topology: TopologyConfig) -> None:
-    """Compare what started this process with the topology, where it says how many nodes there are.
+    """Compare the number of nodes that Slurm or NODE_RANK reports with the topology.
 
     Raises:
         InputError: if they differ.
@@ -89,14 +89,14 @@ def check_node_count(topology: TopologyConfig) -> None:
     has = f"topology={topology.name} has {nodes} node{'s' * (nodes > 1)}"
     found, tasks = (os.environ.get(f"SLURM_STEP_NUM_{what}", "") for what in ("NODES", "TASKS"))
     inside = (
-        "this process is in a step of srun (SLURM_STEP_NUM_NODES, SLURM_STEP_NUM_TASKS); in a shell of "
-        "`srun --pty bash`, start that with --nodes=1 --ntasks=1, or unset these variables"
+        "this process runs in a step of srun (SLURM_STEP_NUM_NODES, SLURM_STEP_NUM_TASKS); start an interactive shell "
+        "with `srun --nodes=1 --ntasks=1 --pty bash`, or unset these variables"
     )
-    if found.isdigit() and int(found) != nodes:  # an empty one says nothing
+    if found.isdigit() and int(found) != nodes:  # an empty value carries no information
         raise InputError(f"{has}, but Slurm started {found}: {inside}")
     if tasks.isdigit() and int(tasks) != nodes:
         raise InputError(
-            f"{has}, but Slurm started {tasks} tasks: one a node, the ranks are started by train; {inside}"
+            f"{has}, but Slurm started {tasks} tasks: use one task per node, train starts the ranks; {inside}"
         )
     if nodes == 1 and os.environ.get("NODE_RANK", "0") not in ("", "0"):
         raise InputError(
@@ -112,10 +112,10 @@ def _int_from_env(name: str, highest: int) -> int:
 
 
 def check_port(port: int) -> None:
-    """Say that a port is taken rather than wait for it.
+    """Check that a port is free, so that a busy port is an immediate error.
 
     Raises:
-        InputError: if this machine cannot listen there.
+        InputError: if this machine cannot listen on it.
     """
     try:
         with socket.socket() as probe:
@@ -134,10 +134,10 @@ def _free_port() -> int:
 
 
 def network_interface_to(address: str) -> Optional[str]:
-    """Network interface by which this machine reaches another; None if it cannot tell."""
+    """Return the network interface by which this machine reaches an address; None if unknown."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((address, 9))  # sends nothing: it only chooses the way
+            probe.connect((address, 9))  # sends nothing, only selects the route
             own = probe.getsockname()[0]
         for name, entries in psutil.net_if_addrs().items():
             if any(entry.family == socket.AF_INET and entry.address == own for entry in entries):
@@ -149,24 +149,24 @@ def network_interface_to(address: str) -> Optional[str]:
 
 @dataclass(frozen=True)
 class ExternalRank:
-    """This process as one rank of a torchrun that somebody else has started."""
+    """Rank of this process under a torchrun that the user started."""
 
     rank: int
     local_rank: int
 
 
 def external_rank(topology: Optional[TopologyConfig] = None) -> Optional[ExternalRank]:
-    """Whether an outer torchrun has started this process, and as which rank.
+    """Return this process's rank under the user's torchrun; None if torchrun did not start it.
 
     Raises:
-        InputError: if it has started another number of ranks than the topology has.
+        InputError: if the number of ranks differs from the topology.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or "LOCAL_RANK" not in os.environ:
         return None
     world, local = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     if topology is not None and (world != topology.world_size or local not in (0, topology.devices_per_node)):
         raise InputError(
-            f"topology={topology.name} is {topology.world_size} ranks, {topology.devices_per_node} a node, "
-            f"but torchrun started {world}, {local} a node; they must be equal"
+            f"topology={topology.name} has {topology.world_size} ranks, {topology.devices_per_node} per node, "
+            f"but torchrun started {world}, {local} per node; they must be equal"
         )
     return ExternalRank(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]))

@@ -1,8 +1,8 @@
-"""Ties ranks together: one that ends without a word, wherever, ends all within seconds.
+"""Cross-node liveness: if one rank exits, every rank on every node exits within seconds.
 
-A supervisor or torchrun watches its own node only, and a collective library may wait for a peer on another one as long
-as its own limit lets it, half an hour with some. So each rank holds a connection to rank 0. The kernel closes those of
-a process that is gone, however it ended, and notices when a host no longer answers.
+A supervisor or torchrun watches its own node only, and a collective library may wait for a lost peer until its own
+timeout, half an hour with some. Therefore each rank holds a TCP connection to rank 0. The kernel closes the connections
+of a process however it exits, and detects a host that no longer answers.
 """
 
 import os
@@ -21,13 +21,13 @@ from lit_glm.errors import RunError
 from lit_glm.launch.signals import INTERRUPTED_STATUSES, Interrupted
 
 _GRACE_S = 10.0
-"""For the error of a collective, or torchrun's signal: they end a rank in better order than this does."""
+"""Seconds to wait for a collective's error or torchrun's signal, which shut a rank down more cleanly."""
 _CONNECT_S = 30.0
 _HELLO_S = 5.0
 _WORD_S = 2.0
-_PROBES = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}  # a host that is gone is noticed after 30 s
+_PROBES = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}  # detects a lost host after 30 s
 _HELLO = struct.Struct("!16si")
-_WORD = struct.Struct("!ii")  # a rank, and the exit status that it ends with
+_WORD = struct.Struct("!ii")  # a rank and its exit status
 _TOKEN_BYTES = 16
 _NO_WORD = -1
 _FRAMES = 8
@@ -36,20 +36,20 @@ _FRAMES = 8
 def _exit_with_stack(words: str, status: int) -> None:
     main = sys._current_frames().get(threading.main_thread().ident or 0)
     calls = "".join(traceback.format_stack(main)[-_FRAMES:])
-    print(f"lit_glm: {words}; it was in\n{calls}", file=sys.stderr, end="", flush=True)
+    print(f"lit_glm: {words}; its stack:\n{calls}", file=sys.stderr, end="", flush=True)
     os._exit(status)
 
 
 class PeerMonitor:
-    """This rank's end of it. A thread waits; nothing is sent until somebody ends."""
+    """Connections of this rank to its peers. A thread waits on them; nothing is sent until a rank exits."""
 
     def __init__(self, rank: int, peers: Dict[int, socket.socket], hosts: Sequence[str]) -> None:
-        """Begin to watch.
+        """Start the monitor thread.
 
         Args:
-            rank: this one.
-            peers: connections by rank: all others on rank 0, rank 0 alone elsewhere.
-            hosts: of all ranks.
+            rank: this rank.
+            peers: connections by rank: all others on rank 0, only rank 0 elsewhere.
+            hosts: host names of all ranks.
         """
         self._rank, self._peers, self._hosts = rank, peers, hosts
         self._over, self._lost = threading.Event(), threading.Event()
@@ -58,12 +58,12 @@ class PeerMonitor:
         threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
 
     def announce_exit(self, status: int) -> None:
-        """Tell the others that this rank ends, and with which status: after any but 0 they end too."""
+        """Send this rank's exit status to its peers; they exit too unless it is 0."""
         self._over.set()
         self._send_exit(self._rank, status)
 
     def error_of_lost_peer(self) -> Optional[BaseException]:
-        """What an error of this rank comes from, if another has ended; waits a moment for the word of it."""
+        """Return the error that names the lost peer behind an error of this rank; waits up to `_WORD_S` seconds."""
         if not self._lost.wait(_WORD_S):
             return None
         if self._status in INTERRUPTED_STATUSES:
@@ -74,7 +74,7 @@ class PeerMonitor:
         where = f"rank {self._lost_rank} on {self._hosts[self._lost_rank]}"
         if self._status in INTERRUPTED_STATUSES:
             return f"{where} was interrupted"
-        return f"lost {where}: it was killed or is out of reach" if self._status == _NO_WORD else f"{where} failed"
+        return f"lost {where}: killed or unreachable" if self._status == _NO_WORD else f"{where} failed"
 
     def _send_exit(self, rank: int, status: int) -> None:
         with self._lock:
@@ -82,7 +82,7 @@ class PeerMonitor:
                 try:
                     connection.sendall(_WORD.pack(rank, status))
                 except OSError:
-                    pass  # gone by itself
+                    pass  # this peer has exited
 
     def _watch(self) -> None:
         with selectors.DefaultSelector() as selector:
@@ -97,7 +97,7 @@ class PeerMonitor:
                     selector.unregister(key.fileobj)
 
     def _receive_exit(self, connection: Any, rank: int) -> Tuple[int, int]:
-        """Which rank has ended, with which status: `_NO_WORD` if the connection ended without one."""
+        """Return which rank exited and its status; `_NO_WORD` if the connection closed without a message."""
         try:
             said = connection.recv(_WORD.size, socket.MSG_WAITALL)
         except OSError:
@@ -113,16 +113,16 @@ class PeerMonitor:
             self._send_exit(lost, status)
         time.sleep(_GRACE_S)
         if not self._over.is_set():
-            words = f"rank {self._rank} ends because {self._describe_loss()}"
+            words = f"rank {self._rank} exits: {self._describe_loss()}"
             _exit_with_stack(words, status if status in INTERRUPTED_STATUSES else 1)
 
 
 @contextmanager
 def name_lost_peer(monitor: Optional[PeerMonitor]) -> Iterator[None]:
-    """Turn an error that comes from the end of another rank into one that names it; None: no rank is watched.
+    """Replace an error caused by the exit of another rank by one that names it; None: no rank is monitored.
 
     Raises:
-        RunError, Interrupted: in place of a collective library's error.
+        RunError, Interrupted: instead of the collective library's error.
     """
     try:
         yield
@@ -134,12 +134,12 @@ def name_lost_peer(monitor: Optional[PeerMonitor]) -> Iterator[None]:
 
 
 def _listener() -> socket.socket:
-    """Reachable by both versions of IP, where this machine has both."""
+    """Open a listening socket for IPv4 and IPv6, or for IPv4 only if IPv6 is unavailable."""
     if socket.has_dualstack_ipv6():
         try:
             return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
         except OSError:
-            pass  # switched off
+            pass  # IPv6 is disabled
     return socket.create_server(("", 0))
 
 
@@ -153,7 +153,7 @@ def _enable_keepalive(connection: socket.socket) -> socket.socket:
 
 
 def _accept_peers(listener: socket.socket, token: bytes, others: int) -> Dict[int, socket.socket]:
-    """Connections of all other ranks; whoever does not know the token is sent away."""
+    """Accept the connections of all other ranks; a connection without the token is closed."""
     peers: Dict[int, socket.socket] = {}
     limit = time.monotonic() + _CONNECT_S
     while len(peers) < others:
@@ -167,7 +167,7 @@ def _accept_peers(listener: socket.socket, token: bytes, others: int) -> Dict[in
             ) from None
         try:
             connection.settimeout(_HELLO_S)
-            theirs, rank = _HELLO.unpack(connection.recv(_HELLO.size))  # sent as one
+            theirs, rank = _HELLO.unpack(connection.recv(_HELLO.size))  # sent in one piece
         except (OSError, struct.error):
             connection.close()
             continue
@@ -182,13 +182,13 @@ def connect_peers(rank: int, hosts: Sequence[str], address: str, agree: Callable
     """Connect this rank with rank 0; called by all ranks.
 
     Args:
-        rank: this one.
-        hosts: of all ranks, for messages.
-        address: of rank 0, as the other ranks see it.
-        agree: gives all ranks what rank 0 has given it.
+        rank: this rank.
+        hosts: host names of all ranks, for messages.
+        address: address of rank 0 as seen by the other ranks.
+        agree: broadcasts rank 0's argument to all ranks.
 
     Raises:
-        RunError: if they cannot reach each other.
+        RunError: if the ranks cannot reach each other.
     """
     if rank == 0:
         with _listener() as listener:
@@ -197,7 +197,7 @@ def connect_peers(rank: int, hosts: Sequence[str], address: str, agree: Callable
             return PeerMonitor(0, _accept_peers(listener, token, len(hosts) - 1), hosts)
     port, token = agree(None)
     try:
-        connection = socket.create_connection((address, port), timeout=_CONNECT_S / 3)  # of each address it has
+        connection = socket.create_connection((address, port), timeout=_CONNECT_S / 3)  # per address of the host
         connection.sendall(_HELLO.pack(token, rank))
     except OSError as error:
         raise RunError(

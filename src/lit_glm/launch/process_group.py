@@ -1,4 +1,4 @@
-"""The ranks of a job: how they meet, that they do the same, and that none stays behind alone."""
+"""Process group of a job: rendezvous, agreement on the configuration, and exit of all ranks if one fails."""
 
 import os
 import socket
@@ -18,40 +18,40 @@ _LATER_S = 15.0
 
 
 def collective_timeout_s(config: TrainConfig) -> float:
-    """Seconds until a collective gives up, where its library obeys torch.
+    """Return the timeout of collectives in seconds, for libraries that respect torch's timeout.
 
-    Whoever watches for signs of life comes before, and can say which rank hangs.
+    The stall watchdog fires first, because only it can name the rank that hangs.
     """
     return config.run.stall_timeout_s + STALL_MARGIN_S + _LATER_S
 
 
 @dataclass
 class JoinedGroup:
-    """What a rank knows when it has joined the others."""
+    """Peer monitor and run folder of a rank that has joined the others."""
 
     peers: Optional[PeerMonitor]
-    """The monitor of the other ranks; None where a supervisor of ours watches all of them."""
+    """Monitor of the other ranks; None if there are none, or if one supervisor watches all of them."""
     run: Optional[RunFolder]
-    """As rank 0 has decided; None under a torchrun of the user's, and for a job without a run folder."""
+    """Run folder that rank 0 chose; None under the user's torchrun, and for a job without a run folder."""
 
 
 @contextmanager
 def process_group(config: TrainConfig, run: Optional[RunFolder] = None) -> Iterator[JoinedGroup]:
-    """Open the process group of this rank, as torchrun's variables describe it; none for one device.
+    """Open the process group that torchrun's environment variables describe; a single device opens none.
 
-    An error inside ends the other ranks too, on whichever node they are.
+    An error inside the block also ends the other ranks, on all nodes.
 
     Args:
-        config: of the job.
+        config: configuration of the job.
         run: the run folder, on rank 0.
 
     Yields:
         The monitor of the other ranks, and the run folder.
 
     Raises:
-        InputError: if the number of ranks or of devices is not the topology's, or nobody provides the backend.
-        RunError: if the nodes do not reach each other, or a rank is lost.
-        NothingToDo: if node 0 has found the run complete.
+        InputError: if the number of ranks or devices differs from the topology, or the backend is not registered.
+        RunError: if the nodes cannot reach each other, or a rank is lost.
+        NothingToDo: if node 0 has found the run to be complete.
     """
     import torch
 
@@ -71,7 +71,7 @@ def process_group(config: TrainConfig, run: Optional[RunFolder] = None) -> Itera
         return
     _check_backend(runtime.backend, config.hardware.name)
     timeout = timedelta(seconds=collective_timeout_s(config))
-    external = "TORCHELASTIC_RUN_ID" in os.environ  # a torchrun of the user's: it has a store already
+    external = "TORCHELASTIC_RUN_ID" in os.environ  # the user's torchrun already has a store
     store: Any = None
     if not external:
         store, run = meet(config, run)
@@ -98,10 +98,10 @@ def process_group(config: TrainConfig, run: Optional[RunFolder] = None) -> Itera
 
 
 def _check_backend(backend: str, hardware: str) -> None:
-    """Refuse a backend that neither torch nor the chip's runtime has registered.
+    """Reject a collective backend that neither torch nor the runtime has registered.
 
     Raises:
-        InputError: names those that there are.
+        InputError: names the backend.
     """
     import torch
 
@@ -109,13 +109,13 @@ def _check_backend(backend: str, hardware: str) -> None:
     known = [*known, *map(str.lower, getattr(torch.distributed.Backend, "_plugins", {}))]
     if backend.lower() not in known:
         raise InputError(
-            f"hardware={hardware}: its collective backend {backend} is registered by neither torch nor the chip's "
-            "runtime; correct Runtime.backend, or have the runtime import the package that registers it"
+            f"hardware={hardware}: its collective backend {backend} is registered by neither torch nor the runtime; "
+            "correct Runtime.backend, or import the package that registers it in the runtime"
         )
 
 
 def _assign_simulated_node(config: TrainConfig) -> None:
-    """Where one machine stands for all nodes of a rehearsal, each rank takes its node's place."""
+    """Rewrite LOCAL_RANK and related variables if this machine simulates all nodes."""
     topology, rank = config.topology, int(os.environ.get("RANK", 0))
     if topology.num_nodes == 1 or os.environ.get("LOCAL_WORLD_SIZE") != str(topology.world_size):
         return
@@ -129,7 +129,7 @@ def _assign_simulated_node(config: TrainConfig) -> None:
 
 
 def assert_same_job_on_all_ranks(config_hash: str, step: int, device: Any) -> None:
-    """All ranks run the same configuration from the same step, or none does.
+    """Check that all ranks run the same configuration from the same step.
 
     Raises:
         InputError: names the first rank that differs.
@@ -146,12 +146,12 @@ def assert_same_job_on_all_ranks(config_hash: str, step: int, device: Any) -> No
         nodes.setdefault(str(node), []).append(str(host))
         if name != told[0][0]:
             raise InputError(
-                f"rank {rank} was given another configuration than rank 0: type the same command everywhere"
+                f"rank {rank} has a different configuration from rank 0: start every node with the same command"
             )
         if start != told[0][1]:
             raise InputError(
-                f"rank {rank} would go on after step {start}, rank 0 after step {told[0][1]}: all nodes must see the "
-                "same run folder (give them one hydra.run.dir on a shared disk)"
+                f"rank {rank} would resume after step {start}, rank 0 after step {told[0][1]}: all nodes must see the "
+                "same run folder (set hydra.run.dir to a folder on a shared disk)"
             )
     if len(nodes) > 1 and torch.distributed.get_rank() == 0:
         for node, hosts in sorted(nodes.items(), key=lambda entry: int(entry[0])):

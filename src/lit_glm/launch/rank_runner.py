@@ -1,4 +1,4 @@
-"""One rank of one job: build, train, conclude."""
+"""Execution of one rank of a job: build, train, write the result."""
 
 import signal
 from pathlib import Path
@@ -22,20 +22,20 @@ from lit_glm.runs.result import final_summary, results_table
 
 
 def run_rank(job: JobSpec, run_dir: Path, stop: StopRequest, beat: Optional[Heartbeat] = None) -> Dict[str, Any]:
-    """Run this process's part of a job.
+    """Run this rank's part of a job.
 
     Args:
-        job: what to do.
+        job: the job.
         run_dir: the run folder.
-        stop: of this process.
+        stop: handler of the stop signals of this process.
         beat: this rank's heartbeat; None: one in the run folder.
 
     Returns:
-        The result (rank 0), else an empty dict.
+        The result on rank 0, else an empty dict.
 
     Raises:
-        InputError, RunError: what the user should read.
-        Interrupted: after a signal; what was done is saved.
+        InputError, RunError: with a message for the user.
+        Interrupted: after a stop signal; completed steps are saved.
     """
     place = rank_context_from_env(job, run_dir)
     built = _build_components(place, beat or Heartbeat(run_dir, place.rank))
@@ -52,14 +52,12 @@ def _build_components(place: RankContext, beat: Heartbeat) -> TrainingComponents
     except Exception as error:
         if not is_oom_error(error):
             raise
-        said = (
-            f"out of memory before the first step, while model and data were made ({str(error).splitlines()[0][:200]})"
-        )
-        raise RunError(f"{said}; take a smaller model, or a machine with more memory", "out of memory") from error
+        said = f"out of memory while building model and data ({str(error).splitlines()[0][:200]})"
+        raise RunError(f"{said}; use a smaller model, or a machine with more memory", "out of memory") from error
 
 
 def _fit(place: RankContext, built: TrainingComponents, stop: StopRequest) -> None:
-    """Train to the end; what there was not enough memory for is said as that."""
+    """Train until the run ends; report a lack of memory as such."""
     stop.save_first(built.module)
     resume_from = str(built.resume_from) if built.resume_from else None
     try:
@@ -80,7 +78,7 @@ def _fit(place: RankContext, built: TrainingComponents, stop: StopRequest) -> No
 
 
 def _write_final_result(place: RankContext, built: TrainingComponents) -> Dict[str, Any]:
-    """Put together what all ranks have measured, and write the result (rank 0)."""
+    """Gather the measurements of all ranks and write the result (rank 0)."""
     config, recorder, runtime = place.config, built.recorder, built.runtime
     assert recorder.final_durations is not None
     seconds, e2e = recorder.final_durations
@@ -107,7 +105,7 @@ def _write_final_result(place: RankContext, built: TrainingComponents) -> Dict[s
         )
         recorder.events.finished(result)
         place.print_once(final_summary(result, config, place.run_dir))
-        print(results_table([result]), flush=True)  # the last thing on the screen
+        print(results_table([result]), flush=True)  # the last output of the run
     close_loggers(built.trainer.loggers if place.rank == 0 else [])
     if config.topology.world_size > 1:
         torch.distributed.barrier()
@@ -129,6 +127,6 @@ def _final_status(built: TrainingComponents, target: float) -> str:
 
 
 def _peak_memory(peaks: List[float], built: TrainingComponents, per_node: int) -> Optional[float]:
-    """Of the node with the most: the sum over ranks that share a memory, else the highest card."""
+    """Return the peak of the node that uses most: the sum of ranks that share a memory, else the highest device."""
     nodes = [peaks[first : first + per_node] for first in range(0, len(peaks), per_node)]
     return max(sum(node) if built.runtime.shares_memory else max(node) for node in nodes) if nodes else None

@@ -22,39 +22,39 @@ from lit_glm.launch.signals import INTERRUPTED_STATUSES, Interrupted
 _LOOK_S = 0.05
 _OTHERS_LOOK_S = 1.0
 _ANNOUNCE_S = 20.0
-"""How long a node that ends tries to tell the others, which may be starting."""
+"""Seconds for which a node that exits tries to notify the others, which may still be starting."""
 _RUN, _ENDED = "run folder", "ended"
 
 
 class RendezvousError(RunError):
-    """The ranks did not meet."""
+    """Failure of the rendezvous."""
 
 
 class NothingToDo(Exception):
-    """Node 0 has found that the run is complete."""
+    """Exception for a rank whose run node 0 has found to be complete."""
 
 
 @dataclass
 class RunFolder:
-    """What node 0 decides for all."""
+    """Run folder that node 0 chose for all nodes."""
 
     path: Path
     is_resume: bool
 
 
 def meet(config: TrainConfig, run: Optional[RunFolder]) -> "tuple[Any, Optional[RunFolder]]":
-    """Meet the other ranks, by torchrun's variables.
+    """Join the other ranks, as described by torchrun's environment variables.
 
     Args:
-        config: of the job.
-        run: on rank 0, the run folder; None elsewhere, and for a job without one.
+        config: configuration of the job.
+        run: the run folder on rank 0; None on other ranks, and for a job without one.
 
     Returns:
-        The store, and the run folder.
+        The store and the run folder.
 
     Raises:
-        RendezvousError: if not all ranks have come in time.
-        InputError, RunError, Interrupted, NothingToDo: as another node has ended.
+        RendezvousError: if not all ranks joined in time.
+        InputError, RunError, Interrupted, NothingToDo: if another node exited, according to its status.
     """
     import torch
 
@@ -79,7 +79,7 @@ def meet(config: TrainConfig, run: Optional[RunFolder]) -> "tuple[Any, Optional[
         reason = str(error).splitlines()[0][:300]
         raise RendezvousError(
             f"rendezvous failed on node {os.environ['GROUP_RANK']} ({reason}): {config.topology.num_nodes} nodes were "
-            f"to meet at {address}:{port} (run.rendezvous_timeout_s, {limit_s:g} s). Was the same command started on "
+            f"expected at {address}:{port} (run.rendezvous_timeout_s, {limit_s:g} s). Was the same command started on "
             "every node, and can this one reach that address and port?",
             "rendezvous failed",
         ) from error
@@ -87,10 +87,10 @@ def meet(config: TrainConfig, run: Optional[RunFolder]) -> "tuple[Any, Optional[
 
 
 def _wait_for_store(address: str, port: int, end: float) -> None:
-    """Wait until node 0 listens; torch's own waiting fills the screen.
+    """Wait until node 0 listens; torch's own wait floods the terminal.
 
     Raises:
-        RuntimeError: if the time is over.
+        RuntimeError: on timeout.
     """
     while True:
         try:
@@ -107,7 +107,7 @@ def _joined(rank: Any) -> str:
 
 
 def _write(store: Any, key: str, text: str = "") -> None:
-    """Write a key of the store, and count it: torch 1.12 can look whether a key is there by its count alone."""
+    """Write a key of the store and a counter for it: torch 1.12 can test for a key only by a counter."""
     store.set(key, text)
     store.add(_counter(key), 1)
 
@@ -121,10 +121,10 @@ def _is_there(store: Any, *keys: str) -> bool:
 
 
 def _wait(store: Any, keys: List[str], end: float) -> None:
-    """Wait until all of some keys are written, or a node has ended.
+    """Wait until all keys are written; raise the error of a node that has exited.
 
     Raises:
-        RuntimeError: if the time is over, or the store is gone.
+        RuntimeError: on timeout, or if the store is unreachable.
     """
     while not _is_there(store, *keys):
         if _is_there(store, _ENDED):
@@ -137,7 +137,7 @@ def _wait(store: Any, keys: List[str], end: float) -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             _write(store, _received(os.environ["GROUP_RANK"]))
         if os.environ["RANK"] == "0":
-            time.sleep(_OTHERS_LOOK_S)  # the store ends with this process
+            time.sleep(_OTHERS_LOOK_S)  # this process hosts the store
         raise _error_of(json.loads(store.get(_ENDED)))
 
 
@@ -146,8 +146,8 @@ def _received(node: Any) -> str:
 
 
 def _error_of(end: Dict[str, Any]) -> Exception:
-    """The error with which a rank ends because a node has ended, with the attribute that `is_known_to_all` asks for."""
-    status, message = int(end["status"]), f"node {end['node']} has ended before the nodes had met: {end['reason']}"
+    """Return the error of a rank for the exit of another node, with the attribute that `is_known_to_all` reads."""
+    status, message = int(end["status"]), f"node {end['node']} exited before the rendezvous completed: {end['reason']}"
     error: Any = RunError(message, message)
     if status == 0:
         error = NothingToDo(message)
@@ -160,25 +160,25 @@ def _error_of(end: Dict[str, Any]) -> Exception:
 
 
 def is_known_to_all(error: BaseException) -> bool:
-    """Whether an error of `meet` need not be announced to other nodes: one of them caused it, or none has joined."""
+    """Return whether an error of `meet` needs no announcement: another node caused it, or none has joined."""
     return isinstance(error, RendezvousError) or getattr(error, "is_known_to_all", False)
 
 
 def announce_end(config: TrainConfig, node: Node, status: int, reason: str) -> None:
-    """Tell the other nodes that this one ends before all have met, if they come within some seconds.
+    """Notify the other nodes that this one exits before the rendezvous; waits for them up to `_ANNOUNCE_S` seconds.
 
     Args:
-        config: of the job.
-        node: this one.
+        config: configuration of the job.
+        node: this node.
         status: exit status.
-        reason: in a sentence.
+        reason: reason in one sentence.
     """
     others = [other for other in range(config.topology.num_nodes) if other != node.rank]
     if config.topology.num_nodes == node.num_nodes_here:
         return
     print(
-        f"lit_glm: node {node.rank} ends ({_first_line(reason)}); it tells the other nodes that wait for it, for up to "
-        f"{_ANNOUNCE_S:g} s (Ctrl-C: at once)",
+        f"lit_glm: node {node.rank} exits ({_first_line(reason)}); notifying the other nodes for up to "
+        f"{_ANNOUNCE_S:g} s (Ctrl-C: exit now)",
         file=sys.stderr,
         flush=True,
     )
@@ -199,7 +199,7 @@ def announce_end(config: TrainConfig, node: Node, status: int, reason: str) -> N
                 time.sleep(_LOOK_S)
             time.sleep(_OTHERS_LOOK_S)  # for the other ranks of these nodes
     except (RuntimeError, ValueError):
-        return  # nobody is there
+        return  # no other node is reachable
 
 
 def _first_line(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Stop signals: noted when they come, and turned into an orderly end of the process that they reach."""
+"""Handlers of stop signals, which record a signal and shut the process down in order."""
 
 import os
 import select
@@ -10,15 +10,15 @@ from typing import Any, Callable, Dict, Iterator, Optional, TypeVar
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 INTERRUPTED_STATUSES = tuple(128 + number for number in STOP_SIGNALS)
-"""Exit statuses of a process that one of them has stopped."""
+"""Exit statuses of a process that a stop signal interrupted."""
 _NOTHING_TO_SAVE_S = 5.0
-"""How long a process may take to stop before its first step, where a library may wait for other ranks."""
+"""Seconds for a process to stop before its first step, when a library may be waiting for other ranks."""
 _SECOND_S = 0.5
-"""From when on a second Ctrl-C is another one: a terminal and a launcher may both pass on the first."""
+"""Seconds after which a second SIGINT is a new Ctrl-C: a terminal and a launcher may both deliver the first."""
 
 
 class Interrupted(BaseException):
-    """The run was asked to stop. No `Exception`, so that no library takes it for an error of its own."""
+    """Interruption by a stop signal. Not an `Exception`, so that no library handles it as an error of its own."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"interrupted by {signal.Signals(signal_number).name}")
@@ -48,7 +48,7 @@ class StopSignals:
                     signal.signal(number, self._handle)
         outer = getattr(self._previous.get(signal.SIGTERM), "__self__", None)
         if isinstance(outer, StopSignals) and outer.received is not None:
-            # What it raised was lost: an exception out of a destructor or a callback of the interpreter's is ignored.
+            # Its exception was lost: Python ignores exceptions raised in destructors and interpreter callbacks.
             self._handle(outer.received, None)
         return self
 
@@ -68,14 +68,14 @@ class StopSignals:
         self.on_signal(number)
 
     def on_signal(self, number: int) -> None:
-        """Called in the main thread for each signal."""
+        """React to a signal; called in the main thread for each one."""
 
 
 class RaisingStopSignals(StopSignals):
-    """Raises `Interrupted` on a signal: before a run begins, and between the jobs of a sweep."""
+    """Handler that raises `Interrupted` on a signal, for use before a run and between the jobs of a sweep."""
 
     def on_signal(self, number: int) -> None:
-        """Raise."""
+        """Raise `Interrupted`."""
         raise Interrupted(number)
 
 
@@ -86,32 +86,32 @@ def ignore_stop_signals() -> None:
 
 
 class StopRequest(StopSignals):
-    """Stops the work of one rank: after its step if it trains, at once if there is nothing to save yet.
+    """Handler that stops the work of one rank: after the current step, or at once if there is nothing to save yet.
 
-    A thread receives the signal too, through the interpreter's wake-up descriptor, also while the main thread is inside
-    a library. It ends the process when the time for an orderly end is over, or at a second Ctrl-C.
+    A thread also receives the signal, through the interpreter's wake-up descriptor, even while the main thread is
+    inside a library. It exits the process when the time for an orderly shutdown is over, or at a second Ctrl-C.
     """
 
     def __init__(self, limit_s: float, give_up: Callable[[int, str], None]) -> None:
-        """Get ready.
+        """Configure the handler.
 
         Args:
-            limit_s: for an orderly end (run.shutdown_timeout_s).
-            give_up: gets the signal and the reason; ends the process.
+            limit_s: seconds for an orderly shutdown (run.shutdown_timeout_s).
+            give_up: called with the signal and the reason; exits the process.
         """
         super().__init__()
         self._limit_s, self._give_up = limit_s, give_up
         self.module: Any = None
-        """Whose `stop_requested` is set; None: there is nothing to save."""
+        """Module whose `stop_requested` is set; None if there is nothing to save."""
         self._interruptible = False
         self._thread: Optional[threading.Thread] = None
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Inside, until there is something to save, a signal raises `Interrupted` wherever the main thread is.
+        """Make signals raise `Interrupted` in the main thread inside the block, until there is something to save.
 
         Raises:
-            Interrupted: for a signal that has come before, too.
+            Interrupted: also for a signal that was received before the block.
         """
         self._interruptible = True
         try:
@@ -122,13 +122,13 @@ class StopRequest(StopSignals):
             self._interruptible = False
 
     def save_first(self, module: Any) -> None:
-        """From now on a signal sets `stop_requested` of a module that is about to be trained."""
+        """Make signals set `stop_requested` of a module that is about to be trained."""
         self.module = module
         self._interruptible = False
         module.stop_requested = self.received is not None
 
     def on_signal(self, number: int) -> None:
-        """Ask the training loop to stop, or raise."""
+        """Request the training loop to stop, or raise `Interrupted`."""
         if self.module is not None:
             self.module.stop_requested = True
         elif self._interruptible:
@@ -172,5 +172,5 @@ class StopRequest(StopSignals):
                     if self.module is None and self._interruptible:
                         limit = min(limit, _NOTHING_TO_SAVE_S)
                 elif number == signal.SIGINT and time.monotonic() - since > _SECOND_S:
-                    self._give_up(first, "was ended by a second Ctrl-C")
+                    self._give_up(first, "was terminated by a second Ctrl-C")
                     return

@@ -1,10 +1,10 @@
-"""The supervisor of one node's ranks: starts them, ends them in order, and decides how the job ended.
+"""Supervisor of one node's ranks: starts them, shuts them down in order, and determines how the job ended.
 
     starting -> running -> stopping -> ended
 
-Whatever happens becomes an event in one queue: a signal to this process, the exit of a rank, or ranks that give no
-heartbeat. The first that is not a rank's success is the cause of the end; a rank that was killed is a better one than
-the errors of its peers. After the cause the other ranks are asked to stop, and killed when their time is over.
+Every event enters one queue: a signal to this process, the exit of a rank, or missing heartbeats. The first event that
+is not the success of a rank is the cause of the end; a killed rank takes precedence over the errors of its peers. Then
+the other ranks receive SIGTERM, and SIGKILL after a grace period.
 """
 
 import os
@@ -31,9 +31,9 @@ from lit_glm.runs.error_files import error_folder, report_killed_rank, root_caus
 from lit_glm.runs.job_spec import JobSpec
 
 _START_S = 30.0
-"""Seconds that a rank may need to its first heartbeat beside other work: it imports torch and joins the others."""
+"""Seconds to the first heartbeat of a rank on a busy machine: it imports torch and joins the others."""
 _FAILURE_GRACE_S = 30.0
-"""For the other ranks when one has failed: one of them may be saving."""
+"""Seconds for the other ranks to exit when one has failed: one of them may be saving a checkpoint."""
 _STALL_GRACE_S = 5.0
 _JOB_VARIABLES = (
     "MASTER_ADDR",
@@ -56,24 +56,24 @@ _JOB_VARIABLES = (
 
 @dataclass(frozen=True)
 class Event:
-    """Something that the supervisor reacts to."""
+    """Event that the supervisor handles."""
 
     kind: str
     """"signal", "exit" or "stall"."""
     rank: int = -1
     status: int = 0
-    """Of a rank: as subprocess has it, negative after a signal. Of a signal: its number."""
+    """Return code of a rank as in subprocess (negative after a signal), or the number of a signal."""
     reason: str = ""
 
 
 class Supervisor(StopSignals):
-    """Entered before anything that a signal must not interrupt; `run` then runs the ranks to their end."""
+    """Supervisor of one node's ranks. Enter it before anything that a signal must not interrupt, then call `run`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.state = "starting"
         self.has_met = False
-        """Whether the ranks have met those of the other nodes."""
+        """Whether a rank of this node has completed the rendezvous."""
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._ranks: Dict[int, subprocess.Popen[bytes]] = {}
         self._alive: Dict[int, subprocess.Popen[bytes]] = {}
@@ -82,7 +82,7 @@ class Supervisor(StopSignals):
         self._killed = False
 
     def on_signal(self, number: int) -> None:
-        """Queue the signal: a handler that raised could interrupt any statement."""
+        """Queue the signal; a handler that raises could interrupt any statement."""
         self._events.put(Event("signal", status=number))
 
     def run(
@@ -94,24 +94,24 @@ class Supervisor(StopSignals):
         module: str = "lit_glm.launch.worker",
         margin_s: float = STALL_MARGIN_S,
     ) -> None:
-        """Run all ranks of this node to their end; leaves nothing running.
+        """Run all ranks of this node until they exit; no process is left running.
 
         Args:
-            job: how many ranks, and how long they may be silent.
-            node: this one.
-            spec_dir: holds job.json; where the ranks' heartbeats are. On node 0 the run folder.
-            lock: descriptor that keeps the run folder as long as a rank may be at work there, after this process too.
-            module: what each rank runs, with that folder as its argument.
-            margin_s: seconds beyond `run.stall_timeout_s` without a heartbeat until the ranks are ended.
+            job: the job, with the number of ranks and the timeouts.
+            node: this node.
+            spec_dir: folder with job.json and the heartbeats of the ranks; on node 0 the run folder.
+            lock: descriptor of the run folder's lock, which the ranks inherit and hold even after this process exits.
+            module: module that each rank runs, with that folder as its argument.
+            margin_s: seconds beyond `run.stall_timeout_s` without a heartbeat until the ranks are terminated.
 
         Raises:
-            InputError, RunError, Interrupted: how it ended otherwise.
+            InputError, RunError, Interrupted: if the job did not end normally.
         """
         self._job, self._spec_dir = job, spec_dir
         topology, oom_kills = job.config.topology, oom_kill_count()
         first, count = node.rank * topology.devices_per_node, topology.devices_per_node * node.num_nodes_here
         limits = job.config.run
-        # Before the first heartbeat the nodes are still meeting, which has a limit of its own; then the ranks start.
+        # Before the first heartbeat, ranks are still starting or in the rendezvous, which has a timeout of its own.
         before_first_s = limits.rendezvous_timeout_s + _START_S + margin_s
         watchdog = StallWatchdog(
             spec_dir, range(first, first + count), limits.stall_timeout_s + margin_s, before_first_s
@@ -138,7 +138,7 @@ class Supervisor(StopSignals):
             process = subprocess.Popen(
                 [sys.executable, "-m", *arguments],
                 env={**env, "RANK": str(rank), "LOCAL_RANK": str(local_rank)},
-                start_new_session=True,  # Ctrl-C reaches this process alone, which asks the ranks
+                start_new_session=True,  # Ctrl-C reaches only this process, which signals the ranks
                 preexec_fn=partial(set_parent_death_signal, signal.SIGTERM),
                 pass_fds=() if lock is None else (lock,),
             )
@@ -163,7 +163,7 @@ class Supervisor(StopSignals):
         if event.kind == "exit":
             process = self._alive.pop(event.rank)
             if event.status != 0:
-                kill_session(process.pid)  # data loader workers that a killed rank has left
+                kill_session(process.pid)  # DataLoader workers left by a killed rank
                 self._on_failure(event)
         elif event.kind == "signal":
             if self._cause is None:
@@ -228,10 +228,10 @@ class Supervisor(StopSignals):
             raise Interrupted(-cause.status)
         reason = root_cause(error_folder(self._spec_dir))
         if cause.status == InputError.exit_status:
-            raise InputError(reason or f"rank {cause.rank} refused the job")
+            raise InputError(reason or f"rank {cause.rank} rejected the job")
         message = f"rank {cause.rank} failed, see its error above ({error_folder(self._spec_dir)})"
         if out_of_memory and (reason is None or "was killed" in reason):
-            message = f"{message}; out of memory: the machine had none left, and the kernel has killed a process"
+            message = f"{message}; out of memory: the kernel killed a process because the machine had no memory left"
             reason = "out of memory"
         raise RunError(message, summary=reason or message)
 
@@ -250,7 +250,7 @@ def job_free_env() -> Dict[str, str]:
 
 
 def _job_env(job: JobSpec, node: Node) -> Dict[str, str]:
-    """Variables of all ranks of a node: the chip's, where ranks meet, and the share of the machine that each has."""
+    """Return the environment of a node's ranks: hardware variables, rendezvous address and threads per rank."""
     topology = job.config.topology
     count = topology.devices_per_node * node.num_nodes_here
     env = {
@@ -267,7 +267,7 @@ def _job_env(job: JobSpec, node: Node) -> Dict[str, str]:
     }
     interface = network_interface_to(node.address) if topology.num_nodes > 1 else None
     if interface is not None:
-        env.setdefault("GLOO_SOCKET_IFNAME", interface)  # a host's own name often means the loopback to it
+        env.setdefault("GLOO_SOCKET_IFNAME", interface)  # a host often resolves its own name to the loopback
     return env
 
 

@@ -42,14 +42,14 @@ from lit_glm.runs.result import (
 from lit_glm.runs.run_folder import masked_yaml
 
 JOB_RECORDS_DIR = "jobs"
-"""Folder of the notes, in the sweep's; it tells a sweep's folder from others."""
+"""Subfolder with the job records, by which a sweep folder is recognised."""
 
 
 def summarise_sweep(sweep_dir: Path) -> Tuple[str, int]:
-    """Write sweep.csv and sweep.md from the notes of the jobs: the best first, by the sweep's objective.
+    """Write sweep.csv and sweep.md from the job records, best run first by the sweep's objective.
 
     Returns:
-        The table for the terminal with a line a run beneath, and the exit status: the highest of any job.
+        The table for the terminal with one line per run below it, and the highest exit status of any job.
     """
     notes = [
         json.loads(path.read_text(encoding="utf-8")) for path in sorted((sweep_dir / JOB_RECORDS_DIR).glob("*.json"))
@@ -82,7 +82,7 @@ def summarise_sweep(sweep_dir: Path) -> Tuple[str, int]:
 
 
 def _has_metric(result: Dict[str, Any], objective: str) -> bool:
-    """Whether a run is complete and has the figure that the sweep is judged by."""
+    """Return whether a run is complete and has the metric that is the sweep's objective."""
     return result.get("status") in COMPLETE and _objective_value(result, objective) is not None
 
 
@@ -91,7 +91,7 @@ def _objective_value(result: Dict[str, Any], objective: str) -> Optional[float]:
 
 
 def _ranking_key(result: Dict[str, Any], objective: str) -> Tuple[bool, float]:
-    """Sorts the best first, and what has no figure last."""
+    """Return the sort key of a run: best run first, runs without the metric last."""
     if not _has_metric(result, objective):
         return True, 0.0
     value = _objective_value(result, objective) or 0.0
@@ -107,7 +107,7 @@ def _ranking_line(number: int, note: Dict[str, Any], result: Dict[str, Any], obj
 def _job_result(note: Dict[str, Any], sweep_dir: Path) -> Dict[str, Any]:
     own: Dict[str, Any] = note["row"]
     if note["run_dir"] is None or note["exit_status"] == InputError.exit_status:
-        return own  # what the folder holds is an earlier run's
+        return own  # the folder contains the result of an earlier run
     result = read_result(Path(note["run_dir"])) or own
     reused_from = note.get("reused_from")
     if not reused_from:
@@ -117,7 +117,7 @@ def _job_result(note: Dict[str, Any], sweep_dir: Path) -> Dict[str, Any]:
 
 
 def _best_run_line(notes: List[Dict[str, Any]], results: List[Dict[str, Any]], objective: str) -> Optional[str]:
-    """A line that names the best complete run, which stands first; None without one."""
+    """Return a line that names the best complete run, which is the first one; None without one."""
     if not results or not _has_metric(results[0], objective):
         return None
     what = notes[0]["overrides"] or "the only combination"
@@ -126,15 +126,15 @@ def _best_run_line(notes: List[Dict[str, Any]], results: List[Dict[str, Any]], o
 
 
 class SweepCallback(Callback):
-    """Hydra calls it when a sweep starts, and after each job wherever that ran."""
+    """Hydra callback, called when a sweep starts and after each job, wherever it ran."""
 
     started: Optional[Path] = None
-    """Folder of the sweep that this process has started."""
+    """Folder of the sweep that this process started."""
     total: Optional[int] = None
-    """Its jobs, where they are known beforehand; a search's are not, and another process knows none."""
+    """Number of jobs of the sweep if known in advance; None for a search and in other processes."""
 
     def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
-        """Remember the folder; notes of an earlier start of the same sweep are renewed job by job."""
+        """Store the sweep folder and delete the job records of an earlier start."""
         if os.environ.get("NODE_RANK", "0") not in ("", "0"):
             return
         SweepCallback.started = Path(config.hydra.sweep.dir).resolve()
@@ -142,14 +142,14 @@ class SweepCallback(Callback):
             note.unlink()
 
     def on_job_end(self, config: Any, job_return: Any, **kwargs: Any) -> None:
-        """Note a job that was refused before it could leave a note itself."""
+        """Write the record of a job that was rejected before it could write one itself."""
         if config.hydra.mode is None or config.hydra.mode.name == "RUN":
             return
         sweep_dir, number = Path(config.hydra.sweep.dir), int(config.hydra.job.num)
         if not _job_record_file(sweep_dir, number).exists():
             _write_job_record(
                 sweep_dir, number, None, RunError.exit_status, _rejected_row(config)
-            )  # its own process said the status
+            )  # its own process printed the error
 
 
 def _job_record_file(sweep_dir: Path, number: int) -> Path:
@@ -157,7 +157,7 @@ def _job_record_file(sweep_dir: Path, number: int) -> Path:
 
 
 def _rejected_row(config: Any) -> Dict[str, Any]:
-    """What a row can say of a combination that was refused: its composed configuration may lack anything."""
+    """Return the table row of a rejected combination, any key of which may be missing."""
 
     def text(key: str) -> str:
         try:
@@ -174,7 +174,7 @@ def _rejected_row(config: Any) -> Dict[str, Any]:
 def _write_job_record(
     sweep_dir: Path, number: int, run_dir: Optional[Path], status: int, row: Dict[str, Any], **more: Any
 ) -> None:
-    """Leave a note of a job, with the row of the table that it has without a result."""
+    """Write the record of a job, with its table row for the case that it has no result."""
     file = _job_record_file(sweep_dir, number)
     file.parent.mkdir(parents=True, exist_ok=True)
     words = HydraConfig.get().job.override_dirname if HydraConfig.initialized() else ""
@@ -191,18 +191,18 @@ def run_sweep_job(
     prepare_data: Callable[[], None],
     entry: float,
 ) -> TaskOutcome:
-    """Run one job of a sweep, or go on with it, or find it done.
+    """Run or resume one job of a sweep, or reuse its complete result.
 
     Args:
-        config: the combination's.
-        run_dir: where a new run goes.
-        files: what .hydra/ is to hold.
+        config: configuration of the combination.
+        run_dir: folder for a new run.
+        files: contents of the files in .hydra/.
         command: the command line.
         prepare_data: called before the job starts.
         entry: `time.monotonic()` when the job began; e2e_time counts from there, as that of a single run.
 
     Raises:
-        KeyboardInterrupt: the job was stopped, and the rest of the sweep is not wanted either.
+        KeyboardInterrupt: if the job was interrupted, to stop the rest of the sweep too.
     """
     from lit_glm.launch.launcher import announce_early_end, run_job
     from lit_glm.launch.nodes import this_node
@@ -235,11 +235,11 @@ def run_sweep_job(
         print(f"lit_glm: {error}", file=sys.stderr)
         status, reason = error.exit_status, str(error)
     except Interrupted as stop:
-        print(f"lit_glm: {stop}; start the same sweep again to go on", file=sys.stderr)
+        print(f"lit_glm: {stop}; start the same sweep again to resume it", file=sys.stderr)
         status = stop.exit_status
         raise KeyboardInterrupt from None
     finally:
-        if node.rank == 0:  # which makes the table
+        if node.rank == 0:  # node 0 builds the table
             row = {**config_fields(config), "status": "failed", **({"error": reason} if reason else {})}
             told = {"reused_from": reused_from, "objective": config.sweep.objective}
             _write_job_record(sweep_dir, int(hydra.job.num), folder, status, row, **told)
@@ -247,17 +247,17 @@ def run_sweep_job(
 
 
 def _free_folder(run_dir: Path, name: str) -> Path:
-    """A folder beside one that holds another run, of another configuration or from another machine."""
+    """Return a free folder next to one that contains a run of another configuration or machine."""
     numbers = (f"{run_dir.name}-{name}{'' if number == 1 else f'-{number}'}" for number in count(1))
     return next(folder for folder in map(run_dir.with_name, numbers) if not (folder / JOB_FILE).exists())
 
 
 def _reusable_result(config: TrainConfig, folder: Path, resumes: bool, node: Node) -> Optional[Dict[str, Any]]:
-    """The result of a combination that is complete; None if it is to be run, or resumed.
+    """Return the result of a complete combination; None if it has to be run or resumed.
 
     Raises:
-        InputError: if its folder is not free.
-        RunError: if another process is at work on it.
+        InputError: if its folder is not available.
+        RunError: if another process is running it.
     """
     from lit_glm.launch.rendezvous import announce_end
     from lit_glm.runs.run_folder import ensure_available
@@ -267,25 +267,25 @@ def _reusable_result(config: TrainConfig, folder: Path, resumes: bool, node: Nod
         return None
     result = read_result(folder)
     if result is not None and result.get("status") in COMPLETE:
-        print(f"lit_glm: {folder}: the run is complete, there is nothing to do")
+        print(f"lit_glm: {folder}: the run is complete; nothing to do")
         print(results_table([result]), flush=True)
-        announce_end(config, node, 0, "the run is complete, there is nothing to do")
+        announce_end(config, node, 0, "the run is complete; nothing to do")
         return result
     if is_running(folder):
         raise RunError(
-            f"{folder}: another process is at work on this combination, which is left to it; start the same sweep "
-            "again when it has ended: what is complete then is not run again"
+            f"{folder}: another process is running this combination; when it has exited, start the same sweep "
+            "again: complete combinations are not repeated"
         )
     return None
 
 
 def search_paths(sweep_dir: Path, given: bool) -> discovery.SearchPaths:
-    """Where earlier runs of a sweep's combinations are: in its own folder if that was named, else in all sweeps'."""
+    """Return where earlier runs of a sweep are searched: its own folder if the user gave one, else all of multirun/."""
     return [(sweep_dir, 3)] if given else [(Path("multirun"), 4)]
 
 
 def _find_earlier_run(config: TrainConfig, run_dir: Path) -> Optional[Path]:
-    """The run of the same configuration that a sweep left before, or that `run.resume` names."""
+    """Find the run of the same configuration in earlier sweeps, or the one that `run.resume` names."""
     if config.run.resume is not None:
         folder = discovery.resolve_resume(config.run.resume, config, run_dir)
     elif config.sweep.skip_done:
@@ -301,7 +301,7 @@ def _find_earlier_run(config: TrainConfig, run_dir: Path) -> Optional[Path]:
 
 
 def _runs_of_this_machine(runs: List[Path], config: TrainConfig) -> List[Path]:
-    """Those of some runs that were measured on a machine and software like these; says which were not."""
+    """Return the runs that were measured with the same machine and software as here; print which were not."""
     here, same = local_environment(config) if runs else {}, []
     for run in runs:
         differences = environment_differences(read_environment(run), here)
@@ -325,12 +325,12 @@ def _mask_multirun_file(sweep_dir: Path) -> None:
 
 
 def finish_sweep() -> int:
-    """Make the table of the sweep that this process has started, if it has; returns its exit status."""
+    """Write the table of the sweep that this process started, if any; return the exit status."""
     sweep_dir, SweepCallback.started = SweepCallback.started, None
     if sweep_dir is None:
         return 0
     if not any((sweep_dir / JOB_RECORDS_DIR).glob("*.json")):
-        return 0  # no job has begun: why was said
+        return 0  # no job has started; the error was printed
     text, status = summarise_sweep(sweep_dir)
     _mask_multirun_file(sweep_dir)
     print(text)
@@ -340,23 +340,23 @@ def finish_sweep() -> int:
 
 _WRITES = ("sweep.md", "sweep.csv", "multirun.yaml")
 _MAX_COMPARED = 300
-_held_locks = ExitStack()  # the sweep's folder, as long as this process lives
+_held_locks = ExitStack()  # lock of the sweep folder, held until this process exits
 
 
 def prepare_sweep(whole: Any, line: CommandLine) -> None:
-    """Take the folder of a sweep, and say which of its combinations are there already.
+    """Lock the folder of a sweep, and print for which combinations a run exists.
 
     Args:
-        whole: the configuration of some combination, Hydra's part included.
+        whole: configuration of one combination, including the `hydra` node.
         line: the command line.
 
     Raises:
-        InputError: if the folder is somebody else's, or another process runs a sweep there.
+        InputError: if the folder is not a sweep folder, or another process runs a sweep there.
     """
     if whole.sweep.objective not in OBJECTIVES:
         raise InputError(f"sweep.objective={whole.sweep.objective}: must be one of {', '.join(OBJECTIVES)}")
     given, sweep_dir = line.sets("hydra.sweep.dir"), Path(str(whole.hydra.sweep.dir))
-    is_first_node = os.environ.get("NODE_RANK", "0") in ("", "0")  # it alone keeps the folder
+    is_first_node = os.environ.get("NODE_RANK", "0") in ("", "0")  # only node 0 locks the folder
     if given and is_first_node:
         foreign = [name for name in _WRITES if (sweep_dir / name).exists()]
         notes = sweep_dir / JOB_RECORDS_DIR
@@ -366,9 +366,9 @@ def prepare_sweep(whole: Any, line: CommandLine) -> None:
                 "a sweep would overwrite; give another hydra.sweep.dir="
             )
         if notes.is_dir() and not all(path.suffix == ".json" or path.name == ".lock" for path in notes.iterdir()):
-            raise InputError(f"{notes}: holds files of somebody else; give another hydra.sweep.dir=")
+            raise InputError(f"{notes}: contains files that are not job records; give another hydra.sweep.dir=")
         advice = (
-            "wait for the end of that sweep (started again, this one then takes what is complete), or give another "
+            "wait until that sweep has ended (this one, started again, then reuses complete runs), or give another "
             "hydra.sweep.dir="
         )
         _held_locks.enter_context(lock_directory(notes, advice))
@@ -382,14 +382,14 @@ def prepare_sweep(whole: Any, line: CommandLine) -> None:
 def _print_reusable_runs(there: Dict[str, List[Path]], line: CommandLine) -> None:
     combinations = line.combinations() if there else []
     if len(combinations) > _MAX_COMPARED:
-        print(f"lit_glm: sweep: {len(there)} earlier configurations are compared with each combination in its turn")
+        print(f"lit_glm: sweep: {len(there)} earlier configurations are compared with each combination at its start")
         return
     for changes, overrides in combinations:
         try:
             config = validate_config(compose_config("train", [*overrides, *line.searchpath]), TrainConfig)
         except (InputError, HydraException, OmegaConfBaseException):
-            continue  # said when its turn comes
+            continue  # reported when its job starts
         run = discovery.best_run(_runs_of_this_machine(there.get(config_hash(config), []), config))
         if run is not None:
-            how = "complete, taken from" if is_complete(run) else "goes on in"
+            how = "complete, reused from" if is_complete(run) else "resumed in"
             print(f"lit_glm: sweep: {' '.join(changes) or 'the only combination'}: {how} {run}", flush=True)

@@ -1,7 +1,7 @@
-"""A rank's entry: `python -m lit_glm.launch.worker SPEC_DIR`.
+"""Entry point of a rank: `python -m lit_glm.launch.worker SPEC_DIR`.
 
-SPEC_DIR holds job.json and this node's heartbeats. On node 0 it is the run folder, on other nodes a temporary folder:
-node 0 says which run folder it is when the nodes have met.
+SPEC_DIR contains job.json and this node's heartbeats. On node 0 it is the run folder, on other nodes a temporary
+folder: node 0 sends the path of the run folder at the rendezvous.
 """
 
 import os
@@ -44,7 +44,7 @@ def main(spec_dir: Path) -> int:
                 joined = keep.enter_context(process_group(job.config, RunFolder(spec_dir, job.is_resume)))
             except BaseException as error:
                 if is_known_to_all(error):
-                    beat()  # so that the supervisor does not announce it
+                    beat()  # so that the supervisor does not announce the error
                 raise
             beat()
             assert joined.run is not None
@@ -59,7 +59,7 @@ def main(spec_dir: Path) -> int:
 
 
 def exit_rank(number: int, reason: str) -> None:
-    """End a rank that has not stopped in time after a signal; its supervisor reports how the job ended."""
+    """Exit a rank that did not stop in time after a signal; its supervisor reports how the job ended."""
     print(f"lit_glm: rank {os.environ['RANK']} {reason}", file=sys.stderr, flush=True)
     kill_children()
     os._exit(128 + number)
@@ -69,9 +69,9 @@ def run_and_report_errors(work: Callable[[], None], notes: Callable[[], Path], s
     """Run a rank; print an error once and write it to the error file.
 
     Args:
-        work: what the rank runs.
-        notes: returns the folder of the error file, which may not be known before.
-        stop: of this process.
+        work: function that the rank runs.
+        notes: returns the folder of the error file, which may not be known at the start.
+        stop: handler of the stop signals of this process.
 
     Returns:
         The exit status.
@@ -97,8 +97,8 @@ def run_and_report_errors(work: Callable[[], None], notes: Callable[[], Path], s
         return error.exit_status
     except BaseException as error:
         write_error_file(notes(), rank, error)
-        if stop.received is not None:  # the others have stopped, and left this one alone
-            print(f"lit_glm: rank {rank}, asked to stop: {error_reason(error)}", file=sys.stderr, flush=True)
+        if stop.received is not None:  # a consequence: its peers have stopped already
+            print(f"lit_glm: rank {rank} failed while stopping: {error_reason(error)}", file=sys.stderr, flush=True)
             return 128 + stop.received
         print(f"lit_glm: rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         return 1

@@ -1,4 +1,4 @@
-"""One rank of the doctor's all-reduce; started under torchrun as `-m lit_glm.preflight.all_reduce FOLDER FOLDER`."""
+"""One rank of the doctor's all-reduce; the supervisor starts it as `-m lit_glm.preflight.all_reduce FOLDER`."""
 
 import os
 import statistics
@@ -20,7 +20,7 @@ _ROUNDS = 5
 
 
 def measure_all_reduce(config: TrainConfig) -> Dict[str, Any]:
-    """Sum over the ranks, check the sum, time it."""
+    """Check the sum of an all-reduce over the ranks, and time it."""
     runtime = make_runtime(config.hardware, config.topology)
     device = runtime.device(int(os.environ["LOCAL_RANK"]))
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -36,7 +36,7 @@ def measure_all_reduce(config: TrainConfig) -> Dict[str, Any]:
             times.append(time.perf_counter() - start)
             if float(tensor[0]) != ranks * (ranks + 1) / 2:
                 raise RunError(
-                    f"the sum over {ranks} ranks came out as {float(tensor[0]):g}, not {ranks * (ranks + 1) / 2:g}"
+                    f"wrong sum over {ranks} ranks: {float(tensor[0]):g}, expected {ranks * (ranks + 1) / 2:g}"
                 )
         return statistics.median(times)
 

@@ -1,4 +1,4 @@
-"""Runtime, cards, arithmetic, port, and a real all-reduce between all ranks of the topology."""
+"""Checks of runtime, devices, precision and port, and an all-reduce over all ranks of the topology."""
 
 import os
 from typing import List
@@ -14,18 +14,18 @@ _LIMIT_S = 6.0
 
 
 def check_runtime(config: TrainConfig, kept: List[str]) -> CheckResult:
-    """Make the runtime.
+    """Create the runtime.
 
     Args:
-        config: of the run.
-        kept: what is to be said of the chip's environment variables, which are set already.
+        config: configuration of the run.
+        kept: messages about variables of the hardware file that the environment sets already.
     """
     made = make_runtime(config.hardware, config.topology)
     version = f", driver {made.driver_version()}" if made.has_driver else ""
     said = f"{made.name} for {config.hardware.name}{version}"
     if made.simulated:
         return CheckResult(
-            "", "warn", f"{said}: a rehearsal on the processor", "no figure of it is the chip's", artifact=made
+            "", "warn", f"{said}: simulated on the CPU", "no measurement is that of the device", artifact=made
         )
     if kept:
         return CheckResult("", "warn", said, "; ".join(kept), artifact=made)
@@ -46,22 +46,22 @@ def check_devices(config: TrainConfig, made: Runtime) -> CheckResult:
         size = "memory unknown" if total is None else f"{total / 2**30:.1f} GiB"
         names.append(f"{made.device_name(index) or config.hardware.product_name} ({size})")
     kinds = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
-    said = f"{made.device_count()} visible, {devices} a node wanted: {kinds}"
+    said = f"{made.device_count()} devices visible, {devices} required per node: {kinds}"
     return CheckResult("", "warn" if hints else "ok", said, "; ".join(hints))
 
 
 def check_precision(config: TrainConfig, made: Runtime) -> CheckResult:
-    """Compute a small product in the precision."""
+    """Check the precision with a small matrix product."""
     from lit_glm.hardware.precision import make_precision
 
     plugin = make_precision(config, made)
-    said = f"{config.precision.name}: products come out in {str(plugin.computes_in).replace('torch.', '')}"  # type: ignore[attr-defined]
+    said = f"{config.precision.name}: matrix products are computed in {str(plugin.computes_in).replace('torch.', '')}"  # type: ignore[attr-defined]
     hint = made.precision_hint(config.precision.name)
     return CheckResult("", "warn" if hint else "ok", said, hint)
 
 
 def check_rendezvous_port(config: TrainConfig, made: Runtime) -> CheckResult:
-    """Find out whether the ranks can meet."""
+    """Check that the rendezvous port is available."""
     from lit_glm.launch.nodes import check_port, resolve_node
 
     if config.topology.world_size == 1:
@@ -70,26 +70,26 @@ def check_rendezvous_port(config: TrainConfig, made: Runtime) -> CheckResult:
             try:
                 check_port(int(given))
             except InputError as error:
-                return CheckResult("", "warn", str(error), "one device needs none")
-        return CheckResult("", "skip", "one device: no ranks meet")
+                return CheckResult("", "warn", str(error), "a single device needs none")
+        return CheckResult("", "skip", "single device: no rendezvous")
     node = resolve_node(config.topology, config.hardware.runtime == "simulated")
-    chosen = "" if os.environ.get("MASTER_PORT") else " (a free one, chosen for each job; MASTER_PORT sets it)"
+    chosen = "" if os.environ.get("MASTER_PORT") else " (a free port, chosen for each job; MASTER_PORT sets it)"
     return CheckResult("", "ok", f"node {node.rank} of {config.topology.num_nodes}, {node.address}:{node.port}{chosen}")
 
 
 def check_collectives(config: TrainConfig, made: Runtime) -> CheckResult:
-    """Start all ranks of this node and sum over all ranks of the topology."""
+    """Start all ranks of this node and run an all-reduce over all ranks of the topology."""
     if config.topology.world_size == 1:
-        return CheckResult("", "skip", "one device: there is nothing to exchange")
+        return CheckResult("", "skip", "single device: no collectives")
     from lit_glm.launch.all_ranks import run_on_all_ranks
 
     measured = run_on_all_ranks(config, "lit_glm.preflight.all_reduce", _LIMIT_S)
     if measured is None:
-        return CheckResult("", "ok", "this node's ranks have summed with the others'; node 0 has the figures")
+        return CheckResult("", "ok", "all-reduce with the other nodes passed; node 0 prints the timing")
     return CheckResult(
         "",
         "ok",
-        f"{measured['ranks']} ranks over {measured['backend']}: sums are right, {measured['mib']:g} MiB in "
-        f"{1000 * measured['seconds']:.1f} ms ({measured['gib_per_s']:.2f} GiB/s a rank), "
-        f"smallest {1e6 * measured['latency_s']:.0f} us",
+        f"{measured['ranks']} ranks over {measured['backend']}: all-reduce correct, {measured['mib']:g} MiB in "
+        f"{1000 * measured['seconds']:.1f} ms ({measured['gib_per_s']:.2f} GiB/s per rank), "
+        f"latency {1e6 * measured['latency_s']:.0f} us",
     )

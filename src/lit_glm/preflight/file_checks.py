@@ -1,4 +1,4 @@
-"""Disk, data, checkpoint and memory: what a run reads, writes and needs."""
+"""Checks of disk, data, checkpoint and memory."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ _SHOWN = 48
 
 
 def _existing_parent(place: Path) -> Path:
-    """The folder itself, or the nearest above it that exists."""
+    """Return the folder itself, or its nearest existing parent."""
     place = place.absolute()
     return next(folder for folder in (place, *place.parents) if folder.is_dir())
 
@@ -34,14 +34,14 @@ def _format_size(count: float) -> str:
 
 
 def check_disk(config: TrainConfig, place: Path) -> CheckResult:
-    """Compare free space with what checkpoints take, and write a little to see how fast that goes."""
+    """Compare the free space with the size of the checkpoints, and measure the write speed."""
     folder = _existing_parent(place)
     count = estimates.count_parameters(config.model)
     one = count * (2 + 12 if config.precision.name == "fp16" else 12)
     needed, free = _CHECKPOINTS * one, shutil.disk_usage(str(folder)).free
     said = f"{folder}: {_format_size(free)} free, checkpoints take up to {_format_size(needed)}"
     if free < needed:
-        return CheckResult("", "fail", said, "make room, or give hydra.run.dir= on another disk")
+        return CheckResult("", "fail", said, "free disk space, or give hydra.run.dir= on another disk")
     try:
         with tempfile.NamedTemporaryFile(dir=str(folder), prefix=".lit_glm-doctor-") as file:
             block = os.urandom(2**20)
@@ -53,20 +53,20 @@ def check_disk(config: TrainConfig, place: Path) -> CheckResult:
             speed = _TRIED_MIB / (time.perf_counter() - start)
     except OSError as error:
         return CheckResult("", "fail", f"{said}; cannot be written ({error})", "give hydra.run.dir= on another disk")
-    said += f", written at {speed:.0f} MiB/s: {one / 2**20 / speed:.0f} s a checkpoint"
+    said += f", written at {speed:.0f} MiB/s: {one / 2**20 / speed:.0f} s per checkpoint"
     if speed < _SLOW_MIB_S:
         return CheckResult("", "warn", said, "a larger run.checkpoint_interval_steps saves time")
     return CheckResult("", "ok", said)
 
 
 def _make_decoder(config: TrainConfig) -> Callable[[Any], str]:
-    """Token ids to text where the vocabulary is known, else to numbers."""
+    """Return a function that decodes token ids to text, or to numbers if there is no vocabulary."""
     vocab_file = config.data.vocab_file
     pieces: List[str] = []
     if vocab_file is not None:
         from lit_glm.data.tokenizer import WordPieceTokenizer
 
-        WordPieceTokenizer(vocab_file)  # says what is wrong with it
+        WordPieceTokenizer(vocab_file)  # raises if it is invalid
         pieces = Path(vocab_file).read_text(encoding="utf-8").split("\n")
     elif config.data.synthetic is not None:
         from lit_glm.data.synthetic import synthetic_vocabulary
@@ -82,16 +82,16 @@ def _make_decoder(config: TrainConfig) -> Callable[[Any], str]:
 
 
 def check_data(config: TrainConfig, key: str) -> CheckResult:
-    """Open an HDF5 file, count, and decode its first and last example."""
+    """Check that an HDF5 file fits the configuration, and show its counts and its first and last example."""
     path = Path(getattr(config.data, key))
     if config.data.synthetic is not None and not path.exists():
-        return CheckResult("", "ok", f"{path}: not there yet, train generates it on first use")
+        return CheckResult("", "ok", f"{path}: does not exist yet, train generates it on first use")
     decode, model = _make_decoder(config), config.model
     found = call_isolated(summarise_hdf5, path, key == "eval_file")
     if found["highest"] >= model.vocab_size:
         raise InputError(
             f"{path}: token id {found['highest']} is beyond model.vocab_size={model.vocab_size}; model=glm_small, "
-            "glm_base and glm_large have BERT's of 30592"
+            "glm_base and glm_large have BERT's vocabulary (30592)"
         )
     if found["tokens"] > min(config.data.max_seq_length, model.max_sequence_length):
         raise InputError(
@@ -131,10 +131,10 @@ def check_checkpoint(config: TrainConfig) -> CheckResult:
 
 
 def check_memory(config: TrainConfig, runtime: Optional[Runtime]) -> CheckResult:
-    """Estimate the peak of a training step, from the lengths in the file alone."""
+    """Estimate the peak memory of a training step from the sequence lengths of the file."""
     path = Path(config.data.train_file)
     if config.data.synthetic is not None and not path.exists():
-        return CheckResult("", "skip", "not estimated: the data is not there yet")
+        return CheckResult("", "skip", "not estimated: the data does not exist yet")
     said, *advice = estimates.memory_message(config, SequenceLengths.from_hdf5(path), runtime).split("\n")
     unknown = runtime is None or runtime.total_memory(0) is None
     status = "fail" if advice else "warn" if unknown else "ok"

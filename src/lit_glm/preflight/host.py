@@ -1,4 +1,4 @@
-"""The machine and its Python packages."""
+"""Checks of the machine and of its Python packages."""
 
 import platform
 import re
@@ -17,24 +17,24 @@ _BUSY_PERCENT = 25.0
 
 
 def check_host() -> CheckResult:
-    """Who this machine is, and whether somebody else is computing on it."""
+    """Describe this machine, and check whether other processes are using its CPUs."""
     busy = psutil.cpu_percent(interval=0.5)
     free = psutil.virtual_memory().available / 2**30
-    said = f"{describe_machine()}; {free:.1f} GiB of memory free, processor {busy:.0f} % busy"
+    said = f"{describe_machine()}; {free:.1f} GiB of memory free, CPUs {busy:.0f} % busy"
     if busy > _BUSY_PERCENT:
-        return CheckResult("", "warn", said, "something else is computing here: figures would not be comparable")
+        return CheckResult("", "warn", said, "other processes are using the CPUs: measurements would not be comparable")
     return CheckResult("", "ok", said)
 
 
 def tested_versions() -> "tuple[str, Dict[str, str]]":
-    """Name and content of the file with the versions that are tested on this Python."""
+    """Return the name and content of the constraints file that is tested with this Python version."""
     name = "seed.txt" if sys.version_info < (3, 9) else "current.txt"
     text = (CONF_DIR.parent / "constraints" / name).read_text(encoding="utf-8")
     return name, dict(re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE))
 
 
 def check_packages() -> CheckResult:
-    """Compare installed packages with what this project needs and with what it is tested with."""
+    """Compare the installed packages with the project's requirements and with the tested versions."""
     name, tested = tested_versions()
     try:
         needs = [Requirement(text) for text in metadata.requires("lit-glm") or []]
@@ -60,5 +60,5 @@ def check_packages() -> CheckResult:
     if wrong:
         return CheckResult("", "fail", f"{python}: {', '.join(wrong)}", f"pip install -c constraints/{name} -e .")
     if others:
-        return CheckResult("", "warn", f"{python}: {', '.join(others)}", f"figures elsewhere are made with {name}")
+        return CheckResult("", "warn", f"{python}: {', '.join(others)}", f"other measurements are made with {name}")
     return CheckResult("", "ok", f"{python}, {', '.join(there)}: as in constraints/{name}")

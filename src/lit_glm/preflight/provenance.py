@@ -1,4 +1,4 @@
-"""Whether data, vocabulary and weights are the published ones, as far as a file tells (docs/data.md)."""
+"""Check whether data, vocabulary and weights are the published files, as far as a file shows (docs/data.md)."""
 
 import hashlib
 from pathlib import Path
@@ -11,11 +11,11 @@ from lit_glm.errors import InputError
 _VOCABULARY = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
 """SHA-256 of vocab.txt of google-bert/bert-large-uncased: 30,522 word pieces."""
 _QUESTIONS = {"train": 100_730, "eval": 10_000}
-"""Of ReCoRD (Zhang et al. 2018, table 2); training has an example for each distinct right answer, so no fewer."""
+"""Questions of ReCoRD (Zhang et al. 2018, table 2); training has one example per distinct answer, so at least these."""
 
 
 def check_vocabulary(file: Path) -> Tuple[bool, str]:
-    """Whether a vocabulary is bert-large-uncased's, and what it is."""
+    """Return whether a vocabulary is that of bert-large-uncased, and a message."""
     content = file.read_bytes()
     same = hashlib.sha256(content).hexdigest() == _VOCABULARY
     pieces = content.count(b"\n")
@@ -27,8 +27,8 @@ def _compare_num_examples(path: Path, kind: str) -> Tuple[bool, str]:
 
     count, known = len(SequenceLengths.from_hdf5(path)), _QUESTIONS[kind]
     same = count == known if kind == "eval" else known <= count < 2 * known
-    said = "as ReCoRD's" if same else f"not ReCoRD's, which has {known:,} questions"
-    return same, f"{count:,} examples to {'train' if kind == 'train' else 'evaluate'} on: {said}"
+    said = "as in ReCoRD" if same else f"not as in ReCoRD, which has {known:,} questions"
+    return same, f"{count:,} {'training' if kind == 'train' else 'evaluation'} examples: {said}"
 
 
 def _compare_num_weights(path: Path) -> Tuple[bool, str]:
@@ -41,14 +41,14 @@ def _compare_num_weights(path: Path) -> Tuple[bool, str]:
 
 
 def check_provenance(config: TrainConfig) -> CheckResult:
-    """One line over all files that are there."""
+    """Check all files that exist, with one result for all of them."""
     found: List[Tuple[bool, str]] = []
 
     def compare(what: Callable[[], Tuple[bool, str]]) -> None:
         try:
             found.append(what())
         except InputError:
-            pass  # a file that cannot be read is another check's to say
+            pass  # another check reports a file that cannot be read
 
     vocab, weights = config.data.vocab_file, config.model.init_checkpoint
     if vocab is not None and Path(vocab).is_file():
@@ -60,7 +60,7 @@ def check_provenance(config: TrainConfig) -> CheckResult:
     if weights is not None and Path(weights).exists():
         compare(lambda: _compare_num_weights(Path(weights)))
     if not found:
-        return CheckResult("", "skip", "nothing to compare with what was published: docs/data.md says where to get it")
-    other: Optional[str] = None if all(same for same, _ in found) else "docs/data.md says where the published files are"
+        return CheckResult("", "skip", "no files to compare with the published ones (sources: docs/data.md)")
+    other: Optional[str] = None if all(same for same, _ in found) else "sources of the published files: docs/data.md"
     said = "; ".join(text for _, text in found)
     return CheckResult("", "ok" if other is None else "warn", said, other or "")

@@ -1,5 +1,5 @@
-"""A run folder, and everything that is known of it from outside.
+"""Run folders: everything that is written to them and read from them.
 
-What is run (`job_spec`), who may write it (`run_folder`, `lock`), its tables and result (`run_writer`, `result`), what
-it was measured on (`environment`), errors, checkpoints, and where earlier runs are (`discovery`).
+Job (`job_spec`), exclusive access (`run_folder`, `lock`), tables and result (`run_writer`, `result`), machine and
+software (`environment`), errors, checkpoints, and discovery of earlier runs (`discovery`).
 """

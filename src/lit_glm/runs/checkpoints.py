@@ -1,4 +1,4 @@
-"""Checkpoints of a run that goes on: written whole or not at all, the newest good one found again."""
+"""Checkpoints of a run: written atomically, pruned, and the newest valid one found for resuming."""
 
 import re
 from pathlib import Path
@@ -12,14 +12,14 @@ _NAME = re.compile(r"step-(\d+)\.ckpt")
 
 
 class _ErrorCapturingWriter:
-    """A file whose first error is kept: torch 1.12 ends the process when a write fails, newer ones hide why."""
+    """File wrapper that stores the first error: torch 1.12 aborts on a failed write, newer versions hide the cause."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
         self.error: Optional[OSError] = None
 
     def write(self, data: Any) -> int:
-        """Write, unless that has failed before."""
+        """Write the data, unless an earlier write has failed."""
         if self.error is None:
             try:
                 self._file.write(data)
@@ -28,18 +28,18 @@ class _ErrorCapturingWriter:
         return len(data)
 
     def flush(self) -> None:
-        """Left to the owner of the file."""
+        """Do nothing: the owner of the file flushes it."""
 
 
 def save(content: Dict[str, Any], target: Path) -> None:
     """Write a checkpoint under a temporary name, flush it to the disk, rename it.
 
     Args:
-        content: what torch.save takes, tensors on the CPU.
-        target: its name.
+        content: object for torch.save, with its tensors on the CPU.
+        target: path of the checkpoint.
 
     Raises:
-        RunError: if the disk does not take it; what was written of it is gone again.
+        RunError: if it cannot be written; the partial file is deleted.
     """
     import torch
 
@@ -52,13 +52,13 @@ def save(content: Dict[str, Any], target: Path) -> None:
                 raise takes_all.error
     except OSError as error:
         raise RunError(
-            f"{target}: the checkpoint cannot be written ({error}); what was measured is on the disk; make room, "
+            f"{target}: the checkpoint cannot be written ({error}); measurements are saved; free disk space, "
             f"then resume with run.resume={target.parent.parent}"
         ) from error
 
 
 def load(path: Path) -> Dict[str, Any]:
-    """Read a checkpoint of ours onto the CPU; never executes code from it."""
+    """Read a checkpoint of this project onto the CPU without executing code from it."""
     import torch
 
     if torch.__version__.startswith("1."):  # no weights_only there
@@ -71,7 +71,7 @@ def load(path: Path) -> Dict[str, Any]:
 
 
 def load_lazy(path: Path) -> Dict[str, Any]:
-    """As `load`, but values are read when they are used, where torch can map a file into memory (from 2.1)."""
+    """Read a checkpoint as `load` does, but memory-mapped where torch supports it (2.1 and later)."""
     import torch
 
     if torch.__version__.startswith(("1.", "2.0")):
@@ -81,12 +81,12 @@ def load_lazy(path: Path) -> Dict[str, Any]:
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of a step stands."""
+    """Return the path of the checkpoint of a step."""
     return run_dir / "checkpoints" / f"step-{step:08d}.ckpt"
 
 
 def list_checkpoints(run_dir: Path) -> List[Tuple[int, Path]]:
-    """(step, path) of all checkpoints, newest first."""
+    """Return (step, path) of all checkpoints, newest first."""
     found = []
     for path in (run_dir / "checkpoints").glob("step-*.ckpt"):
         match = _NAME.fullmatch(path.name)
@@ -112,21 +112,21 @@ def remove_partial(run_dir: Path) -> None:
 
 
 def prune(run_dir: Path) -> None:
-    """Delete all but the newest few."""
+    """Delete all checkpoints but the newest `_KEEP`."""
     for _, path in list_checkpoints(run_dir)[_KEEP:]:
         path.unlink()
 
 
 def latest_valid(run_dir: Path, config_hash: str, whole: bool) -> Tuple[Optional[Path], Dict[str, Any], List[str]]:
-    """The newest checkpoint that can be read and belongs to this run.
+    """Find the newest checkpoint that can be read and belongs to this run.
 
     Args:
         run_dir: the run folder.
-        config_hash: of the run's configuration.
-        whole: read every value now; else when it is used.
+        config_hash: hash of the run's configuration.
+        whole: read all values now rather than on access.
 
     Returns:
-        Its path (None if there is none), its content, and a line for each that was passed over.
+        Its path (None if there is none), its content, and a line for each checkpoint that was skipped.
     """
     from lit_glm.model.checkpoint import find_damage
 
@@ -135,18 +135,18 @@ def latest_valid(run_dir: Path, config_hash: str, whole: bool) -> Tuple[Optional
         try:
             content = load_lazy(path)
             own = content["lit_glm"]
-            if own.get("config_hash", own.get("identity")) != config_hash:  # its name before 0.2.0
+            if own.get("config_hash", own.get("identity")) != config_hash:  # `identity` before 0.2.0
                 raise ValueError("it belongs to another configuration")
             damage = find_damage(path)
             if damage is not None:
                 raise ValueError(f"it is damaged: {damage} has a wrong checksum")
             return path, load(path) if whole else content, passed_over
-        except Exception as error:  # torn files fail in many ways
+        except Exception as error:  # damaged files fail in many ways
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            passed_over.append(f"{path}: passed over ({reason})")
+            passed_over.append(f"{path}: skipped ({reason})")
     return None, {}, passed_over
 
 
 def checkpoint_step(path: Optional[Path]) -> int:
-    """Steps that a checkpoint stands after; 0 without one."""
+    """Return the number of steps done at a checkpoint; 0 without one."""
     return int(path.stem[5:]) if path is not None else 0

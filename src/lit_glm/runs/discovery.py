@@ -1,4 +1,4 @@
-"""Where earlier runs are: the one that should go on, and those of a configuration."""
+"""Discovery of earlier runs: the one to resume, and those of a configuration."""
 
 import os
 from pathlib import Path
@@ -11,34 +11,34 @@ from lit_glm.runs.lock import is_running
 from lit_glm.runs.result import is_complete
 
 SearchPaths = Sequence[Tuple[Path, int]]
-"""Folders, and how many levels below each run folders are looked for."""
+"""Folders, each with the number of levels below it at which run folders are searched."""
 
 
 def resolve_resume(resume: str, config: TrainConfig, run_dir: Path, given: bool = False) -> Optional[Path]:
-    """The run folder that `run.resume` means.
+    """Return the run folder that `run.resume` refers to.
 
     Args:
         resume: a run folder, or auto.
-        config: of the command line.
-        run_dir: where a new run would go.
-        given: whether the user has named that folder: then `auto` looks nowhere else.
+        config: configuration of the command line.
+        run_dir: folder for a new run.
+        given: whether the user gave that folder, in which case `auto` searches nowhere else.
 
     Returns:
-        The folder; None if `auto` finds none, and a new run is to be started.
+        The folder; None if `auto` finds none, and a new run should start.
 
     Raises:
-        InputError: if the folder is no run folder.
+        InputError: if the folder is not a run folder.
     """
     if resume != "auto":
         folder = Path(resume)
         if not (folder / JOB_FILE).is_file():
-            raise InputError(f"run.resume={resume}: is no run folder (it has no {JOB_FILE})")
+            raise InputError(f"run.resume={resume}: is not a run folder (no {JOB_FILE})")
         return folder
     return newest_unfinished(runs_by_config_hash(default_search_paths(run_dir, given)).get(config_hash(config), []))
 
 
 def find_requeued_run(config: TrainConfig, run_dir: Path, given: bool) -> Optional[Path]:
-    """The run of this very Slurm job, if Slurm has put it back into the queue and started it again."""
+    """Return the run of this Slurm job if Slurm has requeued and restarted the job; else None."""
     if os.environ.get("SLURM_RESTART_COUNT", "0") in ("", "0"):
         return None
     runs = runs_by_config_hash(default_search_paths(run_dir, given)).get(config_hash(config), [])
@@ -47,25 +47,25 @@ def find_requeued_run(config: TrainConfig, run_dir: Path, given: bool) -> Option
 
 
 def newest_unfinished(runs: List[Path]) -> Optional[Path]:
-    """The newest of some runs that is neither complete nor being worked at."""
+    """Return the newest run that is neither complete nor running."""
     return max((run for run in runs if not is_complete(run) and not is_running(run)), key=_job_mtime, default=None)
 
 
 def best_run(runs: List[Path]) -> Optional[Path]:
-    """The newest complete run of a configuration, else the newest."""
+    """Return the newest complete run, else the newest run."""
     return max([run for run in runs if is_complete(run)] or runs, key=_job_mtime, default=None)
 
 
 def default_search_paths(run_dir: Path, given: bool) -> SearchPaths:
-    """Where runs are that may be resumed: the folder that was given, else all below outputs/ and multirun/ here.
+    """Return where runs to resume are searched: a given folder alone, else also all of outputs/ and multirun/ here.
 
-    What lies beside a folder that was given may be somebody else's.
+    Folders next to a given folder may belong to somebody else.
     """
     return [(run_dir, 0)] if given else [(run_dir, 0), (Path("outputs"), 3), (Path("multirun"), 3)]
 
 
 def runs_by_config_hash(places: SearchPaths) -> Dict[str, List[Path]]:
-    """Run folders by the name of their configuration. Reads one small file a folder, and compares nothing else."""
+    """Group run folders by the hash of their configuration, as stored in job.json; no other file is read."""
     found: Dict[str, List[Path]] = {}
     for folder in find_run_dirs(places):
         name = (read_job_json(folder) or {}).get("config_hash")
@@ -75,14 +75,14 @@ def runs_by_config_hash(places: SearchPaths) -> Dict[str, List[Path]]:
 
 
 def find_run_dirs(places: SearchPaths) -> Iterator[Path]:
-    """All run folders in some places, each once."""
+    """Yield each run folder below the search paths once."""
     seen = set()
     for place, depth in places:
         for root, folders, files in os.walk(str(place)):
             if JOB_FILE in files and os.path.realpath(root) not in seen:
                 seen.add(os.path.realpath(root))
                 yield Path(root)
-            folders[:] = [name for name in folders if name != "nodes"]  # jobs of a run's further nodes
+            folders[:] = [name for name in folders if name != "nodes"]  # jobs of a run's secondary nodes
             if len(Path(root).relative_to(place).parts) >= depth or JOB_FILE in files:
                 folders.clear()
 

@@ -1,4 +1,4 @@
-"""environment.json: what each part of a run was measured on, and in what two machines differ. Imports no torch."""
+"""environment.json: machine and software of each part of a run, and their comparison. Does not import torch."""
 
 import json
 import os
@@ -18,11 +18,11 @@ ENVIRONMENT_FILE = "environment.json"
 _MACHINE = ("devices", "runtime", "driver", "cpu", "cpu_count", "cores", "threads")
 _STACK = ("torch", *FRAMEWORKS, *COMPILERS)
 Difference = Tuple[str, str, str]
-"""What differs, in the one and in the other."""
+"""Name of a field that differs, and its two values."""
 
 
 def read_environment(run_dir: Path) -> Dict[str, Any]:
-    """What the newest part of a run was measured on, all parts under `parts`; empty where it has not come so far."""
+    """Read the environment of a run's newest part, with all parts under `parts`; {} if not written yet."""
     try:
         content = json.loads((run_dir / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -31,13 +31,13 @@ def read_environment(run_dir: Path) -> Dict[str, Any]:
 
 
 def write_environment(run_dir: Path, part: Dict[str, Any], is_resume: bool) -> None:
-    """Write what this part of a run is measured on, behind the entries of the earlier parts."""
+    """Write the environment of this part of a run, after the entries of the earlier parts."""
     before = environment_parts(read_environment(run_dir)) if is_resume else []
     write_json(run_dir / ENVIRONMENT_FILE, {**part, "parts": [*before, part]})
 
 
 def environment_parts(environment: Dict[str, Any]) -> List[Dict[str, Any]]:
-    """The entry of each part of a run, the first one first."""
+    """Return the entry of each part of a run, oldest first."""
     parts = environment.get("parts")
     if isinstance(parts, list):
         return [part for part in parts if isinstance(part, dict)]
@@ -45,7 +45,7 @@ def environment_parts(environment: Dict[str, Any]) -> List[Dict[str, Any]]:
 
 
 def comparable_environment(environment: Dict[str, Any]) -> Dict[str, str]:
-    """Everything of a machine and its software that figures depend on, as texts, without what is unknown."""
+    """Return the known fields of machine and software that measurements depend on, as strings."""
     packages = environment.get("packages")
     versions = packages if isinstance(packages, dict) else {}
     values = {name: environment.get(name) for name in _MACHINE}
@@ -57,20 +57,20 @@ def comparable_environment(environment: Dict[str, Any]) -> Dict[str, str]:
 
 
 def environment_differences(one: Dict[str, Any], other: Dict[str, Any]) -> List[Difference]:
-    """In what two environments differ, of what is known of both."""
+    """Return the differences between two environments, in the fields that both have."""
     left, right = comparable_environment(one), comparable_environment(other)
     return [(name, left[name], right[name]) for name in left if name in right and left[name] != right[name]]
 
 
 def environment_changes(environment: Dict[str, Any]) -> List[str]:
-    """In what the parts of a run differ, as texts; empty if it ran on the same machine and software throughout."""
+    """Return the differences between the parts of a run, as strings; empty if machine and software did not change."""
     parts = environment_parts(environment)
     changes = [change for pair in zip(parts, parts[1:]) for change in environment_differences(*pair)]
     return list(dict.fromkeys(f"{name} {before} -> {after}" for name, before, after in changes))
 
 
 def local_environment(config: TrainConfig) -> Dict[str, Any]:
-    """What is known of this machine and its software without importing torch, by the names of environment.json."""
+    """Return what is known of this machine and its software without importing torch, as in environment.json."""
     versions = {}
     for name in _STACK:
         try:

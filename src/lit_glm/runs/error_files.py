@@ -1,4 +1,4 @@
-"""What went wrong in which rank: a note each in the run folder, the reason in its first line, the traceback below."""
+"""Error files in the run folder, one per rank: the reason in the first line, the traceback below."""
 
 import os
 import signal
@@ -12,11 +12,11 @@ from lit_glm.errors import InputError
 _FOLDER = "errors"
 _KILLED = "killed-"
 _ELSEWHERE = "error_folder"
-"""In the temporary folder of another node's ranks: names the folder of their errors, once they have met node 0's."""
+"""File in the temporary folder of a secondary node that names the folder of its errors after the rendezvous."""
 
 
 def error_reason(error: BaseException) -> str:
-    """An error in the words that result.json has it in."""
+    """Return the text of an error for result.json."""
     summary = getattr(error, "summary", "")
     if summary:
         return str(summary)
@@ -25,13 +25,13 @@ def error_reason(error: BaseException) -> str:
 
 
 def set_error_folder(spec_dir: Path, folder: Path) -> None:
-    """Have the errors of this node's ranks written elsewhere: below the run folder."""
+    """Redirect the error files of this node's ranks to a folder below the run folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (spec_dir / _ELSEWHERE).write_text(str(folder), encoding="utf-8")
 
 
 def error_folder(spec_dir: Path) -> Path:
-    """Where the errors of a node's ranks are written."""
+    """Return the folder for the error files of a node's ranks."""
     try:
         return Path((spec_dir / _ELSEWHERE).read_text(encoding="utf-8"))
     except OSError:
@@ -39,7 +39,7 @@ def error_folder(spec_dir: Path) -> Path:
 
 
 def write_error_file(folder: Path, rank: int, error: BaseException) -> None:
-    """Leave a note; a disk that takes none must not hide the error."""
+    """Write the error file of a rank; a failed write is ignored, so that it does not hide the error."""
     calls = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     try:
         (folder / _FOLDER).mkdir(exist_ok=True)
@@ -51,15 +51,15 @@ def write_error_file(folder: Path, rank: int, error: BaseException) -> None:
 
 
 def report_killed_rank(folder: Path, rank: int, number: int) -> int:
-    """Report a rank that a signal has killed: on the screen, and in a file that the rank itself could not write.
+    """Report a rank that a signal has killed: on stderr, and in the error file that the rank could not write.
 
     Args:
-        folder: of the job.
-        rank: which one.
-        number: of the signal.
+        folder: folder of the job's errors.
+        rank: the rank.
+        number: number of the signal.
 
     Returns:
-        The exit status of a job that ends so.
+        The exit status of such a job.
     """
     name = signal.Signals(number).name
     print(f"lit_glm: rank {rank} was killed by {name}", file=sys.stderr, flush=True)
@@ -74,13 +74,13 @@ def report_killed_rank(folder: Path, rank: int, number: int) -> int:
 
 
 def clear_error_files(folder: Path) -> None:
-    """Forget those of an earlier try."""
+    """Delete the error files of an earlier attempt."""
     for note in _error_files(folder):
         note.unlink()
 
 
 def root_cause(folder: Path) -> Optional[str]:
-    """The reason that counts: a rank that was killed, else what was noted first; other ranks' errors came of it."""
+    """Return the root cause: a killed rank if there is one, else the earliest error; None without any."""
     notes = sorted(_error_files(folder), key=lambda note: (not note.name.startswith(_KILLED), note.stat().st_mtime))
     for note in notes:
         text = note.read_text(encoding="utf-8", errors="replace").split("\n\nTraceback", 1)[0].strip()

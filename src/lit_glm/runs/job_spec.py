@@ -1,4 +1,4 @@
-"""job.json: everything a rank needs to know of its job, and what says whether two jobs are the same."""
+"""job.json: the specification of a job for its ranks, and the hash that tells whether two jobs are the same."""
 
 import dataclasses
 import hashlib
@@ -26,7 +26,7 @@ _RESUMABLE_SINCE = (0, 2)
 
 @dataclass
 class JobSpec:
-    """One job: a checked configuration and where it came from."""
+    """Specification of one job: a validated configuration and its origin."""
 
     config: TrainConfig
     start_time: float
@@ -34,10 +34,10 @@ class JobSpec:
     command: List[str]
     is_resume: bool = False
     sweep_dir: Optional[str] = None
-    """Of the sweep that it belongs to."""
+    """Folder of the sweep that the job belongs to."""
 
     def write(self, folder: Path) -> None:
-        """Leave it for the ranks, for the next one who resumes, and for those who look for runs."""
+        """Write job.json for the ranks, for resuming, and for the discovery of runs."""
         told = {
             "config_hash": config_hash(self.config),
             "lit_glm": lit_glm.__version__,
@@ -48,20 +48,20 @@ class JobSpec:
         write_json(folder / JOB_FILE, {**told, **content})
 
     def secrets_variable(self) -> Dict[str, str]:
-        """The environment variable by which ranks get what `write` masks; none where there is nothing."""
+        """Return the environment variable that passes the secrets masked by `write` to the ranks; {} without any."""
         secrets = find_secrets(dataclasses.asdict(self.config))
         return {_SECRETS_VARIABLE: json.dumps(secrets)} if secrets else {}
 
     @classmethod
     def read(cls, folder: Path) -> "JobSpec":
-        """What `write` left.
+        """Read the job that `write` stored in a folder.
 
         Raises:
-            InputError: if it is torn, or of a version with other keys.
+            InputError: if job.json is damaged, or of a version with other keys.
         """
         content = read_job_json(folder)
         if content is None:
-            raise InputError(f"{folder / JOB_FILE}: is torn or no job of lit_glm: nothing can go on from this folder")
+            raise InputError(f"{folder / JOB_FILE}: damaged or not written by lit_glm; this folder cannot be resumed")
         names = {field.name for field in dataclasses.fields(cls)}
         try:
             restore_secrets(content["config"], json.loads(os.environ.get(_SECRETS_VARIABLE, "{}")))
@@ -77,7 +77,7 @@ class JobSpec:
 
 
 def _escape_interpolations(node: Any) -> Any:
-    """Keep `${...}` as it stands: a folder of somebody else's must not read the environment of whoever looks at it."""
+    """Escape `${...}`: a foreign run folder must not read the environment of the user who opens it."""
     if isinstance(node, dict):
         return {key: _escape_interpolations(value) for key, value in node.items()}
     if isinstance(node, list):
@@ -86,7 +86,7 @@ def _escape_interpolations(node: Any) -> Any:
 
 
 def read_job_json(folder: Path) -> Optional[Dict[str, Any]]:
-    """Return job.json with current names; None if it is missing, torn or something else."""
+    """Return job.json with current names; None if it is missing, damaged or not a JSON object."""
     try:
         content = json.loads((folder / JOB_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -126,7 +126,7 @@ def ensure_resumable(folder: Path) -> None:
 
 
 def ensure_same_config(config: TrainConfig, folder: Path) -> None:
-    """Refuse to go on in a run folder under a changed configuration.
+    """Reject resuming a run under a changed configuration.
 
     Raises:
         InputError: names the keys that differ, with both values.

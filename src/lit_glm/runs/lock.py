@@ -1,4 +1,4 @@
-"""One process at a time in a folder: whoever is at work there holds its lock."""
+"""Exclusive lock of a folder, held by the process that works in it."""
 
 import os
 import platform
@@ -10,21 +10,21 @@ from typing import Iterator
 from lit_glm.atomic_files import make_folder, try_lock
 from lit_glm.errors import InputError
 
-_PROBE_S = 1.0  # somebody who only asks holds the lock for an instant
+_PROBE_S = 1.0  # `is_running` holds the lock for an instant
 LOCK_FILE = ".lock"
-"""In a folder, locked as long as somebody is at work there; says who."""
+"""Lock file in the folder; contains the PID and host of the process that locked it."""
 
 
 @contextmanager
-def lock_directory(folder: Path, advice: str = "wait for its end, or give another hydra.run.dir=") -> Iterator[int]:
-    """Keep a folder for this process, and for those that inherit the descriptor that it yields.
+def lock_directory(folder: Path, advice: str = "wait until it exits, or give another hydra.run.dir=") -> Iterator[int]:
+    """Lock a folder for this process, and for those that inherit the yielded descriptor.
 
     Args:
-        folder: made if it is not there.
-        advice: what to do if another process is at work in it.
+        folder: the folder; created if missing.
+        advice: what to do if another process holds the lock, for the message.
 
     Raises:
-        InputError: then.
+        InputError: if another process holds the lock, or the folder is not writable.
     """
     make_folder(folder)
     try:
@@ -36,7 +36,7 @@ def lock_directory(folder: Path, advice: str = "wait for its end, or give anothe
         while not try_lock(descriptor):
             if time.monotonic() > end:
                 who = os.read(descriptor, 200).decode(errors="replace").strip()
-                raise InputError(f"{folder}: another process{f' ({who})' if who else ''} is at work here; {advice}")
+                raise InputError(f"{folder}: in use by another process{f' ({who})' if who else ''}; {advice}")
             time.sleep(0.05)
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"{os.getpid()} on {platform.node()}\n".encode())
@@ -46,7 +46,7 @@ def lock_directory(folder: Path, advice: str = "wait for its end, or give anothe
 
 
 def is_running(folder: Path) -> bool:
-    """Whether a process is at work in a folder; True where that cannot be told, as in a folder of another user's."""
+    """Return whether a process holds the lock of a folder; True if unknown, as in another user's folder."""
     try:
         descriptor = os.open(str(folder / LOCK_FILE), os.O_RDWR)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""result.json: status and metrics of a run, written from the start so that every run has a row; and the row's text."""
+"""result.json: status and metrics of a run, written from the start so that every run has a row; and their tables."""
 
 import json
 from pathlib import Path
@@ -12,14 +12,14 @@ from lit_glm.metrics.registry import METRICS, PUBLISHED_COLUMNS, PUBLISHED_METRI
 RESULT_FILE = "result.json"
 SCHEMA_VERSION = 3
 COMPLETE = ("success", "finished")
-"""States of a run that needs no going on."""
+"""Status values of a run that is complete and need not be resumed."""
 _ROOM = ".room"
 _ROOM_BYTES = 2**16
-"""Kept free beside a result while its run goes on: how it ended must find room on a disk that has become full."""
+"""Disk space reserved during a run, so that the final status can be written even if the disk becomes full."""
 
 
 def read_result(run_dir: Path) -> Optional[Dict[str, Any]]:
-    """The result of a run folder; None if there is none or it cannot be read."""
+    """Read the result of a run folder; None if it is missing or unreadable."""
     try:
         content: Any = json.loads((run_dir / RESULT_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -28,12 +28,12 @@ def read_result(run_dir: Path) -> Optional[Dict[str, Any]]:
 
 
 def is_complete(run_dir: Path) -> bool:
-    """Whether a run folder holds a run that needs no going on."""
+    """Return whether the run of a folder is complete and need not be resumed."""
     return (read_result(run_dir) or {}).get("status") in COMPLETE
 
 
 def config_fields(config: TrainConfig) -> Dict[str, Any]:
-    """What a result says of its configuration."""
+    """Return the fields of a result that describe its configuration."""
     return {
         "hardware": config.hardware.name,
         "topology": config.topology.name,
@@ -51,7 +51,7 @@ def config_fields(config: TrainConfig) -> Dict[str, Any]:
 
 
 def write_initial_result(run_dir: Path, config: TrainConfig) -> None:
-    """Leave a result without figures: a run that dies before its first step has a row too."""
+    """Write a result without metrics, so that a run that fails before its first step has a row too."""
     unmeasured = dict.fromkeys(
         ("e2e_time", "p_whole", "p_train", "p_core", "acc", "mem_actual_gib", "mem_total_gib", "mfu")
     )
@@ -61,12 +61,12 @@ def write_initial_result(run_dir: Path, config: TrainConfig) -> None:
 
 
 def reserve_disk_space(run_dir: Path) -> None:
-    """Take the room that the end of a run needs."""
+    """Reserve the disk space that the end of a run needs."""
     (run_dir / _ROOM).write_bytes(b"\0" * _ROOM_BYTES)
 
 
 def release_reserved_disk_space(run_dir: Path) -> None:
-    """Give it back."""
+    """Release the reserved disk space."""
     try:
         (run_dir / _ROOM).unlink()
     except OSError:
@@ -74,7 +74,7 @@ def release_reserved_disk_space(run_dir: Path) -> None:
 
 
 def update_result(run_dir: Path, **changes: Any) -> None:
-    """Change entries of an existing result; what cannot be written must not hide how the run ended."""
+    """Change entries of an existing result; a failed write is ignored, so that it does not hide how the run ended."""
     result = read_result(run_dir)
     if result is None:
         return
@@ -87,7 +87,7 @@ def update_result(run_dir: Path, **changes: Any) -> None:
 
 
 def mark_failed(run_dir: Path, reason: str) -> None:
-    """Say in the result that the run failed, unless it ended well."""
+    """Set the status to failed with a reason, unless the run is complete."""
     if not is_complete(run_dir):
         update_result(run_dir, status="failed", error=reason)
 
@@ -100,32 +100,32 @@ def mark_interrupted(run_dir: Path) -> None:
 
 _SKIPPED_SHARE = 0.01
 CONTENTION_THRESHOLD = 0.1
-"""Share of the machine that others may take before a reader must be told."""
+"""Share of the CPUs used by other processes above which a row is annotated."""
 
 
 def has_many_skipped_steps(result: Dict[str, Any]) -> bool:
-    """Whether more than a hundredth of a run's steps were without an update."""
+    """Return whether more than 1 % of a run's steps had no update."""
     skipped, steps = result.get("skipped_steps"), result.get("global_steps")
     known = isinstance(skipped, int) and isinstance(steps, int)
     return known and steps > 0 and skipped > _SKIPPED_SHARE * steps  # type: ignore[operator]
 
 
 def was_contended(result: Dict[str, Any]) -> bool:
-    """Whether others took more than a tenth of the machine, or computed on the same cards."""
+    """Return whether other processes used more than a tenth of the CPUs, or the same devices."""
     load, on_cards = result.get("external_cpu_load"), result.get("external_device_processes")
     much = isinstance(load, float) and load > CONTENTION_THRESHOLD
     return much or (isinstance(on_cards, int) and on_cards > 0)
 
 
 def annotations(result: Dict[str, Any]) -> List[str]:
-    """What is to be known of a row."""
+    """Return the annotations of a table row."""
     said = []
     if result.get("simulated"):
         said.append("simulated")
     if result.get("computed_on_cpu"):
         said.append("computed on the CPU")
     if result.get("mem_total_source") == "hardware file":
-        said.append("device memory by the hardware file")
+        said.append("device memory from the hardware file")
     if result.get("profiled"):
         said.append("profiled")
     if result.get("status") not in COMPLETE:
@@ -137,18 +137,18 @@ def annotations(result: Dict[str, Any]) -> List[str]:
     if has_many_skipped_steps(result):
         said.append(f"{result['skipped_steps']} of {result['global_steps']} steps skipped")
     if was_contended(result):
-        said.append(f"beside others: {result.get('external_cpu_load') or 0:.0%} of the machine")
+        said.append(f"contention: other processes used {result.get('external_cpu_load') or 0:.0%} of the CPUs")
     if result.get("environment_changes"):
         said.append(f"on several machines: {'; '.join(map(str, result['environment_changes']))}")
     if result.get("missing_data"):
         said.append("; ".join(map(str, result["missing_data"])))
     if result.get("reused_from"):
-        said.append(f"taken from {result['reused_from']}")
+        said.append(f"reused from {result['reused_from']}")
     return said
 
 
 def table_cells(result: Dict[str, Any]) -> List[str]:
-    """A result in the published formats, one text a column; empty where nothing was measured."""
+    """Format a result in the published formats, one text per column; empty if nothing was measured."""
     said = annotations(result)
     mark = f" ({', '.join(said)})" if said else ""
     figures = [
@@ -164,12 +164,12 @@ def table_cells(result: Dict[str, Any]) -> List[str]:
 
 
 def results_table(results: List[Dict[str, Any]]) -> str:
-    """Results as a Markdown table, columns and order as published."""
+    """Format results as a Markdown table, with columns and order as published."""
     return markdown_table([list(PUBLISHED_COLUMNS), *(table_cells(result) for result in results)])
 
 
 def markdown_table(rows: List[List[str]]) -> str:
-    """Rows of text as a Markdown table, columns aligned; the first row is the head."""
+    """Format rows of text as a Markdown table with aligned columns; the first row is the header."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
@@ -177,16 +177,16 @@ def markdown_table(rows: List[List[str]]) -> str:
 
 
 _SLOW = 1.5
-"""From how many times its share of time a warm-up is worth a word."""
+"""Slowdown of the first steps from which a warm-up is reported."""
 
 
 def final_summary(result: Dict[str, Any], config: TrainConfig, run_dir: Path) -> str:
-    """Two lines for people.
+    """Return the final message of a run.
 
     Args:
-        result: of result.json.
-        config: the run's.
-        run_dir: its folder.
+        result: content of result.json.
+        config: configuration of the run.
+        run_dir: the run folder.
     """
     run, step, samples = config.run, result["global_steps"], result["num_trained_samples"]
     took = result.get("raw_train_time")
@@ -197,22 +197,22 @@ def final_summary(result: Dict[str, Any], config: TrainConfig, run_dir: Path) ->
         how = f"REACHED: accuracy {has}, target {target}, {when}"
     elif result["status"] == "interrupted":
         saved = run.checkpoint_interval_steps is not None
-        on = f"resume with run.resume={run_dir}" if saved else "nothing was saved (run.checkpoint_interval_steps=null)"
+        on = f"resume with run.resume={run_dir}" if saved else "no checkpoint (run.checkpoint_interval_steps=null)"
         how = f"STOPPED {when}: accuracy {has}, target {target}; {on}"
     else:
         limit = f"run.max_samples={run.max_samples}"
         if run.max_steps is not None and step >= run.max_steps:
             limit = f"run.max_steps={run.max_steps}"
-        what = f"accuracy {has}, target {target}" if run.evaluate else "nothing was evaluated (run.evaluate=false)"
-        how = f"NOT REACHED: {what}; {limit} was the limit, {when}"
+        what = f"accuracy {has}, target {target}" if run.evaluate else "no evaluation (run.evaluate=false)"
+        how = f"NOT REACHED: {what}; stopped by {limit} {when}"
     skipped = result.get("skipped_steps") or 0
     how += f"; {skipped} steps without an update" if skipped else ""
     how += _warmup_message(result.get("first_steps"))
-    return f"{how}\nrun folder {run_dir}; the document of it: python -m lit_glm.report {run_dir}"
+    return f"{how}\nrun folder {run_dir}; report: python -m lit_glm.report {run_dir}"
 
 
 def _warmup_message(start: Optional[Dict[str, float]]) -> str:
-    """A line where the first steps took far longer than the same work later."""
+    """Return a line if the first steps took far longer than the same work later, else ""."""
     if start is None or start["slowdown"] < _SLOW:
         return ""
     which = "step" if start["count"] == 1 else f"{start['count']} steps"

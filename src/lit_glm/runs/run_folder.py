@@ -1,4 +1,4 @@
-"""A run folder is taken by one job, or refused: nothing in it that this project has not written is ever touched."""
+"""Acquisition of a run folder by one job. Files in it that this project has not written are never touched."""
 
 import shutil
 from contextlib import contextmanager
@@ -32,25 +32,25 @@ _FOLDERS = {
     "ranks": ("[0-9]*",),
     ".hydra": ("config.yaml", "hydra.yaml", "overrides.yaml"),
 }
-"""What a run writes, besides job.json: names in the folder, and in its subfolders, any of which may be a link."""
-_NODES = "nodes"  # a folder each for the jobs of further nodes, which may come first
+"""Subfolders of a run with the patterns of its files there; any of them may be a symbolic link."""
+_NODES = "nodes"  # one folder per secondary node, which may start before node 0
 
 
 def ensure_available(run_dir: Path, overwrite: bool) -> None:
-    """Whether a new run may begin in a folder.
+    """Check that a new run may begin in a folder.
 
     Raises:
-        InputError: if it holds a run (unless that may be overwritten), or names of somebody else's that a run would
-            write or clear.
+        InputError: if it contains a run (unless that may be overwritten), or files that a run would overwrite or
+            delete but did not create.
     """
     if (run_dir / jobs.JOB_FILE).is_file():
         if is_running(run_dir):
-            raise InputError(f"{run_dir}: a run is at work here; wait for its end, or give another hydra.run.dir=")
+            raise InputError(f"{run_dir}: in use by another run; wait until it exits, or give another hydra.run.dir=")
         if not overwrite:
             status = (read_result(run_dir) or {}).get("status", "unknown")
             raise InputError(
-                f"{run_dir}: holds a run already (status {status}); resume it with run.resume={run_dir}, delete it "
-                "and start over with run.overwrite=true, or give another hydra.run.dir="
+                f"{run_dir}: already contains a run (status {status}); resume it with run.resume={run_dir}, replace it "
+                "with run.overwrite=true, or give another hydra.run.dir="
             )
         return
     foreign = [name for name in (*_FILES, *_FOLDERS) if (run_dir / name).exists()]
@@ -58,25 +58,25 @@ def ensure_available(run_dir: Path, overwrite: bool) -> None:
     foreign += [_NODES] if others else []
     if foreign:
         raise InputError(
-            f"{run_dir}: is no run folder of this program (it has no {jobs.JOB_FILE}), but holds {', '.join(foreign)}, "
-            "which a run would write; give another hydra.run.dir="
+            f"{run_dir}: is not a run folder (no {jobs.JOB_FILE}) but contains {', '.join(foreign)}, which a run would "
+            "overwrite; give another hydra.run.dir="
         )
 
 
 @contextmanager
 def acquire_run_dir(job: JobSpec, run_dir: Path, composed: Dict[str, str]) -> Iterator[int]:
-    """Keep a folder for a job as long as that lasts, with job.json in it.
+    """Lock a run folder for the duration of a job, and write job.json there.
 
     Args:
-        job: begins there, or goes on.
+        job: the job that starts or resumes there.
         run_dir: the folder.
         composed: names and contents of the files in .hydra/, written by a new run.
 
     Yields:
-        The descriptor that keeps it; processes that inherit it keep the folder too.
+        The descriptor of the lock; processes that inherit it hold the lock too.
 
     Raises:
-        InputError: if the folder is not free.
+        InputError: if the folder is not available.
     """
     if not job.is_resume:
         ensure_available(run_dir, job.config.run.overwrite)
@@ -98,16 +98,16 @@ def acquire_run_dir(job: JobSpec, run_dir: Path, composed: Dict[str, str]) -> It
 
 
 def ensure_no_new_run(run_dir: Path, job: JobSpec) -> None:
-    """Refuse what another process has begun and ended since the folder was looked at."""
+    """Reject a folder in which another process has run since it was checked."""
     if (run_dir / jobs.JOB_FILE).is_file() and not job.config.run.overwrite:
-        raise InputError(f"{run_dir}: another run has just been here; resume it with run.resume={run_dir}")
+        raise InputError(f"{run_dir}: another process has just run here; resume that run with run.resume={run_dir}")
 
 
 def _remove_previous_run(run_dir: Path) -> None:
-    """Delete what an earlier run of this program has left, by name: whatever else is there stays.
+    """Delete the files of an earlier run by name; all other files are kept.
 
     Raises:
-        InputError: if something cannot be deleted; a new run would take it for its own.
+        InputError: if a file cannot be deleted, because a new run would treat it as its own.
     """
     if not (run_dir / jobs.JOB_FILE).is_file():
         return
@@ -129,19 +129,19 @@ def _remove_previous_run(run_dir: Path) -> None:
 
 
 def hydra_files(config: Any, hydra: Any, overrides: List[str]) -> Dict[str, str]:
-    """What .hydra/ holds, as Hydra itself names it, secrets masked.
+    """Return the files of .hydra/ by name, as Hydra itself writes them, with secrets masked.
 
     Args:
         config: the composed configuration.
-        hydra: Hydra's own part of it.
-        overrides: of the command line.
+        hydra: its `hydra` node.
+        overrides: overrides of the command line.
     """
     lines = "".join(f"- {mask_override(override)}\n" for override in overrides)
     return {"config.yaml": masked_yaml(config), "hydra.yaml": masked_yaml(hydra), "overrides.yaml": lines or "[]\n"}
 
 
 def masked_yaml(config: Any) -> str:
-    """A configuration as YAML, secrets masked, also where Hydra's own part of it has overrides as texts."""
+    """Return a configuration as YAML with secrets masked, also in overrides that the `hydra` node stores as text."""
 
     def mask_texts(node: Any) -> Any:
         if isinstance(node, dict):

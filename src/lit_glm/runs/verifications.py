@@ -1,4 +1,4 @@
-"""verify.json: what a verification found, and the newest one that fits a run."""
+"""verify.json: results of a verification, and search for the newest one that applies to a run."""
 
 import json
 import time
@@ -12,21 +12,21 @@ VERIFY_FILE = "verify.json"
 FOLDER = "verify"
 _SCHEMA_VERSION = 1
 _KEYS = ("name", "status", "message", "value", "bound", "advice")
-_DEPTHS = ("", "*/", "*/*/")  # outputs/verify/DATE/TIME, and shallower ones that hydra.run.dir named
-_ABOVE = 6  # folders above a run in which outputs/ may be
+_DEPTHS = ("", "*/", "*/*/")  # outputs/verify/DATE/TIME, and shallower ones set with hydra.run.dir
+_ABOVE = 6  # levels above a run at which outputs/ is searched
 
 
 def write_verification(
     folder: Path, device: Dict[str, Any], checks: List[CheckResult], precisions: Dict[str, bool], complete: bool = True
 ) -> Dict[str, Any]:
-    """Write what a verification has found so far.
+    """Write and return the results of a verification so far.
 
     Args:
-        folder: where.
-        device: hardware, runtime, driver and the like.
-        checks: all lines.
-        precisions: whether all that belongs to a precision passed; those that were not tried are not in it.
-        complete: whether all checks have ended.
+        folder: folder of verify.json.
+        device: hardware, runtime, driver and similar fields.
+        checks: all results.
+        precisions: whether all checks of a precision passed, for each precision that was tested.
+        complete: whether all checks have finished.
     """
     content = {
         "schema_version": _SCHEMA_VERSION,
@@ -52,15 +52,15 @@ def _search_dirs(starts: Iterable[Path]) -> Iterator[Path]:
 def latest_verification(
     starts: Iterable[Path], hardware: str, driver: Optional[str], precision: str
 ) -> Optional[Dict[str, Any]]:
-    """The newest verification of the same hardware, driver and precision, failed ones too; None without one.
+    """Return the newest verification, passed or failed, of a hardware, driver and precision; None without one.
 
-    Of pretended cards none counts.
+    Verifications of simulated devices do not count.
 
     Args:
-        starts: folders at and above which `outputs/verify` is looked for: a run's, and the one that one works in.
+        starts: folders at and above which `outputs/verify` is searched: the run folder, and the working directory.
         hardware: name of the hardware file.
-        driver: version of the cards' driver; None where there is none.
-        precision: its name.
+        driver: version of the device driver; None if there is none.
+        precision: name of the precision.
     """
     found = []
     for place in dict.fromkeys(_search_dirs(starts)):

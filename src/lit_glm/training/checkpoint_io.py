@@ -1,4 +1,4 @@
-"""Lightning's plugin for checkpoints: written whole or not at all; one that was read already is not read again."""
+"""Lightning plugin for checkpoints, with atomic writes; a checkpoint that was read already is not read again."""
 
 from pathlib import Path
 from typing import Any, Dict, Optional
@@ -11,32 +11,32 @@ from lit_glm.runs import checkpoints
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Files as `lit_glm.runs.checkpoints` has them."""
+    """CheckpointIO that stores files with `lit_glm.runs.checkpoints`."""
 
     def __init__(self, content: Optional[Dict[str, Any]] = None) -> None:
-        """Begin.
+        """Create the plugin.
 
         Args:
-            content: of the checkpoint that the run goes on from, read when it was looked for.
+            content: content of the checkpoint to resume from, which was read when it was searched.
         """
         self._content = content
 
     def save_checkpoint(self, checkpoint: Dict[str, Any], path: Any, storage_options: Optional[Any] = None) -> None:
-        """Write one.
+        """Write a checkpoint.
 
         Raises:
-            RunError: if the disk does not take it.
+            RunError: if it cannot be written.
         """
-        # Not every vendor's tensors can be written by every torch, and nobody needs them on a card when they are read.
+        # Not every torch version can serialise every vendor's tensors, and checkpoints are loaded onto the CPU anyway.
         checkpoints.save(move_data_to_device(checkpoint, torch.device("cpu")), Path(path))
 
     def load_checkpoint(
         self, path: Any, map_location: Optional[Any] = None, weights_only: Optional[bool] = None
     ) -> Dict[str, Any]:
-        """Read one; never executes code from it."""
+        """Read a checkpoint without executing code from it."""
         content, self._content = self._content, None
         return checkpoints.load(Path(path)) if content is None else content
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Delete one."""
+        """Delete a checkpoint."""
         Path(path).unlink()

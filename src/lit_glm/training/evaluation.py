@@ -14,7 +14,7 @@ from lit_glm.model.scoring import EVAL_MASK
 
 
 class ExactMatch(Metric):
-    """Share of examples whose chosen candidate is one of the right answers, over all ranks."""
+    """Share of examples whose chosen candidate is a correct answer, over all ranks."""
 
     full_state_update = False
     correct: Tensor
@@ -26,28 +26,28 @@ class ExactMatch(Metric):
         self.add_state("total", default=torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, chosen: Sequence[int], answers: List[Tuple[int, ...]]) -> None:
-        """Count a batch.
+        """Add a batch.
 
         Args:
             chosen: index of the best candidate of each example.
-            answers: right candidates of each example.
+            answers: correct candidates of each example.
         """
         self.correct += sum(int(choice) in right for choice, right in zip(chosen, answers))
         self.total += len(answers)
 
     def compute(self) -> Tensor:
-        """The share; not a number without examples."""
-        return self.correct.cpu().double() / self.total.cpu().double()  # not every chip has doubles
+        """Return the share; NaN without examples."""
+        return self.correct.cpu().double() / self.total.cpu().double()  # not every device has float64
 
 
 def normalise_answer(text: str) -> str:
-    """ReCoRD's (SQuAD's) normalisation: lower case, no punctuation, no articles, single spaces."""
+    """Normalise a text as ReCoRD (SQuAD) does: lower case, no punctuation, no articles, single spaces."""
     text = "".join(char for char in text.lower() if char not in set(string.punctuation))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def em_and_f1(prediction: str, answers: Sequence[str]) -> Tuple[float, float]:
-    """EM and token-level F1 of a predicted text, the best over the right answers.
+    """Compute EM and token-level F1 of a predicted text, each the best over the correct answers.
 
     As in ReCoRD's official evaluation script (Zhang et al. 2018, https://sheng-z.github.io/ReCoRD-explorer).
     """
@@ -78,11 +78,11 @@ def evaluate(
     """Choose a candidate for each example.
 
     Args:
-        module: batch to [B, C] scores; left in the mode it came in.
+        module: maps a batch to [B, C] scores; its training mode is restored.
         loader: batches of this rank.
-        runtime: of the device that the model is on.
+        runtime: runtime of the model's device.
         on_batch: see `OnBatch`.
-        anybody: whether any rank ended early, given whether this one did.
+        anybody: returns whether any rank ended early, given whether this one did.
         scores: gets the candidates' scores of each example, by its index; None: they are not read from the device.
 
     Returns:
@@ -111,7 +111,7 @@ def evaluate(
                 best = table.argmax(dim=1)
                 if scores is not None:
                     tables.append(table)
-                # The batch before is read while the device computes this one.
+                # Read the previous batch's result while the device computes this one.
                 before, waiting = waiting, (batch, runtime.to_host_async(best))
                 if before is not None:
                     count(*before)

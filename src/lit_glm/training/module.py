@@ -1,4 +1,4 @@
-"""The training step: scores to loss, gradient, clipped and averaged, to an update, as published."""
+"""Training step as published: scores, loss, gradients (averaged and clipped), update."""
 
 import math
 from dataclasses import dataclass
@@ -19,22 +19,22 @@ from lit_glm.training.optimizer import LearningRateSchedule, make_optimizer
 
 @dataclass
 class StepMetrics:
-    """What one step came to, as numbers."""
+    """Metrics of one step, as numbers."""
 
     loss: float
-    """Mean over the ranks, before the update."""
+    """Mean loss over the ranks, before the update."""
     local_loss: float
-    """Of this rank."""
+    """Loss of this rank."""
     lr: Optional[float]
-    """What the update used; None if the step was skipped."""
+    """Learning rate of the update; None if the step was skipped."""
     grad_norm: Optional[float]
-    """Before clipping, after averaging over the ranks; None if the step was skipped."""
+    """Gradient norm after averaging over the ranks, before clipping; None if the step was skipped."""
     loss_scale: Optional[float]
 
 
 @dataclass
 class PendingStepMetrics:
-    """The same, with what is still on the device, until somebody reads it."""
+    """Metrics of one step, of which some are still on the device."""
 
     loss: float
     local_loss: Tensor
@@ -42,28 +42,28 @@ class PendingStepMetrics:
     grad_norm: Optional[Tensor]
     loss_scale: Optional[float]
     stop_requested: bool
-    """Whether any rank was asked to stop."""
+    """Whether any rank has received a stop request."""
 
     def read(self) -> StepMetrics:
-        """All values in one copy from the device; waits for it."""
+        """Wait for the device and copy all values in one transfer."""
         norm = self.local_loss if self.grad_norm is None else self.grad_norm
         own, norm_value = torch.stack([self.local_loss.float(), norm.float()]).tolist()
         return StepMetrics(self.loss, own, self.lr, None if self.grad_norm is None else norm_value, self.loss_scale)
 
 
 class RecordModule(pl.LightningModule):
-    """GLM with its training step. Steps are counted here: a skipped step counts too."""
+    """LightningModule of GLM with the published training step. It counts all steps, including skipped ones."""
 
     def __init__(self, glm: GLM, config: TrainConfig, runtime: Runtime) -> None:
         """Wrap a model.
 
         Args:
             glm: the model.
-            config: the run's.
-            runtime: seeds what dropout draws from, and reads what the host must know.
+            config: configuration of the run.
+            runtime: seeds the generator of dropout, and copies values to the host.
         """
         super().__init__()
-        self.automatic_optimization = False  # clipping after every backward, and steps that are skipped, as published
+        self.automatic_optimization = False  # clipping after every backward, and skipped steps, as published
         self.glm = glm
         self._config = config
         self._runtime = runtime
@@ -73,19 +73,19 @@ class RecordModule(pl.LightningModule):
         """Set by a signal handler; shared with all ranks in the next step."""
         self.pending_metrics: Optional[PendingStepMetrics] = None
         self.config_hash = ""
-        """Of the configuration, so that a checkpoint is not taken for another run's."""
+        """Hash of the configuration, which identifies the run of a checkpoint."""
         self._restored_gradients: Optional[List[Optional[Tensor]]] = None
 
     def forward(self, batch: Union[PackedBatch, PaddedBatch]) -> Tensor:
-        """[B, C] scores; slots without a candidate hold the mask value of training or evaluation."""
+        """Compute [B, C] scores; slots without a candidate contain the mask value of training or evaluation."""
         if self.training:
             return candidate_scores(self.glm, batch, TRAIN_MASK)
         return candidate_scores(self.glm, batch, EVAL_MASK, slice_size=10)
 
     def training_step(self, batch: Union[PackedBatch, PaddedBatch], batch_idx: int) -> None:
-        """One step, counted from 1; leaves what came of it in `outcome`."""
+        """Run one step, counted from 1, and store its metrics in `pending_metrics`."""
         step = self.steps_done + 1
-        # Dropout is a function of (seed, step, rank) and not of what was drawn before: a resumed run draws the same.
+        # Dropout depends only on (seed, step, rank), so that a resumed run draws the same masks.
         self._runtime.manual_seed((self._config.seed * 1_000_003 + step) * 4_099 + self.global_rank)
         optimizer: Any = self.optimizers()
         schedule: Any = self.lr_schedulers()
@@ -99,10 +99,10 @@ class RecordModule(pl.LightningModule):
         norm: Optional[Tensor] = None
         scaled = precision if isinstance(precision, LossScalingPrecision) else None
         scale = scaled.loss_scale if scaled is not None else None
-        # Whoever reads a value waits for the device. With one micro-batch an update, the backward pass is asked for
-        # before the loss is looked at, so that the device has work meanwhile; gradients of a loss that is not finite
-        # are thrown away. With several, they would spoil those of the micro-batches before, which stay: as published,
-        # those of a window whose last loss is not finite are part of the next update.
+        # Reading a value waits for the device. With one micro-batch per update, the backward pass is launched before
+        # the loss is read, so that the device has work meanwhile; gradients of a loss that is not finite are discarded.
+        # With several, they would corrupt those of earlier micro-batches, which are kept: as published, the gradients
+        # of a window whose last loss is not finite are part of the next update.
         early = read() if accumulate > 1 else None
         if early is None or math.isfinite(early[0]):
             self.manual_backward(loss if accumulate == 1 else loss / accumulate)
@@ -130,7 +130,7 @@ class RecordModule(pl.LightningModule):
         self.pending_metrics = PendingStepMetrics(mean, loss.detach(), lr, norm, scale, stops > 0)
 
     def _start_loss_reduction(self, loss: Tensor) -> Callable[[], List[float]]:
-        """Gives the sum of the losses, and how many ranks were asked to stop: in one collective, awaited when asked."""
+        """Start one all-reduce of the loss and the stop request; return a function that waits for both sums."""
         if self.trainer.world_size == 1:
             read, stops = self._runtime.to_host_async(loss.float().reshape(1)), float(self.stop_requested)
             return lambda: [read()[0], stops]
@@ -143,16 +143,16 @@ class RecordModule(pl.LightningModule):
         return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def configure_optimizers(self) -> Any:
-        """AdamW and the learning-rate schedule."""
+        """Create AdamW and the learning-rate schedule."""
         optimizer = make_optimizer(self.glm, self._config.optimizer)
         return {"optimizer": optimizer, "lr_scheduler": LearningRateSchedule(optimizer, self._config.optimizer)}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Never called by Lightning under manual optimisation; says that the schedule is ours."""
+        """Advance the schedule. Required for a custom schedule, but not called under manual optimisation."""
         scheduler.step()
 
     def on_save_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
-        """Save the counters, and the gradients that wait for an update, beside weights, optimizer and schedule."""
+        """Add the counters and the accumulated gradients to weights, optimizer and schedule."""
         gradients = [parameter.grad for parameter in self._optimizer_parameters(self.optimizers())]
         checkpoint["lit_glm"] = {
             "steps_done": self.steps_done,

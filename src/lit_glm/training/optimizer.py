@@ -1,4 +1,4 @@
-"""AdamW in two groups and the published learning-rate schedule."""
+"""AdamW with two parameter groups, and the published learning-rate schedule."""
 
 import inspect
 from typing import Any, Dict, List, Optional
@@ -10,11 +10,11 @@ from lit_glm.config.schema import OptimizerConfig
 
 
 def learning_rate_at_step(step: int, highest: float, warmup: float, decay_iters: float, decay_ratio: float) -> float:
-    """Learning rate after `step` updates: linear warm-up, then linear decay to `decay_ratio` times the highest.
+    """Return the learning rate after `step` updates: linear warm-up, linear decay to `decay_ratio` times `highest`.
 
     Args:
-        step: updates done; the first update uses step 0, so a rate of 0.
-        highest: the peak.
+        step: updates done; the first update uses step 0, so its rate is 0.
+        highest: peak learning rate.
         warmup: share of `decay_iters`; not rounded to whole steps.
         decay_iters: updates after which the rate stays at its lowest.
         decay_ratio: lowest rate / highest.
@@ -27,7 +27,7 @@ def learning_rate_at_step(step: int, highest: float, warmup: float, decay_iters:
 
 
 class LearningRateSchedule:
-    """Sets the learning rate of an optimizer, update by update; Lightning saves and restores it."""
+    """Schedule that sets the learning rate of an optimizer per update; Lightning saves and restores it."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> None:
         self.optimizer = optimizer
@@ -49,26 +49,26 @@ class LearningRateSchedule:
 
     @property
     def rate(self) -> float:
-        """What the next update uses."""
+        """Learning rate of the next update."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     def step(self, metrics: Any = None) -> None:
-        """Count an update."""
+        """Advance by one update."""
         self._updates += 1
         self._apply()
 
     def state_dict(self) -> Dict[str, int]:
-        """For a checkpoint."""
+        """Return the state for a checkpoint."""
         return {"updates": self._updates}
 
     def load_state_dict(self, state: Dict[str, int]) -> None:
-        """From a checkpoint."""
+        """Restore the state from a checkpoint."""
         self._updates = state["updates"]
         self._apply()
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> List[Dict[str, Any]]:
-    """Two groups as published: decay on all weights, embeddings too; none on layer norms and biases."""
+    """Split parameters as published: decay on all weights and embeddings, none on layer norms and biases."""
     decayed: List[Any] = []
     plain: List[Any] = []
     for name, parameter in model.named_parameters():
@@ -78,7 +78,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> List[Dict[str, An
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019), fused where torch has it for the device of the parameters."""
+    """Create AdamW (Loshchilov and Hutter 2019), fused if torch supports it on the parameters' device."""
     arguments: Dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
     if HAS_FUSED and fused_unavailable_reason(next(model.parameters()).device) is None:
         arguments["fused"] = True
@@ -86,11 +86,11 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
 
 
 HAS_FUSED = "fused" in inspect.signature(torch.optim.AdamW).parameters
-"""torch 2.0 and later."""
+"""Whether torch has a fused AdamW (2.0 and later)."""
 
 
 def fused_unavailable_reason(device: torch.device) -> Optional[str]:
-    """Why torch's fused AdamW does not serve on a device, found by an update of four numbers; None if it does."""
+    """Return why fused AdamW is unavailable on a device, as tested on four parameters; None if it works."""
 
     def updated(**how: Any) -> torch.Tensor:
         weight = nn.Parameter(torch.ones(4, device=device))
@@ -103,4 +103,4 @@ def fused_unavailable_reason(device: torch.device) -> Optional[str]:
         right = bool(torch.allclose(fused, updated(), rtol=1e-5))
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-    return None if right else f"it leaves {fused[0].item():g} where the plain one leaves {updated()[0].item():g}"
+    return None if right else f"it gives {fused[0].item():g}, the default implementation {updated()[0].item():g}"

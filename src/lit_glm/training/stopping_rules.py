@@ -1,4 +1,4 @@
-"""When a run evaluates and when it ends, as pure functions of its counters; as published."""
+"""Rules for evaluating and ending a run as published, as pure functions of its counters."""
 
 import math
 from typing import Optional
@@ -7,11 +7,11 @@ from lit_glm.config.schema import RunConfig
 
 
 def is_evaluation_due(step: int, global_batch: int, run: RunConfig) -> bool:
-    """Whether an evaluation follows this step by the interval rule.
+    """Return whether an evaluation follows this step by the interval rule.
 
     Args:
-        step: counted from 1.
-        global_batch: examples a step, all ranks; samples = step x global_batch.
+        step: step, counted from 1.
+        global_batch: examples per step over all ranks; samples = step x global_batch.
         run: interval, start and limit.
     """
     samples = step * global_batch
@@ -22,13 +22,13 @@ def is_evaluation_due(step: int, global_batch: int, run: RunConfig) -> bool:
 
 
 def next_evaluation_step(step: int, global_batch: int, run: RunConfig, last: int) -> int:
-    """The next step behind this one that an evaluation follows.
+    """Return the next step after this one that is followed by an evaluation.
 
     Args:
         step: steps done.
-        global_batch: examples a step, all ranks.
+        global_batch: examples per step over all ranks.
         run: interval, start and limit.
-        last: the last step of the run, which an evaluation follows in any case.
+        last: the last step of the run, which is always followed by an evaluation.
     """
     every = math.ceil(run.eval_interval_samples / global_batch)
     due = max(2, step + 1, math.ceil(run.eval_start_samples / global_batch))
@@ -36,10 +36,10 @@ def next_evaluation_step(step: int, global_batch: int, run: RunConfig, last: int
 
 
 def has_reached_limit(step: int, global_batch: int, run: RunConfig) -> bool:
-    """Whether training ends after this step for its length: above max_samples, or exactly max_steps."""
+    """Return whether training ends after this step: more than max_samples, or max_steps reached."""
     return step * global_batch > run.max_samples or (run.max_steps is not None and step >= run.max_steps)
 
 
 def has_converged(accuracy: Optional[float], run: RunConfig) -> bool:
-    """Whether the last evaluation reached the target."""
+    """Return whether the last evaluation reached the target."""
     return accuracy is not None and accuracy >= run.target_accuracy

@@ -1,4 +1,4 @@
-"""The first node decides which batch size comes next; the others run their part of the same tries."""
+"""Search loops: node 0 chooses the next batch size, the other nodes run their part of the same trials."""
 
 import os
 import signal
@@ -18,15 +18,15 @@ from lit_glm.tuning.trial_runner import TrialRunner
 
 
 def run_coordinator(config: Any, trials: TrialRunner, folder: Path, train: Any) -> int:
-    """Search to the end, or as far as time allows; returns the exit status."""
+    """Search until the result is known or the time is over; return the exit status."""
     _install_stop_handlers()
     record = SearchState(folder, config)
     if record.trials:
-        print(f"lit_glm: goes on after {len(record.trials)} tries", flush=True)
+        print(f"lit_glm: resuming after {len(record.trials)} trials", flush=True)
     runtime = _make_memory_runtime(config)
     limit, most = record.seconds + 60.0 * config.tune.max_minutes, len(train) // config.topology.world_size
     orders = TrialQueue(folder) if config.topology.num_nodes > 1 else None
-    record.write(complete=False)  # from now on the folder is this search's
+    record.write(complete=False)  # marks the folder as this search's
     status = 0
     try:
         while True:
@@ -53,8 +53,8 @@ def run_coordinator(config: Any, trials: TrialRunner, folder: Path, train: Any) 
                 break
         if record.seconds >= limit or (record.trials and record.trials[-1].status == TIME):
             print(
-                f"lit_glm: tune.max_minutes={config.tune.max_minutes:g} are over: what is known so far; "
-                f"resume with more of them and run.resume={folder}",
+                f"lit_glm: tune.max_minutes={config.tune.max_minutes:g} is over: results so far; "
+                f"resume with a larger value and run.resume={folder}",
                 flush=True,
             )
     except Interrupted as stop:
@@ -74,16 +74,16 @@ def run_coordinator(config: Any, trials: TrialRunner, folder: Path, train: Any) 
 
 
 def run_follower(config: Any, trials: TrialRunner, folder: Path) -> int:
-    """Run this node's part of each try that the first node begins."""
+    """Run this node's part of each trial that node 0 starts."""
     _install_stop_handlers()
-    print(f"lit_glm: waiting for node 0 to begin a try in {folder}", flush=True)
+    print(f"lit_glm: waiting for node 0 to start a trial in {folder}", flush=True)
     for bs, place in iter_trials(folder, config.run.stall_timeout_s):
         trials.take_part(bs, folder / place, int(os.environ["NODE_RANK"]), config.run.stall_timeout_s)
     return 0
 
 
 def _install_stop_handlers() -> None:
-    """A signal ends the try that runs, and the search behind it, with what is known on disk."""
+    """Make stop signals end the running trial and the search, whose state is saved."""
 
     def stop(number: int, _frame: Any) -> None:
         raise Interrupted(number)
@@ -94,9 +94,9 @@ def _install_stop_handlers() -> None:
 
 
 def _make_memory_runtime(config: Any) -> Any:
-    """Asked for the device's memory; None where it can only be asked by the ranks themselves."""
+    """Create a runtime to query the device memory; None if only the ranks may query it."""
     if config.hardware.accelerator != "cpu" and config.hardware.runtime != "simulated":
-        return None  # a driver that this process has opened would stand in the tries' way
+        return None  # a driver opened by this process would interfere with the trials
     from lit_glm.hardware.runtimes.selection import make_runtime
 
     return make_runtime(config.hardware, config.topology)
@@ -108,7 +108,7 @@ def _workload_for_bs(config: Any, bs: int, train: Any) -> Workload:
 
 
 def _exceeds_memory(work: Workload, config: Any, bs: int, runtime: Optional[Any]) -> Optional[Trial]:
-    """A batch size that the estimate puts far beyond a machine's memory would take the machine with it."""
+    """Return a trial that is not run because its estimate far exceeds the memory, which could crash the host."""
     from lit_glm.metrics.memory_estimate import check_memory
 
     if runtime is None:

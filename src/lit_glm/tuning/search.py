@@ -1,4 +1,4 @@
-"""Which batch size to try next: a function of the tries so far alone, so that an interrupted search goes on."""
+"""Choice of the next batch size, as a pure function of the trials so far, so that a search can be resumed."""
 
 import statistics
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ FITS, MEMORY, LIMIT, TIME = "fits", "out of memory", "not tried", "no time"
 
 @dataclass
 class Trial:
-    """One try of a batch size."""
+    """One trial of a batch size."""
 
     bs: int
     status: str
     p_core: Optional[float] = None
-    """Samples a second, of examples of average length."""
+    """Samples per second, for examples of average length."""
     mfu: Optional[float] = None
     memory_gib: Optional[float] = None
     samples_per_joule: Optional[float] = None
@@ -23,7 +23,7 @@ class Trial:
 
 
 def trials_by_bs(tries: List[Trial]) -> Dict[int, List[Trial]]:
-    """Tries that fit, by batch size."""
+    """Group the trials that fit by batch size."""
     found: Dict[int, List[Trial]] = {}
     for one in tries:
         if one.status == FITS and one.p_core is not None:
@@ -32,31 +32,31 @@ def trials_by_bs(tries: List[Trial]) -> Dict[int, List[Trial]]:
 
 
 def median_p_core(tries: List[Trial]) -> float:
-    """Median p_core."""
+    """Return the median p_core of trials."""
     return statistics.median(one.p_core or 0.0 for one in tries)
 
 
 def largest_bs(tries: List[Trial]) -> Optional[int]:
-    """The largest batch size that fits; None: not even one."""
+    """Return the largest batch size that fits; None if none does."""
     return max(trials_by_bs(tries), default=None)
 
 
 def fastest_bs(tries: List[Trial]) -> Optional[int]:
-    """The fastest batch size: by the median, the smaller one of equals."""
+    """Return the batch size with the highest median p_core, the smaller one of equals; None without trials."""
     known = trials_by_bs(tries)
     return max(known, key=lambda bs: (median_p_core(known[bs]), -bs), default=None)
 
 
 def next_bs(tries: List[Trial], most: int, repeats: int) -> Optional[int]:
-    """What to try next.
+    """Return the batch size to try next.
 
     Args:
-        tries: so far.
+        tries: the trials so far.
         most: the largest batch size that the data allows.
-        repeats: of one batch size at most.
+        repeats: maximum number of trials per batch size.
 
     Returns:
-        A batch size; None: all is known.
+        The batch size; None if the search is complete.
     """
     known = trials_by_bs(tries)
     too_large = [one.bs for one in tries if one.status != FITS]
@@ -64,14 +64,14 @@ def next_bs(tries: List[Trial], most: int, repeats: int) -> Optional[int]:
     if low == 0:
         return 1 if not too_large else None
     if high > most and low < most:
-        return min(2 * low, most)  # upwards, until something does not fit
+        return min(2 * low, most)  # double until one does not fit
     if high - low > max(1, low // 16):
         return (low + high) // 2
     return _refine(known) or _repeat(known, repeats)
 
 
 def _refine(known: Dict[int, List[Trial]]) -> Optional[int]:
-    """A batch size beside the fastest, where its neighbours are more than a quarter away."""
+    """Return a batch size next to the fastest if a neighbour is more than a quarter away; else None."""
     order = list(known)
     best = max(known, key=lambda bs: median_p_core(known[bs]))
     place = order.index(best)
@@ -82,7 +82,7 @@ def _refine(known: Dict[int, List[Trial]]) -> Optional[int]:
 
 
 def _repeat(known: Dict[int, List[Trial]], repeats: int) -> Optional[int]:
-    """The fastest and the one that comes next, while what they measured overlaps; at least twice each."""
+    """Return which of the two fastest to repeat: each at least twice, then while their ranges overlap; else None."""
     best, *others = sorted(known, key=lambda bs: -median_p_core(known[bs]))[:2]
     for bs in [best, *others]:
         if len(known[bs]) < min(2, repeats):

@@ -1,4 +1,4 @@
-"""What a search leaves in its folder: tune.json after every try; at the end a table, a figure, the pair's file."""
+"""State of a search on disk: tune.json after every trial; at the end a table, a plot and the fix_hp file."""
 
 import io
 import json
@@ -24,24 +24,24 @@ from lit_glm.tuning.search import LIMIT, MEMORY, TIME, Trial, fastest_bs, larges
 
 
 class SearchState:
-    """The tries of a search, on disk."""
+    """Trials of a search, stored in its folder."""
 
     def __init__(self, folder: Path, config: TrainConfig) -> None:
-        """Open a folder; what it holds of the same search is taken over.
+        """Open a folder, and load its earlier trials of the same search.
 
         Args:
-            folder: the search's.
-            config: of the runs that it is for; bs does not count.
+            folder: folder of the search.
+            config: configuration of the runs; its bs is ignored.
         """
         self.folder, self._config = folder, config
         self.trials: List[Trial] = []
         self.seconds = 0.0
-        """Spent so far, an interrupted part included."""
+        """Seconds spent so far, including interrupted parts."""
         before = read_state(folder)
         if before is not None:
             names = {field.name for field in fields(Trial)}
             known = [Trial(**{key: value for key, value in one.items() if key in names}) for one in before["trials"]]
-            self.trials = [one for one in known if one.status != TIME]  # there may be more of it now
+            self.trials = [one for one in known if one.status != TIME]  # this part may have more time
             self.seconds = float(before["seconds"])
 
     def write(self, complete: bool) -> None:
@@ -58,31 +58,31 @@ class SearchState:
         write_json(self.folder / TUNE_FILE, content)
 
     def conclude(self, work: Workload, software: str, complete: bool) -> str:
-        """Write tune.md, tune.svg and the pair's file; returns what is said."""
+        """Write tune.md, tune.svg and the fix_hp file; return the summary."""
         best, most = fastest_bs(self.trials), largest_bs(self.trials)
         text = trial_table(self.trials, self._config, work, complete)
         said = [text, ""]
         if not complete:
-            said.append("INCOMPLETE: the search ended before all was known; larger or faster values may exist")
+            said.append("INCOMPLETE: the search ended early; larger or faster values may exist")
         if best is None:
-            said.append("no batch size fits: take a smaller model, activation checkpointing, or more memory")
+            said.append("no batch size fits: use a smaller model, activation checkpointing, or more memory")
         else:
             pair = f"{self._config.hardware.name}_{self._config.topology.name}.yaml"
             write_text(self.folder / pair, fix_hp_text(self.trials, self._config, text, software, complete))
             names = ("that fits", "fastest") if complete else ("tried", "fastest so far")
             said += [
                 f"largest bs {names[0]}: {most}; {names[1]}: {best}",
-                f"bs=auto takes the fastest of searches below outputs/tune/; for good: copy {self.folder / pair}",
-                "to the folder fix_hp/ of a configuration of your own (--config-dir)",
+                f"bs=auto uses the fastest bs found below outputs/tune/; to keep it, copy {self.folder / pair}",
+                "to the folder fix_hp/ of your own configuration (--config-dir)",
             ]
             write_text(self.folder / "tune.svg", _plot_trials(self.trials, self._config))
         shown = "\n".join(said)
-        write_text(self.folder / "tune.md", shown + ("\n\n![samples a second by bs](tune.svg)\n" if best else "\n"))
+        write_text(self.folder / "tune.md", shown + ("\n\n![samples per second by bs](tune.svg)\n" if best else "\n"))
         return shown
 
 
 def search_fields(config: TrainConfig) -> Dict[str, Any]:
-    """What a search is of."""
+    """Return the configuration fields that describe a search."""
     known = config_fields(config)
     return {
         **{key: known[key] for key in ("hardware", "topology", "precision", "scoring", "model")},
@@ -93,13 +93,13 @@ def search_fields(config: TrainConfig) -> Dict[str, Any]:
 
 
 def search_hash(config: TrainConfig) -> str:
-    """Of all that a search depends on; not of bs, which it looks for."""
+    """Return the hash of the configuration of a search, independent of bs and eval_bs."""
     plain = TrainConfig(**{entry.name: getattr(config, entry.name) for entry in fields(TrainConfig)})
     return config_hash(replace(plain, bs=1, eval_bs=1))
 
 
 def read_state(folder: Path) -> Optional[Dict[str, Any]]:
-    """tune.json; None if there is none."""
+    """Read tune.json; None if it is missing or invalid."""
     try:
         content: Any = json.loads((folder / TUNE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -108,17 +108,17 @@ def read_state(folder: Path) -> Optional[Dict[str, Any]]:
 
 
 def trial_table(tries: List[Trial], config: TrainConfig, work: Workload, complete: bool) -> str:
-    """A row a batch size, the fastest first, what does not fit behind."""
+    """Format one row per batch size as a Markdown table: fastest first, those that do not fit last."""
     known, best, most = trials_by_bs(tries), fastest_bs(tries), largest_bs(tries)
     rows = [
         [
             "bs",
             "p_core",
             "[lowest, highest]",
-            "tries",
+            "trials",
             "mfu",
             "memory GiB",
-            "estimated beside the base",
+            "estimated GiB without base",
             "samples/J",
             "",
         ]
@@ -153,7 +153,7 @@ def _format_number(value: Optional[float], digits: int) -> str:
 
 
 def fix_hp_text(tries: List[Trial], config: TrainConfig, text: str, software: str, complete: bool) -> str:
-    """The fix_hp file of the pair, its evidence in comments."""
+    """Return the text of the fix_hp file of the pair, with the trials as comments."""
     best, most = fastest_bs(tries), largest_bs(tries)
     pair = f"{config.hardware.name}_{config.topology.name}"
     about = f"{config.precision.name}, scoring={config.scoring.name}, model={config.model.name}"
@@ -176,7 +176,7 @@ def _plot_trials(tries: List[Trial], config: TrainConfig) -> str:
         canvas = Canvas(figsize=(6.0, 3.4))
         axes = canvas.subplots()
         points: List[Tuple[int, float]] = [(bs, one.p_core or 0.0) for bs, own in known.items() for one in own]
-        axes.plot(*zip(*points), "o", alpha=0.6, label="tries")
+        axes.plot(*zip(*points), "o", alpha=0.6, label="trials")
         axes.plot(list(known), [median_p_core(own) for own in known.values()], linewidth=1, label="median")
         for bs in sorted({one.bs for one in tries if one.status in (MEMORY, LIMIT)} - set(known)):
             axes.axvline(bs, color="tab:red", linestyle=":", linewidth=1)

@@ -1,4 +1,4 @@
-"""How the first node of a search tells the others what to try: files in a folder that all of them see."""
+"""File-based queue through which node 0 of a search sends the trials to the other nodes, in a shared folder."""
 
 import json
 import time
@@ -13,13 +13,13 @@ _LOOK_S = 0.2
 
 
 class TrialQueue:
-    """Of one start of a search: a folder of its own, so that nobody acts on those of an earlier one."""
+    """Queue of one start of a search. Each start has its own folder, so that trials of an earlier start are ignored."""
 
     def __init__(self, folder: Path) -> None:
-        """Begin; an earlier start that was killed is said to be over.
+        """Create the queue, and mark the queues of earlier starts as finished.
 
         Args:
-            folder: the search's.
+            folder: folder of the search.
         """
         place = folder / _FOLDER
         place.mkdir(parents=True, exist_ok=True)
@@ -30,20 +30,20 @@ class TrialQueue:
         self._given = 0
 
     def put(self, bs: Optional[int], folder: str) -> None:
-        """Order a try; None: there are no more."""
+        """Enqueue a trial; None ends the queue."""
         write_json(self._place / f"{self._given:04}.json", {"bs": bs, "folder": folder})
         self._given += 1
 
 
 def iter_trials(folder: Path, patience_s: float) -> Iterator[Tuple[int, str]]:
-    """The tries of the newest start that is not over, as they are ordered: batch size and folder of each.
+    """Yield batch size and folder of each trial of the newest unfinished start, in order.
 
     Args:
-        folder: the search's.
-        patience_s: how long the next one is waited for.
+        folder: folder of the search.
+        patience_s: seconds to wait for the next trial.
 
     Raises:
-        RunError: if none comes.
+        RunError: if no trial is enqueued in time.
     """
     own: Optional[Path] = None
     number, until = 0, time.monotonic() + patience_s
@@ -61,7 +61,7 @@ def iter_trials(folder: Path, patience_s: float) -> Iterator[Tuple[int, str]]:
         yield int(order["bs"]), str(order["folder"])
         number, until = number + 1, time.monotonic() + patience_s
     raise RunError(
-        f"node 0 began no try for {patience_s:.0f} s (looked in {folder / _FOLDER}: is it a folder that all nodes see?)"
+        f"node 0 started no trial for {patience_s:.0f} s (searched in {folder / _FOLDER}: do all nodes share it?)"
     )
 
 

@@ -1,4 +1,4 @@
-"""One try: a short run of `train` in a process of its own, and what it says of a batch size."""
+"""Trials of a batch size: short runs of `train` in child processes, and their results."""
 
 import signal
 import subprocess
@@ -19,21 +19,21 @@ from lit_glm.runs.run_writer import STEP_COLUMNS, read_csv_rows
 from lit_glm.tuning.search import FITS, MEMORY, TIME, Trial
 
 UNTIMED = 3
-"""Steps that touch memory and start kernels for the first time; the first one has the longest examples."""
+"""Number of warm-up steps, which touch memory and start kernels; the first one has the longest examples."""
 _KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
 
 
 @dataclass
 class TrialRunner:
-    """Runs tries."""
+    """Runner of the trials of a search."""
 
     overrides: List[str]
-    """Of the command line, without what a try sets itself."""
+    """Overrides of the command line, without those that a trial sets itself."""
     flags: List[str]
     steps: int
 
     def command(self, bs: int, folder: Path) -> List[str]:
-        """Of a try: few steps, the longest examples first, nothing evaluated, saved or logged."""
+        """Return the command of a trial: few steps, longest examples first, no evaluation, checkpoint or logger."""
         own = [
             f"bs={bs}",
             f"run.max_steps={UNTIMED + self.steps}",
@@ -50,35 +50,35 @@ class TrialRunner:
         return [sys.executable, "-m", "lit_glm.train", *self.overrides, *own, *self.flags]
 
     def run(self, bs: int, folder: Path, work: Workload, seconds: float) -> Trial:
-        """Try a batch size.
+        """Run a trial of a batch size.
 
         Args:
             bs: the batch size.
-            folder: the run's; its output goes to output.txt there.
-            work: of its steps.
-            seconds: how long it may take.
+            folder: run folder; the output goes to a .txt file of the same name next to it.
+            work: workload of the steps.
+            seconds: time limit.
 
         Raises:
-            RunError: if it failed otherwise than for want of memory or time.
+            RunError: if it failed for another reason than a lack of memory or time.
         """
         log = folder.with_suffix(".txt")
         status = self._status(bs, folder, log, seconds)
         if status is None:
-            return Trial(bs, TIME, message=f"took more than the {seconds:.0f} s that were left")
+            return Trial(bs, TIME, message=f"exceeded the remaining {seconds:.0f} s")
         result = read_result(folder) or {}
         error = str(result.get("error") or "")
         if "out of memory" in error or status in _KILLED:
-            return Trial(bs, MEMORY, message=error or "killed, most likely for its memory")
+            return Trial(bs, MEMORY, message=error or "killed, most likely out of memory")
         if status != 0:
-            raise RunError(f"bs={bs} ended with status {status}: {error or _last_line(log)} (all it said: {log})")
+            raise RunError(f"bs={bs} exited with status {status}: {error or _last_line(log)} (full output: {log})")
         return _trial_from_run(bs, folder, work, result)
 
     def take_part(self, bs: int, folder: Path, node: int, seconds: float) -> None:
-        """Run another node's part of a try; what came of it is the first node's to say."""
+        """Run the part of a secondary node in a trial; node 0 evaluates the result."""
         self._status(bs, folder, folder.with_suffix(f".node{node}.txt"), seconds)
 
     def _status(self, bs: int, folder: Path, log: Path, seconds: float) -> Optional[int]:
-        """Exit status of a try; None: it was ended for its time."""
+        """Run a trial and return its exit status; None if it was terminated at its time limit."""
         folder.mkdir(parents=True, exist_ok=True)
         with log.open("w", encoding="utf-8") as output:
             process = subprocess.Popen(
@@ -99,11 +99,11 @@ class TrialRunner:
 
 def _last_line(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it said nothing"
+    return lines[-1] if lines else "no output"
 
 
 def _trial_from_run(bs: int, folder: Path, work: Workload, result: "dict[str, Any]") -> Trial:
-    """p_core from the work that the timed steps have done, so that lucky lengths decide nothing."""
+    """Return a trial whose p_core follows from the FLOPs of the timed steps, so that their lengths do not bias it."""
     rows = read_csv_rows(folder / "steps.csv", STEP_COLUMNS)[UNTIMED:]
     flops = np.array([float(work.counter.flops_by_rank(int(row["step"])).mean()) for row in rows])
     seconds = sum(float(row["compute_s"]) for row in rows)
