@@ -28,7 +28,7 @@ from lit_glm.data.memmap_dataset import open_dataset
 from lit_glm.hardware.runtimes.cpu import CPURuntime, bf16_instructions
 from lit_glm.metrics.flops import published_flops, shared_context_flops
 from lit_glm.metrics.system_info import describe_machine
-from lit_glm.model.build import build_glm
+from lit_glm.model.checkpoint import build_glm
 from lit_glm.model.glm import GLM
 from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, candidate_loss, candidate_scores
 from lit_glm.training.optimizer import make_optimizer

@@ -19,7 +19,7 @@ from lit_glm.config.schema import TrainConfig
 from lit_glm.data.collate import collate_packed, collate_padded
 from lit_glm.data.memmap_dataset import open_dataset
 from lit_glm.hardware.runtimes.cpu import CPURuntime
-from lit_glm.model.build import build_glm
+from lit_glm.model.checkpoint import build_glm
 
 
 def main() -> None:

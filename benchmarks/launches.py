@@ -27,11 +27,10 @@ import torch.nn.functional as F
 from lit_glm.compat import dispatch_mode
 from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
-from lit_glm.data.batch import PackedBatch
-from lit_glm.data.collate import build_padding_index
+from lit_glm.data.collate import PackedBatch, build_padding_index
 from lit_glm.hardware.precision import FP16Precision, make_precision
 from lit_glm.hardware.runtimes.base import Runtime
-from lit_glm.model.build import build_glm
+from lit_glm.model.checkpoint import build_glm
 from lit_glm.model.scoring import TRAIN_MASK, candidate_loss, candidate_scores
 from lit_glm.training.optimizer import make_optimizer
 from lit_glm.verification.operator_check import _PLAIN, operator_name

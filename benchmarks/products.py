@@ -1,6 +1,6 @@
 """Which of torch's libraries multiplies fp32 matrices faster on this processor: its default, or oneDNN?
 
-A linear layer of GLM-Large, forward and backward, both ways in turn; `lit_glm.hardware.runtimes.onednn` decides by the
+A linear layer of GLM-Large, forward and backward, both ways in turn; `lit_glm.hardware.runtimes.cpu` decides by the
 processor's maker and by the size from which it pays.
 
     python benchmarks/products.py --rounds 9

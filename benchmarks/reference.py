@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lit_glm.data.batch import PaddedBatch
+from lit_glm.data.collate import PaddedBatch
 from lit_glm.model.glm import GLM
 
 

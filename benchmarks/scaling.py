@@ -28,7 +28,7 @@ from lit_glm.data.datamodule import RecordDataModule
 from lit_glm.data.memmap_dataset import open_dataset
 from lit_glm.hardware.runtimes.cpu import CPURuntime
 from lit_glm.metrics.flops import FlopCounter
-from lit_glm.model.build import build_glm
+from lit_glm.model.checkpoint import build_glm
 from lit_glm.model.scoring import TRAIN_MASK, candidate_loss, candidate_scores
 
 SMALL = ["model.hidden_size=256", "model.num_attention_heads=4", "model.vocab_size=30592"]

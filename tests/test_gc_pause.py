@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from lit_glm.gc_pause import paused_gc
+from lit_glm.process_utils import paused_gc
 
 
 def test_the_collector_rests_meanwhile_and_no_longer() -> None:

@@ -1,6 +1,7 @@
 """`lit-glm COMMAND ...` and `python -m lit_glm COMMAND ...`, equivalent to `python -m lit_glm.COMMAND ...`."""
 
 import importlib
+import os
 import sys
 
 import lit_glm
@@ -18,8 +19,41 @@ _COMMANDS = {
 }
 
 
+_COMPLETION = """\
+_lit_glm_complete() {
+  COMPREPLY=($(compgen -W "$("${COMP_WORDS[0]}" -sc query=bash 2>/dev/null)" -- "${COMP_WORDS[COMP_CWORD]}"))
+}
+COMP_WORDBREAKS=${COMP_WORDBREAKS//=}
+complete -o nospace -o default -F _lit_glm_complete lit-glm
+"""
+"""For bash, and for zsh after `autoload -U bashcompinit && bashcompinit`. Hydra's own completes `lit-glm` without the
+command behind it."""
+
+
+def complete(request: str) -> int:
+    """Answer `lit-glm -sc install=bash|query=bash`: the shell script, or completions of $COMP_LINE."""
+    if request != "query=bash":
+        print(_COMPLETION, end="")
+        return 0
+    line = os.environ.get("COMP_LINE", "")[: int(os.environ.get("COMP_POINT", "0")) or None]
+    words = line.split()
+    if len(words) < 2 or (len(words) == 2 and not line.endswith(" ")):
+        print(" ".join(f"{name} " for name in _COMMANDS))
+        return 0
+    if words[1] not in _COMMANDS or words[1] in ("export", "report"):  # no Hydra commands: files
+        return 0
+    # Hydra strips the name of the program, which is the command here.
+    os.environ["COMP_LINE"] = line[line.index(words[1], len(words[0])) :]
+    os.environ["COMP_POINT"] = str(len(os.environ["COMP_LINE"]))
+    sys.argv = [words[1], "-sc", request]
+    status: int = importlib.import_module(f"lit_glm.{words[1]}").main()
+    return status
+
+
 def main() -> int:
     """Run the command that the first argument names; return its exit status."""
+    if "-sc" in sys.argv[1:3] and sys.argv[-1].startswith(("install=", "query=")) and not sys.argv[-1].endswith("fish"):
+        return complete(sys.argv[-1])
     if sys.argv[1:2] == ["--version"]:
         print(f"lit-glm {lit_glm.__version__}")
         return 0

@@ -54,19 +54,19 @@ def run_checks(config: TrainConfig, place: Path) -> Iterator[CheckResult]:
     """
     kept = set_hardware_env(config.hardware)  # before anything imports torch
 
-    from lit_glm.preflight import device_checks, file_checks, host, provenance
+    from lit_glm.preflight import checks
 
-    yield run_check("machine", host.check_host)
-    yield run_check("software", host.check_packages)
-    found = run_check("runtime", lambda: device_checks.check_runtime(config, kept))
+    yield run_check("machine", checks.check_host)
+    yield run_check("software", checks.check_packages)
+    found = run_check("runtime", lambda: checks.check_runtime(config, kept))
     yield found
     runtime = found.artifact
     missing = "there is no runtime" if runtime is None else ""
     for name, check in (
-        ("devices", device_checks.check_devices),
-        ("precision", device_checks.check_precision),
-        ("port", device_checks.check_rendezvous_port),
-        ("collectives", device_checks.check_collectives),
+        ("devices", checks.check_devices),
+        ("precision", checks.check_precision),
+        ("port", checks.check_rendezvous_port),
+        ("collectives", checks.check_collectives),
     ):
         if missing:
             yield CheckResult(name, "skip", f"not checked: {missing}")
@@ -75,12 +75,12 @@ def run_checks(config: TrainConfig, place: Path) -> Iterator[CheckResult]:
         yield found
         if found.status == "fail" and name in ("devices", "port"):
             missing = f"{name} failed"
-    yield run_check("disk", lambda: file_checks.check_disk(config, place))
+    yield run_check("disk", lambda: checks.check_disk(config, place))
     for key in ("train_file", "eval_file"):
-        yield run_check(f"data.{key}", lambda key=key: file_checks.check_data(config, key))  # type: ignore[misc]
-    yield run_check("checkpoint", lambda: file_checks.check_checkpoint(config))
-    yield run_check("published files", lambda: provenance.check_provenance(config))
-    yield run_check("memory", lambda: file_checks.check_memory(config, runtime))
+        yield run_check(f"data.{key}", lambda key=key: checks.check_data(config, key))  # type: ignore[misc]
+    yield run_check("checkpoint", lambda: checks.check_checkpoint(config))
+    yield run_check("published files", lambda: checks.check_provenance(config))
+    yield run_check("memory", lambda: checks.check_memory(config, runtime))
 
 
 def main() -> int:

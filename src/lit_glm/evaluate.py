@@ -178,10 +178,15 @@ def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
 
 def _folder_for(config: TrainConfig, hydra: Any) -> Path:
     """Return where results go: `hydra.run.dir` if given, else into the run folder, else a new one in outputs/."""
+    from lit_glm.runs.job_spec import JOB_FILE
+    from lit_glm.runs.result import SCHEMA_VERSION, read_result
+
     path = Path(config.model.init_checkpoint or "")
     run_dir = path.parent.parent if path.suffix == ".ckpt" else path
     given = any(override.startswith("hydra.run.dir=") for override in hydra.overrides.hydra)
-    inside = not given and (run_dir / "job.json").is_file() and os.access(run_dir, os.W_OK)
+    # A run of an earlier version is only read.
+    is_ours = (run_dir / JOB_FILE).is_file() and (read_result(run_dir) or {}).get("schema_version") == SCHEMA_VERSION
+    inside = not given and is_ours and os.access(run_dir, os.W_OK)
     return run_dir / "evaluation" if inside else Path(hydra.run.dir)
 
 
@@ -211,7 +216,7 @@ def _score_checkpoint(
     from lit_glm.data.memmap_dataset import open_dataset
     from lit_glm.hardware.precision import make_precision
     from lit_glm.model.attention import check_attention_available
-    from lit_glm.model.build import build_glm
+    from lit_glm.model.checkpoint import build_glm
     from lit_glm.training.evaluation import evaluate
     from lit_glm.training.module import RecordModule
 

@@ -1,11 +1,15 @@
-"""Process control: parent-death signal, limit of open files, termination of process trees, immediate exit."""
+"""Process control: parent-death signal, limits of files and memory, termination of process trees, garbage collector."""
 
 import ctypes
+import gc
 import os
+import re
 import resource
 import signal
 import sys
-from typing import List, Optional
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator, List, Optional
 
 import psutil
 
@@ -111,3 +115,47 @@ def exit_now(status: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+_LARGE = 100
+"""Minimum number of modules that a large library imports."""
+
+
+@contextmanager
+def paused_gc() -> Iterator[None]:
+    """Disable the collector inside the block; freeze the existing objects afterwards if much was imported."""
+    before, was_on = len(sys.modules), gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if len(sys.modules) > before + _LARGE:
+            gc.freeze()
+        if was_on:
+            gc.enable()
+
+
+_SAYS = re.compile(
+    r"out of memory|can(?:'|no)t allocate memory|not enough memory|bad_alloc|bad allocation|ALLOC_FAILED|"
+    r"Unable to allocate|failed to allocate",
+    re.IGNORECASE,
+)
+
+
+def is_oom_error(error: BaseException) -> bool:
+    """Whether an error means that a device, or the machine, has too little memory for what was asked."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and _SAYS.search(str(error)) is not None
+
+
+def oom_kill_count() -> int:
+    """How many processes the kernel has killed so far because the machine, or this container, had no memory left."""
+    count = 0
+    for file in ("/proc/vmstat", "/sys/fs/cgroup/memory.events"):
+        try:
+            found = re.search(r"^oom_kill (\d+)$", Path(file).read_text(encoding="utf-8"), re.MULTILINE)
+        except OSError:
+            continue
+        count = max(count, int(found.group(1)) if found else 0)
+    return count

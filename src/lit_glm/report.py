@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Dict, List, Optional, Sequence
 
-from lit_glm.config.migration import old_key_message
+from lit_glm.config.key_aliases import old_key_message
 from lit_glm.errors import InputError
 from lit_glm.metrics.registry import METRICS, OBJECTIVES
 from lit_glm.safe_output import output_error, protect_output
@@ -87,8 +87,8 @@ def report(given: argparse.Namespace) -> int:
 
     import lit_glm
     from lit_glm.reporting import formats
+    from lit_glm.reporting.definitions import Translations
     from lit_glm.reporting.document import make_document
-    from lit_glm.reporting.i18n import Translations
     from lit_glm.reporting.run_reader import find_runs
 
     places = list(given.runs)
@@ -145,8 +145,8 @@ def report(given: argparse.Namespace) -> int:
 
 def _best_run_text(runs: "List[ReportRun]", key: str) -> str:
     """Return row, folder and command of the best complete run by a metric."""
+    from lit_glm.reporting.document import run_command_line
     from lit_glm.reporting.run_reader import sort_key
-    from lit_glm.reporting.summary_tiles import run_command_line
     from lit_glm.runs.result import results_table
 
     known = [run for run in runs if run.complete and run.number(key) is not None]

@@ -14,8 +14,8 @@ from lit_glm.config.command_line import CommandLine  # noqa: E402
 from lit_glm.config.hydra_main import TaskOutcome, run_command  # noqa: E402
 from lit_glm.config.schema import TrainConfig  # noqa: E402
 from lit_glm.errors import InputError  # noqa: E402
-from lit_glm.gc_pause import paused_gc  # noqa: E402
 from lit_glm.launch.signals import Interrupted, RaisingStopSignals, ignore_stop_signals  # noqa: E402
+from lit_glm.process_utils import paused_gc  # noqa: E402
 
 
 def train(config: TrainConfig, composed: Any) -> TaskOutcome:
@@ -29,7 +29,7 @@ def train(config: TrainConfig, composed: Any) -> TaskOutcome:
 
     with paused_gc():
         from lit_glm.hardware.runtimes.selection import check_runtime_available
-    from lit_glm.launch.nodes import external_rank
+    from lit_glm.launch.rendezvous import external_rank
     from lit_glm.runs.run_folder import hydra_files
 
     hydra = HydraConfig.get()
@@ -100,8 +100,7 @@ def _resolve_run_dir(config: TrainConfig, run_dir: Path) -> Tuple[Path, bool]:
 def run(config: TrainConfig, run_dir: Path, files: Dict[str, str], prepare: Callable[[], None]) -> int:
     """Run one job unless it is complete; return the exit status."""
     from lit_glm.launch.launcher import announce_early_end, run_job
-    from lit_glm.launch.nodes import this_node
-    from lit_glm.launch.rendezvous import announce_end
+    from lit_glm.launch.rendezvous import announce_end, this_node
     from lit_glm.runs.checkpoints import resume_hint
     from lit_glm.runs.job_spec import JobSpec
     from lit_glm.runs.result import COMPLETE, read_result, results_table

@@ -43,7 +43,7 @@ def tune(config: Any, _composed: Any) -> int:
     from lit_glm.hardware.runtimes.selection import check_runtime_available
     from lit_glm.launch.signals import Interrupted
     from lit_glm.planning.workload import load_examples
-    from lit_glm.runs.lock import lock_directory
+    from lit_glm.runs.run_folder import lock_directory
     from lit_glm.tuning.coordinator import run_coordinator, run_follower
     from lit_glm.tuning.trial_runner import TrialRunner
 

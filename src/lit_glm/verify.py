@@ -51,7 +51,7 @@ def main() -> int:
         set_hardware_env(config.hardware)  # before anything imports torch
 
         from lit_glm.hardware.runtimes.selection import check_device_count, make_runtime, validate_devices
-        from lit_glm.runs import verifications
+        from lit_glm.runs import environment
         from lit_glm.verification.acceptance import AcceptanceTest
 
         runtime = make_runtime(config.hardware, config.topology)
@@ -68,16 +68,16 @@ def main() -> int:
             print(f"lit_glm: {acceptance.title()}", flush=True)
         device = acceptance.device()
         for check in acceptance.checks():
-            verifications.write_verification(folder, device, acceptance.done, acceptance.passed, complete=False)
+            environment.write_verification(folder, device, acceptance.done, acceptance.passed, complete=False)
             if not as_json:
                 print(check.line(), flush=True)
-        content = verifications.write_verification(folder, device, acceptance.done, acceptance.passed)
+        content = environment.write_verification(folder, device, acceptance.done, acceptance.passed)
         failed = [check.name for check in acceptance.done if check.status == "fail"]
         if as_json:
             print(json.dumps(content, indent=1, ensure_ascii=False))
         else:
             print(f"lit_glm: {len(failed)} failed: {', '.join(failed)}" if failed else "lit_glm: nothing failed")
-            print(f"lit_glm: {folder / verifications.VERIFY_FILE}")
+            print(f"lit_glm: {folder / environment.VERIFY_FILE}")
         return 1 if failed else 0
 
     sys.argv = [argument for argument in arguments if argument != "--json"]

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from conftest import lit_glm_here
-from lit_glm.config.help_text import key_help
-from lit_glm.config.hydra_main import CONF_DIR, compose_config, validate_config
+from lit_glm.config.hydra_main import CONF_DIR, compose_config, key_help, validate_config
 from lit_glm.config.key_aliases import _KEYS
 from lit_glm.config.schema import TrainConfig, iter_leaves
 

@@ -8,7 +8,7 @@ from typing import Any, Dict
 import pytest
 
 from conftest import lit_glm_here, tree_digest
-from lit_glm.config.migration import REMOVED_KEYS, RENAMED, migrate_names
+from lit_glm.config.key_aliases import REMOVED_KEYS, RENAMED, migrate_names
 from lit_glm.config.schema import TrainConfig, iter_leaves
 from lit_glm.errors import InputError
 from lit_glm.hardware.runtimes.selection import import_runtime_class

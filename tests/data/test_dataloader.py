@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_glm.data.dataloader import PrefetchIterator
-from lit_glm.data.datamodule import batch_by_token_budget
+from lit_glm.data.datamodule import PrefetchIterator, batch_by_token_budget
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 16, 49, 50, 99])

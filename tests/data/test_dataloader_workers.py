@@ -6,7 +6,7 @@ import psutil
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from lit_glm.data.dataloader import SignalSafeDataLoader, worker_init_fn
+from lit_glm.data.datamodule import SignalSafeDataLoader, worker_init_fn
 
 
 class _Numbers(Dataset):

@@ -11,10 +11,9 @@ import pytest
 
 from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import DataConfig, SyntheticConfig, TrainConfig
-from lit_glm.data.memmap_dataset import open_dataset
-from lit_glm.data.sequence_lengths import SequenceLengths
+from lit_glm.data.cloze import WordPieceTokenizer
+from lit_glm.data.memmap_dataset import SequenceLengths, open_dataset
 from lit_glm.data.synthetic import ensure_synthetic_data, synthetic_vocabulary, write_synthetic_jsonl
-from lit_glm.data.tokenizer import WordPieceTokenizer
 
 
 @pytest.fixture(scope="module")

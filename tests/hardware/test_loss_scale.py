@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import LossScaleConfig, TrainConfig
-from lit_glm.hardware.loss_scale import DynamicLossScale, VendorLossScale
+from lit_glm.hardware.precision import DynamicLossScale, VendorLossScale
 
 DOUBLE = Path(__file__).parent.parent / "doubles" / "torch_xmlir" / "amp" / "__init__.py"
 

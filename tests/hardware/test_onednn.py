@@ -5,7 +5,7 @@ from typing import Any, List
 import pytest
 import torch
 
-from lit_glm.hardware.runtimes import onednn as linear
+from lit_glm.hardware.runtimes import cpu as linear
 from lit_glm.hardware.runtimes.cpu import CPURuntime
 from lit_glm.model.glm import Linear
 from lit_glm.model.runtime_ops import RuntimeOps

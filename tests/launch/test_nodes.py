@@ -6,7 +6,7 @@ import pytest
 
 from lit_glm.config.schema import TopologyConfig
 from lit_glm.errors import InputError
-from lit_glm.launch.nodes import check_node_count, check_port, external_rank, network_interface_to, resolve_node
+from lit_glm.launch.rendezvous import check_node_count, check_port, external_rank, network_interface_to, resolve_node
 
 
 @pytest.fixture(autouse=True)

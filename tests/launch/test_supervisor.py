@@ -14,7 +14,7 @@ from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError, RunError
 from lit_glm.launch import supervisor as supervisors
-from lit_glm.launch.nodes import Node
+from lit_glm.launch.rendezvous import Node
 from lit_glm.launch.signals import STOP_SIGNALS, Interrupted
 from lit_glm.launch.supervisor import Supervisor
 from lit_glm.runs.job_spec import JobSpec

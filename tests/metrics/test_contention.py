@@ -7,7 +7,7 @@ import time
 from typing import Optional
 
 from lit_glm.hardware.runtimes.base import Runtime
-from lit_glm.metrics.contention import ContentionMonitor
+from lit_glm.metrics.system_info import ContentionMonitor
 from lit_glm.runs.result import annotations
 
 

@@ -12,7 +12,7 @@ from lit_glm.data.collate import collate_packed, collate_padded
 from lit_glm.data.datamodule import RecordDataModule
 from lit_glm.data.memmap_dataset import MemmapDataset, open_dataset
 from lit_glm.metrics.flops import FlopCounter, WorkTotals, compute_mfu, peak_key, published_flops, shared_context_flops
-from lit_glm.model.build import build_glm
+from lit_glm.model.checkpoint import build_glm
 from lit_glm.model.scoring import TRAIN_MASK, candidate_loss, candidate_scores
 
 

@@ -11,22 +11,21 @@ import pytest
 from conftest import GOLDEN_RUN, TRAIN_FILE
 from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import HardwareConfig, TopologyConfig, TrainConfig
-from lit_glm.data.memmap_dataset import open_dataset
-from lit_glm.data.sequence_lengths import SequenceLengths
+from lit_glm.data.memmap_dataset import SequenceLengths, open_dataset
 from lit_glm.hardware.runtimes.selection import make_runtime
 from lit_glm.metrics.memory_estimate import count_parameters, estimate_memory, largest_fitting_bs, memory_message
-from lit_glm.model.build import meta_state_dict
+from lit_glm.model.checkpoint import meta_state_dict
 
 MEASURE = """
 import sys
 import numpy as np
 import torch
 from lit_glm.data.collate import build_padding_index
-from lit_glm.data.batch import PackedBatch
+from lit_glm.data.collate import PackedBatch
 from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
 from lit_glm.hardware.runtimes.cpu import CPURuntime
-from lit_glm.model.build import build_glm
+from lit_glm.model.checkpoint import build_glm
 from lit_glm.model.scoring import TRAIN_MASK, candidate_loss, candidate_scores
 from lit_glm.training.optimizer import make_optimizer
 

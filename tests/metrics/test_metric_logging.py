@@ -6,7 +6,7 @@ from typing import Any, List
 
 import pytest
 
-from lit_glm.metrics import background_logger
+from lit_glm.metrics import loggers
 from lit_glm.metrics.loggers import MetricLogging
 from lit_glm.metrics.timing import PhaseDurations
 from lit_glm.training.module import StepMetrics
@@ -47,9 +47,9 @@ class Server:
 
 
 def test_a_server_that_fails_costs_a_run_its_curves_alone(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(background_logger, "_PAUSE_S", 0.01)
+    monkeypatch.setattr(loggers, "_PAUSE_S", 0.01)
     server = Server(fails=True)
-    logger = background_logger.BackgroundLogger(server)
+    logger = loggers.BackgroundLogger(server)
     for step in range(5):
         logger.log_metrics({"a": 1.0}, step)
     logger.close()
@@ -60,7 +60,7 @@ def test_a_server_that_fails_costs_a_run_its_curves_alone(monkeypatch: pytest.Mo
 
 def test_a_slow_server_does_not_hold_up_steps(capsys: Any) -> None:
     server = Server(slow_s=0.1)
-    logger, begun = background_logger.BackgroundLogger(server, wait_s=0.3), time.monotonic()
+    logger, begun = loggers.BackgroundLogger(server, wait_s=0.3), time.monotonic()
     for step in range(20):
         logger.log_metrics({"a": 1.0}, step)
     assert time.monotonic() - begun < 0.1 * 10  # far from what the server takes
@@ -68,7 +68,7 @@ def test_a_slow_server_does_not_hold_up_steps(capsys: Any) -> None:
     assert time.monotonic() - begun < 0.1 * 20
     assert "its curves are incomplete" in capsys.readouterr().err
     quick = Server()
-    logger = background_logger.BackgroundLogger(quick)
+    logger = loggers.BackgroundLogger(quick)
     for step in range(20):
         logger.log_metrics({"a": 1.0}, step)
     logger.close()

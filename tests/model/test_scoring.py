@@ -172,11 +172,9 @@ def test_products_a_few_sequences_at_a_time_are_the_same(dropout: float, monkeyp
     qkv = torch.randn(5 * 8, 3 * 16)
     plan, found = PaddedAttention.from_sequences(torch.tensor([3, 7, 1, 8, 2]), 8, "matmul"), []
     one_by_one = lambda like, p: (torch.rand(like.shape) >= p, 1.0 / (1.0 - p))  # noqa: E731
-    monkeypatch.setattr(
-        "lit_glm.model.matmul_attention.sample_zeros", one_by_one
-    )  # so that slices draw what the whole would
+    monkeypatch.setattr("lit_glm.model.attention.sample_zeros", one_by_one)  # so that slices draw what the whole would
     for scores in (2**20, 2 * 4 * 8 * 8, 1):
-        monkeypatch.setattr("lit_glm.model.matmul_attention._SCORES", scores)
+        monkeypatch.setattr("lit_glm.model.attention._SCORES", scores)
         x = qkv.clone().requires_grad_()
         torch.manual_seed(1)
         out = plan(x, 4, dropout, False)

@@ -9,8 +9,7 @@ import torch
 from torch.nn.functional import linear
 
 from conftest import CHECKPOINT, GOLDEN
-from lit_glm.data.batch import PaddedBatch
-from lit_glm.data.collate import collate_packed
+from lit_glm.data.collate import PaddedBatch, collate_packed
 from lit_glm.data.h5sparse import SparseWriter
 from lit_glm.data.memmap_dataset import open_dataset
 from lit_glm.model.attention import PaddedAttention

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from conftest import EVAL_FILE, GOLDEN, TRAIN_FILE, lit_glm_here
+from lit_glm.data.cloze import WordPieceTokenizer
 from lit_glm.data.collate import collate_padded
 from lit_glm.data.h5sparse import SparseReader
 from lit_glm.data.memmap_dataset import open_dataset
-from lit_glm.data.tokenizer import WordPieceTokenizer
 
 VOCAB = GOLDEN / "bert-large-uncased-vocab.txt"
 

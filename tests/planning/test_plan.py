@@ -14,12 +14,11 @@ from conftest import GOLDEN_RUN, lit_glm_here
 from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import RunConfig, TrainConfig
 from lit_glm.plan import PlanConfig
-from lit_glm.planning.cost_model import MeasuredRun, rank_speed
-from lit_glm.planning.interval import Interval, hull
+from lit_glm.planning.cost_model import Interval, MeasuredRun, hull, rank_speed
 from lit_glm.planning.prediction import Prediction, all_reduce_time, predict
 from lit_glm.planning.workload import TypicalExamples, Workload
 from lit_glm.reporting.published_rows import load_published_rows
-from lit_glm.training.stopping_rules import has_reached_limit, is_evaluation_due
+from lit_glm.training.evaluation import has_reached_limit, is_evaluation_due
 
 TYPICAL = TypicalExamples.like_record(20_000, 512)
 

@@ -13,7 +13,7 @@ from lit_glm.check_result import CheckResult
 from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
 from lit_glm.doctor import run_check
-from lit_glm.preflight import file_checks
+from lit_glm.preflight import checks
 
 Checks = Dict[str, Dict[str, str]]
 
@@ -27,8 +27,8 @@ def doctor(capfd: Any, *arguments: str) -> "tuple[int, Checks]":
     return status, {entry["name"]: entry for entry in said["checks"]}
 
 
-def failed(checks: Checks) -> List[str]:
-    return [name for name, entry in checks.items() if entry["status"] == "fail"]
+def failed(found: Checks) -> List[str]:
+    return [name for name, entry in found.items() if entry["status"] == "fail"]
 
 
 @pytest.fixture(autouse=True)
@@ -54,24 +54,24 @@ def test_a_wrong_configuration_is_not_the_doctors_business(capfd: Any) -> None:
 
 
 def test_a_missing_runtime(capfd: Any) -> None:
-    status, checks = doctor(capfd, *GOLDEN_RUN, "hardware=r300")
-    assert (status, failed(checks)) == (1, ["runtime"])
-    assert "hardware.runtime=simulated" in checks["runtime"]["advice"]
-    assert checks["collectives"]["status"] == "skip"
-    assert checks["data.eval_file"]["status"] == "ok"
+    status, found = doctor(capfd, *GOLDEN_RUN, "hardware=r300")
+    assert (status, failed(found)) == (1, ["runtime"])
+    assert "hardware.runtime=simulated" in found["runtime"]["advice"]
+    assert found["collectives"]["status"] == "skip"
+    assert found["data.eval_file"]["status"] == "ok"
 
 
 def test_a_rehearsal_says_that_it_is_one(capfd: Any) -> None:
-    status, checks = doctor(capfd, *GOLDEN_RUN, "hardware=r300", "hardware.runtime=simulated")
+    status, found = doctor(capfd, *GOLDEN_RUN, "hardware=r300", "hardware.runtime=simulated")
     assert status == 0
-    assert "simulated" in checks["runtime"]["message"]
-    assert "32.0 GiB" in checks["devices"]["message"]
+    assert "simulated" in found["runtime"]["message"]
+    assert "32.0 GiB" in found["devices"]["message"]
 
 
 def test_more_devices_than_there_are(capfd: Any) -> None:
-    status, checks = doctor(capfd, *GOLDEN_RUN, "topology=4x8", "bs=1")
-    assert (status, failed(checks)) == (1, ["devices"])
-    assert checks["port"]["message"] == "not checked: devices failed"
+    status, found = doctor(capfd, *GOLDEN_RUN, "topology=4x8", "bs=1")
+    assert (status, failed(found)) == (1, ["devices"])
+    assert found["port"]["message"] == "not checked: devices failed"
 
 
 def test_a_busy_port(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,26 +80,26 @@ def test_a_busy_port(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         busy.listen(1)
         port = busy.getsockname()[1]
         monkeypatch.setenv("MASTER_PORT", str(port))
-        status, checks = doctor(capfd, *GOLDEN_RUN, "topology=1x2")
-    assert (status, failed(checks)) == (1, ["port"])
-    assert f"MASTER_PORT={port}: is in use on this machine" in checks["port"]["message"]
+        status, found = doctor(capfd, *GOLDEN_RUN, "topology=1x2")
+    assert (status, failed(found)) == (1, ["port"])
+    assert f"MASTER_PORT={port}: is in use on this machine" in found["port"]["message"]
 
 
 def test_a_full_disk(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     real = shutil.disk_usage("/")
-    monkeypatch.setattr(file_checks.shutil, "disk_usage", lambda _: real._replace(free=1000))
-    status, checks = doctor(capfd, *GOLDEN_RUN)
-    assert (status, failed(checks)) == (1, ["disk"])
-    assert "hydra.run.dir=" in checks["disk"]["advice"]
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: real._replace(free=1000))
+    status, found = doctor(capfd, *GOLDEN_RUN)
+    assert (status, failed(found)) == (1, ["disk"])
+    assert "hydra.run.dir=" in found["disk"]["advice"]
 
 
 def test_a_disk_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def no_space(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(file_checks.os, "fsync", no_space)
+    monkeypatch.setattr(checks.os, "fsync", no_space)
     config = validate_config(compose_config("doctor", ["model=glm_tiny"]), TrainConfig)
-    found = file_checks.check_disk(config, tmp_path)
+    found = checks.check_disk(config, tmp_path)
     assert found.status == "fail"
     assert "No space left" in found.message
 
@@ -107,60 +107,60 @@ def test_a_disk_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_a_broken_checkpoint(capfd: Any, tmp_path: Path) -> None:
     whole = next(CHECKPOINT.rglob("*.pt")).read_bytes()
     (tmp_path / "broken.pt").write_bytes(whole[: len(whole) // 2])
-    status, checks = doctor(capfd, *GOLDEN_RUN, f"model.init_checkpoint={tmp_path}/broken.pt")
-    assert (status, failed(checks)) == (1, ["checkpoint"])
-    assert "cut short" in checks["checkpoint"]["message"]
+    status, found = doctor(capfd, *GOLDEN_RUN, f"model.init_checkpoint={tmp_path}/broken.pt")
+    assert (status, failed(found)) == (1, ["checkpoint"])
+    assert "cut short" in found["checkpoint"]["message"]
 
 
 def test_a_checkpoint_of_another_shape(capfd: Any) -> None:
-    status, checks = doctor(capfd, *GOLDEN_RUN, "model.num_layers=2")
-    assert (status, failed(checks)) == (1, ["checkpoint"])
-    assert "unexpected: transformer.layers.2" in checks["checkpoint"]["advice"]
+    status, found = doctor(capfd, *GOLDEN_RUN, "model.num_layers=2")
+    assert (status, failed(found)) == (1, ["checkpoint"])
+    assert "unexpected: transformer.layers.2" in found["checkpoint"]["advice"]
 
 
 @pytest.mark.parametrize("key", ["train_file", "eval_file"])
 def test_a_truncated_data_file(key: str, capfd: Any, tmp_path: Path) -> None:
     whole = (TRAIN_FILE if key == "train_file" else EVAL_FILE).read_bytes()
     (tmp_path / "cut.hdf5").write_bytes(whole[: len(whole) // 2])
-    status, checks = doctor(capfd, *GOLDEN_RUN, f"data.{key}={tmp_path}/cut.hdf5")
+    status, found = doctor(capfd, *GOLDEN_RUN, f"data.{key}={tmp_path}/cut.hdf5")
     assert status == 1
-    assert f"data.{key}" in failed(checks)
-    assert "cut short" in checks[f"data.{key}"]["message"]
-    assert checks["checkpoint"]["status"] == "ok"
+    assert f"data.{key}" in failed(found)
+    assert "cut short" in found[f"data.{key}"]["message"]
+    assert found["checkpoint"]["status"] == "ok"
 
 
 def test_data_that_the_model_cannot_take(capfd: Any) -> None:
-    status, checks = doctor(capfd, *GOLDEN_RUN, "model.init_checkpoint=null", "model.vocab_size=100")
+    status, found = doctor(capfd, *GOLDEN_RUN, "model.init_checkpoint=null", "model.vocab_size=100")
     assert status == 1
-    assert "beyond model.vocab_size=100" in checks["data.train_file"]["message"]
+    assert "beyond model.vocab_size=100" in found["data.train_file"]["message"]
 
 
 def test_a_batch_beyond_the_memory(capfd: Any) -> None:
     large = [entry for entry in GOLDEN_RUN if not entry.startswith("model.")]
     chip = ["hardware=r300", "hardware.runtime=simulated", "hardware.memory_gib=4"]
-    status, checks = doctor(capfd, *large, *chip)
-    assert (status, failed(checks)) == (1, ["memory"])
-    assert "no bs fits" in checks["memory"]["advice"]
+    status, found = doctor(capfd, *large, *chip)
+    assert (status, failed(found)) == (1, ["memory"])
+    assert "no bs fits" in found["memory"]["advice"]
 
 
 def test_words_where_the_vocabulary_is_known(capfd: Any) -> None:
     assert lit_glm_here("prepare", "data=synthetic", "data.synthetic.num_train=4", "data.synthetic.num_eval=2") == 0
     few = ["data.synthetic.num_train=4", "data.synthetic.num_eval=2"]
-    _, checks = doctor(capfd, "experiment=debug", *few)
-    assert "[CLS]" in checks["data.train_file"]["message"]
-    assert "4 candidates:" in checks["data.train_file"]["message"]
+    _, found = doctor(capfd, "experiment=debug", *few)
+    assert "[CLS]" in found["data.train_file"]["message"]
+    assert "4 candidates:" in found["data.train_file"]["message"]
 
 
 def test_versions_that_are_not_the_tested_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lit_glm.preflight import host
+    from lit_glm.preflight import checks
 
-    real = host.metadata.version
-    monkeypatch.setattr(host.metadata, "version", lambda name: "99.0" if name == "h5py" else real(name))
-    found = host.check_packages()
+    real = checks.metadata.version
+    monkeypatch.setattr(checks.metadata, "version", lambda name: "99.0" if name == "h5py" else real(name))
+    found = checks.check_packages()
     assert found.status == "warn"
     assert "h5py 99.0 (tested: " in found.message
-    monkeypatch.setattr(host.metadata, "version", lambda name: "0.1" if name == "h5py" else real(name))
-    assert host.check_packages().status == "fail"
+    monkeypatch.setattr(checks.metadata, "version", lambda name: "0.1" if name == "h5py" else real(name))
+    assert checks.check_packages().status == "fail"
 
 
 def test_a_check_that_breaks_is_a_finding() -> None:

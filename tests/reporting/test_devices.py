@@ -7,7 +7,7 @@ import pytest
 from conftest import lit_glm_here
 from lit_glm.check_result import CheckResult
 from lit_glm.hardware.device_monitor import COLUMNS
-from lit_glm.runs import verifications
+from lit_glm.runs import environment
 from reporting.folders import make_run
 
 
@@ -52,7 +52,7 @@ def test_the_verification_of_the_same_driver_stands_beside_a_row(
 ) -> None:
     told = {"hardware": "r300", "driver": driver}
     status = "ok" if passed else "fail"
-    verifications.write_verification(
+    environment.write_verification(
         tmp_path / "outputs/verify/day/time", told, [CheckResult("clock", status, "x")], {"fp32": passed}
     )
     assert said in read(make_run(tmp_path / "outputs" / "day" / "run"))

@@ -13,8 +13,7 @@ from matplotlib.text import Text
 from conftest import lit_glm_here
 from lit_glm.hardware.device_monitor import COLUMNS
 from lit_glm.report import main as report
-from lit_glm.tuning.search import FITS, MEMORY, Trial
-from lit_glm.tuning.search_state import _plot_trials
+from lit_glm.tuning.search_state import FITS, MEMORY, Trial, _plot_trials
 from reporting.folders import make_run
 
 _TOUCH = 1.0  # pixels

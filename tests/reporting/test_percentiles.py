@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from lit_glm.metrics.timing import num_timing_warmup_steps
-from lit_glm.reporting.i18n import Translations
+from lit_glm.reporting.definitions import Translations
 from lit_glm.reporting.plots import legend_labels, throughput_percentiles
 from lit_glm.reporting.row_format import row_label
 from lit_glm.reporting.run_reader import find_runs

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from conftest import lit_glm, rows
-from lit_glm.runs.lock import is_running
+from lit_glm.runs.run_folder import is_running
 from runs.processes import FOUR_CARDS, free_port, on_node, ranks_of, start, start_torchrun, torchrun
 from runs.test_runs import DEBUG, _nothing_left, _start, _wait_for_steps, result
 

@@ -12,7 +12,7 @@ from typing import Any, List
 import pytest
 
 from conftest import command, lit_glm, lit_glm_here, rows
-from lit_glm.runs.lock import lock_directory
+from lit_glm.runs.run_folder import lock_directory
 from runs.test_runs import DEBUG, _start, _wait_for_steps, result
 from runs.test_sweep import SWEEP, states
 

@@ -12,8 +12,7 @@ from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
 from lit_glm.runs.discovery import default_search_paths, find_run_dirs, runs_by_config_hash
 from lit_glm.runs.job_spec import JobSpec
-from lit_glm.runs.lock import lock_directory
-from lit_glm.runs.run_folder import ensure_available
+from lit_glm.runs.run_folder import ensure_available, lock_directory
 
 DEBUG = ["experiment=debug", "run.max_steps=2", "logger={}"]
 

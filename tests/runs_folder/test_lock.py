@@ -6,7 +6,7 @@ import pytest
 
 from conftest import lit_glm_here
 from lit_glm.errors import InputError
-from lit_glm.runs.lock import is_running, lock_directory
+from lit_glm.runs.run_folder import is_running, lock_directory
 
 
 def test_a_run_folder_is_one_process_s(tmp_path: Path) -> None:
@@ -22,7 +22,7 @@ def test_a_run_folder_is_one_process_s(tmp_path: Path) -> None:
 def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
-from lit_glm.runs.lock import lock_directory
+from lit_glm.runs.run_folder import lock_directory
 with lock_directory(Path({str(tmp_path)!r})):
     print("inside", flush=True)
     input()

@@ -22,7 +22,7 @@ from lit_glm.hardware.accelerator import make_accelerator, make_strategy
 from lit_glm.hardware.precision import LossScalingPrecision, make_precision
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.model import attention
-from lit_glm.model.build import build_glm
+from lit_glm.model.checkpoint import build_glm
 from lit_glm.training.evaluation import evaluate
 from lit_glm.training.module import RecordModule
 

@@ -14,7 +14,7 @@ from lit_glm.compat import dispatch_mode
 from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import OptimizerConfig, TrainConfig
 from lit_glm.hardware.runtimes.cpu import CPURuntime
-from lit_glm.model.build import build_glm
+from lit_glm.model.checkpoint import build_glm
 from lit_glm.model.glm import GLM, GLMConfig
 from lit_glm.training import module as module_file
 from lit_glm.training.evaluation import ExactMatch, em_and_f1, normalise_answer

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_glm.config.schema import RunConfig
-from lit_glm.training.stopping_rules import has_converged, has_reached_limit, is_evaluation_due, next_evaluation_step
+from lit_glm.training.evaluation import has_converged, has_reached_limit, is_evaluation_due, next_evaluation_step
 
 
 def test_evaluations_are_due_as_published() -> None:

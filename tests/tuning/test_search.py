@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_glm.errors import RunError
-from lit_glm.tuning.search import FITS, MEMORY, TIME, Trial, fastest_bs, largest_bs, next_bs, trials_by_bs
+from lit_glm.tuning.search_state import FITS, MEMORY, TIME, Trial, fastest_bs, largest_bs, next_bs, trials_by_bs
 from lit_glm.tuning.trial_runner import TrialRunner
 
 

@@ -13,8 +13,7 @@ from lit_glm.config.schema import TrainConfig
 from lit_glm.hardware.runtimes.cpu import CPURuntime
 from lit_glm.model.runtime_ops import RuntimeOps
 from lit_glm.verification import acceptance, timing_check
-from lit_glm.verification.operator_check import OperatorRecorder, find_cpu_fallbacks
-from lit_glm.verification.reference_ops import reference_result
+from lit_glm.verification.operator_check import OperatorRecorder, find_cpu_fallbacks, reference_result
 
 
 class Later:

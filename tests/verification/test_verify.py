@@ -14,7 +14,7 @@ from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
 from lit_glm.hardware.runtimes.cpu import CPURuntime
-from lit_glm.runs import verifications
+from lit_glm.runs import environment
 from lit_glm.verification import acceptance, timing_check
 from lit_glm.verification.error_bounds import operator_bound, relative_error
 
@@ -53,8 +53,8 @@ def test_the_newest_of_the_same_hardware_driver_and_precision(
     hardware: str, driver: str, precision: str, found: Optional[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, moment in (("new", "2026-02-01T00:00:00"), ("old", "2026-01-01T00:00:00")):
-        monkeypatch.setattr(verifications.time, "strftime", lambda _form, moment=moment: moment)
-        verifications.write_verification(
+        monkeypatch.setattr(environment.time, "strftime", lambda _form, moment=moment: moment)
+        environment.write_verification(
             tmp_path / "outputs" / "verify" / "day" / name,
             {"hardware": "a", "driver": "1", "which": name},
             [CheckResult("clock", "ok", "waits")],
@@ -62,7 +62,7 @@ def test_the_newest_of_the_same_hardware_driver_and_precision(
         )
     run = tmp_path / "outputs" / "2026-02-02" / "10-00-00"
     run.mkdir(parents=True)
-    newest: Any = verifications.latest_verification([run], hardware, driver, precision)
+    newest: Any = environment.latest_verification([run], hardware, driver, precision)
     assert (newest and newest["which"]) == found
     assert found is None or newest["passed"]
 
@@ -81,10 +81,10 @@ def test_a_precision_that_cannot_be_tried_is_not_recorded_as_verified(monkeypatc
 
 def test_pretended_cards_verify_nothing(tmp_path: Path) -> None:
     told = {"hardware": "a", "driver": None, "simulated": True}
-    verifications.write_verification(
+    environment.write_verification(
         tmp_path / "verify" / "x", told, [CheckResult("clock", "ok", "waits")], {"fp32": True}
     )
-    assert verifications.latest_verification([tmp_path], "a", None, "fp32") is None
+    assert environment.latest_verification([tmp_path], "a", None, "fp32") is None
 
 
 def test_a_shape_that_was_asked_for_is_taken_on_a_processor_too(

@@ -12,8 +12,7 @@ from omegaconf import MISSING
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from lit_glm.config.command_line import CommandLine
-from lit_glm.config.key_aliases import suggest_key
-from lit_glm.config.migration import old_key_message
+from lit_glm.config.key_aliases import old_key_message, suggest_key
 from lit_glm.config.schema import iter_leaves
 from lit_glm.errors import InputError, exception_chain
 

@@ -10,7 +10,7 @@ import re
 import sys
 import traceback
 from pathlib import Path
-from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple, TypeVar, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, TypeVar, Union
 
 import hydra
 import yaml
@@ -22,16 +22,59 @@ from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_glm.config.command_line import CommandLine
-from lit_glm.config.help_text import key_help
 from lit_glm.config.hydra_errors import check_overrides, explain_hydra_error
-from lit_glm.config.migration import REMOVED_KEYS, RENAMED, old_key_message
-from lit_glm.config.paths import CONF_DIR
-from lit_glm.config.schema import HardwareConfig, iter_leaves
+from lit_glm.config.key_aliases import REMOVED_KEYS, RENAMED, old_key_message
+from lit_glm.config.schema import CONF_DIR, HardwareConfig, iter_leaves, range_errors
 from lit_glm.config.tuned_values import resolve_auto_bs
-from lit_glm.config.validators import range_errors
 from lit_glm.errors import InputError, RunError
 from lit_glm.openmp import limit_spinning
 from lit_glm.safe_output import protect_output
+
+_NOT_KEYS = ("defaults:", "hydra:")
+
+
+def key_help(config_name: str) -> str:
+    """Return the keys of a command's files in conf/ with their comments.
+
+    Args:
+        config_name: name of the primary file.
+    """
+    files: List[Path] = [CONF_DIR / f"{config_name}.yaml"]
+    groups: Dict[str, Path] = {}
+    defaults = _defaults_list(files[0])
+    if "train" in defaults:
+        files.insert(0, CONF_DIR / "train.yaml")
+        defaults += _defaults_list(files[0])
+    for entry in defaults:
+        for group, name in entry.items() if isinstance(entry, dict) else []:
+            file = CONF_DIR / str(group) / f"{name}.yaml"
+            if file.is_file() and group != "hydra_settings":
+                groups[str(group)] = file
+    parts = ["== What the keys mean =="]
+    for file in [*files, *groups.values()]:
+        lines = _key_lines(file)
+        if lines:
+            inside = "" if file.parent == CONF_DIR else f", below {file.parent.name}:"
+            parts += ["", f"# conf/{file.relative_to(CONF_DIR)}{inside}", *lines]
+    return "\n".join(parts)
+
+
+def _defaults_list(file: Path) -> List[Any]:
+    content: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    return list(content.get("defaults") or [])
+
+
+def _key_lines(file: Path) -> List[str]:
+    """Return the lines of a file without `defaults:`, `hydra:` and unindented comments."""
+    kept: List[str] = []
+    inside = True
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if line and not line[0].isspace() and not line.startswith("#"):
+            inside = not line.startswith(_NOT_KEYS)
+        if inside and line.strip() and not line.startswith("#"):
+            kept.append(line.rstrip())
+    return kept
+
 
 Config = TypeVar("Config")
 

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any, Dict, Tuple
 
-from lit_glm.config.migration import migrate_names
-from lit_glm.config.paths import CONF_DIR
+from lit_glm.config.key_aliases import migrate_names
+from lit_glm.config.schema import CONF_DIR
 from lit_glm.errors import InputError
 
 TUNE_FILE = "tune.json"

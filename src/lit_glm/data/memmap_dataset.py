@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 
@@ -380,3 +381,86 @@ def _append_examples(writer: _CacheWriter, rows: CandidateRows, choices: Any) ->
     writer.track_max("max_token", np.maximum(rows.text.max(1), rows.target.max(1)), rows.first)
     writer.track_max("max_position", np.maximum(rows.separator - 1, rows.length), rows.first)
     writer.track_max("max_length", rows.separator + rows.length, rows.first)
+
+
+if TYPE_CHECKING:  # the isolated process that reads a file imports no more than numpy and h5py
+    from lit_glm.data.memmap_dataset import MemmapDataset
+
+
+@dataclass
+class SequenceLengths:
+    """Lengths of all examples, [N] each."""
+
+    candidates: Any
+    rows: Any
+    """Rows in the packed layout: contexts and candidates."""
+    predicting: Any
+    """Rows that predict a token."""
+    pairs: Any
+    """Query-key pairs in attention: n^2 + m (n + m) for each group of an example."""
+
+    @classmethod
+    def from_dataset(cls, split: "MemmapDataset") -> "SequenceLengths":
+        """Compute the lengths of a memory-mapped dataset."""
+        ends = split.candidate_token_end[split.example_candidate_end]
+        first = np.concatenate([[0], np.cumsum(split.group_candidates)])
+        context = np.diff(split.group_context_end).astype(float)
+        candidate = np.diff(split.candidate_token_end[first]).astype(float)
+        pairs = np.concatenate([[0.0], np.cumsum(context * context + candidate * (context + candidate))])
+        rows, pairs = split.example_rows, np.diff(pairs[split.example_group_end])
+        return cls(np.diff(split.example_candidate_end), rows, np.diff(ends), pairs)
+
+    @classmethod
+    def from_hdf5(cls, path: Path) -> "SequenceLengths":
+        """Read the lengths of an HDF5 file without a cache; assumes that all contexts of an example are equal.
+
+        Raises:
+            InputError: if the file cannot be read.
+        """
+        return cls(*call_isolated(_read_lengths, path))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def _read_lengths(path: Path, _progress: ReportProgress) -> Any:
+    with SparseReader(path, False) as reader:
+        choices = reader.pairs("choice_start_end")
+        tokens = reader.row_lengths("logit_mask")
+        predicting = np.add.reduceat(tokens, choices[:, 0])
+        contexts = np.maximum.reduceat(reader.vector("mask"), choices[:, 0])
+        rows = contexts + predicting
+        return np.diff(choices, axis=1)[:, 0], rows, predicting, contexts**2.0 + predicting * rows
+
+
+def summarise_hdf5(path: Path, needs_answers: bool, _progress: ReportProgress) -> Dict[str, Any]:
+    """Summarise an HDF5 file: counts, longest sequence, highest token id, first and last example.
+
+    Args:
+        path: path of the file.
+        needs_answers: whether it is an evaluation file, which has answers.
+
+    Raises:
+        InputError: if it is damaged, or not a file of this kind.
+    """
+    with SparseReader(path, needs_answers) as reader:
+        separators, choices = reader.vector("mask"), reader.pairs("choice_start_end")
+        ends, highest = [], 0
+        for which, (start, stop) in (("first", choices[0]), ("last", choices[-1])):
+            if start == stop:
+                raise InputError(f"{path}: the {which} example has no candidates")
+            rows = CandidateRows(reader, separators, start, stop)
+            candidates = [
+                rows.target[row, rows.separator[row] : rows.separator[row] + rows.length[row] - 1].tolist()
+                for row in range(min(2, stop - start))
+            ]
+            ends.append((which, rows.text[0, : rows.separator[0]].tolist(), int(stop - start), candidates))
+            highest = max(highest, int(rows.text.max()), int(rows.target.max()))
+        tokens = int((separators + reader.row_lengths("logit_mask")).max())
+        return {
+            "examples": reader.num_examples,
+            "candidates": reader.num_candidates,
+            "tokens": tokens,
+            "ends": ends,
+            "highest": highest,
+        }

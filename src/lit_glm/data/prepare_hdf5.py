@@ -13,10 +13,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 import lit_glm
 from lit_glm.atomic_files import write_json
-from lit_glm.data.cloze import EncodedExamples, encode_questions
+from lit_glm.data.cloze import EncodedExamples, WordPieceTokenizer, encode_questions
 from lit_glm.data.h5sparse import SparseWriter
 from lit_glm.data.superglue_jsonl import Question, SkippedRecords, read_questions
-from lit_glm.data.tokenizer import WordPieceTokenizer
 from lit_glm.errors import InputError
 
 TRAIN_FILE = Path("train_hdf5/train_sparse.hdf5")

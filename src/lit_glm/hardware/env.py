@@ -1,4 +1,4 @@
-"""Environment variables of a chip. Nothing here imports torch: a runtime may read them when torch is imported."""
+"""Environment variables of a device type; names of vendors' packages. Imports no torch, which reads the variables."""
 
 import os
 from typing import List
@@ -21,3 +21,17 @@ def set_hardware_env(hardware: HardwareConfig) -> List[str]:
             kept.append(f"{name}={os.environ[name]} is set and stays; conf/hardware/{hardware.name}.yaml has {value}")
         os.environ.setdefault(name, value)
     return kept
+
+
+PACKAGES = ("xmlir", "xacc", "torch-xmlir", "nvidia-ml-py")
+"""Distributions whose versions belong in a record of the environment."""
+FRAMEWORKS = ("xmlir", "torch-xmlir")
+"""Of these, what a report calls the training framework where it is installed."""
+COMPILERS = ("xacc",)
+"""Of these, what a report calls the training compiler."""
+VARIABLES = (
+    "CUDA_VISIBLE_DEVICES", "XPU_VISIBLE_DEVICES", "CUDART_DUMMY_REGISTER", "NCCL_DEBUG", "NCCL_SOCKET_IFNAME",
+    "NVIDIA_TF32_OVERRIDE", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "TORCH_CUDNN_SDPA_DEPRIORITIZED",
+    "CUDA_LAUNCH_BLOCKING", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)  # fmt: skip
+"""Variables of runtimes that decide which devices a process sees, how these communicate, and what they compute in."""

@@ -11,8 +11,8 @@ from typing import Any, Callable, Dict, Optional
 from lit_glm.atomic_files import write_json
 from lit_glm.config.schema import TrainConfig
 from lit_glm.launch.heartbeat import Heartbeat
-from lit_glm.launch.nodes import resolve_node
 from lit_glm.launch.process_group import process_group
+from lit_glm.launch.rendezvous import resolve_node
 from lit_glm.launch.signals import StopRequest
 from lit_glm.launch.supervisor import run_ranks
 from lit_glm.launch.worker import exit_rank, run_and_report_errors

@@ -9,16 +9,15 @@ from typing import Any, Callable, Dict, List, Tuple
 
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
-from lit_glm.gc_pause import paused_gc
 from lit_glm.hardware.runtimes.selection import make_runtime
 from lit_glm.launch.heartbeat import STALL_MARGIN_S, StallWatchdog, run_watchdog, stall_message
 from lit_glm.launch.launcher import exit_interrupted, monitor_node_devices, record_run
-from lit_glm.launch.nodes import ExternalRank
 from lit_glm.launch.peer_monitor import name_lost_peer
 from lit_glm.launch.process_group import process_group
+from lit_glm.launch.rendezvous import ExternalRank
 from lit_glm.launch.signals import StopRequest
 from lit_glm.launch.worker import run_and_report_errors
-from lit_glm.process_utils import exit_now, kill_children, raise_open_files_limit
+from lit_glm.process_utils import exit_now, kill_children, paused_gc, raise_open_files_limit
 from lit_glm.runs.job_spec import JobSpec
 from lit_glm.runs.result import is_complete, mark_failed
 

@@ -10,18 +10,16 @@ from typing import Any, Callable, Dict, Iterator, List
 
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError, RunError
-from lit_glm.gc_pause import paused_gc
 from lit_glm.hardware.device_monitor import monitor_devices, readings_file
 from lit_glm.hardware.monitors import is_mig_slice
 from lit_glm.launch import heartbeat
 from lit_glm.launch.heartbeat import STALL_MARGIN_S, StallWatchdog, run_watchdog, stall_message
-from lit_glm.launch.nodes import Node, resolve_node
-from lit_glm.launch.rendezvous import announce_end
+from lit_glm.launch.rendezvous import Node, announce_end, resolve_node
 from lit_glm.launch.signals import Interrupted, StopRequest
 from lit_glm.launch.supervisor import Supervisor
 from lit_glm.metrics.energy import energy_metrics
 from lit_glm.metrics.registry import METRICS
-from lit_glm.process_utils import kill_children, raise_open_files_limit
+from lit_glm.process_utils import kill_children, paused_gc, raise_open_files_limit
 from lit_glm.runs.checkpoints import remove_partial, resume_hint
 from lit_glm.runs.environment import read_environment
 from lit_glm.runs.error_files import error_reason, root_cause, write_error_file

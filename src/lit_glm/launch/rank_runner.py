@@ -1,24 +1,288 @@
-"""Execution of one rank of a job: build, train, write the result."""
+"""Execution of one rank of a job: build model, data, callbacks and trainer; train; write the result."""
 
+import logging
+import os
 import signal
+import sys
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
+import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins.environments import LightningEnvironment
 
-from lit_glm.data.sequence_lengths import SequenceLengths
-from lit_glm.errors import RunError
-from lit_glm.hardware import object_collectives
-from lit_glm.hardware.oom import is_oom_error
-from lit_glm.launch.components import RankContext, TrainingComponents, build_components, rank_context_from_env
+from lit_glm.compat import keep_own_signals
+from lit_glm.config.hydra_main import CONF_DIR
+from lit_glm.config.schema import TrainConfig
+from lit_glm.config.tuned_values import nearest_pair_hint
+from lit_glm.data.datamodule import RecordDataModule, evaluation_batches
+from lit_glm.data.memmap_dataset import MemmapDataset, SequenceLengths, open_datasets
+from lit_glm.errors import InputError, RunError
+from lit_glm.hardware import device_monitor, object_collectives
+from lit_glm.hardware.accelerator import make_accelerator, make_strategy
+from lit_glm.hardware.env import set_hardware_env
+from lit_glm.hardware.precision import make_precision
+from lit_glm.hardware.runtimes.base import Runtime
+from lit_glm.hardware.runtimes.selection import check_device_count, make_runtime, validate_devices
 from lit_glm.launch.heartbeat import Heartbeat
+from lit_glm.launch.process_group import assert_same_job_on_all_ranks, collective_timeout_s
 from lit_glm.launch.signals import Interrupted, StopRequest
 from lit_glm.metrics import memory_estimate
+from lit_glm.metrics.benchmark_callback import BenchmarkCallback, CallbackDependencies
 from lit_glm.metrics.flops import FlopCounter, peak_key
-from lit_glm.metrics.loggers import close_loggers
+from lit_glm.metrics.loggers import close_loggers, hyperparameters, make_callbacks, make_loggers
+from lit_glm.metrics.system_info import describe_system
 from lit_glm.metrics.timing import slowest_rank
-from lit_glm.runs.job_spec import JobSpec
+from lit_glm.model.attention import check_attention_available
+from lit_glm.model.checkpoint import build_glm
+from lit_glm.model.compile import check_compile_available
+from lit_glm.openmp import choose_num_threads
+from lit_glm.process_utils import check_open_files_limit, is_oom_error
+from lit_glm.runs import checkpoints, environment
+from lit_glm.runs.environment import environment_changes, read_environment, write_environment
+from lit_glm.runs.job_spec import JobSpec, config_hash
 from lit_glm.runs.result import final_summary, results_table
+from lit_glm.runs.run_writer import RunWriter
+from lit_glm.training.module import AtomicCheckpointIO, RecordModule
+from lit_glm.training.optimizer import HAS_FUSED, fused_unavailable_reason
+
+
+@dataclass
+class RankContext:
+    """Job, run folder and rank of this process."""
+
+    job: JobSpec
+    run_dir: Path
+    rank: int
+    local_rank: int
+
+    @property
+    def config(self) -> TrainConfig:
+        """Configuration of the job."""
+        return self.job.config
+
+    def print_once(self, text: str) -> None:
+        """Print a text on rank 0 only."""
+        if self.rank == 0:
+            for line in text.split("\n"):
+                print(f"lit_glm: {line}", flush=True)
+
+
+@dataclass
+class TrainingComponents:
+    """Result of `build_components`."""
+
+    runtime: Runtime
+    split: MemmapDataset
+    """Training examples."""
+    module: RecordModule
+    data: RecordDataModule
+    recorder: BenchmarkCallback
+    trainer: pl.Trainer
+    resume_from: Optional[Path]
+
+
+def rank_context_from_env(job: JobSpec, run_dir: Path) -> RankContext:
+    """Read this process's rank from torchrun's environment variables."""
+    return RankContext(job, run_dir, int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def build_components(place: RankContext, beat: Callable[[], None]) -> TrainingComponents:
+    """Build what a rank needs, and print what will run.
+
+    Args:
+        place: context of this rank.
+        beat: heartbeat of this rank.
+
+    Raises:
+        InputError: if the configuration does not fit the machine, the data or the weights.
+    """
+    config = place.config
+    _silence_third_party()
+    check_open_files_limit(config.data.num_workers)
+    beat()
+    runtime = _make_validated_runtime(place)
+    resume_from, content = _find_resume_checkpoint(place, runtime)  # before anything in the folder changes
+    strategy = make_strategy(runtime, config.topology, collective_timeout_s(config))
+    precision = make_precision(config, runtime, place.local_rank)
+    train_split, eval_split = open_datasets(config.data, config.model)
+    lengths = SequenceLengths.from_dataset(train_split)
+    _set_num_threads(place, lengths)
+    _announce_run(place, runtime)
+    beat()
+    memory_base = runtime.memory_in_use(place.local_rank)
+    place.print_once(memory_estimate.memory_message(config, lengths, runtime, place.local_rank, memory_base))
+    module = _make_module(place, runtime)
+    data = RecordDataModule(config, train_split, lambda: module.steps_done, runtime.pins_memory, runtime.synchronize)
+    around = CallbackDependencies(
+        lambda steps_done: RunWriter(place.run_dir, steps_done, place.job.is_resume),
+        lambda rank, world: evaluation_batches(eval_split, config, rank, world, runtime.pins_memory),
+        lambda trainer, step: _save_checkpoint(trainer, place.run_dir, step),
+        beat,
+        lambda: data.data_wait_s,
+        (len(train_split), len(eval_split)),
+        hyperparameters(config),
+    )
+    recorder = BenchmarkCallback(config, runtime, place.job.start_time, data.sampler(0, 0), around)
+    recorder.memory_base = memory_base
+    loggers = make_loggers(place.job, place.run_dir, checkpoints.checkpoint_step(resume_from))
+    # The supervisor has set the rank's variables; inside a Slurm allocation Lightning would read Slurm's instead.
+    environment = [] if "TORCHELASTIC_RUN_ID" in os.environ else [LightningEnvironment()]
+    trainer = pl.Trainer(
+        accelerator=make_accelerator(runtime, config.hardware.accelerator),
+        strategy=strategy,
+        devices=config.topology.devices_per_node,
+        num_nodes=config.topology.num_nodes,
+        plugins=[precision, AtomicCheckpointIO(content), *environment],
+        callbacks=[recorder, *make_callbacks(config)],
+        logger=loggers or False,
+        max_epochs=-1,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=str(place.run_dir),
+        detect_anomaly=False,
+    )
+    keep_own_signals(trainer)
+    return TrainingComponents(runtime, train_split, module, data, recorder, trainer, resume_from)
+
+
+def _make_validated_runtime(place: RankContext) -> Runtime:
+    """Create the runtime and compare its devices with the hardware file."""
+    config = place.config
+    kept = set_hardware_env(config.hardware)
+    runtime = make_runtime(config.hardware, config.topology)
+    check_device_count(runtime, config.topology)
+    kept += validate_devices(config.hardware, runtime, config.topology.devices_per_node, CONF_DIR / "hardware")
+    if place.rank == 0:
+        for line in kept:
+            print(f"lit_glm: {line}", file=sys.stderr)
+    return runtime
+
+
+def _set_num_threads(place: RankContext, lengths: SequenceLengths) -> None:
+    """Set the number of threads according to a step's work, or to that of the run's first part."""
+    config = place.config
+    published = config.scoring.name == "published"
+    rows = lengths.candidates.mean() * config.data.max_seq_length if published else lengths.rows.mean()
+    before = read_environment(place.run_dir).get("threads") if place.job.is_resume else None
+    width, devices = config.model.hidden_size, config.topology.devices_per_node
+    threads = choose_num_threads(config.bs * float(rows), width, devices, before if isinstance(before, int) else None)
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _announce_run(place: RankContext, runtime: Runtime) -> None:
+    """Print what runs on which device, and write environment.json."""
+    config = place.config
+    node = place.rank // config.topology.devices_per_node
+    runtime.attach_memory_monitor(place.local_rank, device_monitor.readings_file(place.run_dir, node))
+    if place.rank > 0:
+        return
+    write_environment(place.run_dir, describe_system(config, runtime, place.job.command), place.job.is_resume)
+    changes = environment_changes(read_environment(place.run_dir))
+    if changes:
+        place.print_once(f"not all parts of this run were measured on the same machine: {'; '.join(changes)}")
+    what = "SIMULATED, not measured on the device: " if runtime.simulated else ""
+    precision = config.precision.name
+    if precision == "fp32" and runtime.has_tf32:
+        precision += " (TF32 on)" if config.precision.tf32 else " (TF32 off)"
+    published = (
+        config.fix_hp_source
+        if config.fix_hp_source != "none"
+        else f"none published{nearest_pair_hint(config.hardware.name, config.topology.world_size)}"
+    )
+    place.print_once(
+        f"{what}{config.model.name} on {config.hardware.name} {config.topology.name}, {precision}, {config.fix_hp}, "
+        f"global batch {config.global_batch}, fix_hp values: {published}"
+    )
+    is_published = config.scoring.name == "published"
+    place.print_once(
+        f"scoring={config.scoring.name}: "
+        + (
+            "the published workload" + (", comparable with published rows" if not runtime.simulated else "")
+            if is_published
+            else "one forward pass per context; equal scores, but throughput is not comparable with published rows"
+        )
+    )
+    place.print_once(f"run folder {place.run_dir}")
+    if runtime.has_driver and not _is_verified(place):
+        place.print_once(
+            f"this driver has not passed a verification in {config.precision.name} here; run: "
+            f"python -m lit_glm.verify hardware={config.hardware.name}"
+        )
+    hint = runtime.precision_hint(config.precision.name)
+    if hint:
+        place.print_once(f"precision={config.precision.name}: {hint}")
+
+
+def _is_verified(place: RankContext) -> bool:
+    config = place.config
+    driver = read_environment(place.run_dir).get("driver")
+    found = environment.latest_verification(
+        [place.run_dir, Path.cwd()], config.hardware.name, driver, config.precision.name
+    )
+    return found is not None and bool(found["passed"])
+
+
+def _make_module(place: RankContext, runtime: Runtime) -> RecordModule:
+    config = place.config
+    device = runtime.device(place.local_rank)
+    check_attention_available(config.model.attention)
+    if config.model.compile:
+        check_compile_available(device)
+    reason = fused_unavailable_reason(device) if HAS_FUSED else None
+    if reason:
+        place.print_once(f"optimizer: torch's fused AdamW is unavailable here ({reason}); using the default")
+    runtime.manual_seed(config.seed)
+    glm, done = build_glm(config.model, runtime.model_ops())
+    for line in done:
+        place.print_once(f"{config.model.init_checkpoint}: {line}")
+    module = RecordModule(glm, config, runtime)
+    module.config_hash = config_hash(config)
+    return module
+
+
+def _find_resume_checkpoint(place: RankContext, runtime: Runtime) -> "tuple[Optional[Path], Optional[dict[str, Any]]]":
+    """Find the checkpoint to resume from and read it; all ranks must find the same one."""
+    path, content = None, None
+    if place.job.is_resume:
+        path, content, passed_over = checkpoints.latest_valid(place.run_dir, config_hash(place.config), whole=True)
+        if place.rank == 0:
+            for line in passed_over:
+                print(f"lit_glm: {line}", file=sys.stderr)
+        if path is None and passed_over:  # starting again from step 0 would discard the contents of the folder
+            raise InputError(
+                f"run.resume={place.run_dir}: none of its {len(passed_over)} checkpoints can be used (see above); "
+                "restore one, or start a new run in another folder"
+            )
+        from_start = "from step 0: no checkpoint found"
+        place.print_once(f"resuming {f'after step {checkpoints.checkpoint_step(path)}' if path else from_start}")
+    if place.config.topology.world_size > 1:
+        assert_same_job_on_all_ranks(
+            config_hash(place.config), checkpoints.checkpoint_step(path), runtime.device(place.local_rank)
+        )
+    return path, content if path is not None else None
+
+
+def _save_checkpoint(trainer: pl.Trainer, run_dir: Path, step: int) -> None:
+    trainer.save_checkpoint(checkpoints.checkpoint_path(run_dir, step), weights_only=False)
+    if trainer.is_global_zero:
+        checkpoints.prune(run_dir)
+
+
+def _silence_third_party() -> None:
+    """Silence hints of Lightning and torch: users of this project see only its own messages."""
+    for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for module in ("pytorch_lightning", "lightning_fabric", "torch.jit", "torch.utils.data"):
+        warnings.filterwarnings("ignore", module=module)
+    warnings.filterwarnings("ignore", message=".*barrier\\(\\).*|.*pkg_resources.*|.*isinstance.treespec.*")
 
 
 def run_rank(job: JobSpec, run_dir: Path, stop: StopRequest, beat: Optional[Heartbeat] = None) -> Dict[str, Any]:

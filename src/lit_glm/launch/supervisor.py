@@ -21,12 +21,11 @@ from typing import Dict, List, Optional
 
 from lit_glm.config.secrets import MASK
 from lit_glm.errors import InputError, RunError
-from lit_glm.hardware.oom import oom_kill_count
 from lit_glm.launch.heartbeat import STALL_MARGIN_S, StallWatchdog, last_heartbeat, run_watchdog, stall_message
-from lit_glm.launch.nodes import Node, network_interface_to
+from lit_glm.launch.rendezvous import Node, network_interface_to
 from lit_glm.launch.signals import INTERRUPTED_STATUSES, STOP_SIGNALS, Interrupted, StopSignals
 from lit_glm.openmp import LAUNCHER_THREADS_VARIABLE, omp_env_for_ranks
-from lit_glm.process_utils import kill_session, set_parent_death_signal
+from lit_glm.process_utils import kill_session, oom_kill_count, set_parent_death_signal
 from lit_glm.runs.error_files import error_folder, report_killed_rank, root_cause
 from lit_glm.runs.job_spec import JobSpec
 

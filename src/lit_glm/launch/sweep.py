@@ -25,12 +25,11 @@ from lit_glm.config.hydra_main import TaskOutcome, compose_config, validate_conf
 from lit_glm.config.schema import TrainConfig
 from lit_glm.config.secrets import mask_overrides
 from lit_glm.errors import InputError, RunError
-from lit_glm.launch.nodes import Node
+from lit_glm.launch.rendezvous import Node
 from lit_glm.metrics.registry import METRICS, OBJECTIVES, PUBLISHED_COLUMNS
 from lit_glm.runs import discovery
 from lit_glm.runs.environment import environment_differences, local_environment, read_environment
 from lit_glm.runs.job_spec import JOB_FILE, JobSpec, config_hash, ensure_same_config
-from lit_glm.runs.lock import is_running, lock_directory
 from lit_glm.runs.result import (
     COMPLETE,
     config_fields,
@@ -39,7 +38,7 @@ from lit_glm.runs.result import (
     results_table,
     table_cells,
 )
-from lit_glm.runs.run_folder import masked_yaml
+from lit_glm.runs.run_folder import is_running, lock_directory, masked_yaml
 
 JOB_RECORDS_DIR = "jobs"
 """Subfolder with the job records, by which a sweep folder is recognised."""
@@ -205,7 +204,7 @@ def run_sweep_job(
         KeyboardInterrupt: if the job was interrupted, to stop the rest of the sweep too.
     """
     from lit_glm.launch.launcher import announce_early_end, run_job
-    from lit_glm.launch.nodes import this_node
+    from lit_glm.launch.rendezvous import this_node
     from lit_glm.launch.signals import Interrupted
 
     hydra = HydraConfig.get()

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Callable
 
 from lit_glm.errors import InputError, RunError
-from lit_glm.gc_pause import paused_gc
 from lit_glm.launch.heartbeat import Heartbeat
 from lit_glm.launch.launcher import monitor_node_devices
 from lit_glm.launch.process_group import process_group
 from lit_glm.launch.rendezvous import NothingToDo, RendezvousError, RunFolder, is_known_to_all
 from lit_glm.launch.signals import Interrupted, StopRequest, StopSignals
-from lit_glm.process_utils import exit_now, kill_children
+from lit_glm.process_utils import exit_now, kill_children, paused_gc
 from lit_glm.runs.error_files import error_folder, error_reason, set_error_folder, write_error_file
 from lit_glm.runs.job_spec import JobSpec
 from lit_glm.safe_output import protect_output

@@ -12,6 +12,7 @@
 | after fit             | result                   | FINISHED                    | e2e_time          |
 """
 
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, Optional, Tuple
@@ -22,15 +23,56 @@ from lit_glm.config.schema import TrainConfig
 from lit_glm.data.sampler import InfiniteDistributedBatchSampler
 from lit_glm.errors import RunError
 from lit_glm.hardware.runtimes.base import Runtime
-from lit_glm.metrics.divergence_guard import DivergenceGuard
 from lit_glm.metrics.loggers import MetricLogging
 from lit_glm.metrics.perf_events import PerfEvents, PerfLog
 from lit_glm.metrics.run_metrics import RunMetrics
 from lit_glm.metrics.timing import PhaseDurations, PhaseTimer, StepTimes
 from lit_glm.runs.run_writer import RunWriter
-from lit_glm.training.evaluation import evaluate
+from lit_glm.training.evaluation import evaluate, has_converged, has_reached_limit, is_evaluation_due
 from lit_glm.training.module import RecordModule, StepMetrics
-from lit_glm.training.stopping_rules import has_converged, has_reached_limit, is_evaluation_due
+
+_FIRST = 3  # in a row, from which a run is said to have diverged: loss scaling alone skips a few now and then
+
+
+class DivergenceGuard:
+    """Counts them; every rank counts the same."""
+
+    def __init__(self, most: int) -> None:
+        """Begin.
+
+        Args:
+            most: `run.max_skipped_steps`: so many in a row end the run.
+        """
+        self._most = most
+        self._row = 0
+
+    def check_step(self, step: int, values: StepMetrics, speaks: bool) -> None:
+        """Look at a step.
+
+        Args:
+            step: counted from 1.
+            values: what came of it.
+            speaks: whether this rank says it.
+
+        Raises:
+            RunError: if it was one too many.
+        """
+        self._row = 0 if values.grad_norm is not None else self._row + 1
+        if self._row < min(_FIRST, self._most):
+            return
+        first = step - self._row + 1
+        what = (
+            f"no update in {self._row} steps in a row (from step {first}): loss or gradient is not finite "
+            f"(loss {values.loss:g})"
+        )
+        if self._row >= self._most:
+            raise RunError(
+                f"the run has diverged: {what}; that is run.max_skipped_steps={self._most}. Take a lower lr, or look "
+                "at the data and at precision.loss_scale",
+                summary=f"diverged: {self._row} steps in a row without an update, from step {first}",
+            )
+        if speaks and (self._row & (self._row - 1) == 0 or self._row == _FIRST):
+            print(f"lit_glm: step {step}: {what}", file=sys.stderr, flush=True)
 
 
 @dataclass

@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 
 from lit_glm.config.schema import ModelConfig, TrainConfig
-from lit_glm.data.sequence_lengths import SequenceLengths
+from lit_glm.data.memmap_dataset import SequenceLengths
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.model.attention import choose_implementation
 

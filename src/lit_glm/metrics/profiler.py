@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_glm.atomic_files import atomic_write, write_text
-from lit_glm.data.sequence_lengths import SequenceLengths
+from lit_glm.data.memmap_dataset import SequenceLengths
 from lit_glm.errors import InputError
 from lit_glm.metrics.benchmark_callback import BenchmarkCallback, find_benchmark_callback
 from lit_glm.metrics.memory_estimate import MemoryEstimate, check_memory

@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 
 from lit_glm.metrics.benchmark_callback import find_benchmark_callback
 from lit_glm.metrics.run_metrics import RunMetrics
-from lit_glm.training.stopping_rules import next_evaluation_step
+from lit_glm.training.evaluation import next_evaluation_step
 
 
 class ProgressCallback(pl.Callback):

@@ -10,14 +10,14 @@ from lit_glm.errors import RunError
 from lit_glm.hardware.monitors import is_mig_slice
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.metrics import timing
-from lit_glm.metrics.contention import ContentionMonitor
 from lit_glm.metrics.flops import WorkTotals, compute_mfu, peak_key
+from lit_glm.metrics.system_info import ContentionMonitor
 from lit_glm.metrics.timing import PhaseDurations, PhaseTimer, throughput_metrics
 from lit_glm.runs.environment import environment_changes, read_environment
 from lit_glm.runs.result import config_fields
 from lit_glm.runs.run_writer import RunWriter
+from lit_glm.training.evaluation import has_converged
 from lit_glm.training.module import RecordModule
-from lit_glm.training.stopping_rules import has_converged
 
 
 class RunMetrics:

@@ -1,4 +1,4 @@
-"""Published checkpoints in and out, safetensors, and the checkpoints of runs in.
+"""Models with their first weights: from published checkpoints, safetensors, or checkpoints of runs; and export.
 
 The published layout (THUDM/GLM) is a torch file with the weights under "module"; a folder holds it under
 ITERATION/mp_rank_00_model_states.pt and names ITERATION in latest_checkpointed_iteration.txt. Only "module" is used.
@@ -10,14 +10,16 @@ import zipfile
 from collections import OrderedDict
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from torch import Tensor
 
 from lit_glm.compat import numpy_unpickle_globals
+from lit_glm.config.schema import ModelConfig
 from lit_glm.errors import InputError
-from lit_glm.model.glm import GLM
+from lit_glm.model.glm import GLM, GLMConfig
+from lit_glm.model.runtime_ops import RuntimeOps
 
 _POSITION = "transformer.position_embeddings.weight"
 _BLOCK_POSITION = "transformer.block_position_embeddings.weight"
@@ -375,3 +377,43 @@ def describe_wrong_file(path: Path) -> Optional[str]:
     if len(head) > 1 and all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head):
         return "is a text, not a file of weights"
     return None
+
+
+def _glm_config(config: ModelConfig) -> GLMConfig:
+    return GLMConfig(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        vocab_size=config.vocab_size,
+        max_sequence_length=config.max_sequence_length,
+        hidden_dropout=config.hidden_dropout,
+        attention_dropout=config.attention_dropout,
+        gelu=config.gelu,
+        init_std=config.init_std,
+        activation_checkpointing=config.activation_checkpointing,
+        attention=config.attention,
+        compile=config.compile,
+    )
+
+
+def build_glm(config: ModelConfig, kernels: Optional[RuntimeOps] = None) -> Tuple[GLM, List[str]]:
+    """Build a model and load its checkpoint, if one is given.
+
+    Args:
+        config: shape and `init_checkpoint`.
+        kernels: what the runtime computes in its own way; None: nothing.
+
+    Returns:
+        The model, and what loading did besides copying.
+    """
+    glm = GLM(_glm_config(config), kernels)
+    done = load_checkpoint(glm, config.init_checkpoint) if config.init_checkpoint else []
+    return glm, done
+
+
+def meta_state_dict(config: ModelConfig) -> Dict[str, Tensor]:
+    """Names and shapes of the weights, without memory for their values where torch can do that (from 2.0)."""
+    if torch.__version__.startswith("1."):
+        return GLM(_glm_config(config)).state_dict()
+    with torch.device("meta"):
+        return GLM(_glm_config(config)).state_dict()

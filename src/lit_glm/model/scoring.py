@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_glm.data.batch import PackedBatch, PaddedBatch
+from lit_glm.data.collate import PackedBatch, PaddedBatch
 from lit_glm.model.attention import PaddedAttention, choose_attention_layout
 from lit_glm.model.glm import GLM
 

@@ -1,19 +1,79 @@
-"""plan.json, plan.md and plan.svg in the run folder, and the table on the screen."""
+"""Output of `plan`: plan.json, plan.md and plan.svg with its scaling plot, and the table on the screen."""
 
+import io
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
+
+import matplotlib
+from matplotlib.figure import Figure as Canvas
 
 from lit_glm.atomic_files import make_folder, write_text
 from lit_glm.config.schema import ScoringConfig, TopologyConfig
 from lit_glm.metrics.registry import METRICS
-from lit_glm.planning.cost_model import MeasuredRun, rank_speed, same_chip
-from lit_glm.planning.interval import Interval
+from lit_glm.planning.cost_model import Interval, MeasuredRun, rank_speed, same_chip
 from lit_glm.planning.prediction import Prediction, predict
-from lit_glm.planning.scaling_plot import ScalingCurve, draw_scaling
 from lit_glm.planning.workload import Workload, load_examples
+from lit_glm.reporting.plots import STYLE, use_plain_numbers
 from lit_glm.runs.result import markdown_table
+
+_MARKS = {"measured": "o", "published": "D"}
+
+
+@dataclass
+class ScalingCurve:
+    """One chip under one scoring."""
+
+    name: str
+    rows: List[Prediction]
+    """One a number of devices."""
+    points: List[Tuple[str, int, float]]
+    """measured or published, devices, p_core."""
+
+
+def draw_scaling(curves: List[ScalingCurve], samples: str) -> Optional[str]:
+    """SVG; None without curves.
+
+    Args:
+        curves: what is drawn, a colour each.
+        samples: the number of samples that the cost is of, as text.
+    """
+    if not curves:
+        return None
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": "lit_glm"}):
+        canvas = Canvas(figsize=(9.0, 4.0))
+        left, right = canvas.subplots(1, 2)
+        for number, curve in enumerate(curves):
+            colour = f"C{number}"
+            devices = [row.config.topology.world_size for row in curve.rows]
+            _draw_band(left, devices, [row.p_core for row in curve.rows], colour, curve.name)
+            hours = [row.total_s * (row.config.topology.world_size / 3600.0) for row in curve.rows]
+            _draw_band(right, devices, hours, colour)
+            for kind, mark in _MARKS.items():
+                own = [(count, rate) for what, count, rate in curve.points if what == kind]
+                if own:
+                    label = f"{curve.name}, {kind} run"
+                    left.plot(*zip(*own), mark, color=colour, markeredgecolor="black", label=label)
+        for axes, what in ((left, METRICS["p_core"].axis_label()), (right, f"device-hours to {samples}")):
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            use_plain_numbers(axes.xaxis)
+            use_plain_numbers(axes.yaxis)
+            axes.set_xlabel("devices")
+            axes.set_ylabel(what)
+        canvas.suptitle("Predicted, from low to high, by number of devices")
+        canvas.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        out = io.StringIO()
+        canvas.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()
+
+
+def _draw_band(axes: Any, devices: List[int], spans: List[Interval], colour: str, label: Optional[str] = None) -> None:
+    lows, highs = [span.low for span in spans], [span.high for span in spans]
+    axes.fill_between(devices, lows, highs, color=colour, alpha=0.25, label=label)
+    axes.plot(devices, [(low * high) ** 0.5 for low, high in zip(lows, highs)], color=colour, linewidth=1)
+
 
 _FITS = {True: "yes", False: "no", None: "unknown"}
 _HEAD = [

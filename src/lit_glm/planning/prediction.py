@@ -5,8 +5,7 @@ from typing import Any, Dict, Optional
 
 from lit_glm.config.schema import TrainConfig
 from lit_glm.metrics.memory_estimate import count_parameters, estimate_memory
-from lit_glm.planning.cost_model import RankSpeed, saves_attention_probs
-from lit_glm.planning.interval import Interval
+from lit_glm.planning.cost_model import Interval, RankSpeed, saves_attention_probs
 from lit_glm.planning.workload import Workload
 
 _GIB = 2.0**30

@@ -7,9 +7,8 @@ from typing import Any, Tuple
 import numpy as np
 
 from lit_glm.config.schema import TrainConfig
-from lit_glm.data.memmap_dataset import open_dataset
+from lit_glm.data.memmap_dataset import SequenceLengths, open_dataset
 from lit_glm.data.sampler import InfiniteDistributedBatchSampler, build_train_sampler
-from lit_glm.data.sequence_lengths import SequenceLengths
 from lit_glm.metrics.flops import FlopCounter
 
 _LOOKED_AT = 200

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import List, Optional, Tuple
 
 from lit_glm.metrics.registry import METRICS
+from lit_glm.reporting.definitions import ReportTable
 from lit_glm.reporting.formats import table_lines
 from lit_glm.reporting.run_reader import ReportRun, config_differences
-from lit_glm.reporting.table import ReportTable
 
 _MOST_SHOWN = 20
 """Steps in the table of losses, evenly taken."""

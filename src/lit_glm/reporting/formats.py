@@ -7,9 +7,9 @@ import io
 from typing import Any, List
 
 from lit_glm.metrics.registry import TABLE_COLUMNS, TABLE_METRICS
+from lit_glm.reporting.definitions import ReportTable
 from lit_glm.reporting.document import Document, EnvironmentEntry
 from lit_glm.reporting.row_format import format_cell, row_annotations, row_label
-from lit_glm.reporting.table import ReportTable
 
 _SORTING = """
 document.querySelectorAll("table.rows").forEach(function (table) {
@@ -138,8 +138,8 @@ def html(document: Document, generated: str) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
+    from lit_glm.reporting.document import make_tiles
     from lit_glm.reporting.plots import draw_plots
-    from lit_glm.reporting.summary_tiles import make_tiles
 
     environment = Environment(
         loader=FileSystemLoader(str(Path(__file__).parent)),

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure as Canvas
 from lit_glm.hardware.device_monitor import load_readings
 from lit_glm.metrics.registry import METRICS, as_number
 from lit_glm.metrics.timing import PERCENTILES, drop_warmup, num_timing_warmup_steps
-from lit_glm.reporting.i18n import Translations
+from lit_glm.reporting.definitions import Translations
 from lit_glm.reporting.row_format import row_label
 from lit_glm.reporting.run_reader import ReportRow, ReportRun
 

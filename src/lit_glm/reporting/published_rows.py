@@ -6,10 +6,9 @@ from omegaconf import OmegaConf
 
 from lit_glm.config.hydra_main import CONF_DIR
 from lit_glm.metrics.registry import PUBLISHED_COLUMNS
-from lit_glm.reporting.i18n import Translations
+from lit_glm.reporting.definitions import ReportTable, Translations
 from lit_glm.reporting.row_format import format_cell, label_with_annotations, unique_row_label
 from lit_glm.reporting.run_reader import ReportRow, ReportRun
-from lit_glm.reporting.table import ReportTable
 
 _RATIOS = ("e2e_time", "p_whole", "p_train", "p_core")
 _WORKLOAD = {"model.name": "glm_large", "data.name": "record", "data.max_seq_length": 512}

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any, List, Sequence
 
 from lit_glm.metrics.registry import TABLE_COLUMNS, TABLE_METRICS, cell_text
-from lit_glm.reporting.i18n import Translations
+from lit_glm.reporting.definitions import Translations
 from lit_glm.reporting.run_reader import ReportRow, ReportRun
+from lit_glm.runs.environment import latest_verification
 from lit_glm.runs.result import has_many_skipped_steps, was_contended
-from lit_glm.runs.verifications import latest_verification
 
 _BY_COLUMN = {metric.column: metric for metric in TABLE_METRICS}
 

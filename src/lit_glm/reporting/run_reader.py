@@ -17,7 +17,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 import psutil
 from omegaconf import OmegaConf
 
-from lit_glm.config.migration import migrate_names
+from lit_glm.config.key_aliases import migrate_names
 from lit_glm.config.secrets import mask_config, mask_override
 from lit_glm.config.tuned_values import TRIALS_FOLDER, TUNE_FILE
 from lit_glm.metrics.registry import METRICS, as_number

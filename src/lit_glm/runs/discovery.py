@@ -7,8 +7,8 @@ from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
 from lit_glm.runs.job_spec import JOB_FILE, config_hash, read_job_json
-from lit_glm.runs.lock import is_running
 from lit_glm.runs.result import is_complete
+from lit_glm.runs.run_folder import is_running
 
 SearchPaths = Sequence[Tuple[Path, int]]
 """Folders, each with the number of levels below it at which run folders are searched."""

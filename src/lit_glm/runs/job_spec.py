@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import lit_glm
 from lit_glm.atomic_files import write_json
-from lit_glm.config.migration import migrate_job
+from lit_glm.config.key_aliases import migrate_job
 from lit_glm.config.schema import TrainConfig, iter_keys
 from lit_glm.config.secrets import find_secrets, mask_config, mask_override, restore_secrets
 from lit_glm.errors import InputError

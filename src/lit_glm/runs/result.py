@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from lit_glm.atomic_files import write_json
-from lit_glm.config.migration import migrate_names
+from lit_glm.config.key_aliases import migrate_names
 from lit_glm.config.schema import TrainConfig
 from lit_glm.metrics.registry import METRICS, PUBLISHED_COLUMNS, PUBLISHED_METRICS, cell_text
 

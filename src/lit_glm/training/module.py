@@ -1,19 +1,23 @@
-"""Training step as published: scores, loss, gradients (averaged and clipped), update."""
+"""Training step as published: scores, loss, gradients (averaged and clipped), update; and atomic checkpoints."""
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Union
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities import move_data_to_device
+from pytorch_lightning.plugins.io import CheckpointIO
 from torch import Tensor
 
 from lit_glm.config.schema import TrainConfig
-from lit_glm.data.batch import PackedBatch, PaddedBatch
+from lit_glm.data.collate import PackedBatch, PaddedBatch
 from lit_glm.hardware.precision import LossScalingPrecision
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.model.glm import GLM
 from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, candidate_loss, candidate_scores
+from lit_glm.runs import checkpoints
 from lit_glm.training.optimizer import LearningRateSchedule, make_optimizer
 
 
@@ -173,3 +177,35 @@ class RecordModule(pl.LightningModule):
         for parameter, gradient in zip(self._optimizer_parameters(optimizer), self._restored_gradients):
             parameter.grad = None if gradient is None else gradient.to(parameter)
         self._restored_gradients = None
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """CheckpointIO that stores files with `lit_glm.runs.checkpoints`."""
+
+    def __init__(self, content: Optional[Dict[str, Any]] = None) -> None:
+        """Create the plugin.
+
+        Args:
+            content: content of the checkpoint to resume from, which was read when it was searched.
+        """
+        self._content = content
+
+    def save_checkpoint(self, checkpoint: Dict[str, Any], path: Any, storage_options: Optional[Any] = None) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            RunError: if it cannot be written.
+        """
+        # Not every torch version can serialise every vendor's tensors, and checkpoints are loaded onto the CPU anyway.
+        checkpoints.save(move_data_to_device(checkpoint, torch.device("cpu")), Path(path))
+
+    def load_checkpoint(
+        self, path: Any, map_location: Optional[Any] = None, weights_only: Optional[bool] = None
+    ) -> Dict[str, Any]:
+        """Read a checkpoint without executing code from it."""
+        content, self._content = self._content, None
+        return checkpoints.load(Path(path)) if content is None else content
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Delete a checkpoint."""
+        Path(path).unlink()

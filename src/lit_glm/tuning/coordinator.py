@@ -11,10 +11,8 @@ from typing import Any, Optional
 from lit_glm.config.tuned_values import TRIALS_FOLDER
 from lit_glm.launch.signals import STOP_SIGNALS, Interrupted
 from lit_glm.planning.workload import Workload
-from lit_glm.tuning.search import FITS, LIMIT, TIME, Trial, fastest_bs, largest_bs, next_bs
-from lit_glm.tuning.search_state import SearchState
-from lit_glm.tuning.trial_queue import TrialQueue, iter_trials
-from lit_glm.tuning.trial_runner import TrialRunner
+from lit_glm.tuning.search_state import FITS, LIMIT, TIME, SearchState, Trial, fastest_bs, largest_bs, next_bs
+from lit_glm.tuning.trial_runner import TrialQueue, TrialRunner, iter_trials
 
 
 def run_coordinator(config: Any, trials: TrialRunner, folder: Path, train: Any) -> int:

@@ -1,8 +1,9 @@
-"""State of a search on disk: tune.json after every trial; at the end a table, a plot and the fix_hp file."""
+"""Which batch size to try next; tune.json after every trial; at the end a table, a plot and the fix_hp file."""
 
 import io
 import json
-from dataclasses import asdict, fields, replace
+import statistics
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -10,7 +11,7 @@ import matplotlib
 from matplotlib.figure import Figure as Canvas
 
 from lit_glm.atomic_files import write_json, write_text
-from lit_glm.config.migration import migrate_names
+from lit_glm.config.key_aliases import migrate_names
 from lit_glm.config.schema import TrainConfig
 from lit_glm.config.tuned_values import MODEL_KEYS, TUNE_FILE
 from lit_glm.metrics.memory_estimate import estimate_memory
@@ -20,7 +21,96 @@ from lit_glm.planning.workload import Workload
 from lit_glm.reporting.plots import STYLE, use_plain_numbers
 from lit_glm.runs.job_spec import config_hash
 from lit_glm.runs.result import config_fields, markdown_table
-from lit_glm.tuning.search import LIMIT, MEMORY, TIME, Trial, fastest_bs, largest_bs, median_p_core, trials_by_bs
+
+FITS, MEMORY, LIMIT, TIME = "fits", "out of memory", "not tried", "no time"
+
+
+@dataclass
+class Trial:
+    """One trial of a batch size."""
+
+    bs: int
+    status: str
+    p_core: Optional[float] = None
+    """Samples per second, for examples of average length."""
+    mfu: Optional[float] = None
+    memory_gib: Optional[float] = None
+    samples_per_joule: Optional[float] = None
+    message: str = ""
+    """Why it does not fit."""
+
+
+def trials_by_bs(tries: List[Trial]) -> Dict[int, List[Trial]]:
+    """Group the trials that fit by batch size."""
+    found: Dict[int, List[Trial]] = {}
+    for one in tries:
+        if one.status == FITS and one.p_core is not None:
+            found.setdefault(one.bs, []).append(one)
+    return dict(sorted(found.items()))
+
+
+def median_p_core(tries: List[Trial]) -> float:
+    """Return the median p_core of trials."""
+    return statistics.median(one.p_core or 0.0 for one in tries)
+
+
+def largest_bs(tries: List[Trial]) -> Optional[int]:
+    """Return the largest batch size that fits; None if none does."""
+    return max(trials_by_bs(tries), default=None)
+
+
+def fastest_bs(tries: List[Trial]) -> Optional[int]:
+    """Return the batch size with the highest median p_core, the smaller one of equals; None without trials."""
+    known = trials_by_bs(tries)
+    return max(known, key=lambda bs: (median_p_core(known[bs]), -bs), default=None)
+
+
+def next_bs(tries: List[Trial], most: int, repeats: int) -> Optional[int]:
+    """Return the batch size to try next.
+
+    Args:
+        tries: the trials so far.
+        most: the largest batch size that the data allows.
+        repeats: maximum number of trials per batch size.
+
+    Returns:
+        The batch size; None if the search is complete.
+    """
+    known = trials_by_bs(tries)
+    too_large = [one.bs for one in tries if one.status != FITS]
+    low, high = max(known, default=0), min(too_large, default=most + 1)
+    if low == 0:
+        return 1 if not too_large else None
+    if high > most and low < most:
+        return min(2 * low, most)  # double until one does not fit
+    if high - low > max(1, low // 16):
+        return (low + high) // 2
+    return _refine(known) or _repeat(known, repeats)
+
+
+def _refine(known: Dict[int, List[Trial]]) -> Optional[int]:
+    """Return a batch size next to the fastest if a neighbour is more than a quarter away; else None."""
+    order = list(known)
+    best = max(known, key=lambda bs: median_p_core(known[bs]))
+    place = order.index(best)
+    for low, high in ((place, place + 1), (place - 1, place)):
+        if low >= 0 and high < len(order) and order[high] - order[low] > max(1, order[low] // 4):
+            return (order[low] + order[high]) // 2
+    return None
+
+
+def _repeat(known: Dict[int, List[Trial]], repeats: int) -> Optional[int]:
+    """Return which of the two fastest to repeat: each at least twice, then while their ranges overlap; else None."""
+    best, *others = sorted(known, key=lambda bs: -median_p_core(known[bs]))[:2]
+    for bs in [best, *others]:
+        if len(known[bs]) < min(2, repeats):
+            return bs
+    if not others:
+        return None
+    slower = others[0]
+    apart = min(one.p_core or 0.0 for one in known[best]) > max(one.p_core or 0.0 for one in known[slower])
+    fewer = min((best, slower), key=lambda bs: len(known[bs]))
+    return None if apart or len(known[fewer]) >= repeats else fewer
 
 
 class SearchState:

@@ -14,10 +14,9 @@ from lit_glm.errors import InputError
 from lit_glm.hardware.precision import make_precision
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.metrics.flops import peak_key
-from lit_glm.verification import collectives_check, dropout_check, model_check, timing_check
-from lit_glm.verification.fixtures import VerifyFixture, make_fixture
+from lit_glm.verification import collectives_check, model_check, timing_check
 from lit_glm.verification.operator_check import OperatorRecorder, OperatorResult, find_cpu_fallbacks
-from lit_glm.verification.stepper import TrainStepper
+from lit_glm.verification.stepper import TrainStepper, VerifyFixture, make_fixture
 
 _NARROW = {
     "num_layers": 2,
@@ -94,7 +93,7 @@ class AcceptanceTest:
         for name, run in (
             ("clock", lambda: [timing_check.check_clock(runtime)]),
             ("bandwidth", lambda: timing_check.check_bandwidth(runtime)),
-            ("dropout", lambda: [dropout_check.check_dropout(runtime)]),
+            ("dropout", lambda: [model_check.check_dropout(runtime)]),
             ("collectives", lambda: [collectives_check.check_collectives(config)]),
         ):
             for check in self._run(name, run):

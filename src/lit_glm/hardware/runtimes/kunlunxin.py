@@ -14,8 +14,8 @@ import torch
 
 from lit_glm.config.schema import LossScaleConfig
 from lit_glm.hardware.device_monitor import MonitoredMemory
-from lit_glm.hardware.loss_scale import VendorLossScale
 from lit_glm.hardware.monitors import physical_device_index, xpu_device_names, xpu_driver_version, xpu_total_memory
+from lit_glm.hardware.precision import VendorLossScale
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.hardware.runtimes.cuda import CUDARuntime
 

@@ -1,19 +1,21 @@
-"""The runtimes that exist, and the choice between them."""
+"""The runtimes that exist, simulated devices included, and the choice between them."""
 
 import importlib
 import re
 import sys
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
+import torch
 from omegaconf import OmegaConf
 
-from lit_glm.config.migration import find_old_methods
+from lit_glm.config.key_aliases import find_old_methods
 from lit_glm.config.schema import HardwareConfig, TopologyConfig
 from lit_glm.errors import InputError
 from lit_glm.hardware.env import set_hardware_env
 from lit_glm.hardware.monitors import is_mig_slice
 from lit_glm.hardware.runtimes.base import Runtime
+from lit_glm.hardware.runtimes.cpu import CPURuntime
 
 BUILT_IN_RUNTIMES = ("cpu", "cuda", "xmlir", "xpytorch")
 """That a chip may run on; `simulated` rehearses any."""
@@ -55,7 +57,7 @@ def _runtime_classes(hardware: HardwareConfig) -> Dict[str, "type[Runtime]"]:
     from lit_glm.hardware.runtimes.cpu import CPURuntime
     from lit_glm.hardware.runtimes.cuda import CUDARuntime
     from lit_glm.hardware.runtimes.kunlunxin import XMLIRRuntime, XPyTorchRuntime
-    from lit_glm.hardware.runtimes.simulated import SimulatedRuntime
+    from lit_glm.hardware.runtimes.selection import SimulatedRuntime
 
     own = {} if hardware._target_ is None else {TARGET_KEY: import_runtime_class(hardware._target_)}
     return {
@@ -134,7 +136,7 @@ def make_runtime(hardware: HardwareConfig, topology: TopologyConfig) -> Runtime:
     Raises:
         InputError: if it is not there; says what is missing and how to rehearse without it.
     """
-    from lit_glm.hardware.runtimes.simulated import SimulatedRuntime
+    from lit_glm.hardware.runtimes.selection import SimulatedRuntime
 
     set_hardware_env(hardware)
     classes = _runtime_classes(hardware)
@@ -236,3 +238,44 @@ def validate_devices(hardware: HardwareConfig, runtime: Runtime, devices: int, f
                 f"card 0 calls itself {name!r}; hardware={hardware.name} has the figures of {hardware.product_name}"
             )
     return said
+
+
+class SimulatedRuntime(CPURuntime):
+    """Cards with indices and a memory size; tensors live on the CPU, gloo stands behind the backend."""
+
+    name = "simulated"
+    simulated = True
+    shares_memory = False
+
+    def __init__(self, cards: int, memory_gib: Optional[float]) -> None:
+        """Pretend.
+
+        Args:
+            cards: devices of this node.
+            memory_gib: memory of each.
+        """
+        super().__init__()
+        self._cards = cards
+        self._memory_gib = memory_gib
+
+    def device_count(self) -> int:
+        """As many as the topology asks for."""
+        return self._cards
+
+    def device(self, index: int) -> torch.device:
+        """The CPU, for a card that exists."""
+        if not 0 <= index < self._cards:
+            raise InputError(f"card {index} does not exist: {self._cards} cards are simulated")
+        return torch.device("cpu")
+
+    def precision_hint(self, name: str) -> str:
+        """Nothing: the time is no figure of the chip anyway."""
+        return ""
+
+    def device_name(self, index: int) -> str:
+        """Says what it is."""
+        return "simulated"
+
+    def total_memory(self, index: int) -> Optional[float]:
+        """That of the card that is simulated."""
+        return None if self._memory_gib is None else self._memory_gib * 2**30

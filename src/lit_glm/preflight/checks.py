@@ -1,0 +1,344 @@
+"""Pre-flight checks: machine and packages, runtime and devices, disk, data, checkpoint, memory."""
+
+import hashlib
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+import psutil
+from packaging.requirements import Requirement
+
+from lit_glm.check_result import CheckResult
+from lit_glm.config.hydra_main import CONF_DIR
+from lit_glm.config.schema import ModelConfig, TrainConfig
+from lit_glm.data.memmap_dataset import SequenceLengths, summarise_hdf5
+from lit_glm.errors import InputError
+from lit_glm.hardware.runtimes.base import Runtime
+from lit_glm.hardware.runtimes.selection import check_device_count, make_runtime, validate_devices
+from lit_glm.isolated_process import call_isolated
+from lit_glm.metrics import memory_estimate as estimates
+from lit_glm.metrics.system_info import describe_machine
+
+_GIB = 2**30
+_CHECKPOINTS = 3  # two are kept while a third is written
+_TRIED_MIB = 64
+_SLOW_MIB_S = 50.0
+_SHOWN = 48
+
+
+def _existing_parent(place: Path) -> Path:
+    """Return the folder itself, or its nearest existing parent."""
+    place = place.absolute()
+    return next(folder for folder in (place, *place.parents) if folder.is_dir())
+
+
+def _format_size(count: float) -> str:
+    return f"{count / _GIB:.1f} GiB" if count >= _GIB else f"{count / 2**20:.1f} MiB"
+
+
+def check_disk(config: TrainConfig, place: Path) -> CheckResult:
+    """Compare the free space with the size of the checkpoints, and measure the write speed."""
+    folder = _existing_parent(place)
+    count = estimates.count_parameters(config.model)
+    one = count * (2 + 12 if config.precision.name == "fp16" else 12)
+    needed, free = _CHECKPOINTS * one, shutil.disk_usage(str(folder)).free
+    said = f"{folder}: {_format_size(free)} free, checkpoints take up to {_format_size(needed)}"
+    if free < needed:
+        return CheckResult("", "fail", said, "free disk space, or give hydra.run.dir= on another disk")
+    try:
+        with tempfile.NamedTemporaryFile(dir=str(folder), prefix=".lit_glm-doctor-") as file:
+            block = os.urandom(2**20)
+            start = time.perf_counter()
+            for _ in range(_TRIED_MIB):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            speed = _TRIED_MIB / (time.perf_counter() - start)
+    except OSError as error:
+        return CheckResult("", "fail", f"{said}; cannot be written ({error})", "give hydra.run.dir= on another disk")
+    said += f", written at {speed:.0f} MiB/s: {one / 2**20 / speed:.0f} s per checkpoint"
+    if speed < _SLOW_MIB_S:
+        return CheckResult("", "warn", said, "a larger run.checkpoint_interval_steps saves time")
+    return CheckResult("", "ok", said)
+
+
+def _make_decoder(config: TrainConfig) -> Callable[[Any], str]:
+    """Return a function that decodes token ids to text, or to numbers if there is no vocabulary."""
+    vocab_file = config.data.vocab_file
+    pieces: List[str] = []
+    if vocab_file is not None:
+        from lit_glm.data.cloze import WordPieceTokenizer
+
+        WordPieceTokenizer(vocab_file)  # raises if it is invalid
+        pieces = Path(vocab_file).read_text(encoding="utf-8").split("\n")
+    elif config.data.synthetic is not None:
+        from lit_glm.data.synthetic import synthetic_vocabulary
+
+        pieces = synthetic_vocabulary()
+
+    def decode(ids: Any) -> str:
+        words = [pieces[i] if i < len(pieces) and pieces else str(i) for i in ids]
+        text = " ".join(words).replace(" ##", "")
+        return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+
+    return decode
+
+
+def check_data(config: TrainConfig, key: str) -> CheckResult:
+    """Check that an HDF5 file fits the configuration, and show its counts and its first and last example."""
+    path = Path(getattr(config.data, key))
+    if config.data.synthetic is not None and not path.exists():
+        return CheckResult("", "ok", f"{path}: does not exist yet, train generates it on first use")
+    decode, model = _make_decoder(config), config.model
+    found = call_isolated(summarise_hdf5, path, key == "eval_file")
+    if found["highest"] >= model.vocab_size:
+        raise InputError(
+            f"{path}: token id {found['highest']} is beyond model.vocab_size={model.vocab_size}; model=glm_small, "
+            "glm_base and glm_large have BERT's vocabulary (30592)"
+        )
+    if found["tokens"] > min(config.data.max_seq_length, model.max_sequence_length):
+        raise InputError(
+            f"{path}: {found['tokens']} tokens in a sequence, more than "
+            f"data.max_seq_length={config.data.max_seq_length} or model.max_sequence_length={model.max_sequence_length}"
+        )
+    if key == "train_file" and config.global_batch > found["examples"]:
+        raise InputError(
+            f"{path}: {found['examples']} examples, fewer than the {config.global_batch} of a step (bs={config.bs}, "
+            f"topology={config.topology.name})"
+        )
+    counts = f"{found['examples']} examples, {found['candidates']} candidates, at most {found['tokens']} tokens"
+    shown = [
+        f'{which} "{decode(context)}" with {count} candidates: {" | ".join(map(decode, candidates))}'
+        for which, context, count, candidates in found["ends"]
+    ]
+    return CheckResult("", "ok", f"{path}: {counts}; {'; '.join(shown)}")
+
+
+def check_checkpoint(config: TrainConfig) -> CheckResult:
+    """Compare names and shapes of the initial weights with the model's."""
+    path = config.model.init_checkpoint
+    if path is None:
+        if config.model.name == "glm_tiny":
+            return CheckResult("", "skip", "none: glm_tiny learns from scratch")
+        return CheckResult("", "warn", "none: the weights are random", "model.init_checkpoint=blocklm-large-blank")
+    from lit_glm.model.checkpoint import fit_to_model, meta_state_dict, read_weights
+
+    weights = read_weights(Path(path))
+    count = sum(weight.numel() for weight in weights.values())
+    kinds = ", ".join(sorted({str(weight.dtype).replace("torch.", "") for weight in weights.values()}))
+    done = fit_to_model(weights, meta_state_dict(config.model), path)
+    return CheckResult(
+        "", "ok", "; ".join([f"{path}: {len(weights)} tensors, {count} values in {kinds}: all fit", *done])
+    )
+
+
+def check_memory(config: TrainConfig, runtime: Optional[Runtime]) -> CheckResult:
+    """Estimate the peak memory of a training step from the sequence lengths of the file."""
+    path = Path(config.data.train_file)
+    if config.data.synthetic is not None and not path.exists():
+        return CheckResult("", "skip", "not estimated: the data does not exist yet")
+    said, *advice = estimates.memory_message(config, SequenceLengths.from_hdf5(path), runtime).split("\n")
+    unknown = runtime is None or runtime.total_memory(0) is None
+    status = "fail" if advice else "warn" if unknown else "ok"
+    return CheckResult("", status, said.replace("memory: ", ""), "; ".join(advice).replace("memory: ", ""))
+
+
+_LIMIT_S = 6.0
+
+
+def check_runtime(config: TrainConfig, kept: List[str]) -> CheckResult:
+    """Create the runtime.
+
+    Args:
+        config: configuration of the run.
+        kept: messages about variables of the hardware file that the environment sets already.
+    """
+    made = make_runtime(config.hardware, config.topology)
+    version = f", driver {made.driver_version()}" if made.has_driver else ""
+    said = f"{made.name} for {config.hardware.name}{version}"
+    if made.simulated:
+        return CheckResult(
+            "", "warn", f"{said}: simulated on the CPU", "no measurement is that of the device", artifact=made
+        )
+    if kept:
+        return CheckResult("", "warn", said, "; ".join(kept), artifact=made)
+    return CheckResult("", "ok", said, artifact=made)
+
+
+def check_devices(config: TrainConfig, made: Runtime) -> CheckResult:
+    """Compare the devices with topology and hardware file."""
+    unable = made.multi_node_unsupported_reason(config.topology.num_nodes)
+    if unable is not None:
+        raise InputError(f"topology={config.topology.name}: {unable}")
+    check_device_count(made, config.topology)
+    devices = config.topology.devices_per_node
+    hints = validate_devices(config.hardware, made, devices, CONF_DIR / "hardware")
+    names: List[str] = []
+    for index in range(devices):
+        total = made.total_memory(index)
+        size = "memory unknown" if total is None else f"{total / 2**30:.1f} GiB"
+        names.append(f"{made.device_name(index) or config.hardware.product_name} ({size})")
+    kinds = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+    said = f"{made.device_count()} devices visible, {devices} required per node: {kinds}"
+    return CheckResult("", "warn" if hints else "ok", said, "; ".join(hints))
+
+
+def check_precision(config: TrainConfig, made: Runtime) -> CheckResult:
+    """Check the precision with a small matrix product."""
+    from lit_glm.hardware.precision import make_precision
+
+    plugin = make_precision(config, made)
+    said = f"{config.precision.name}: matrix products are computed in {str(plugin.computes_in).replace('torch.', '')}"  # type: ignore[attr-defined]
+    hint = made.precision_hint(config.precision.name)
+    return CheckResult("", "warn" if hint else "ok", said, hint)
+
+
+def check_rendezvous_port(config: TrainConfig, made: Runtime) -> CheckResult:
+    """Check that the rendezvous port is available."""
+    from lit_glm.launch.rendezvous import check_port, resolve_node
+
+    if config.topology.world_size == 1:
+        given = os.environ.get("MASTER_PORT", "")
+        if given.isdigit():
+            try:
+                check_port(int(given))
+            except InputError as error:
+                return CheckResult("", "warn", str(error), "a single device needs none")
+        return CheckResult("", "skip", "single device: no rendezvous")
+    node = resolve_node(config.topology, config.hardware.runtime == "simulated")
+    chosen = "" if os.environ.get("MASTER_PORT") else " (a free port, chosen for each job; MASTER_PORT sets it)"
+    return CheckResult("", "ok", f"node {node.rank} of {config.topology.num_nodes}, {node.address}:{node.port}{chosen}")
+
+
+def check_collectives(config: TrainConfig, made: Runtime) -> CheckResult:
+    """Start all ranks of this node and run an all-reduce over all ranks of the topology."""
+    if config.topology.world_size == 1:
+        return CheckResult("", "skip", "single device: no collectives")
+    from lit_glm.launch.all_ranks import run_on_all_ranks
+
+    measured = run_on_all_ranks(config, "lit_glm.preflight.all_reduce", _LIMIT_S)
+    if measured is None:
+        return CheckResult("", "ok", "all-reduce with the other nodes passed; node 0 prints the timing")
+    return CheckResult(
+        "",
+        "ok",
+        f"{measured['ranks']} ranks over {measured['backend']}: all-reduce correct, {measured['mib']:g} MiB in "
+        f"{1000 * measured['seconds']:.1f} ms ({measured['gib_per_s']:.2f} GiB/s per rank), "
+        f"latency {1e6 * measured['latency_s']:.0f} us",
+    )
+
+
+_BUSY_PERCENT = 25.0
+
+
+def check_host() -> CheckResult:
+    """Describe this machine, and check whether other processes are using its CPUs."""
+    busy = psutil.cpu_percent(interval=0.5)
+    free = psutil.virtual_memory().available / 2**30
+    said = f"{describe_machine()}; {free:.1f} GiB of memory free, CPUs {busy:.0f} % busy"
+    if busy > _BUSY_PERCENT:
+        return CheckResult("", "warn", said, "other processes are using the CPUs: measurements would not be comparable")
+    return CheckResult("", "ok", said)
+
+
+def tested_versions() -> "tuple[str, Dict[str, str]]":
+    """Return the name and content of the constraints file that is tested with this Python version."""
+    name = "seed.txt" if sys.version_info < (3, 9) else "current.txt"
+    text = (CONF_DIR.parent / "constraints" / name).read_text(encoding="utf-8")
+    return name, dict(re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE))
+
+
+def check_packages() -> CheckResult:
+    """Compare the installed packages with the project's requirements and with the tested versions."""
+    name, tested = tested_versions()
+    try:
+        needs = [Requirement(text) for text in metadata.requires("lit-glm") or []]
+    except metadata.PackageNotFoundError:
+        return CheckResult("", "warn", "lit-glm is not installed as a package", "pip install -e . in its checkout")
+    wrong: List[str] = []
+    others: List[str] = []
+    there: List[str] = []
+    for need in needs:
+        if need.marker is not None and not need.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = metadata.version(need.name)
+        except metadata.PackageNotFoundError:
+            wrong.append(f"{need.name} is missing")
+            continue
+        there.append(f"{need.name} {version}")
+        if not need.specifier.contains(version, prereleases=True):
+            wrong.append(f"{need.name} {version} is not {need.specifier}")
+        elif version.split("+")[0] != tested.get(need.name, version):
+            others.append(f"{need.name} {version} (tested: {tested[need.name]})")
+    python = f"Python {platform.python_version()}"
+    if wrong:
+        return CheckResult("", "fail", f"{python}: {', '.join(wrong)}", f"pip install -c constraints/{name} -e .")
+    if others:
+        return CheckResult("", "warn", f"{python}: {', '.join(others)}", f"other measurements are made with {name}")
+    return CheckResult("", "ok", f"{python}, {', '.join(there)}: as in constraints/{name}")
+
+
+_VOCABULARY = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
+"""SHA-256 of vocab.txt of google-bert/bert-large-uncased: 30,522 word pieces."""
+_QUESTIONS = {"train": 100_730, "eval": 10_000}
+"""Questions of ReCoRD (Zhang et al. 2018, table 2); training has one example per distinct answer, so at least these."""
+
+
+def check_vocabulary(file: Path) -> Tuple[bool, str]:
+    """Return whether a vocabulary is that of bert-large-uncased, and a message."""
+    content = file.read_bytes()
+    same = hashlib.sha256(content).hexdigest() == _VOCABULARY
+    pieces = content.count(b"\n")
+    return same, f"vocabulary {'is' if same else f'of {pieces} lines is not'} bert-large-uncased's"
+
+
+def _compare_num_examples(path: Path, kind: str) -> Tuple[bool, str]:
+    from lit_glm.data.memmap_dataset import SequenceLengths
+
+    count, known = len(SequenceLengths.from_hdf5(path)), _QUESTIONS[kind]
+    same = count == known if kind == "eval" else known <= count < 2 * known
+    said = "as in ReCoRD" if same else f"not as in ReCoRD, which has {known:,} questions"
+    return same, f"{count:,} {'training' if kind == 'train' else 'evaluation'} examples: {said}"
+
+
+def _compare_num_weights(path: Path) -> Tuple[bool, str]:
+    from lit_glm.metrics.memory_estimate import count_parameters
+    from lit_glm.model.checkpoint import read_weights
+
+    count, known = sum(weight.numel() for weight in read_weights(path).values()), count_parameters(ModelConfig())
+    same = count == known
+    return same, f"weights of {count:,} values: {'as many as' if same else 'not'} blocklm-large-blank's {known:,}"
+
+
+def check_provenance(config: TrainConfig) -> CheckResult:
+    """Check all files that exist, with one result for all of them."""
+    found: List[Tuple[bool, str]] = []
+
+    def compare(what: Callable[[], Tuple[bool, str]]) -> None:
+        try:
+            found.append(what())
+        except InputError:
+            pass  # another check reports a file that cannot be read
+
+    vocab, weights = config.data.vocab_file, config.model.init_checkpoint
+    if vocab is not None and Path(vocab).is_file():
+        compare(lambda: check_vocabulary(Path(vocab)))
+    if config.data.synthetic is None:
+        for kind, name in (("train", config.data.train_file), ("eval", config.data.eval_file)):
+            if Path(name).is_file():
+                compare(lambda name=name, kind=kind: _compare_num_examples(Path(name), kind))  # type: ignore[misc]
+    if weights is not None and Path(weights).exists():
+        compare(lambda: _compare_num_weights(Path(weights)))
+    if not found:
+        return CheckResult("", "skip", "no files to compare with the published ones (sources: docs/data.md)")
+    other: Optional[str] = None if all(same for same, _ in found) else "sources of the published files: docs/data.md"
+    said = "; ".join(text for _, text in found)
+    return CheckResult("", "ok" if other is None else "warn", said, other or "")
