@@ -143,14 +143,14 @@ _SAYS = re.compile(
 
 
 def is_oom_error(error: BaseException) -> bool:
-    """Whether an error means that a device, or the machine, has too little memory for what was asked."""
+    """Return whether an error means that a device or the machine is out of memory."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, (RuntimeError, OSError)) and _SAYS.search(str(error)) is not None
 
 
 def oom_kill_count() -> int:
-    """How many processes the kernel has killed so far because the machine, or this container, had no memory left."""
+    """Return how many processes the kernel has OOM-killed so far, on this machine or in this container."""
     count = 0
     for file in ("/proc/vmstat", "/sys/fs/cgroup/memory.events"):
         try:

@@ -68,7 +68,7 @@ def test_more_devices_than_there_are(tmp_path: Path) -> None:
     more = CPURuntime().device_count() + 1
     done = lit_glm("train", *GOLDEN_RUN, f"topology.devices_per_node={more}", "bs=1", cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.count(f"topology=1x{more} asks for {more} devices a node") == 1
+    assert done.stderr.count(f"topology=1x{more} needs {more} devices per node") == 1
     assert "Traceback" not in done.stderr
 
 
@@ -78,7 +78,7 @@ def test_variables_of_a_chip_never_replace_the_users(monkeypatch: pytest.MonkeyP
     said = set_hardware_env(HardwareConfig(name="chip", env={"LIT_GLM_A": "theirs", "LIT_GLM_B": "theirs"}))
     assert (os.environ["LIT_GLM_A"], os.environ.pop("LIT_GLM_B")) == ("mine", "theirs")
     assert len(said) == 1
-    assert "LIT_GLM_A=mine is set and stays" in said[0]
+    assert "keeping LIT_GLM_A=mine (environment)" in said[0]
 
 
 @pytest.mark.parametrize("runtime", ["cpu", "cuda"])
@@ -91,7 +91,7 @@ def test_no_other_runtimes_figures_under_a_chips_name(runtime: str, tmp_path: Pa
 def test_simulated_cards_have_indices() -> None:
     runtime = make_runtime(HardwareConfig(runtime="simulated", memory_gib=32.0), TopologyConfig(1, 2))
     assert (runtime.device_count(), runtime.total_memory(0)) == (2, 32 * 2**30)
-    with pytest.raises(InputError, match="card 2 does not exist"):
+    with pytest.raises(InputError, match="device 2 does not exist"):
         runtime.device(2)
 
 
@@ -132,31 +132,31 @@ class _Card(CPURuntime):
 def test_a_card_is_checked_against_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = ROOT / "conf" / "hardware"
     wrong = HardwareConfig(name="a100", device_name_pattern="A100", memory_gib=40.0)
-    with pytest.raises(InputError, match="'NVIDIA H100 80GB HBM3'; take hardware=h100"):
+    with pytest.raises(InputError, match="'NVIDIA H100 80GB HBM3'; use hardware=h100"):
         validate_devices(wrong, _Card(), 1, folder)
     assert (
         validate_devices(HardwareConfig(name="h100", device_name_pattern="H100", memory_gib=80.0), _Card(), 1, folder)
         == []
     )
     hints = validate_devices(HardwareConfig(name="cuda"), _Card(), 1, folder)
-    assert "hardware=h100 knows its peak" in hints[0]
-    with pytest.raises(InputError, match="hardware=c500, but card 0 calls itself 'NVIDIA H100"):
+    assert "hardware=h100 has its peak" in hints[0]
+    with pytest.raises(InputError, match="hardware=c500, but device 0 is 'NVIDIA H100"):
         validate_devices(HardwareConfig(name="c500", product_name="C500"), _Card(), 1, folder)
     monkeypatch.setattr(_Card, "device_name", lambda self, index: "NVIDIA GeForce RTX 4090")
-    with pytest.raises(InputError, match="hardware=c500, but card 0 .* RTX 4090'; take hardware=another file"):
+    with pytest.raises(InputError, match="hardware=c500, but device 0 .* RTX 4090'; use hardware=another file"):
         validate_devices(HardwareConfig(name="c500", product_name="C500", vendor="MetaX"), _Card(), 1, folder)
     monkeypatch.undo()
     monkeypatch.setattr(_Card, "device_name", lambda self, index: "NVIDIA H200 NVL")
-    with pytest.raises(InputError, match="'NVIDIA H200 NVL'; take hardware=cuda"):
+    with pytest.raises(InputError, match="'NVIDIA H200 NVL'; use hardware=cuda"):
         validate_devices(HardwareConfig(name="h200", device_name_pattern="NVIDIA H200$"), _Card(), 1, folder)
     monkeypatch.setattr(_Card, "device_name", lambda self, index: "KUNLUN P800")
     hints = validate_devices(HardwareConfig(name="r300", product_name="R300", vendor="Kunlunxin"), _Card(), 1, folder)
-    assert hints == ["card 0 calls itself 'KUNLUN P800'; hardware=r300 has the figures of R300"]
+    assert hints == ["device 0 is 'KUNLUN P800'; hardware=r300 has the specification of R300"]
     monkeypatch.undo()
     other = validate_devices(
         HardwareConfig(name="h100", device_name_pattern="H100", memory_gib=40.0), _Card(), 1, folder
     )
-    assert "card 0 has 79.1 GiB" in other[0]
+    assert "device 0 has 79.1 GiB" in other[0]
 
 
 def test_a_slice_of_a_card_is_not_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +164,7 @@ def test_a_slice_of_a_card_is_not_the_card(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(_Card, "device_name", lambda *_: "NVIDIA H100 80GB HBM3 MIG 1g.10gb")
     monkeypatch.setattr(_Card, "total_memory", lambda *_: 9.75 * 2**30)
     h100 = validate_config(compose_config("train", ["hardware=h100"]), TrainConfig).hardware
-    with pytest.raises(InputError, match="device 0 is a slice of a card.*take hardware=cuda"):
+    with pytest.raises(InputError, match="device 0 is a MIG slice.*use hardware=cuda"):
         validate_devices(h100, _Card(), 1, folder)
     assert validate_devices(HardwareConfig(name="cuda"), _Card(), 1, folder) == []
     assert (

@@ -72,5 +72,5 @@ def test_a_package_without_cards_is_said(env: Dict[str, str], tmp_path: Path) ->
     done = lit_glm("train", "hardware=r300", *GOLDEN_RUN, cwd=tmp_path, env={**env, "DOUBLE_CARDS": "0"})
     assert done.returncode == 2
     assert "xmlir: torch_xmlir is installed, but torch" in done.stderr
-    assert "xpytorch: torch_xmlir is installed but no XPU answers" in done.stderr
+    assert "xpytorch: torch_xmlir is installed but sees no XPU" in done.stderr
     assert "Traceback" not in done.stderr

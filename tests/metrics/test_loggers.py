@@ -82,5 +82,5 @@ def test_a_logger_whose_package_is_missing_is_said(tmp_path: Path, capfd: Any, m
     monkeypatch.setattr("pytorch_lightning.loggers.wandb._WANDB_AVAILABLE", False)
     assert lit_glm_here("train", "experiment=debug", "logger=wandb", f"hydra.run.dir={tmp_path}/run") == 2
     said = capfd.readouterr().err
-    assert "logger.wandb: cannot be made" in said
+    assert "logger.wandb: cannot be created" in said
     assert "pip install 'lit-glm[wandb]'" in said

@@ -31,7 +31,7 @@ def test_a_run_leaves_its_profile_and_says_so(tmp_path: Path, capsys: pytest.Cap
     weights = f"{4 * count_parameters(model) / 2**30:.4f}"
     cells = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in text.splitlines() if line[:1] == "|"}
     assert cells["weights"] == cells["gradients"] == weights
-    assert float(cells["activations kept for the backward pass"]) > 0
+    assert float(cells["activations saved for the backward pass"]) > 0
     assert json.loads((run / "result.json").read_text())["profiled"] is True
 
 
@@ -40,7 +40,7 @@ def test_its_figures_are_not_mixed_with_others(tmp_path: Path) -> None:
     assert lit_glm_here("train", *GOLDEN_RUN, "run.max_steps=4", f"hydra.run.dir={plain}") == 0
     how = [*GOLDEN_RUN, "run.max_steps=4", "callbacks=profile", "callbacks.profile.from_step=1"]
     assert lit_glm_here("train", *how, "callbacks.profile.steps=9", f"hydra.run.dir={profiled}") == 0
-    assert "ended before the step behind" in (profiled / "profile" / "kernels.md").read_text()
+    assert "ended before the step after" in (profiled / "profile" / "kernels.md").read_text()
     assert len(group_into_rows(find_runs([str(plain), str(profiled)])[0])) == 2
     assert config_hash(JobSpec.read(plain).config) != config_hash(JobSpec.read(profiled).config)
     assert "profiled" not in hashed_settings(JobSpec.read(plain).config)

@@ -32,10 +32,10 @@ def tar() -> bytes:
         (lambda: gzip.compress(b"x" * 100), "is a gzip archive: unpack it"),
         (tar, "is a tar archive: unpack it"),
         (lambda: b"", "is empty"),
-        (lambda: b'{"module": 1}', "is a JSON text"),
+        (lambda: b'{"module": 1}', "is a JSON file"),
         (lambda: b"404: Not Found", "is a text"),
-        (lambda: b"\x80\x02garbage", "is no torch file"),
-        (lambda: b"\x00" * 4096, "is no torch file"),
+        (lambda: b"\x80\x02garbage", "is not a torch file"),
+        (lambda: b"\x00" * 4096, "is not a torch file"),
     ],
 )
 def test_no_checkpoint(content: Callable[[], bytes], said: str, tmp_path: Path) -> None:

@@ -48,8 +48,8 @@ def test_from_one_a100_to_more(topology: str, published: float) -> None:
 def test_an_unknown_chip_gets_a_wide_range_and_one_without_a_peak_none() -> None:
     h100 = planned("hardware=h100")
     assert h100.p_core.high / h100.p_core.low > 5
-    assert "nothing is known of this chip" in h100.evidence
-    with pytest.raises(Exception, match="hardware=cuda: nothing to predict its speed from.*plan.runs=RUN_DIR"):
+    assert "no measurement of this device" in h100.evidence
+    with pytest.raises(Exception, match="hardware=cuda: its speed cannot be predicted.*plan.runs=RUN_DIR"):
         planned("hardware=cuda")
 
 
@@ -146,13 +146,13 @@ def test_the_command_takes_lists_and_learns_from_runs(
     assert lit_glm_here("plan", *how, f"plan.runs={run},{other}") == 0
     said = capsys.readouterr().out
     assert said.count("| cpu 1x1") == said.count("| r300 1x1") == 1
-    assert f"{other}: not learnt from: it is of cpu in bf16" in said
+    assert f"{other}: ignored: measured on cpu in bf16" in said
     assert lit_glm_here("plan", "hardware=cpu,no_such") == 2
     assert "no_such" in capsys.readouterr().err
     assert lit_glm_here("plan", "bs=interval(1,8)") == 2
     assert "plan takes lists" in capsys.readouterr().err
     assert lit_glm_here("plan", "hardware=cpu", "plan.runs=nowhere") == 2
-    assert "plan.runs=nowhere: is no run folder" in capsys.readouterr().err
+    assert "plan.runs=nowhere: not a run folder" in capsys.readouterr().err
     assert lit_glm_here("plan", "hardware=none_such") == 2
     assert "none_such" in capsys.readouterr().err
 

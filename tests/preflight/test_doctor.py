@@ -109,7 +109,7 @@ def test_a_broken_checkpoint(capfd: Any, tmp_path: Path) -> None:
     (tmp_path / "broken.pt").write_bytes(whole[: len(whole) // 2])
     status, found = doctor(capfd, *GOLDEN_RUN, f"model.init_checkpoint={tmp_path}/broken.pt")
     assert (status, failed(found)) == (1, ["checkpoint"])
-    assert "cut short" in found["checkpoint"]["message"]
+    assert "truncated" in found["checkpoint"]["message"]
 
 
 def test_a_checkpoint_of_another_shape(capfd: Any) -> None:

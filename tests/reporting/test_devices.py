@@ -29,14 +29,14 @@ def test_what_the_cards_did_is_a_figure_and_energy_a_column(tmp_path: Path) -> N
     assert "energy (kJ)" in text
     assert "7200.0" in text
     assert "0.0125" in text
-    assert 'aria-label="What the cards did' in text
+    assert 'aria-label="Device readings' in text
     assert "power (W)" in text
 
 
 def test_without_readings_there_is_neither(tmp_path: Path) -> None:
     text = read(make_run(tmp_path / "outputs" / "day" / "run"))
     assert "energy (kJ)" not in text
-    assert 'aria-label="What the cards did' not in text
+    assert 'aria-label="Device readings' not in text
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def test_ratios_only_where_everything_agrees(tmp_path: Path, capfd: Any) -> None
     ratios = text.split("### Ratios")[1].split("## Missing")[0]
     assert "2.00x" in ratios  # 87.0 / 43.5
     assert ratios.count("no ratio: the published rows have another precision") == 1
-    assert ratios.count("no ratio: scoring=shared_context does other work") == 1
+    assert ratios.count("no ratio: the workload of scoring=shared_context differs") == 1
     assert ratios.count("no ratio: simulated") == 1
 
 
@@ -199,7 +199,7 @@ def test_the_head_of_the_page_answers_at_a_glance(tmp_path: Path, capfd: Any) ->
     ):
         assert text in page, text
     assert page.index("<figure") < page.index("Environment")
-    assert "<details><summary>Published rows of other chips" in page
+    assert "<details><summary>Published rows of other devices" in page
 
 
 def test_broken_folders_cost_nobody_else(tmp_path: Path, capfd: Any) -> None:
@@ -214,7 +214,7 @@ def test_broken_folders_cost_nobody_else(tmp_path: Path, capfd: Any) -> None:
     status, text, said = report(capfd, tmp_path, tmp_path / "nowhere*", "--format", "html")
     assert status == 0
     assert said.count("result.json cannot be read") == 3
-    assert "nowhere*: there is no such folder" in said
+    assert "nowhere*: no such folder" in said
     assert "<svg" in text
 
 
@@ -295,7 +295,7 @@ def test_runs_of_unequal_machines_are_rows_of_their_own(tmp_path: Path, capfd: A
     ]
     status, text, _ = report(capfd, tmp_path, "--check")
     assert status == 1
-    assert "measured on another machine or other software than another row of this name (cpu: Xeon)" in text
+    assert "measured on a different machine or software than another row of the same name (cpu: Xeon)" in text
 
 
 def test_what_is_no_result_stands_in_a_second_table(tmp_path: Path, capfd: Any) -> None:

@@ -179,12 +179,12 @@ def test_a_run_that_diverges_ends_and_says_so(tmp_path: Path, capfd: Any) -> Non
     diverge = ["lr=1e30", "run.max_steps=60", "run.max_skipped_steps=6", "run.eval_interval_samples=100000"]
     assert lit_glm_here("train", *DEBUG, *diverge, "optimizer.warmup=0", "hydra.run.dir=run") == 1
     said = capfd.readouterr().err
-    assert "the run has diverged" in said
+    assert "diverged: 6 consecutive steps without an update" in said
     assert "run.max_skipped_steps=6" in said
     assert "Traceback" not in said
     final = result(tmp_path / "run")
     assert final["status"] == "failed"
-    assert final["error"].startswith("diverged: 6 steps in a row without an update")
+    assert final["error"].startswith("diverged: 6 consecutive steps without an update")
 
 
 MINE = """
@@ -212,7 +212,7 @@ def test_an_error_inside_a_run(what: str, tmp_path: Path, capfd: Any, monkeypatc
         assert result(tmp_path / "run")["error"] == "ValueError: out of chalk"
     else:
         assert "Traceback" not in said
-        for part in ("out of memory in step 1 (bs=4): estimated", "peak", "largest bs estimated to fit is"):
+        for part in ("out of memory in step 1 (bs=4): estimated", "peak", "largest bs estimated to fit:"):
             assert part in said
         assert result(tmp_path / "run")["error"] == "out of memory"
     assert result(tmp_path / "run")["status"] == "failed"

@@ -138,7 +138,7 @@ def test_one_operator_silently_runs_on_the_processor() -> None:
 
     with with_fault("native_layer_norm", fault):
         found = failed(until="model")
-    assert found == [("operators fp32: native_layer_norm", "falls back: its inputs are copied to the processor")]
+    assert found == [("operators fp32: native_layer_norm", "falls back: its inputs are copied to the CPU")]
 
 
 def test_dropout_ignores_its_seed() -> None:
@@ -146,7 +146,7 @@ def test_dropout_ignores_its_seed() -> None:
         def manual_seed(self, seed: int) -> None:
             pass
 
-    assert failed(Forgetful()) == [("dropout", "the same seed draws another mask")]
+    assert failed(Forgetful()) == [("dropout", "the same seed gives different masks")]
 
 
 def test_synchronize_returns_at_once() -> None:
@@ -186,7 +186,7 @@ def test_a_wrong_layer_is_named_where_each_operator_is_right() -> None:
             return RuntimeOps(linear=lambda x, weight, bias: F.linear(x, weight, bias) * 1.01)
 
     found = failed(Scaled(), until="speed")
-    assert ("model fp32", "layer 0 is the first that deviates") in found
+    assert ("model fp32", "first deviation: layer 0") in found
     assert not [name for name, _ in found if name.startswith("operators")]
 
 

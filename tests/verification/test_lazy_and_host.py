@@ -196,5 +196,5 @@ def test_no_check_begins_when_the_time_is_over() -> None:
     late = acceptance.AcceptanceTest([config], CPURuntime(), whole=False, limit_s=0.0)
     checks = list(late.checks())
     assert {check.status for check in checks} == {"skip"}
-    assert "verify.max_minutes=0 is over" in checks[0].message
+    assert "verify.max_minutes=0 exceeded" in checks[0].message
     assert late.passed == {}

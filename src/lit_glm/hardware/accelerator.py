@@ -1,4 +1,4 @@
-"""Lightning's view of a chip: an accelerator and two strategies, over any runtime."""
+"""Lightning accelerator and strategies that work with any runtime."""
 
 from datetime import timedelta
 from typing import Any, Dict, List, Optional
@@ -13,58 +13,58 @@ from lit_glm.hardware.runtimes.base import Runtime
 
 
 class ChipAccelerator(Accelerator):
-    """One chip, whatever it is; Lightning asks most questions of the class, so each runtime gets a subclass."""
+    """Accelerator for any runtime; Lightning mostly calls class methods, so each runtime gets a subclass."""
 
     runtime: Runtime
     chip = ""
 
     def setup_device(self, device: torch.device) -> None:
-        """Make the device current; a stand-in for a card has no index."""
+        """Make the device current; a simulated device has no index."""
         if device.index is not None:
             self.runtime.set_device(device.index)
 
     def teardown(self) -> None:
-        """Nothing to undo."""
+        """Do nothing."""
 
     def get_device_stats(self, device: Any) -> Dict[str, Any]:
-        """Recorded elsewhere (`lit_glm.bench`)."""
+        """Return nothing; `lit_glm.metrics` records statistics."""
         return {}
 
     @classmethod
     def parse_devices(cls, devices: Any) -> List[int]:
-        """A number of devices to their indices."""
+        """Convert a number of devices to their indices."""
         return list(range(int(devices)))
 
     @classmethod
     def get_parallel_devices(cls, devices: List[int]) -> List[torch.device]:
-        """Indices to devices."""
+        """Convert indices to devices."""
         return [cls.runtime.device(index) for index in devices]
 
     @classmethod
     def auto_device_count(cls) -> int:
-        """Visible devices."""
+        """Return the number of visible devices."""
         return cls.runtime.device_count()
 
     @classmethod
     def is_available(cls) -> bool:
-        """It was made, so it is."""
+        """Return True: the runtime is checked before the accelerator is created."""
         return True
 
     @classmethod
     def name(cls) -> str:
-        """As in the hardware file."""
+        """Return the name in the hardware file."""
         return cls.chip
 
 
 def make_accelerator(runtime: Runtime, name: str) -> ChipAccelerator:
-    """An accelerator for a runtime, under the name of its hardware file."""
+    """Create an accelerator for a runtime, under the name of its hardware file."""
     subclass = type("ChipAccelerator", (ChipAccelerator,), {"runtime": runtime, "chip": name})
     accelerator: ChipAccelerator = subclass()
     return accelerator
 
 
 class _OptimizerWrappingMixin:
-    """Tells the precision plugin of the optimizers: after the move to the device, before a checkpoint is restored."""
+    """Mixin that passes optimizers to the precision plugin, after the move to the device and before restoring."""
 
     def setup_optimizers(self, trainer: Any) -> None:
         super().setup_optimizers(trainer)  # type: ignore[misc]
@@ -72,23 +72,23 @@ class _OptimizerWrappingMixin:
 
 
 class ChipSingleDeviceStrategy(_OptimizerWrappingMixin, SingleDeviceStrategy):
-    """One device, no process group."""
+    """Strategy for one device, without a process group."""
 
 
 class ChipDDPStrategy(_OptimizerWrappingMixin, DDPStrategy):
-    """Data parallel over any backend: nothing in it assumes CUDA."""
+    """Data-parallel strategy for any backend; does not assume CUDA."""
 
     def determine_ddp_device_ids(self) -> None:
-        """None for every chip: device ids make torch open CUDA streams."""
+        """Return None for every device type, because device ids make torch open CUDA streams."""
         return
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
-        """Without device ids."""
+        """Wait for all ranks, without device ids."""
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Objects travel as tensors on the chip."""
+        """Broadcast an object as device tensors."""
         return (
             object_collectives.broadcast_object(obj, self.root_device, src)
             if torch.distributed.is_initialized()
@@ -96,7 +96,7 @@ class ChipDDPStrategy(_OptimizerWrappingMixin, DDPStrategy):
         )
 
     def reduce(self, tensor: Any, group: Optional[Any] = None, reduce_op: Any = "mean") -> Any:
-        """Sum and divide: not every backend has an average."""
+        """Reduce a tensor; averages by sum and division, because not every backend has them."""
         if isinstance(tensor, torch.Tensor) and torch.distributed.is_initialized() and reduce_op in ("mean", "avg"):
             summed = super().reduce(tensor, group, "sum")
             return summed / torch.distributed.get_world_size(group)
@@ -104,12 +104,12 @@ class ChipDDPStrategy(_OptimizerWrappingMixin, DDPStrategy):
 
 
 def make_strategy(runtime: Runtime, topology: TopologyConfig, timeout_s: float) -> Strategy:
-    """The strategy of a topology.
+    """Create the strategy of a topology.
 
     Args:
-        runtime: whose devices.
-        topology: how many.
-        timeout_s: a collective that takes longer ends the job.
+        runtime: runtime of the devices.
+        topology: number of devices.
+        timeout_s: timeout of collectives, which ends the job.
     """
     if topology.world_size == 1:
         return ChipSingleDeviceStrategy(device=runtime.device(0))

@@ -1,9 +1,8 @@
-"""One reader of the monitor a node: a process of its own, started before torch, that writes devices.csv.
+"""Device monitor: one process per node, started before torch, that writes devices.csv.
 
-A rank that asked the vendor's tool itself would fork a large process every time. The ranks read the file instead.
-Nothing here imports torch. As a program: `python -m lit_glm.hardware.device_monitor MONITOR FILE NODE
-EVERY_S BEGUN CARDS`; it
-reads until its standard input is closed, and once more then.
+Each query by a rank itself would fork a large process, so the ranks read the file instead. Does not import torch.
+Run as `python -m lit_glm.hardware.device_monitor MONITOR FILE NODE EVERY_S BEGUN CARDS`, it reads until its standard
+input is closed, and once more then.
 """
 
 import importlib
@@ -24,13 +23,13 @@ from lit_glm.process_utils import set_parent_death_signal
 DEVICES_FILE = "devices.csv"
 COLUMNS = ("time_s", "node", "device", "mem_gib", "power_w", "temperature_c", "utilisation")
 _ALL = "-"
-_LAST_S = 15.0  # a monitor that hangs must not hold up the end of a run
+_LAST_S = 15.0  # a hanging monitor must not delay the end of a run
 
 
 def monitor_for(hardware: HardwareConfig) -> Optional[Monitor]:
-    """What can be asked of a chip's cards; None where they are pretended, or nothing is known to ask.
+    """Return the monitor of a hardware configuration; None for simulated devices, or without a known monitor.
 
-    Which runtime auto will take is not known yet: of those with the same tool, the one whose variable hides cards.
+    With `auto`, the runtime is not known yet: prefer the one whose visible-devices variable is set, else the first.
     """
     name = _monitor_name(hardware)
     return None if name is None else monitor_of_name(name)
@@ -48,30 +47,30 @@ def _monitor_name(hardware: HardwareConfig) -> Optional[str]:
 
 
 def monitor_of_name(name: str) -> Monitor:
-    """A monitor by its runtime's name, or by package.module.NAME of a package outside this one."""
+    """Return a monitor by its runtime's name, or by package.module.NAME of an external package."""
     if name in MONITORS:
         return MONITORS[name]
     module, _, attribute = name.rpartition(".")
     found = getattr(importlib.import_module(module), attribute)
     if not isinstance(found, Monitor):
-        raise TypeError(f"{name} is no lit_glm.hardware.monitors.Monitor")
+        raise TypeError(f"{name} is not a lit_glm.hardware.monitors.Monitor")
     return found
 
 
 def readings_file(run_dir: Path, node: int) -> Path:
-    """Where the readings of a node are."""
+    """Return the path of the readings of a node."""
     return run_dir / DEVICES_FILE if node == 0 else run_dir / "nodes" / str(node) / DEVICES_FILE
 
 
 @contextmanager
 def monitor_devices(hardware: HardwareConfig, file: Path, node: int, devices: int, begun: float) -> Iterator[None]:
-    """Have the cards of a node read as long as this lasts.
+    """Monitor the devices of a node for the duration of the context.
 
     Args:
-        hardware: names the monitor and its interval.
-        file: a table that is begun, or continued.
+        hardware: configuration of the monitor and its interval.
+        file: table to create or to continue.
         node: number of the node, from 0.
-        devices: cards of it in use; the first visible ones.
+        devices: number of its devices in use; the first visible ones.
         begun: `time.monotonic()` at which `time_s` is 0.
     """
     name = _monitor_name(hardware)
@@ -89,7 +88,7 @@ def monitor_devices(hardware: HardwareConfig, file: Path, node: int, devices: in
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C is the run's; this one ends by its input
+        start_new_session=True,  # Ctrl-C is for the run; this process ends when its stdin closes
     )
     try:
         yield
@@ -107,14 +106,14 @@ def _format_number(value: Optional[float]) -> str:
 
 
 def format_reading(time_s: float, node: int, reading: DeviceReading) -> str:
-    """A line of the table."""
+    """Format a row of the table."""
     gib = None if reading.used_mib is None else reading.used_mib / 1024
     values = (gib, reading.power_w, reading.temperature_c, reading.utilisation)
     return ",".join([f"{time_s:.3f}", str(node), str(reading.index), *map(_format_number, values)]) + "\n"
 
 
 def main(arguments: List[str]) -> int:
-    """Read until nobody wants it any more."""
+    """Read the devices until standard input is closed."""
     set_parent_death_signal()
     name, path, node, every, begun, wanted = arguments
     cards = None if wanted == _ALL else [card for card in wanted.split(",") if card]
@@ -139,29 +138,29 @@ def main(arguments: List[str]) -> int:
 
 
 class MonitoredMemory:
-    """Memory of a rank's card as the node's watch has written it; reads what is new in the file, and asks nobody."""
+    """Memory of a rank's device, read incrementally from the file of the node's device monitor."""
 
     def __init__(self) -> None:
         self._file: Optional[Path] = None
         self._card: Optional[str] = None
         self._read_to = 0
         self.last: Optional[float] = None
-        """Newest reading, bytes."""
+        """Latest reading, bytes."""
         self._peak: Optional[float] = None
 
     def start(self, file: Path, index: int, visible: str) -> None:
-        """Name the file; what an earlier part of the run has left there counts for the peak.
+        """Set the file; readings from earlier parts of the run count for the peak.
 
         Args:
-            file: of the node.
-            index: of the device among the visible ones.
-            visible: the variable that says which cards are visible.
+            file: devices.csv of the node.
+            index: index of the device among the visible ones.
+            visible: variable that selects the visible devices.
         """
         name = visible_device(index, visible)
         self._file, self._card = file, (name if name.isdigit() else nvml_device(name))
 
     def update(self) -> None:
-        """Take what has been written meanwhile."""
+        """Read new rows of the file."""
         if self._file is None or self._card is None or not self._file.is_file():
             return
         with self._file.open("rb") as file:
@@ -176,13 +175,13 @@ class MonitoredMemory:
                 self._peak = max(self._peak or 0.0, self.last)
 
     def peak(self) -> Optional[float]:
-        """Largest reading, bytes; None without one."""
+        """Return the largest reading, bytes; None without one."""
         self.update()
         return self._peak
 
 
 def load_readings(file: Path) -> Dict[Tuple[str, str], List[Dict[str, Optional[float]]]]:
-    """Readings of each (node, card), in the order of their times; torn lines are left out."""
+    """Load the readings of each (node, device), ordered by time; truncated rows are skipped."""
     found: Dict[Tuple[str, str], List[Dict[str, Optional[float]]]] = {}
     try:
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines()[1:]

@@ -8,17 +8,17 @@ from lit_glm.config.secrets import MASK
 
 
 def set_hardware_env(hardware: HardwareConfig) -> List[str]:
-    """Set the variables of a hardware file, before its runtime is imported and never over the user's.
+    """Set the variables of a hardware file before its runtime is imported; never overrides the user's variables.
 
     Returns:
-        A line for each that was left as it was.
+        A message for each variable that keeps another value.
     """
     kept = []
     for name, value in hardware.env.items():
-        if value == MASK:  # of a run folder; ranks have the value in their environment
+        if value == MASK:  # from a run folder; ranks inherit the value in their environment
             continue
         if os.environ.get(name, value) != value:
-            kept.append(f"{name}={os.environ[name]} is set and stays; conf/hardware/{hardware.name}.yaml has {value}")
+            kept.append(f"keeping {name}={os.environ[name]} (environment); conf/hardware/{hardware.name}.yaml: {value}")
         os.environ.setdefault(name, value)
     return kept
 

@@ -1,7 +1,7 @@
-"""Cards as the vendor's monitor sees them: memory, power, temperature, utilisation. Nothing here imports torch.
+"""Monitors of devices: memory, power, temperature, utilisation. Does not import torch.
 
-Two formats of Kunlunxin's tool are known, by the driver's age; both print one line a card with fields separated by
-white space. A line that does not fit is left out: a monitor in an unknown format gives no figure, not a wrong one.
+Two output formats of Kunlunxin's tool are known, for older and newer drivers; both print one line per device, fields
+separated by white space. A line that does not match is skipped: an unknown format gives no values, not wrong ones.
 """
 
 import os
@@ -21,16 +21,16 @@ _FIRST_S = 0.1  # between the first two readings of a counter
 
 @dataclass(frozen=True)
 class DeviceReading:
-    """One card at one moment."""
+    """Reading of one device at one moment."""
 
     index: Union[int, str]
-    """Of the card in the machine; of a MIG slice its name."""
+    """Index of the device in the machine; the name of a MIG slice."""
     temperature_c: Optional[float]
     power_w: Optional[float]
     used_mib: Optional[float]
     total_mib: Optional[float]
     utilisation: Optional[float]
-    """Percent."""
+    """Utilisation in percent."""
 
 
 def _parse_number(field: str, unit: str = "") -> float:
@@ -44,7 +44,7 @@ def _parse_number(field: str, unit: str = "") -> float:
 def _parse_readings(
     lines: Sequence[str], fields: Tuple[int, ...], index_of: Callable[[List[str], int], int]
 ) -> List[DeviceReading]:
-    """Read lines by the places of temperature, power, used, total, utilisation (from 1)."""
+    """Parse lines by the field numbers of temperature, power, used, total, utilisation (from 1)."""
     found: List[DeviceReading] = []
     for number, line in enumerate(lines):
         words = line.split()
@@ -66,7 +66,7 @@ def _parse_readings(
 
 
 def parse_xpu_smi_m(text: str) -> List[DeviceReading]:
-    """Newer drivers, `xpu-smi -m`: fields 5 C, 9 W, 18 used, 19 total (MiB), 20 %; field 2 is the card's index.
+    """Parse `xpu-smi -m` of newer drivers: fields 2 index, 5 C, 9 W, 18 used, 19 total (MiB), 20 %.
 
     >>> parse_xpu_smi_m("0 3 x x 46 x x x 114 x x x x x x x x 23730 32768 100")[0]
     DeviceReading(index=3, temperature_c=46.0, power_w=114.0, used_mib=23730.0, total_mib=32768.0, utilisation=100.0)
@@ -77,9 +77,9 @@ def parse_xpu_smi_m(text: str) -> List[DeviceReading]:
 
 
 def parse_xpu_smi(text: str) -> List[DeviceReading]:
-    """Older drivers, `xpu_smi`: cards in order, a line each, with "xpu" and 29 fields or more.
+    """Parse `xpu_smi` of older drivers: devices in order, one line each, with "xpu" and at least 29 fields.
 
-    Fields 29 C, 27 W, 22 used, 24 total (MiB), 14 %. A line of that shape that cannot be read keeps its place.
+    Fields 29 C, 27 W, 22 used, 24 total (MiB), 14 %. A line of that shape that cannot be parsed still counts.
 
     >>> line = "xpu " + "x " * 12 + "100% " + "x " * 7 + "23730MiB x 32768MiB x x 114W x 46C"
     >>> parse_xpu_smi(line)[0].used_mib
@@ -92,7 +92,7 @@ def parse_xpu_smi(text: str) -> List[DeviceReading]:
 
 
 def command_output(*command: str) -> str:
-    """What a program prints, stripped; nothing if it is missing, fails or takes too long."""
+    """Return a program's stripped output; empty if it is missing or takes too long."""
     try:
         done = subprocess.run(command, capture_output=True, timeout=10, check=False)
         return done.stdout.decode("utf-8", errors="replace").strip()
@@ -101,7 +101,7 @@ def command_output(*command: str) -> str:
 
 
 def xpu_readings() -> List[DeviceReading]:
-    """From whichever of the vendor's tools is installed; none without one."""
+    """Read the devices with whichever of the vendor's tools is installed; empty without one."""
     for tool, parse in ((("xpu-smi", "-m"), parse_xpu_smi_m), (("xpu_smi",), parse_xpu_smi)):
         if shutil.which(tool[0]):
             readings = parse(command_output(*tool))
@@ -111,14 +111,14 @@ def xpu_readings() -> List[DeviceReading]:
 
 
 def xpu_total_memory(card: Optional[int]) -> Optional[float]:
-    """Memory of a card of the machine, bytes, by the vendor's tool; None where it does not say."""
+    """Return the memory of a device in bytes, from the vendor's tool; None if not reported."""
     totals = {entry.index: entry.total_mib for entry in xpu_readings()}
     mib = None if card is None else totals.get(card)
     return None if mib is None else mib * _MIB
 
 
 def parse_names(text: str) -> Dict[int, str]:
-    """Names of the cards out of `xpu-smi -m`, by field 2, in double quotes.
+    """Parse device names from `xpu-smi -m`: text in double quotes, by field 2.
 
     >>> parse_names('0 3 x x 46 x x x 114 x x x x x x x x 23730 32768 100 x "KUNLUN R300"')
     {3: 'KUNLUN R300'}
@@ -134,29 +134,29 @@ def parse_names(text: str) -> Dict[int, str]:
 
 
 def xpu_device_names() -> Dict[int, str]:
-    """Name of each card; empty where the vendor's tool is missing, or does not say."""
+    """Return the name of each device; empty if the vendor's tool is missing, or reports none."""
     return parse_names(command_output("xpu-smi", "-m"))
 
 
 def visible_device(index: int, visible: str) -> str:
-    """How the variable that chooses devices names the visible device of an index: a number, a UUID, a MIG name."""
+    """Return the entry of a visible-devices variable for an index: a number, a UUID, or a MIG name."""
     cards = os.environ.get(visible, "").split(",")
     return (cards[index].strip() if index < len(cards) else "") or str(index)
 
 
 def physical_device_index(index: int, visible: str) -> Optional[int]:
-    """Number of a visible device among the cards of the machine; None if the variable names cards otherwise (UUIDs)."""
+    """Return the index of a visible device in the machine; None if the variable uses other names (UUIDs)."""
     card = visible_device(index, visible)
     return int(card) if card.isdigit() else None
 
 
 def is_mig_slice(name: str) -> bool:
-    """Whether a device calls itself a slice of a card, as in "NVIDIA H100 80GB HBM3 MIG 1g.10gb"."""
+    """Return whether a device name is that of a MIG slice, as in "NVIDIA H100 80GB HBM3 MIG 1g.10gb"."""
     return " MIG " in f" {name} "
 
 
 def parse_driver(text: str) -> Optional[str]:
-    """Driver's version out of `xpu-smi -q`.
+    """Parse the driver version from `xpu-smi -q`.
 
     >>> parse_driver("Driver Version                  : 4.0.25")
     '4.0.25'
@@ -167,7 +167,7 @@ def parse_driver(text: str) -> Optional[str]:
 
 
 def xpu_driver_version() -> Optional[str]:
-    """Version of the XPU driver, from whichever of the vendor's tools is installed."""
+    """Return the version of the XPU driver, from whichever of the vendor's tools is installed."""
     for tool in ("xpu-smi", "xpu_smi"):
         if shutil.which(tool):
             version = parse_driver(command_output(tool, "-q"))
@@ -177,13 +177,13 @@ def xpu_driver_version() -> Optional[str]:
 
 
 def _nvml_handles(wanted: Optional[Sequence[str]] = None) -> Dict[Union[int, str], Any]:
-    """NVML's handles of NVIDIA cards and MIG slices; none without the package nvidia-ml-py or a driver.
+    """Return NVML handles of NVIDIA devices and MIG slices; empty without the package nvidia-ml-py or a driver.
 
     Args:
-        wanted: as CUDA_VISIBLE_DEVICES names them; None: all cards.
+        wanted: names as in CUDA_VISIBLE_DEVICES; None: all devices.
 
     Returns:
-        By the card's number; of a slice by its name. What NVML does not know is left out.
+        Handles by the device's index, or by the name of a slice. Devices that NVML does not know are left out.
     """
     try:
         import pynvml
@@ -192,7 +192,7 @@ def _nvml_handles(wanted: Optional[Sequence[str]] = None) -> Dict[Union[int, str
         cards: Dict[Union[int, str], Any] = {
             index: pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())
         }
-    except Exception:  # no package, no driver, or a driver of another age
+    except Exception:  # no package, no driver, or an incompatible driver
         return {}
     if wanted is None:
         return cards
@@ -205,7 +205,7 @@ def _nvml_handles(wanted: Optional[Sequence[str]] = None) -> Dict[Union[int, str
                 found[name] = pynvml.nvmlDeviceGetHandleByUUID(name)
             except Exception:  # no such slice
                 continue
-        else:  # CUDA takes the beginning of a UUID too, if no other card has it
+        else:  # CUDA also accepts a unique prefix of a UUID
             uuids = {key: _decoded(pynvml.nvmlDeviceGetUUID(handle)) for key, handle in cards.items()}
             matching = [key for key, uuid in uuids.items() if uuid.startswith(name)]
             found.update({matching[0]: cards[matching[0]]} if len(matching) == 1 else {})
@@ -217,7 +217,7 @@ def _decoded(text: Any) -> str:
 
 
 def is_mig_enabled(handle: Any) -> bool:
-    """Whether an NVIDIA device is divided into slices."""
+    """Return whether an NVIDIA device is divided into MIG slices."""
     import pynvml
 
     try:
@@ -227,10 +227,10 @@ def is_mig_enabled(handle: Any) -> bool:
 
 
 def nvml_readings(wanted: Optional[Sequence[str]] = None) -> List[DeviceReading]:
-    """NVIDIA cards and slices by NVML, a field empty where one is silent.
+    """Read NVIDIA devices and slices by NVML; values that are not reported are None.
 
     Args:
-        wanted: as CUDA_VISIBLE_DEVICES names them; None: all cards.
+        wanted: names as in CUDA_VISIBLE_DEVICES; None: all devices.
     """
     cards = _nvml_handles(wanted)
     if not cards:
@@ -240,7 +240,7 @@ def nvml_readings(wanted: Optional[Sequence[str]] = None) -> List[DeviceReading]
     def asked(question: Callable[[], Any]) -> Any:
         try:
             return question()
-        except Exception:  # this card does not say
+        except Exception:  # not reported by this device
             return None
 
     found = []
@@ -249,7 +249,7 @@ def nvml_readings(wanted: Optional[Sequence[str]] = None) -> List[DeviceReading]
         if isinstance(index, int) and is_mig_enabled(handle):
             found.append(DeviceReading(index, None, None, None, None, None))
             continue
-        # The second version leaves out what the driver keeps for itself, as nvidia-smi does.
+        # Version 2 excludes memory reserved by the driver, as nvidia-smi does.
         memory = asked(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2))  # noqa: B023
         memory = memory or asked(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle))  # noqa: B023
         warmth = asked(lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))  # noqa: B023
@@ -269,7 +269,7 @@ def nvml_readings(wanted: Optional[Sequence[str]] = None) -> List[DeviceReading]
 
 
 def nvml_device_names() -> Dict[int, str]:
-    """Name of each NVIDIA card; empty without the package nvidia-ml-py or a driver."""
+    """Return the name of each NVIDIA device; empty without the package nvidia-ml-py or a driver."""
     try:
         import pynvml
 
@@ -280,14 +280,14 @@ def nvml_device_names() -> Dict[int, str]:
 
 
 def nvidia_driver_version() -> Optional[str]:
-    """Version of the NVIDIA driver by nvidia-smi; None where that prints anything else, such as an error."""
+    """Return the NVIDIA driver version from nvidia-smi; None for any other output, such as an error."""
     text = command_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     first = text.splitlines()[0].strip() if text else ""
     return first if re.fullmatch(r"\d+(\.\d+)+", first) else None
 
 
 def nvml_processes(index: int, visible: str) -> Optional[int]:
-    """Processes that compute on a visible NVIDIA card; None without the package nvidia-ml-py or a driver."""
+    """Count the compute processes on a visible NVIDIA device; None without the package nvidia-ml-py or a driver."""
     try:
         import pynvml
 
@@ -301,19 +301,19 @@ def nvml_processes(index: int, visible: str) -> Optional[int]:
 
 
 def nvml_device(name: str) -> Optional[str]:
-    """How devices.csv names a device that CUDA_VISIBLE_DEVICES names: by its number, or as a MIG slice."""
+    """Map a name in CUDA_VISIBLE_DEVICES to the name in devices.csv: the index, or the name of a MIG slice."""
     if name.isdigit():
         return name
     return next((str(key) for key in _nvml_handles([name])), None)
 
 
 def numbered_device(name: str) -> Optional[str]:
-    """The same where devices are chosen by numbers alone."""
+    """Map a device name to the name in devices.csv, if devices are selected by number; else None."""
     return name if name.isdigit() else None
 
 
 def cpu_name() -> str:
-    """Model name of the processor as the kernel reports it; "" where it does not."""
+    """Return the CPU model name as the kernel reports it; "" if unknown."""
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
@@ -322,14 +322,14 @@ def cpu_name() -> str:
 
 
 class CPUMonitor:
-    """Packages of this machine: power by the kernel's powercap files (Intel and AMD), memory of the whole machine."""
+    """Monitor of the CPU packages: power from the kernel's powercap files (Intel and AMD), memory of the machine."""
 
     def __init__(self, powercap: Path = Path("/sys/class/powercap")) -> None:
         self._powercap = powercap
         self._before: Dict[str, Tuple[float, float]] = {}
 
     def readings(self) -> List[DeviceReading]:
-        """A package each; one without power where the kernel shows none, or not to this user."""
+        """Return one reading per package; without power if the kernel does not report it, or not to this user."""
         memory = psutil.virtual_memory()
         used, total, busy = (memory.total - memory.available) / _MIB, memory.total / _MIB, psutil.cpu_percent()
         powers = [self._power(zone) for zone in self._packages()] or [None]
@@ -340,7 +340,7 @@ class CPUMonitor:
         return [zone for zone in zones if _read_sysfs(zone / "name").startswith("package")]
 
     def _power(self, zone: Path) -> Optional[float]:
-        """Mean power since the reading before; None at the first one."""
+        """Return the mean power since the previous reading; the first call takes two readings. None if unreadable."""
         text, now = _read_sysfs(zone / "energy_uj"), time.monotonic()
         if not text.isdigit():
             return None
@@ -350,7 +350,7 @@ class CPUMonitor:
             time.sleep(_FIRST_S)
             return self._power(zone)
         taken = float(text) - before[1]
-        if taken < 0:  # the counter has begun anew
+        if taken < 0:  # the counter has wrapped around
             taken += float(_read_sysfs(zone / "max_energy_range_uj") or 0.0)
         return taken / 1e6 / (now - before[0]) if now > before[0] and taken >= 0 else None
 
@@ -364,17 +364,17 @@ def _read_sysfs(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Monitor:
-    """How the cards of a runtime are read."""
+    """Functions that read the devices of a runtime."""
 
     read: Callable[[Optional[Sequence[str]]], List[DeviceReading]]
-    """Gets the devices that are wanted, by the names of `resolve`; may read more."""
+    """Reads the given devices, named as by `resolve`; may return more."""
     visible_devices_variable: str = ""
-    """The variable that says which cards a process sees; "": all that there are belong to the job."""
+    """Variable that selects the visible devices; "": all devices belong to the job."""
     device_names: Callable[[], Dict[int, str]] = dict
-    """Names of the machine's cards by their index."""
+    """Names of the machine's devices by their index."""
     driver_version: Callable[[], Optional[str]] = lambda: None
     resolve: Callable[[str], Optional[str]] = numbered_device
-    """From the name that the variable has for a device to that of its readings; None where it cannot be found."""
+    """Maps a device name in the variable to that of its readings; None if not found."""
 
 
 CPU_MONITOR = CPUMonitor()
@@ -384,4 +384,4 @@ MONITORS: Dict[str, Monitor] = {
     "cuda": Monitor(nvml_readings, "CUDA_VISIBLE_DEVICES", nvml_device_names, nvidia_driver_version, nvml_device),
     "cpu": Monitor(lambda _: CPU_MONITOR.readings()),
 }
-"""By the runtime's name."""
+"""Monitors by runtime name."""

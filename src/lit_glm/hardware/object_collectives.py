@@ -1,4 +1,4 @@
-"""Objects from rank to rank as tensors on the chip: a vendor's collectives may take no others.
+"""Broadcast and all-gather of Python objects as device tensors, the only ones that some backends support.
 
 torch's own object collectives put their bytes into CPU tensors for every backend but nccl.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def _pickle_to_tensor(content: Any, device: torch.device) -> Tensor:
-    """[n] bytes as 64-bit numbers: every collective library has these."""
+    """Pickle an object into [n] 64-bit integers, a dtype that every collective library supports."""
     return torch.tensor(list(pickle.dumps(content)), dtype=torch.long).to(device)
 
 
@@ -20,7 +20,7 @@ def _unpickle_tensor(numbers: Tensor) -> Any:
 
 
 def broadcast_object(content: Any, device: torch.device, source: int = 0) -> Any:
-    """What the rank `source` holds, on every rank."""
+    """Broadcast the object of rank `source` to every rank."""
     own = torch.distributed.get_rank() == source
     packed = _pickle_to_tensor(content, device) if own else torch.zeros(0, dtype=torch.long, device=device)
     length = torch.tensor([len(packed)], dtype=torch.long).to(device)
@@ -32,5 +32,5 @@ def broadcast_object(content: Any, device: torch.device, source: int = 0) -> Any
 
 
 def all_gather_object(content: Any, device: torch.device) -> List[Any]:
-    """What each rank holds, in the order of the ranks, on every rank."""
+    """Gather the objects of all ranks, in rank order, on every rank."""
     return [broadcast_object(content, device, rank) for rank in range(torch.distributed.get_world_size())]

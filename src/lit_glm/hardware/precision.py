@@ -21,10 +21,10 @@ _FACTOR = 2.0
 
 
 class DynamicLossScale:
-    """The rule of the published runs: Megatron's `DynamicLossScaler` with a delayed shift, not consecutive.
+    """Loss scale by the rule of the published runs: Megatron's `DynamicLossScaler`, `delayed_shift` not consecutive.
 
-    An overflow halves the scale, but the first `hysteresis - 1` of them are forgiven; the allowance is renewed when
-    the scale doubles, which it does after every `window` steps without an overflow.
+    An overflow halves the scale, except for the first `hysteresis - 1` overflows; this allowance is renewed when the
+    scale doubles, which it does after every `window` steps without an overflow.
     """
 
     def __init__(self, config: LossScaleConfig) -> None:
@@ -34,16 +34,16 @@ class DynamicLossScale:
         self._good_steps = 0
 
     def scale_loss(self, loss: Tensor) -> Tensor:
-        """The loss that is differentiated."""
+        """Scale the loss for the backward pass."""
         return loss * self.scale
 
     def unscale_(self, optimizer: Any) -> None:
-        """Take the scale out of the gradients of an optimizer's parameters."""
+        """Unscale the gradients of an optimizer's parameters."""
         parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
         multiply_all_([parameter.grad for parameter in parameters if parameter.grad is not None], 1.0 / self.scale)
 
     def update(self, overflow: bool) -> None:
-        """Count a step.
+        """Update the scale after a step.
 
         Args:
             overflow: whether its gradients were not finite, on any rank.
@@ -61,51 +61,51 @@ class DynamicLossScale:
             self._forgiven_left = self._config.hysteresis - 1
 
     def state_dict(self) -> Dict[str, float]:
-        """For a checkpoint."""
+        """Return the state for a checkpoint."""
         return {"scale": self.scale, "forgiven_left": self._forgiven_left, "good_steps": self._good_steps}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """From a checkpoint."""
+        """Restore the state from a checkpoint."""
         self.scale = float(state["scale"])
         self._forgiven_left = int(state["forgiven_left"])
         self._good_steps = int(state["good_steps"])
 
 
 class VendorLossScale:
-    """A runtime's own GradScaler (torch's interface) in the place of `DynamicLossScale`, with its own rule."""
+    """Adapter of a runtime's own GradScaler (torch's interface), which applies its own rule."""
 
     def __init__(self, scaler: Any) -> None:
         self._scaler = scaler
 
     @property
     def scale(self) -> float:
-        """What the next loss is multiplied with."""
+        """Factor that the next loss is multiplied by."""
         return float(self._scaler.get_scale())
 
     def scale_loss(self, loss: Tensor) -> Tensor:
-        """The loss that is differentiated."""
+        """Scale the loss for the backward pass."""
         scaled: Tensor = self._scaler.scale(loss)
         return scaled
 
     def unscale_(self, optimizer: Any) -> None:
-        """Take the scale out of the gradients; the scaler notes overflows meanwhile."""
+        """Unscale the gradients; the scaler records overflows meanwhile."""
         self._scaler.unscale_(optimizer)
 
     def update(self, overflow: bool) -> None:
-        """Adapt the scale to what `divide` has seen."""
+        """Update the scale by the overflows that `unscale_` recorded."""
         self._scaler.update()
 
     def state_dict(self) -> Dict[str, Any]:
-        """For a checkpoint."""
+        """Return the state for a checkpoint."""
         return dict(self._scaler.state_dict())
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """From a checkpoint."""
+        """Restore the state from a checkpoint."""
         self._scaler.load_state_dict(state)
 
 
 class FP32Precision(Precision):
-    """Single precision."""
+    """fp32 precision."""
 
     computes_in = torch.float32
 
@@ -129,7 +129,7 @@ class _BackwardWithoutAutocast(Precision):
 
 
 class MixedPrecision(_BackwardWithoutAutocast):
-    """fp32 weights, matrix products in a half precision."""
+    """Mixed precision: fp32 weights, matrix products in a half precision."""
 
     def __init__(self, runtime: Runtime, dtype: torch.dtype) -> None:
         super().__init__()
@@ -138,58 +138,58 @@ class MixedPrecision(_BackwardWithoutAutocast):
         self._runtime = runtime
 
     def forward_context(self) -> ContextManager[Any]:
-        """Autocast around each step and each evaluation."""
+        """Return the autocast context of a step or an evaluation."""
         return self._runtime.autocast(self.computes_in)
 
 
 class LossScalingPrecision(_BackwardWithoutAutocast):
-    """What amp and fp16 share: the loss is multiplied, gradients are divided, steps that overflow are left out."""
+    """Loss scaling shared by amp and fp16: scale the loss, unscale gradients, skip steps that overflow."""
 
     scaler: Any
-    """A `DynamicLossScale`, or a runtime's own."""
+    """A `DynamicLossScale`, or a runtime's own scaler."""
 
     @property
     def loss_scale(self) -> float:
-        """What the next loss is multiplied with."""
+        """Factor that the next loss is multiplied by."""
         return float(self.scaler.scale)
 
     def pre_backward(self, tensor: Tensor, module: Any) -> Any:
-        """Multiply the loss."""
+        """Scale the loss."""
         self._before_backward(module)
         return super().pre_backward(self.scaler.scale_loss(tensor.float()), module)
 
     def _before_backward(self, module: Any) -> None:
-        """Get gradients of an earlier micro-batch ready to be added to."""
+        """Prepare the gradients of an earlier micro-batch for accumulation."""
 
     def unscale_(self, optimizer: Any) -> None:
-        """Leave unscaled fp32 gradients where the optimizer looks for them."""
+        """Unscale the gradients of the optimizer's parameters, in fp32."""
         self.scaler.unscale_(optimizer)
 
     def update_scale(self, norm: Tensor) -> bool:
-        """Adapt the scale to what the gradients came to.
+        """Update the scale by the norm of the gradients.
 
         Args:
-            norm: of all gradients, before clipping. It is computed anyway, and finite only if each of them is.
+            norm: norm of all gradients, before clipping. It is computed anyway, and finite only if each gradient is.
 
         Returns:
-            Whether all are finite: with `False`, the step is to be left out. After averaging over the ranks all
-            ranks hold the same gradients, so they agree.
+            Whether all gradients are finite; if not, the step must be skipped. All ranks agree, because gradients are
+            the same on every rank after averaging.
         """
         finite = math.isfinite(float(norm))
         self.scaler.update(not finite)
         return finite
 
     def state_dict(self) -> Dict[str, Any]:
-        """For a checkpoint."""
+        """Return the state for a checkpoint."""
         return dict(self.scaler.state_dict())
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        """From a checkpoint."""
+        """Restore the state from a checkpoint."""
         self.scaler.load_state_dict(state_dict)
 
 
 class AMPPrecision(LossScalingPrecision):
-    """fp32 weights, matrix products in fp16, loss scaling by the runtime's own scaler where it has one."""
+    """Mixed precision in fp16 with fp32 weights; uses the runtime's own loss scaler if it has one."""
 
     precision: Any = "16-mixed"
     computes_in = torch.float16
@@ -200,16 +200,16 @@ class AMPPrecision(LossScalingPrecision):
         self.scaler = runtime.loss_scaler(config) or DynamicLossScale(config)
 
     def forward_context(self) -> ContextManager[Any]:
-        """Autocast around each step and each evaluation."""
+        """Return the autocast context of a step or an evaluation."""
         return self._runtime.autocast(torch.float16)
 
     def _before_backward(self, module: Any) -> None:
-        # Of an earlier micro-batch, divided already.
+        # Gradients of an earlier micro-batch are already unscaled.
         multiply_all_([p.grad for p in module.parameters() if p.grad is not None], self.loss_scale)
 
 
 class FP16Precision(LossScalingPrecision):
-    """fp16 weights, activations and gradients; fp32 master weights in the optimizer."""
+    """fp16 precision: fp16 weights, activations and gradients; fp32 master weights in the optimizer."""
 
     precision: Any = "16-true"
     computes_in = torch.float16
@@ -222,11 +222,11 @@ class FP16Precision(LossScalingPrecision):
         self._restored: Optional[List[Tensor]] = None
 
     def convert_module(self, module: nn.Module) -> nn.Module:
-        """Round the weights."""
+        """Convert the weights to fp16."""
         return module.half()
 
     def wrap_optimizers(self, optimizers: List[Any]) -> None:
-        """Give the optimizer fp32 copies of the weights; called after the model has moved to its device."""
+        """Replace the optimizers' parameters by fp32 master weights; called after the move to the device."""
         self._weights, self._masters = [], []
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -234,36 +234,36 @@ class FP16Precision(LossScalingPrecision):
                 self._weights += group["params"]
                 self._masters += masters
                 group["params"] = masters
-        if self._restored is not None:  # Lightning restores plugins before or after, by version
+        if self._restored is not None:  # some Lightning versions restore plugins before this call
             self._restore_masters(self._restored)
 
     def unscale_(self, optimizer: Any) -> None:
-        """Add the gradients, in fp32 and divided, to those of the masters."""
+        """Add the unscaled gradients, in fp32, to those of the master weights."""
         pairs = [(weight, master) for weight, master in zip(self._weights, self._masters) if weight.grad is not None]
         wide = [torch.empty_like(weight, dtype=torch.float32) for weight, _ in pairs]
         copy_all_(wide, [weight.grad for weight, _ in pairs])
         multiply_all_(wide, 1.0 / self.loss_scale)
         for (weight, master), gradient in zip(pairs, wide):
             master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-            weight.grad = None  # the optimizer's zero_grad sees the masters alone
+            weight.grad = None  # the optimizer's zero_grad only sees the master weights
 
     def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Update the masters, round them into the weights."""
+        """Update the master weights and round them into the model's weights."""
         outcome = super().optimizer_step(optimizer, **kwargs)
         self.round_weights()
         return outcome
 
     def round_weights(self) -> None:
-        """Round the masters into the weights."""
+        """Round the master weights into the model's weights."""
         with torch.no_grad():
             copy_all_(self._weights, self._masters)
 
     def state_dict(self) -> Dict[str, Any]:
-        """The scale and the masters: the weights alone have lost what rounding took."""
+        """Return the scale and the master weights, because the model's weights are rounded."""
         return {**super().state_dict(), "masters": [master.detach() for master in self._masters]}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        """From a checkpoint."""
+        """Restore the state from a checkpoint."""
         super().load_state_dict(state_dict)
         self._restored = state_dict["masters"]
         if self._masters:
@@ -277,21 +277,21 @@ class FP16Precision(LossScalingPrecision):
 
 
 def make_precision(config: TrainConfig, runtime: Runtime, index: int = 0, tried: bool = True) -> Precision:
-    """The plugin of a precision.
+    """Create the plugin of a precision.
 
     Args:
-        config: the run's.
-        runtime: of the chip.
-        index: of this rank's device, on which a small product is tried; no other device is touched.
-        tried: whether it is.
+        config: run configuration.
+        runtime: runtime of the device.
+        index: index of this rank's device, on which a small product is computed; no other device is touched.
+        tried: whether to compute it.
 
     Raises:
-        InputError: if the chip or its runtime lacks it.
+        InputError: if the device or its runtime does not support the precision.
     """
     name, hardware = config.precision.name, config.hardware
     if name not in hardware.precisions:
         raise InputError(
-            f"precision={name}: {hardware.product_name or hardware.name} has no such arithmetic; it has "
+            f"precision={name}: not supported by {hardware.product_name or hardware.name}; supported: "
             f"{', '.join(hardware.precisions)} (conf/hardware/{hardware.name}.yaml)"
         )
     runtime.allow_tf32(config.precision.tf32)
@@ -309,17 +309,17 @@ def make_precision(config: TrainConfig, runtime: Runtime, index: int = 0, tried:
     except (RuntimeError, TypeError, AttributeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"precision={name}: runtime {runtime.name} on torch {torch.__version__} cannot compute in it ({reason}); "
-            "take precision=fp32, or another of the chip's on another runtime"
+            f"precision={name}: not supported by runtime {runtime.name} with torch {torch.__version__} ({reason}); "
+            "use precision=fp32, or another precision or runtime of this device"
         ) from error
     return plugin
 
 
 def check_precision_on_device(plugin: Any, device: torch.device) -> None:
-    """Compute what a layer is made of, forward and backward, and look at the type it comes out in.
+    """Run a small layer forward and backward, and check the dtype of its output.
 
     Raises:
-        RuntimeError: if it came out in another one; or whatever torch says to a product that it lacks.
+        RuntimeError: if the dtype is wrong; also whatever torch raises for an operation that it lacks.
     """
     layer = plugin.convert_module(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU()).to(device))
     x = torch.ones(2, 8, device=device, dtype=next(layer.parameters()).dtype)
@@ -327,7 +327,7 @@ def check_precision_on_device(plugin: Any, device: torch.device) -> None:
         out = layer(x)
         torch.softmax(out @ out.transpose(0, 1), dim=-1).float().sum().backward()
     if out.dtype is not plugin.computes_in:
-        raise RuntimeError(f"a product came out in {out.dtype}, not in {plugin.computes_in}")
+        raise RuntimeError(f"a matrix product returned {out.dtype} instead of {plugin.computes_in}")
 
 
 @contextmanager

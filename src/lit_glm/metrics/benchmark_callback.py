@@ -1,11 +1,11 @@
-"""The phase callback: measures every step, evaluates and saves when due, and keeps the run folder up to date.
+"""Lightning callback that times each step, runs evaluations and checkpoints, and updates the run folder.
 
-| Lightning hook        | phase                    | FlagPerf event              | figure            |
+| Lightning hook        | phase                    | FlagPerf event              | metric            |
 | --------------------- | ------------------------ | --------------------------- | ----------------- |
 | before fit            | init                     | INIT_START                  | init_time         |
 | on_train_start        | init, first evaluation   | INIT_EVALUATION, INIT_END   | init_time         |
 | on_train_start, end   | training begins          | TRAIN_START, EPOCH_BEGIN    | raw_train_time    |
-| on_train_batch_start  | data waited for          | STEP_BEGIN                  | no_eval_time      |
+| on_train_batch_start  | end of waiting for data  | STEP_BEGIN                  | no_eval_time      |
 | on_train_batch_end    | step computed            | STEP_END                    | pure_compute_time |
 | on_train_batch_end    | evaluation, checkpoint   | EVALUATE                    | raw_train_time    |
 | on_train_end          | training ends            | EPOCH_END, TRAIN_END        | raw_train_time    |
@@ -31,45 +31,45 @@ from lit_glm.runs.run_writer import RunWriter
 from lit_glm.training.evaluation import evaluate, has_converged, has_reached_limit, is_evaluation_due
 from lit_glm.training.module import RecordModule, StepMetrics
 
-_FIRST = 3  # in a row, from which a run is said to have diverged: loss scaling alone skips a few now and then
+_FIRST = 3  # consecutive skipped steps before the first warning: loss scaling alone skips one occasionally
 
 
 class DivergenceGuard:
-    """Counts them; every rank counts the same."""
+    """Counter of consecutive steps without an update; it is the same on every rank."""
 
     def __init__(self, most: int) -> None:
-        """Begin.
+        """Start counting.
 
         Args:
-            most: `run.max_skipped_steps`: so many in a row end the run.
+            most: `run.max_skipped_steps`: number of consecutive skipped steps that ends the run.
         """
         self._most = most
         self._row = 0
 
     def check_step(self, step: int, values: StepMetrics, speaks: bool) -> None:
-        """Look at a step.
+        """Count a step, and check the limit.
 
         Args:
             step: counted from 1.
-            values: what came of it.
-            speaks: whether this rank says it.
+            values: metrics of the step.
+            speaks: whether this rank prints warnings.
 
         Raises:
-            RunError: if it was one too many.
+            RunError: if the limit is reached.
         """
         self._row = 0 if values.grad_norm is not None else self._row + 1
         if self._row < min(_FIRST, self._most):
             return
         first = step - self._row + 1
         what = (
-            f"no update in {self._row} steps in a row (from step {first}): loss or gradient is not finite "
+            f"{self._row} consecutive steps without an update (from step {first}): loss or gradient is not finite "
             f"(loss {values.loss:g})"
         )
         if self._row >= self._most:
             raise RunError(
-                f"the run has diverged: {what}; that is run.max_skipped_steps={self._most}. Take a lower lr, or look "
-                "at the data and at precision.loss_scale",
-                summary=f"diverged: {self._row} steps in a row without an update, from step {first}",
+                f"diverged: {what}; limit: run.max_skipped_steps={self._most}; use a lower lr, or check the data and "
+                "precision.loss_scale",
+                summary=f"diverged: {self._row} consecutive steps without an update (from step {first})",
             )
         if speaks and (self._row & (self._row - 1) == 0 or self._row == _FIRST):
             print(f"lit_glm: step {step}: {what}", file=sys.stderr, flush=True)
@@ -77,26 +77,26 @@ class DivergenceGuard:
 
 @dataclass
 class CallbackDependencies:
-    """What the recorder asks for and calls, beside Lightning."""
+    """Dependencies of `BenchmarkCallback` other than Lightning."""
 
     open_writer: Callable[[int], RunWriter]
-    """Steps done -> the run's files; called on the first rank."""
+    """Number of completed steps -> writer of the run folder; called on rank 0 only."""
     eval_loader: Callable[[int, int], Any]
-    """(rank, world size) -> batches to evaluate on."""
+    """(rank, world size) -> evaluation batches."""
     save: Callable[[Any, int], None]
-    """(trainer, step) writes a checkpoint."""
+    """(trainer, step) -> None; writes a checkpoint."""
     heartbeat: Callable[[], None]
-    """A sign of life: at every step and every batch of an evaluation."""
+    """Sends a heartbeat; called at every step and every evaluation batch."""
     data_wait_s: Callable[[], float]
-    """Seconds that training has waited for data so far."""
+    """Returns the seconds that training has waited for data so far."""
     examples: Tuple[int, int]
-    """How many there are to train and to evaluate on."""
+    """Numbers of training and evaluation examples."""
     hyperparameters: Dict[str, Any]
-    """For loggers."""
+    """Hyperparameters that are sent to loggers."""
 
 
 class BenchmarkCallback(pl.Callback):
-    """Drives evaluation, stopping and saving, and measures; on every rank, with files on rank 0."""
+    """Callback that measures phases and triggers evaluation, stopping and checkpoints; rank 0 also writes files."""
 
     def __init__(
         self,
@@ -106,14 +106,14 @@ class BenchmarkCallback(pl.Callback):
         order: InfiniteDistributedBatchSampler,
         around: CallbackDependencies,
     ) -> None:
-        """Get ready.
+        """Initialise timers and metrics.
 
         Args:
-            config: the run's.
-            runtime: to synchronise.
+            config: run configuration.
+            runtime: runtime used to synchronise the device.
             entry: `time.monotonic()` at the entry of `train`.
-            order: of the training examples.
-            around: what else takes part.
+            order: sampler of the training examples.
+            around: functions and values of the other components.
         """
         self.config, self.runtime, self._order, self._around = config, runtime, order, around
         self.timer = PhaseTimer(around.data_wait_s)
@@ -122,21 +122,21 @@ class BenchmarkCallback(pl.Callback):
         self.metric_logging = MetricLogging(self.run_metrics, around.hyperparameters)
         self.divergence_guard = DivergenceGuard(config.run.max_skipped_steps)
         self.step_metrics: Optional[StepMetrics] = None
-        """Of the newest step."""
+        """Metrics of the latest step."""
         self.interrupted = False
         self.memory_base: Optional[float] = None
-        """Bytes in use on the device before the model was made."""
+        """Bytes in use on the device before the model was created."""
         self.current_activity = "before the first step"
-        """Where the run is, for errors."""
+        """Current activity, for error messages."""
         self.final_durations: Optional[Tuple[PhaseDurations, float]] = None
-        """Seconds of the phases, and since the entry of `train`, when training ended."""
+        """Phase durations and seconds since the entry of `train`, both at the end of training."""
         self._epoch = -1
         self._saved_step = -1
 
     # -- Lightning's hooks ---------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """End of initialisation: the first evaluation, or the place where an interrupted run goes on."""
+        """Finish initialisation: run the first evaluation, or continue an interrupted run."""
         module = self._module(pl_module)
         module.train()
         step, account = module.steps_done, self.run_metrics
@@ -151,7 +151,7 @@ class BenchmarkCallback(pl.Callback):
             self.events.submitted(self._around.examples)
         self.events.emit("INIT_START", ago=account.e2e())
         if is_new and self.config.run.evaluate:
-            # Stopped meanwhile: no step is done, so that the run goes on with this evaluation.
+            # If stopped during this evaluation, train no step: a resumed run starts with the evaluation.
             self.interrupted = self._evaluate(trainer, module, "INIT_EVALUATION") is None
             trainer.should_stop = self.interrupted
         account.init_seconds = account.e2e()
@@ -159,13 +159,13 @@ class BenchmarkCallback(pl.Callback):
         self.events.emit("INIT_END")
         self.events.emit("TRAIN_START")
         self.timer.training_starts()
-        self.run_metrics.write("running", module)  # a run that is killed before its first step has its times
+        self.run_metrics.write("running", module)  # so that a run killed before its first step has its times
         if step > 0:
-            # The run may have been stopped between a step and what follows it.
+            # The run may have been stopped between a step and its evaluation or checkpoint.
             self._after_step(trainer, module, None)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """The batch is here."""
+        """Record that the batch is on the device, and emit the start events."""
         step = self._module(pl_module).steps_done + 1
         self.current_activity = f"in step {step}"
         epoch = self._order.epoch_of(step)
@@ -179,23 +179,21 @@ class BenchmarkCallback(pl.Callback):
         self.timer.batch_ready()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """The step is done: write it down, then do what is due after it."""
+        """Record the step, then evaluate, stop and save where due."""
         self.runtime.after_step()
         self.runtime.synchronize()
         times = self.timer.step_computed()
         module = self._module(pl_module)
         self._around.heartbeat()
         assert module.pending_metrics is not None
-        self.step_metrics = (
-            module.pending_metrics.read()
-        )  # the device has just been waited for: nothing else waits for values
+        self.step_metrics = module.pending_metrics.read()  # the device is already synchronised: no extra wait
         self._write_step(module.steps_done, self.step_metrics, times)
         self._after_step(trainer, module, times)
         self.metric_logging.step(trainer.loggers, module.steps_done, self.run_metrics.evaluated_step, self.step_metrics)
         self.divergence_guard.check_step(module.steps_done, self.step_metrics, trainer.is_global_zero)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Training is over; what Lightning tears down afterwards is no part of it."""
+        """Record the final durations; Lightning's teardown is not included."""
         self.final_durations = (self.run_metrics.durations(), self.run_metrics.e2e())
         if self._epoch >= 0:
             self.events.emit("EPOCH_END", {"epoch": self._epoch})
@@ -220,10 +218,10 @@ class BenchmarkCallback(pl.Callback):
                 loss_scale=values.loss_scale,
             )
         except OSError as error:
-            raise RunError(f"the run's files cannot be written: {error}") from error
+            raise RunError(f"cannot write the run's files: {error}") from error
 
     def _after_step(self, trainer: pl.Trainer, module: RecordModule, times: Optional[StepTimes]) -> None:
-        """Evaluate, stop and save where that is due; `times` of the step, None if it was done in an earlier process."""
+        """Evaluate, stop and save where due; `times` is None if the step was done by an earlier process."""
         config, step = self.config, module.steps_done
         stop = bool(module.pending_metrics and module.pending_metrics.stop_requested)
         limit = has_reached_limit(step, config.global_batch, config.run)
@@ -233,7 +231,7 @@ class BenchmarkCallback(pl.Callback):
             with self.timer.pause():
                 evaluated = self._evaluate(trainer, module, None)
                 stop = evaluated is None
-        unevaluated = due and self.run_metrics.evaluated_step < step  # stopped before: the run goes on with this
+        unevaluated = due and self.run_metrics.evaluated_step < step  # stopped: evaluated on resume
         ends = (limit or has_converged(self.run_metrics.accuracy, config.run)) and not unevaluated
         if times is not None and self.step_metrics is not None:
             schedule: Any = module.lr_schedulers()
@@ -249,13 +247,13 @@ class BenchmarkCallback(pl.Callback):
             self._saved_step = step
             self.current_activity = f"saving step {step}"
             with self.timer.pause():
-                self.run_metrics.write("running", module, durable=True)  # a checkpoint's figures are there before it
+                self.run_metrics.write("running", module, durable=True)  # metrics must be on disk before the checkpoint
                 self._around.save(trainer, step)
         if self.run_metrics.writer is not None and (self.run_metrics.writer.is_stale() or evaluated is not None):
             self.run_metrics.write("running", module)
 
     def _evaluate(self, trainer: pl.Trainer, module: RecordModule, event: Optional[str]) -> Optional[Dict[str, Any]]:
-        """Evaluate; None if any rank was asked to stop meanwhile."""
+        """Evaluate; return None if any rank was asked to stop during the evaluation."""
         start, step = time.perf_counter(), module.steps_done
         self.current_activity = f"in the evaluation after step {step}"
         loader = self._around.eval_loader(trainer.global_rank, trainer.world_size)
@@ -289,5 +287,5 @@ class BenchmarkCallback(pl.Callback):
 
 
 def find_benchmark_callback(trainer: Any) -> BenchmarkCallback:
-    """The recorder among a trainer's callbacks."""
+    """Return the `BenchmarkCallback` of a trainer."""
     return next(entry for entry in trainer.callbacks if isinstance(entry, BenchmarkCallback))

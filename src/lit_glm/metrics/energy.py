@@ -1,4 +1,4 @@
-"""What the devices took while a run trained: power integrated over each node's training time, all devices together."""
+"""Energy of a run: device power integrated over each node's training time, summed over all devices."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +10,14 @@ from lit_glm.hardware.device_monitor import load_readings, monitor_for, readings
 Reading = Dict[str, Optional[float]]
 Span = Sequence[float]
 _MOST_INTERVALS = 5.0
-"""Gaps of readings up to this are bridged in a straight line; a longer one makes energy unknown."""
+"""Gaps of up to this many intervals are interpolated linearly; a longer gap makes the energy unknown."""
 _LATE = 0.5
-"""Of an interval: by how much a reading may be late without being missing."""
+"""Fraction of an interval by which a reading may be late without counting as missing."""
 
 
 @dataclass
 class DeviceEnergy:
-    """Of one device over some spans of time."""
+    """Energy of one device over some time spans."""
 
     joules: float
     bridged_s: float
@@ -25,18 +25,17 @@ class DeviceEnergy:
 
 
 def integrate_power(readings: List[Reading], spans: List[Span], interval_s: float) -> Optional[DeviceEnergy]:
-    """Power of one device integrated over some spans of time, by trapezoids.
+    """Integrate the power of one device over time spans, by the trapezoidal rule.
 
-    Before its first and after its last reading a device is taken to have had the power that these say, for as long as a
-    gap may be.
+    Before the first and after the last reading, the power of that reading is assumed, for at most the longest gap.
 
     Args:
-        readings: of the device, by their time.
-        spans: begin and end, in the time of the readings.
+        readings: readings of the device, ordered by time.
+        spans: start and end times, in the time base of the readings.
         interval_s: seconds between readings.
 
     Returns:
-        None where more than five readings in a row are missing, or have no power.
+        Energy; None if more than five consecutive readings are missing or have no power.
     """
     points: List[Tuple[float, float]] = [
         (float(reading["time_s"] or 0.0), reading["power_w"]) for reading in readings if reading["power_w"] is not None
@@ -64,7 +63,7 @@ def integrate_power(readings: List[Reading], spans: List[Span], interval_s: floa
 
 
 def _power_at(moment: float, points: List[Tuple[float, float]]) -> float:
-    """Power at a moment, between the readings before and after it in a straight line."""
+    """Interpolate the power at a moment linearly between the readings before and after it."""
     after = next((number for number, (time, _) in enumerate(points) if time >= moment), len(points))
     if after == 0 or after == len(points):
         return points[min(after, len(points) - 1)][1]
@@ -75,17 +74,17 @@ def _power_at(moment: float, points: List[Tuple[float, float]]) -> float:
 def energy_metrics(
     run_dir: Path, config: TrainConfig, spans_by_node: List[List[Span]], samples: Optional[float], sliced: bool = False
 ) -> Dict[str, Any]:
-    """Energy, power and temperature of a run.
+    """Compute energy, power and temperature of a run.
 
     Args:
-        run_dir: its folder.
-        config: the run's: the readings of all its devices must be there, and of no others.
-        spans_by_node: begin and end of each node's training in the time of its devices.csv; several if it was resumed.
-        samples: trained meanwhile.
-        sliced: whether the devices are slices of cards: then the readings of a card are not theirs.
+        run_dir: run folder.
+        config: run configuration; there must be readings of all its devices, and of no others.
+        spans_by_node: start and end of each node's training in the time base of its devices.csv; several if resumed.
+        samples: number of samples trained in that time.
+        sliced: whether the devices are MIG slices; readings of whole devices are then ignored.
 
     Returns:
-        Entries of result.json; None where any device's power is unknown.
+        Entries of result.json; None where the power of any device is unknown.
     """
     monitor, topology = monitor_for(config.hardware), config.topology
     has_spans = len(spans_by_node) == topology.num_nodes and all(spans_by_node)

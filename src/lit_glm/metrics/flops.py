@@ -1,12 +1,12 @@
-"""How much a run has computed: FLOPs, rows and candidates, from the lengths of its examples alone.
+"""Work of a run: FLOPs, rows and candidates, computed from the lengths of its examples alone.
 
-Which examples a step trains on is a pure function of the step, and so is its work: nothing is counted while it trains,
-and a run that was interrupted is counted as exactly as one that was not.
+The examples of a step are a pure function of the step number, and so is its work: nothing is counted during training,
+and the work of an interrupted run is exact too.
 
 Multiply-adds of one forward pass, for n context rows and m candidate rows of a group, L layers, width D, vocabulary V:
-linear layers 12 D^2 a row and layer (Q, K, V, output, two of the MLP), attention 2 D a pair of query and key and layer,
-head D V a row that predicts. `shared_context` leaves out what the last layer's contexts need not compute: all but
-K and V. A FLOP count is twice that; forward and backward together are three times the forward pass; recomputation under
+linear layers 12 D^2 per row and layer (Q, K, V, output, two of the MLP), attention 2 D per query-key pair and layer,
+head D V per row that predicts. `shared_context` skips what the last layer's contexts need not compute: all but K and V.
+The FLOP count is twice that; forward and backward together are three times the forward pass; recomputation under
 activation checkpointing is not counted (Chowdhery et al. 2022, PaLM, appendix B, on model FLOPs utilisation).
 """
 
@@ -20,31 +20,31 @@ from lit_glm.data.memmap_dataset import MemmapDataset
 from lit_glm.data.sampler import InfiniteDistributedBatchSampler
 
 _FLAGPERF_FLOPS = 6 * 0.33e9 * 512
-"""FlagPerf's count for a sample of GLM, whatever was computed (its glm-pytorch cases)."""
+"""FLOPs per sample of GLM in FlagPerf's formula, whatever was computed (its glm-pytorch cases)."""
 _MOST_STEPS = 1000
 
 
 @dataclass
 class WorkTotals:
-    """What was computed, all ranks together."""
+    """Work of a run, summed over all ranks."""
 
     flops: float = 0.0
     rows: float = 0.0
-    """Tokens that went through the model."""
+    """Tokens processed by the model."""
     candidates: float = 0.0
-    """Candidates that were scored; padding slots do not count."""
+    """Scored candidates, without padding slots."""
 
 
 def shared_context_flops(model: ModelConfig, context: Any, candidate: Any) -> Any:
-    """FLOPs of training on groups.
+    """Compute the FLOPs of training on groups.
 
     Args:
-        model: its shape.
-        context: [G] rows n of each group's context.
-        candidate: [G] rows m of each group's candidates; each predicts one token.
+        model: model shape.
+        context: [G] number n of context rows per group.
+        candidate: [G] number m of candidate rows per group; each predicts one token.
 
     Returns:
-        [G] forward and backward.
+        [G] FLOPs of forward and backward pass.
     """
     D, L = model.hidden_size, model.num_layers
     n, m = np.asarray(context, float), np.asarray(candidate, float)
@@ -54,12 +54,12 @@ def shared_context_flops(model: ModelConfig, context: Any, candidate: Any) -> An
 
 
 def published_flops(model: ModelConfig, sequences: Any, length: int) -> Any:
-    """FLOPs of training on padded sequences, the head at every position.
+    """Compute the FLOPs of training on padded sequences, with the head at every position.
 
     Args:
-        model: its shape.
-        sequences: how many.
-        length: S.
+        model: model shape.
+        sequences: number of sequences.
+        length: sequence length S.
     """
     D, L = float(model.hidden_size), model.num_layers
     row = L * (12.0 * D * D + 2.0 * D * length) + D * model.vocab_size
@@ -67,15 +67,15 @@ def published_flops(model: ModelConfig, sequences: Any, length: int) -> Any:
 
 
 class FlopCounter:
-    """The work of the first k steps of a run, and how evenly the ranks share it."""
+    """Counter of the work of a run's first k steps, and of its balance between ranks."""
 
     def __init__(self, config: TrainConfig, split: MemmapDataset, sampler: InfiniteDistributedBatchSampler) -> None:
-        """Get ready; costs a pass over the lengths.
+        """Compute the work per example; takes one pass over the lengths.
 
         Args:
-            config: the run's.
+            config: run configuration.
             split: training examples.
-            sampler: the order.
+            sampler: sampler of the training examples.
         """
         self._config, self._split, self._sampler = config, split, sampler
         self._published = config.scoring.name == "published"
@@ -90,7 +90,7 @@ class FlopCounter:
             self._flops = np.diff(flops[groups])
 
     def totals_until(self, step: int) -> WorkTotals:
-        """All work of steps 1..step."""
+        """Return the work of steps 1..step."""
         epoch, last = divmod(step, self._sampler.steps_per_epoch)
         while len(self._epochs) < epoch + bool(last):
             self._epochs.append(self._epoch(len(self._epochs)))
@@ -100,13 +100,13 @@ class FlopCounter:
         return WorkTotals(*(float(value) for value in total))
 
     def flops_per_step(self, steps: int) -> Any:
-        """[steps] FLOPs of steps 1..steps, all ranks together."""
+        """Return the FLOPs of each of steps 1..steps, summed over all ranks, [steps]."""
         self.totals_until(steps)
         each = [np.diff(cumulative[:, 0], prepend=0.0) for cumulative in self._epochs]
         return np.concatenate([*each, np.zeros(0)])[:steps]
 
     def _epoch(self, epoch: int) -> Any:
-        """[steps of the epoch, 3] work up to each step, cumulative within the epoch."""
+        """Return the work up to each step of an epoch, cumulative within the epoch, [steps of the epoch, 3]."""
         order = self._sampler.epoch_order(epoch)
         starts = np.arange(0, len(order), self._config.global_batch)
         candidates = np.add.reduceat(self._candidates[order], starts)
@@ -121,11 +121,11 @@ class FlopCounter:
         return np.cumsum(np.stack(columns, axis=1), axis=0)
 
     def _sequences(self, step: int) -> float:
-        """Sequences that the ranks compute in a step: each pads to the most candidates among its own examples."""
+        """Count the sequences of a step: each rank pads to the most candidates among its own examples."""
         return float(sum(len(share) * self._candidates[share].max() for share in self._sampler.rank_batches(step)))
 
     def flops_by_rank(self, step: int) -> Any:
-        """[ranks] FLOPs of each rank in a step."""
+        """Return the FLOPs of each rank in a step, [ranks]."""
         shares = self._sampler.rank_batches(step)
         if self._published:
             sequences = np.array([len(share) * self._candidates[share].max() for share in shares])
@@ -133,10 +133,10 @@ class FlopCounter:
         return np.array([self._flops[share].sum() for share in shares])
 
     def rank_imbalance(self, steps: int) -> Optional[float]:
-        """By how much the rank with the most rows exceeds the mean of the ranks, mean over (at most 1,000) steps.
+        """Compute the load imbalance (max - mean) / mean of rows per rank, averaged over at most 1,000 steps.
 
         Returns:
-            0.05 where the others wait 5 % of a step for it; None for one rank.
+            Imbalance, such as 0.05 if the other ranks wait 5 % of a step; None for one rank or without steps.
         """
         ranks = self._config.topology.world_size
         if ranks == 1 or steps == 0:
@@ -155,17 +155,17 @@ class FlopCounter:
 def compute_mfu(
     config: TrainConfig, work: WorkTotals, seconds: Optional[float], p_core: Optional[float], peak: Optional[float]
 ) -> Dict[str, Optional[float]]:
-    """Work against time and peak.
+    """Compute MFU and throughput of a run.
 
     Args:
-        config: the run's: its cards and their peak.
-        work: of all steps.
+        config: run configuration.
+        work: work of all steps.
         seconds: pure_compute_time; None: unknown.
-        p_core: samples a second.
-        peak: TFLOP/s of a device in what really runs; None: unknown.
+        p_core: samples per second.
+        peak: TFLOP/s of a device in the arithmetic that is really used; None: unknown.
 
     Returns:
-        mfu, mfu_flagperf (FlagPerf's formula; None without a known peak), tokens and candidate sequences a second.
+        mfu, mfu_flagperf (FlagPerf's formula; None without a known peak), tokens and candidates per second.
     """
     rates: Dict[str, Optional[float]] = {"mfu": None, "mfu_flagperf": None}
     seconds = seconds or 0.0
@@ -180,12 +180,12 @@ def compute_mfu(
 
 
 def peak_key(config: TrainConfig, has_tf32: bool) -> str:
-    """Under which name the hardware file has the peak that counts.
+    """Return the key of the applicable peak in the hardware file.
 
     Args:
-        config: the run's.
-        has_tf32: whether the runtime can round fp32 products to TF32; a chip whose file has a peak for fp32 and none
-            for TF32 has no such arithmetic either, whatever is asked for.
+        config: run configuration.
+        has_tf32: whether the runtime can round fp32 products to TF32; a device whose file has a peak for fp32 and none
+            for TF32 is assumed to lack TF32, whatever the configuration requests.
     """
     peaks = config.hardware.peak_tflops
     chip_has = peaks.get("tf32") is not None or peaks.get("fp32") is None

@@ -27,11 +27,11 @@ from lit_glm.training.module import StepMetrics
 _TRIES = 3
 _PAUSE_S = 2.0
 _WAIT_S = 20.0
-"""How long the end of a run waits for what has not been sent."""
+"""Seconds to wait for unsent calls at the end of a run."""
 
 
 class BackgroundLogger(Logger):
-    """Calls another logger from a thread, in order; a call that fails is tried again, then left out."""
+    """Logger that forwards calls in order from a background thread; a failing call is retried, then dropped."""
 
     def __init__(self, logger: Any, wait_s: float = _WAIT_S) -> None:
         super().__init__()
@@ -42,33 +42,33 @@ class BackgroundLogger(Logger):
 
     @property
     def name(self) -> Optional[str]:
-        """Of the logger."""
+        """Class name of the wrapped logger."""
         return str(type(self._logger).__name__)
 
     @property
     def version(self) -> Any:
-        """A run has one."""
+        """Version of the logger: a run has one."""
         return ""
 
     @property
     def experiment(self) -> Any:
-        """Of the logger."""
+        """Experiment object of the wrapped logger."""
         return self._logger.experiment
 
     def log_metrics(self, metrics: Any, step: Optional[int] = None) -> None:
-        """Send a point later."""
+        """Queue a `log_metrics` call."""
         self._call(lambda: self._logger.log_metrics(metrics, step=step))
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Send hyperparameters later."""
+        """Queue a `log_hyperparams` call."""
         self._call(lambda: self._logger.log_hyperparams(params))
 
     def finalize(self, status: str) -> None:
-        """End the logger later."""
+        """Queue a `finalize` call."""
         self._call(lambda: self._logger.finalize(status))
 
     def close(self) -> None:
-        """Wait, but not long, for what has not been sent; then say what is missing."""
+        """Close the experiment, wait up to `wait_s` seconds for queued calls, and report calls that were not sent."""
         experiment = getattr(self._logger, "experiment", None)
         end = next((getattr(experiment, name, None) for name in ("finish", "close") if hasattr(experiment, name)), None)
         if callable(end):
@@ -78,7 +78,7 @@ class BackgroundLogger(Logger):
             time.sleep(0.02)
         missing = self._lost + self._calls.unfinished_tasks
         if missing:
-            text = f"its curves are incomplete: {missing} calls have not reached it"
+            text = f"curves are incomplete: {missing} calls were not sent"
             print(f"lit_glm: {self.name}: {text}", file=sys.stderr)
 
     def _call(self, call: Callable[[], Any]) -> None:
@@ -99,24 +99,24 @@ class BackgroundLogger(Logger):
             try:
                 call()
                 return
-            except Exception as error:  # of a server, a network, a library
+            except Exception as error:  # anything that a server, a network or a library may raise
                 if self._lost == 0 and number == 1:
                     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-                    print(f"lit_glm: {self.name} fails ({reason}); the run goes on", file=sys.stderr, flush=True)
-                if number < _TRIES and self._lost == 0:  # a server that stays away is not waited for at every point
+                    print(f"lit_glm: {self.name} failed ({reason}); the run continues", file=sys.stderr, flush=True)
+                if number < _TRIES and self._lost == 0:  # wait only until the first lost call
                     time.sleep(_PAUSE_S)
         self._lost += 1
 
 
 def hyperparameters(config: TrainConfig) -> Dict[str, Any]:
-    """What loggers are told of a run, so that runs can be compared there."""
+    """Return the hyperparameters that loggers receive, so that runs can be compared there."""
     names = ("bs", "lr", "seed", "hardware", "topology", "precision", "scoring", "model")
     known = config_fields(config)
     return {**{name: known[name] for name in names}, "version": lit_glm.__version__}
 
 
 def run_name(config: TrainConfig) -> str:
-    """What a run is called where many are shown."""
+    """Return the display name of a run in loggers."""
     return (
         f"{config.hardware.name} {config.topology.name} {config.precision.name} {config.scoring.name} "
         f"{config.model.name} {config.fix_hp} seed={config.seed}"
@@ -124,24 +124,24 @@ def run_name(config: TrainConfig) -> str:
 
 
 def make_callbacks(config: TrainConfig) -> List[Any]:
-    """Those of the group `callbacks`.
+    """Create the callbacks of the config group `callbacks`.
 
     Raises:
-        InputError: if one cannot be made.
+        InputError: if one cannot be created.
     """
     return [_instantiate("callbacks", name, entry) for name, entry in config.callbacks.items()]
 
 
 def make_loggers(job: JobSpec, run_dir: Path, steps_done: int) -> List[Any]:
-    """Those of the group `logger`; a run that goes on continues what they have.
+    """Create the loggers of the config group `logger`; a resumed run continues their data.
 
     Args:
-        job: the run's.
-        run_dir: where their files go.
-        steps_done: steps that stand.
+        job: job specification.
+        run_dir: folder for their files.
+        steps_done: number of completed steps.
 
     Raises:
-        InputError: if one cannot be made.
+        InputError: if one cannot be created.
     """
     made = []
     for name, entry in job.config.logger.items():
@@ -154,7 +154,7 @@ def make_loggers(job: JobSpec, run_dir: Path, steps_done: int) -> List[Any]:
 
 
 def close_loggers(loggers: List[Any]) -> None:
-    """Have loggers complete their files: a rank ends without the interpreter's exit functions."""
+    """Flush and close the loggers; a rank exits without running the interpreter's exit functions."""
     for logger in loggers:
         if isinstance(logger, BackgroundLogger):
             logger.close()
@@ -165,18 +165,18 @@ def _mlflow_id(run_dir: Path) -> Path:
 
 
 def _logger_arguments(target: str, job: JobSpec, run_dir: Path, steps_done: int) -> Dict[str, Any]:
-    """What a logger of a known kind is given beside what its file says."""
+    """Return constructor arguments for a logger of a known type, in addition to those of its file."""
     place: Dict[str, Any] = {"save_dir": str(run_dir)}
     if target.endswith("ResumableCSVLogger"):
         return {**place, "keep_steps": steps_done if job.is_resume else None}
     if target.endswith("TensorBoardLogger"):
-        # Points behind the checkpoint are written again: the viewer is told to forget the first ones.
+        # Points after the checkpoint are written again; purge_step makes the viewer drop the earlier ones.
         return {**place, "purge_step": steps_done + 1} if job.is_resume else place
     if target.endswith("WandbLogger"):
         return {**place, "name": run_name(job.config), "id": _wandb_id(run_dir), "resume": "allow"}
     if target.endswith("MLFlowLogger"):
-        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # newer ones want a database server without it
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # 7 of its own: 246 s for each call
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # otherwise newer versions require a database server
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # default 7: 246 s per call
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         before = _mlflow_id(run_dir)
         goes_on = job.is_resume and before.is_file()
@@ -196,49 +196,49 @@ def _instantiate(group: str, name: str, entry: Dict[str, Any]) -> Any:
     from hydra.utils import instantiate
 
     if not isinstance(entry, dict) or not entry.get("_target_"):
-        raise InputError(f"{group}.{name}: names no class (_target_); `{group}=NAME` takes a file of conf/{group}/")
+        raise InputError(f"{group}.{name}: no class (_target_) given; `{group}=NAME` selects a file of conf/{group}/")
     try:
         made = instantiate(entry)
         if group == "logger":
-            _ = made.experiment if hasattr(type(made), "experiment") else None  # what it cannot do is said now
+            _ = made.experiment if hasattr(type(made), "experiment") else None  # fail now, not at first use
         return made
     except InputError:
         raise
-    except Exception as error:  # a package that is missing, an argument too many, a server out of reach
+    except Exception as error:  # missing package, invalid argument, unreachable server
         cause = next((one for one in exception_chain(error) if isinstance(one, ImportError)), None)
         reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
         if cause is not None:
             raise InputError(
-                f"{group}.{name}: cannot be made ({reason}); its package may be missing: pip install 'lit-glm[{name}]'"
+                f"{group}.{name}: cannot be created ({reason}); if a package is missing: pip install 'lit-glm[{name}]'"
             ) from error
         given = ", ".join(key for key in entry if key != "_target_")
         raise InputError(
-            f"{group}.{name}: {entry['_target_']} cannot be made ({reason}); it is given {given}; see conf/{group}/"
+            f"{group}.{name}: {entry['_target_']} cannot be created ({reason}); arguments: {given}; see conf/{group}/"
         ) from error
 
 
 class MetricLogging:
-    """train/loss, train/lr, train/grad_norm, perf/p_core, perf/p_train, perf/p_whole, val/acc, mem/gib over steps."""
+    """Sender of metrics to Lightning's loggers: train/loss, train/lr, train/grad_norm, perf/p_*, val/acc, mem/gib."""
 
     def __init__(self, account: RunMetrics, hyperparameters: Dict[str, Any], every_steps: int = 10) -> None:
-        """Choose how often.
+        """Set the logging interval.
 
         Args:
-            account: knows the figures.
-            hyperparameters: told once.
-            every_steps: steps between points; an evaluation is always one.
+            account: source of the metrics.
+            hyperparameters: logged once.
+            every_steps: steps between points; an evaluation always adds a point.
         """
         self._account, self._hyperparameters, self._every = account, hyperparameters, every_steps
         self._evaluated_step = -1
 
     def begin(self, loggers: List[Any], step: int, evaluated_step: int) -> None:
-        """Hyperparameters, and the evaluation before training as the first point."""
+        """Log the hyperparameters and, as the first point, the evaluation before training."""
         for logger in loggers:
             logger.log_hyperparams(self._hyperparameters)
         self._log(loggers, step, evaluated_step, {})
 
     def step(self, loggers: List[Any], step: int, evaluated_step: int, values: StepMetrics) -> None:
-        """A point every few steps."""
+        """Log a point every few steps, and after each evaluation."""
         if not loggers or (step % self._every and evaluated_step == self._evaluated_step):
             return
         seconds, samples = self._account.durations(), self._account.samples_here(step)
@@ -270,14 +270,14 @@ CSV_COLUMNS = (
 
 
 class ResumableCSVLogger(Logger):
-    """RUN_DIR/csv/metrics.csv, and hparams.yaml beside it."""
+    """Lightning logger that writes RUN_DIR/csv/metrics.csv and RUN_DIR/csv/hparams.yaml."""
 
     def __init__(self, save_dir: str, keep_steps: Optional[int] = None) -> None:
-        """Describe the table.
+        """Set the folder, and the rows to keep.
 
         Args:
             save_dir: the run folder.
-            keep_steps: points up to this step stay; None: begin anew.
+            keep_steps: rows up to this step are kept; None: start a new table.
         """
         super().__init__()
         self._folder, self._keep = Path(save_dir) / "csv", keep_steps
@@ -285,23 +285,23 @@ class ResumableCSVLogger(Logger):
 
     @property
     def name(self) -> str:
-        """Of the logger."""
+        """Name of the logger."""
         return "csv"
 
     @property
     def version(self) -> str:
-        """A run has one."""
+        """Version of the logger: a run has one."""
         return ""
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Write them down."""
+        """Write hparams.yaml."""
         self._folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(OmegaConf.create(dict(params)), self._folder / "hparams.yaml")
 
     @rank_zero_only
     def log_metrics(self, metrics: Dict[str, float], step: Optional[int] = None) -> None:
-        """A line of the table."""
+        """Append a row to metrics.csv."""
         if self._table is None:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._table = AppendOnlyCSV(self._folder / "metrics.csv", CSV_COLUMNS, self._keep)

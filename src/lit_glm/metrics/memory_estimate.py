@@ -1,8 +1,8 @@
-"""How much device memory a training step will take, said before it is taken.
+"""Estimate of the device memory that a training step needs, made before the run.
 
-Counted: weights, gradients and optimizer state exactly; activations as the tensors that autograd keeps for the largest
-batch of the data, in rows of D numbers, as the layers of `lit_glm.model.glm` keep them (and as measured: the test
-compares with the kernel's own count). What a library allocates for itself is not known beforehand.
+Weights, gradients and optimizer state are exact. Activations are the tensors that autograd saves in the layers of
+`lit_glm.model.glm` for the largest batch of the data, in rows of D numbers; a test compares them with the kernel's own
+count. Memory that libraries allocate for themselves is not known beforehand and not included.
 """
 
 from dataclasses import dataclass
@@ -18,35 +18,35 @@ from lit_glm.model.attention import choose_implementation
 
 _GIB = 2**30
 _KEPT = 17.0
-"""Rows of D numbers that a layer keeps for its backward pass: norms' inputs and outputs 4, Q K V 3, attention's output
-and residual 2, MLP 4 before and 4 behind the activation."""
+"""Rows of D numbers that a layer saves for its backward pass: inputs and outputs of the norms 4, Q K V 3, attention
+output and residual 2, MLP 4 before and 4 after the activation."""
 _KEPT_LAST = 4.0
-"""Of the last layer's contexts, which leave it in no row: norm's input and output, K, V (`shared_context`)."""
+"""Rows saved for the contexts in the last layer (`shared_context`): input and output of the norm, K, V."""
 _KEYS_AGAIN = 2.0
-"""Of processors: a context's keys and values stand a second time, beside those of its candidates."""
+"""On CPU: second copy of a context's keys and values, concatenated with those of its candidates."""
 _HEAD_COPIES = 1.0
-"""Logits; the backward pass turns them into their own gradient."""
+"""Logits; the backward pass overwrites them with their gradient."""
 
 
 @dataclass
 class MemoryEstimate:
-    """Bytes a device."""
+    """Estimated bytes per device."""
 
     weights: float
     training: float
     """Gradients, optimizer state, master weights."""
     activations: float
     base: float
-    """In use before the model is made."""
+    """Bytes in use before the model is created."""
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Total bytes."""
         return self.weights + self.training + self.activations + self.base
 
 
 def count_parameters(model: ModelConfig) -> int:
-    """Parameters of a GLM of this shape (335 M for glm_large)."""
+    """Count the parameters of a GLM (335 M for glm_large)."""
     D = model.hidden_size
     tables = (model.vocab_size + 2 * (model.max_sequence_length + 1)) * D
     return tables + model.num_layers * (12 * D * D + 13 * D) + 2 * D
@@ -55,14 +55,14 @@ def count_parameters(model: ModelConfig) -> int:
 def estimate_memory(
     config: TrainConfig, lengths: SequenceLengths, base: float, keeps_scores: bool, bs: Optional[int] = None
 ) -> MemoryEstimate:
-    """Estimate the peak of a training step.
+    """Estimate the peak memory of a training step.
 
     Args:
-        config: the run's.
-        lengths: of the training examples: the largest batch counts.
-        base: bytes in use already.
-        keeps_scores: whether attention keeps its probabilities for the backward pass (products do, fused kernels not).
-        bs: another batch size than the configuration's.
+        config: run configuration.
+        lengths: lengths of the training examples; the largest batch determines the estimate.
+        base: bytes already in use.
+        keeps_scores: whether attention saves its probabilities for backward (matmul does, fused kernels do not).
+        bs: batch size to use instead of the configured one.
     """
     count = float(count_parameters(config.model))
     half = config.precision.name == "fp16"
@@ -96,12 +96,12 @@ def _activation_bytes(config: TrainConfig, lengths: SequenceLengths, bs: int, ke
 
 
 def _dropout_bytes(p: float, on_processor: bool) -> float:
-    """Bytes an element that dropout keeps: on a processor the places of the zeros, elsewhere a mask of bytes."""
+    """Return the bytes per element that dropout saves: positions of the zeros on CPU, a byte mask elsewhere."""
     return 8.0 * p if on_processor else float(p > 0)
 
 
 def _sum_of_largest(lengths: Any, bs: int) -> float:
-    """Sum of the longest `bs`: no batch has more."""
+    """Return the sum of the `bs` largest lengths, which no batch exceeds."""
     lengths = np.asarray(lengths)
     bs = min(bs, len(lengths))
     return float(np.partition(lengths, len(lengths) - bs)[len(lengths) - bs :].sum())
@@ -110,7 +110,7 @@ def _sum_of_largest(lengths: Any, bs: int) -> float:
 def largest_fitting_bs(
     config: TrainConfig, lengths: SequenceLengths, base: float, keeps_scores: bool, memory: float
 ) -> int:
-    """The largest bs whose estimate fits into `memory` bytes; 0 if none does."""
+    """Return the largest bs whose estimate fits into `memory` bytes; 0 if none does."""
 
     def fits(bs: int) -> bool:
         return bs <= len(lengths) and estimate_memory(config, lengths, base, keeps_scores, bs).total <= memory
@@ -126,19 +126,19 @@ def largest_fitting_bs(
 
 @dataclass
 class MemoryCheck:
-    """An estimate against what there is."""
+    """Memory estimate compared with the available memory."""
 
     estimate: MemoryEstimate
     available_bytes: Optional[float]
-    """Bytes that a device has for itself; None: unknown."""
+    """Bytes available to one device; None: unknown."""
     largest_bs: int
-    """The largest bs that is estimated to fit; 0: none."""
+    """Largest bs that is estimated to fit; 0: none."""
     host_message: str = ""
-    """Of a rehearsal: what the machine itself lacks, that holds all of its ranks."""
+    """Dry run only: message if this machine lacks the memory for all ranks."""
 
     @property
     def fits(self) -> bool:
-        """Whether it does, as far as is known."""
+        """Whether the estimate fits, as far as known."""
         return (self.available_bytes is None or self.estimate.total <= self.available_bytes) and not self.host_message
 
 
@@ -149,14 +149,14 @@ def check_memory(
     index: int = 0,
     base: Optional[float] = None,
 ) -> MemoryCheck:
-    """Estimate a run and compare with its device.
+    """Estimate the memory of a run and compare it with its device.
 
     Args:
-        config: the run's.
-        lengths: of the training examples.
-        runtime: asked for the device's memory, in all and in use; None: unknown.
-        index: of the device.
-        base: bytes in use before the model was made; None: what is in use now.
+        config: run configuration.
+        lengths: lengths of the training examples.
+        runtime: queried for total and used memory of the device; None: unknown.
+        index: index of the device.
+        base: bytes in use before the model was created; None: bytes in use now.
     """
     own, keeps_scores, host = None, True, ""
     ranks = config.topology.devices_per_node
@@ -172,8 +172,8 @@ def check_memory(
         there = psutil.virtual_memory().total
         if ranks * guess.total > there:
             host = (
-                f"a rehearsal runs on this machine: {ranks} ranks take about {ranks * guess.total / _GIB:.1f} GiB, it "
-                f"has {there / _GIB:.1f}; rehearse with model=glm_tiny, or fewer devices"
+                f"dry run: {ranks} ranks need about {ranks * guess.total / _GIB:.1f} GiB, this machine has "
+                f"{there / _GIB:.1f} GiB; use model=glm_tiny or fewer devices"
             )
     fitting = 0 if own is None else largest_fitting_bs(config, lengths, base, keeps_scores, own)
     return MemoryCheck(guess, own, fitting, host)
@@ -191,33 +191,33 @@ def memory_message(
     guess, of = found.estimate, "" if found.available_bytes is None else f" of {found.available_bytes / _GIB:.1f}"
     digits = 1 if guess.total >= 10 * _GIB else 2
     shown = [round(part / _GIB, digits) for part in (guess.weights, guess.training, guess.activations)]
-    rest = round(guess.total / _GIB, digits) - sum(shown)  # so that what is read adds up
+    rest = round(guess.total / _GIB, digits) - sum(shown)  # so that the rounded parts add up
     parts = [f"{part:.{digits}f}" for part in (*shown, max(0.0, rest))]
     text = (
-        f"memory: about {guess.total / _GIB:.{digits}f}{of} GiB a device: weights {parts[0]}, gradients and "
-        f"optimizer {parts[1]}, activations of the largest batch {parts[2]}, in use already {parts[3]}"
+        f"memory: about {guess.total / _GIB:.{digits}f}{of} GiB per device: weights {parts[0]}, gradients and "
+        f"optimizer {parts[1]}, activations of the largest batch {parts[2]}, already in use {parts[3]}"
     )
     if found.host_message:
         text += f"\nmemory: {found.host_message}"
     if found.available_bytes is None or guess.total <= found.available_bytes:
         return text
-    largest = f"the largest bs that fits is {found.largest_bs}"
-    advice = largest if found.largest_bs else "no bs fits: take a smaller model or more memory"
-    return f"{text}\nmemory: bs={config.bs} is estimated above what the device has; {advice}"
+    largest = f"largest fitting bs: {found.largest_bs}"
+    advice = largest if found.largest_bs else "no bs fits; use a smaller model or a device with more memory"
+    return f"{text}\nmemory: bs={config.bs} is estimated to exceed device memory; {advice}"
 
 
 def oom_message(
     config: TrainConfig, lengths: SequenceLengths, runtime: Runtime, index: int, base: Optional[float], doing: str
 ) -> str:
-    """What is said when there was not enough.
+    """Format the out-of-memory message.
 
     Args:
-        config: the run's.
-        lengths: of the training examples.
-        runtime: of the device.
-        index: of the device.
-        base: bytes in use before the model was made.
-        doing: where the run was, such as `in step 3`.
+        config: run configuration.
+        lengths: lengths of the training examples.
+        runtime: runtime of the device.
+        index: index of the device.
+        base: bytes in use before the model was created.
+        doing: current activity, such as `in step 3`.
     """
     found = check_memory(config, lengths, runtime, index, base)
     peak, total = runtime.peak_memory(index), runtime.total_memory(index)
@@ -229,8 +229,8 @@ def oom_message(
     largest = "unknown" if found.available_bytes is None else str(found.largest_bs)
     text = (
         f"out of memory {doing} ({size}): estimated {gib(found.estimate.total)} per device in training, peak "
-        f"{gib(peak)}, available {gib(total)}; the largest bs estimated to fit is {largest}"
+        f"{gib(peak)}, available {gib(total)}; largest bs estimated to fit: {largest}"
     )
     if found.available_bytes is not None and found.largest_bs >= config.bs:
-        text += ", so something else takes memory, or the estimate is too low"
-    return f"{text}; take a smaller {size.partition('=')[0]}, or model.activation_checkpointing=true"
+        text += ", so other processes use memory or the estimate is too low"
+    return f"{text}; use a smaller {size.partition('=')[0]}, or model.activation_checkpointing=true"

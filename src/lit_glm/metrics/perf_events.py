@@ -1,9 +1,8 @@
-"""perf.log: the events of a run in the format and with the conventions of FlagPerf.
+"""perf.log: events of a run in FlagPerf's format and with its conventions.
 
 [PerfLog] {"event": "STEP_END", "value": {...}, "metadata": {"file": F, "lineno": N, "time_ms": T, "rank": 0}}
 
-FlagPerf's conventions: rank 0's own loss, the learning rate after the scheduler's step, samples as steps x global
-batch.
+FlagPerf's conventions: loss of rank 0 only, learning rate after the scheduler's step, samples as steps x global batch.
 """
 
 import inspect
@@ -21,7 +20,7 @@ _FLUSH_EVERY_S = 0.05
 
 
 class PerfLog:
-    """perf.log of a run folder, appended to line by line."""
+    """Writer of a run folder's perf.log, which appends one line per event."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", encoding="utf-8")
@@ -32,12 +31,12 @@ class PerfLog:
 
         Args:
             name: STEP_END, EVALUATE, ...
-            value: a dict goes under "value", a plain text under "other"; None: neither.
-            time_ms: when it happened, since the epoch.
+            value: a dict is written as "value", a string as "other"; None: neither.
+            time_ms: time of the event, in ms since the epoch.
             keys: step, epoch or loss.
         """
         here = inspect.currentframe()
-        teller = here.f_back.f_back if here is not None and here.f_back is not None else None  # of `Events.tell`
+        teller = here.f_back.f_back if here is not None and here.f_back is not None else None  # of `PerfEvents.emit`
         line: Dict[str, Any] = {"event": name}
         if value is not None:
             line["other" if isinstance(value, str) else "value"] = value
@@ -49,14 +48,14 @@ class PerfLog:
             "rank": 0,
         }
         self._file.write(f"[PerfLog] {json.dumps(_replace_non_finite(line))}\n")
-        # steps.csv has every step at once; a second write to a file would be a good part of a short one.
+        # steps.csv is flushed at every step; a second flush would take a large part of a short step.
         if not name.startswith("STEP_") or time.monotonic() > self._flushed + _FLUSH_EVERY_S:
             self._file.flush()
             self._flushed = time.monotonic()
 
 
 def _replace_non_finite(value: Any) -> Any:
-    """JSON has no NaN: what is not a number becomes null."""
+    """Replace non-finite numbers by None, because JSON has no NaN."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -65,21 +64,21 @@ def _replace_non_finite(value: Any) -> Any:
 
 
 class PerfEvents:
-    """Does nothing until it has a log: on the first rank alone."""
+    """Emitter of FlagPerf's events; does nothing without a log, which only rank 0 has."""
 
     def __init__(self, config: TrainConfig, account: RunMetrics) -> None:
         self._config, self._account = config, account
         self.log: Optional[PerfLog] = None
 
     def emit(self, name: str, value: Optional[Any] = None, ago: float = 0.0, **keys: Any) -> None:
-        """Something happened, so many seconds ago."""
+        """Emit an event that happened `ago` seconds ago."""
         if self.log is None:
             return
         time_ms = int(1e3 * (time.time() - ago))
         self.log.event(name, value, time_ms, **keys)
 
     def submitted(self, examples: Tuple[int, int]) -> None:
-        """A run that has not been here before; the numbers are of its examples to train and to evaluate on."""
+        """Emit SUBMIT_INFO of a new run; `examples` are the numbers of training and evaluation examples."""
         config = self._config
         told = {"model": config.model.name, "config": config.fix_hp}
         counts = {"train_examples": examples[0], "eval_examples": examples[1]}
@@ -88,15 +87,15 @@ class PerfEvents:
     def step_ended(
         self, step: int, epoch: int, values: StepMetrics, next_lr: float, seconds: float, ends: bool
     ) -> None:
-        """A step is done, and its evaluation if one was due.
+        """Emit STEP_END, after the evaluation of the step if one was due.
 
         Args:
             step: counted from 1.
-            epoch: from 0.
-            values: what came of it.
-            next_lr: after the scheduler's step.
-            seconds: of the whole step.
-            ends: whether training ends with it.
+            epoch: counted from 0.
+            values: metrics of the step.
+            next_lr: learning rate after the scheduler's step.
+            seconds: duration of the whole step.
+            ends: whether training ends with this step.
         """
         if self.log is None:
             return
@@ -119,7 +118,7 @@ class PerfEvents:
         self.emit("STEP_END", value, step=step, loss=loss)
 
     def finished(self, result: Dict[str, Any]) -> None:
-        """The run has its result."""
+        """Emit FINISHED with the result of the run."""
         steps = result["global_steps"]
         self.emit(
             "FINISHED",

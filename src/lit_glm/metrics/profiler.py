@@ -1,4 +1,4 @@
-"""`callbacks=profile`: torch's profiler over a few steps, memory by kind in the next one, and kernels.md."""
+"""`callbacks=profile`: torch's profiler over a few steps, memory by kind in the next step, summarised in kernels.md."""
 
 import os
 import pickle
@@ -20,44 +20,44 @@ from lit_glm.runs.result import markdown_table
 
 _SHOWN = 25
 _WAITS = ("Synchronize", "_local_scalar_dense", "aten::is_nonzero")
-"""What the host waits in: the runtimes' own functions, and the operator that reads a value."""
+"""Parts of the names of host waits: the runtimes' own functions, and operators that read a value."""
 _GIB = 2**30
 
 
 @dataclass
 class ProfileEntry:
-    """Calls of one name, over all steps."""
+    """Calls of one name over all profiled steps."""
 
     name: str
     calls: int
     seconds: float
-    """Its own, without what it calls."""
+    """Self time without callees; total time for `ProfileSummary.waits`."""
 
 
 @dataclass
 class ProfileSummary:
-    """What was seen."""
+    """Summary of the profiled steps."""
 
     first: int
     last: int
     operators: List[ProfileEntry]
-    """On the host."""
+    """Operators on the host."""
     kernels: List[ProfileEntry]
-    """On the device; empty without one."""
+    """Kernels on the device; empty without a device."""
     waits: List[ProfileEntry]
     window: float
     """Seconds from the first to the last event."""
     busy: float
-    """Of these, during which the device (without one: an operator) was at work."""
+    """Seconds of `window` during which the device (without one: an operator) was busy."""
 
     @classmethod
     def of(cls, profiler: Any, first: int, last: int) -> "ProfileSummary":
-        """Read a profiler that has stopped.
+        """Summarise a profiler that has stopped.
 
         Args:
-            profiler: torch's.
-            first: step that it saw first.
-            last: step that it saw last.
+            profiler: torch's profiler.
+            first: first profiled step.
+            last: last profiled step.
         """
         averages = [average for average in profiler.key_averages() if not average.key.startswith("ProfilerStep")]
         operators = [
@@ -67,7 +67,7 @@ class ProfileSummary:
         host, device = [], []
         for event in profiler.events():
             if getattr(event, "is_user_annotation", False):
-                continue  # a name that somebody has given to a stretch of time: what is inside counts by itself
+                continue  # a time span named by a user annotation: its contents are counted themselves
             span = (event.time_range.start, event.time_range.end)
             if str(event.device_type).endswith("CPU"):
                 host.append(span)
@@ -85,7 +85,7 @@ class ProfileSummary:
 
     @property
     def count(self) -> int:
-        """Steps."""
+        """Number of profiled steps."""
         return self.last - self.first + 1
 
 
@@ -94,7 +94,7 @@ def _is_wait(name: str) -> bool:
 
 
 def _outermost_waits(events: Any) -> List[ProfileEntry]:
-    """Waits of the host that are inside no other: reading a value is an operator that waits by a runtime's function."""
+    """Collect host waits that are not nested in another: an operator that reads a value calls a runtime's wait."""
     found: Dict[str, ProfileEntry] = {}
     for event in events:
         if not _is_wait(event.name) or not str(event.device_type).endswith("CPU"):
@@ -110,7 +110,7 @@ def _outermost_waits(events: Any) -> List[ProfileEntry]:
 
 
 def _covered_length(spans: List[Tuple[float, float]]) -> float:
-    """Length of what at least one span covers."""
+    """Return the length of the union of the spans."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, reached))
@@ -120,7 +120,7 @@ def _covered_length(spans: List[Tuple[float, float]]) -> float:
 
 def _profile_table(title: str, entries: List[ProfileEntry], steps: int) -> List[str]:
     whole = sum(entry.seconds for entry in entries)
-    rows = [["name", "share", "ms a step", "calls a step", "us a call"]]
+    rows = [["name", "share", "ms per step", "calls per step", "us per call"]]
     rows += [
         [
             f"`{entry.name[:80]}`",
@@ -136,26 +136,26 @@ def _profile_table(title: str, entries: List[ProfileEntry], steps: int) -> List[
         seconds, calls = sum(entry.seconds for entry in rest), sum(entry.calls for entry in rest)
         share = f"{seconds / whole:.1%}" if whole else ""
         rows.append([f"{len(rest)} others", share, f"{1000 * seconds / steps:.3f}", f"{calls / steps:g}", ""])
-    return [f"## {title}", "", f"{1000 * whole / steps:.2f} ms a step in all.", "", markdown_table(rows), ""]
+    return [f"## {title}", "", f"{1000 * whole / steps:.2f} ms per step in total.", "", markdown_table(rows), ""]
 
 
 def _memory_table(kinds: Dict[str, float], guess: MemoryEstimate, peak: Optional[float]) -> List[str]:
     if not kinds:
-        return ["## Memory", "", "Not counted: the run ended before the step behind the profiled ones.", ""]
-    whole = "gradients" in kinds  # a step without an update has none where the optimizer looks
+        return ["## Memory", "", "Not measured: the run ended before the step after the profiled ones.", ""]
+    whole = "gradients" in kinds  # a step without an update has none
     training = kinds["gradients"] + kinds.get("optimizer", 0.0) if whole else None
     pairs = [
         ("weights", kinds.get("weights"), guess.weights),
         ("gradients", kinds.get("gradients"), None),
-        ("optimizer (its state; fp16: masters too)", kinds.get("optimizer"), None),
+        ("optimizer (state; fp16: also master weights)", kinds.get("optimizer"), None),
         ("gradients and optimizer", training, guess.training),
-        ("activations kept for the backward pass", kinds.get("activations"), guess.activations),
+        ("activations saved for the backward pass", kinds.get("activations"), guess.activations),
         ("in use before the model", None, guess.base),
         ("peak of the device", peak, guess.total),
     ]
     rows = [["kind", "measured GiB", "estimated GiB"]]
     rows += [[name, _format_gib(own), _format_gib(other)] for name, own, other in pairs]
-    note = "Measured in one step; the estimate is of the largest batch in the data."
+    note = "Measured in one step; the estimate is for the largest batch of the data."
     return ["## Memory by kind", "", note, "", markdown_table(rows), ""]
 
 
@@ -166,32 +166,32 @@ def _format_gib(value: Optional[float]) -> str:
 def profile_markdown(
     found: ProfileSummary, kinds: Dict[str, float], guess: MemoryEstimate, peak: Optional[float]
 ) -> str:
-    """kernels.md.
+    """Format kernels.md.
 
     Args:
-        found: what the profiler saw.
-        kinds: bytes of weights, gradients, optimizer, activations; empty: not counted.
-        guess: the estimate before the run.
+        found: summary of the profiled steps.
+        kinds: bytes of weights, gradients, optimizer, activations; empty: not measured.
+        guess: memory estimate made before the run.
         peak: highest memory in use on the device, bytes.
     """
     share = found.busy / found.window if found.window else 0.0
-    who = "the device was at work" if found.kernels else "an operator was at work (no device of its own was seen)"
+    who = "the device was busy" if found.kernels else "an operator was running (no separate device was seen)"
     waits = sum(entry.calls for entry in found.waits)
     lines = [
         f"# Profile of steps {found.first} to {found.last}",
         "",
-        "The profiler itself takes time: shares can be trusted, milliseconds are above those of a run without it.",
-        "Own time of each name, without what it calls. `trace.json` is for chrome://tracing or ui.perfetto.dev.",
+        "The profiler adds overhead: shares are reliable, absolute times are longer than in a run without it.",
+        "Times are self times, without callees. Open `trace.json` in chrome://tracing or ui.perfetto.dev.",
         "",
-        f"- {1000 * found.window / found.count:.2f} ms a step; {who} {share:.1%} of it, gaps are {1 - share:.1%}",
-        *([f"- {waits / found.count:g} waits of the host for the device a step"] if found.kernels else []),
+        f"- {1000 * found.window / found.count:.2f} ms per step; {who} {share:.1%} of it, gaps are {1 - share:.1%}",
+        *([f"- {waits / found.count:g} host waits for the device per step"] if found.kernels else []),
         "",
         *_profile_table("Operators on the host", found.operators, found.count),
     ]
     if found.kernels:
         lines += _profile_table("Kernels on the device", found.kernels, found.count)
     if found.waits and found.kernels:
-        lines += _profile_table("Waits of the host (with what they wait in)", found.waits, found.count)
+        lines += _profile_table("Host waits (including callees)", found.waits, found.count)
     return "\n".join([*lines, *_memory_table(kinds, guess, peak)])
 
 
@@ -201,22 +201,22 @@ _BETWEEN, _PROFILING, _COUNTING, _DONE = range(4)
 
 
 class ProfilerCallback(pl.Callback):
-    """On the first rank; the others train beside it."""
+    """Callback that profiles rank 0; the other ranks train without a profiler."""
 
     def __init__(self, from_step: int = 10, steps: int = 5) -> None:
-        """Choose.
+        """Select the steps to profile.
 
         Args:
             from_step: the first profiled step, counted from 1.
-            steps: how many.
+            steps: number of profiled steps.
 
         Raises:
             InputError: if one of them is below 1.
         """
         for name, value in (("from_step", from_step), ("steps", steps)):
             if not isinstance(value, int) or value < 1:
-                raise InputError(f"callbacks.profile.{name}={value}: a whole number from 1 on")
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its lines on the screen are for those who write profilers
+                raise InputError(f"callbacks.profile.{name}={value}: must be an integer >= 1")
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its console output is for developers of profilers
         self._from, self._count = from_step, steps
         self._state = _DONE
         self._profiler: Any = None
@@ -229,13 +229,13 @@ class ProfilerCallback(pl.Callback):
         self._folder = Path()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Whether there is anything to do here: a run that goes on keeps the profile that it has."""
+        """Enable profiling on rank 0, unless a resumed run already has a profile."""
         self._folder = Path(trainer.default_root_dir) / FOLDER
         if trainer.is_global_zero and not (self._folder / DOCUMENT).is_file():
             self._state = _BETWEEN
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Begin to profile, or to count."""
+        """Start the profiler, or the memory measurement."""
         step = pl_module.steps_done + 1
         if self._state == _BETWEEN and self._found is None and step >= self._from:
             self._state, self._first = _PROFILING, step
@@ -246,7 +246,7 @@ class ProfilerCallback(pl.Callback):
             known = [_storage_bytes(tensor) for tensor in pl_module.state_dict().values()]
             if None in known:
                 print(
-                    "lit_glm: profile: no memory by kind: this device's tensors have no storage of their own",
+                    "lit_glm: profile: memory by kind is not available: tensors of this device have no storage",
                     flush=True,
                 )
                 self._write(trainer)
@@ -257,7 +257,7 @@ class ProfilerCallback(pl.Callback):
             )
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, loss: Tensor) -> None:
-        """All that the backward pass needs is there: the moment at which a step holds most."""
+        """Measure activation memory at its peak, when everything that backward needs has been saved."""
         if self._state != _COUNTING:
             return
         self._hooks.close()
@@ -269,7 +269,7 @@ class ProfilerCallback(pl.Callback):
                 pickle.dump({"segments": snapshot, "device_traces": []}, file)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
-        """All gradients are there."""
+        """Measure weights, gradients and master weights."""
         if self._state == _COUNTING:
             updated = [p for group in optimizer.param_groups for p in group["params"]]
             weights = list(pl_module.parameters())
@@ -280,7 +280,7 @@ class ProfilerCallback(pl.Callback):
             self._kinds["optimizer"] = _total_bytes(masters)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """End what `on_train_batch_start` began."""
+        """Finish the profile or the memory measurement."""
         if self._state == _PROFILING and pl_module.steps_done >= self._first + self._count - 1:
             self._end_profile(pl_module.steps_done)
         elif self._state == _COUNTING:
@@ -292,7 +292,7 @@ class ProfilerCallback(pl.Callback):
             self._write(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """The run was shorter than what was asked for: what there is, is kept."""
+        """Write what was measured if the run ended early."""
         if self._state == _PROFILING:
             self._end_profile(pl_module.steps_done)
         if self._state == _BETWEEN and self._found is not None:
@@ -305,7 +305,7 @@ class ProfilerCallback(pl.Callback):
             )
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        """A run that failed in a profiled step leaves torch without a profiler and without hooks."""
+        """Stop the profiler and remove hooks, also after a failure in a profiled step."""
         self._hooks.close()
         if self._state == _PROFILING:
             self._profiler.stop()
@@ -346,9 +346,9 @@ class ProfilerCallback(pl.Callback):
 
 
 def _storage_bytes(tensor: Tensor) -> Optional[Tuple[int, int]]:
-    """Address and size of a tensor's memory; None on a device whose tensors have none, such as a lazy one."""
+    """Return address and size of a tensor's storage; None on devices without storages, such as lazy ones."""
     try:
-        # Torch 1.12 has its storage under another name.
+        # torch 1.12 has no `untyped_storage`.
         storage: Any = tensor.untyped_storage() if hasattr(tensor, "untyped_storage") else tensor.storage()
         return int(storage.data_ptr()), int(storage.nbytes())
     except (RuntimeError, NotImplementedError):

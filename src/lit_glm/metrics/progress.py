@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar on a terminal, now and then a line elsewhere."""
+"""Progress display of a run: a bar on a terminal, an occasional line elsewhere."""
 
 import sys
 import time
@@ -12,14 +12,14 @@ from lit_glm.training.evaluation import next_evaluation_step
 
 
 class ProgressCallback(pl.Callback):
-    """Reads what the recorder knows; costs nothing between its updates."""
+    """Callback that displays the state of `BenchmarkCallback`; no cost between updates."""
 
     def __init__(self, every_s: float = 0.5, line_every_s: float = 10.0) -> None:
-        """Choose how often.
+        """Set the update intervals.
 
         Args:
             every_s: seconds between updates of the bar.
-            line_every_s: seconds between lines where there is no terminal.
+            line_every_s: seconds between lines without a terminal.
         """
         self._terminal = sys.stdout.isatty()
         self._every = every_s if self._terminal else line_every_s
@@ -29,14 +29,14 @@ class ProgressCallback(pl.Callback):
         self._accuracy: Optional[float] = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Begin."""
+        """Print the accuracy before training, and start the bar."""
         if not trainer.is_global_zero:
             return
         recorder = find_benchmark_callback(trainer)
         account = recorder.run_metrics
         self._accuracy = account.accuracy
         when = f"after step {pl_module.steps_done}" if pl_module.steps_done else "before training"
-        print(f"lit_glm: accuracy {when} {_format_percent(account.accuracy)}", flush=True)
+        print(f"lit_glm: accuracy {when}: {_format_percent(account.accuracy)}", flush=True)
         if self._terminal:
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -46,7 +46,7 @@ class ProgressCallback(pl.Callback):
         self._next = time.monotonic() + self._every
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Say where the run is, if it is time."""
+        """Update the display if due."""
         if not trainer.is_global_zero:
             return
         recorder = find_benchmark_callback(trainer)
@@ -64,13 +64,13 @@ class ProgressCallback(pl.Callback):
             print(f"lit_glm: {text}", flush=True)
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        """Leave the terminal as it was."""
+        """Stop the bar, which restores the terminal."""
         if self._bar is not None:
             self._bar.stop()
 
 
 def _progress_line(account: RunMetrics, step: int, loss: float) -> str:
-    """Where the run is, how fast, and what is still to come at that speed."""
+    """Format position, speed and remaining time of a run."""
     run, batch, seconds, total = (
         account.config.run,
         account.config.global_batch,
@@ -88,7 +88,7 @@ def _progress_line(account: RunMetrics, step: int, loss: float) -> str:
     ]
     if rate and step < total:
         left = (total - step) * batch / rate
-        if run.evaluate:  # those behind it have taken as long a share of the time so far
+        if run.evaluate:  # evaluations are assumed to take the same share as so far
             left *= max(1.0, seconds.raw_train / seconds.no_eval)
             due = next_evaluation_step(step, batch, run, total)
             parts.append(f"next evaluation after step {due}, in {_format_duration((due - step) * batch / rate)}")

@@ -1,7 +1,7 @@
-"""Every figure of a run, once: its name, unit, format, which way is better, where it is stored, its labels.
+"""Registry of all metrics of a run: name, unit, format, direction, location in result.json, labels.
 
-Tables, rankings, comparisons, pages, CSV, loggers, `plan` and `tune` read it; docs/schema.md is written from it. A new
-column is one entry here: the value in result.json, and a `column`. Imports no torch.
+Used by tables, rankings, comparisons, pages, CSV, loggers, `plan` and `tune`; docs/schema.md is generated from it. A
+new column needs one entry here, with its value in result.json and a `column`. Does not import torch.
 """
 
 from dataclasses import dataclass
@@ -18,48 +18,48 @@ def _percent(share: float) -> str:
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure."""
+    """One metric."""
 
     name: str
-    """On the command line (`sweep.objective`, `--sort`) and in CSV files."""
+    """Name on the command line (`sweep.objective`, `--sort`) and in CSV files."""
     unit: str
     en: str
     zh: str
     meaning: str
     unknown: str
-    """When it is null."""
+    """When the value is null."""
     better: str = ""
-    """"higher", "lower", or "" where neither is: such a figure ranks nothing."""
+    """"higher", "lower", or "" if neither; such a metric cannot be used for ranking."""
     form: Callable[[float], str] = _GENERAL
     path: str = ""
-    """Where it is in result.json, if not under its name: keys joined by dots."""
+    """Location in result.json if not under its name: keys joined by dots."""
     column: str = ""
-    """Heading of its column in the tables of reports; "": it has none."""
+    """Heading of its column in report tables; "": no column."""
     is_published: bool = False
     """Whether the published table has this column too."""
     remark_en: str = ""
     remark_zh: str = ""
     of: str = ""
-    """The figure that it is a part of, shown behind a slash."""
+    """Name of the total that it is a part of, shown after a slash."""
     is_compared: bool = False
     """Whether `report --compare` shows it."""
     logged_as: str = ""
-    """Its name in loggers."""
+    """Name in loggers."""
 
     def label(self, language: str) -> str:
-        """What it is called in a language."""
+        """Return the label in a language."""
         return self.zh if language == "zh" else self.en
 
     def remark(self, language: str) -> str:
-        """What a reader must know of it."""
+        """Return the remark in a language."""
         return self.remark_zh if language == "zh" else self.remark_en
 
     def axis_label(self) -> str:
-        """Name and unit, for figures and tables."""
+        """Return name and unit, for plots and tables."""
         return f"{self.column or self.name} ({self.unit})" if self.unit else self.column or self.name
 
     def value(self, result: Dict[str, Any]) -> Optional[float]:
-        """The figure of a result; None where it is unknown, or is no finite number."""
+        """Read the metric from a result; None if unknown or not a finite number."""
         found: Any = result
         for key in (self.path or self.name).split("."):
             found = found.get(key) if isinstance(found, dict) else None
@@ -67,12 +67,12 @@ class Metric:
 
     @property
     def is_lower_better(self) -> bool:
-        """Whether a smaller value is the better one."""
+        """Whether smaller values are better."""
         return self.better == "lower"
 
 
 def as_number(value: Any) -> Optional[float]:
-    """A finite number, or None: results of other versions and broken ones hold what they like."""
+    """Return a finite number, or None; results of other versions and damaged ones may hold any type."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
@@ -82,8 +82,8 @@ def as_number(value: Any) -> Optional[float]:
 
 
 _NO_STEP = "no training step was measured, or rows of steps.csv are lost"
-_NO_RESULT = "the run has not come so far, or the times of a part of it are lost"
-_NO_PEAK = "the peak of what really runs is unknown"
+_NO_RESULT = "the run has not reached this point, or the times of an earlier part are lost"
+_NO_PEAK = "the peak of the arithmetic in use is unknown"
 _NO_POWER = "the power of a device is unknown, or its readings have a gap of more than five intervals"
 
 METRICS: Dict[str, Metric] = {
@@ -97,45 +97,45 @@ METRICS: Dict[str, Metric] = {
         ),
         Metric(
             "p_whole", "samples/s", "Throughput, whole", "总吞吐量",
-            "num_trained_samples / raw_train_time, all ranks together.", _NO_STEP, "higher", _TWO,
+            "num_trained_samples / raw_train_time, all ranks.", _NO_STEP, "higher", _TWO,
             column="p_whole", is_published=True, is_compared=True, logged_as="perf/p_whole",
-            remark_en="samples / time of training with evaluations", remark_zh="训练样本数 / 训练总时间（含评估）",
+            remark_en="samples / training time, evaluations included", remark_zh="训练样本数 / 训练总时间（含评估）",
         ),
         Metric(
             "p_train", "samples/s", "Throughput, training", "训练吞吐量",
-            "num_trained_samples / no_eval_time, all ranks together.", _NO_STEP, "higher", _TWO,
+            "num_trained_samples / no_eval_time, all ranks.", _NO_STEP, "higher", _TWO,
             column="p_train", is_published=True, is_compared=True, logged_as="perf/p_train",
             remark_en="without evaluations", remark_zh="不含评估时间",
         ),
         Metric(
             "p_core", "samples/s", "Throughput, pure compute", "计算吞吐量",
-            "num_trained_samples / pure_compute_time, all ranks together.", _NO_STEP, "higher", _TWO,
+            "num_trained_samples / pure_compute_time, all ranks.", _NO_STEP, "higher", _TWO,
             column="p_core", is_published=True, is_compared=True, logged_as="perf/p_core",
-            remark_en="without waiting for data either", remark_zh="亦不含等待数据时间",
+            remark_en="without evaluations and waiting for data", remark_zh="不含评估与等待数据时间",
         ),
         Metric(
             "acc", "", "Result of training", "训练结果",
-            "Share of evaluation examples whose best candidate is a right answer, evaluated after the last step.",
-            "nothing was evaluated after the last step", "higher", _percent,
+            "Share of evaluation examples whose best candidate is a correct answer, evaluated after the last step.",
+            "no evaluation after the last step", "higher", _percent,
             column="acc", is_published=True, is_compared=True, logged_as="val/acc",
             remark_en="accuracy: exact match", remark_zh="准确率（exact match）",
         ),
         Metric(
             "mem_actual_gib", "GiB", "Device memory in use", "硬件存储使用",
-            "Highest device memory in use, of the device with the most (of all ranks where they share a memory).",
+            "Peak memory of the device that uses most (sum over the ranks of a node if they share memory).",
             "neither the runtime nor the vendor's monitor gave a reading, or a part of the run has none", "lower", _ONE,
             column="mem", is_published=True, is_compared=True, of="mem_total_gib", logged_as="mem/gib",
-            remark_en="highest in use / of the card, GiB", remark_zh="最高占用 / 单卡总量，单位 GiB",
+            remark_en="peak in use / total of the device, GiB", remark_zh="最高占用 / 单卡总量，单位 GiB",
         ),
         Metric(
-            "step_p99_s", "s", "Slowest hundredth of the steps", "最慢 1% 步的时间",
-            "99 of 100 steps after the warm-up were faster.", _NO_STEP, "lower", "{:.4g}".format, path="step_s.p99",
+            "step_p99_s", "s", "Step time, 99th percentile", "单步时间（P99）",
+            "99th percentile of the step time after warm-up.", _NO_STEP, "lower", "{:.4g}".format, path="step_s.p99",
             column="step_p99_s", is_compared=True,
-            remark_en="seconds of a step; steps of the warm-up left out", remark_zh="单位秒，不含预热步",
+            remark_en="seconds per step, without warm-up steps", remark_zh="单位秒，不含预热步",
         ),
         Metric(
-            "mem_total_gib", "GiB", "Device memory", "硬件存储总量", "Memory of a device.",
-            "neither the runtime nor the hardware file knows it", form=_ONE,
+            "mem_total_gib", "GiB", "Device memory", "硬件存储总量", "Total memory of a device.",
+            "known neither to the runtime nor to the hardware file", form=_ONE,
         ),
         Metric(
             "init_time", "s", "Initialisation", "初始化时间",
@@ -149,7 +149,7 @@ METRICS: Dict[str, Metric] = {
         ),
         Metric(
             "no_eval_time", "s", "Training without evaluations", "训练时间（不含评估）",
-            "Waiting for data and training steps.", _NO_STEP, "lower", is_compared=True,
+            "Training steps, including waiting for data.", _NO_STEP, "lower", is_compared=True,
         ),
         Metric(
             "pure_compute_time", "s", "Pure compute", "计算时间",
@@ -158,7 +158,7 @@ METRICS: Dict[str, Metric] = {
         ),
         Metric(
             "mfu", "", "Model FLOPs utilisation", "模型算力利用率",
-            "Model FLOPs of the tokens that the algorithm needs / (pure_compute_time x devices x peak).", _NO_PEAK,
+            "Model FLOPs that the algorithm requires / (pure_compute_time x devices x peak).", _NO_PEAK,
             "higher", lambda share: f"{100 * share:.1f}%", is_compared=True,
         ),
         Metric(
@@ -166,20 +166,20 @@ METRICS: Dict[str, Metric] = {
             "FlagPerf's own formula, which counts every padded slot.", _NO_PEAK, "higher",
         ),
         Metric(
-            "tokens_per_s", "1/s", "Tokens", "每秒 token 数", "Token rows computed a second, all ranks together.",
+            "tokens_per_s", "1/s", "Tokens", "每秒 token 数", "Token rows computed per second, all ranks.",
             _NO_STEP, "higher",
         ),
         Metric(
-            "candidates_per_s", "1/s", "Candidates", "每秒候选数", "Candidates scored a second, all ranks together.",
+            "candidates_per_s", "1/s", "Candidates", "每秒候选数", "Candidates scored per second, all ranks.",
             _NO_STEP, "higher",
         ),
         Metric(
-            "rank_imbalance", "", "Imbalance of the ranks", "各 rank 负载不均衡度",
-            "Work of the slowest rank over the mean, minus 1, averaged over steps.", "training has not ended", "lower",
+            "rank_imbalance", "", "Load imbalance of ranks", "各 rank 负载不均衡度",
+            "Rows of the busiest rank over the mean, minus 1, averaged over steps.", "training has not ended", "lower",
         ),
         Metric(
             "energy_j", "J", "Energy", "能耗",
-            "Power of the devices integrated over the training time, each node over its own, all nodes added.",
+            "Power of the devices integrated over each node's training time, summed over all nodes.",
             _NO_POWER, "lower", is_compared=True,
         ),
         Metric(
@@ -191,46 +191,46 @@ METRICS: Dict[str, Metric] = {
             "Share of the training time in which readings are missing and power was interpolated.", _NO_POWER,
         ),
         Metric("power_mean_w", "W", "Mean power", "平均功率", "energy_j / training time, all devices.", _NO_POWER),
-        Metric("power_max_w", "W", "Highest power", "最高功率", "Largest reading of any device.", "no reading"),
-        Metric("temperature_mean_c", "C", "Mean temperature", "平均温度", "Of all readings.", "no reading"),
-        Metric("temperature_max_c", "C", "Highest temperature", "最高温度", "Of all readings.", "no reading"),
+        Metric("power_max_w", "W", "Peak power", "最高功率", "Largest reading of any device.", "no reading"),
+        Metric("temperature_mean_c", "C", "Mean temperature", "平均温度", "Mean of all readings.", "no reading"),
+        Metric("temperature_max_c", "C", "Highest temperature", "最高温度", "Maximum of all readings.", "no reading"),
         Metric(
             "num_trained_samples", "", "Samples trained on", "训练样本数",
-            "Examples really computed in training steps; a partial last batch counts its actual size.", "never",
+            "Examples processed in training steps; a partial last batch counts its actual size.", "never",
             "lower", is_compared=True,
         ),
-        Metric("global_steps", "", "Steps", "步数", "Training steps done.", "never", "lower", is_compared=True),
+        Metric("global_steps", "", "Steps", "步数", "Completed training steps.", "never", "lower", is_compared=True),
         Metric(
             "skipped_steps", "", "Steps without an update", "未更新的步数",
             "Steps whose loss or gradient was not finite.", "before the first step", "lower", is_compared=True,
         ),
         Metric(
             "external_cpu_load", "", "Load of other processes", "其他进程占用",
-            "Share of the machine's processors that other processes took, the most of all parts.", "not yet known",
+            "Share of the machine's CPUs used by other processes; maximum over the parts of a run.", "not yet known",
             form=lambda share: f"{100 * share:.0f}%",
         ),
     )
 }  # fmt: skip
 TABLE_METRICS = tuple(metric for metric in METRICS.values() if metric.column)
-"""Columns of a report's tables, in their order."""
+"""Columns of report tables, in order."""
 PUBLISHED_METRICS = tuple(metric for metric in TABLE_METRICS if metric.is_published)
-"""Those that the published table has."""
+"""Columns that the published table also has."""
 _USUAL = ("acc", "p_core")
 OBJECTIVES = (*_USUAL, *(name for name, metric in METRICS.items() if metric.better and name not in _USUAL))
-"""What sweeps and reports can be ranked by, the most usual first."""
+"""Metrics by which sweeps and reports can be ranked, the most common first."""
 PUBLISHED_COLUMNS = ("config", "precision", "fix_hp", *(metric.column for metric in PUBLISHED_METRICS))
-"""The published table's, in its order (its first column is named 配置 there)."""
+"""Column names of the published table, in order (its first column is named 配置 there)."""
 TABLE_COLUMNS = (*PUBLISHED_COLUMNS, *(metric.column for metric in TABLE_METRICS if not metric.is_published))
-"""Of a report's tables."""
+"""Column names of report tables."""
 
 
 def cell_text(metric: Metric, value: Optional[float], total: Optional[float] = None) -> str:
-    """A figure as tables show it; "" where it is unknown.
+    """Format a value for tables; "" if it is unknown.
 
     Args:
-        metric: which.
-        value: of it.
-        total: what it is a part of, where it is.
+        metric: the metric.
+        value: its value.
+        total: total that it is a part of, if any.
     """
     if value is None:
         return ""

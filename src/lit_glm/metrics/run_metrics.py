@@ -1,4 +1,4 @@
-"""What a run has come to so far: time, samples and memory of this process and of those before an interruption."""
+"""Running totals of a run: time, samples and memory, including the parts before an interruption."""
 
 import math
 import time
@@ -21,7 +21,7 @@ from lit_glm.training.module import RecordModule
 
 
 class RunMetrics:
-    """Sums of one rank; on the first one with the run's files, so that what was measured before counts too."""
+    """Running totals of one rank; on rank 0 they include the earlier parts of a resumed run."""
 
     def __init__(
         self,
@@ -31,37 +31,37 @@ class RunMetrics:
         order: InfiniteDistributedBatchSampler,
         entry: float,
     ):
-        """Begin.
+        """Initialise the totals.
 
         Args:
-            config: the run's.
-            runtime: asked for memory.
-            clock: of the phases.
-            order: of the training examples: says how many a step holds.
+            config: run configuration.
+            runtime: queried for memory.
+            clock: phase timer.
+            order: sampler of the training examples; gives the number of samples per step.
             entry: `time.monotonic()` at the entry of `train`.
         """
         self.config, self._runtime, self._clock, self._order, self._entry = config, runtime, clock, order, entry
         self.init_seconds = 0.0
         self.accuracy: Optional[float] = None
-        """Of the newest evaluation."""
+        """Accuracy of the latest evaluation."""
         self.evaluated_step = -1
-        """The step that it followed."""
+        """Step after which the latest evaluation ran."""
         self.writer: Optional[RunWriter] = None
         self.contention: Optional[ContentionMonitor] = None
-        """On the first rank."""
+        """Contention monitor; only on rank 0."""
         self.missing_data: List[str] = []
-        """What is lost of the parts before an interruption; figures that depend on it are unknown."""
+        """Data lost from the parts before an interruption; metrics that depend on it are null."""
         self.environment_changes: List[str] = []
-        """In what the machines differ that the parts of this run were measured on."""
+        """Differences between the machines on which the parts of this run were measured."""
         self.has_earlier_result = True
-        """Whether result.json has what the earlier parts came to; the table of steps is another matter."""
+        """Whether result.json covers the earlier parts; independent of steps.csv."""
         self._first_step = 0
         self._earlier = PhaseDurations()
         self.earlier_e2e = 0.0
-        """Seconds of the parts before an interruption, on all ranks."""
+        """Seconds of the parts before an interruption; known on all ranks."""
 
     def begin(self, files: Optional[RunWriter], steps_done: int) -> None:
-        """Training is about to begin, or to go on after some steps."""
+        """Start measuring, before the first step of a new or resumed run."""
         self.writer, self._first_step = files, steps_done
         if files is None:
             return
@@ -72,7 +72,7 @@ class RunMetrics:
             self._add_earlier_parts(files, steps_done)
 
     def _add_earlier_parts(self, files: RunWriter, steps_done: int) -> None:
-        """Add the times of the parts before an interruption; what is not known of all of them is not a number."""
+        """Add the times of the parts before an interruption; a time that is not known for all of them becomes NaN."""
         told = files.previous_result.get("missing_data")
         missing = [str(line) for line in told] if isinstance(told, list) else []
         compute, steps = files.steps.total("compute_s"), files.steps.total("step_s")
@@ -81,15 +81,15 @@ class RunMetrics:
             compute = steps = math.nan
         raw, init, e2e = (files.previous_number(name) for name in ("raw_train_time", "init_time", "e2e_time"))
         self.has_earlier_result = (files.previous_number("global_steps") or -1) >= steps_done
-        if steps_done == 0 and files.evaluated_step < 0:  # nothing of an earlier part stands
+        if steps_done == 0 and files.evaluated_step < 0:  # nothing of an earlier part is kept
             raw, init, e2e, self.has_earlier_result = raw or 0.0, init or 0.0, e2e or 0.0, True
         elif not self.has_earlier_result:  # the result is written before each checkpoint: this one is an older copy
             missing.append(f"result.json of the {steps_done} steps before an interruption is missing")
             raw = init = e2e = None
         elif None in (raw, init, e2e) and not missing:
             missing.append(f"result.json lacks times of the {steps_done} steps before an interruption")
-        # The result is up to a second older than the tables, so never less than what they hold. In `max`, what is not a
-        # number wins in the first place and loses in the second.
+        # result.json may be up to a second older than the tables, so take at least the tables' times. `max` returns NaN
+        # if its first argument is NaN, and ignores NaN as its second argument.
         evaluations = files.evals.total("seconds", after_step=0)
         known_raw = max(math.nan if raw is None else raw, steps + evaluations)
         known_init = math.nan if init is None else init
@@ -98,47 +98,47 @@ class RunMetrics:
         self.missing_data = list(dict.fromkeys(missing))
 
     def e2e(self) -> float:
-        """Seconds since the entry of `train`."""
+        """Return the seconds since the entry of `train`."""
         return time.monotonic() - self._entry
 
     def durations(self) -> PhaseDurations:
-        """Measured by this rank in this process."""
+        """Return the durations measured by this rank in this process."""
         seconds = self._clock.seconds()
         seconds.init = self.init_seconds
         return seconds
 
     def total_durations(self) -> PhaseDurations:
-        """As `seconds`, with what was measured before an interruption."""
+        """Return `durations` plus the durations before an interruption."""
         return self.durations() + self._earlier
 
     def samples(self, step: int) -> int:
-        """Examples that all ranks have really computed in steps 1..step."""
+        """Return the number of examples that all ranks computed in steps 1..step."""
         return self._order.samples_until(step)
 
     def samples_here(self, step: int) -> int:
-        """The same of the steps that this process has done."""
+        """Return the number of examples that all ranks computed in this process up to a step."""
         return self.samples(step) - self.samples(self._first_step)
 
     def total_steps(self) -> int:
-        """Steps of the run if the target is not reached before."""
+        """Return the number of steps of the run unless the target is reached earlier."""
         run = self.config.run
         by_samples = run.max_samples // self.config.global_batch + 1
         return by_samples if run.max_steps is None else min(run.max_steps, by_samples)
 
     def peak_memory(self) -> Optional[float]:
-        """Highest memory in use by this rank, bytes; unknown where ranks share a memory, before they are summed."""
+        """Return this rank's peak memory in bytes; None if ranks share memory, where only the sum over ranks counts."""
         alone = self.config.topology.devices_per_node == 1 or not self._runtime.shares_memory
         return self._runtime.peak_memory(0) if alone else None
 
     def write(self, status: str, module: RecordModule, durable: bool = False) -> None:
-        """Write result.json with what is known now, and a line of memory.csv; `durable` waits for the disk."""
+        """Write result.json with the current metrics and a row of memory.csv; `durable` waits for the disk."""
         if self.writer is None:
             return
         row = self.row(status, module, self.durations(), self.e2e(), self.peak_memory())
         try:
             self.writer.write(row, durable)
         except OSError as error:
-            raise RunError(f"the run's files cannot be written: {error}") from error
+            raise RunError(f"cannot write the run's files: {error}") from error
         said = self.contention.sample_if_due() if self.contention is not None else None
         if said:
             print(f"lit_glm: {said}", flush=True)
@@ -150,12 +150,12 @@ class RunMetrics:
     def row(
         self, status: str, module: RecordModule, seconds: PhaseDurations, e2e: float, peak: Optional[float]
     ) -> Dict[str, Any]:
-        """A result.
+        """Build a result.
 
         Args:
             status: running, success, finished, interrupted or failed.
-            module: for its counters.
-            seconds: of this process; what was measured before an interruption is added here.
+            module: gives the step counters.
+            seconds: durations of this process; those before an interruption are added here.
             e2e: seconds since the entry of `train` of this process.
             peak: highest memory in use, bytes.
         """
@@ -210,18 +210,18 @@ class RunMetrics:
         rank_imbalance: Optional[float],
         node_spans: List[List[float]],
     ) -> Dict[str, Any]:
-        """Write the final result (first rank).
+        """Write the final result (rank 0).
 
         Args:
-            status: how the run ended.
-            module: for its counters.
-            seconds: of the slowest rank in each phase.
+            status: final status of the run.
+            module: gives the step counters.
+            seconds: durations of the slowest rank in each phase.
             e2e: seconds from the entry of `train` to the end of training.
             peak: highest memory in use, bytes.
-            work: of all steps.
-            flops: [steps] of each step.
+            work: work of all steps.
+            flops: [steps] FLOPs of each step.
             rank_imbalance: see `FlopCounter.rank_imbalance`.
-            node_spans: when each node trained, in the time of its devices.csv.
+            node_spans: training span of each node, in the time base of its devices.csv.
         """
         assert self.writer is not None
         assert self.contention is not None
@@ -230,7 +230,7 @@ class RunMetrics:
         peak = None if self._is_slice() else self.config.hardware.peak_tflops.get(self._peak_name())
         rates = compute_mfu(self.config, work, row["pure_compute_time"], row["p_core"], peak)
         if rates["mfu"] is not None and rates["mfu"] > 1:
-            rates["mfu_above_one"], rates["mfu"] = rates["mfu"], None  # no figure rather than a wrong one
+            rates["mfu_above_one"], rates["mfu"] = rates["mfu"], None  # no value rather than a wrong one
         row["training_spans_by_node"] = self.spans_by_node(node_spans)
         row.update(rank_imbalance=rank_imbalance, model_flops=work.flops, **rates)
         has_all_steps = row["no_eval_time"] is not None
@@ -241,14 +241,14 @@ class RunMetrics:
         return row
 
     def _training_spans(self, e2e: float) -> Optional[List[List[float]]]:
-        """When it trained, in seconds since the entry of `train`, this part of the run behind the earlier ones."""
+        """Return the training spans of all parts of the run, in seconds since the entry of `train`; None if unknown."""
         assert self.writer is not None
         if not self.has_earlier_result or not math.isfinite(self.earlier_e2e):
             return None
         return [*(self.writer.previous_result.get("training_spans") or []), self.training_span(e2e)]
 
     def training_span(self, e2e: float) -> List[float]:
-        """When this node trained in this part of the run, in the time of its devices.csv.
+        """Return this node's training span in this part of the run, in the time base of its devices.csv.
 
         Args:
             e2e: seconds from this node's entry to the end of training.
@@ -257,10 +257,10 @@ class RunMetrics:
         return [begin, max(begin, e2e + self.earlier_e2e)]
 
     def spans_by_node(self, spans: List[List[float]]) -> Optional[List[List[List[float]]]]:
-        """Training spans of each node, this part of the run behind the earlier ones; None where those are unknown.
+        """Return the training spans of each node, this part appended to the earlier ones; None if those are unknown.
 
         Args:
-            spans: of each node in this part.
+            spans: span of each node in this part.
         """
         assert self.writer is not None
         if not self.writer.resumes:
@@ -271,7 +271,7 @@ class RunMetrics:
         return [[*earlier, span] for earlier, span in zip(before, spans)]
 
     def _contention_fields(self) -> Dict[str, Any]:
-        """What others took meanwhile; of a run that was resumed the most of its parts."""
+        """Return the load of other processes; for a resumed run, the maximum over its parts."""
         assert self.writer is not None
         assert self.contention is not None
         load, processes = self.contention.external_cpu_load, self.contention.external_device_processes

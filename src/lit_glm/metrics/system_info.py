@@ -81,7 +81,7 @@ def _read_text_file(path: str) -> str:
 
 
 def _machine_model() -> Optional[str]:
-    """Maker and model as the firmware gives them (DMI); None where the kernel does not show them."""
+    """Return vendor and model from the firmware (DMI); None if the kernel does not show them."""
     name = " ".join(
         filter(None, (_read_text_file(f"/sys/class/dmi/id/{key}") for key in ("sys_vendor", "product_name")))
     )
@@ -89,7 +89,7 @@ def _machine_model() -> Optional[str]:
 
 
 def _fastest_network_port() -> Optional[str]:
-    """Kind and rate of the fastest InfiniBand or RoCE port, as the kernel gives them; None without one."""
+    """Return type and rate of the fastest InfiniBand or RoCE port according to the kernel; None without one."""
     ports = []
     for port in Path("/sys/class/infiniband").glob("*/ports/*"):
         rate = re.match(r"([\d.]+) Gb/sec", _read_text_file(f"{port}/rate"))
@@ -99,14 +99,14 @@ def _fastest_network_port() -> Optional[str]:
 
 
 def describe_machine() -> str:
-    """This machine in one line."""
+    """Describe this machine in one line."""
     name = f"{_machine_model()}, " if _machine_model() else ""
     size = f"{os.cpu_count()} cores of {cpu_name()}, {psutil.virtual_memory().total / 2**30:.1f} GiB"
     return f"{platform.node()}: {name}{size}, {_os_name()}, kernel {platform.release()}"
 
 
 def _container_image() -> Optional[str]:
-    """Container image as the container's maker has left it; "" outside a container, None where nothing says."""
+    """Return the image in LIT_GLM_CONTAINER_IMAGE; without it, "" outside a container and None inside one."""
     named = os.environ.get("LIT_GLM_CONTAINER_IMAGE")
     if named:
         return named
@@ -117,11 +117,11 @@ def _container_image() -> Optional[str]:
 
 
 def describe_system(config: TrainConfig, runtime: Runtime, command: List[str]) -> Dict[str, Any]:
-    """Ask the system what it is; `report.*` wins, the hardware file fills what nothing else knows.
+    """Describe the system; `report.*` takes precedence, the hardware file fills in what cannot be detected.
 
     Args:
-        config: the run's.
-        runtime: asked for cards and driver.
+        config: run configuration.
+        runtime: queried for devices and driver.
         command: the command line of the run.
     """
     hardware, told = config.hardware, config.report
@@ -129,7 +129,7 @@ def describe_system(config: TrainConfig, runtime: Runtime, command: List[str]) -
     commit = _command_output("git", "rev-parse", "HEAD", folder=source)
     changed = _command_output("git", "status", "--porcelain", "--untracked-files=no", folder=source) if commit else None
     cards = [runtime.device_name(index) for index in range(config.topology.devices_per_node)]
-    of_file = "" if runtime.simulated else hardware.server  # a rehearsal says nothing of the chip's server
+    of_file = "" if runtime.simulated else hardware.server  # a dry run does not run on that server
     return {
         "lit_glm": lit_glm.__version__,
         "git_commit": commit,
@@ -163,32 +163,32 @@ def describe_system(config: TrainConfig, runtime: Runtime, command: List[str]) -
 
 
 def _known_variables() -> List[str]:
-    """Names from our own list and from the hardware files, never from the command line; none of a secret."""
+    """List variable names from this module and the hardware files, never from the command line; no secrets."""
     files: List[Any] = [OmegaConf.load(path) for path in sorted((CONF_DIR / "hardware").glob("*.yaml"))]
     names = [*_VARIABLES, *(str(name) for content in files for name in content.get("env") or {})]
     return [name for name in dict.fromkeys(names) if not is_secret(name)]
 
 
 _EVERY_S = 5.0
-_SHORT_S = 2.0  # the kernel counts in hundredths of a second, and a process that ends is counted late
+_SHORT_S = 2.0  # minimum interval: the kernel counts in 1/100 s, and an exited process is counted late
 
 
 def cpu_busy_seconds() -> float:
-    """Seconds that all processors have spent on anything so far, time stolen by a hypervisor's other guests too."""
+    """Return the busy seconds of all CPUs so far, including time stolen by a hypervisor's other guests."""
     times = psutil.cpu_times()
-    parts = ("user", "nice", "system", "irq", "softirq", "steal")  # guests' time is within user
+    parts = ("user", "nice", "system", "irq", "softirq", "steal")  # guest time is included in user
     return float(sum(getattr(times, part, 0.0) for part in parts))
 
 
 class ContentionMonitor:
-    """Looks at this node while training goes on; on one rank of it."""
+    """Sampler of the load of other processes on this node during training; used on rank 0 only."""
 
     def __init__(self, runtime: Runtime, devices: int) -> None:
-        """Describe the node.
+        """Find the processes of this job.
 
         Args:
-            runtime: asked for processes on the cards.
-            devices: ranks on this node: their launcher's processes are not others.
+            runtime: queried for the processes on the devices.
+            devices: number of ranks on this node; processes of their launcher count as ours.
         """
         self._runtime, self._devices = runtime, devices
         root = psutil.Process()
@@ -197,21 +197,21 @@ class ContentionMonitor:
         self._said = False
         self._next = 0.0
         self.external_cpu_load: Optional[float] = None
-        """Share of the machine's processors that others have taken in training, as last looked; None: not known yet."""
+        """Share of the machine's CPUs used by others during training, at the last sample; None: not yet known."""
         self.external_device_processes: Optional[int] = None
-        """Other processes seen on the cards at most; None: nothing says it."""
+        """Largest number of other processes seen on a device; None: not reported by the runtime."""
 
     def begin(self) -> None:
-        """Training is about to begin."""
+        """Start measuring, at the start of training."""
         self._mark = (time.monotonic(), cpu_busy_seconds(), self._own())
         self._next = time.monotonic() + _EVERY_S
 
     def sample_if_due(self) -> Optional[str]:
-        """`look` when it is time: finding a job's processes reads all of the machine's."""
+        """Call `sample` when due; it lists all processes of the machine to find those of this job."""
         return self.sample() if time.monotonic() >= self._next else None
 
     def sample(self) -> Optional[str]:
-        """See what others take; a line to say, once, when that is a tenth of the machine, or cards are shared."""
+        """Sample the load; return a warning, once, if it exceeds `CONTENTION_THRESHOLD` or devices are shared."""
         self._next = time.monotonic() + _EVERY_S
         since, busy, own = self._mark
         elapsed = time.monotonic() - since
@@ -220,27 +220,27 @@ class ContentionMonitor:
             self.external_cpu_load = min(1.0, max(0.0, taken / (elapsed * (os.cpu_count() or 1))))
         for index in range(self._devices):
             there = self._runtime.num_processes(index)
-            if there is not None:  # a rank of ours is one of them; in a container its number would be another
+            if there is not None:  # one of them is our rank, whose PID may differ in a container
                 self.external_device_processes = max(self.external_device_processes or 0, there - 1)
         much = self.external_cpu_load is not None and self.external_cpu_load > CONTENTION_THRESHOLD
         if self._said or not (much or self.external_device_processes):
             return None
         self._said = True
-        what = [f"others take {self.external_cpu_load:.0%} of this machine's processors"] if much else []
+        what = [f"other processes use {self.external_cpu_load:.0%} of the CPUs"] if much else []
         what += (
-            [f"{self.external_device_processes} other processes are on its cards"]
+            [f"{self.external_device_processes} other processes are on the same device"]
             if self.external_device_processes
             else []
         )
-        return f"not alone: {', '.join(what)}; figures measured beside others are not comparable (rows are marked)"
+        return f"contention: {', '.join(what)}; these figures are not comparable (rows are marked)"
 
     def _own(self) -> float:
-        """Processor seconds of this job's processes on the node so far."""
+        """Return the CPU seconds of this job's processes on the node so far."""
         total = 0.0
         for process in self._tree():
             try:
                 times = process.cpu_times()
-            except psutil.Error:  # ended meanwhile; its parent's account has it
+            except psutil.Error:  # exited meanwhile: included in its parent's children_* times
                 continue
             total += times.user + times.system + times.children_user + times.children_system
         return total

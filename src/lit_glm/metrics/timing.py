@@ -10,12 +10,12 @@ import numpy as np
 
 @dataclass
 class PhaseDurations:
-    """What a run spent its time on. Each is contained in the next, so rates come out ordered without clamping."""
+    """Phase durations in seconds. The first three are nested, hence p_core >= p_train >= p_whole by construction."""
 
     pure_compute: float = 0.0
-    """Forward, backward, optimizer, the device synchronised at both ends."""
+    """Forward, backward and optimizer step, the device synchronised at both ends."""
     no_eval: float = 0.0
-    """Waiting for data and steps; contains pure_compute."""
+    """Training steps, including waiting for data; contains pure_compute."""
     raw_train: float = 0.0
     """First training step to the end of training, evaluations included; contains no_eval."""
     init: float = 0.0
@@ -31,19 +31,19 @@ class PhaseDurations:
 
 
 def samples_per_second(samples: int, seconds: float) -> Optional[float]:
-    """Samples a second; None without samples or without time."""
+    """Return samples per second; None without samples or time."""
     return samples / seconds if samples > 0 and seconds > 0 else None
 
 
 def throughput_metrics(samples: int, seconds: PhaseDurations) -> Dict[str, Optional[float]]:
-    """The throughputs of the published table.
+    """Compute the throughputs of the published table.
 
     Args:
         samples: examples trained on, all ranks together (the published counter: steps x global batch).
-        seconds: of the slowest rank in each phase.
+        seconds: durations of the slowest rank in each phase.
 
     Returns:
-        p_whole, p_train, p_core in samples a second, and the times they come from.
+        p_whole, p_train, p_core in samples per second, and the durations that they are computed from.
     """
     return {
         "p_whole": samples_per_second(samples, seconds.raw_train),
@@ -57,7 +57,7 @@ def throughput_metrics(samples: int, seconds: PhaseDurations) -> Dict[str, Optio
 
 
 def slowest_rank(ranks: Sequence[PhaseDurations]) -> PhaseDurations:
-    """The longest time of any rank, phase by phase: each phase stays contained in the next."""
+    """Return the longest duration of any rank per phase; the phases stay nested."""
     return PhaseDurations(
         max(rank.pure_compute for rank in ranks),
         max(rank.no_eval for rank in ranks),
@@ -68,41 +68,41 @@ def slowest_rank(ranks: Sequence[PhaseDurations]) -> PhaseDurations:
 
 @dataclass
 class StepTimes:
-    """Seconds of one step."""
+    """Durations of one step in seconds."""
 
     data: float
-    """Waiting for the batch and its way to the device; what is left of `step` is bookkeeping."""
+    """Waiting for the batch and its copy to the device; the rest of `step` after `compute` is bookkeeping."""
     compute: float
-    """Forward, backward, optimizer."""
+    """Forward, backward and optimizer step."""
     step: float
-    """All of it: since the end of the step before, but for evaluations and checkpoints."""
+    """Whole step, since the end of the previous one, without evaluations and checkpoints."""
 
 
 class PhaseTimer:
-    """Consecutive intervals: every moment of training belongs to one step, or to an evaluation or a checkpoint."""
+    """Phase timer; every moment of training belongs to one step, or to an evaluation or a checkpoint."""
 
     def __init__(self, waited: Callable[[], float] = lambda: 0.0, now: Callable[[], float] = time.perf_counter) -> None:
         """Set all sums to zero.
 
         Args:
-            waited: seconds that training has waited for data so far; measured where it waits.
-            now: the clock.
+            waited: returns the seconds that training has waited for data so far.
+            now: clock function.
         """
         self._waited, self._now = waited, now
         self._seconds = PhaseDurations()
         self._train_start = self._mark = self._ready = self._waited_before = 0.0
 
     def training_starts(self) -> None:
-        """The first step is about to wait for its batch."""
+        """Mark the start of training, before the first batch is requested."""
         self._train_start = self._mark = self._now()
         self._waited_before = self._waited()
 
     def batch_ready(self) -> None:
-        """The batch is on the device; the caller has synchronised."""
+        """Mark that the batch is on the device; the caller has synchronised."""
         self._ready = self._now()
 
     def step_computed(self) -> StepTimes:
-        """The optimizer is done; the caller has synchronised."""
+        """Mark the end of a step and return its durations; the caller has synchronised."""
         now, waited = self._now(), self._waited()
         times = StepTimes(waited - self._waited_before, now - self._ready, now - self._mark)
         self._waited_before = waited
@@ -113,13 +113,13 @@ class PhaseTimer:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """An evaluation or a checkpoint: part of raw_train, of no step."""
+        """Exclude an evaluation or a checkpoint from the step; it is part of raw_train only."""
         start = self._now()
         yield
         self._mark += self._now() - start
 
     def seconds(self) -> PhaseDurations:
-        """The sums so far; raw_train up to this moment."""
+        """Return the durations so far; raw_train up to now."""
         raw = self._now() - self._train_start if self._train_start else 0.0
         return PhaseDurations(self._seconds.pure_compute, self._seconds.no_eval, max(raw, self._seconds.no_eval))
 
@@ -128,20 +128,20 @@ PERCENTILES = (50, 90, 99)
 
 
 def num_timing_warmup_steps(steps: int) -> int:
-    """How many of the first steps are left out of percentiles: a twentieth, at least 1 and at most 50."""
+    """Return the number of first steps left out of percentiles: a twentieth, at least 1 and at most 50."""
     return min(50, max(1, steps // 20)) if steps > 1 else 0
 
 
 def drop_warmup(seconds: Any) -> Any:
-    """[steps] -> those behind the warm-up."""
+    """Drop the warm-up steps, [steps] -> [steps after warm-up]."""
     return np.asarray(seconds, float)[num_timing_warmup_steps(len(seconds)) :]
 
 
 def step_time_summary(seconds: Any) -> Optional[Dict[str, float]]:
-    """Of `step_s`, in seconds, behind the warm-up; None without a step.
+    """Summarise step times after warm-up, in seconds; None without a step.
 
     Returns:
-        p50, p90, p99 and mean, and how many steps they are of.
+        p50, p90, p99, mean and number of steps.
     """
     times = drop_warmup(seconds)
     if not len(times):
@@ -151,15 +151,15 @@ def step_time_summary(seconds: Any) -> Optional[Dict[str, float]]:
 
 
 def warmup_slowdown(compute: Any, flops: Any) -> Optional[Dict[str, float]]:
-    """The first steps against the later ones: memory is touched, kernels are loaded and chosen for the first time.
+    """Compare the first steps with later ones: first use of memory, loading and selection of kernels.
 
     Args:
-        compute: [steps] seconds of computing.
-        flops: [steps] what was computed in them: steps differ in it by the lengths of their examples.
+        compute: [steps] compute seconds.
+        flops: [steps] FLOPs; steps differ because the lengths of their examples do.
 
     Returns:
-        count and seconds of the warm-up, and how many times as long it took as its work does later (`slowdown`); None
-        with fewer than four later steps, or where one of both is not known of every step.
+        count and seconds of the warm-up, and its slowdown relative to later steps per FLOP (`slowdown`); None with
+        fewer than four later steps, or if seconds or FLOPs of a step are unknown.
     """
     seconds, work = np.asarray(compute, float), np.asarray(flops, float)
     first = num_timing_warmup_steps(len(seconds))

@@ -18,20 +18,20 @@ from lit_glm.errors import InputError
 from lit_glm.model.dropout import sample_zeros, with_zeros, zero_elements_
 
 _SCORES = 2**21
-"""Scores that a processor computes at a time (8 MiB in fp32)."""
+"""Scores that are computed at a time on CPU (8 MiB in fp32)."""
 
 
 class MatmulAttention(torch.autograd.Function):
-    """Attention as products and a softmax; keeps the probabilities and the zeros that dropout has drawn.
+    """Attention by matmuls and softmax; saves the probabilities and the zeros of dropout.
 
-    On the CPU a few sequences at a time, so that their scores fit a cache. The backward pass takes a row's sum of
+    On CPU it computes a few sequences at a time, so that their scores fit the cache. Backward takes a row's sum of
     gradient x probability from the output, which is shorter than the row (Dao et al. 2022, FlashAttention, appendix
     B.2), and overwrites what it no longer needs. Factors are part of a product (`alpha`), which saves a kernel each.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, forbidden: Optional[Tensor], dropout: float) -> Tensor:
-        """[N, H, queries, d] of q [N, H, queries, d], k and v [N, H, keys, d]; `forbidden` is true at hidden keys."""
+        """Compute attention of q [N, H, queries, d], k and v [N, H, keys, d]; `forbidden` is True at hidden keys."""
         N, H, queries, d = q.shape
         keys = k.shape[2]
         ctx.factor, ctx.scale, ctx.dropout = 1.0 / math.sqrt(d), 1.0, dropout
@@ -57,7 +57,7 @@ class MatmulAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        """Gradients of q, k and v."""
+        """Return the gradients of q, k and v."""
         q, k, v, out, *kept = ctx.saved_tensors
         N, H, queries, d = grads[0].shape
         grad = grads[0].reshape(N * H, queries, d)
@@ -81,7 +81,7 @@ class MatmulAttention(torch.autograd.Function):
 
 
 def _scaled_product(left: Tensor, right: Tensor, factor: float) -> Tensor:
-    """`factor` x left @ right, [N, rows, cols] each, in one kernel."""
+    """Compute `factor` x left @ right, [N, rows, cols] each, in one kernel."""
     if factor == 1.0:
         return torch.bmm(left, right)
     shape = (left.shape[0], left.shape[1], right.shape[2])
@@ -89,13 +89,13 @@ def _scaled_product(left: Tensor, right: Tensor, factor: float) -> Tensor:
 
 
 def _softmax(scores: Tensor) -> Tensor:
-    if scores.dtype is torch.float16 and scores.device.type == "cpu":  # torch 1.12 has none there
+    if scores.dtype is torch.float16 and scores.device.type == "cpu":  # not implemented in torch 1.12
         return F.softmax(scores, dim=-1, dtype=torch.float32).to(scores.dtype)
     # Sums in fp32, in halves too. Without the type, autocast on some devices would return and keep fp32.
     return F.softmax(scores, dim=-1, dtype=scores.dtype)
 
 
-_SMALL_GROUP = 128 * 256  # rows x width of a group up to which one padded call beats a call a group on a processor
+_SMALL_GROUP = 128 * 256  # rows x width of a group up to which one padded call beats one call per group on CPU
 _TILE = 32  # rows of bf16 that a matrix unit multiplies at a time
 _HAS_FUSED = hasattr(F, "scaled_dot_product_attention")  # torch 2.0 and later
 
@@ -114,12 +114,12 @@ def check_attention_available(kernel: str) -> None:
 
 
 def choose_implementation(kernel: str, device: torch.device, dropout: float) -> str:
-    """The kernel that `attend` takes.
+    """Choose the implementation that `dot_product_attention` uses.
 
     Args:
         kernel: fused, matmul, or auto.
-        device: where it runs.
-        dropout: of the probabilities; torch's fused kernel for processors has none and would fall back to products.
+        device: device of the tensors.
+        dropout: dropout of the probabilities; torch's fused kernel for CPUs lacks it and would fall back to matmuls.
     """
     if kernel != "auto":
         return kernel
@@ -127,10 +127,10 @@ def choose_implementation(kernel: str, device: torch.device, dropout: float) -> 
 
 
 class Mask:
-    """Which keys a query sees, made once a batch in the form that a kernel takes: every layer uses it."""
+    """Attention mask, converted once per batch to the form that an implementation needs, and shared by all layers."""
 
     def __init__(self, allowed: Tensor) -> None:
-        """Keep the rule.
+        """Store the mask.
 
         Args:
             allowed: boolean, broadcast to [N, H, queries, keys]; each query must see a key.
@@ -139,7 +139,7 @@ class Mask:
         self._forms: Dict[Any, Tensor] = {}
 
     def tensor_for(self, kernel: str, dtype: torch.dtype, first_query: int) -> Tensor:
-        """Of the queries from `first_query` on: what the fused kernel adds to scores; what products forbid."""
+        """Return the mask from `first_query` on: additive for fused, boolean (True: forbidden) for matmul."""
         key = (kernel, dtype) if kernel == "fused" else (kernel,)
         if key not in self._forms:
             forbidden = ~self._allowed
@@ -153,7 +153,7 @@ class Mask:
 def dot_product_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Optional[Mask], dropout: float, kernel: str, first_query: int = 0
 ) -> Tensor:
-    """Softmax attention of every head.
+    """Compute softmax attention of every head.
 
     Args:
         q: [N, H, queries, d].
@@ -162,7 +162,7 @@ def dot_product_attention(
         mask: which keys each query sees; None: all.
         dropout: share of the probabilities set to zero; 0 outside training.
         kernel: auto, fused or matmul.
-        first_query: the queries are the mask's from there on.
+        first_query: the queries correspond to those of the mask from this one on.
 
     Returns:
         [N, H, queries, d]. The published code gives forbidden keys a score of -65504; their probability is an
@@ -179,7 +179,7 @@ def dot_product_attention(
 
 
 def _pad_keys_to_tiles(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Without dropout and a mask; a processor's matrix units take half as long for keys in whole tiles."""
+    """Compute attention without dropout and mask; matrix units of CPUs take half as long for keys in whole tiles."""
     keys = k.shape[2]
     more = -keys % _TILE
     k, v = F.pad(k, (0, 0, 0, more)), F.pad(v, (0, 0, 0, more))
@@ -190,26 +190,26 @@ def _pad_keys_to_tiles(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @dataclass
 class PerGroupAttention:
-    """What every layer needs to know of the layout of a batch; computed once a batch."""
+    """Attention layout of a batch with one call per group; built once per batch, used by every layer."""
 
     context_lengths: List[int]
     candidate_rows: List[int]
-    """Of each group."""
+    """Number of candidate rows of each group."""
     masks: List[Mask]
-    """Of each group, [m, n + m]: which keys its candidate rows see."""
+    """Mask of each group, [m, n + m]: which keys its candidate rows see."""
     kernel: str
 
     @classmethod
     def from_groups(
         cls, context_lengths: List[int], candidate_rows: List[int], row_candidate: Tensor, kernel: str = "auto"
     ) -> "PerGroupAttention":
-        """Build the plan.
+        """Build the layout.
 
         Args:
             context_lengths: n of each group.
             candidate_rows: m of each group.
             row_candidate: [R] which candidate each candidate row belongs to.
-            kernel: for `attend`.
+            kernel: implementation, as in `dot_product_attention`.
         """
         own = row_candidate[:, None] == row_candidate  # [R, R]
         own &= _causal(len(row_candidate), row_candidate.device)
@@ -221,12 +221,12 @@ class PerGroupAttention:
         return cls(context_lengths, candidate_rows, masks, kernel)
 
     def __call__(self, qkv: Tensor, heads: int, dropout: float, candidates_only: bool) -> Tensor:
-        """Attention of one layer.
+        """Compute the attention of one layer.
 
         Args:
             qkv: [T, 3 D] queries, keys and values of all rows.
             heads: H.
-            dropout: of the probabilities.
+            dropout: dropout of the probabilities.
             candidates_only: leave out the context's queries (the last layer needs none).
 
         Returns:
@@ -259,10 +259,10 @@ class PerGroupAttention:
 
 @dataclass
 class PaddedAttention:
-    """All groups in one call, each padded to K places; rows that stand so already are taken as they are.
+    """Attention layout with one call for all groups, each padded to K slots; rows that are already padded are kept.
 
-    Wastes arithmetic on padding and saves calls: for cards, and for small groups, where calls are what costs. The
-    published layout is the one with a candidate a group.
+    Spends arithmetic on padding to save calls: for accelerators, and for small groups, where calls dominate the cost.
+    The published layout is the case of one candidate per group.
     """
 
     shape: Tuple[int, int]
@@ -271,13 +271,13 @@ class PaddedAttention:
     """[G, 1, K, K]."""
     kernel: str
     index: Optional[PaddingIndex] = None
-    """Where rows are gathered from and scattered to; None: row i stands at place i."""
+    """Index tensors that gather and scatter rows; None: row i is in slot i."""
     unused: Optional[Tensor] = None
-    """[G, K] places of no row, beside `places`."""
+    """[G, K] slots without a row; given together with `index`."""
 
     @classmethod
     def from_index(cls, places: PaddingIndex, kernel: str = "auto") -> "PaddedAttention":
-        """For rows without padding; the kernel is that of `attend`. Reads nothing back from the device."""
+        """Build the layout of rows without padding, without device synchronisation; `kernel` as for attention."""
         owner = places.owner
         own = (owner[:, :, None] == owner[:, None, :]) & _causal(owner.shape[1], owner.device)
         mask = Mask((own | (owner == -1)[:, None, :])[:, None])
@@ -285,18 +285,18 @@ class PaddedAttention:
 
     @classmethod
     def from_sequences(cls, separator: Tensor, length: int, kernel: str = "auto") -> "PaddedAttention":
-        """For N sequences of S tokens.
+        """Build the layout of N sequences of S tokens.
 
         Args:
             separator: [N] lengths of the contexts: query i sees key j where j < separator or j <= i.
             length: S.
-            kernel: for `attend`.
+            kernel: implementation, as in `dot_product_attention`.
         """
         context = torch.arange(length, device=separator.device) < separator[:, None, None]
         return cls((len(separator), length), Mask((_causal(length, separator.device) | context)[:, None]), kernel)
 
     def __call__(self, qkv: Tensor, heads: int, dropout: float, candidates_only: bool) -> Tensor:
-        """Attention of one layer; as `PerGroupAttention`."""
+        """Compute the attention of one layer; arguments as in `PerGroupAttention`."""
         (groups, length), width = self.shape, qkv.shape[1] // 3
         first = self.index.first_candidate if self.index is not None and candidates_only else 0
         kernel = choose_implementation(self.kernel, qkv.device, dropout)
@@ -312,11 +312,11 @@ class PaddedAttention:
 
 
 class _MoveRows(torch.autograd.Function):
-    """Rows at other places. Each place has at most one row, so that gradients are moved back and never summed."""
+    """Gather of rows by index. A slot has at most one row, so gradients are gathered back and never summed."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, index: Tensor, inverse: Tensor, unused: Optional[Tensor]) -> Tensor:
-        """`rows[index]`; `inverse` moves gradients back; `unused`: rows of the input that went nowhere."""
+        """Return `rows[index]`; `inverse` moves gradients back; `unused` marks input rows without a destination."""
         ctx.save_for_backward(inverse, unused)
         return rows.index_select(0, index)
 
@@ -328,11 +328,11 @@ class _MoveRows(torch.autograd.Function):
 
 
 class _SplitHeads(torch.autograd.Function):
-    """Queries, keys and values of each head as views; their gradients are joined by one copy instead of two."""
+    """Split into queries, keys and values per head as views; their gradients are joined by one copy instead of two."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, sequences: int, length: int, heads: int) -> Any:
-        """[N S, 3 D] -> three of [N, H, S, d]."""
+        """Split [N S, 3 D] into three views of [N, H, S, d]."""
         return qkv.view(sequences, length, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
 
     @staticmethod
@@ -342,13 +342,13 @@ class _SplitHeads(torch.autograd.Function):
 
 
 def choose_attention_layout(batch: PackedBatch, width: int, kernel: str) -> Any:
-    """Choose how the flat layout attends: one call a group, or all groups in one padded call.
+    """Choose the attention layout of a packed batch: one call per group, or all groups in one padded call.
 
-    A call costs some tens of microseconds whatever it computes; padding costs arithmetic. On a processor one padded
-    call is ahead while a group is small (`benchmarks/attention.py` has the measurement), on a card nearly always.
+    A call costs some tens of microseconds whatever it computes; padding costs arithmetic. On CPU one padded call is
+    faster while groups are small (measured by `benchmarks/attention.py`), on other devices nearly always.
 
     Args:
-        batch: what is attended.
+        batch: packed batch.
         width: D.
         kernel: `model.attention`.
     """
@@ -360,5 +360,5 @@ def choose_attention_layout(batch: PackedBatch, width: int, kernel: str) -> Any:
 
 
 def _causal(size: int, device: torch.device) -> Tensor:
-    place = torch.arange(size, device=device)  # a processor's tril_ of booleans takes ten times as long
+    place = torch.arange(size, device=device)  # `tril_` of booleans takes ten times as long on CPU
     return place[:, None] >= place

@@ -30,18 +30,18 @@ _SHOWN = 8  # names in a message
 def load_checkpoint(glm: GLM, path: "str | Path") -> List[str]:
     """Load weights into a model, by the published rule.
 
-    Position tables that are shorter than the model's fill its first rows, the rest stays freshly initialised, if the
-    file has a block-position table. Values are converted to the model's types.
+    If the file has a block-position table, position tables that are shorter than the model's fill its first rows and
+    the rest stays freshly initialised. Values are converted to the model's dtypes.
 
     Args:
-        glm: freshly initialised.
+        glm: freshly initialised model.
         path: a published file or folder, or a safetensors file.
 
     Returns:
-        What was done besides copying, a line each.
+        Messages about what was done besides copying.
 
     Raises:
-        InputError: if the file is missing, broken or hostile, or a name or shape does not fit.
+        InputError: if the file is missing, damaged or unsafe, or a name or shape does not fit.
     """
     weights = read_weights(Path(path))
     done = fit_to_model(weights, glm.state_dict(), path)
@@ -53,12 +53,12 @@ def fit_to_model(weights: Dict[str, Tensor], own: Dict[str, Tensor], path: "str 
     """Extend position tables that are too short, and check that all names and shapes are the model's.
 
     Args:
-        weights: of a file; changed in place.
-        own: the model's, freshly initialised; on the device "meta" only shapes are compared.
-        path: of the file, for messages.
+        weights: weights of a file; changed in place.
+        own: weights of the model, freshly initialised; on the device "meta" only shapes are compared.
+        path: path of the file, for messages.
 
     Returns:
-        What was done, a line each.
+        Messages about what was done.
 
     Raises:
         InputError: if a name or shape does not fit.
@@ -68,7 +68,7 @@ def fit_to_model(weights: Dict[str, Tensor], own: Dict[str, Tensor], path: "str 
         for name in (_POSITION, _BLOCK_POSITION):
             if name in weights and weights[name].dim() == 2 and len(weights[name]) < len(own[name]):
                 if weights[name].shape[1] != own[name].shape[1]:
-                    continue  # said below, with all that does not fit
+                    continue  # reported below, with all that does not fit
                 rows = len(weights[name])
                 extended = own[name].clone()
                 if not extended.is_meta:
@@ -92,13 +92,13 @@ def fit_to_model(weights: Dict[str, Tensor], own: Dict[str, Tensor], path: "str 
 
 
 def read_weights(path: Path) -> Dict[str, Tensor]:
-    """Names and tensors of a checkpoint, on the CPU; files of a model-parallel set are merged.
+    """Read the tensors of a checkpoint by name, on the CPU; files of a model-parallel set are merged.
 
     Raises:
         InputError: if it cannot be read.
     """
     if not path.exists():
-        raise InputError(f"model.init_checkpoint={path}: there is no such file or folder")
+        raise InputError(f"model.init_checkpoint={path}: no such file or folder")
     if path.is_dir():
         path = _find_checkpoint_in(path)
     if path.suffix == ".safetensors":
@@ -125,12 +125,12 @@ def _find_checkpoint_in(folder: Path) -> Path:
         if direct.is_file() or of_run:
             return direct if direct.is_file() else of_run[-1]
         raise InputError(
-            f"model.init_checkpoint={folder}: the folder holds no {_LATEST} (published) and no checkpoints/step-*.ckpt "
+            f"model.init_checkpoint={folder}: contains no {_LATEST} (published) and no checkpoints/step-*.ckpt "
             "(of a run)"
         )
     iteration = latest.read_text(encoding="utf-8", errors="replace").strip()
     if not re.fullmatch(r"[\w.-]+", iteration) or iteration in (".", ".."):
-        raise InputError(f"{latest}: names {iteration[:80]!r}, which is no name of a subfolder")
+        raise InputError(f"{latest}: names {iteration[:80]!r}, which is not a folder name")
     file = folder / iteration / "mp_rank_00_model_states.pt"
     if not file.is_file():
         raise InputError(f"{latest}: names {iteration!r}, but there is no {file}")
@@ -138,7 +138,7 @@ def _find_checkpoint_in(folder: Path) -> Path:
 
 
 def _model_parallel_set(path: Path) -> List[Path]:
-    """The file itself, or all of mp_rank_00, mp_rank_01, ... beside it."""
+    """Return the file itself, or all of mp_rank_00, mp_rank_01, ... in its folder."""
     match = re.fullmatch(r"mp_rank_(\d\d)(.*)", path.name)
     if match is None:
         return [path]
@@ -151,7 +151,7 @@ def _model_parallel_set(path: Path) -> List[Path]:
 
 @contextmanager
 def _allow_numpy_globals() -> Iterator[None]:
-    """Lets torch's reader take a saved numpy random state, where torch can be told so."""
+    """Let torch.load read a saved numpy random state, if torch has `safe_globals`."""
     with_globals = getattr(torch.serialization, "safe_globals", None)
     if with_globals is None:
         yield
@@ -161,21 +161,21 @@ def _allow_numpy_globals() -> Iterator[None]:
 
 
 def _read_module(path: Path) -> Dict[str, Tensor]:
-    """The weights of a torch file: under "module" as published, or a run's own."""
+    """Read the weights of a torch file: under "module" as published, or of a run's checkpoint."""
     content = _load_torch_file(path)
     weights = content.get("module") if isinstance(content, dict) else None
     if isinstance(content, dict) and isinstance(content.get("lit_glm"), dict):
         weights = {name.replace("glm.", "", 1): tensor for name, tensor in content["state_dict"].items()}
     if not isinstance(weights, dict):
-        raise InputError(f'{path}: has no "module" with the weights; it holds {_describe_content(content)}')
+        raise InputError(f'{path}: has no weights under "module"; it contains {_describe_content(content)}')
     for name, tensor in weights.items():
         if not isinstance(tensor, Tensor):
-            raise InputError(f"{path}: module[{name!r}] is no tensor but {type(tensor).__name__}")
+            raise InputError(f"{path}: module[{name!r}] is not a tensor but {type(tensor).__name__}")
     return dict(weights)
 
 
 def _describe_content(content: Any) -> str:
-    """A few names of what a file holds."""
+    """List a few names in the content of a file."""
     if not isinstance(content, dict):
         return type(content).__name__
     names = [str(name)[:60] for name in list(content)[:_SHOWN]]
@@ -189,9 +189,9 @@ def _are_weights(content: Dict[Any, Any]) -> bool:
 
 
 def find_damage(path: Path) -> Optional[str]:
-    """The first part of a torch archive whose checksum is wrong; None if all are right, or the file has none.
+    """Return the first part of a torch archive with a wrong checksum; None if all are right, or it has none.
 
-    torch writes a CRC-32 for each tensor and reads them unchecked.
+    torch writes a CRC-32 for each tensor but does not check it when reading.
     """
     if not zipfile.is_zipfile(path):
         return None
@@ -203,7 +203,7 @@ def find_damage(path: Path) -> Optional[str]:
 
 
 def _load_torch_file(path: Path) -> Any:
-    """The content of a torch file, nothing of it executed.
+    """Load a torch file without executing any of it.
 
     Raises:
         InputError: says what the file is instead, or what is wrong with it; never how to load it unsafely.
@@ -213,7 +213,7 @@ def _load_torch_file(path: Path) -> Any:
         raise InputError(f"{path}: {said}")
     damage = find_damage(path)
     if damage is not None:
-        raise InputError(f"{path}: is damaged ({damage}: wrong checksum): copy or download it again")
+        raise InputError(f"{path}: is damaged ({damage}: wrong checksum); copy or download it again")
     try:
         if torch.__version__.startswith("1."):
             return restricted_load(path)
@@ -224,23 +224,23 @@ def _load_torch_file(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|global) `?([\w.]+)`?", str(error))
         if found is None:
-            raise InputError(f"{path}: is no torch file, or damaged: copy or download it again") from error
+            raise InputError(f"{path}: is not a torch file, or damaged; copy or download it again") from error
         raise InputError(
-            f"{path}: refused: it names {found.group(1)}; a checkpoint may hold tensors and plain values only, nothing "
-            "was executed"
+            f"{path}: refused: it references {found.group(1)}; a checkpoint may contain only tensors and plain values; "
+            "nothing was executed"
         ) from error
     except Exception as error:  # a broken file fails in many ways inside torch
-        whole = "is no torch file" if not zipfile.is_zipfile(path) else "is damaged"
+        whole = "is not a torch file" if not zipfile.is_zipfile(path) else "is damaged"
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        reason = "not in its format" if "weights_only" in reason else reason  # torch's advice is to load it unsafely
-        raise InputError(f"{path}: {whole} or cut short ({reason})") from error
+        reason = "not in its format" if "weights_only" in reason else reason  # torch suggests an unsafe load
+        raise InputError(f"{path}: {whole} or truncated ({reason})") from error
 
 
 def _merge_model_parallel(parts: List[Dict[str, Tensor]], path: Path) -> Dict[str, Tensor]:
-    """Join weights that THUDM's model parallelism has split.
+    """Merge weights that were split by THUDM's model parallelism.
 
-    As its change_mp.py: column-parallel weights (MLP up, word embedding) along rows, row-parallel ones (attention and
-    MLP output) along columns, query_key_value block by block; what every part holds whole comes from the first.
+    As in its change_mp.py: column-parallel weights (MLP up, word embedding) along rows, row-parallel ones (attention
+    and MLP output) along columns, query_key_value block by block; replicated weights come from the first part.
     """
     merged: Dict[str, Tensor] = {}
     for name, first in parts[0].items():
@@ -274,7 +274,7 @@ def _read_safetensors(path: Path) -> Dict[str, Tensor]:
     try:
         weights: Dict[str, Tensor] = library.load_file(str(path))
     except Exception as error:
-        raise InputError(f"{path}: is no whole safetensors file ({error})") from error
+        raise InputError(f"{path}: is not a complete safetensors file ({error})") from error
     return weights
 
 
@@ -317,12 +317,12 @@ class _RestrictedUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         found = _allowed_global(module, name)
         if found is None:
-            raise InputError(f"it names {module}.{name}, which a checkpoint has no need of; nothing was executed")
+            raise InputError(f"it references {module}.{name}, which no checkpoint needs; nothing was executed")
         return found
 
 
 class _RestrictedPickle:
-    """Stands in for the pickle module where torch asks for one."""
+    """Replacement for the pickle module that torch.load accepts."""
 
     Unpickler = _RestrictedUnpickler
     UnpicklingError = pickle.UnpicklingError
@@ -333,16 +333,16 @@ class _RestrictedPickle:
 
 
 def restricted_load(path: Path) -> Any:
-    """torch.load onto the CPU through the restricted unpickler.
+    """Load a torch file onto the CPU with the restricted unpickler.
 
     Raises:
-        InputError: if the file names something that is not allowed.
+        InputError: if the file references something that is not allowed.
     """
     with path.open("rb") as file:
         return torch.load(file, map_location="cpu", pickle_module=_RestrictedPickle)
 
 
-_UNPACK = "unpack it (tar xf, unzip, ...) and give the file or folder that comes out"
+_UNPACK = "unpack it (tar xf, unzip, ...) and use the extracted file or folder"
 _STARTS = (
     (b"version https://git-lfs", "is a Git LFS pointer, not the file itself: git lfs pull, or download the file"),
     (b"BZh", f"is a bzip2 archive: {_UNPACK}"),
@@ -359,7 +359,7 @@ _TAR = slice(257, 262)
 
 
 def describe_wrong_file(path: Path) -> Optional[str]:
-    """What a file is and what to do about it; None if it may be a torch file."""
+    """Describe what a file is and what to do about it; None if it may be a torch file."""
     with path.open("rb") as file:
         head = file.read(_HEAD)
     if not head:
@@ -373,9 +373,9 @@ def describe_wrong_file(path: Path) -> Optional[str]:
     if text.lower().startswith(_PAGES):
         return "is a web page: the download gave an error or a login page; download it again, and compare the size"
     if text.startswith((b"{", b"[")):
-        return "is a JSON text, not a file of weights"
+        return "is a JSON file, not a weights file"
     if len(head) > 1 and all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head):
-        return "is a text, not a file of weights"
+        return "is a text file, not a weights file"
     return None
 
 
@@ -401,10 +401,10 @@ def build_glm(config: ModelConfig, kernels: Optional[RuntimeOps] = None) -> Tupl
 
     Args:
         config: shape and `init_checkpoint`.
-        kernels: what the runtime computes in its own way; None: nothing.
+        kernels: operations of the runtime; None: torch's.
 
     Returns:
-        The model, and what loading did besides copying.
+        The model, and messages about what loading did besides copying.
     """
     glm = GLM(_glm_config(config), kernels)
     done = load_checkpoint(glm, config.init_checkpoint) if config.init_checkpoint else []
@@ -412,7 +412,7 @@ def build_glm(config: ModelConfig, kernels: Optional[RuntimeOps] = None) -> Tupl
 
 
 def meta_state_dict(config: ModelConfig) -> Dict[str, Tensor]:
-    """Names and shapes of the weights, without memory for their values where torch can do that (from 2.0)."""
+    """Return names and shapes of the weights, without memory for their values if torch supports that (from 2.0)."""
     if torch.__version__.startswith("1."):
         return GLM(_glm_config(config)).state_dict()
     with torch.device("meta"):

@@ -1,10 +1,10 @@
-"""Dropout that costs little on the processor.
+"""Dropout that is cheap on CPU.
 
 torch's own dropout draws a number for each element there and multiplies with a mask: a fifth of a training step of
-GLM-Large in bf16. Here one number is drawn for each zero: how far it is from the one before. Such gaps are distributed
-geometrically (Devroye 1986, Non-Uniform Random Variate Generation, chapter X.2) and found in a table, by 16 random bits
-of numpy's SFC64 (Doty-Humphrey, https://pracrand.sourceforge.net). What is kept for the backward pass are the places of
-the zeros, a tenth of the elements, instead of a mask. Everywhere else torch's kernel is taken.
+GLM-Large in bf16. Here one number is drawn for each zero: its distance from the previous one. Such gaps are distributed
+geometrically (Devroye 1986, Non-Uniform Random Variate Generation, chapter X.2) and looked up in a table, by 16 random
+bits of numpy's SFC64 (Doty-Humphrey, https://pracrand.sourceforge.net). The positions of the zeros, a tenth of the
+elements, are saved for the backward pass instead of a mask. Other devices use torch's kernel.
 """
 
 import math
@@ -18,20 +18,20 @@ from torch import Tensor
 
 _LOWEST_64 = -(2**63)
 _STEPS = 2**16
-_FEW = 2**12  # 64-bit words up to which a generator of their own costs more than it saves
-_FARTHEST = 2.0**40  # a gap that no tensor has
+_FEW = 2**12  # 64-bit words up to which a separate generator is slower
+_FARTHEST = 2.0**40  # larger than any tensor
 
 
 def sample_zeros(like: Tensor, p: float) -> Tuple[Tensor, float]:
-    """Which elements dropout sets to zero.
+    """Sample the elements that dropout sets to zero.
 
     Args:
         like: gives shape and device.
-        p: share of zeros; on the processor as near as gaps of multiples of 1 / 65536 in probability come to it.
+        p: share of zeros; on CPU approximated by gaps whose probabilities are multiples of 1 / 65536.
 
     Returns:
-        For `zero_elements_`: the places of the zeros on the CPU, elsewhere a mask that is true at what stays; and the
-        factor of the other elements that keeps the mean.
+        For `zero_elements_`: the positions of the zeros on CPU, elsewhere a mask that is True for kept elements; and
+        the factor for the kept elements that preserves the mean.
     """
     if like.device.type != "cpu":
         kept = torch.empty_like(like, dtype=torch.bool, memory_format=torch.contiguous_format)
@@ -41,7 +41,7 @@ def sample_zeros(like: Tensor, p: float) -> Tuple[Tensor, float]:
 
 
 def zero_elements_(x: Tensor, zeros: Tensor) -> Tensor:
-    """Set the elements of a contiguous tensor to zero, in place, that `sample_zeros` has drawn."""
+    """Set the elements sampled by `sample_zeros` to zero, in place; x must be contiguous."""
     if zeros.dtype is torch.bool:
         return x.mul_(zeros)
     x.view(-1).index_fill_(0, zeros, 0.0)
@@ -49,22 +49,22 @@ def zero_elements_(x: Tensor, zeros: Tensor) -> Tensor:
 
 
 def with_zeros(x: Tensor, zeros: Tensor) -> Tensor:
-    """Copy a contiguous tensor, with zeros where `sample_zeros` has drawn them."""
+    """Copy a contiguous tensor, with the elements sampled by `sample_zeros` set to zero."""
     return x * zeros if zeros.dtype is torch.bool else zero_elements_(x.clone(), zeros)
 
 
 @lru_cache(maxsize=8)
 def _gap_table(p: float) -> Tuple["np.ndarray[Any, Any]", float]:
-    """[65536] distances from a zero to the next, each as likely as any other; the share of zeros that they come to."""
+    """Return [65536] equally likely distances from a zero to the next, and the share of zeros that they give."""
     quantiles = (np.arange(_STEPS) + 0.5) / _STEPS
     gaps = np.floor(np.minimum(np.log1p(-quantiles) / math.log1p(-p), _FARTHEST)).astype(np.int64) + 1
-    # The farthest is what brings the mean to 1 / p; never 1, so that some elements stay.
+    # The largest gap adjusts the mean to 1 / p; never 1, so that some elements stay.
     gaps[-1] = max(2, gaps[-1] + round(min(_STEPS / p - float(gaps.sum()), _FARTHEST)))
     return gaps, _STEPS / float(gaps.sum())
 
 
 def _sample_zero_positions(count: int, gaps: "np.ndarray[Any, Any]", share: float) -> Tensor:
-    """The zeros among `count` elements, in order."""
+    """Sample the positions of the zeros among `count` elements, in order."""
     expected = count * share
     number = int(expected + 6.0 * math.sqrt(expected)) + 8  # too few once in a billion times
     ends = np.take(gaps, _random_uint16(number)).cumsum()
@@ -74,7 +74,7 @@ def _sample_zero_positions(count: int, gaps: "np.ndarray[Any, Any]", share: floa
 
 
 def _random_uint16(count: int) -> "np.ndarray[Any, Any]":
-    """[count] random numbers below 65536; what torch's generator has been seeded with decides them."""
+    """Return [count] random numbers below 65536, determined by the seed of torch's generator."""
     words = (count + 3) // 4
     if words <= _FEW:
         drawn = torch.empty(words, dtype=torch.int64).random_(_LOWEST_64, None).numpy()
@@ -85,7 +85,7 @@ def _random_uint16(count: int) -> "np.ndarray[Any, Any]":
 
 
 class _Dropout(torch.autograd.Function):
-    """x with zeros, the rest scaled, and what it is added to."""
+    """Dropout of x, scaled, and added to `onto`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float, onto: Optional[Tensor]) -> Tensor:
@@ -104,12 +104,12 @@ class _Dropout(torch.autograd.Function):
 
 
 def dropout(x: Tensor, p: float, onto: Optional[Tensor] = None) -> Tensor:
-    """Set a share of the elements to zero and scale the others so that the mean stays.
+    """Set a share of the elements to zero and scale the others so that the mean is preserved.
 
     Args:
         x: any shape.
-        p: the share, below 1; on the processor rounded, and scaled by what it was rounded to.
-        onto: what the outcome is added to; None: nothing.
+        p: share of zeros, below 1; on CPU rounded, with the scale of the rounded share.
+        onto: tensor that the result is added to; None: none.
     """
     if p and x.device.type == "cpu":
         dropped: Tensor = _Dropout.apply(x, p, onto)

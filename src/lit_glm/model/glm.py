@@ -19,7 +19,7 @@ from lit_glm.model.runtime_ops import RuntimeOps
 
 @dataclass(frozen=True)
 class GLMConfig:
-    """What decides the parameters and the arithmetic of a GLM."""
+    """Model configuration of a GLM."""
 
     num_layers: int
     hidden_size: int
@@ -36,43 +36,43 @@ class GLMConfig:
 
 
 class AttentionLayout(Protocol):
-    """How rows attend to each other; see `lit_glm.model.attention`."""
+    """Attention layout: how rows attend to each other; see `lit_glm.model.attention`."""
 
     def __call__(self, qkv: Tensor, heads: int, dropout: float, candidates_only: bool) -> Tensor:
-        """Attention of one layer, [T, 3 D] -> [T, D]."""
+        """Compute the attention of one layer, [T, 3 D] -> [T, D]."""
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU by its tanh approximation (Hendrycks and Gimpel 2016, section 2)."""
+    """Apply GELU by its tanh approximation (Hendrycks and Gimpel 2016, section 2)."""
     return F.gelu(x, approximate="tanh")
 
 
 def gelu_erf(x: Tensor) -> Tensor:
-    """GELU, exact."""
+    """Apply exact GELU."""
     return F.gelu(x)
 
 
 class Dropout(nn.Module):
-    """Dropout of what a layer adds to its input, in training; the runtime draws the zeros."""
+    """Dropout in training by the runtime's function; adds the result to a residual."""
 
     def __init__(self, p: float, kernels: RuntimeOps) -> None:
         super().__init__()
         self.p, self._dropout = p, kernels.dropout
 
     def forward(self, x: Tensor, onto: Optional[Tensor] = None) -> Tensor:
-        """[T, D] -> [T, D], added to `onto` if given."""
+        """Apply dropout, [T, D] -> [T, D], and add the result to `onto` if given."""
         return self._dropout(x, self.p if self.training else 0.0, onto)
 
 
 class Linear(nn.Linear):
-    """A linear layer whose product is the runtime's."""
+    """Linear layer whose product is computed by the runtime's function."""
 
     def __init__(self, inputs: int, outputs: int, kernels: RuntimeOps) -> None:
         super().__init__(inputs, outputs)
         self._product = kernels.linear
 
     def forward(self, x: Tensor) -> Tensor:
-        """[T, in] -> [T, out]."""
+        """Apply the layer, [T, in] -> [T, out]."""
         return self._product(x, self.weight, self.bias)
 
 
@@ -87,13 +87,13 @@ class Attention(nn.Module):
         self.dropout = shape.attention_dropout
 
     def forward(self, x: Tensor, plan: AttentionLayout, candidates_only: bool) -> Tensor:
-        """[T, D] -> [T, D], or [R, D] with `candidates_only`; before the output projection `dense`."""
+        """Apply self-attention, [T, D] -> [T, D], or [R, D] with `candidates_only`."""
         dropout = self.dropout if self.training else 0.0
         return plan(self.query_key_value(x), self.heads, dropout, candidates_only)
 
 
 class MLP(nn.Module):
-    """D -> 4 D -> D."""
+    """Feed-forward block, D -> 4 D -> D."""
 
     def __init__(self, shape: GLMConfig, kernels: RuntimeOps) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class MLP(nn.Module):
         self.activation: Callable[[Tensor], Tensor] = {"tanh": gelu_tanh, "erf": gelu_erf}[shape.gelu]
 
     def forward(self, x: Tensor) -> Tensor:
-        """[T, D] -> [T, D]."""
+        """Apply the block, [T, D] -> [T, D]."""
         wide, done = self.dense_h_to_4h, None
         if self._in_one is not None and not torch.is_grad_enabled():
             done = self._in_one(x, wide.weight, wide.bias)
@@ -111,7 +111,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One pre-norm transformer layer."""
+    """Pre-norm transformer layer."""
 
     def __init__(self, shape: GLMConfig, kernels: RuntimeOps) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class Layer(nn.Module):
             self._after_attention = compiled(Layer.after_attention)
 
     def forward(self, h: Tensor, plan: AttentionLayout, first_row: int) -> Tensor:
-        """[T, D] -> [T - first_row, D]; with `first_row` > 0 only rows from there on leave the layer."""
+        """Apply the layer, [T, D] -> [T - first_row, D]; only rows from `first_row` on are returned."""
         attended = self.attention(self.input_layernorm(h), plan, first_row > 0)
         return self._after_attention(self, attended, h[first_row:] if first_row else h)
 
@@ -137,7 +137,7 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Position tables, layers, final norm."""
+    """Position tables, layers and final norm of a GLM."""
 
     def __init__(self, shape: GLMConfig, kernels: RuntimeOps) -> None:
         super().__init__()
@@ -149,14 +149,14 @@ class Transformer(nn.Module):
 
 
 class GLM(nn.Module):
-    """The model; what a batch looks like and how candidates are scored is `lit_glm.model.scoring`'s."""
+    """GLM with its language-model head; `lit_glm.model.scoring` defines batches and candidate scores."""
 
     def __init__(self, config: GLMConfig, kernels: Optional[RuntimeOps] = None) -> None:
         """Build a freshly initialised model.
 
         Args:
             config: layers, width, vocabulary, dropout, activation.
-            kernels: what a chip's runtime computes in its own way; None: nothing.
+            kernels: operations of the device's runtime; None: torch's.
         """
         super().__init__()
         kernels = kernels or RuntimeOps()
@@ -182,7 +182,7 @@ class GLM(nn.Module):
                 nn.init.normal_(parameter, 0.0, output_std if is_output else std)
 
     def embed(self, tokens: Tensor, positions: Tensor, blocks: Tensor) -> Tensor:
-        """Sum of word, position and block-position embedding, [T] each -> [T, D], with embedding dropout."""
+        """Sum word, position and block-position embedding, [T] each -> [T, D], with embedding dropout."""
         transformer = self.transformer
         h = self.word_embeddings(tokens)
         h = h + transformer.position_embeddings(positions) + transformer.block_position_embeddings(blocks)
@@ -193,8 +193,8 @@ class GLM(nn.Module):
 
         Args:
             h: [T, D] embeddings.
-            plan: how rows attend to each other.
-            first_row: the rows before it serve only as keys and values: they do not leave the last layer.
+            plan: attention layout.
+            first_row: rows before it serve only as keys and values in the last layer, which does not return them.
 
         Returns:
             [T - first_row, D].
@@ -207,5 +207,5 @@ class GLM(nn.Module):
         return self.transformer.final_layernorm(h)
 
     def log_probabilities(self, h: Tensor, targets: Tensor) -> Tensor:
-        """[T, D], [T] tokens -> [T] float32, by the word embedding, no bias."""
+        """Compute log-probabilities of tokens by the word embedding without bias, [T, D], [T] tokens -> [T] float32."""
         return log_probabilities(h, self.word_embeddings.weight, targets, self._kernels.linear)

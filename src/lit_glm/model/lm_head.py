@@ -1,8 +1,8 @@
-"""Log-probabilities of given tokens out of a whole vocabulary, with one table of logits and no copy of it.
+"""Log-probabilities of target tokens over a whole vocabulary, with a single table of logits.
 
-torch's log-softmax keeps a second [T, V] table for the backward pass and fills two more there; with a row for every
-position, as published, each has gigabytes. Here the table is read in slices (on processors such as fit a cache), and
-the backward pass turns it into its own gradient in place. Shapes: T rows, D hidden, V vocabulary.
+torch's log-softmax saves a second [T, V] table for the backward pass and fills two more there; with one row per
+position, as published, each takes gigabytes. Here the table is read in slices (on CPU, of a size that fits the cache),
+and the backward pass overwrites it with its gradient. Shapes: T rows, D hidden, V vocabulary.
 """
 
 from typing import Any, Callable, Iterator
@@ -14,29 +14,29 @@ from torch import Tensor
 from lit_glm.model.runtime_ops import is_cpu_autocast_enabled
 
 _CPU_SLICE = 2**20
-"""Elements of a table that a processor works on at a time (4 MiB in fp32)."""
+"""Elements of a table that are processed at a time on CPU (4 MiB in fp32)."""
 _LOGITS_PER_MATMUL = 2**25
-"""Logits that a processor makes at a time (128 MiB): enough rows for a product at full speed. In one piece the table of
-`published` is gigabytes, which the C library gives back after each step and the kernel clears again before the next."""
+"""Logits computed at a time on CPU (128 MiB): enough rows for a product at full speed. In one piece the table of
+`published` takes gigabytes, which the C library returns after each step and the kernel clears again before the next."""
 _DEVICE_SLICE = 2**26
-"""Elements that a card reads at a time, and makes where no gradient needs them."""
+"""Elements that other devices read at a time, and compute at a time if no gradient needs them."""
 
 
 def log_probabilities(
     h: Tensor, embeddings: Tensor, targets: Tensor, linear: Callable[..., Tensor] = F.linear
 ) -> Tensor:
-    """How probable a model finds given tokens, by a head that is tied to the word embeddings.
+    """Compute the log-probabilities of target tokens, with a head that is tied to the word embeddings.
 
     Args:
-        h: [T, D].
-        embeddings: [V, D].
-        targets: [T] tokens.
-        linear: the product.
+        h: [T, D] hidden states.
+        embeddings: [V, D] word embeddings.
+        targets: [T] target tokens.
+        linear: function for the product.
 
     Returns:
-        [T] float32. Its backward pass can run once: it overwrites the logits.
+        [T] float32. Its backward pass can run only once, because it overwrites the logits.
     """
-    # Parts of the embeddings' gradient would be summed up in the half that they are computed in.
+    # In several parts, the gradient of the embeddings would be accumulated in half precision.
     whole = torch.is_grad_enabled() and (
         h.device.type != "cpu" or is_cpu_autocast_enabled() or h.dtype is not torch.float32
     )
@@ -56,7 +56,7 @@ def _target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class _TargetLogProb(torch.autograd.Function):
-    """The log-softmax of each row at its target."""
+    """Log-softmax of each row at its target."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class _TargetLogProb(torch.autograd.Function):
 
 
 def _row_slices(table: Tensor, width: int, elements: int) -> Iterator[slice]:
-    """Rows of a table, so many that `elements` of `width` a row are not exceeded."""
+    """Yield slices of rows with at most `elements` elements, at `width` elements per row."""
     rows = _rows_per_slice(table, width, elements)
     for start in range(0, len(table), rows):
         yield slice(start, start + rows)

@@ -1,4 +1,4 @@
-"""What a runtime may compute in its own way; by default torch's."""
+"""Operations of the model that a runtime can replace; torch's by default."""
 
 from dataclasses import dataclass
 from typing import Any, Callable, Optional
@@ -13,13 +13,13 @@ from lit_glm.model.dropout import dropout
 
 @dataclass(frozen=True)
 class RuntimeOps:
-    """Functions that the model calls and does not choose."""
+    """Functions that the model calls; the runtime chooses their implementation."""
 
     linear: Callable[..., Tensor] = F.linear
     """(x [T, in], weight [out, in], bias [out] or None) -> [T, out]."""
     linear_gelu: Optional[Callable[..., Optional[Tensor]]] = None
-    """A linear layer and GELU by its tanh approximation in one, (x, weight, bias) -> [T, out], where no gradient is
-    needed; its answer None: in two. None: there is no such product."""
+    """Fused linear layer and tanh GELU where no gradient is needed, (x, weight, bias) -> [T, out]; None: not available.
+    May return None when called, in which case the caller uses two operations."""
     dropout: Callable[..., Tensor] = dropout
     """(x, share of zeros, tensor to add to or None) -> x with zeros, scaled and added."""
     checkpoint: Callable[..., Any] = checkpoint
@@ -27,7 +27,7 @@ class RuntimeOps:
 
 
 def is_cpu_autocast_enabled() -> bool:
-    """Whether a processor's products are computed in another type than they are given in."""
+    """Return whether autocast is enabled on CPU."""
     try:
         return bool(torch.is_autocast_enabled("cpu"))
     except TypeError:  # before torch 2.4

@@ -1,7 +1,7 @@
 """Candidate scores: the sum of the log-probabilities of a candidate's tokens, filled in at the [MASK].
 
-Two ways to the same numbers: `shared_context` computes a context once for all its candidates, `published` does what
-the published implementation does. Shapes: B examples, C candidate slots, S tokens, R candidate rows, V vocabulary.
+Two implementations with equal scores: `shared_context` computes a context once for all its candidates, `published` does
+what the published code does. Shapes: B examples, C candidate slots, S tokens, R candidate rows, V vocabulary.
 """
 
 from typing import Union
@@ -17,7 +17,7 @@ from lit_glm.model.glm import GLM
 TRAIN_MASK = -1e4
 """Score of an empty candidate slot in training, as published."""
 EVAL_MASK = -1e9
-"""The same in evaluation, as published. Far enough below any real score that the choice is never an empty slot."""
+"""Score of an empty candidate slot in evaluation, as published; far enough below any real score never to be chosen."""
 
 
 def score_shared_context(glm: GLM, batch: PackedBatch) -> Tensor:
@@ -36,10 +36,10 @@ def score_shared_context(glm: GLM, batch: PackedBatch) -> Tensor:
 
 
 def score_published(glm: GLM, batch: PaddedBatch) -> Tensor:
-    """Score every candidate slot in a sequence of its own, log-softmax over the vocabulary at every position.
+    """Score every candidate slot in a separate sequence, with log-softmax over the vocabulary at every position.
 
     Returns:
-        [B, C] scores, of padding slots too.
+        [B, C] scores, including padding slots.
     """
     B, C, S = batch.text.shape
     plan = PaddedAttention.from_sequences(batch.separator.reshape(B * C), S, glm.config.attention)
@@ -51,13 +51,13 @@ def score_published(glm: GLM, batch: PaddedBatch) -> Tensor:
 
 
 def candidate_scores(glm: GLM, batch: Union[PackedBatch, PaddedBatch], empty: float, slice_size: int = 0) -> Tensor:
-    """Scores of a batch as a table.
+    """Compute the scores of a batch as a table.
 
     Args:
         glm: the model.
-        batch: decides by its type which scoring runs.
+        batch: its type decides which scoring runs.
         empty: value of the slots without a candidate, `TRAIN_MASK` or `EVAL_MASK`.
-        slice_size: score so many slots at a time (published evaluation: 10); 0 all at once.
+        slice_size: number of slots scored at a time (published evaluation: 10); 0: all at once.
 
     Returns:
         [B, C] float32.
@@ -87,5 +87,5 @@ def _slice_candidates(batch: PaddedBatch, start: int, stop: int) -> PaddedBatch:
 
 
 def candidate_loss(table: Tensor) -> Tensor:
-    """Cross entropy of choosing candidate 0, the right one in training; mean over the examples. [B, C] -> []."""
+    """Compute the mean cross entropy of choosing candidate 0, the right one in training, [B, C] -> []."""
     return F.cross_entropy(table, torch.zeros(len(table), dtype=torch.long, device=table.device))

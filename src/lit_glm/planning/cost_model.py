@@ -1,4 +1,4 @@
-"""How fast a card would be: from runs on such cards, else from the chip's published rows, else a share of its peak."""
+"""Cost model of a rank: from measured runs on the device type, else its published rows, else a share of its peak."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from lit_glm.runs.run_writer import STEP_COLUMNS, read_csv_rows
 
 @dataclass(frozen=True)
 class Interval:
-    """From low to high, both above or equal to 0."""
+    """Interval from low to high, both >= 0."""
 
     low: float
     high: float
@@ -30,70 +30,70 @@ class Interval:
         return Interval(self.low * factor, self.high * factor)
 
     def over(self, amount: float) -> "Interval":
-        """An amount divided by this: the larger this is, the less comes out."""
+        """Divide an amount by this interval."""
         return Interval(amount / self.high, amount / self.low)
 
     def widened(self, share: float) -> "Interval":
-        """Lower and higher by a share."""
+        """Widen the interval on both sides by a share."""
         return Interval(self.low / (1.0 + share), self.high * (1.0 + share))
 
     def pair(self) -> List[float]:
-        """For JSON."""
+        """Return [low, high], for JSON."""
         return [self.low, self.high]
 
     def text(self, digits: int = 3) -> str:
-        """Such as `4.1-5.2`; one number where both are the same at that precision."""
+        """Format as `4.1-5.2`, or as one number if both are the same at that precision."""
         low, high = f"{self.low:.{digits}g}", f"{self.high:.{digits}g}"
         return low if low == high else f"{low}-{high}"
 
 
 def hull(values: List[float]) -> Interval:
-    """From the lowest to the highest."""
+    """Return the interval from the lowest to the highest value."""
     return Interval(min(values), max(values))
 
 
 _MOST_STEPS = 400
 _UNKNOWN_EFFICIENCY = Interval(0.05, 0.55)
-"""Share of a peak that such a model reaches, where nothing is known of the chip: from fp32 work on small cards to well
+"""Share of the peak that such a model reaches, if nothing is known about the device: from fp32 on small devices to well
 tuned half precision (Chowdhery et al. 2022, PaLM, table 3, lists 0.21 to 0.46 for large models)."""
 _UNKNOWN_WAITING = Interval(0.0, 0.05)
-"""Over the computation: an assumption."""
+"""Waiting time relative to compute time: an assumption."""
 _OTHER_SCORING = Interval(0.5, 2.0)
-"""By how much the efficiency of one scoring may differ from the other's on the same chip: an assumption."""
+"""Ratio between the efficiencies of the two scorings on the same device: an assumption."""
 _DAY_TO_DAY = 0.05
-"""Between two cards, and two days: an assumption."""
+"""Variation between two devices and between two days: an assumption."""
 _GIB = 2.0**30
 _UNKNOWN_BASE = {"cpu": Interval(0.35 * _GIB, 0.75 * _GIB)}
 _CARD_BASE = Interval(0.3 * _GIB, 2.5 * _GIB)
-"""Memory beside weights, optimizer and activations: an interpreter with torch; a card's context and libraries.
+"""Memory in addition to weights, optimizer and activations: Python with torch; context and libraries of a device.
 An assumption, until a run has measured it."""
 
 
 @dataclass(frozen=True)
 class LinearCostModel:
-    """Seconds a step = overhead + FLOPs / rate."""
+    """Linear cost model: seconds per step = overhead + FLOPs / rate."""
 
     overhead: float
-    """Whatever its length: the update, calls."""
+    """Seconds that do not depend on the FLOPs: optimizer update, calls."""
     rate: float
 
 
 @dataclass
 class RankSpeed:
-    """Of one rank."""
+    """Cost model of one rank."""
 
     lines: List[LinearCostModel]
-    """What may hold: the truth is taken to lie between them."""
+    """Possible cost models; the truth is assumed to lie between them."""
     waiting: Interval
-    """Waiting for data and bookkeeping, over the computation."""
+    """Waiting for data and bookkeeping, relative to compute time."""
     evidence: str
     power_w: Optional[Interval] = None
-    """A card's."""
+    """Power of one device."""
     base: Interval = _CARD_BASE
-    """Bytes in use beside what is estimated."""
+    """Bytes in use in addition to the memory estimate."""
 
     def seconds(self, flops: float) -> Interval:
-        """Of a step of so many FLOPs."""
+        """Predict the seconds of a step from its FLOPs."""
         return hull([line.overhead + flops / line.rate for line in self.lines]).widened(_DAY_TO_DAY)
 
 
@@ -103,15 +103,15 @@ def _bounding_models(rates: Interval) -> List[LinearCostModel]:
 
 @dataclass
 class MeasuredRun:
-    """A run as plan learns from it; of its steps those behind the first ones."""
+    """Measured run that `plan` learns from, without its first steps."""
 
     path: Path
     config: TrainConfig
     result: Dict[str, Any]
     flops: Any
-    """[steps] of the slowest rank."""
+    """[steps] FLOPs of the slowest rank."""
     compute: Any
-    """[steps] seconds."""
+    """[steps] compute seconds."""
     waiting: float
     base: Optional[float]
 
@@ -120,16 +120,16 @@ class MeasuredRun:
         """Read a run folder.
 
         Raises:
-            InputError: if it is none, or has no steps to learn from.
+            InputError: if it is not a run folder, or has too few steps.
         """
         if not (path / JOB_FILE).is_file():
-            raise InputError(f"plan.runs={path}: is no run folder (it has no {JOB_FILE})")
+            raise InputError(f"plan.runs={path}: not a run folder (no {JOB_FILE})")
         config, result = JobSpec.read(path).config, read_result(path) or {}
         rows = read_csv_rows(path / "steps.csv", STEP_COLUMNS) if (path / "steps.csv").is_file() else []
         first = max(3, len(rows) // 10)  # the first steps touch memory and start kernels for the first time
         rows = rows[: first + _MOST_STEPS]
         if len(rows) - first < 5:
-            raise InputError(f"plan.runs={path}: has {len(rows)} steps, too few to learn from (at least {first + 5})")
+            raise InputError(f"plan.runs={path}: has {len(rows)} steps, too few to learn from (minimum: {first + 5})")
         split = open_dataset(config.data.train_file, False, config.data.cache_dir)
         work = Workload(config, split, None)
         flops = np.array([float(work.counter.flops_by_rank(step).max()) for step in range(first + 1, len(rows) + 1)])
@@ -141,13 +141,13 @@ class MeasuredRun:
 
     @property
     def plain(self) -> bool:
-        """Whether its figures are those of a run left to itself on the chip that it names."""
+        """Whether the run was neither simulated nor profiled."""
         return not any(self.result.get(mark) for mark in ("simulated", "profiled"))
 
     def lines(self) -> List[LinearCostModel]:
-        """Its steps as lines: all of them, then without far outliers, then by least squares where that says something.
+        """Fit linear cost models: to all steps, without outliers, and by least squares if well conditioned.
 
-        What came in between now and then may be no property of the chip; the range holds both.
+        Occasional slow steps may not be a property of the device; the range covers both cases.
         """
         flops, compute = self.flops, self.compute
         everything = LinearCostModel(0.0, float(flops.sum() / compute.sum()))
@@ -158,14 +158,14 @@ class MeasuredRun:
         whole = LinearCostModel(0.0, float(flops.sum() / compute.sum()))
         design = np.stack([np.ones(len(flops)), flops], axis=1)
         overhead, slope = np.linalg.lstsq(design, compute, rcond=None)[0]
-        # Lengths that differ too little cannot tell the two apart.
+        # If lengths differ too little, overhead and rate cannot be separated.
         if overhead <= 0 or slope <= 0.25 / whole.rate:
             return [everything, whole]
         return [everything, whole, LinearCostModel(float(overhead), float(1.0 / slope))]
 
 
 def saves_attention_probs(config: TrainConfig) -> bool:
-    """Whether attention keeps its probabilities for the backward pass: products do, fused kernels not."""
+    """Return whether attention saves its probabilities for backward: matmul attention does, fused kernels do not."""
     import torch
 
     from lit_glm.model.attention import choose_implementation
@@ -175,25 +175,25 @@ def saves_attention_probs(config: TrainConfig) -> bool:
 
 
 def ignored_runs(runs: List[MeasuredRun], configs: List[Any]) -> List[str]:
-    """Runs that no configuration can learn from, and why."""
-    said = [f"{run.path}: not learnt from: simulated or profiled" for run in runs if not run.plain]
+    """List the runs that no configuration can learn from, with the reason."""
+    said = [f"{run.path}: ignored: simulated or profiled" for run in runs if not run.plain]
     for run in runs:
         if run.plain and not any(same_chip(run.config, config) for config in configs):
             what = f"{run.config.hardware.name} in {run.config.precision.name}"
-            said.append(f"{run.path}: not learnt from: it is of {what}{' (TF32)' * run.config.precision.tf32}")
+            said.append(f"{run.path}: ignored: measured on {what}{' (TF32)' * run.config.precision.tf32}")
     return said
 
 
 def rank_speed(
     config: TrainConfig, runs: List[MeasuredRun], published: List[Dict[str, Any]], work: Workload
 ) -> RankSpeed:
-    """What is known of a rank's speed under a configuration.
+    """Build the cost model of a rank for a configuration.
 
     Args:
-        config: of the run that is predicted.
-        runs: to learn from.
+        config: configuration of the predicted run.
+        runs: measured runs to learn from.
         published: rows of conf/published.yaml.
-        work: of the configuration.
+        work: workload of the configuration.
     """
     own = [run for run in runs if run.plain and same_chip(run.config, config)]
     if own:
@@ -209,21 +209,21 @@ def rank_speed(
         rate = hull([per_sample * row["p_core"] / fewest for row in rows])
         basis = f"published p_core of {config.hardware.name} {rows[0]['topology']} ({rows[0]['fix_hp']})"
         if rows[0]["tf32"] and not config.precision.tf32:
-            basis += ", which had TF32 on (precision.tf32=true)"
+            basis += ", measured with TF32 (precision.tf32=true)"
             plain, rounded = (config.hardware.peak_tflops.get(name) for name in ("fp32", "tf32"))
             rate = Interval(rate.low * (plain / rounded if plain and rounded else 0.1), rate.high)
         if config.scoring.name != "published":
             rate = Interval(rate.low * _OTHER_SCORING.low, rate.high * _OTHER_SCORING.high)
-            basis += ", of the other scoring"
+            basis += ", with the other scoring"
         return RankSpeed(_bounding_models(rate), _UNKNOWN_WAITING, basis, power, base)
     if not peak:
         name = config.hardware.name
         raise InputError(
-            f"hardware={name}: nothing to predict its speed from: no peak for {config.precision.name} in "
-            f"conf/hardware/{name}.yaml, no published p_core; give a run on such a card with plan.runs=RUN_DIR"
+            f"hardware={name}: its speed cannot be predicted: no peak for {config.precision.name} in "
+            f"conf/hardware/{name}.yaml and no published p_core; give a run on this device with plan.runs=RUN_DIR"
         )
     basis = (
-        f"{_UNKNOWN_EFFICIENCY.low:.0%} to {_UNKNOWN_EFFICIENCY.high:.0%} of the peak, nothing is known of this chip"
+        f"{_UNKNOWN_EFFICIENCY.low:.0%} to {_UNKNOWN_EFFICIENCY.high:.0%} of the peak (no measurement of this device)"
     )
     return RankSpeed(_bounding_models(_UNKNOWN_EFFICIENCY * (peak * 1e12)), _UNKNOWN_WAITING, basis, power, base)
 
@@ -236,7 +236,7 @@ def _speed_from_runs(config: TrainConfig, runs: List[MeasuredRun]) -> RankSpeed:
     lines = []
     for run in chosen:
         own = run.config.topology.devices_per_node if config.hardware.accelerator == "cpu" else 1
-        # What a step costs beside its FLOPs goes with the parameters (the update) or with the layers (calls).
+        # The overhead of a step scales with the parameters (update) or with the layers (calls).
         scales = (
             count_parameters(config.model) / count_parameters(run.config.model),
             (config.model.num_layers + 1) / (run.config.model.num_layers + 1),
@@ -246,7 +246,7 @@ def _speed_from_runs(config: TrainConfig, runs: List[MeasuredRun]) -> RankSpeed:
             lines += [LinearCostModel(overhead, line.rate * own / share * f) for overhead in overheads for f in factors]
     basis = f"{len(chosen)} run{'s' * (len(chosen) > 1)} on {config.hardware.name}: {chosen[0].path.name}"
     if not alike:
-        basis += ", of the other scoring"
+        basis += ", with the other scoring"
     power = [
         float(run.result["power_mean_w"]) / run.config.topology.world_size
         for run in chosen
@@ -264,7 +264,7 @@ def _speed_from_runs(config: TrainConfig, runs: List[MeasuredRun]) -> RankSpeed:
 
 
 def same_chip(one: TrainConfig, other: TrainConfig) -> bool:
-    """Whether what one has measured says something of the other's speed."""
+    """Return whether two configurations have the same device type and arithmetic, so that one predicts the other."""
     return (one.hardware.name, one.precision.name, one.precision.tf32) == (
         other.hardware.name,
         other.precision.name,
@@ -285,7 +285,7 @@ def _num_ranks(row: Dict[str, Any]) -> int:
 
 
 def _published_flops_a_sample(config: TrainConfig, work: Workload) -> float:
-    """Of the published workload, whatever the configuration scores by: ten sequences where a batch's most are ten."""
+    """Return the FLOPs per sample of the published workload, with the data's largest number of candidates."""
     from lit_glm.metrics.flops import published_flops
 
     most = float(work.lengths.candidates.max())

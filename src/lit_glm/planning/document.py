@@ -23,21 +23,21 @@ _MARKS = {"measured": "o", "published": "D"}
 
 @dataclass
 class ScalingCurve:
-    """One chip under one scoring."""
+    """Predicted curve of one device type under one scoring."""
 
     name: str
     rows: List[Prediction]
-    """One a number of devices."""
+    """One prediction per number of devices."""
     points: List[Tuple[str, int, float]]
-    """measured or published, devices, p_core."""
+    """("measured" or "published", number of devices, p_core)."""
 
 
 def draw_scaling(curves: List[ScalingCurve], samples: str) -> Optional[str]:
-    """SVG; None without curves.
+    """Draw the curves as SVG; None without curves.
 
     Args:
-        curves: what is drawn, a colour each.
-        samples: the number of samples that the cost is of, as text.
+        curves: curves to draw, one colour each.
+        samples: number of samples that the cost refers to, as text.
     """
     if not curves:
         return None
@@ -62,7 +62,7 @@ def draw_scaling(curves: List[ScalingCurve], samples: str) -> Optional[str]:
             use_plain_numbers(axes.yaxis)
             axes.set_xlabel("devices")
             axes.set_ylabel(what)
-        canvas.suptitle("Predicted, from low to high, by number of devices")
+        canvas.suptitle("Predicted range by number of devices")
         canvas.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
         out = io.StringIO()
         canvas.savefig(out, format="svg", metadata={"Date": None})
@@ -86,14 +86,14 @@ _HEAD = [
     "step s",
     METRICS["p_core"].axis_label(),
     "samples",
-    "time to these",
+    "total time",
     "energy MJ",
-    "rests on",
+    "evidence",
 ]
 
 
 def format_duration(span: Interval) -> str:
-    """Hours, minutes or seconds, whichever reads best."""
+    """Format a duration in hours, minutes or seconds."""
     for unit, seconds in (("h", 3600.0), ("min", 60.0)):
         if span.high >= 2 * seconds:
             return f"{(span * (1 / seconds)).text()} {unit}"
@@ -101,7 +101,7 @@ def format_duration(span: Interval) -> str:
 
 
 def prediction_table(predictions: List[Prediction], basis: Dict[str, int]) -> str:
-    """The rows; what they rest on by number."""
+    """Format the predictions as a table, with their evidence by number."""
     rows = [list(_HEAD)]
     for one in predictions:
         config = one.config
@@ -135,25 +135,25 @@ def write_plan(
     samples: Tuple[int, str],
     left_out: List[str],
 ) -> str:
-    """Write the files.
+    """Write the output files.
 
     Args:
         folder: the run folder.
-        predictions: the rows.
-        measured: runs, for the figure.
-        published: rows of conf/published.yaml, for the figure.
-        configs: of all combinations: the figure is about their chips.
-        samples: how many all rows are of, and why so many.
+        predictions: rows of the table.
+        measured: measured runs, for the plot.
+        published: rows of conf/published.yaml, for the plot.
+        configs: configurations of all combinations; the plot shows their device types.
+        samples: number of samples of all rows, and its explanation.
         left_out: what could not be predicted, and why.
 
     Returns:
-        What is said on the screen.
+        Text for the console.
     """
     basis: Dict[str, int] = {}
     for one in predictions:
         basis.setdefault(one.evidence, len(basis) + 1)
-    lines = ["PREDICTED, not measured: each figure from low to high.", "", prediction_table(predictions, basis), ""]
-    lines += [f"time and energy are those of {samples[1]}"]
+    lines = ["PREDICTED, not measured: every figure is an interval.", "", prediction_table(predictions, basis), ""]
+    lines += [f"time and energy are for {samples[1]}"]
     lines += [f"[{number}] {text}" for text, number in basis.items()]
     lines += [f"left out: {text}" for text in left_out]
     make_folder(folder)
@@ -177,7 +177,7 @@ def write_plan(
 def _scaling_curve(
     config: Any, scoring: str, measured: List[MeasuredRun], published: List[Dict[str, Any]], samples: int
 ) -> Optional[ScalingCurve]:
-    """The chip of a configuration over the number of devices, under one scoring."""
+    """Predict a configuration's device type over the number of devices, under one scoring."""
     name = config.hardware.name
     per_node = max(8, config.topology.devices_per_node)
     rows: List[Prediction] = []

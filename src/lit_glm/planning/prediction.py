@@ -1,4 +1,4 @@
-"""From work, speed and links to a row: memory and fit, seconds a step, throughput, time and energy of the whole run."""
+"""Prediction of a run from its workload, cost model and links: memory, step time, throughput, total time, energy."""
 
 from dataclasses import dataclass
 from typing import Any, Dict, Optional
@@ -10,36 +10,36 @@ from lit_glm.planning.workload import Workload
 
 _GIB = 2.0**30
 _UNKNOWN_LINK = Interval(8.0, 300.0)
-"""GB/s between cards: PCIe 3 with half of its 16 lanes in use, to third-generation NVLink."""
+"""GB/s between devices: PCIe 3 with half of its 16 lanes in use, to third-generation NVLink."""
 _UNKNOWN_NETWORK = Interval(12.5, 50.0)
-"""GB/s of a server: one port of 100 Gb/s to two of 200."""
+"""GB/s of a server: from one port of 100 Gb/s to two of 200 Gb/s."""
 _HIDDEN = 0.6
-"""Share of a step, its backward pass, that an all-reduce can hide behind: an assumption (two thirds of the FLOPs)."""
+"""Share of a step, its backward pass, that can overlap with an all-reduce: an assumption (two thirds of the FLOPs)."""
 _ESTIMATE = 0.08
-"""By how much the memory estimate is off: allocators round up (benchmarks/2026-11-25_cpu.md has it against runs)."""
+"""Error of the memory estimate: allocators round up (benchmarks/2026-11-25_cpu.md compares it with runs)."""
 
 
 @dataclass
 class Prediction:
-    """A row; every figure is predicted."""
+    """Predicted metrics of one run."""
 
     config: TrainConfig
     memory_gib: Interval
     fits: Optional[bool]
-    """None: between, or the device's memory is unknown."""
+    """None: memory_gib contains the device's memory, or that is unknown."""
     step_s: Interval
     p_core: Interval
     samples: int
-    """That `total_s` and `energy_j` are of."""
+    """Number of samples that `total_s` and `energy_j` refer to."""
     total_s: Interval
-    """The first step to the end: training and evaluations."""
+    """From the first step to the end: training and evaluations."""
     energy_j: Optional[Interval]
     all_reduce_s: Interval
     steps: int
     evidence: str
 
     def row(self) -> Dict[str, Any]:
-        """For JSON."""
+        """Return the prediction as a dict for JSON."""
         config = self.config
         return {
             "hardware": config.hardware.name,
@@ -62,7 +62,7 @@ class Prediction:
 
 
 def all_reduce_time(config: TrainConfig) -> Interval:
-    """Seconds of an all-reduce of all gradients: 2 (N - 1) / N of their bytes over the slowest link of a ring.
+    """Predict the seconds of an all-reduce of all gradients: 2 (N - 1) / N of their bytes over a ring's slowest link.
 
     Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations".
     """
@@ -84,16 +84,16 @@ def predict(config: TrainConfig, speed: RankSpeed, work: Workload, data: str, sa
     """Predict a run.
 
     Args:
-        config: the run's.
-        speed: of one of its ranks.
-        work: of its steps.
-        data: what its lengths rest on.
-        samples: that it trains on, at most.
+        config: run configuration.
+        speed: cost model of one of its ranks.
+        work: workload of its steps.
+        data: evidence for the lengths of its examples.
+        samples: maximum number of training samples.
     """
     ranks = config.topology.world_size
     computing = speed.seconds(work.slowest)
     exchange = all_reduce_time(config)
-    # At best it is done beside the backward pass, at worst behind it.
+    # At best it overlaps with the backward pass, at worst it follows it.
     seen = Interval(max(0.0, exchange.low - _HIDDEN * computing.low), exchange.high)
     compute = computing + seen
     step = Interval(compute.low * (1.0 + speed.waiting.low), compute.high * (1.0 + speed.waiting.high))
@@ -102,7 +102,7 @@ def predict(config: TrainConfig, speed: RankSpeed, work: Workload, data: str, sa
     total = step * steps + evaluations
     cards = None if speed.power_w is None else speed.power_w * ranks
     guess = estimate_memory(config, work.lengths, 0.0, saves_attention_probs(config)).total
-    alike = config.topology.devices_per_node if config.hardware.accelerator == "cpu" else 1  # ranks in one memory
+    alike = config.topology.devices_per_node if config.hardware.accelerator == "cpu" else 1  # ranks share memory
     memory = (Interval(guess, guess).widened(_ESTIMATE) + speed.base) * (alike / _GIB)
     there = config.hardware.memory_gib
     return Prediction(

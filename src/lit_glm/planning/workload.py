@@ -1,4 +1,4 @@
-"""What a step computes: FLOPs of the slowest rank, from the examples' lengths and the sampler that would deal them."""
+"""Workload of a step: FLOPs of the slowest rank, from the lengths of the examples and the training sampler."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +12,16 @@ from lit_glm.data.sampler import InfiniteDistributedBatchSampler, build_train_sa
 from lit_glm.metrics.flops import FlopCounter
 
 _LOOKED_AT = 200
-"""Steps over which the slowest rank is averaged; fewer of many ranks."""
+"""Number of steps over which the slowest rank is averaged; fewer with many ranks."""
 _DEALT = 2**17
-"""Examples that are dealt out for it at most."""
+"""Largest number of examples that are sampled for this."""
 _TYPICAL_TRAIN, _TYPICAL_EVAL = 100_730, 10_000
-"""Queries of ReCoRD (Zhang et al. 2018, table 2): an example each, where the data is not here."""
+"""Queries of ReCoRD (Zhang et al. 2018, table 2): one example each, used if the data is not available."""
 
 
 @dataclass
 class TypicalExamples:
-    """Lengths of examples like ReCoRD's, where the data itself is not here: one context an example."""
+    """Lengths of examples similar to ReCoRD's, used if the data is not available: one context per example."""
 
     example_rows: Any
     example_candidate_end: Any
@@ -32,10 +32,10 @@ class TypicalExamples:
 
     @classmethod
     def like_record(cls, count: int, most_rows: int) -> "TypicalExamples":
-        """Lengths of news of about ReCoRD's shape: contexts of 290 +- 130 tokens, 9 of 10 candidates of 3 tokens.
+        """Generate lengths similar to ReCoRD's: contexts of 290 +- 130 tokens, 3 to 10 candidates of 2 to 5 tokens.
 
         Args:
-            count: how many.
+            count: number of examples.
             most_rows: `data.max_seq_length`, to which contexts are cut.
         """
         draw = np.random.default_rng(0)
@@ -55,10 +55,10 @@ class TypicalExamples:
 
 
 def load_examples(config: TrainConfig) -> "Tuple[Any, Any, str]":
-    """Training and evaluation examples of a configuration, and what that rests on.
+    """Load the training and evaluation examples of a configuration, and describe their source.
 
     Raises:
-        InputError: if a file is there and cannot be read.
+        InputError: if an existing file cannot be read.
     """
     from lit_glm.data.synthetic import ensure_synthetic_data
 
@@ -71,19 +71,19 @@ def load_examples(config: TrainConfig) -> "Tuple[Any, Any, str]":
     typical, few = (
         TypicalExamples.like_record(count, config.data.max_seq_length) for count in (_TYPICAL_TRAIN, _TYPICAL_EVAL)
     )
-    return typical, few, f"{config.data.train_file} is not here: lengths like ReCoRD's"
+    return typical, few, f"{config.data.train_file} not found: lengths similar to ReCoRD's"
 
 
 class Workload:
-    """The work of a configuration's steps."""
+    """Workload of a configuration's steps."""
 
     def __init__(self, config: TrainConfig, train: Any, held: Any) -> None:
-        """Look at some steps.
+        """Average over some steps.
 
         Args:
-            config: the run's.
+            config: run configuration.
             train: training examples.
-            held: those to evaluate on; None: evaluations are not asked for.
+            held: evaluation examples; None: evaluations are not needed.
         """
         self._config = config
         self.sampler = build_train_sampler(config, train)
@@ -93,19 +93,19 @@ class Workload:
         self.enough = len(train) >= config.global_batch
         self.slowest, self.mean = self._average_flops() if self.enough else (0.0, 0.0)
         self.evaluation = 0.0 if held is None else self._evaluation(held)
-        """FLOPs of one, all ranks together."""
+        """FLOPs of one evaluation, all ranks together."""
 
     def _average_flops(self) -> Tuple[float, float]:
-        """FLOPs of the slowest rank and of a rank on the average, a step; of a run that ends early, of its steps."""
+        """Average the FLOPs per step of the slowest rank and of all ranks, over steps that the run reaches."""
         last = max(1, min(self.sampler.steps_per_epoch - 1, self.steps()))
         count = min(_LOOKED_AT, max(1, _DEALT // self._config.global_batch), last)
-        first = 1 if count == last else 2  # the first one holds the longest examples where that is asked for
+        first = 1 if count == last else 2  # the first step may be configured to hold the longest examples
         steps = np.unique(np.linspace(first, last, count).astype(int))
         work = np.stack([self.counter.flops_by_rank(int(step)) for step in steps])
         return float(work.max(axis=1).mean()), float(work.mean())
 
     def _evaluation(self, held: Any) -> float:
-        """FLOPs of one evaluation, all ranks together: a third of what training on the same examples takes."""
+        """Return the FLOPs of one evaluation, all ranks together: a third of training on the same examples."""
         alone = InfiniteDistributedBatchSampler(len(held), self._config.eval_bs, 0, 1, 0)
         counter = FlopCounter(self._config, held, alone)
         count = min(alone.steps_per_epoch, _LOOKED_AT)
@@ -113,13 +113,13 @@ class Workload:
         return done / count * alone.steps_per_epoch / 3.0
 
     def steps(self) -> int:
-        """Until the sample limit or the step limit."""
+        """Return the number of steps until the sample limit or the step limit."""
         run = self._config.run
         by_samples = run.max_samples // self._config.global_batch + 1
         return by_samples if run.max_steps is None else min(run.max_steps, by_samples)
 
     def evaluations(self, steps: int) -> int:
-        """While training, the last one included; the one before training belongs to the start."""
+        """Return the number of evaluations during training, the last one included, the one before training excluded."""
         run, batch = self._config.run, self._config.global_batch
         if not run.evaluate:
             return 0

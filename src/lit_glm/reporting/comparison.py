@@ -1,4 +1,4 @@
-"""Two runs side by side: configuration, figures, and the losses step by step."""
+"""Comparison of two runs: configuration, metrics, and losses per step."""
 
 import math
 from dataclasses import dataclass
@@ -10,35 +10,35 @@ from lit_glm.reporting.formats import table_lines
 from lit_glm.reporting.run_reader import ReportRun, config_differences
 
 _MOST_SHOWN = 20
-"""Steps in the table of losses, evenly taken."""
+"""Approximate number of rows in the table of losses, evenly spaced."""
 
 
 @dataclass
 class Comparison:
-    """What came of it."""
+    """Result of a comparison."""
 
     text: str
     largest: Optional[float]
-    """Largest difference of the loss at a step that both have; None if they share none."""
+    """Largest difference of the loss at a common step; None without common steps."""
 
 
 def compare_runs(one: ReportRun, other: ReportRun) -> Comparison:
     """Compare two runs.
 
     Args:
-        one: A.
-        other: B; ratios are B / A.
+        one: run A.
+        other: run B; ratios are B / A.
     """
     settings = ReportTable(
         ["key", "A", "B"], [[key, _to_text(a), _to_text(b)] for key, a, b in config_differences(one, other)]
     )
     lines = [f"A: {one.path}", f"B: {other.path}", "", "## Configuration and environment", ""]
     lines += table_lines(settings) if settings.rows else ["No difference."]
-    lines += ["", "## Figures", "", *table_lines(_metrics_table(one, other))]
+    lines += ["", "## Metrics", "", *table_lines(_metrics_table(one, other))]
     steps = _common_losses(one, other)
     lines += ["", "## Loss, step by step", ""]
     if not steps:
-        return Comparison("\n".join([*lines, "No step in common."]) + "\n", None)
+        return Comparison("\n".join([*lines, "No common steps."]) + "\n", None)
     worst = max(steps, key=lambda step: _loss_difference(*step[1:]))
     largest = _loss_difference(*worst[1:])
     first = next((step for step in steps if _loss_difference(*step[1:])), None)
@@ -55,7 +55,7 @@ def compare_runs(one: ReportRun, other: ReportRun) -> Comparison:
 
 
 def _loss_difference(a: float, b: float) -> float:
-    """Difference of two losses; infinite where one is a finite number and the other is not."""
+    """Return the absolute difference of two losses; infinity if only one is finite, 0 if none is."""
     if math.isfinite(a) and math.isfinite(b):
         return abs(b - a)
     return 0.0 if math.isfinite(a) == math.isfinite(b) else math.inf
@@ -75,11 +75,11 @@ def _metrics_table(one: ReportRun, other: ReportRun) -> ReportTable:
         lines.append([key, "" if a is None else f"{a:.6g}", "" if b is None else f"{b:.6g}", ratio])
     named = ("status", "scoring", "simulated", "hardware", "topology", "precision")
     lines += [[key, _to_text(one.result.get(key)), _to_text(other.result.get(key)), ""] for key in named]
-    return ReportTable(["figure", "A", "B", "B / A"], lines)
+    return ReportTable(["metric", "A", "B", "B / A"], lines)
 
 
 def _common_losses(one: ReportRun, other: ReportRun) -> List[Tuple[int, float, float]]:
-    """(step, A's loss, B's loss) of the steps that both have."""
+    """Return (step, loss of A, loss of B) of all common steps."""
 
     def losses(run: ReportRun) -> "dict[int, float]":
         found = {}

@@ -12,7 +12,7 @@ from lit_glm.reporting.run_reader import ReportRow, ReportRun
 
 @dataclass
 class ReportTable:
-    """Head and lines; all text."""
+    """Table of text cells with notes and a heading."""
 
     columns: List[str]
     rows: List[List[str]]
@@ -26,22 +26,22 @@ _NODES = {1: "单机", 2: "两机", 3: "三机", 4: "四机"}
 
 
 class Translations:
-    """The words of one language: `words("missing_cell", row, name)`."""
+    """Texts in one language, called as `words("missing_cell", row, name)`."""
 
     def __init__(self, language: str) -> None:
         self.language = language
 
     def __call__(self, key: str, *values: Any) -> str:
-        """A text, its places filled in; values are put in as they are, braces and all."""
+        """Return a text with its placeholders filled in; braces within values are kept."""
         text = _WORDS[key][self.language]
         return text.format(*values) if values else text
 
     def state(self, status: str) -> str:
-        """How a run stands, where there is a word for it."""
+        """Translate a run status; unknown ones are returned unchanged."""
         return self(status) if status in _STATES else status
 
     def config(self, card: str, topology: str) -> str:
-        """Name of a row: `CARD 1x8`; in Chinese as published, `CARD单机8卡（1x8）`."""
+        """Return the name of a row: `CARD 1x8`; in Chinese as published, `CARD单机8卡（1x8）`."""
         nodes, _, devices = topology.partition("x")
         if self.language == "en" or not (nodes.isdecimal() and devices.isdecimal()):
             return f"{card} {topology}"
@@ -50,12 +50,12 @@ class Translations:
 
 
 def distinct_texts(values: List[Any]) -> List[str]:
-    """As texts, each once, without what is unknown."""
+    """Return the values as strings, without duplicates and unknown ones."""
     return list(dict.fromkeys(str(value) for value in values if value not in (None, "")))
 
 
 def metric_definitions(name: str, found: List[ReportRow], words: Translations) -> ReportTable:
-    """What the columns mean and what is not as published, for the rows of one chip."""
+    """Build the table of column definitions and changed settings for the rows of one device type."""
     runs = [run for row in found for run in row.runs]
 
     def setting_values(key: str, otherwise: str) -> str:
@@ -74,7 +74,7 @@ def metric_definitions(name: str, found: List[ReportRow], words: Translations) -
         ("short_name", ", ".join(cards) or name, ""),
     ]
     language = words.language
-    # As published: memory before the figures that stand before it in the table of rows.
+    # As published: memory comes first, unlike in the table of rows.
     ordered = sorted(TABLE_METRICS, key=lambda metric: metric.column != "mem")
     figures = [[one.label(language), words("see", one.column), one.remark(language)] for one in ordered]
     changes = [words("changes"), "; ".join(_changed_settings(runs)) or words("none"), words("changes_remark")]
@@ -84,7 +84,7 @@ def metric_definitions(name: str, found: List[ReportRow], words: Translations) -
 
 
 def _changed_settings(runs: List[ReportRun]) -> List[str]:
-    """Settings that are not those of the published case, with their values."""
+    """List settings that differ from the published case, with their values."""
     from lit_glm.config.hydra_main import compose_config, validate_config
     from lit_glm.config.schema import TrainConfig, iter_leaves
     from lit_glm.errors import InputError

@@ -1,4 +1,4 @@
-"""The document as data: runs to sections, tables and notes in one language, before any format."""
+"""Report document before any format: sections, tables and notes in one language."""
 
 import shlex
 from dataclasses import dataclass
@@ -22,16 +22,16 @@ from lit_glm.reporting.run_reader import ReportRow, ReportRun, group_into_rows, 
 from lit_glm.runs.result import has_many_skipped_steps
 
 TOPOLOGIES = ("1x1", "1x8", "2x8")
-"""Of a complete document, as published."""
+"""Topologies of a complete report, as published."""
 _SCORINGS = ("published", "shared_context")
 _DEPENDENCIES = ("torch", "pytorch-lightning", "torchmetrics", "hydra-core", "omegaconf", "numpy", "h5py")
 _TOLD = {"machine": "machine", "device_name": "device_name", "network": "network", "driver": "driver", "image": "image"}
-"""Environment entries that a `report.*` key can give."""
+"""Environment entries that can be given as `report.*`, with the name of that key."""
 
 
 @dataclass
 class EnvironmentEntry:
-    """One line of the environment; `values` is empty where it is unknown."""
+    """One line of the environment; `values` is empty if unknown."""
 
     key: str
     label: str
@@ -40,7 +40,7 @@ class EnvironmentEntry:
 
 @dataclass
 class Environment:
-    """Of one hardware: two lists of entries."""
+    """Environment of one device type, as lists of entries."""
 
     name: str
     hardware: List[EnvironmentEntry]
@@ -49,7 +49,7 @@ class Environment:
 
 @dataclass
 class Document:
-    """Everything that the formats show."""
+    """Content of a report, independent of its format."""
 
     words: Translations
     environments: List[Environment]
@@ -58,7 +58,7 @@ class Document:
     published: ReportTable
     ratios: ReportTable
     other_chips: ReportTable
-    """Published rows of chips that the document is not about."""
+    """Published rows of other device types."""
     missing: List[str]
     left_out: List[str]
     source_runs: ReportTable
@@ -68,14 +68,14 @@ class Document:
 def make_document(
     runs: List[ReportRun], left_out: List[str], told: Dict[str, str], words: Translations, sort: Optional[str] = None
 ) -> Document:
-    """Arrange what the runs left.
+    """Build the report document of some runs.
 
     Args:
         runs: at least one.
-        left_out: places that hold no readable run, a line each.
+        left_out: messages about paths without a readable run.
         told: environment entries given on the command line, by the name of their `report.*` key.
-        words: of the language.
-        sort: a figure by which rows stand, the best first; None: by chip and topology.
+        words: texts in the report's language.
+        sort: metric to sort rows by, best first; None: by device type and topology.
     """
     found = group_into_rows(runs)
     if sort is not None:
@@ -88,7 +88,7 @@ def make_document(
     ]
     published, ratios = published_tables(found, words)
     count = sum(line["hardware"] in hardware for line in load_published_rows())
-    own_rows = published.rows[:count]  # those of the document's chips stand first
+    own_rows = published.rows[:count]  # rows of the document's device types come first
     return Document(
         words=words,
         environments=environments,
@@ -225,7 +225,7 @@ def _source_runs_table(found: List[ReportRow], words: Translations) -> ReportTab
 
 
 def _energy_cells(run: ReportRun, known: bool) -> List[str]:
-    """Two cells, empty where a card's power is unknown; none where no run of the document has any."""
+    """Return two cells, empty if the power of a device is unknown; no cells if no run of the document has any."""
     joules, rate = run.number("energy_j"), run.number("samples_per_joule")
     cells = ["" if joules is None else f"{joules / 1000:.1f}", cell_text(METRICS["samples_per_joule"], rate)]
     return cells if known else []
@@ -282,7 +282,7 @@ def _list_missing(found: List[ReportRow], environments: List[Environment], words
 
 @dataclass
 class SummaryTile:
-    """One row of the table."""
+    """Summary of one row of the table."""
 
     title: str
     state: str
@@ -290,13 +290,13 @@ class SummaryTile:
     said: str
     marks: List[str]
     items: List[Tuple[str, str]]
-    """Label and value, those that are known."""
+    """Labels and values that are known."""
     origin: str
     """Command, commit and machine."""
 
 
 def make_tiles(found: List[ReportRow], words: Translations) -> List[SummaryTile]:
-    """A card a row, in their order."""
+    """Create one tile per row, in their order."""
     published = load_published_rows()
     return [_make_tile(row, published, words) for row in found]
 
@@ -332,12 +332,12 @@ def _make_tile(row: ReportRow, published: List[Dict[str, Any]], words: Translati
     ]
     title = f"{unique_row_label(row, words)} {row['precision']} {row['scoring']}"
     known = [(label, value) for label, value in items if value]
-    more = [mark for mark in row_annotations(row, words) if mark != words("unconverged")]  # the card says that already
+    more = [mark for mark in row_annotations(row, words) if mark != words("unconverged")]  # shown by the state already
     return SummaryTile(title, state, said, more, known, " · ".join(part for part in origin if part))
 
 
 def run_command_line(run: ReportRun) -> str:
-    """The command line of a run, as it would be typed; "" where it is unknown."""
+    """Return the command line of a run as it would be typed; "" if unknown."""
     known = run.environment.get("command")
     if not isinstance(known, list) or not known:
         return str(known or "")
@@ -358,7 +358,7 @@ def _format_energy(row: ReportRow) -> str:
 
 
 def _published_ratio(row: ReportRow, published: List[Dict[str, Any]]) -> str:
-    """p_core over that of the published row of the same thing; "" where there is none or nothing compares."""
+    """Return p_core relative to the comparable published row; "" without one."""
     own = row.median("p_core")
     keys = ("hardware", "topology", "precision", "scoring")
     same = [line for line in published if all(line.get(key) == row[key] for key in keys) and line.get("p_core")]

@@ -1,4 +1,4 @@
-"""The document as Markdown, CSV and a page: the formats show what `document` has arranged and decide nothing."""
+"""Report document as Markdown, CSV and HTML; all content is decided in `document`."""
 
 import base64
 import csv
@@ -33,18 +33,18 @@ document.querySelectorAll("table.rows").forEach(function (table) {
   });
 });
 """
-"""Sorts a table by the column that is clicked; the page allows this script alone, by its hash."""
+"""Script that sorts a table by the clicked column; the page's policy allows only this script, by its hash."""
 
 
 def _escape_markdown(text: str) -> str:
-    """Text for Markdown: no cell, line or tag of a name's own."""
+    """Escape text for Markdown, so that names cannot add cells, lines, links or tags."""
     for char in "\\`*|<>":
         text = text.replace(char, "\\" + char)
     return " ".join(text.replace("](", "]\\(").split())
 
 
 def table_lines(table: ReportTable) -> List[str]:
-    """A table in Markdown, columns aligned."""
+    """Format a table as Markdown with aligned columns."""
     rows = [[_escape_markdown(text) for text in row] for row in (table.columns, *table.rows)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(table.columns))]
     lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(row, widths)) + " |" for row in rows]
@@ -57,7 +57,7 @@ def _note_lines(lines: List[str]) -> List[str]:
 
 
 def markdown(document: Document, generated: str) -> str:
-    """The whole document as Markdown."""
+    """Format the document as Markdown."""
     words = document.words
     out = [f"# {words('title')}", "", _escape_markdown(generated), "", f"## {words('environment')}"]
     several = len(document.environments) > 1
@@ -92,12 +92,12 @@ def markdown(document: Document, generated: str) -> str:
 
 
 def entry_text(entry: EnvironmentEntry) -> str:
-    """One text of an environment entry; several where runs differ in it."""
+    """Join the values of an environment entry; there are several if runs differ."""
     return "; ".join(entry.values)
 
 
 def csv_text(document: Document) -> str:
-    """The rows of all tables, a line each: the published columns in their formats, then the figures as numbers."""
+    """Format the rows of all tables as CSV, one line each: columns as displayed, then metrics as plain numbers."""
     words = document.words
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -127,12 +127,12 @@ def csv_text(document: Document) -> str:
 
 
 def _escape_formula(value: Any) -> Any:
-    """A text that a spreadsheet would take for a formula stays a text."""
+    """Prefix strings that a spreadsheet would interpret as a formula."""
     return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
 
 
 def html(document: Document, generated: str) -> str:
-    """The whole document as one self-contained HTML file, figures inside."""
+    """Format the document as one self-contained HTML file with embedded plots."""
     from pathlib import Path
 
     from jinja2 import Environment, FileSystemLoader, StrictUndefined

@@ -1,4 +1,4 @@
-"""The plots of the HTML page, drawn by matplotlib as SVG; text stays text, so that it scales and can be searched."""
+"""Plots of the HTML page, drawn by matplotlib as SVG; text stays text, so that it scales and can be searched."""
 
 import io
 import re
@@ -23,7 +23,7 @@ Span = Tuple[float, float]
 
 
 def run_phases(run: ReportRun) -> List[Tuple[str, List[Span]]]:
-    """When a run that was never interrupted was in which phase, in seconds since the entry of `train`."""
+    """Return the spans of each phase in seconds since the entry of `train`; empty for an interrupted run."""
     init, e2e = run.number("init_time"), run.number("e2e_time")
     if init is None or e2e is None or run.result.get("interruptions"):
         return []
@@ -49,12 +49,12 @@ def _parse_seconds(text: Any) -> float:
 
 
 def plot_devices(shown: Sequence[Tuple[str, ReportRun]], words: Translations) -> Optional[Canvas]:
-    """Of the first run that has readings: a line a card and kind of reading; None where no monitor has spoken."""
+    """Plot the readings of the first run that has any, one line per device and kind; None without readings."""
     for name, run in shown:
         cards = load_readings(run.path / "devices.csv")
         kinds = [kind for kind in _SHOWN if any(one[kind] is not None for card in cards.values() for one in card)]
         if "power_w" not in kinds and "temperature_c" not in kinds:
-            continue  # of processors without counters there is nothing that other figures do not show
+            continue  # CPUs without power counters: other plots show the rest
         canvas = Canvas(figsize=(9.0, 1.2 + 1.5 * len(kinds)))
         axes = canvas.subplots(len(kinds), 1, squeeze=False, sharex=True)[:, 0]
         for place, kind in zip(axes, kinds):
@@ -80,7 +80,7 @@ _MOST_LINES = 8
 _MOST_POINTS = 600
 STYLE: Any = {
     "svg.fonttype": "none",
-    "text.parse_math": False,  # a dollar in a name is a dollar
+    "text.parse_math": False,  # keep dollar signs in names
     "font.family": "sans-serif",
     "font.size": 9.0,
     "axes.spines.top": False,
@@ -93,19 +93,19 @@ STYLE: Any = {
 
 
 def use_plain_numbers(axis: Any) -> None:
-    """Label a logarithmic axis with plain numbers; matplotlib's own labels are formulas, which `STYLE` does not set."""
+    """Label a logarithmic axis with plain numbers; matplotlib's default labels are formulas, which `STYLE` disables."""
     axis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_minor_formatter(lambda value, _: "")
 
 
 @dataclass
 class Plot:
-    """One figure of the page."""
+    """One plot of the page."""
 
     key: str
     caption: str
     svgs: List[Markup]
-    """Panels, beside each other on a desk and below each other on a phone."""
+    """Panels, side by side on a wide screen and stacked on a narrow one."""
 
 
 Series = Tuple[str, ReportRun]
@@ -117,7 +117,7 @@ def _as_panels(canvas: Optional[Canvas]) -> Panels:
 
 
 def draw_plots(rows: List[ReportRow], words: Translations) -> Tuple[List[Plot], List[str]]:
-    """All figures that the runs have data for, at most eight rows in each; and what is not in them, a line each."""
+    """Draw all plots that the runs have data for, with at most eight rows each, and list what is missing."""
     names = legend_labels(rows, words)
     shown: List[Series] = [(name, row.typical) for name, row in zip(names, rows)][:_MOST_LINES]
     drawn: List[Plot] = []
@@ -146,7 +146,7 @@ def draw_plots(rows: List[ReportRow], words: Translations) -> Tuple[List[Plot], 
 
 
 def legend_labels(rows: List[ReportRow], words: Translations) -> List[str]:
-    """Names of the rows in a figure: what differs between them and nothing else; a single row has its label."""
+    """Return the names of rows in a legend, reduced to what differs; a single row keeps its label."""
     parts = [
         [row_label(row, words), str(row["precision"]), *str(row["fix_hp"]).split(","), str(row["scoring"])]
         for row in rows
@@ -165,24 +165,24 @@ def _render_svg(canvas: Canvas, title: str, key: str) -> Markup:
 
     out = io.StringIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # glyphs that matplotlib's own font lacks: the browser has them
+        warnings.simplefilter("ignore")  # glyphs that matplotlib's font lacks; browsers have them
         canvas.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     text = out.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    for name in set(re.findall(r'\bid="([^"]+)"', text)):  # ids of several figures in one page must not meet
+    for name in set(re.findall(r'\bid="([^"]+)"', text)):  # ids must be unique within the page
         text = text.replace(f'id="{name}"', f'id="{key}-{name}"')
         text = text.replace(f'"#{name}"', f'"#{key}-{name}"').replace(f"url(#{name})", f"url(#{key}-{name})")
     return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{Markup.escape(title)}" ', 1))
 
 
 def _make_panels(columns: int = 1, height: float = 3.2) -> Tuple[List[Canvas], List[Any]]:
-    """Panels of a figure and their axes."""
+    """Create the panels of a plot and their axes."""
     panels = [Canvas(figsize=(9.0 / columns, height)) for _ in range(columns)]
     return panels, [panel.subplots() for panel in panels]
 
 
 def _numeric_columns(table: List[Dict[str, str]], *names: str) -> List[Any]:
-    """Columns as arrays, lines without a number in the first two of them left out."""
+    """Return columns as arrays, without rows that lack a number in the first two columns."""
     rows = [[_parse_float(row.get(name)) for name in names] for row in table]
     kept = np.array([row for row in rows if np.isfinite(row[:2]).all()]).reshape(-1, len(names))
     return list(kept.T)
@@ -196,13 +196,13 @@ def _parse_float(text: Optional[str]) -> float:
 
 
 def _downsample(*arrays: Any) -> List[Any]:
-    """At most so many points, evenly taken."""
+    """Reduce arrays to about `_MOST_POINTS` evenly spaced points."""
     step = max(1, len(arrays[0]) // _MOST_POINTS)
     return [array[::step] for array in arrays]
 
 
 def _add_legend(panels: List[Canvas], lines: int) -> List[Canvas]:
-    """The legend stands below the first panel, where it tells anything apart."""
+    """Add a legend below the first panel, if there are labelled lines."""
     handles, labels = panels[0].axes[0].get_legend_handles_labels()
     unique = dict(zip(labels, handles))
     if lines and unique:
@@ -253,7 +253,7 @@ def _plot_accuracy(shown: Sequence[Series], words: Translations) -> Panels:
 
 
 def throughput_percentiles(seconds: Any, samples: float) -> Tuple[float, float, float]:
-    """Samples a second of the step that takes longer than 50, 90, 99 % of the steps after warm-up."""
+    """Return samples per second at the 50th, 90th and 99th percentile of the step time after warm-up."""
     p50, p90, p99 = (samples / float(np.percentile(drop_warmup(seconds), share)) for share in PERCENTILES)
     return p50, p90, p99
 
@@ -323,11 +323,11 @@ def _plot_memory(shown: Sequence[Series], words: Translations) -> Panels:
 
 
 def _plot_grid(rows: List[ReportRow], words: Translations) -> Panels:
-    """The largest set of rows that differ in bs and lr alone."""
+    """Plot the largest set of rows that differ only in bs and lr."""
     groups: Dict[Tuple[str, ...], List[ReportRow]] = {}
     for row in rows:
         if not row.runs[0].complete or row.number > 1:
-            continue  # of rows that differ in something else, the first
+            continue  # of rows that differ in other settings, the first
         key = tuple(str(row[name]) for name in ("hardware", "topology", "precision", "scoring", "simulated"))
         if as_number(row["bs"]) is not None and as_number(row["lr"]) is not None:
             groups.setdefault(key, []).append(row)

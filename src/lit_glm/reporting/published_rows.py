@@ -1,4 +1,4 @@
-"""The published rows beside the measured ones, with ratios only where they are of the same thing."""
+"""Published rows next to the measured ones, with ratios only for comparable rows."""
 
 from typing import Any, Dict, List, Tuple
 
@@ -12,25 +12,25 @@ from lit_glm.reporting.run_reader import ReportRow, ReportRun
 
 _RATIOS = ("e2e_time", "p_whole", "p_train", "p_core")
 _WORKLOAD = {"model.name": "glm_large", "data.name": "record", "data.max_seq_length": 512}
-"""What the published rows trained, by our keys."""
+"""Workload of the published rows, by our configuration keys."""
 _DOUBT = " †"
-"""Behind a precision that the case files of the row contradict."""
+"""Mark after a precision that the case files of the row contradict."""
 
 
 def load_published_rows() -> List[Dict[str, Any]]:
-    """The rows of conf/published.yaml, each as a result.json would have it."""
+    """Load the rows of conf/published.yaml in the format of result.json."""
     content: Any = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "published.yaml"))
     return [{"scoring": content["scoring"], "converged": True, "status": "success", **row} for row in content["rows"]]
 
 
 def load_published_run_length() -> Tuple[int, str]:
-    """Samples that a published run trained on, and which run that was."""
+    """Return the number of samples of a published run, and the name of that run."""
     content: Any = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "published.yaml"))
     return int(content["run_length"]["samples"]), str(content["run_length"]["of"])
 
 
 def published_tables(found: List[ReportRow], words: Translations) -> Tuple[ReportTable, ReportTable]:
-    """The table of the published rows, those of the report's hardware first; and that of the ratios."""
+    """Build the table of published rows, those of the report's hardware first, and the table of ratios."""
     published = load_published_rows()
     own = {str(row["hardware"]) for row in found}
     published.sort(key=lambda line: line["hardware"] not in own)
@@ -83,7 +83,7 @@ def _format_ratio(measured: Any, published: Any) -> str:
 def _matching_rows(
     row: ReportRow, published: List[Dict[str, Any]], words: Translations
 ) -> "Tuple[List[Dict[str, Any]], str]":
-    """Published rows of the same thing; else why there are none."""
+    """Return the published rows that are comparable to a row, or the reason why there are none."""
     name = unique_row_label(row, words)
     if row["simulated"]:
         return [], words("no_ratio_simulated", name)

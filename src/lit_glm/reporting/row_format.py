@@ -1,4 +1,4 @@
-"""A row as the table shows it: its name, its marks, its cells in the published formats, why a cell is empty."""
+"""Formatting of a row: name, annotations, cells in the published formats, reasons for empty cells."""
 
 from pathlib import Path
 from typing import Any, List, Sequence
@@ -13,7 +13,7 @@ _BY_COLUMN = {metric.column: metric for metric in TABLE_METRICS}
 
 
 def row_label(row: ReportRow, words: Translations) -> str:
-    """Name of a row, such as `CARD 1x8`: the card's name where it is short, else the hardware file's."""
+    """Return the name of a row, such as `CARD 1x8`, by the product name if it matches the hardware file's name."""
     card = str(row.runs[0].settings.get("hardware.product_name") or "")
     hardware = str(row["hardware"])
     short = card if card and card.lower().replace("-", "_") == hardware.lower() else hardware
@@ -21,19 +21,19 @@ def row_label(row: ReportRow, words: Translations) -> str:
 
 
 def unique_row_label(row: ReportRow, words: Translations) -> str:
-    """Name of a row that no other row has: with its hyperparameters, and numbered where even these agree."""
+    """Return a unique name of a row: with its hyperparameters, and a number if these are equal too."""
     number = f" #{row.number}" if row.number else ""
     return f"{row_label(row, words)} {row['fix_hp']}{number}"
 
 
 def label_with_annotations(row: ReportRow, words: Translations, more: Sequence[str] = ()) -> str:
-    """Name of a row and what a reader must know of it."""
+    """Return the name of a row with its annotations."""
     said = [*row_annotations(row, words), *more]
     return row_label(row, words) + (f" ({', '.join(said)})" if said else "")
 
 
 def row_annotations(row: ReportRow, words: Translations) -> List[str]:
-    """What a reader must know before comparing the row."""
+    """List what a reader must know before comparing the row."""
     said: List[str] = [f"#{row.number}"] if row.number else []
     if row["simulated"]:
         said.append(words("simulated"))
@@ -70,12 +70,12 @@ def row_annotations(row: ReportRow, words: Translations) -> List[str]:
     data = row.runs[0].settings.get("data.name")
     if data not in (None, "record"):
         lengths = row.runs[0].settings.get("data.synthetic.lengths")
-        said.append(words("not_default_data", f"{data}, lengths of real news" if lengths == "record" else data))
+        said.append(words("not_default_data", f"{data}, lengths as in ReCoRD" if lengths == "record" else data))
     return said
 
 
 def text_list(value: Any) -> List[str]:
-    """A list of texts in a result; none where it is anything else."""
+    """Return a list of strings from a result; empty if the value is of another type."""
     return [str(entry) for entry in value] if isinstance(value, list) else []
 
 
@@ -85,7 +85,7 @@ def _num_interruptions(run: ReportRun) -> int:
 
 
 def format_cell(row: ReportRow, column: str) -> str:
-    """One cell in the published format; "" where nothing was measured. Several runs: median [lowest, highest]."""
+    """Format a cell as published; "" without a value. Several runs: median [lowest, highest]."""
     if column in ("precision", "fix_hp"):
         tf32 = " (TF32)" if column == "precision" and row["precision"] == "fp32" and row["tf32"] else ""
         return str(row[column] if row[column] is not None else "") + tf32
@@ -96,7 +96,7 @@ def format_cell(row: ReportRow, column: str) -> str:
 
 
 def _verification_note(row: ReportRow, name: str, words: Translations) -> str:
-    """The newest verification of the same hardware, driver and precision."""
+    """Describe the latest verification of the same hardware, driver and precision."""
     run = row.typical
     precision = str(row["precision"])
     driver = run.environment.get("driver")
@@ -108,7 +108,7 @@ def _verification_note(row: ReportRow, name: str, words: Translations) -> str:
 
 
 def verification_summary(row: ReportRow, words: Translations) -> str:
-    """Whether the newest verification of the chip passed, in a word or two."""
+    """Summarise the latest verification of the device in one or two words."""
     found = latest_verification(
         [row.typical.path, Path.cwd()],
         str(row["hardware"]),
@@ -121,7 +121,7 @@ def verification_summary(row: ReportRow, words: Translations) -> str:
 
 
 def row_notes(row: ReportRow, words: Translations) -> List[str]:
-    """Lines below the table: why cells are empty, what else is behind the row."""
+    """List the notes below the table: reasons for empty cells, and further information on the row."""
     name = unique_row_label(row, words)
     state = words.state(str(row["status"]))
     lines = []

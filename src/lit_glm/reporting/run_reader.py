@@ -1,6 +1,6 @@
-"""Reads run folders, whatever state they are in, and turns those that belong together into one row.
+"""Reader of run folders in any state, which groups runs of the same measurement into rows.
 
-A folder that cannot be read is named and left out: it never costs the report of the others.
+A folder that cannot be read is reported and skipped; it does not affect the report of the others.
 """
 
 import csv
@@ -29,12 +29,12 @@ _SILENT_S = 120.0
 _REPETITION = ("seed", "data.shuffle_seed")
 """Keys in which repetitions of one measurement may differ."""
 _PLACES = ("data.cache_dir", "data.out_dir", "data.train_file", "data.eval_file", "data.raw_dir", "data.vocab_file")
-"""Keys that say where things lie: runs on machines with other paths are still repetitions."""
+"""Keys of paths: runs on machines with other paths still count as repetitions."""
 
 
 @dataclass
 class ReportRun:
-    """One run folder."""
+    """Content of one run folder."""
 
     path: Path
     result: Dict[str, Any]
@@ -42,76 +42,76 @@ class ReportRun:
     settings: Dict[str, Any] = field(default_factory=dict)
     """Flat configuration: dotted key -> value."""
     is_named: bool = False
-    """Whether its folder itself was asked for, rather than one above it."""
+    """Whether this folder itself was given on the command line, rather than a parent folder."""
 
     @property
     def is_measurement(self) -> bool:
-        """Whether it belongs into the table of results: complete, on real devices, without a profiler; or asked for."""
+        """Whether the run belongs in the results table: complete, not simulated, not profiled; or named explicitly."""
         return self.is_named or (self.complete and not self.result.get("simulated") and not self.result.get("profiled"))
 
     @property
     def name(self) -> str:
-        """Short, for legends: the folder and the one above it."""
+        """Short name for legends: the folder and its parent."""
         return "/".join(self.path.parts[-2:])
 
     @property
     def complete(self) -> bool:
-        """Whether it ended as it should."""
+        """Whether the run completed."""
         return self.result.get("status") in COMPLETE
 
     def number(self, key: str) -> Optional[float]:
-        """A figure of the result; None unless it is a finite number."""
+        """Return a metric of the result; None unless it is a finite number."""
         return METRICS[key].value(self.result) if key in METRICS else as_number(self.result.get(key))
 
     def table(self, name: str) -> List[Dict[str, str]]:
-        """Lines of steps.csv, evals.csv or memory.csv; none if there is no such file."""
+        """Read the rows of steps.csv, evals.csv or memory.csv; empty without such a file."""
         rows: List[Dict[str, str]] = []
         try:
             with (self.path / name).open(encoding="utf-8", errors="replace", newline="") as file:
                 rows.extend(row for row in csv.DictReader(file) if None not in row.values() and None not in row)
         except (OSError, csv.Error):
-            pass  # what could be read of it counts
+            pass  # keep the rows read so far
         return rows
 
 
 @dataclass
 class ReportRow:
-    """One line of the table: runs that differ only in seed or repetition."""
+    """One row of the table: runs that differ only in seed or repetition."""
 
     runs: List[ReportRun]
     differs: Dict[str, Any] = field(default_factory=dict)
-    """Settings that set it apart from other rows of the same name."""
+    """Settings that differ from those of other rows of the same name."""
     machine_differs: Dict[str, str] = field(default_factory=dict)
-    """Entries of the environment that do so."""
+    """Environment entries that differ from those of other rows of the same name."""
     number: int = 0
-    """Counts the rows of the same name, from 1; 0 where there is only one."""
+    """Number of the row among rows of the same name, from 1; 0 if there is only one."""
 
     def __getitem__(self, key: str) -> Any:
         return self.runs[0].result.get(key)
 
     @property
     def nodes(self) -> Tuple[int, int]:
-        """Nodes and devices a node, for sorting; (0, 0) if the topology is no such thing."""
+        """Nodes and devices per node, for sorting; (0, 0) if the topology is not of the form NxM."""
         nodes, _, devices = str(self["topology"]).partition("x")
         return (int(nodes), int(devices)) if nodes.isdecimal() and devices.isdecimal() else (0, 0)
 
     def values(self, key: str) -> List[float]:
-        """A figure of all runs that have it."""
+        """Return a metric of all runs that have it."""
         return [value for value in (run.number(key) for run in self.runs) if value is not None]
 
     def median(self, key: str) -> Optional[float]:
-        """Median over the runs; None if none has it."""
+        """Return the median over the runs; None if no run has a value."""
         values = self.values(key)
         return statistics.median(values) if values else None
 
     def spread(self, key: str) -> Optional[Tuple[float, float]]:
-        """Lowest and highest; None below two values."""
+        """Return the lowest and the highest value; None for fewer than two values."""
         values = self.values(key)
         return (min(values), max(values)) if len(values) > 1 else None
 
     @property
     def typical(self) -> ReportRun:
-        """The run whose p_core is nearest the median: the one that figures show."""
+        """Run whose p_core is closest to the median; the one that plots show."""
         middle = self.median("p_core")
         if middle is None:
             return self.runs[0]
@@ -122,10 +122,10 @@ def find_runs(patterns: List[str]) -> Tuple[List[ReportRun], List[str]]:
     """Read run folders.
 
     Args:
-        patterns: run folders, folders above them (sweeps), globs of either.
+        patterns: run folders, parent folders (sweeps), or globs of either.
 
     Returns:
-        The runs, each once, in the order given and below a folder by name; and a line for each place that has none.
+        The distinct runs, in the order given and by name within a parent folder; and a message per path without a run.
     """
     runs: Dict[Path, ReportRun] = {}
     trouble: List[str] = []
@@ -133,13 +133,13 @@ def find_runs(patterns: List[str]) -> Tuple[List[ReportRun], List[str]]:
         places = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
         found = [folder for place in places for folder in _find_run_folders(Path(place))]
         if not places:
-            trouble.append(f"{pattern}: there is no such folder")
+            trouble.append(f"{pattern}: no such folder")
         elif not found:
-            trouble.append(f"{pattern}: holds no run (no result.json)")
+            trouble.append(f"{pattern}: contains no run (no result.json)")
         for folder in found:
             if _is_trial(folder):
                 if folder in map(Path, places):
-                    trouble.append(f"{folder}: is a trial of tune; its figures are in tune.md of the search")
+                    trouble.append(f"{folder}: is a trial of tune; see tune.md of the search")
                 continue
             try:
                 run = runs.setdefault(folder.resolve(), _read_run(folder))
@@ -150,7 +150,7 @@ def find_runs(patterns: List[str]) -> Tuple[List[ReportRun], List[str]]:
 
 
 def _is_trial(folder: Path) -> bool:
-    """Whether a run folder is a trial of `tune`: too short, and on the longest examples first."""
+    """Return whether a run folder is a trial of `tune`: too short, and with the longest examples first."""
     search = folder.resolve().parent
     return search.name == TRIALS_FOLDER and (search.parent / TUNE_FILE).is_file()
 
@@ -163,7 +163,7 @@ def _find_run_folders(place: Path) -> Iterator[Path]:
         if "result.json" in files:
             folders.clear()
             yield Path(root)
-        if "jobs" in folders:  # of a sweep: combinations that an earlier sweep had done stand where that left them
+        if "jobs" in folders:  # of a sweep: reused runs stay in the folder of the earlier sweep
             for note in sorted((Path(root) / "jobs").glob("*.json")):
                 run_dir = _read_json(note).get("run_dir")
                 if isinstance(run_dir, str) and (Path(run_dir) / "result.json").is_file():
@@ -174,7 +174,7 @@ def _read_run(folder: Path) -> ReportRun:
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     result = migrate_names(result, "result.json") if isinstance(result, dict) else result
     if not isinstance(result, dict) or not {"hardware", "topology", "status"} <= set(result):
-        raise ValueError("it is not a result of train")
+        raise ValueError("not a result of train")
     result.update({key: str(result[key]) for key in _TEXTS if result.get(key) is not None})
     if not result["hardware"] or not result["status"]:
         raise ValueError("hardware or status is empty")
@@ -190,7 +190,7 @@ def _read_run(folder: Path) -> ReportRun:
 
 
 def _has_expected_type(key: str, value: Any) -> bool:
-    """Whether an entry of environment.json has the type that `train` gives it."""
+    """Return whether an entry of environment.json has the type that `train` writes."""
     if key in ("packages", "variables"):
         return isinstance(value, dict) and all(isinstance(version, str) for version in value.values())
     if key in ("devices", "command"):
@@ -201,20 +201,20 @@ def _has_expected_type(key: str, value: Any) -> bool:
 
 
 def _read_flat_config(folder: Path) -> Dict[str, Any]:
-    """The configuration as the job had it, else as Hydra has left it."""
+    """Read the flat configuration from job.json, else from Hydra's config.yaml."""
     config = _read_json(folder / "job.json").get("config")
     if isinstance(config, dict):
         return _flatten(mask_config(migrate_names(config, "config")))
     try:
-        # Never resolved: `${oc.env:NAME}` in somebody else's folder would read the environment of whoever reports.
+        # Never resolve: `${oc.env:NAME}` in a foreign folder would read the environment of this process.
         loaded: Any = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "config.yaml"), resolve=False)
         return _flatten(mask_config(migrate_names(loaded, "config")))
-    except Exception:  # none, torn, or of something else
+    except Exception:  # missing, truncated, or not a configuration
         return {}
 
 
 def _is_process_alive(folder: Path, environment: Dict[str, Any]) -> bool:
-    """Whether a run that says it is running is: by its process on this machine, by the age of its files elsewhere."""
+    """Return whether a running run is alive: by its process on this machine, else by the age of its files."""
     pid = environment.get("pid")
     if isinstance(pid, int) and environment.get("host") == platform.node():
         try:
@@ -244,17 +244,17 @@ def _flatten(node: Any, prefix: str = "") -> Dict[str, Any]:
 
 
 def sort_key(value: Optional[float], figure: str) -> Tuple[bool, float]:
-    """Sorts by a figure, the best first and what has none last."""
+    """Return a key that sorts by a metric, best first and missing values last."""
     if value is None:
         return True, 0.0
     return False, value if METRICS[figure].is_lower_better else -value
 
 
 def group_into_rows(runs: List[ReportRun]) -> List[ReportRow]:
-    """Put runs into rows: one a hardware, topology, precision, fix_hp and scoring.
+    """Group runs into rows: one per hardware, topology, precision, fix_hp and scoring.
 
-    Runs whose settings differ in more than the seed, or that were measured on unequal machines, get rows of their own,
-    which name the difference; so do simulated runs, and runs that did not end as they should.
+    Runs whose settings differ in more than the seed, or that were measured on different machines, get separate rows,
+    which name the difference; so do simulated runs, and runs that did not complete.
     """
     groups: Dict[str, ReportRow] = {}
     for run in runs:
@@ -290,7 +290,7 @@ def _row_name_fields(run: ReportRun) -> List[Any]:
 
 
 def _comparability_key(run: ReportRun) -> List[Any]:
-    """What must not be mixed within a row, beside settings: machines and states."""
+    """Return what must be equal within a row in addition to settings: machine and state."""
     own = [bool(run.result.get(key)) for key in ("simulated", "profiled")]
     state = [*own, run.is_measurement, run.complete or str(run.path), run.result.get("environment_changes") or []]
     return [*state, run.result.get("tf32"), run.result.get("runtime"), comparable_environment(run.environment)]
@@ -309,7 +309,7 @@ def _compared_settings(run: ReportRun) -> Dict[str, Any]:
 
 
 def config_differences(one: ReportRun, other: ReportRun) -> List[Tuple[str, Any, Any]]:
-    """Settings and versions in which two runs differ: (key, one's, other's)."""
+    """List settings and versions in which two runs differ: (key, value of one, value of the other)."""
     names = ("python", "os", "kernel", "driver", "host", "device_name", "git_commit")
 
     def everything(run: ReportRun) -> Dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One check after the other, and what one failure says of the next."""
+"""Acceptance test of a device: runs all checks, and relates failures to operators that already failed."""
 
 import math
 import platform
@@ -26,28 +26,28 @@ _NARROW = {
     "max_sequence_length": 128,
 }
 _SLOW_TFLOPS = 5.0
-"""A device below this, in products of fp32, gets a model cut to two narrow layers: the whole one would take an hour."""
+"""A device with less fp32 matmul throughput gets a model cut to two narrow layers; the full one would take an hour."""
 _ADVICE = {
-    "differs": "compare with the lines of the model below: if that deviates too, the device computes it wrongly",
-    "missing": "the device's software lacks it: a newer one, or another runtime of the chip",
+    "differs": "compare with the model checks below: if those deviate too, the device computes it wrongly",
+    "missing": "not implemented by the device's software: use a newer version, or another runtime of the device",
     "fails": "the operator exists and raised this error: see the runtime's documentation for these shapes",
-    "falls back": "it runs on the CPU, with two copies: its time is not the device's",
+    "falls back": "it runs on the CPU, with copies in both directions: its time is not the device's",
 }
 
 
 class AcceptanceTest:
-    """All checks of a chip."""
+    """All verification checks of a device."""
 
     def __init__(
         self, configurations: List[TrainConfig], runtime: Runtime, whole: bool, limit_s: float = math.inf
     ) -> None:
-        """Get ready.
+        """Cut the model if the device is slow.
 
         Args:
-            configurations: one a precision.
-            runtime: of the chip.
-            whole: take the model as it is, on a slow device too.
-            limit_s: seconds after which no further check begins.
+            configurations: one per precision.
+            runtime: runtime of the device.
+            whole: use the full model, even on a slow device.
+            limit_s: seconds after which no further check starts.
         """
         self.configurations, self._runtime = configurations, runtime
         self._end, self._limit_s = time.monotonic() + limit_s, limit_s
@@ -60,10 +60,10 @@ class AcceptanceTest:
             ]
         self.done: List[CheckResult] = []
         self.passed: Dict[str, bool] = {}
-        """Of each precision that could be tried: whether it passed, and all that belongs to none."""
+        """Verdict of each precision that was tested; includes the checks that belong to no precision."""
 
     def title(self) -> str:
-        """What is about to be verified."""
+        """Describe what will be verified."""
         config, model = self.configurations[0], self.configurations[0].model
         cut = "cut to " if self._cut else ""
         precisions = ", ".join(one.precision.name for one in self.configurations)
@@ -73,7 +73,7 @@ class AcceptanceTest:
         )
 
     def device(self) -> Dict[str, Any]:
-        """What the verification belongs to."""
+        """Describe device and software of the verification."""
         config, runtime = self.configurations[0], self._runtime
         return {
             "hardware": config.hardware.name,
@@ -87,7 +87,7 @@ class AcceptanceTest:
         }
 
     def checks(self) -> Iterator[CheckResult]:
-        """Run everything, the shortest checks first."""
+        """Run all checks, the shortest first."""
         config, runtime = self.configurations[0], self._runtime
         general_failure = False
         for name, run in (
@@ -111,19 +111,19 @@ class AcceptanceTest:
                 self.passed[config.precision.name] = not fails
 
     def _run(self, name: str, run: Callable[[], List[CheckResult]]) -> List[CheckResult]:
-        """What a check says, or what it raised; a line that it was not run if the time is over."""
+        """Run a check; an exception becomes a failure, and an expired time limit a skip."""
         if time.monotonic() > self._end:
-            return [CheckResult(name, "skip", f"{_OUT_OF_TIME}: verify.max_minutes={self._limit_s / 60:g} is over")]
+            return [CheckResult(name, "skip", f"{_OUT_OF_TIME}: verify.max_minutes={self._limit_s / 60:g} exceeded")]
         return _catch_errors(name, run)
 
     def _of_precision(self, config: TrainConfig) -> Iterator[CheckResult]:
         name, runtime = config.precision.name, self._runtime
         try:
-            plugin: Any = make_precision(config, runtime, tried=name != "fp32")  # what fp32 lacks is named below
+            plugin: Any = make_precision(config, runtime, tried=name != "fp32")  # fp32 is checked by operator below
         except InputError as error:
             first = str(error).splitlines()[0]
             yield CheckResult(
-                f"precision {name}", "skip", first, advice="take it out of the hardware file's precisions"
+                f"precision {name}", "skip", first, advice="remove it from the hardware file's precisions"
             )
             return
         which = peak_key(config, runtime.has_tf32)
@@ -155,7 +155,7 @@ def _is_out_of_time(check: CheckResult) -> bool:
 
 
 def _catch_errors(name: str, run: Callable[[], List[CheckResult]]) -> List[CheckResult]:
-    """What a check says, or what it raised."""
+    """Run a check; an exception becomes a failure."""
     try:
         return run()
     except Exception as error:
@@ -164,10 +164,10 @@ def _catch_errors(name: str, run: Callable[[], List[CheckResult]]) -> List[Check
 
 
 def _downgrade_consequence(check: CheckResult, wrong: List[str]) -> CheckResult:
-    """What follows from an operator that is named already is no failure of its own."""
+    """Downgrade a failure that a wrong operator already explains to a warning."""
     if check.status == "fail" and wrong:
         names = ", ".join(wrong)
-        advice = f"agrees with {names}, above, which the device computes wrongly: report that to its vendor"
+        advice = f"explained by {names} above, which the device computes wrongly: report that to its vendor"
         return replace(check, status="warn", advice=advice)
     return check
 
@@ -175,7 +175,7 @@ def _downgrade_consequence(check: CheckResult, wrong: List[str]) -> CheckResult:
 def _check_operators(
     config: TrainConfig, sample: VerifyFixture, runtime: Runtime, tf32: bool, seen: List[OperatorResult]
 ) -> List[CheckResult]:
-    """A training step and an evaluation of each scoring; what is wrong in lines of its own."""
+    """Check the operators of a training step and an evaluation per scoring; one result per wrong operator."""
     model = replace(
         sample.model, hidden_dropout=config.model.hidden_dropout, attention_dropout=config.model.attention_dropout
     )
@@ -204,13 +204,13 @@ def _check_operators(
             checks.append(CheckResult(f"{label}: {one.name}", "fail", what, _ADVICE[one.status], figure, bound))
     unknown = sorted({one.name for one in seen if one.status == "unknown"})
     if unknown:
-        said = f"{', '.join(unknown)}: nothing to compare with alone"
-        checks.append(CheckResult(f"{label}: unknown", "warn", said, advice="judged by the model below"))
+        said = f"{', '.join(unknown)}: no reference to compare with"
+        checks.append(CheckResult(f"{label}: unknown", "warn", said, advice="covered by the model checks below"))
     good = [one for one in seen if one.status == "ok"]
     nearest = max(good, key=lambda one: one.error.typical / (one.bound or 1.0), default=None)
     if nearest is not None:
         drawn = sum(one.status == "drawn" for one in seen)
         names = {one.name for one in good}
-        said = f"{len(names)} in {len(good)} shapes agree, {drawn} draw numbers; nearest to its bound {nearest.name}"
+        said = f"{len(names)} operators ({len(good)} shapes) agree, {drawn} random; closest to bound: {nearest.name}"
         checks.append(CheckResult(label, "ok", said, value=nearest.error.typical, bound=nearest.bound))
     return checks

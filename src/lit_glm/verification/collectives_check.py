@@ -1,6 +1,6 @@
-"""Sum, broadcast and gather between all ranks of the topology, in the types that training uses.
+"""Check of all-reduce, broadcast and all-gather across all ranks of the topology, in the dtypes that training uses.
 
-Started by `check` as one rank under torchrun: `-m lit_glm.verification.collectives_check FOLDER FOLDER`.
+`check_collectives` starts each rank under torchrun: `-m lit_glm.verification.collectives_check FOLDER FOLDER`.
 """
 
 import os
@@ -19,27 +19,27 @@ from lit_glm.process_utils import exit_now
 
 _LIMIT_S = 30.0
 _COUNT = 100_003
-"""Elements; no multiple of anything, so that a library's last, shorter piece is tried too."""
+"""Number of elements: a prime, so that the shorter last chunk of a library is tested too."""
 
 
 def check_collectives(config: TrainConfig) -> CheckResult:
-    """Start all ranks of this node, and say what they found."""
+    """Run the collectives on all ranks of this node and return the result."""
     ranks = config.topology.world_size
     if ranks == 1:
         return CheckResult(
-            "collectives", "skip", "one device: there is nothing to exchange (topology=1x8 and the like)"
+            "collectives", "skip", "one device: no collectives; use a topology with several, such as topology=1x8"
         )
     try:
         run_on_all_ranks(config, __name__, _LIMIT_S)
     except RunError as error:
-        advice = "look at the collective library, its variables, and the links between the cards"
+        advice = "check the collective library, its environment variables, and the links between the devices"
         return CheckResult("collectives", "fail", " ".join(str(error.summary or error).split())[:300], advice)
     kinds = ", ".join(_dtype_name(dtype) for dtype in training_dtypes(config))
-    return CheckResult("collectives", "ok", f"sum, broadcast and gather of {kinds} over {ranks} ranks are right")
+    return CheckResult("collectives", "ok", f"all-reduce, broadcast, all-gather of {kinds}: correct on {ranks} ranks")
 
 
 def training_dtypes(config: TrainConfig) -> List[Any]:
-    """What training sends: gradients (halves too, where the chip trains in them), losses, lengths, bytes."""
+    """Return the dtypes that training communicates: gradients (fp16 if the device has it), losses, lengths, bytes."""
     half = [torch.float16] if "fp16" in config.hardware.precisions else []
     return [torch.float32, *half, torch.int64, torch.uint8]
 
@@ -49,33 +49,33 @@ def _dtype_name(dtype: Any) -> str:
 
 
 def rank_contribution(dtype: Any, rank: int, ranks: int, device: Any) -> Any:
-    """What a rank gives: numbers at places of its own, zeros elsewhere, so that sums of any type are exact.
+    """Return a rank's input: numbers at its own positions, zeros elsewhere, so that sums are exact in any dtype.
 
-    A rank that is left out, doubled or out of order is seen at its places.
+    A rank that is missing, duplicated or out of order shows up at its positions.
     """
     places = torch.arange(_COUNT, device=device)
     return torch.where(places % ranks == rank, places % 13 + 1, torch.zeros_like(places)).to(dtype)
 
 
 def run_collectives(rank: int, ranks: int, device: Any, kinds: List[Any]) -> List[str]:
-    """Try every collective; what came out wrong, a line each."""
+    """Run every collective; return one message per wrong result."""
     wrong = []
     for dtype in kinds:
-        if dtype is not torch.uint8:  # nobody sums bytes
+        if dtype is not torch.uint8:  # training never sums bytes
             summed = rank_contribution(dtype, rank, ranks, device)
             torch.distributed.all_reduce(summed)
             if not torch.equal(summed, (torch.arange(_COUNT, device=device) % 13 + 1).to(dtype)):
-                wrong.append(f"the sum of {_dtype_name(dtype)} over {ranks} ranks is wrong on rank {rank}")
+                wrong.append(f"all-reduce of {_dtype_name(dtype)} over {ranks} ranks is wrong on rank {rank}")
         for source in sorted({0, ranks - 1}):
             sent = rank_contribution(dtype, rank, ranks, device)
             torch.distributed.broadcast(sent, source)
             if not torch.equal(sent, rank_contribution(dtype, source, ranks, device)):
-                wrong.append(f"the broadcast of {_dtype_name(dtype)} from rank {source} is wrong on rank {rank}")
+                wrong.append(f"broadcast of {_dtype_name(dtype)} from rank {source} is wrong on rank {rank}")
         own = rank_contribution(dtype, rank, ranks, device)
         gathered = [torch.zeros_like(own) for _ in range(ranks)]
         torch.distributed.all_gather(gathered, own)
         wrong += [
-            f"the gathering of {_dtype_name(dtype)} is wrong on rank {rank} for rank {one}'s part"
+            f"all-gather of {_dtype_name(dtype)} is wrong on rank {rank} for rank {one}'s part"
             for one in range(ranks)
             if not torch.equal(gathered[one], rank_contribution(dtype, one, ranks, device))
         ]
@@ -83,7 +83,7 @@ def run_collectives(rank: int, ranks: int, device: Any, kinds: List[Any]) -> Lis
 
 
 def rank_task(config: TrainConfig) -> Dict[str, Any]:
-    """One rank's part."""
+    """Run the collectives on one rank."""
     device = make_runtime(config.hardware, config.topology).device(int(os.environ["LOCAL_RANK"]))
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     wrong = run_collectives(rank, ranks, device, training_dtypes(config))

@@ -15,16 +15,16 @@ from lit_glm.verification.error_bounds import layer_bound, relative_error
 from lit_glm.verification.stepper import TrainStepper, VerifyFixture
 
 _BACKWARD = 4.0
-"""Gradients pass twice as many products as hidden states, and scores of nearly equal size cancel in the loss."""
+"""Factor for gradients: they pass twice as many products as hidden states, and similar scores cancel in the loss."""
 _NEGLIGIBLE = 1e-2
-"""A gradient so small beside the largest one is compared with that: it may be zero but for rounding."""
+"""Gradients below this share of the largest one are compared with that: they may be zero except for rounding."""
 _STEPS = 25
 _DRIFT = 8.0
-"""How far losses may drift apart over the steps, beside one forward pass."""
+"""Allowed drift of losses over the steps, relative to the bound of one forward pass."""
 
 
 def check_layers(config: TrainConfig, sample: VerifyFixture, runtime: Runtime, tf32: bool) -> List[CheckResult]:
-    """Hidden states after every layer, scores and loss; then the gradient of every parameter."""
+    """Check hidden states after every layer, scores and loss; then the gradient of every parameter."""
     exact_stages, exact_gradients = TrainStepper(config, sample, runtime, exact=True).capture(sample.flat)
     own = TrainStepper(config, sample, runtime)
     stages, gradients = own.capture(sample.flat)
@@ -41,8 +41,8 @@ def check_layers(config: TrainConfig, sample: VerifyFixture, runtime: Runtime, t
         CheckResult(
             f"model {config.precision.name}",
             "fail" if first else "ok",
-            f"{first} is the first that deviates" if first else f"{len(stages) - 3} layers, scores and loss agree",
-            "look at the operators that this layer calls, above" if first else "",
+            f"first deviation: {first}" if first else f"{len(stages) - 3} layers, scores and loss agree",
+            "check the operators of this layer above" if first else "",
             worst,
             bound,
         )
@@ -57,8 +57,8 @@ def check_layers(config: TrainConfig, sample: VerifyFixture, runtime: Runtime, t
         ranked.append((relative_error(gradients[name], theirs, _NEGLIGIBLE * largest).typical, name))
     far_off, name = max(ranked)
     deviates = far_off > bound
-    said = f"{name} deviates most" if deviates else f"{len(ranked)} parameters agree"
-    advice = "look at the operators of the backward pass, above" if deviates else ""
+    said = f"largest deviation: {name}" if deviates else f"{len(ranked)} parameters agree"
+    advice = "check the operators of the backward pass above" if deviates else ""
     checks.append(
         CheckResult(f"gradients {config.precision.name}", "fail" if deviates else "ok", said, advice, far_off, bound)
     )
@@ -66,7 +66,7 @@ def check_layers(config: TrainConfig, sample: VerifyFixture, runtime: Runtime, t
 
 
 def check_training(config: TrainConfig, sample: VerifyFixture, runtime: Runtime, tf32: bool) -> List[CheckResult]:
-    """25 steps against the processor's, then the same once more on the device."""
+    """Check 25 training steps against the CPU reference, then whether the device repeats them bit by bit."""
     short = replace(config, optimizer=replace(config.optimizer, lr=1e-4, warmup=0.0))
     small = replace(sample, model=replace(sample.model, num_layers=min(2, sample.model.num_layers)))
 
@@ -76,20 +76,20 @@ def check_training(config: TrainConfig, sample: VerifyFixture, runtime: Runtime,
     far = max(abs(own - other) / max(1.0, abs(other)) for own, other in zip(mine, exact))
     name, falls = f"training {config.precision.name}", mine[-1] < mine[0]
     well = far <= bound and falls
-    said = f"{_STEPS} losses, {mine[0]:.4f} to {mine[-1]:.4f}, as the processor's"
+    said = f"{_STEPS} losses, {mine[0]:.4f} to {mine[-1]:.4f}, agree with the CPU reference"
     checks = [
         CheckResult(
             name,
             "ok" if well else "fail",
-            said if well else f"losses leave the processor's (the last is {mine[-1]:.4f}, there {exact[-1]:.4f})",
-            "" if well else "look at clipping and optimizer: their operators are above too",
+            said if well else f"losses deviate from the CPU's (last loss {mine[-1]:.4f}, reference {exact[-1]:.4f})",
+            "" if well else "check clipping and optimizer, whose operators are listed above too",
             far,
             bound,
         )
     ]
     same = mine == again
-    said = "the same bits twice" if same else "twice the same training gives other bits"
-    advice = "" if same else "comparable, but a resumed run is not equal to an uninterrupted one"
+    said = "bitwise reproducible" if same else "not bitwise reproducible"
+    advice = "" if same else "results are comparable, but a resumed run differs from an uninterrupted one"
     checks.append(CheckResult(f"repeatable {config.precision.name}", "ok" if same else "warn", said, advice=advice))
     return checks
 
@@ -100,7 +100,7 @@ _SIGMAS = 6.0
 
 
 def check_dropout(runtime: Runtime) -> CheckResult:
-    """Both ways in which masks are drawn: of hidden states, and of attention where products compute it."""
+    """Check dropout of hidden states, of attention by matmuls, and of the attention in use."""
     ones = torch.ones(_COUNT, device=runtime.device(0))
 
     def masks(seed: int) -> "tuple[torch.Tensor, torch.Tensor]":
@@ -108,7 +108,7 @@ def check_dropout(runtime: Runtime) -> CheckResult:
         return dropout(ones, _SHARE).cpu(), zero_elements_(ones.clone(), sample_zeros(ones, _SHARE)[0]).cpu()
 
     def attention_mean(dtype: torch.dtype) -> float:
-        """Mean over what attention gives for equal scores and values of 1: 1, whatever dropout draws."""
+        """Return the mean output of attention for equal scores and values of 1: about 1, whatever dropout draws."""
         shape = (8, 8, 64, 32)
         zeros, values = torch.zeros(shape, device=ones.device, dtype=dtype), torch.ones(shape, device=ones.device)
         return float(dot_product_attention(zeros, zeros, values.to(dtype), None, _SHARE, "auto").float().mean())
@@ -118,14 +118,14 @@ def check_dropout(runtime: Runtime) -> CheckResult:
     off, bound = abs(share - _SHARE), _SIGMAS * math.sqrt(_SHARE * (1 - _SHARE) / _COUNT)
     if off > bound:
         return CheckResult(
-            "dropout", "fail", f"drops {share:.4f} instead of {_SHARE}", "look at its generator", off, bound
+            "dropout", "fail", f"drops {share:.4f} instead of {_SHARE}", "check its generator", off, bound
         )
     if not all(torch.equal(one, two) for one, two in zip(first, again)):
         advice = "runtime.manual_seed does not reach the device's generator: no run can be repeated or resumed exactly"
-        return CheckResult("dropout", "fail", "the same seed draws another mask", advice=advice)
+        return CheckResult("dropout", "fail", "the same seed gives different masks", advice=advice)
     if any(torch.equal(one, two) for one, two in zip(first, other)):
         return CheckResult(
-            "dropout", "fail", "another seed draws the same mask", advice="every step would drop the same"
+            "dropout", "fail", "different seeds give the same mask", advice="every step would drop the same elements"
         )
     draws = 8 * 8 * 64 * 64
     limit = _SIGMAS * math.sqrt(_SHARE / (1 - _SHARE) / draws) + 2.0**-8  # 2 ** -8: rounding of the output to bf16
@@ -136,8 +136,8 @@ def check_dropout(runtime: Runtime) -> CheckResult:
             continue
         if abs(mean - 1.0) > limit:
             message = f"attention in {str(dtype)[6:]} with dropout {_SHARE}: mean of the output {mean:.4f} instead of 1"
-            advice = "its kernel drops another share than it is given"
+            advice = "its kernel drops a different share than requested"
             return CheckResult("dropout", "fail", message, advice, abs(mean - 1.0), limit)
     return CheckResult(
-        "dropout", "ok", f"drops {share:.4f}, the same for the same seed, other for another", value=off, bound=bound
+        "dropout", "ok", f"drops {share:.4f}; reproducible by seed, different across seeds", value=off, bound=bound
     )

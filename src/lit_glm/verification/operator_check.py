@@ -27,12 +27,12 @@ from lit_glm.verification.error_bounds import (
 
 
 def reference_result(name: str, operator: Any, args: Any, kwargs: Any) -> Any:
-    """Results in float64; None where nothing is known to compare with.
+    """Compute the float64 result of an operator; None without a reference.
 
     Args:
-        name: without `aten.` and the overload.
-        operator: itself.
-        args: on the processor, in float64; what the operator writes to is written to here too.
+        name: name without `aten.` and the overload.
+        operator: the operator.
+        args: arguments on the CPU, in float64; the operator's in-place results are written to them.
         kwargs: likewise.
     """
     own = next((compute for end, compute in _OWN.items() if name.endswith(end)), None)
@@ -45,7 +45,7 @@ def reference_result(name: str, operator: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _softmax(args: Any, kwargs: Any) -> Any:
-    return torch.softmax(args[0], args[1])  # the last argument asks for a conversion of halves
+    return torch.softmax(args[0], args[1])  # the last argument requests conversion from half
 
 
 def _log_softmax(args: Any, kwargs: Any) -> Any:
@@ -63,7 +63,7 @@ def _fused_linear(args: Any, kwargs: Any) -> Any:
 
 
 def bind_arguments(operator: Any, args: Any, kwargs: Any) -> Dict[str, Any]:
-    """Arguments by the names of the operator's schema: the same argument stands in another place of each kernel."""
+    """Map arguments to their names in the operator's schema, because their positions differ between kernels."""
     names = [argument.name for argument in operator._schema.arguments]
     return {**dict(zip(names, args)), **kwargs}
 
@@ -72,11 +72,11 @@ _MASKS = ("attn_mask", "attn_bias", "bias")
 
 
 def _attention(name: str, bound: Dict[str, Any]) -> Optional[List[Tensor]]:
-    """Attention whose dropout is 0; its log-sum-exp and random state are not compared.
+    """Compute attention without dropout; its log-sum-exp and random state are not compared.
 
     Args:
-        name: of the operator.
-        bound: its arguments by name; a kernel of a vendor's own may have other names, and is taken by its order.
+        name: name of the operator.
+        bound: arguments by name; those of vendor kernels may have other names, and are then taken by position.
     """
     values = list(bound.values())
     first = int("backward" in name)
@@ -122,12 +122,12 @@ _PLAIN = (
     "_local_scalar_dense", "record_stream", "is_pinned", "_pin_memory", "profiler.", "to_mkldnn", "to_dense",
     "_to_dense",
 )  # fmt: skip
-"""Beginnings of names of operators that compute nothing: they give memory, lay it out or look at it otherwise."""
+"""Name prefixes of operators that compute nothing: they allocate memory, or change its layout or view."""
 
 
 @dataclass
 class OperatorResult:
-    """An operator with the shapes and types that it was called with."""
+    """Result of an operator with one combination of shapes and dtypes."""
 
     name: str
     shapes: str
@@ -139,13 +139,13 @@ class OperatorResult:
 
 
 def operator_name(operator: Any) -> str:
-    """Such as `aten.addmm`, without the overload."""
+    """Return an operator's name without the overload: `addmm`; with the namespace for others than aten."""
     parts = str(operator).split(".")  # aten.addmm.default
     return parts[1] if parts[0] == "aten" else ".".join(parts[:2])
 
 
 def tensors_in(value: Any) -> List[Tensor]:
-    """All tensors of an operator's arguments or results."""
+    """Collect all tensors in an operator's arguments or results."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
@@ -154,7 +154,7 @@ def tensors_in(value: Any) -> List[Tensor]:
 
 
 def map_structure(value: Any, change: Callable[[Any], Any]) -> Any:
-    """Arguments with everything that is no container changed."""
+    """Apply a function to all leaves of nested containers."""
     if isinstance(value, dict):
         return {key: map_structure(entry, change) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -163,35 +163,35 @@ def map_structure(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def to_host(value: Any) -> Any:
-    """A tensor's copy on the processor, in rows; a device by the processor."""
+    """Copy a tensor to the CPU in strided layout; replace a device by the CPU."""
     if isinstance(value, Tensor):
         return _to_strided(value.detach()).to("cpu", copy=True)
     return torch.device("cpu") if isinstance(value, torch.device) else value
 
 
 def to_float64(value: Any) -> Any:
-    """Floating tensors and types by float64."""
+    """Convert floating tensors and dtypes to float64."""
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.double()
     return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
 
 
 class OperatorRecorder:
-    """Sees all operators of a device and judges each kind of call once."""
+    """Recorder that checks each kind of operator call on a device once."""
 
     def __init__(self, device: torch.device, tf32: bool) -> None:
-        """Begin.
+        """Start without results.
 
         Args:
-            device: what is looked at; operators of other devices are not.
-            tf32: whether products of float32 may round their inputs.
+            device: device to check; operators of other devices are ignored.
+            tf32: whether float32 products may round their inputs.
         """
         self._device, self._tf32 = device, tf32
         self.seen: Dict[Any, OperatorResult] = {}
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Inside, everything is seen."""
+        """Check all operators that are called within the context."""
         with dispatch_mode(self._see):
             yield
 
@@ -223,14 +223,14 @@ class OperatorRecorder:
         backs = [str(entry.message) for entry in said if "fall" in str(entry.message).lower()]
         elsewhere = [tensor for tensor in tensors_in(out) if _has_left(tensor, self._device)]
         if backs or (elsewhere and "to_copy" not in name and "copy_" not in name):
-            message = (backs or [f"its result is on {elsewhere[0].device}"])[0][:200]
-            # Beside what it came to: a result can be wrong and computed elsewhere.
+            message = (backs or [f"result is on {elsewhere[0].device}"])[0][:200]
+            # In addition to the comparison: a result can be wrong and computed elsewhere.
             self.seen[(*key, "falls back")] = OperatorResult(name, shapes, "falls back", message=message)
         self.seen[key] = found
         return out
 
     def _by_the_processor(self, operator: Any, args: Any, before: Any, error: Exception) -> Any:
-        """What the device cannot do, in float64, so that the step goes on."""
+        """Compute an operator that the device cannot run in float64 on the CPU, so that the step can continue."""
         wide_args, wide_kwargs = map_structure(before, to_float64)
         try:
             out = reference_result(operator_name(operator), operator, wide_args, wide_kwargs)
@@ -259,7 +259,7 @@ class OperatorRecorder:
                 name, shapes, "unknown", message=f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
             )
         if exact is None and not writes:
-            return OperatorResult(name, shapes, "unknown", message="the processor has it in no other way")
+            return OperatorResult(name, shapes, "unknown", message="no independent CPU reference")
         mine = tensors_in(list(after)) if writes else [_to_strided(tensor) for tensor in tensors_in(out)]
         theirs = tensors_in(list(inputs)) if writes else tensors_in(exact)
         mine = mine[: _COMPARED_RESULTS.get(name)]
@@ -271,7 +271,7 @@ class OperatorRecorder:
                 narrowest = _narrowest_dtype([own, *tensors_in(list(before))])
                 in_type = any(word in name for word in _ADDS_IN_TYPE)
                 own_bound = operator_bound(narrowest, terms, self._tf32, "attention" in name, in_type)
-                # What nearly cancels is as far off as what it was made of.
+                # Near-cancellation: the error is relative to the magnitude of the inputs.
                 least = _input_magnitude(tensors_in(list(inputs))) if narrowest is torch.float32 else 0.0
                 distant = relative_error(own, other.double(), least)
                 bound = max(bound, own_bound)
@@ -285,27 +285,27 @@ class OperatorRecorder:
 
 
 def _draws_dropout(operator: Any, args: Any, kwargs: Any) -> bool:
-    """Whether an operator such as fused attention has a share of dropout among its arguments."""
+    """Return whether an operator, such as fused attention, has a dropout probability above 0 among its arguments."""
     return any("dropout" in name and bool(value) for name, value in bind_arguments(operator, args, kwargs).items())
 
 
 _ADDS_IN_TYPE = ("index_add", "scatter_add", "embedding_dense_backward", "index_put")
-"""Operators that add one number after the other to what is stored, in its type."""
+"""Operators that accumulate term by term in the dtype of the result."""
 _COMPARED_RESULTS = {"nll_loss_forward": 1}
-"""Operators whose further results are for their own backward alone: how many of them are compared."""
+"""Number of compared results, for operators whose further results only serve their own backward."""
 _SAYS_MISSING = ("not implemented", "could not run", "unimplemented", "not supported", "no kernel", "unsupported")
 _TIES = 1e-4
-"""Share of the comparisons that may come out otherwise: of numbers that only float64 tells apart."""
+"""Share of elements in which integer or boolean results may differ: numbers that only float64 distinguishes."""
 
 
 def _has_left(tensor: Tensor, device: torch.device) -> bool:
-    """Whether a result is on another device than it should: not a seed or an offset, which kernels keep on the host."""
+    """Return whether a result is on another device; not for seeds and offsets, which kernels keep on the host."""
     is_state = not tensor.is_floating_point() and tensor.numel() <= 2
     return tensor.device.type not in (device.type, "meta") and not is_state
 
 
 def _to_strided(tensor: Tensor) -> Tensor:
-    """Itself; a tensor in oneDNN's own layout, which only its operators read, as any other."""
+    """Return a tensor in strided layout; converts from oneDNN's layout, which only its own operators read."""
     return tensor.to_dense() if tensor.is_mkldnn else tensor
 
 
@@ -315,7 +315,7 @@ def _narrowest_dtype(tensors: List[Tensor]) -> torch.dtype:
 
 
 def _input_magnitude(tensors: List[Tensor]) -> float:
-    """Of a product of the inputs: root mean square of the first, less where another one's is below 1."""
+    """Return the magnitude of a product of the inputs: RMS of the first one, reduced by those of others below 1."""
     floating = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
     sizes = [float(tensor.double().square().mean().sqrt()) for tensor in floating]
     known = [size for size in sizes if 0.0 < size < float("inf")]
@@ -327,7 +327,7 @@ def _dtype_name(tensor: Tensor) -> str:
 
 
 def _call_signature(value: Any) -> Any:
-    """What tells one kind of call from another: shapes and types, and all that is no tensor."""
+    """Return what identifies a kind of call: shapes and dtypes of tensors, and all other arguments."""
     plain: Callable[[Any], Any] = lambda entry: (  # noqa: E731
         (str(entry.dtype), tuple(entry.shape)) if isinstance(entry, Tensor) else repr(entry)
     )
@@ -335,11 +335,11 @@ def _call_signature(value: Any) -> Any:
 
 
 _READS = ("aten::_local_scalar_dense", "aten::item")
-"""Operators whose result is a number of the host's by design."""
+"""Operators that return a number to the host by design."""
 
 
 def find_cpu_fallbacks(step: Callable[[], Any]) -> List[Tuple[str, str]]:
-    """Operators that torch sends to the processor and back without a word, as its profiler sees them in a step."""
+    """Find operators of a step that torch silently runs on the CPU, with torch's profiler."""
     with torch.autograd.profiler.profile() as profile:
         step()
     found: Dict[str, str] = {}
@@ -350,5 +350,5 @@ def find_cpu_fallbacks(step: Callable[[], Any]) -> List[Tuple[str, str]]:
                 parent = parent.cpu_parent
             if parent is not None and parent.name in _READS:
                 continue
-            found[parent.name if parent is not None else "unknown"] = "its inputs are copied to the processor"
+            found[parent.name if parent is not None else "unknown"] = "its inputs are copied to the CPU"
     return [(name.replace("aten::", ""), said) for name, said in found.items()]

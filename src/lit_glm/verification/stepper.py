@@ -24,11 +24,11 @@ from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, candidate_loss, candida
 from lit_glm.training.optimizer import make_optimizer
 
 _WEIGHTS_SEED = 20231
-_FIRST = 0x100  # characters stand for tokens, one each
+_FIRST = 0x100  # first character; each character stands for one token
 
 
 class _CharacterTokenizer:
-    """A tokenizer to which every character is a token."""
+    """Tokenizer that maps every character to one token."""
 
     eos, cls, mask, sop, eop = 0, 1, 2, 3, 4
 
@@ -41,25 +41,25 @@ class _CharacterTokenizer:
 
 @dataclass
 class VerifyFixture:
-    """What is computed with."""
+    """Model configuration and batches of a verification."""
 
     model: ModelConfig
     flat: PackedBatch
     padded: PaddedBatch
 
     def fresh_model(self) -> GLM:
-        """A float32 model on the processor; the same at every call."""
+        """Build a float32 model on the CPU; the same at every call."""
         torch.manual_seed(_WEIGHTS_SEED)
         return build_glm(self.model)[0]
 
 
 def make_fixture(config: TrainConfig, examples: int = 2, candidates: int = 3) -> VerifyFixture:
-    """Generate.
+    """Generate a fixture.
 
     Args:
-        config: gives the shape; dropout is left out.
-        examples: B.
-        candidates: C.
+        config: configuration that gives the shape; dropout is disabled.
+        examples: number of examples B.
+        candidates: number of candidates C.
     """
     model = replace(
         config.model, hidden_dropout=0.0, attention_dropout=0.0, init_checkpoint=None, activation_checkpointing=False
@@ -72,7 +72,7 @@ def make_fixture(config: TrainConfig, examples: int = 2, candidates: int = 3) ->
 
     questions = []
     for number in range(examples):
-        choices = [text(2 + number % 4) for _ in range(candidates)]  # of one length: a longer one is never chosen
+        choices = [text(2 + number % 4) for _ in range(candidates)]  # equal lengths: longer ones are never chosen
         passage = text(int(length * (0.55 + 0.2 * number / max(1, examples - 1))))
         questions.append(Question(number, f"{number}", 1, passage, text(5), text(7), choices, choices[:1], [0]))
     encoded = encode_questions(questions, _CharacterTokenizer(model.vocab_size), length)  # type: ignore[arg-type]
@@ -90,21 +90,21 @@ _SEED = 7
 
 
 class TrainStepper:
-    """A model with its optimizer."""
+    """Model with optimizer and precision plugin that runs single training steps."""
 
     def __init__(self, config: TrainConfig, sample: VerifyFixture, runtime: Runtime, exact: bool = False) -> None:
-        """Make it, with the sample's weights.
+        """Build the model with the fixture's weights.
 
         Args:
-            config: names the precision.
-            sample: shape and weights.
-            runtime: of the device.
-            exact: in float64 on the processor instead: what the others are held against.
+            config: configuration with the precision.
+            sample: fixture with shape and weights.
+            runtime: runtime of the device.
+            exact: use float64 on the CPU instead, as the reference.
         """
         weights = sample.fresh_model()
         self._runtime, self._steps = None if exact else runtime, 0
         self.device = torch.device("cpu") if exact else runtime.device(0)
-        # Training begins too high and finds its scale by leaving steps out; here each step counts.
+        # Training starts with a high loss scale and skips steps until it fits; here no step may be skipped.
         scaled = replace(config, precision=replace(config.precision, loss_scale=LossScaleConfig(initial=_LOSS_SCALE)))
         plugin: Any = Precision() if exact else make_precision(scaled, runtime, tried=False)
         self._plugin = plugin
@@ -119,7 +119,7 @@ class TrainStepper:
             self._plugin.wrap_optimizers([self.optimizer])
 
     def _backward(self, batch: Any) -> Tensor:
-        """Forward and backward pass, both within autocast as in training."""
+        """Run forward and backward pass, both within autocast as in training."""
         if self._runtime is not None:
             self._runtime.manual_seed(_SEED + self._steps)
         scaler = getattr(self._plugin, "scaler", None)
@@ -130,14 +130,14 @@ class TrainStepper:
         return loss.detach()
 
     def _finish_step(self) -> None:
-        """End a step as training does: a lazy runtime cuts its graph here, and computes it."""
+        """Finish a step as training does; a lazy runtime cuts and computes its graph here."""
         self._steps += 1
         if self._runtime is not None:
             self._runtime.after_step()
             self._runtime.synchronize()
 
     def train(self, batch: Any) -> float:
-        """One step; its loss before the update."""
+        """Run one step and return its loss before the update."""
         loss = self._backward(batch.to(self.device))
         scaled = self._plugin if isinstance(self._plugin, LossScalingPrecision) else None
         if scaled is not None:
@@ -153,7 +153,7 @@ class TrainStepper:
         return float(loss)
 
     def evaluate(self, batch: Any) -> Tensor:
-        """Scores [B, C] of a batch, as an evaluation computes them."""
+        """Compute the scores [B, C] of a batch as in an evaluation."""
         self.glm.eval()
         with torch.no_grad(), self._plugin.forward_context():
             table = candidate_scores(self.glm, batch.to(self.device), EVAL_MASK, slice_size=10)
@@ -162,7 +162,7 @@ class TrainStepper:
         return table
 
     def capture(self, batch: Any) -> Tuple[List[Tuple[str, Tensor]], Dict[str, Tensor]]:
-        """What a forward pass comes to, stage by stage in its order, and the gradients of all parameters."""
+        """Return the activations of each stage in order, and the gradients of all parameters."""
         seen: List[Tuple[str, Tensor]] = []
         transformer = self.glm.transformer
         stages = [(f"layer {number}", layer) for number, layer in enumerate(transformer.layers)]
@@ -173,7 +173,7 @@ class TrainStepper:
         loss = self._backward(batch.to(self.device))
         for hook in hooks:
             hook.remove()
-        self._finish_step()  # so that nothing is read from a graph that is not computed
+        self._finish_step()  # so that nothing is read from an uncomputed graph
         scale = getattr(self._plugin, "loss_scale", 1.0)
         gradients = {
             name: parameter.grad.detach().cpu().double() / scale

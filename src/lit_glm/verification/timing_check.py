@@ -1,6 +1,6 @@
-"""Whether time is told truthfully: synchronize waits, twice the work takes twice as long, no product beats the peak.
+"""Clock checks: synchronize blocks, time scales with work, and no matmul exceeds the stated peak.
 
-Work is chained and its end is read: a lazy runtime computes nothing that nobody reads.
+Work is chained and its result is read, because a lazy runtime computes nothing that is never read.
 """
 
 import time
@@ -20,25 +20,25 @@ _FAR_BELOW = 0.1
 _AT_LEAST_S = 0.1
 _SIZES = tuple(2**power for power in range(8, 14))
 _PRODUCT_S = 0.02
-"""Products grow until one takes this long, so that a slow device is done in time."""
+"""Sizes of matmuls increase until one takes this long, so that a slow device finishes in time."""
 _BYTES = (2**24, 2**28)
 _COPY_S = 0.05
 
 
 class ChainedMatmuls:
-    """Square products of one size, each of the last one's result; some fill the time that is asked for."""
+    """Chain of square matmuls of one size, each applied to the previous result."""
 
     def __init__(self, runtime: Runtime, dtype: torch.dtype, size: int) -> None:
         self._runtime, self.size = runtime, size
         device = runtime.device(0)
-        # Each product of ones with a matrix of 1 / size is ones again, exactly, in every type.
+        # Each product of ones with a matrix of 1 / size is ones again, exactly, in every dtype.
         self._ones = torch.ones((size, size), dtype=dtype, device=device)
         self._mean = torch.full((size, size), 1.0 / size, dtype=dtype, device=device)
         self._linear = runtime.model_ops().linear
-        self.seconds(1)  # whatever is made at first use
+        self.seconds(1)  # warm-up: whatever is created at first use
 
     def seconds(self, count: int) -> Tuple[float, float]:
-        """Until synchronize comes back, and after that until the last result has been read."""
+        """Return the seconds until synchronize returns, and from then until the last result has been read."""
         self._runtime.synchronize()
         start = time.perf_counter()
         out: Any = self._ones
@@ -52,7 +52,7 @@ class ChainedMatmuls:
         return waited - start, time.perf_counter() - waited
 
     def calibrate(self) -> int:
-        """How many take long enough to be told from the clock's own steps."""
+        """Return the number of matmuls that takes long enough for the resolution of the clock."""
         count = 1
         while sum(self.seconds(count)) < _AT_LEAST_S and count < 2**14:
             count *= 2
@@ -60,7 +60,7 @@ class ChainedMatmuls:
 
 
 def _largest_matmul(runtime: Runtime, dtype: torch.dtype) -> ChainedMatmuls:
-    """The largest product that the device computes in a short time: sized by its speed, whatever it is."""
+    """Return the first matmul size that takes longer than `_PRODUCT_S`, or the largest size."""
     products = ChainedMatmuls(runtime, dtype, _SIZES[0])
     for size in _SIZES[1:]:
         if sum(products.seconds(1)) > _PRODUCT_S:
@@ -70,7 +70,7 @@ def _largest_matmul(runtime: Runtime, dtype: torch.dtype) -> ChainedMatmuls:
 
 
 def measure_matmul(runtime: Runtime, dtype: torch.dtype) -> Tuple[float, int]:
-    """TFLOP/s of the largest product, and its size."""
+    """Measure TFLOP/s of the largest matmul; also return its size."""
     products = _largest_matmul(runtime, dtype)
     count = products.calibrate()
     seconds = min(sum(products.seconds(count)) for _ in range(3))
@@ -78,7 +78,7 @@ def measure_matmul(runtime: Runtime, dtype: torch.dtype) -> Tuple[float, int]:
 
 
 def check_clock(runtime: Runtime) -> CheckResult:
-    """Read a value after synchronize: what that takes has not been waited for."""
+    """Check that synchronize blocks, by timing a read after it, and that time scales with work."""
     products = _largest_matmul(runtime, torch.float32)
     count = products.calibrate()
     shares, ratios = [], []
@@ -86,36 +86,36 @@ def check_clock(runtime: Runtime) -> CheckResult:
         (once, read), (twice, read_twice) = products.seconds(count), products.seconds(2 * count)
         shares.append(max(read / max(once + read, 1e-9), read_twice / max(twice + read_twice, 1e-9)))
         ratios.append((twice + read_twice) / max(once + read, 1e-9))
-    share, ratio = min(shares), sorted(ratios)[1]  # a read that is late once was held up by other work
+    share, ratio = min(shares), sorted(ratios)[1]  # a single late read was delayed by other work
     if share > _UNWAITED:
-        said = f"{share:.0%} of the time of a chain of products passes after synchronize, until its result is read"
-        advice = "synchronize comes back before the work is done: no figure of this runtime is to be trusted"
+        said = f"{share:.0%} of the time of a matmul chain passes after synchronize, until its result is read"
+        advice = "synchronize returns before the work is done: no timing of this runtime is valid"
         return CheckResult("clock", "fail", said, advice, share, _UNWAITED)
     if not _PROPORTIONAL[0] <= ratio <= _PROPORTIONAL[1]:
-        said = f"twice the work takes {ratio:.2f} times as long"
-        advice = "repeat on an idle machine; if it stays, synchronize or the clock is not what it seems"
+        said = f"time does not scale with work (2x work: {ratio:.2f}x time)"
+        advice = "repeat on an idle machine; if it persists, synchronize or the clock is not reliable"
         return CheckResult("clock", "warn", said, advice, ratio, 2.0)
-    said = f"synchronize waits; twice the work takes {ratio:.2f} times as long"
+    said = f"synchronize blocks; time scales with work (2x work: {ratio:.2f}x time)"
     return CheckResult("clock", "ok", said, value=share, bound=_UNWAITED)
 
 
 def check_speed(
     config: TrainConfig, runtime: Runtime, dtype: torch.dtype, peak: Optional[float], which: str
 ) -> List[CheckResult]:
-    """The largest product against the file's peak, in TFLOP/s.
+    """Compare the largest matmul with the peak in the hardware file, in TFLOP/s.
 
     Args:
-        config: names chip and precision.
-        runtime: of the device.
-        dtype: that products are computed in.
-        peak: of the file; None: unknown.
-        which: its key there.
+        config: configuration with device and precision.
+        runtime: runtime of the device.
+        dtype: dtype of the products.
+        peak: peak in the hardware file; None: unknown.
+        which: key of the peak in the file.
     """
     name = f"speed {config.precision.name}"
     fastest, edge = measure_matmul(runtime, dtype)
     key, size = f"hardware.peak_tflops.{which}", f"{edge} x {edge}"
     if peak is None:
-        said = f"{fastest:.3g} TFLOP/s ({size}); {key} is unknown, so there is no mfu"
+        said = f"{fastest:.3g} TFLOP/s ({size}); {key} is unknown: no mfu"
         return [CheckResult(name, "ok", said, value=fastest)]
     share = fastest / peak
     said = f"{fastest:.3g} TFLOP/s ({size}), {share:.0%} of {key}={peak:g}"
@@ -130,11 +130,11 @@ def check_speed(
 
 
 def check_bandwidth(runtime: Runtime) -> List[CheckResult]:
-    """Memory of the device, and copies between it and the host; GB/s."""
+    """Measure the bandwidth of device memory and of copies from host to device, in GB/s."""
     device = runtime.device(0)
 
     def seconds(size: int, from_host: bool) -> float:
-        """Of one operation on so many bytes, until its result has been read."""
+        """Return the seconds of one operation on `size` bytes, until its result has been read."""
         host = torch.ones(size // 4)
         values, spare = host.to(device), torch.empty_like(host, device=device)
         times = []

@@ -1,4 +1,4 @@
-"""What a chip's runtime must offer: the one interface between this project and any vendor's software."""
+"""Interface of a runtime: the only interface between this project and any vendor's software."""
 
 from pathlib import Path
 from typing import Any, Callable, ContextManager, Dict, List, Optional
@@ -11,18 +11,18 @@ from lit_glm.model.runtime_ops import RuntimeOps
 
 
 class Runtime:
-    """Devices of one kind. Subclasses say how; what a vendor lacks stays None or does nothing.
+    """Devices of one kind. Subclasses override what the vendor supports; the defaults return None or do nothing.
 
-    The class is asked whether it is there; only then is it made, which imports the vendor's package.
+    `unavailable_reason` is called on the class; only the constructor imports the vendor's package.
     """
 
     name = ""
     has_driver = False
-    """Whether its devices are cards with a driver of their own."""
+    """Whether its devices have a driver of their own, unlike a CPU."""
     simulated = False
-    """Whether its devices are pretended: such figures are no measurements of the chip."""
+    """Whether its devices are simulated: metrics are then not measurements of the device."""
     shares_memory = False
-    """Whether the devices of a node have one memory between them: then `mem` is the sum over its ranks."""
+    """Whether the devices of a node share one memory: `mem` is then the sum over its ranks."""
     has_tf32 = False
     """Whether fp32 products can be rounded to TF32."""
     pins_memory = False
@@ -31,44 +31,44 @@ class Runtime:
     """Collective backend for torch.distributed."""
 
     install_hint = ""
-    """How to get what it needs."""
+    """How to install the software that it needs."""
     monitor = ""
-    """package.module.NAME of a `lit_glm.hardware.monitors.Monitor`, in a module that imports no torch; "": none."""
+    """package.module.NAME of a `lit_glm.hardware.monitors.Monitor`, in a module without torch imports; "": none."""
 
     @staticmethod
     def unavailable_reason() -> Optional[str]:
-        """Why this runtime cannot be used here; None if it can. Must not import the vendor's package."""
+        """Return why this runtime cannot be used here; None if it can. Must not import the vendor's package."""
         return None
 
     @staticmethod
     def multi_node_unsupported_reason(nodes: int) -> Optional[str]:
-        """Why the vendor's collectives cannot work between so many nodes; None if they can."""
+        """Return why the vendor's collectives cannot span this many nodes; None if they can."""
         return None
 
     def device_count(self) -> int:
-        """Devices that this process can see."""
+        """Return the number of devices visible to this process."""
         raise NotImplementedError
 
     def device(self, index: int) -> torch.device:
-        """The device that tensors live on."""
+        """Return the torch device of an index."""
         raise NotImplementedError
 
     def set_device(self, index: int) -> None:
         """Make a device the current one of this process."""
 
     def synchronize(self) -> None:
-        """Wait until the current device has nothing left to do."""
+        """Wait until the current device has completed all work."""
 
     def to_host_async(self, values: Tensor, pending: Optional[Any] = None) -> Callable[[], List[Any]]:
-        """Begin to read a few numbers of the device; whoever asks for them waits for them.
+        """Start an asynchronous copy of a small tensor to the host.
 
         Args:
-            values: [N], not changed until they are asked for.
-            pending: a collective that still writes them (what `async_op=True` returns).
+            values: [N], must not change until the copy has been read.
+            pending: a collective that still writes `values` (what `async_op=True` returns).
 
         Returns:
-            Gives the numbers. By default they are read when they are asked for, behind everything that the device was
-            given meanwhile; a runtime with streams waits for the numbers alone.
+            Function that waits for the numbers and returns them. By default it copies only when called, after all work
+            that the device has received by then; a runtime with streams waits only for the numbers.
         """
 
         def read() -> List[Any]:
@@ -79,17 +79,17 @@ class Runtime:
         return read
 
     def after_step(self) -> None:
-        """What the vendor asks for after each step."""
+        """Do what the vendor requires after each step."""
 
     def manual_seed(self, seed: int) -> None:
-        """Seed the processor's generator and that of the current device.
+        """Seed the generators of the CPU and of the current device.
 
-        Called at every step: `torch.manual_seed` would note a stack trace for each kind of device that is not there.
+        Called at every step: `torch.manual_seed` would record a stack trace for each device type that is not available.
         """
         torch.default_generator.manual_seed(seed)
 
     def checkpoint(self) -> Callable[..., Any]:
-        """`fn(f, *args)` that recomputes f in the backward pass."""
+        """Return `fn(f, *args)` that recomputes f in the backward pass."""
         from torch.utils.checkpoint import checkpoint
 
         def recompute(function: Callable[..., Any], *args: Any) -> Any:
@@ -98,30 +98,30 @@ class Runtime:
         return recompute
 
     def model_ops(self) -> RuntimeOps:
-        """What the model is to call in this runtime's own way."""
+        """Return the operations of the model that this runtime replaces."""
         return RuntimeOps(checkpoint=self.checkpoint())
 
     def autocast(self, dtype: torch.dtype) -> ContextManager[Any]:
-        """A context in which matrix products are computed in a half precision."""
+        """Return a context in which matrix products are computed in a half precision."""
         return torch.autocast(self.device(0).type, dtype=dtype)
 
     def loss_scaler(self, config: LossScaleConfig) -> Optional[Any]:
-        """The vendor's own scaler for mixed fp16, as `DynamicLossScale` has it; None: ours."""
+        """Return the vendor's own loss scaler for mixed fp16, with the interface of `DynamicLossScale`; None: ours."""
         return None
 
     def allow_tf32(self, allowed: bool) -> None:
-        """Let fp32 products round their inputs to 10 bits of mantissa, where the chip has that."""
+        """Let fp32 products round their inputs to TF32 (10 bits of mantissa), if the device supports it."""
 
     def precision_hint(self, name: str) -> str:
-        """What to know before computing in a precision here; "" where there is nothing to say."""
+        """Return a hint about a precision on this runtime; "" without one."""
         return ""
 
     def device_name(self, index: int) -> str:
-        """What the device calls itself."""
+        """Return the name that the device reports."""
         return ""
 
     def driver_version(self) -> Optional[str]:
-        """Version of the cards' driver; None where nothing says it."""
+        """Return the driver version; None if unknown."""
         return None
 
     def library_versions(self) -> Dict[str, str]:
@@ -129,29 +129,29 @@ class Runtime:
         return {}
 
     def num_processes(self, index: int) -> Optional[int]:
-        """How many processes compute on a device, this one among them; None where nothing says it."""
+        """Return the number of processes that compute on a device, including this one; None if unknown."""
         return None
 
     def memory_in_use(self, index: int) -> Optional[float]:
-        """Memory in use on a device at this moment, or at the monitor's last reading, bytes."""
+        """Return the bytes in use on a device now, or at the monitor's last reading; None if unknown."""
         return None
 
     def memory_snapshot(self) -> Optional[Any]:
-        """What the device's allocator holds, segment by segment; None where it does not tell."""
+        """Return the segments of the device's allocator; None if not available."""
         return None
 
     def attach_memory_monitor(self, index: int, file: Path) -> None:
-        """Take a device's memory from its monitor too.
+        """Also use the readings of a device's monitor for its memory.
 
         Args:
-            index: of the device.
-            file: that the node's watch writes (`lit_glm.hardware.device_monitor`).
+            index: index of the device.
+            file: table written by the node's device monitor (`lit_glm.hardware.device_monitor`).
         """
 
     def peak_memory(self, index: int) -> Optional[float]:
-        """Highest memory in use on a device so far, bytes; None where nothing can say."""
+        """Return the highest memory in use on a device so far, bytes; None if unknown."""
         return None
 
     def total_memory(self, index: int) -> Optional[float]:
-        """Memory of a device, bytes; None where the runtime cannot say."""
+        """Return the total memory of a device, bytes; None if unknown."""
         return None

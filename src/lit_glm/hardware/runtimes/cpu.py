@@ -20,7 +20,7 @@ from lit_glm.hardware.monitors import cpu_name
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.model.runtime_ops import RuntimeOps, is_cpu_autocast_enabled
 
-_WORTH_IT = 2**23  # multiply-adds from which the other library's call costs less than it saves
+_WORTH_IT = 2**23  # multiply-adds above which calling oneDNN directly is faster
 
 
 def _is_intel_cpu() -> bool:
@@ -36,7 +36,7 @@ _POINTWISE = onednn_linear()
 
 
 def _onednn_matmul(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
-    """Multiply x with the transposed weight, by oneDNN."""
+    """Multiply x by the transposed weight, with oneDNN."""
     if _POINTWISE is not None:
         out: Tensor = _POINTWISE(x, weight, bias, "none", [], "")
         return out
@@ -44,7 +44,7 @@ def _onednn_matmul(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
 
 
 class _OneDNNLinear(torch.autograd.Function):
-    """A linear layer, all three of its products by oneDNN."""
+    """Linear layer whose three products are all computed by oneDNN."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
@@ -62,7 +62,7 @@ class _OneDNNLinear(torch.autograd.Function):
 
 
 def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """[T, out], [T, in] -> [out, in]; the library copies what comes first, so take the order that copies less."""
+    """Compute [T, out], [T, in] -> [out, in]; oneDNN copies the first operand, so use the order that copies less."""
     rows, outputs, inputs = len(x), grad.shape[1], x.shape[1]
     if rows * outputs <= rows * inputs + outputs * inputs:
         return _onednn_matmul(grad.t(), x.t(), None)
@@ -70,10 +70,10 @@ def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
-    """[..., in] -> [..., out].
+    """Apply a linear layer, [..., in] -> [..., out].
 
     Args:
-        x: [T, in]; with other dimensions it is torch's to decide.
+        x: [T, in]; with other dimensions torch's own function is used.
         weight: [out, in].
         bias: [out].
     """
@@ -91,7 +91,7 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Optional[Tensor]:
-    """A linear layer in bf16 with GELU computed as its results come, which saves the slower half of both.
+    """Apply a linear layer in bf16 with fused GELU, which saves a separate pass over the result.
 
     Args:
         x: [T, in].
@@ -99,7 +99,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Optional[Tensor]:
         bias: [out].
 
     Returns:
-        [T, out]; None where torch has no such product, and outside of autocast to bf16.
+        [T, out]; None if torch lacks the fused operation, and outside of autocast to bf16.
     """
     if _POINTWISE is None or not is_cpu_autocast_enabled() or _cpu_autocast_dtype() is not torch.bfloat16:
         return None
@@ -109,7 +109,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Optional[Tensor]:
 
 
 def supports_bf16_gelu() -> bool:
-    """Whether oneDNN multiplies in bf16 here, found by a product of one number: it does not before AVX-512."""
+    """Return whether oneDNN multiplies in bf16 here, tested with a 1 x 1 product; it does not before AVX-512."""
     one = torch.ones(1, 1, dtype=torch.bfloat16)
     try:
         return _POINTWISE is not None and len(_POINTWISE(one, one, one[0], "gelu", [], "tanh")) == 1
@@ -124,13 +124,13 @@ def _cpu_autocast_dtype() -> torch.dtype:
 
 
 _LOOK_S = (1.0, 10.0)
-"""Between looks for children: as long as this process has been at work, within these."""
+"""Bounds of the interval between two searches for child processes; within them, the age of this process."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 _LARGEST_KEPT = 256 * 2**20
 
 
 class CPURuntime(Runtime):
-    """Ranks share the cores; memory in use is the resident memory of the processes."""
+    """CPU runtime: ranks share the cores; memory in use is the resident memory of the processes."""
 
     name = "cpu"
     shares_memory = True
@@ -139,50 +139,50 @@ class CPURuntime(Runtime):
         self._children: List[psutil.Process] = []
         self._childrens_peak, self._begun, self._next_look = 0.0, time.monotonic(), 0.0
         retain_freed_memory()
-        # Where one candidate is all but certain, gradients are below 1e-38, and a product of such numbers takes up to
-        # thirty times as long. Threads that are started from here on take it over.
+        # If one candidate is nearly certain, gradients are below 1e-38 (denormal), and their products take up to thirty
+        # times as long. Threads that are started later inherit the setting.
         torch.set_flush_denormal(True)
 
     def device_count(self) -> int:
-        """As many ranks as there are cores."""
+        """Return the number of available cores, the largest number of ranks."""
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
     def device(self, index: int) -> torch.device:
-        """All ranks compute on the same device."""
+        """Return the CPU, which all ranks share."""
         return torch.device("cpu")
 
     def device_name(self, index: int) -> str:
-        """Model name as the kernel reports it."""
+        """Return the model name as the kernel reports it."""
         return cpu_name()
 
     def precision_hint(self, name: str) -> str:
-        """bf16 needs instructions for it; halves without them are converted and computed in fp32."""
+        """Return a hint if the CPU lacks instructions for a half precision, which is then computed in fp32."""
         if name == "bf16" and not accumulates_bf16_in_fp32():
-            return "this torch sums products of bf16 in bf16 on this processor: inexact and slow; take torch 2 or fp32"
+            return "this torch accumulates bf16 products in bf16 on this CPU: inexact and slow; use torch 2 or fp32"
         if name == "bf16" and not bf16_instructions():
-            return "this processor has no bf16 units: torch converts and computes in fp32, slower than precision=fp32"
+            return "this CPU has no bf16 units: torch converts and computes in fp32, slower than precision=fp32"
         if name in ("amp", "fp16"):
-            return "processors have few fp16 instructions: expect it to be slower than precision=fp32"
+            return "CPUs have few fp16 instructions: expect it to be slower than precision=fp32"
         return ""
 
     def model_ops(self) -> RuntimeOps:
-        """Linear layers by the faster of torch's two libraries."""
+        """Return linear layers of the faster of MKL and oneDNN."""
         gelu = linear_gelu if supports_bf16_gelu() else None
         return RuntimeOps(linear if PREFERS_ONEDNN else F.linear, gelu, checkpoint=self.checkpoint())
 
     def peak_memory(self, index: int) -> Optional[float]:
-        """Resident memory of this process and its children (data loaders): the kernel's high-water mark of each.
+        """Return the peak resident memory of this process and its children (data loaders), from the kernel's counters.
 
-        A data loader's pages that it shares with this process are counted there as well.
+        Pages that a data loader shares with this process are counted for both.
         """
-        # Not getrusage's maximum: that holds what the program that started this one had before it did.
+        # getrusage is only the fallback: its maximum includes memory of the parent program before exec.
         own = _peak_rss(os.getpid()) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
         theirs = sum(_peak_rss(process.pid) for process in self._child_processes() if process.is_running())
         self._childrens_peak = max(self._childrens_peak, theirs)
         return own + self._childrens_peak
 
     def _child_processes(self) -> List[psutil.Process]:
-        """This process's children. They are found by reading all processes of the machine, so only now and then."""
+        """Return this process's children; rarely searched, because that reads all processes of the machine."""
         now = time.monotonic()
         if now >= self._next_look:
             self._next_look = now + min(max(_LOOK_S[0], now - self._begun), _LOOK_S[1])
@@ -190,7 +190,7 @@ class CPURuntime(Runtime):
         return self._children
 
     def memory_in_use(self, index: int) -> Optional[float]:
-        """Resident memory of this process and its children."""
+        """Return the resident memory of this process and its children."""
         total = 0.0
         for one in (psutil.Process(), *self._child_processes()):
             try:
@@ -200,16 +200,16 @@ class CPURuntime(Runtime):
         return total
 
     def total_memory(self, index: int) -> Optional[float]:
-        """Memory of the machine."""
+        """Return the memory of the machine."""
         return float(psutil.virtual_memory().total)
 
 
 def retain_freed_memory() -> None:
-    """Have the C library keep what is freed: the next step needs the same again (glibc's mallopt, malloc.h).
+    """Make the C library keep freed memory, because the next step needs it again (glibc's mallopt, malloc.h).
 
-    Else each tensor above 32 MiB is mapped and unmapped at each use, and the kernel clears its pages each time: at
-    GLM-Large, bs 8, a fifth of a training step (benchmarks/). Tensors above 256 MiB are still given back: the holes
-    that they leave between others would cost more memory than the rest of a step.
+    Otherwise each tensor above 32 MiB is mapped and unmapped at each use, and the kernel clears its pages each time: at
+    GLM-Large, bs 8, a fifth of a training step (benchmarks/). Tensors above 256 MiB are still returned: fragmentation
+    would cost more memory than the rest of a step.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -221,7 +221,7 @@ def retain_freed_memory() -> None:
 
 
 def bf16_instructions() -> List[str]:
-    """Instructions of this processor that multiply in bf16, as the kernel names them; empty without any."""
+    """List the instruction sets of this CPU that multiply in bf16; empty without any."""
     known = {"amx_bf16": "AMX tiles", "avx512_bf16": "AVX-512 dot products", "bf16": "Arm dot products"}
     try:
         with open("/proc/cpuinfo") as file:
@@ -232,16 +232,16 @@ def bf16_instructions() -> List[str]:
 
 
 def accumulates_bf16_in_fp32() -> bool:
-    """Whether products of bf16 are summed in fp32, as they should be; torch 1.12 does so from AVX-512 on only.
+    """Return whether bf16 products are accumulated in fp32; torch 1.12 does so only with AVX-512.
 
-    Summed in bf16, 512 ones come to 256: the next number that bf16 has is 258.
+    Accumulated in bf16, 512 ones give 256, because the next number in bf16 is 258.
     """
     ones = torch.ones(2, 512, dtype=torch.bfloat16)
     return bool((ones @ ones.t() == 512).all())
 
 
 def _peak_rss(pid: int) -> float:
-    """Largest resident memory of a process so far, bytes; 0 if it has ended or the kernel does not say."""
+    """Return the peak resident memory of a process, bytes; 0 if it has exited or the kernel does not report it."""
     try:
         with open(f"/proc/{pid}/status") as file:
             return next(float(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))

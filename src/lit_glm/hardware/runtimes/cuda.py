@@ -1,4 +1,4 @@
-"""NVIDIA cards, and the cards of other vendors whose torch answers as torch.cuda."""
+"""CUDA runtime: NVIDIA devices, and those of other vendors whose torch implements torch.cuda."""
 
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
@@ -12,7 +12,7 @@ from lit_glm.hardware.runtimes.base import Runtime
 
 
 class CUDARuntime(Runtime):
-    """torch.cuda."""
+    """Runtime of torch.cuda devices."""
 
     name = "cuda"
     backend = "nccl"
@@ -20,7 +20,7 @@ class CUDARuntime(Runtime):
     pins_memory = True
     has_driver = True
     install_hint = (
-        "torch's build for the card (NVIDIA's: https://pytorch.org/get-started; others': the vendor's) and its driver"
+        "a torch build for the device (NVIDIA: https://pytorch.org/get-started; others: from the vendor) and its driver"
     )
 
     def __init__(self) -> None:
@@ -33,40 +33,40 @@ class CUDARuntime(Runtime):
 
     @staticmethod
     def unavailable_reason() -> Optional[str]:
-        """Asks torch; a build without CUDA says no."""
+        """Return why torch sees no CUDA device; None if it does."""
         if torch.cuda.is_available():
             return None
         build = "a build of torch with CUDA" if torch.version.cuda is None else "a working driver (see nvidia-smi)"
         return f"torch {torch.__version__} sees no CUDA device: {build} is missing"
 
     def device_count(self) -> int:
-        """Visible cards."""
+        """Return the number of visible devices."""
         return torch.cuda.device_count()
 
     def device(self, index: int) -> torch.device:
-        """cuda:N."""
+        """Return cuda:N."""
         return torch.device("cuda", index)
 
     def set_device(self, index: int) -> None:
-        """torch.cuda.set_device."""
+        """Call torch.cuda.set_device."""
         torch.cuda.set_device(index)
 
     def manual_seed(self, seed: int) -> None:
-        """The current card's too."""
+        """Seed the generators of the CPU and of the current CUDA device."""
         super().manual_seed(seed)
         torch.cuda.manual_seed(seed)
 
     def synchronize(self) -> None:
-        """torch.cuda.synchronize."""
+        """Call torch.cuda.synchronize."""
         torch.cuda.synchronize()
 
     def to_host_async(self, values: Tensor, pending: Optional[Any] = None) -> Callable[[], List[Any]]:
-        """By a copy to page-locked memory, on a stream of its own where a collective must be waited for first."""
+        """Start a copy to page-locked memory, on a separate stream if a collective must finish first."""
         stream = torch.cuda.current_stream() if pending is None else torch.cuda.Stream()
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         with torch.cuda.stream(stream):
             if pending is not None:
-                pending.wait()  # has the stream wait, not the host
+                pending.wait()  # makes the stream wait, not the host
                 values.record_stream(stream)
             host.copy_(values, non_blocking=True)
             done = torch.cuda.Event()
@@ -79,41 +79,41 @@ class CUDARuntime(Runtime):
         return read
 
     def allow_tf32(self, allowed: bool) -> None:
-        """Both switches; torch's own default for products differs by version."""
+        """Set both TF32 switches; torch's own default for products depends on its version."""
         torch.backends.cuda.matmul.allow_tf32 = allowed
         torch.backends.cudnn.allow_tf32 = allowed
 
     def device_name(self, index: int) -> str:
-        """As torch reports it."""
+        """Return the name that torch reports."""
         return str(torch.cuda.get_device_name(index))
 
     def attach_memory_monitor(self, index: int, file: Path) -> None:
-        """NVML counts what the allocator does not see: the context, the collectives' buffers."""
+        """Use NVML's readings, which include memory outside the allocator: context, buffers of collectives."""
         self._watch.start(file, index, "CUDA_VISIBLE_DEVICES")
 
     def peak_memory(self, index: int) -> Optional[float]:
-        """The largest reading of the monitor, and at least what torch's allocator has reserved at most.
+        """Return the larger of the monitor's largest reading and the peak reserved by torch's allocator.
 
-        The allocator alone where other processes use the device: the monitor's readings contain their memory.
+        If other processes use the device, return the allocator's peak: the monitor's readings include their memory.
         """
         reserved = float(torch.cuda.max_memory_reserved(index))
         return reserved if (self.num_processes(index) or 1) > 1 else max(self._watch.peak() or 0.0, reserved)
 
     def memory_snapshot(self) -> Optional[Any]:
-        """As torch's allocator keeps it (what pytorch.org/memory_viz reads)."""
+        """Return the snapshot of torch's allocator (readable by pytorch.org/memory_viz)."""
         return torch.cuda.memory_snapshot()
 
     def num_processes(self, index: int) -> Optional[int]:
-        """As NVML counts them."""
+        """Return the number of processes according to NVML."""
         return nvml_processes(index, "CUDA_VISIBLE_DEVICES")
 
     def memory_in_use(self, index: int) -> Optional[float]:
-        """The monitor's last reading, else what the allocator holds."""
+        """Return the monitor's last reading, else the memory reserved by the allocator."""
         self._watch.update()
         return self._watch.last or float(torch.cuda.memory_reserved(index))
 
     def driver_version(self) -> Optional[str]:
-        """As nvidia-smi says."""
+        """Return the driver version from nvidia-smi."""
         return nvidia_driver_version()
 
     def library_versions(self) -> Dict[str, str]:
@@ -127,5 +127,5 @@ class CUDARuntime(Runtime):
         return {name: str(version) for name, version in found.items() if version is not None}
 
     def total_memory(self, index: int) -> Optional[float]:
-        """As the driver reports it."""
+        """Return the total memory that the driver reports."""
         return float(torch.cuda.get_device_properties(index).total_memory)

@@ -1,7 +1,7 @@
 """Kunlunxin's two runtimes: xmlir (torch 1.12, device "xpu") and XPyTorch (torch 2, patched to look like CUDA).
 
-xmlir: Python 3.8, torch 1.12.1+cpu, package torch_xmlir. Never ask torch itself for "xpu" or "xccl": in current torch
-these are Intel's names.
+xmlir: Python 3.8, torch 1.12.1+cpu, package torch_xmlir. Never request "xpu" or "xccl" from torch itself: in current
+torch these are Intel's names.
 """
 
 import importlib
@@ -21,13 +21,13 @@ from lit_glm.hardware.runtimes.cuda import CUDARuntime
 
 
 def tree_unsupported_reason(nodes: int) -> Optional[str]:
-    """Why its tree all-reduce cannot work between so many nodes (FlagPerf's GLM case, environment_variables.sh)."""
+    """Return why BKCL's tree all-reduce cannot span this many nodes (FlagPerf's GLM case, environment_variables.sh)."""
     tree = os.environ.get("BKCL_SOCKET_FORCE_TREE", "0")
     if nodes == 1 or nodes % 2 == 0 or tree in ("", "0"):
         return None
     return (
         f"BKCL_SOCKET_FORCE_TREE={tree} (conf/hardware/, or your environment): a tree all-reduce needs an even number "
-        f"of nodes, not {nodes}; set BKCL_SOCKET_FORCE_TREE=0, or take another number"
+        f"of nodes, not {nodes}; set BKCL_SOCKET_FORCE_TREE=0, or use an even number"
     )
 
 
@@ -35,7 +35,7 @@ _VISIBLE = "XPU_VISIBLE_DEVICES"
 
 
 def _import_vendor_amp() -> Any:
-    """The vendor's package for mixed precision; None if it has none."""
+    """Import the vendor's package for mixed precision; None if there is none."""
     try:
         return importlib.import_module("torch_xmlir.amp")
     except ImportError:
@@ -43,7 +43,7 @@ def _import_vendor_amp() -> Any:
 
 
 class XMLIRRuntime(Runtime):
-    """torch_xmlir.xpu."""
+    """Runtime of torch_xmlir.xpu devices."""
 
     name = "xmlir"
     backend = "xccl"
@@ -54,7 +54,7 @@ class XMLIRRuntime(Runtime):
 
     @staticmethod
     def unavailable_reason() -> Optional[str]:
-        """Looks for the package without importing it: its switches are read at import."""
+        """Return what is missing, without importing the package, because its switches are read at import."""
         if importlib.util.find_spec("torch_xmlir") is None:
             return "the package torch_xmlir is not installed (Kunlunxin's xmlir and xacc, Python 3.8, torch 1.12.1+cpu)"
         if not torch.__version__.startswith("1.12."):
@@ -74,59 +74,59 @@ class XMLIRRuntime(Runtime):
 
     @staticmethod
     def multi_node_unsupported_reason(nodes: int) -> Optional[str]:
-        """A tree has pairs of nodes."""
+        """Return why a tree all-reduce cannot span this many nodes; None if it can."""
         return tree_unsupported_reason(nodes)
 
     def device_count(self) -> int:
-        """Visible cards."""
+        """Return the number of visible devices."""
         return int(self._vendor.xpu.device_count())
 
     def device(self, index: int) -> torch.device:
-        """xpu:N, made by the vendor's own function."""
+        """Return xpu:N, created by the vendor's own function."""
         device: torch.device = self._vendor.device(f"xpu:{index}")
         return device
 
     def set_device(self, index: int) -> None:
-        """torch_xmlir.xpu.set_device."""
+        """Call torch_xmlir.xpu.set_device."""
         self._vendor.xpu.set_device(index)
 
     def synchronize(self) -> None:
-        """Two spellings are in use."""
+        """Wait for the device; two names of the function are in use."""
         xpu = self._vendor.xpu
         (xpu.synchronize if hasattr(xpu, "synchronize") else xpu.xpu_synchronize)()
 
     def after_step(self) -> None:
-        """The published run empties the cache after every step."""
+        """Empty the cache, as the published run does after every step."""
         self._vendor.xpu.empty_cache()
 
     def manual_seed(self, seed: int) -> None:
-        """The vendor's generators are not torch's."""
+        """Seed torch's generator and the vendor's own generators."""
         super().manual_seed(seed)
         self._vendor.xpu.manual_seed_all(seed)
 
     def checkpoint(self) -> Callable[..., Any]:
-        """The vendor's own: torch's saves the state of CUDA's generators."""
+        """Return the vendor's own function, because torch's saves the state of CUDA generators."""
         function: Callable[..., Any] = importlib.import_module("torch_xmlir.nn.checkpoint").checkpoint
         return function
 
     def autocast(self, dtype: torch.dtype) -> ContextManager[Any]:
-        """The vendor's own, where the package has one."""
+        """Return the vendor's own context, if the package has one."""
         own = getattr(_import_vendor_amp(), "autocast", None)
         return own(dtype=dtype) if own is not None else super().autocast(dtype)
 
     def loss_scaler(self, config: LossScaleConfig) -> Optional[VendorLossScale]:
-        """torch_xmlir.amp.GradScaler; it knows no hysteresis and no minimum."""
+        """Return torch_xmlir.amp.GradScaler, which has no hysteresis and no minimum; None if there is none."""
         scaler = getattr(_import_vendor_amp(), "GradScaler", None)
         if scaler is None:
             return None
         return VendorLossScale(scaler(init_scale=config.initial, growth_interval=config.window))
 
     def device_name(self, index: int) -> str:
-        """As the runtime reports it."""
+        """Return the name that the runtime reports."""
         return str(self._vendor.xpu.get_device_name(index))
 
     def total_memory(self, index: int) -> Optional[float]:
-        """From the device's properties where they have it, else from the vendor's monitor."""
+        """Return the memory from the device's properties, else from the vendor's monitor."""
         try:
             return float(self._vendor.xpu.get_device_properties(index).total_memory)
         except (AttributeError, RuntimeError, TypeError):
@@ -135,25 +135,25 @@ class XMLIRRuntime(Runtime):
             return self._totals[index]
 
     def driver_version(self) -> Optional[str]:
-        """As the vendor's monitor says."""
+        """Return the driver version from the vendor's monitor."""
         return xpu_driver_version()
 
     def memory_in_use(self, index: int) -> Optional[float]:
-        """The monitor's last reading, else what the runtime says, where it says anything."""
+        """Return the monitor's last reading, else the runtime's value, if any."""
         self._memory.update()
         return self._memory.last or self._statistic("memory_reserved", index)
 
     def attach_memory_monitor(self, index: int, file: Path) -> None:
-        """The vendor's command-line tool is asked, as in the published runs."""
+        """Use the readings of the vendor's command-line tool, as in the published runs."""
         self._memory.start(file, index, _VISIBLE)
 
     def peak_memory(self, index: int) -> Optional[float]:
-        """The largest reading of the monitor, and at least what the runtime says, where it says anything."""
+        """Return the larger of the monitor's largest reading and the runtime's peak, if any."""
         found = (self._memory.peak(), self._statistic("max_memory_reserved", index))
         return max((value for value in found if value is not None), default=None)
 
     def _statistic(self, name: str, index: int) -> Optional[float]:
-        """Of the runtime's allocator; several builds have none, or raise."""
+        """Return a statistic of the runtime's allocator; None in builds that lack it, or raise."""
         try:
             return float(getattr(self._vendor.xpu, name)(index))
         except (AttributeError, RuntimeError, TypeError, NotImplementedError):
@@ -161,7 +161,7 @@ class XMLIRRuntime(Runtime):
 
 
 class XPyTorchRuntime(CUDARuntime):
-    """torch.cuda as the vendor patches it; told from NVIDIA by the presence of torch_xmlir."""
+    """Runtime of torch.cuda as patched by the vendor; identified by the presence of torch_xmlir."""
 
     name = "xpytorch"
     has_tf32 = False
@@ -169,7 +169,7 @@ class XPyTorchRuntime(CUDARuntime):
 
     @staticmethod
     def unavailable_reason() -> Optional[str]:
-        """Looks for the package without importing it: its switches are read at import."""
+        """Return what is missing, without importing the package, because its switches are read at import."""
         if importlib.util.find_spec("torch_xmlir") is None:
             return "the package torch_xmlir is not installed (XPyTorch from Kunlunxin, for its own builds of torch 2)"
         if torch.__version__.startswith("1."):
@@ -181,18 +181,18 @@ class XPyTorchRuntime(CUDARuntime):
 
         super().__init__()
         if not torch.cuda.is_available():
-            raise RuntimeError("torch_xmlir is installed but no XPU answers: check the driver (xpu-smi -m)")
+            raise RuntimeError("torch_xmlir is installed but sees no XPU: check the driver (xpu-smi -m)")
 
     @staticmethod
     def multi_node_unsupported_reason(nodes: int) -> Optional[str]:
-        """A tree has pairs of nodes."""
+        """Return why a tree all-reduce cannot span this many nodes; None if it can."""
         return tree_unsupported_reason(nodes)
 
     def driver_version(self) -> Optional[str]:
-        """As the vendor's monitor says."""
+        """Return the driver version from the vendor's monitor."""
         return xpu_driver_version()
 
     def device_name(self, index: int) -> str:
-        """Asked of the monitor: torch says "GPU" for every card."""
+        """Return the name from the monitor, because torch reports "GPU" for every device."""
         card = physical_device_index(index, "CUDA_VISIBLE_DEVICES")
         return "" if card is None else xpu_device_names().get(card, "")

@@ -18,36 +18,36 @@ from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.hardware.runtimes.cpu import CPURuntime
 
 BUILT_IN_RUNTIMES = ("cpu", "cuda", "xmlir", "xpytorch")
-"""That a chip may run on; `simulated` rehearses any."""
+"""Runtimes that a hardware file can list; `simulated` works with any file."""
 TARGET_KEY = "_target_"
-"""The runtime of a hardware file that names a class of another package."""
+"""Name of the runtime of a hardware file that gives a class of an external package."""
 
 
 def import_runtime_class(target: str) -> "type[Runtime]":
-    """A runtime of a package outside this one.
+    """Import the runtime class of an external package.
 
     Args:
-        target: package.module.Class, as `_target_` of a hardware file has it.
+        target: package.module.Class, as in `_target_` of a hardware file.
 
     Raises:
-        InputError: if there is no such class, or if it is no Runtime.
+        InputError: if there is no such class, or if it is not a Runtime.
     """
     module, _, name = target.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name) if module else None
     except (ImportError, AttributeError) as error:
         raise InputError(
-            f"hardware._target_={target}: cannot be found ({error}); it is package.module.Class, and the package "
-            f"must be installed in this environment ({sys.executable})"
+            f"hardware._target_={target}: cannot be imported ({error}); give package.module.Class of a package that "
+            f"is installed in this environment ({sys.executable})"
         ) from error
     if not (isinstance(found, type) and issubclass(found, Runtime)):
         raise InputError(
-            f"hardware._target_={target}: is no subclass of lit_glm.hardware.runtimes.base.Runtime (docs/new_chip.md)"
+            f"hardware._target_={target}: not a subclass of lit_glm.hardware.runtimes.base.Runtime (docs/new_chip.md)"
         )
     renamed = find_old_methods(found)
     if renamed:
         raise InputError(
-            f"hardware._target_={target}: has names of an older lit_glm; rename them ({', '.join(renamed)}), see "
+            f"hardware._target_={target}: uses names of an older lit_glm; rename them ({', '.join(renamed)}), see "
             "docs/new_chip.md"
         )
     return found
@@ -71,12 +71,12 @@ def _runtime_classes(hardware: HardwareConfig) -> Dict[str, "type[Runtime]"]:
 
 
 def _candidate_runtimes(hardware: HardwareConfig) -> List[str]:
-    """Runtimes that may be taken, best first: none that would give another chip's figures under this one's name."""
+    """List the allowed runtimes, best first; none that would report another device's figures under this name."""
     if hardware._target_ is not None:
         if hardware.runtime not in ("auto", "simulated"):
             raise InputError(
-                f"hardware.runtime={hardware.runtime}: hardware={hardware.name} names its own class "
-                f"(_target_: {hardware._target_}), which is taken with hardware.runtime=auto; leave the key out"
+                f"hardware.runtime={hardware.runtime}: hardware={hardware.name} has its own class "
+                f"(_target_: {hardware._target_}), which requires hardware.runtime=auto; remove the key"
             )
         return ["simulated"] if hardware.runtime == "simulated" else [TARGET_KEY]
     unknown = sorted(set(hardware.runtimes) - set(BUILT_IN_RUNTIMES))
@@ -95,16 +95,16 @@ def _candidate_runtimes(hardware: HardwareConfig) -> List[str]:
     if hardware.runtime not in ("simulated", *hardware.runtimes):
         raise InputError(
             f"hardware.runtime={hardware.runtime}: hardware={hardware.name} runs on {', '.join(hardware.runtimes)} "
-            "(auto takes the first that is there), or is rehearsed with hardware.runtime=simulated"
+            "(auto: the first available); for a dry run use hardware.runtime=simulated"
         )
     return [hardware.runtime]
 
 
 def check_runtime_available(hardware: HardwareConfig, topology: TopologyConfig) -> None:
-    """Say that a chip's runtime is missing before anything is started; the processor's never is.
+    """Check that a runtime is available before anything is started; cpu and simulated always are.
 
     Raises:
-        InputError: what is missing, and how to rehearse without it; or why it cannot span these nodes.
+        InputError: what is missing, and how to do a dry run without it; or why it cannot span these nodes.
     """
     names = _candidate_runtimes(hardware)
     if {"cpu", "simulated"} & set(names):
@@ -125,16 +125,16 @@ def _unavailable_message(hardware: HardwareConfig, reasons: List[str]) -> str:
         f"hardware={hardware.name}: none of its runtimes can be used here\n"
         + "\n".join(reasons)
         + "".join(f"\nInstall it: {way}" for way in ways if way)
-        + "\nor rehearse without the chip: "
+        + "\nor do a dry run without the device: "
         f"hardware={hardware.name} hardware.runtime=simulated"
     )
 
 
 def make_runtime(hardware: HardwareConfig, topology: TopologyConfig) -> Runtime:
-    """Make the runtime that a hardware file asks for.
+    """Create the runtime of a hardware file.
 
     Raises:
-        InputError: if it is not there; says what is missing and how to rehearse without it.
+        InputError: if it is not available; says what is missing and how to do a dry run without it.
     """
     from lit_glm.hardware.runtimes.selection import SimulatedRuntime
 
@@ -156,15 +156,15 @@ def make_runtime(hardware: HardwareConfig, topology: TopologyConfig) -> Runtime:
 
 
 def check_device_count(runtime: Runtime, topology: TopologyConfig) -> None:
-    """Compare the devices of this node with the topology.
+    """Check that this node has enough devices for the topology.
 
     Raises:
         InputError: if there are fewer.
     """
     if runtime.device_count() < topology.devices_per_node:
         raise InputError(
-            f"topology={topology.name} asks for {topology.devices_per_node} devices a node; "
-            f"{runtime.name} sees {runtime.device_count()} here"
+            f"topology={topology.name} needs {topology.devices_per_node} devices per node; "
+            f"runtime {runtime.name} finds {runtime.device_count()}"
         )
 
 
@@ -174,24 +174,24 @@ def _pattern_matches(file: str, pattern: str, name: str) -> bool:
     except re.error as error:
         raise InputError(
             f"conf/hardware/{file}.yaml: device_name_pattern={pattern}: not a regular expression ({error}); "
-            "brackets and the like need a backslash before them"
+            "escape special characters with a backslash"
         ) from error
 
 
 def validate_devices(hardware: HardwareConfig, runtime: Runtime, devices: int, folder: Path) -> List[str]:
-    """Compare what the cards call themselves with the hardware file: another card's peak makes a wrong mfu.
+    """Compare the device names with the hardware file, because another device's peak gives a wrong mfu.
 
     Args:
-        hardware: the file that was chosen.
-        runtime: asked for names and memory.
-        devices: cards of this node in use.
-        folder: conf/hardware/, where a better file may be.
+        hardware: the selected hardware file.
+        runtime: queried for names and memory.
+        devices: number of devices of this node in use.
+        folder: conf/hardware/, which may contain a better file.
 
     Returns:
-        Lines worth reading.
+        Warnings.
 
     Raises:
-        InputError: if a card is another than the file's.
+        InputError: if a device does not match the file.
     """
     said = []
     known: Dict[str, Any] = {entry.stem: OmegaConf.load(entry) for entry in sorted(folder.glob("*.yaml"))}
@@ -203,14 +203,14 @@ def validate_devices(hardware: HardwareConfig, runtime: Runtime, devices: int, f
             continue
         if is_mig_slice(name) and hardware.name in known and hardware.product_name:
             raise InputError(
-                f"hardware={hardware.name}, but device {index} is a slice of a card, {name!r}, which has a part of the "
-                "card's speed and memory; take hardware=cuda, or a hardware file of your own (no peak, so no mfu)"
+                f"hardware={hardware.name}, but device {index} is a MIG slice, {name!r}, with only a part of the "
+                "speed and memory; use hardware=cuda, or your own hardware file (no peak, hence no mfu)"
             )
         better = [file for file, pattern in patterns.items() if pattern and _pattern_matches(file, pattern, name)]
         if hardware.device_name_pattern and not _pattern_matches(hardware.name, hardware.device_name_pattern, name):
             raise InputError(
-                f"hardware={hardware.name}, but card {index} calls itself {name!r}; "
-                f"take hardware={better[0] if better else 'cuda (any card, no peak)'}"
+                f"hardware={hardware.name}, but device {index} is {name!r}; "
+                f"use hardware={better[0] if better else 'cuda (any device, no peak)'}"
             )
         others = [vendor for vendor in vendors - {hardware.vendor} if vendor.lower() in name.lower()]
         if (
@@ -218,16 +218,16 @@ def validate_devices(hardware: HardwareConfig, runtime: Runtime, devices: int, f
             and hardware.product_name
             and ((better and better[0] != hardware.name) or others)
         ):
-            take = better[0] if better else "another file, or one of its own (docs/hardware.md)"
-            raise InputError(f"hardware={hardware.name}, but card {index} calls itself {name!r}; take hardware={take}")
+            take = better[0] if better else "another file, or a new one (docs/hardware.md)"
+            raise InputError(f"hardware={hardware.name}, but device {index} is {name!r}; use hardware={take}")
         total = runtime.total_memory(index)
         if hardware.memory_gib and total and abs(total / 2**30 / hardware.memory_gib - 1) > 0.1:
             said.append(
-                f"card {index} has {total / 2**30:.1f} GiB, conf/hardware/{hardware.name}.yaml says "
-                f"{hardware.memory_gib:g}: the card's own figure counts"
+                f"device {index} has {total / 2**30:.1f} GiB, conf/hardware/{hardware.name}.yaml has "
+                f"{hardware.memory_gib:g}; using the device's value"
             )
         if not hardware.device_name_pattern and better and index == 0:
-            said.append(f"{name}: hardware={better[0]} knows its peak, hardware={hardware.name} gives no mfu")
+            said.append(f"{name}: hardware={better[0]} has its peak; hardware={hardware.name} gives no mfu")
         elif (
             not hardware.device_name_pattern
             and hardware.product_name
@@ -235,23 +235,23 @@ def validate_devices(hardware: HardwareConfig, runtime: Runtime, devices: int, f
             and index == 0
         ):
             said.append(
-                f"card 0 calls itself {name!r}; hardware={hardware.name} has the figures of {hardware.product_name}"
+                f"device 0 is {name!r}; hardware={hardware.name} has the specification of {hardware.product_name}"
             )
     return said
 
 
 class SimulatedRuntime(CPURuntime):
-    """Cards with indices and a memory size; tensors live on the CPU, gloo stands behind the backend."""
+    """Simulated devices with indices and a memory size; tensors are on the CPU, the backend is gloo."""
 
     name = "simulated"
     simulated = True
     shares_memory = False
 
     def __init__(self, cards: int, memory_gib: Optional[float]) -> None:
-        """Pretend.
+        """Set the devices.
 
         Args:
-            cards: devices of this node.
+            cards: number of devices of this node.
             memory_gib: memory of each.
         """
         super().__init__()
@@ -259,23 +259,23 @@ class SimulatedRuntime(CPURuntime):
         self._memory_gib = memory_gib
 
     def device_count(self) -> int:
-        """As many as the topology asks for."""
+        """Return the number of devices that the topology needs."""
         return self._cards
 
     def device(self, index: int) -> torch.device:
-        """The CPU, for a card that exists."""
+        """Return the CPU, for a valid index."""
         if not 0 <= index < self._cards:
-            raise InputError(f"card {index} does not exist: {self._cards} cards are simulated")
+            raise InputError(f"device {index} does not exist: {self._cards} devices are simulated")
         return torch.device("cpu")
 
     def precision_hint(self, name: str) -> str:
-        """Nothing: the time is no figure of the chip anyway."""
+        """Return no hint: times of a dry run are not measurements."""
         return ""
 
     def device_name(self, index: int) -> str:
-        """Says what it is."""
+        """Return "simulated" for every device."""
         return "simulated"
 
     def total_memory(self, index: int) -> Optional[float]:
-        """That of the card that is simulated."""
+        """Return the memory of the simulated device."""
         return None if self._memory_gib is None else self._memory_gib * 2**30
