@@ -14,6 +14,7 @@ import pytest
 from hypothesis import settings
 
 from fork_server import ForkedProcess, ForkServer, can_fork
+from lit_glm.console import install_message_handler
 
 settings.register_profile("unhurried", deadline=None)  # tests run beside each other: none is judged by its time
 settings.load_profile("unhurried")
@@ -122,6 +123,7 @@ _server = ForkServer()
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    install_message_handler()  # for tests that call what a command calls
     _server.env = dict(os.environ)
     yield
     _server.close()

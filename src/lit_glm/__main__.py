@@ -1,10 +1,13 @@
 """`lit-glm COMMAND ...` and `python -m lit_glm COMMAND ...`, equivalent to `python -m lit_glm.COMMAND ...`."""
 
 import importlib
+import logging
 import os
 import sys
 
 import lit_glm
+
+log = logging.getLogger("lit_glm")
 
 _COMMANDS = {
     "train": "one benchmark run, or with -m a sweep",
@@ -60,7 +63,7 @@ def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] not in _COMMANDS:
         asked = len(sys.argv) > 1 and sys.argv[1] not in ("-h", "--help")
         if asked:
-            print(f"lit_glm: {sys.argv[1]}: there is no such command", file=sys.stderr)
+            log.error(f"{sys.argv[1]}: there is no such command")
         print("\n".join(f"  lit-glm {name:9} {text}" for name, text in _COMMANDS.items()))
         return 2 if asked else 0
     command = sys.argv.pop(1)

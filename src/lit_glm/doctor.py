@@ -1,6 +1,7 @@
 """`python -m lit_glm.doctor [overrides] [--json]`: pre-flight checks before a long run (30 s)."""
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any, Callable, Iterator
@@ -12,6 +13,8 @@ from lit_glm.config.hydra_main import run_command
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError, RunError
 from lit_glm.hardware.env import set_hardware_env
+
+log = logging.getLogger("lit_glm.doctor")
 
 _DATA = "copy the file again and compare the sizes, or recreate it with python -m lit_glm.prepare"
 _ADVICE = {
@@ -99,8 +102,8 @@ def main() -> int:
             said = [{key: getattr(entry, key) for key in ("name", "status", "message", "advice")} for entry in findings]
             print(json.dumps({"ok": not failed, "checks": said}, indent=1, ensure_ascii=False))
         else:
-            print(f"lit_glm: {len(failed)} failed: {', '.join(failed)}" if failed else "lit_glm: nothing failed")
-            print(f"lit_glm: to test the device's arithmetic: python -m lit_glm.verify hardware={config.hardware.name}")
+            log.info(f"{len(failed)} failed: {', '.join(failed)}" if failed else "nothing failed")
+            log.info(f"to test the device's arithmetic: python -m lit_glm.verify hardware={config.hardware.name}")
         return 1 if failed else 0
 
     sys.argv = [argument for argument in arguments if argument != "--json"]

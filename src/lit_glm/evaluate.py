@@ -1,6 +1,7 @@
 """`python -m lit_glm.evaluate`: score a checkpoint on the evaluation set; prints EM and F1, writes predictions."""
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from hydra.errors import HydraException
 from lit_glm.config.hydra_main import run_command
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
+
+log = logging.getLogger("lit_glm.evaluate")
 
 _FILES = ("evaluation.json", "predictions.jsonl")
 
@@ -138,7 +141,7 @@ def _hardware_of_run(run: TrainConfig, config: TrainConfig, overrides: List[str]
         check_runtime_available(hardware, config.topology)
     except (InputError, HydraException) as error:
         reason = str(error).splitlines()[0]
-        print(f"lit_glm: not scored on the run's device, {run.hardware.name}: {reason}", file=sys.stderr)
+        log.warning(f"not scored on the run's device, {run.hardware.name}: {reason}")
         return config.hardware
     return hardware
 
@@ -163,7 +166,7 @@ def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
     overrides = [*hydra.overrides.task, *CommandLine.read(sys.argv[1:]).searchpath]
     config = inherit_run_config(config, given, overrides)
     for line in set_hardware_env(config.hardware):
-        print(f"lit_glm: {line}", file=sys.stderr)
+        log.warning(f"{line}")
     scores: Dict[int, List[float]] = {}
     accuracy, chosen, runtime, split = _score_checkpoint(config, scores)
     names = read_example_metadata(Path(config.data.eval_file), len(chosen))
@@ -227,7 +230,7 @@ def _score_checkpoint(
     check_attention_available(config.model.attention)
     glm, done = build_glm(config.model, runtime.model_ops())
     for line in done:
-        print(f"lit_glm: {config.model.init_checkpoint}: {line}")
+        log.info(f"{config.model.init_checkpoint}: {line}")
     precision = make_precision(config, runtime)
     module = precision.convert_module(RecordModule(glm, config, runtime)).to(device).eval()
     with precision.forward_context():

@@ -1,12 +1,15 @@
 """`python -m lit_glm.export RUN_DIR --to published|safetensors --out FILE`: write the fine-tuned weights of a run."""
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 from typing import List, Optional
 
+from lit_glm.console import set_up_console
 from lit_glm.errors import InputError
-from lit_glm.safe_output import protect_output
+
+log = logging.getLogger("lit_glm.export")
 
 
 def export(run_dir: Path, layout: str, out: Path) -> str:
@@ -56,11 +59,11 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser.add_argument("--to", required=True, choices=("published", "safetensors"), help="layout of the file")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="file to write")
     given = parser.parse_args(arguments)
-    protect_output()
+    set_up_console()
     try:
         print(export(given.run_dir, given.to, given.out))
     except InputError as error:
-        print(f"lit_glm: {error}", file=sys.stderr)
+        log.error(f"{error}")
         return error.exit_status
     return 0
 

@@ -1,6 +1,7 @@
 """`python -m lit_glm.plan [group=name,name] ...`: predict memory, time, throughput and energy of a run."""
 
 import json
+import logging
 import math
 import sys
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,8 @@ from lit_glm.config.hydra_errors import explain_hydra_error
 from lit_glm.config.hydra_main import CONF_DIR, compose_config, run_command, validate_config
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
+
+log = logging.getLogger("lit_glm.plan")
 
 
 @dataclass
@@ -141,7 +144,7 @@ def main() -> int:
             sys.argv = [sys.argv[0], *first, *line.flags]
         return run_command("plan", PlanConfig, _make_task(combinations, as_json))
     except InputError as error:
-        print(f"lit_glm: {error}", file=sys.stderr)
+        log.error(f"{error}")
         return error.exit_status
     finally:
         sys.argv = arguments

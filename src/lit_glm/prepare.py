@@ -1,5 +1,6 @@
 """`python -m lit_glm.prepare`: convert raw ReCoRD to the HDF5 files that `train` reads."""
 
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 from lit_glm.config.hydra_main import run_command
 from lit_glm.config.schema import PrepareConfig
 from lit_glm.errors import InputError
+
+log = logging.getLogger("lit_glm.prepare")
 
 
 def prepare(config: PrepareConfig, _composed: Any) -> int:
@@ -31,7 +34,7 @@ def prepare(config: PrepareConfig, _composed: Any) -> int:
     from lit_glm.preflight.checks import check_vocabulary
 
     if Path(data.vocab_file).is_file():
-        print(f"lit_glm: {check_vocabulary(Path(data.vocab_file))[1]}")
+        log.info(f"{check_vocabulary(Path(data.vocab_file))[1]}")
     for built in prepare_files(
         Path(data.raw_dir), Path(data.out_dir), data.vocab_file, data.max_seq_length, data.num_workers
     ):

@@ -1,14 +1,17 @@
 """`python -m lit_glm.report RUN_DIR ...`: report the results of any number of runs in the published format."""
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Dict, List, Optional, Sequence
 
 from lit_glm.config.key_aliases import old_key_message
+from lit_glm.console import output_error, set_up_console
 from lit_glm.errors import InputError
 from lit_glm.metrics.registry import METRICS, OBJECTIVES
-from lit_glm.safe_output import output_error, protect_output
+
+log = logging.getLogger("lit_glm.report")
 
 if TYPE_CHECKING:
     from lit_glm.reporting.run_reader import ReportRun
@@ -73,10 +76,10 @@ def _compare(given: argparse.Namespace) -> int:
     if limit is None:
         return 0
     if found.largest is None:
-        print(f"lit_glm: --max-loss-diff {limit:g}: no step in common, nothing was compared", file=sys.stderr)
+        log.warning(f"--max-loss-diff {limit:g}: no step in common, nothing was compared")
         return 1
     if found.largest > limit:
-        print(f"lit_glm: largest loss difference {found.largest:.3g} is above {limit:g}", file=sys.stderr)
+        log.warning(f"largest loss difference {found.largest:.3g} is above {limit:g}")
         return 1
     return 0
 
@@ -105,7 +108,7 @@ def report(given: argparse.Namespace) -> int:
         raise InputError(f"--format {given.format} --lang {given.lang}: several files need --out DIR")
     runs, left_out = find_runs(places)
     for line in left_out:
-        print(f"lit_glm: {line}", file=sys.stderr)
+        log.warning(f"{line}")
     if not runs:
         raise InputError("no run was found")
     key = given.sort or ("acc" if given.best else None)
@@ -185,7 +188,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="compare two runs side by side instead")
     parser.add_argument("--max-loss-diff", type=float, help="with --compare: exit with 1 above it")
     given = parser.parse_intermixed_args(arguments)
-    protect_output()
+    set_up_console()
     try:
         status = report(given)
         problem = output_error()
@@ -193,7 +196,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
             raise InputError(f"the report cannot be written to standard output ({problem}); give --out DIR")
         return status
     except InputError as error:
-        print(f"lit_glm: {error}", file=sys.stderr)
+        log.error(f"{error}")
         return error.exit_status
 
 

@@ -1,5 +1,6 @@
 """`python -m lit_glm.train`: run one benchmark, or a sweep with -m."""
 
+import logging
 import time
 
 _ENTRY = time.monotonic()  # e2e_time counts from here
@@ -16,6 +17,8 @@ from lit_glm.config.schema import TrainConfig  # noqa: E402
 from lit_glm.errors import InputError  # noqa: E402
 from lit_glm.launch.signals import Interrupted, RaisingStopSignals, ignore_stop_signals  # noqa: E402
 from lit_glm.process_utils import paused_gc  # noqa: E402
+
+log = logging.getLogger("lit_glm.train")
 
 
 def train(config: TrainConfig, composed: Any) -> TaskOutcome:
@@ -111,7 +114,7 @@ def run(config: TrainConfig, run_dir: Path, files: Dict[str, str], prepare: Call
             run_dir, resumes = _resolve_run_dir(config, run_dir)
         result = read_result(run_dir) if resumes else None
         if result is not None and result.get("status") in COMPLETE:
-            print(f"lit_glm: {run_dir}: the run is complete; nothing to do")
+            log.info(f"{run_dir}: the run is complete; nothing to do")
             print(results_table([result]), flush=True)
             announce_end(config, node, 0, "the run is complete; nothing to do")
             return 0
@@ -120,7 +123,7 @@ def run(config: TrainConfig, run_dir: Path, files: Dict[str, str], prepare: Call
         run_job(JobSpec(config, _ENTRY, sys.argv, resumes), run_dir, files, node)
     except Interrupted as stop:
         hint = f"; {resume_hint(run_dir)}" if node.rank == 0 else ""
-        print(f"lit_glm: {stop}{hint}", file=sys.stderr)
+        log.error(f"{stop}{hint}")
         return stop.exit_status
     return 0
 
@@ -144,7 +147,7 @@ def main() -> int:
     except KeyboardInterrupt:
         stopped = True
     except Interrupted as stop:
-        print(f"lit_glm: {stop}", file=sys.stderr)
+        log.error(f"{stop}")
         status = stop.exit_status
     sweep = sys.modules.get("lit_glm.launch.sweep")  # imported when a sweep starts
     if sweep is not None:

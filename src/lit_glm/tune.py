@@ -1,5 +1,6 @@
 """`python -m lit_glm.tune [group=name] ...`: find the largest batch size that fits, and the fastest."""
 
+import logging
 import os
 import sys
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ from lit_glm.config.hydra_main import run_command
 from lit_glm.config.schema import TrainConfig
 from lit_glm.config.tuned_values import TUNE_FILE
 from lit_glm.errors import InputError
+
+log = logging.getLogger("lit_glm.tune")
 
 _OWN = ("bs", "hydra.run.dir", "run.resume")
 """Keys of a search that are not passed to its trials."""
@@ -61,11 +64,11 @@ def tune(config: Any, _composed: Any) -> int:
     try:
         if node > 0:
             return run_follower(config, trials, folder)
-        print(f"lit_glm: search folder {folder}", flush=True)
+        log.info(f"search folder {folder}")
         with lock_directory(folder):
             return run_coordinator(config, trials, folder, train)
     except Interrupted as stop:
-        print(f"lit_glm: {stop}; resume with run.resume={folder}", file=sys.stderr)
+        log.error(f"{stop}; resume with run.resume={folder}")
         return stop.exit_status
 
 
@@ -86,9 +89,7 @@ def _resolve_search_dir(config: TrainConfig, folder: Path) -> Path:
             if (read_state(place) or {}).get("config_hash") == own and not (read_state(place) or {})["complete"]
         ]
         if not mine:
-            print(
-                "lit_glm: run.resume=auto: no unfinished search of this configuration; starting a new one", flush=True
-            )
+            log.info("run.resume=auto: no unfinished search of this configuration; starting a new one")
         newest: Optional[Path] = max(mine, key=lambda place: (place / TUNE_FILE).stat().st_mtime, default=None)
         return (newest or folder).resolve()
     if resume is not None:

@@ -1,6 +1,7 @@
 """`python -m lit_glm.verify [overrides] [--json]`: numerical and timing acceptance test of a device."""
 
 import json
+import logging
 import os
 import sys
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from lit_glm.config.command_line import CommandLine
 from lit_glm.config.hydra_main import CONF_DIR, compose_config, run_command, validate_config
 from lit_glm.config.schema import TrainConfig
 from lit_glm.hardware.env import set_hardware_env
+
+log = logging.getLogger("lit_glm.verify")
 
 
 @dataclass
@@ -62,10 +65,11 @@ def main() -> int:
         keys = [override.key_or_group for override in CommandLine.read(sys.argv[1:]).parse()]
         whole = any(key.split(".")[0] in ("model", "experiment") for key in keys)
         if not as_json:
-            print("\n".join(f"lit_glm: {line}" for line in (*kept, f"writing verify.json to {folder}")), flush=True)
+            for line in (*kept, f"writing verify.json to {folder}"):
+                log.info(line)
         acceptance = AcceptanceTest(_configs_per_precision(config), runtime, whole, 60.0 * config.verify.max_minutes)
         if not as_json:
-            print(f"lit_glm: {acceptance.title()}", flush=True)
+            log.info(f"{acceptance.title()}")
         device = acceptance.device()
         for check in acceptance.checks():
             environment.write_verification(folder, device, acceptance.done, acceptance.passed, complete=False)
@@ -76,8 +80,8 @@ def main() -> int:
         if as_json:
             print(json.dumps(content, indent=1, ensure_ascii=False))
         else:
-            print(f"lit_glm: {len(failed)} failed: {', '.join(failed)}" if failed else "lit_glm: nothing failed")
-            print(f"lit_glm: {folder / environment.VERIFY_FILE}")
+            log.info(f"{len(failed)} failed: {', '.join(failed)}" if failed else "nothing failed")
+            log.info(f"{folder / environment.VERIFY_FILE}")
         return 1 if failed else 0
 
     sys.argv = [argument for argument in arguments if argument != "--json"]

@@ -5,6 +5,7 @@ composed here with Hydra's compose API, and the task is called with it. `hydra.m
 completion and sweeps.
 """
 
+import logging
 import os
 import re
 import sys
@@ -26,9 +27,11 @@ from lit_glm.config.hydra_errors import check_overrides, explain_hydra_error
 from lit_glm.config.key_aliases import REMOVED_KEYS, RENAMED, old_key_message
 from lit_glm.config.schema import CONF_DIR, HardwareConfig, iter_leaves, range_errors
 from lit_glm.config.tuned_values import resolve_auto_bs
+from lit_glm.console import set_up_console
 from lit_glm.errors import InputError, RunError
 from lit_glm.openmp import limit_spinning
-from lit_glm.safe_output import protect_output
+
+log = logging.getLogger(__name__)
 
 _NOT_KEYS = ("defaults:", "hydra:")
 
@@ -105,7 +108,7 @@ def validate_config(cfg: DictConfig, schema: "type[Config]") -> Config:
     """
     if cfg.get("bs") == "auto":
         cfg.bs, source = resolve_auto_bs(cfg, _fix_hp_bs(cfg))
-        print(f"lit_glm: bs=auto: {cfg.bs}, {source}", file=sys.stderr, flush=True)
+        log.warning(f"bs=auto: {cfg.bs}, {source}")
     _reject_old_keys(cfg)
     cfg = _with_hardware_defaults(cfg)
     try:
@@ -239,7 +242,7 @@ def run_command(
     Returns:
         The exit status: 0 success, 1 failure, 2 invalid input, or what `task` returns; the highest in a sweep.
     """
-    protect_output()
+    set_up_console()
     limit_spinning()  # before anything loads torch
     try:
         line = CommandLine.read(sys.argv[1:])
@@ -337,7 +340,7 @@ def is_group(config_dir: Optional[str]) -> Callable[[str], bool]:
 
 
 def _print_error(message: str, status: int) -> int:
-    print(f"lit_glm: {message}", file=sys.stderr)
+    log.error(f"{message}")
     return status
 
 

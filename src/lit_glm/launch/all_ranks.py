@@ -10,6 +10,7 @@ from typing import Any, Callable, Dict, Optional
 
 from lit_glm.atomic_files import write_json
 from lit_glm.config.schema import TrainConfig
+from lit_glm.console import set_up_console
 from lit_glm.launch.heartbeat import Heartbeat
 from lit_glm.launch.process_group import process_group
 from lit_glm.launch.rendezvous import resolve_node
@@ -56,6 +57,7 @@ def rank_main(folder: Path, work: Callable[[TrainConfig], Dict[str, Any]]) -> in
     Returns:
         The exit status.
     """
+    set_up_console()
     config = JobSpec.read(folder).config
     beat = Heartbeat(folder, int(os.environ["RANK"]))
 

@@ -1,7 +1,7 @@
 """`train` as one rank of a torchrun started by the user: starts no ranks; all ranks share one run folder."""
 
+import logging
 import os
-import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,6 +21,8 @@ from lit_glm.process_utils import exit_now, kill_children, paused_gc, raise_open
 from lit_glm.runs.job_spec import JobSpec
 from lit_glm.runs.result import is_complete, mark_failed
 
+log = logging.getLogger(__name__)
+
 _FIRST_SPEAKS_S = 5.0
 
 
@@ -33,7 +35,7 @@ def _run_watchdog(config: TrainConfig, folder: Path, outer: ExternalRank) -> Any
     def end_this(where: List[str]) -> None:
         message = stall_message(config, folder, where)
         mark_failed(folder, message)  # the node's first rank may be the one that hangs
-        print(f"lit_glm: {message}", file=sys.stderr, flush=True)
+        log.error(f"{message}")
         kill_children()
         os._exit(1)
 

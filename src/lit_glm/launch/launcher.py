@@ -1,8 +1,8 @@
 """Job launcher: runs one device in this process, several under a supervisor; records how the job ended."""
 
+import logging
 import os
 import signal
-import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +26,8 @@ from lit_glm.runs.error_files import error_reason, root_cause, write_error_file
 from lit_glm.runs.job_spec import JobSpec
 from lit_glm.runs.result import mark_failed, mark_interrupted, read_result, update_result
 from lit_glm.runs.run_folder import acquire_run_dir
+
+log = logging.getLogger(__name__)
 
 
 def run_job(
@@ -109,7 +111,7 @@ def write_energy_metrics(job: JobSpec, run_dir: Path) -> Iterator[None]:
                     f"{took['energy_j'] / 1000:.1f} kJ",
                     METRICS["samples_per_joule"].form(took["samples_per_joule"]),
                 )
-                print(f"lit_glm: {energy}, {rate} samples/J, {took['power_mean_w']:.0f} W on average")
+                log.info(f"{energy}, {rate} samples/J, {took['power_mean_w']:.0f} W on average")
 
 
 @contextmanager
@@ -159,7 +161,7 @@ def exit_interrupted(run_dir: Path) -> Callable[[int, str], None]:
         remove_partial(run_dir)
         mark_interrupted(run_dir)
         name = signal.Signals(number).name
-        print(f"lit_glm: interrupted by {name}; the run {reason}; {resume_hint(run_dir)}", file=sys.stderr, flush=True)
+        log.error(f"interrupted by {name}; the run {reason}; {resume_hint(run_dir)}")
         kill_children()
         os._exit(128 + number)
 
@@ -173,7 +175,7 @@ def _run_in_process(job: JobSpec, run_dir: Path, stop: StopRequest) -> None:
     def end_all(where: List[str]) -> None:
         message = stall_message(job.config, run_dir, where)
         mark_failed(run_dir, message)
-        print(f"lit_glm: {message}", file=sys.stderr, flush=True)
+        log.error(f"{message}")
         kill_children()
         os._exit(1)
 

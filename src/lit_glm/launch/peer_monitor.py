@@ -5,6 +5,7 @@ timeout, half an hour with some. Therefore each rank holds a TCP connection to r
 of a process however it exits, and detects a host that no longer answers.
 """
 
+import logging
 import os
 import secrets
 import selectors
@@ -25,6 +26,7 @@ _GRACE_S = 10.0
 _CONNECT_S = 30.0
 _HELLO_S = 5.0
 _WORD_S = 2.0
+log = logging.getLogger(__name__)
 _PROBES = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}  # detects a lost host after 30 s
 _HELLO = struct.Struct("!16si")
 _WORD = struct.Struct("!ii")  # a rank and its exit status
@@ -36,7 +38,7 @@ _FRAMES = 8
 def _exit_with_stack(words: str, status: int) -> None:
     main = sys._current_frames().get(threading.main_thread().ident or 0)
     calls = "".join(traceback.format_stack(main)[-_FRAMES:])
-    print(f"lit_glm: {words}; its stack:\n{calls}", file=sys.stderr, end="", flush=True)
+    log.error(f"{words}; its stack:\n{calls.rstrip()}")
     os._exit(status)
 
 

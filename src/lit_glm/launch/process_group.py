@@ -1,5 +1,6 @@
 """Process group of a job: rendezvous, agreement on the configuration, and exit of all ranks if one fails."""
 
+import logging
 import os
 import socket
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from lit_glm.hardware.runtimes.selection import check_device_count, make_runtime
 from lit_glm.launch.heartbeat import STALL_MARGIN_S
 from lit_glm.launch.peer_monitor import PeerMonitor, connect_peers, name_lost_peer
 from lit_glm.launch.rendezvous import RunFolder, meet
+
+log = logging.getLogger(__name__)
 
 _LATER_S = 15.0
 
@@ -155,4 +158,4 @@ def assert_same_job_on_all_ranks(config_hash: str, step: int, device: Any) -> No
             )
     if len(nodes) > 1 and torch.distributed.get_rank() == 0:
         for node, hosts in sorted(nodes.items(), key=lambda entry: int(entry[0])):
-            print(f"lit_glm: node {node}: {len(hosts)} rank{'s' * (len(hosts) > 1)} joined ({hosts[0]})", flush=True)
+            log.info(f"node {node}: {len(hosts)} rank{'s' * (len(hosts) > 1)} joined ({hosts[0]})")

@@ -3,7 +3,6 @@
 import logging
 import os
 import signal
-import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +47,8 @@ from lit_glm.runs.run_writer import RunWriter
 from lit_glm.training.module import AtomicCheckpointIO, RecordModule
 from lit_glm.training.optimizer import HAS_FUSED, fused_unavailable_reason
 
+log = logging.getLogger(__name__)
+
 
 @dataclass
 class RankContext:
@@ -67,7 +68,7 @@ class RankContext:
         """Print a text on rank 0 only."""
         if self.rank == 0:
             for line in text.split("\n"):
-                print(f"lit_glm: {line}", flush=True)
+                log.info(f"{line}")
 
 
 @dataclass
@@ -161,7 +162,7 @@ def _make_validated_runtime(place: RankContext) -> Runtime:
     kept += validate_devices(config.hardware, runtime, config.topology.devices_per_node, CONF_DIR / "hardware")
     if place.rank == 0:
         for line in kept:
-            print(f"lit_glm: {line}", file=sys.stderr)
+            log.warning(f"{line}")
     return runtime
 
 
@@ -255,7 +256,7 @@ def _find_resume_checkpoint(place: RankContext, runtime: Runtime) -> "tuple[Opti
         path, content, passed_over = checkpoints.latest_valid(place.run_dir, config_hash(place.config), whole=True)
         if place.rank == 0:
             for line in passed_over:
-                print(f"lit_glm: {line}", file=sys.stderr)
+                log.warning(f"{line}")
         if path is None and passed_over:  # starting again from step 0 would discard the contents of the folder
             raise InputError(
                 f"run.resume={place.run_dir}: none of its {len(passed_over)} checkpoints can be used (see above); "

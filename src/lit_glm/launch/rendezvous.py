@@ -8,9 +8,9 @@ and the reason to the store, so that the other nodes do not wait for it.
 
 import errno
 import json
+import logging
 import os
 import socket
-import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +22,8 @@ import psutil
 from lit_glm.config.schema import TopologyConfig, TrainConfig
 from lit_glm.errors import InputError, RunError
 from lit_glm.launch.signals import INTERRUPTED_STATUSES, Interrupted
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -341,11 +343,9 @@ def announce_end(config: TrainConfig, node: Node, status: int, reason: str) -> N
     others = [other for other in range(config.topology.num_nodes) if other != node.rank]
     if config.topology.num_nodes == node.num_nodes_here:
         return
-    print(
-        f"lit_glm: node {node.rank} exits ({_first_line(reason)}); notifying the other nodes for up to "
-        f"{_ANNOUNCE_S:g} s (Ctrl-C: exit now)",
-        file=sys.stderr,
-        flush=True,
+    log.error(
+        f"node {node.rank} exits ({_first_line(reason)}); notifying the other nodes for up to "
+        f"{_ANNOUNCE_S:g} s (Ctrl-C: exit now)"
     )
     import torch
 

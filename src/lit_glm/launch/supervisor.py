@@ -7,6 +7,7 @@ is not the success of a rank is the cause of the end; a killed rank takes preced
 the other ranks receive SIGTERM, and SIGKILL after a grace period.
 """
 
+import logging
 import os
 import queue
 import signal
@@ -28,6 +29,8 @@ from lit_glm.openmp import LAUNCHER_THREADS_VARIABLE, omp_env_for_ranks
 from lit_glm.process_utils import kill_session, oom_kill_count, set_parent_death_signal
 from lit_glm.runs.error_files import error_folder, report_killed_rank, root_cause
 from lit_glm.runs.job_spec import JobSpec
+
+log = logging.getLogger(__name__)
 
 _START_S = 30.0
 """Seconds to the first heartbeat of a rank on a busy machine: it imports torch and joins the others."""
@@ -196,11 +199,9 @@ class Supervisor(StopSignals):
             return
         late = ", ".join(map(str, sorted(self._alive)))
         name, limit = signal.Signals(self._cause.status).name, self._job.config.run.shutdown_timeout_s
-        print(
-            f"lit_glm: rank{'s' * (len(self._alive) > 1)} {late} had not stopped {limit:g} s after {name} "
-            f"(run.shutdown_timeout_s) and {'were' if len(self._alive) > 1 else 'was'} killed",
-            file=sys.stderr,
-            flush=True,
+        log.error(
+            f"rank{'s' * (len(self._alive) > 1)} {late} had not stopped {limit:g} s after {name} "
+            f"(run.shutdown_timeout_s) and {'were' if len(self._alive) > 1 else 'was'} killed"
         )
 
     def _kill(self) -> None:
@@ -277,7 +278,7 @@ def _print_rendezvous(job: JobSpec, node: Node) -> None:
         return
     others = "node 1" if nodes == 2 else f"nodes 1 to {nodes - 1}"
     what = f"node {node.rank} joins node 0" if node.rank > 0 else f"node 0 is waiting for {others}"
-    print(f"lit_glm: {what} at {node.address}:{node.port} ({limit})", flush=True)
+    log.info(f"{what} at {node.address}:{node.port} ({limit})")
 
 
 def run_ranks(job: JobSpec, node: Node, folder: Path, module: str, margin_s: float) -> None:

@@ -6,8 +6,8 @@ process that started the sweep builds sweep.md and sweep.csv from these records.
 
 import csv
 import json
+import logging
 import os
-import sys
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
@@ -39,6 +39,8 @@ from lit_glm.runs.result import (
     table_cells,
 )
 from lit_glm.runs.run_folder import is_running, lock_directory, masked_yaml
+
+log = logging.getLogger(__name__)
 
 JOB_RECORDS_DIR = "jobs"
 """Subfolder with the job records, by which a sweep folder is recognised."""
@@ -211,7 +213,7 @@ def run_sweep_job(
     sweep_dir, status, result, folder = Path(hydra.sweep.dir), 1, None, run_dir
     of = "" if SweepCallback.total is None else f" of {SweepCallback.total}"
     changes = hydra.job.override_dirname or "the only combination"
-    print(f"lit_glm: job {int(hydra.job.num) + 1}{of}: {changes}", flush=True)
+    log.info(f"job {int(hydra.job.num) + 1}{of}: {changes}")
     _mask_multirun_file(sweep_dir)
     reason, reused_from, resumes, node = "", "", False, Node(0, "127.0.0.1", 0)
     try:
@@ -231,10 +233,10 @@ def run_sweep_job(
             result = run_job(job, folder, files, node, in_process=False)
         status = 0
     except (InputError, RunError) as error:
-        print(f"lit_glm: {error}", file=sys.stderr)
+        log.error(f"{error}")
         status, reason = error.exit_status, str(error)
     except Interrupted as stop:
-        print(f"lit_glm: {stop}; start the same sweep again to resume it", file=sys.stderr)
+        log.error(f"{stop}; start the same sweep again to resume it")
         status = stop.exit_status
         raise KeyboardInterrupt from None
     finally:
@@ -266,7 +268,7 @@ def _reusable_result(config: TrainConfig, folder: Path, resumes: bool, node: Nod
         return None
     result = read_result(folder)
     if result is not None and result.get("status") in COMPLETE:
-        print(f"lit_glm: {folder}: the run is complete; nothing to do")
+        log.info(f"{folder}: the run is complete; nothing to do")
         print(results_table([result]), flush=True)
         announce_end(config, node, 0, "the run is complete; nothing to do")
         return result
@@ -308,7 +310,7 @@ def _runs_of_this_machine(runs: List[Path], config: TrainConfig) -> List[Path]:
             same.append(run)
             continue
         what = "; ".join(f"{name} {there}, here {local}" for name, there, local in differences)
-        print(f"lit_glm: sweep: {run} is not reused: it was measured on another machine ({what})", flush=True)
+        log.info(f"sweep: {run} is not reused: it was measured on another machine ({what})")
     return same
 
 
@@ -333,7 +335,7 @@ def finish_sweep() -> int:
     text, status = summarise_sweep(sweep_dir)
     _mask_multirun_file(sweep_dir)
     print(text)
-    print(f"lit_glm: {sweep_dir}/sweep.md, sweep.csv")
+    log.info(f"{sweep_dir}/sweep.md, sweep.csv")
     return status
 
 
@@ -381,7 +383,7 @@ def prepare_sweep(whole: Any, line: CommandLine) -> None:
 def _print_reusable_runs(there: Dict[str, List[Path]], line: CommandLine) -> None:
     combinations = line.combinations() if there else []
     if len(combinations) > _MAX_COMPARED:
-        print(f"lit_glm: sweep: {len(there)} earlier configurations are compared with each combination at its start")
+        log.info(f"sweep: {len(there)} earlier configurations are compared with each combination at its start")
         return
     for changes, overrides in combinations:
         try:
@@ -391,4 +393,4 @@ def _print_reusable_runs(there: Dict[str, List[Path]], line: CommandLine) -> Non
         run = discovery.best_run(_runs_of_this_machine(there.get(config_hash(config), []), config))
         if run is not None:
             how = "complete, reused from" if is_complete(run) else "resumed in"
-            print(f"lit_glm: sweep: {' '.join(changes) or 'the only combination'}: {how} {run}", flush=True)
+            log.info(f"sweep: {' '.join(changes) or 'the only combination'}: {how} {run}")

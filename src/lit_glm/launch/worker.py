@@ -4,6 +4,7 @@ SPEC_DIR contains job.json and this node's heartbeats. On node 0 it is the run f
 folder: node 0 sends the path of the run folder at the rendezvous.
 """
 
+import logging
 import os
 import sys
 import time
@@ -12,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Callable
 
+from lit_glm.console import set_up_console
 from lit_glm.errors import InputError, RunError
 from lit_glm.launch.heartbeat import Heartbeat
 from lit_glm.launch.launcher import monitor_node_devices
@@ -21,14 +23,15 @@ from lit_glm.launch.signals import Interrupted, StopRequest, StopSignals
 from lit_glm.process_utils import exit_now, kill_children, paused_gc
 from lit_glm.runs.error_files import error_folder, error_reason, set_error_folder, write_error_file
 from lit_glm.runs.job_spec import JobSpec
-from lit_glm.safe_output import protect_output
+
+log = logging.getLogger("lit_glm.launch.worker")
 
 _FIRST_RANK_REPORTS_S = 6.0
 
 
 def main(spec_dir: Path) -> int:
     """Run this rank; turn errors into messages and an exit status."""
-    protect_output()
+    set_up_console()
     job = JobSpec.read(spec_dir)
     rank, node = int(os.environ["RANK"]), int(os.environ["GROUP_RANK"])
 
@@ -59,7 +62,7 @@ def main(spec_dir: Path) -> int:
 
 def exit_rank(number: int, reason: str) -> None:
     """Exit a rank that did not stop in time after a signal; its supervisor reports how the job ended."""
-    print(f"lit_glm: rank {os.environ['RANK']} {reason}", file=sys.stderr, flush=True)
+    log.warning(f"rank {os.environ['RANK']} {reason}")
     kill_children()
     os._exit(128 + number)
 
@@ -82,7 +85,7 @@ def run_and_report_errors(work: Callable[[], None], notes: Callable[[], Path], s
         return interrupted.exit_status
     except NothingToDo as reason:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"lit_glm: {reason}", flush=True)
+            log.info(f"{reason}")
         return 0
     except (InputError, RunError) as error:
         write_error_file(notes(), rank, error)
@@ -92,14 +95,14 @@ def run_and_report_errors(work: Callable[[], None], notes: Callable[[], Path], s
         if isinstance(error, (InputError, RendezvousError)) and os.environ.get("LOCAL_RANK", "0") != "0":
             # All ranks of this node have the same error: the first prints it, and its exit ends the others.
             time.sleep(_FIRST_RANK_REPORTS_S)
-        print(f"lit_glm: rank {rank}: {error}", file=sys.stderr, flush=True)
+        log.warning(f"rank {rank}: {error}")
         return error.exit_status
     except BaseException as error:
         write_error_file(notes(), rank, error)
         if stop.received is not None:  # a consequence: its peers have stopped already
-            print(f"lit_glm: rank {rank} failed while stopping: {error_reason(error)}", file=sys.stderr, flush=True)
+            log.error(f"rank {rank} failed while stopping: {error_reason(error)}")
             return 128 + stop.received
-        print(f"lit_glm: rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        log.error(f"rank {rank} failed:\n{traceback.format_exc()}")
         return 1
     return 0
 

@@ -12,7 +12,7 @@
 | after fit             | result                   | FINISHED                    | e2e_time          |
 """
 
-import sys
+import logging
 import time
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, Optional, Tuple
@@ -30,6 +30,8 @@ from lit_glm.metrics.timing import PhaseDurations, PhaseTimer, StepTimes
 from lit_glm.runs.run_writer import RunWriter
 from lit_glm.training.evaluation import evaluate, has_converged, has_reached_limit, is_evaluation_due
 from lit_glm.training.module import RecordModule, StepMetrics
+
+log = logging.getLogger(__name__)
 
 _FIRST = 3  # consecutive skipped steps before the first warning: loss scaling alone skips one occasionally
 
@@ -72,7 +74,7 @@ class DivergenceGuard:
                 summary=f"diverged: {self._row} consecutive steps without an update (from step {first})",
             )
         if speaks and (self._row & (self._row - 1) == 0 or self._row == _FIRST):
-            print(f"lit_glm: step {step}: {what}", file=sys.stderr, flush=True)
+            log.warning(f"step {step}: {what}")
 
 
 @dataclass

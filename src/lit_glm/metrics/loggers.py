@@ -1,8 +1,8 @@
 """Lightning loggers: created from the configuration, fed in the background; and the CSV logger of this project."""
 
+import logging
 import os
 import queue
-import sys
 import threading
 import time
 from pathlib import Path
@@ -23,6 +23,8 @@ from lit_glm.runs.job_spec import JobSpec
 from lit_glm.runs.result import config_fields
 from lit_glm.runs.run_writer import AppendOnlyCSV
 from lit_glm.training.module import StepMetrics
+
+log = logging.getLogger(__name__)
 
 _TRIES = 3
 _PAUSE_S = 2.0
@@ -79,7 +81,7 @@ class BackgroundLogger(Logger):
         missing = self._lost + self._calls.unfinished_tasks
         if missing:
             text = f"curves are incomplete: {missing} calls were not sent"
-            print(f"lit_glm: {self.name}: {text}", file=sys.stderr)
+            log.warning(f"{self.name}: {text}")
 
     def _call(self, call: Callable[[], Any]) -> None:
         if self._thread is None:
@@ -102,7 +104,7 @@ class BackgroundLogger(Logger):
             except Exception as error:  # anything that a server, a network or a library may raise
                 if self._lost == 0 and number == 1:
                     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-                    print(f"lit_glm: {self.name} failed ({reason}); the run continues", file=sys.stderr, flush=True)
+                    log.error(f"{self.name} failed ({reason}); the run continues")
                 if number < _TRIES and self._lost == 0:  # wait only until the first lost call
                     time.sleep(_PAUSE_S)
         self._lost += 1

@@ -1,5 +1,6 @@
 """`callbacks=profile`: torch's profiler over a few steps, memory by kind in the next step, summarised in kernels.md."""
 
+import logging
 import os
 import pickle
 from contextlib import ExitStack
@@ -17,6 +18,8 @@ from lit_glm.errors import InputError
 from lit_glm.metrics.benchmark_callback import BenchmarkCallback, find_benchmark_callback
 from lit_glm.metrics.memory_estimate import MemoryEstimate, check_memory
 from lit_glm.runs.result import markdown_table
+
+log = logging.getLogger(__name__)
 
 _SHOWN = 25
 _WAITS = ("Synchronize", "_local_scalar_dense", "aten::is_nonzero")
@@ -245,10 +248,7 @@ class ProfilerCallback(pl.Callback):
             self._state = _COUNTING
             known = [_storage_bytes(tensor) for tensor in pl_module.state_dict().values()]
             if None in known:
-                print(
-                    "lit_glm: profile: memory by kind is not available: tensors of this device have no storage",
-                    flush=True,
-                )
+                log.info("profile: memory by kind is not available: tensors of this device have no storage")
                 self._write(trainer)
                 return
             self._known = {entry[0] for entry in known if entry is not None}
@@ -298,10 +298,9 @@ class ProfilerCallback(pl.Callback):
         if self._state == _BETWEEN and self._found is not None:
             self._write(trainer)
         elif self._state == _BETWEEN:
-            print(
-                f"lit_glm: callbacks=profile: no step was profiled: the run ended after step {pl_module.steps_done}, "
-                f"before callbacks.profile.from_step={self._from}",
-                flush=True,
+            log.info(
+                f"callbacks=profile: no step was profiled: the run ended after step {pl_module.steps_done}, "
+                f"before callbacks.profile.from_step={self._from}"
             )
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
@@ -333,10 +332,7 @@ class ProfilerCallback(pl.Callback):
         assert self._found is not None
         text = profile_markdown(self._found, self._kinds, guess, recorder.runtime.peak_memory(0))
         write_text(self._folder / DOCUMENT, text)
-        print(
-            f"lit_glm: profile of steps {self._found.first} to {self._found.last}: {self._folder}/{DOCUMENT}",
-            flush=True,
-        )
+        log.info(f"profile of steps {self._found.first} to {self._found.last}: {self._folder}/{DOCUMENT}")
 
     def _record_saved_tensor(self, tensor: Tensor) -> Tensor:
         known = _storage_bytes(tensor)

@@ -1,5 +1,6 @@
 """Progress display of a run: a bar on a terminal, an occasional line elsewhere."""
 
+import logging
 import sys
 import time
 from typing import Any, Optional
@@ -9,6 +10,8 @@ import pytorch_lightning as pl
 from lit_glm.metrics.benchmark_callback import find_benchmark_callback
 from lit_glm.metrics.run_metrics import RunMetrics
 from lit_glm.training.evaluation import next_evaluation_step
+
+log = logging.getLogger(__name__)
 
 
 class ProgressCallback(pl.Callback):
@@ -36,7 +39,7 @@ class ProgressCallback(pl.Callback):
         account = recorder.run_metrics
         self._accuracy = account.accuracy
         when = f"after step {pl_module.steps_done}" if pl_module.steps_done else "before training"
-        print(f"lit_glm: accuracy {when}: {_format_percent(account.accuracy)}", flush=True)
+        log.info(f"accuracy {when}: {_format_percent(account.accuracy)}")
         if self._terminal:
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -61,7 +64,7 @@ class ProgressCallback(pl.Callback):
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
         else:
-            print(f"lit_glm: {text}", flush=True)
+            log.info(f"{text}")
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         """Stop the bar, which restores the terminal."""

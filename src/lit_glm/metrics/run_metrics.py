@@ -1,5 +1,6 @@
 """Running totals of a run: time, samples and memory, including the parts before an interruption."""
 
+import logging
 import math
 import time
 from typing import Any, Dict, List, Optional
@@ -18,6 +19,8 @@ from lit_glm.runs.result import config_fields
 from lit_glm.runs.run_writer import RunWriter
 from lit_glm.training.evaluation import has_converged
 from lit_glm.training.module import RecordModule
+
+log = logging.getLogger(__name__)
 
 
 class RunMetrics:
@@ -141,7 +144,7 @@ class RunMetrics:
             raise RunError(f"cannot write the run's files: {error}") from error
         said = self.contention.sample_if_due() if self.contention is not None else None
         if said:
-            print(f"lit_glm: {said}", flush=True)
+            log.info(f"{said}")
         in_use = self._runtime.memory_in_use(0)
         if in_use is not None:
             spent = round(self.e2e() + self.earlier_e2e, 3)

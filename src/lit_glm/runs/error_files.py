@@ -1,13 +1,15 @@
 """Error files in the run folder, one per rank: the reason in the first line, the traceback below."""
 
+import logging
 import os
 import signal
-import sys
 import traceback
 from pathlib import Path
 from typing import List, Optional
 
 from lit_glm.errors import InputError
+
+log = logging.getLogger(__name__)
 
 _FOLDER = "errors"
 _KILLED = "killed-"
@@ -62,7 +64,7 @@ def report_killed_rank(folder: Path, rank: int, number: int) -> int:
         The exit status of such a job.
     """
     name = signal.Signals(number).name
-    print(f"lit_glm: rank {rank} was killed by {name}", file=sys.stderr, flush=True)
+    log.error(f"rank {rank} was killed by {name}")
     if number in (signal.SIGTERM, signal.SIGABRT):  # these are consequences of other ranks' errors
         return 1
     try:

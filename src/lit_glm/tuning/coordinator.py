@@ -1,8 +1,8 @@
 """Search loops: node 0 chooses the next batch size, the other nodes run their part of the same trials."""
 
+import logging
 import os
 import signal
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +14,15 @@ from lit_glm.planning.workload import Workload
 from lit_glm.tuning.search_state import FITS, LIMIT, TIME, SearchState, Trial, fastest_bs, largest_bs, next_bs
 from lit_glm.tuning.trial_runner import TrialQueue, TrialRunner, iter_trials
 
+log = logging.getLogger(__name__)
+
 
 def run_coordinator(config: Any, trials: TrialRunner, folder: Path, train: Any) -> int:
     """Search until the result is known or the time is over; return the exit status."""
     _install_stop_handlers()
     record = SearchState(folder, config)
     if record.trials:
-        print(f"lit_glm: resuming after {len(record.trials)} trials", flush=True)
+        log.info(f"resuming after {len(record.trials)} trials")
     runtime = _make_memory_runtime(config)
     limit, most = record.seconds + 60.0 * config.tune.max_minutes, len(train) // config.topology.world_size
     orders = TrialQueue(folder) if config.topology.num_nodes > 1 else None
@@ -46,18 +48,17 @@ def run_coordinator(config: Any, trials: TrialRunner, folder: Path, train: Any) 
                     record.seconds += time.monotonic() - begun
             record.trials.append(tried)
             record.write(complete=False)
-            print(f"lit_glm: {_trial_line(tried)}", flush=True)
+            log.info(f"{_trial_line(tried)}")
             if tried.status == TIME:
                 break
         if record.seconds >= limit or (record.trials and record.trials[-1].status == TIME):
-            print(
-                f"lit_glm: tune.max_minutes={config.tune.max_minutes:g} is over: results so far; "
-                f"resume with a larger value and run.resume={folder}",
-                flush=True,
+            log.info(
+                f"tune.max_minutes={config.tune.max_minutes:g} is over: results so far; "
+                f"resume with a larger value and run.resume={folder}"
             )
     except Interrupted as stop:
         record.write(complete=False)
-        print(f"lit_glm: {stop}; resume with run.resume={folder}", file=sys.stderr)
+        log.error(f"{stop}; resume with run.resume={folder}")
         status = stop.exit_status
     finally:
         if orders is not None:
@@ -74,7 +75,7 @@ def run_coordinator(config: Any, trials: TrialRunner, folder: Path, train: Any) 
 def run_follower(config: Any, trials: TrialRunner, folder: Path) -> int:
     """Run this node's part of each trial that node 0 starts."""
     _install_stop_handlers()
-    print(f"lit_glm: waiting for node 0 to start a trial in {folder}", flush=True)
+    log.info(f"waiting for node 0 to start a trial in {folder}")
     for bs, place in iter_trials(folder, config.run.stall_timeout_s):
         trials.take_part(bs, folder / place, int(os.environ["NODE_RANK"]), config.run.stall_timeout_s)
     return 0

@@ -1,8 +1,38 @@
-"""Output streams that do not end a run if they are closed or full, or if their encoding lacks a character."""
+"""Output of a command: messages of the logger `lit_glm`, and streams that do not end a run if they cannot be written.
 
+Modules log to `logging.getLogger(__name__)`; results of a command (tables, JSON) are printed. A program that imports
+the package gets no handler: it configures the logger `lit_glm` as any other.
+"""
+
+import logging
 import os
 import sys
 from typing import Any, Optional
+
+_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+
+class MessageHandler(logging.Handler):
+    """Handler that writes "lit_glm: MESSAGE" to stdout, from the level WARNING on to stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a message to the stream of this moment."""
+        try:
+            stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
+            print(f"lit_glm: {record.getMessage()}", file=stream, flush=True)
+        except Exception:  # logging must not end a run
+            self.handleError(record)
+
+
+def install_message_handler() -> None:
+    """Handle the messages of this process as a command does; $LIT_GLM_LOG sets the lowest level (default INFO)."""
+    logger, level = logging.getLogger("lit_glm"), os.environ.get("LIT_GLM_LOG", "").upper() or "INFO"
+    if not any(isinstance(handler, MessageHandler) for handler in logger.handlers):
+        logger.addHandler(MessageHandler())
+    logger.propagate = False
+    logger.setLevel(level if level in _LEVELS else "INFO")
+    if level not in _LEVELS:
+        logger.warning(f"LIT_GLM_LOG={level}: must be one of {', '.join(_LEVELS)}; using INFO")
 
 
 class SafeStream:
@@ -45,8 +75,12 @@ class SafeStream:
         return getattr(self._stream, name)
 
 
-def protect_output() -> None:
-    """Wrap stdout and stderr so that failed writes do not end the process; called at the start of a command."""
+def set_up_console() -> None:
+    """Wrap stdout and stderr so that failed writes do not end the process, and handle messages of the loggers.
+
+    Called at the start of a command and of a rank.
+    """
+    install_message_handler()
     for descriptor in (0, 1, 2):  # the next opened file would get a closed descriptor
         try:
             os.fstat(descriptor)

@@ -1,0 +1,61 @@
+"""Messages of a command: where they go, by which level; a program that imports the package keeps its own handlers."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import List
+
+import pytest
+
+from conftest import lit_glm
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("level", "out", "err"),
+    [(None, True, True), ("WARNING", False, True), ("warning", False, True), ("ERROR", False, False)],
+)
+def test_the_variable_sets_the_lowest_level(level: str, out: bool, err: bool, tmp_path: Path) -> None:
+    run = ["experiment=debug", "run.max_steps=1", "run.evaluate=false"]
+    env = {"LIT_GLM_LOG": level} if level else {}
+    warned = [*run, "hardware.env={KEPT: theirs}"]
+    done = lit_glm("train", *warned, cwd=tmp_path, env={**env, "KEPT": "mine"})
+    assert done.returncode == 0, done.stderr
+    assert ("lit_glm: run folder" in done.stdout) == out
+    assert ("keeping KEPT=mine" in done.stderr) == err
+    assert "| cpu 1x1" in done.stdout  # the result, whatever the level
+
+
+def test_an_unknown_level_is_named(tmp_path: Path) -> None:
+    done = lit_glm("prepare", "--help", cwd=tmp_path, env={"LIT_GLM_LOG": "loud"})
+    assert done.returncode == 0
+    assert "lit_glm: LIT_GLM_LOG=LOUD: must be one of DEBUG, INFO, WARNING, ERROR; using INFO" in done.stderr
+
+
+def test_a_program_that_imports_the_package_captures_messages() -> None:
+    code = (
+        "import logging\n"
+        "from lit_glm.training.evaluation import em_and_f1\n"
+        "logging.basicConfig(format='%(name)s %(message)s', level='INFO')\n"
+        "from lit_glm.config import hydra_main\n"
+        "hydra_main.log.info('captured')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "lit_glm.config.hydra_main captured"
+
+
+@pytest.mark.process
+def test_the_shell_completes_commands_and_keys() -> None:
+    script = """
+    eval "$(lit-glm -sc install=bash)"
+    for line in "lit-glm tr" "lit-glm train hard" "lit-glm train hardware=h"; do
+      COMP_LINE=$line COMP_POINT=${#line}; read -ra COMP_WORDS <<< "$line"; COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+      export COMP_LINE COMP_POINT; _lit_glm_complete; echo "${COMPREPLY[*]}"
+    done
+    """
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, env={"PATH": path})
+    lines: List[str] = done.stdout.splitlines()
+    assert lines[0].strip() == "train"
+    assert "hardware=" in lines[1].split()
+    assert set(lines[2].split()) == {"hardware=h100", "hardware=h200"}
