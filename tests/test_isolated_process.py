@@ -58,7 +58,7 @@ def test_what_goes_wrong_is_said(function: Any, said: str) -> None:
         call_isolated(function, "a.hdf5")
 
 
-@pytest.mark.parametrize("module", ["data.memmap_dataset", "data.hdf5_summary", "data.sequence_lengths"])
+@pytest.mark.parametrize("module", ["data.memmap_dataset"])
 def test_what_runs_apart_needs_neither_torch_nor_hydra(module: str) -> None:
     """Each file that is looked at costs a process: half a second with numpy and h5py, three with torch."""
     code = f"import sys, lit_glm.{module}; print({{'torch', 'hydra', 'omegaconf'}} & set(sys.modules))"

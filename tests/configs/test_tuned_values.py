@@ -108,5 +108,5 @@ def test_auto_takes_the_newest_search(tmp_path: Path, monkeypatch: pytest.Monkey
     part = a_search(Path("outputs/tune/a/part"), 1.0, fastest_bs=4, complete=False, largest_bs=8)
     assert validate_config(compose_config("train", ["experiment=debug", "bs=auto"]), TrainConfig).bs == 4
     said = capfd.readouterr().err
-    assert "WARNING: the fastest so far of an incomplete search" in said
+    assert "WARNING: fastest so far in an incomplete search" in said
     assert f"run.resume={part}" in said

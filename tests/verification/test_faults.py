@@ -213,7 +213,7 @@ def test_a_collective_that_is_wrong_is_named(fault: str, monkeypatch: pytest.Mon
     wrong = collectives_check.run_collectives(0, ranks, torch.device("cpu"), [torch.float32, torch.int64, torch.uint8])
     words = {
         "none": "",
-        "sum drops a rank": "sum",
+        "sum drops a rank": "all-reduce",
         "broadcast does nothing": "broadcast",
         "gather swaps ranks": "gather",
     }

@@ -8,6 +8,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import matplotlib
 import numpy as np
 from markupsafe import Markup
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure as Canvas
 
 from lit_glm.hardware.device_monitor import load_readings
@@ -78,6 +79,8 @@ def plot_devices(shown: Sequence[Tuple[str, ReportRun]], words: Translations) ->
 
 _MOST_LINES = 8
 _MOST_POINTS = 600
+_SMOOTHED = 40
+"""Points of a smoothed line: a loss is averaged over, and a throughput summarised in, this many parts of a run."""
 STYLE: Any = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # keep dollar signs in names
@@ -105,7 +108,9 @@ class Plot:
     key: str
     caption: str
     svgs: List[Markup]
-    """Panels, side by side on a wide screen and stacked on a narrow one."""
+    """Panels of one height, side by side on a wide screen and stacked on a narrow one."""
+    legend: List[Tuple[str, str]]
+    """(colour, text) of the lines, one legend for all panels."""
 
 
 Series = Tuple[str, ReportRun]
@@ -126,19 +131,22 @@ def draw_plots(rows: List[ReportRow], words: Translations) -> Tuple[List[Plot], 
         ("fig_acc", _plot_accuracy),
         ("fig_throughput", _plot_throughput),
         ("fig_time", _plot_time),
-        ("fig_memory", _plot_memory),
         ("fig_devices", lambda shown, words: _as_panels(plot_devices(shown, words))),
+        ("fig_memory", _plot_memory),
         ("fig_grid", lambda _, words: _plot_grid(rows, words)),
     ]
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "lit_glm"}):
         for key, make in kinds:
+            if key == "fig_memory" and any(figure.key == "fig_devices" for figure in drawn):
+                continue  # the readings of the devices contain their memory
             panels = make(shown, words) or []
             simulated = any(row["simulated"] for row in rows[:_MOST_LINES])
             caption = f"{words(key)} ({words('simulated')})" if simulated else words(key)
             svgs = [_render_svg(canvas, caption, f"{key}{number}") for number, canvas in enumerate(panels)]
             if svgs:
-                drawn.append(Plot(key, caption, svgs))
+                drawn.append(Plot(key, caption, svgs, _legend(panels[0])))
     there = {figure.key for figure in drawn}
+    there |= {"fig_memory"} if "fig_devices" in there else set()
     missing = [words(key) for key, _ in kinds if key not in there]
     notes = [words("fig_more", _MOST_LINES, len(rows) - _MOST_LINES)] if len(rows) > _MOST_LINES else []
     notes += [words("fig_missing", "; ".join(missing))] if missing else []
@@ -201,13 +209,22 @@ def _downsample(*arrays: Any) -> List[Any]:
     return [array[::step] for array in arrays]
 
 
-def _add_legend(panels: List[Canvas], lines: int) -> List[Canvas]:
-    """Add a legend below the first panel, if there are labelled lines."""
-    handles, labels = panels[0].axes[0].get_legend_handles_labels()
-    unique = dict(zip(labels, handles))
-    if lines and unique:
-        panels[0].legend(unique.values(), unique.keys(), loc="outside lower left", fontsize=8)
-    return panels
+def _legend(panel: Canvas) -> List[Tuple[str, str]]:
+    """Return (colour, text) of the labelled lines and bars; empty where the panel has a legend of its own."""
+    if panel.legends or not panel.axes:
+        return []
+    found: Dict[str, str] = {}
+    handles: Any = panel.axes[0].get_legend_handles_labels()
+    for handle, label in zip(*handles):
+        colour = handle.get_color() if hasattr(handle, "get_color") else handle.patches[0].get_facecolor()
+        found.setdefault(label.strip(), to_hex(colour))
+    return [(colour, label) for label, colour in found.items()]
+
+
+def _moving_average(values: Any, width: int) -> Any:
+    """Return the mean of each value and its neighbours within `width`, of fewer at the ends."""
+    ones = np.ones(width)
+    return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
 
 
 def _escape_legend_name(name: str) -> str:
@@ -215,18 +232,20 @@ def _escape_legend_name(name: str) -> str:
 
 
 def _plot_loss(shown: Sequence[Series], words: Translations) -> Panels:
-    panels, (left, right) = _make_panels(2)
-    lines = 0
-    for name, run in shown:
-        steps, loss, rate = _numeric_columns(run.table("steps.csv"), "step", "loss", "lr")
-        if len(steps):
-            steps, loss, rate = _downsample(steps, loss, rate)
-            left.plot(steps, loss, lw=1, label=_escape_legend_name(name))
-            right.plot(steps, rate, lw=1.2)
-            lines += 1
-    left.set(xlabel=words("step"), ylabel=words("loss"))
-    right.set(xlabel=words("step"), ylabel=words("lr"))
-    return _add_legend(panels, lines) if lines else None
+    tables = [(name, _numeric_columns(run.table("steps.csv"), "step", "loss", "lr")) for name, run in shown]
+    tables = [(name, columns) for name, columns in tables if len(columns[0])]
+    rates = {tuple(rate[: min(len(one[2]) for _, one in tables)]) for _, (_, _, rate) in tables}
+    panels, axes = _make_panels(2 if len(rates) > 1 else 1)
+    for name, (steps, loss, rate) in tables:
+        smooth = _moving_average(loss, max(1, len(loss) // _SMOOTHED))
+        (line,) = axes[0].plot(*_downsample(steps, smooth), lw=1.4, label=_escape_legend_name(name))
+        axes[0].plot(*_downsample(steps, loss), lw=0.8, alpha=0.25, color=line.get_color())
+        if len(axes) > 1:
+            axes[1].plot(*_downsample(steps, rate), lw=1.2)
+    axes[0].set(xlabel=words("step"), ylabel=words("loss"))
+    if len(axes) > 1:
+        axes[1].set(xlabel=words("step"), ylabel=words("lr"))
+    return panels if tables else None
 
 
 def _plot_accuracy(shown: Sequence[Series], words: Translations) -> Panels:
@@ -238,9 +257,12 @@ def _plot_accuracy(shown: Sequence[Series], words: Translations) -> Panels:
             continue
         left.plot(samples, 100 * accuracy, marker="o", ms=3, lw=1.2, label=_escape_legend_name(name))
         done, seconds = _numeric_columns(run.table("steps.csv"), "step", "step_s")
-        if len(done):
-            clock = np.concatenate([[0.0], np.cumsum(seconds)]) / 60
-            right.plot(clock[np.searchsorted(done, step, side="right")], 100 * accuracy, marker="o", ms=3, lw=1.2)
+        (took,) = _numeric_columns(run.table("evals.csv"), "step", "seconds")[1:]
+        if len(done) and len(took) == len(step):
+            clock = np.concatenate([[0.0], np.cumsum(seconds)])[np.searchsorted(done, step, side="right")]
+            before = np.cumsum(np.where(step > 0, took, 0.0))  # an evaluation's point stands at its end
+            start = run.number("init_time") or 0.0
+            right.plot((start + clock + before) / 60, 100 * accuracy, marker="o", ms=3, lw=1.2)
         lines += 1
     targets = {as_number(run.settings.get("run.target_accuracy")) for _, run in shown} - {None}
     for target in sorted(value for value in targets if value is not None):
@@ -249,7 +271,7 @@ def _plot_accuracy(shown: Sequence[Series], words: Translations) -> Panels:
         left.annotate(words("target", f"{100 * target:g}"), (0, 100 * target), fontsize=8, va="bottom", color="0.4")
     left.set(xlabel=words("samples"), ylabel=f"{words('accuracy')} (%)")
     right.set(xlabel=words("minutes"), ylabel=f"{words('accuracy')} (%)")
-    return _add_legend(panels, lines) if lines else None
+    return panels if lines else None
 
 
 def throughput_percentiles(seconds: Any, samples: float) -> Tuple[float, float, float]:
@@ -269,14 +291,17 @@ def _plot_throughput(shown: Sequence[Series], words: Translations) -> Panels:
         p50, p90, p99 = throughput_percentiles(seconds, batch)
         first = num_timing_warmup_steps(len(steps))
         rate = batch / seconds
-        said = f"{name}: " + words("slowness", f"{p50:.4g}", f"{p90:.4g}", f"{p99:.4g}")
-        (line,) = axes.plot(*_downsample(steps[first:], rate[first:]), lw=0.8, label=_escape_legend_name(said))
+        text = f"{name}: " + words("slowness", f"{p50:.4g}", f"{p90:.4g}", f"{p99:.4g}")
+        parts = [part for part in np.array_split(np.arange(first, len(steps)), _SMOOTHED) if len(part)]
+        low, middle, high = (np.array([np.percentile(rate[part], share) for part in parts]) for share in (10, 50, 90))
+        where = np.array([steps[part].mean() for part in parts])
+        (line,) = axes.plot(where, middle, lw=1.4, label=_escape_legend_name(text))
+        axes.fill_between(where, low, high, color=line.get_color(), alpha=0.18, lw=0)
         axes.plot(steps[:first], rate[:first], ".", ms=3, color="0.6")
-        axes.axhline(p50, lw=0.8, ls="--", color=line.get_color(), alpha=0.7)
         lines += 1
     axes.set(xlabel=words("step"), ylabel=words("rate"))
     axes.set_ylim(bottom=0)
-    return _add_legend(panels, lines) if lines else None
+    return panels if lines else None
 
 
 def _plot_time(shown: Sequence[Series], words: Translations) -> Panels:
@@ -293,7 +318,8 @@ def _plot_time(shown: Sequence[Series], words: Translations) -> Panels:
         waiting = sum(_parse_float(row.get("data_s")) for row in run.table("steps.csv"))
         waiting = min(waiting, no_eval - compute) if np.isfinite(waiting) else 0.0
         other += max(0.0, no_eval - compute - waiting)
-        bars.append((name, [init, waiting, compute, evaluation, other]))
+        shares = [100.0 * part / e2e for part in (init, waiting, compute, evaluation, other)]
+        bars.append((f"{name} ({e2e:.3g} s)", shares))
     if not bars:
         return None
     panels, (axes,) = _make_panels(1, 1.6 + 0.35 * len(bars))
@@ -304,8 +330,7 @@ def _plot_time(shown: Sequence[Series], words: Translations) -> Panels:
         starts += widths
     axes.set_yticks(range(len(bars)), [_escape_legend_name(name) for name, _ in bars])
     axes.invert_yaxis()
-    axes.set_xlabel(words("seconds"))
-    panels[0].legend(loc="outside lower left", ncols=5, fontsize=8)
+    axes.set(xlabel=words("share_of_time"), xlim=(0, 100))
     return panels
 
 
@@ -319,7 +344,7 @@ def _plot_memory(shown: Sequence[Series], words: Translations) -> Panels:
             lines += 1
     axes.set(xlabel=words("minutes"), ylabel="GiB")
     axes.set_ylim(bottom=0)
-    return _add_legend(panels, lines) if lines else None
+    return panels if lines else None
 
 
 def _plot_grid(rows: List[ReportRow], words: Translations) -> Panels:

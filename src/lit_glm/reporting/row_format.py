@@ -70,7 +70,7 @@ def row_annotations(row: ReportRow, words: Translations) -> List[str]:
     data = row.runs[0].settings.get("data.name")
     if data not in (None, "record"):
         lengths = row.runs[0].settings.get("data.synthetic.lengths")
-        said.append(words("not_default_data", f"{data}, lengths as in ReCoRD" if lengths == "record" else data))
+        said.append(words("not_default_data", f"{data}, lengths of real news" if lengths == "record" else data))
     return said
 
 
