@@ -26,6 +26,16 @@ def test_the_variable_sets_the_lowest_level(level: str, out: bool, err: bool, tm
     assert "| cpu 1x1" in done.stdout  # the result, whatever the level
 
 
+@pytest.mark.process
+def test_commands_in_messages_work_as_printed(tmp_path: Path) -> None:
+    run = ["experiment=debug", "run.max_steps=1", "run.evaluate=false"]
+    done = lit_glm("train", *run, cwd=tmp_path, cold=True, env={"PATH": "/usr/bin:/bin"})
+    assert f"report: {sys.executable} -m lit_glm.report" in done.stdout
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    done = lit_glm("train", *run, cwd=tmp_path, cold=True, env={"PATH": path})
+    assert "report: python -m lit_glm.report" in done.stdout
+
+
 def test_an_unknown_level_is_named(tmp_path: Path) -> None:
     done = lit_glm("prepare", "--help", cwd=tmp_path, env={"LIT_GLM_LOG": "loud"})
     assert done.returncode == 0

@@ -6,10 +6,22 @@ the package gets no handler: it configures the logger `lit_glm` as any other.
 
 import logging
 import os
+import shutil
 import sys
+from functools import lru_cache
 from typing import Any, Optional
 
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+
+@lru_cache(maxsize=None)
+def python_to_type() -> str:
+    """Return how this interpreter is called from here: `python` where that is the one, else its path."""
+    found = shutil.which("python")
+    if found is not None and os.path.samefile(os.path.dirname(found), os.path.dirname(sys.executable) or "."):
+        return "python"
+    inside = os.path.relpath(sys.executable)
+    return sys.executable if inside.startswith("..") else inside
 
 
 class MessageHandler(logging.Handler):
@@ -19,7 +31,8 @@ class MessageHandler(logging.Handler):
         """Write a message to the stream of this moment."""
         try:
             stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
-            print(f"lit_glm: {record.getMessage()}", file=stream, flush=True)
+            text = record.getMessage().replace("python -m lit_glm", f"{python_to_type()} -m lit_glm")
+            print(f"lit_glm: {text}", file=stream, flush=True)
         except Exception:  # logging must not end a run
             self.handleError(record)
 

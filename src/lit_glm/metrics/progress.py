@@ -96,7 +96,7 @@ def _progress_line(account: RunMetrics, step: int, loss: float) -> str:
             due = next_evaluation_step(step, batch, run, total)
             parts.append(f"next evaluation after step {due}, in {_format_duration((due - step) * batch / rate)}")
         target = f"at {100 * run.target_accuracy:g}% accuracy, " if run.evaluate else ""
-        parts.append(f"stops {target}in {_format_duration(left)} at the latest")
+        parts.append(f"stops {target}after {_format_duration(left)} at the latest")
     return "  ".join(parts)
 
 
