@@ -100,9 +100,8 @@ def _make_task(combinations: List[List[str]], as_json: bool) -> Any:
     def task(config: Any, _composed: Any) -> int:
         from hydra.core.hydra_config import HydraConfig
 
-        from lit_glm.planning.cost_model import MeasuredRun, ignored_runs, rank_speed
         from lit_glm.planning.document import write_plan
-        from lit_glm.planning.prediction import predict
+        from lit_glm.planning.prediction import MeasuredRun, ignored_runs, predict, rank_speed
         from lit_glm.planning.workload import Workload, load_examples
         from lit_glm.reporting.published_rows import load_published_rows
 

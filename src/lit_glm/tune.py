@@ -47,8 +47,7 @@ def tune(config: Any, _composed: Any) -> int:
     from lit_glm.launch.signals import Interrupted
     from lit_glm.planning.workload import load_examples
     from lit_glm.runs.run_folder import lock_directory
-    from lit_glm.tuning.coordinator import run_coordinator, run_follower
-    from lit_glm.tuning.trial_runner import TrialRunner
+    from lit_glm.tuning.coordinator import TrialRunner, run_coordinator, run_follower
 
     check_runtime_available(config.hardware, config.topology)
     line = CommandLine.read(sys.argv[1:])

@@ -22,7 +22,7 @@ from lit_glm.runs.job_spec import JobSpec
 RANK = """
 import os, pathlib, signal, sys, time
 from lit_glm.errors import InputError
-from lit_glm.runs.error_files import write_error_file
+from lit_glm.runs.result import write_error_file
 
 folder, rank = pathlib.Path(sys.argv[1]), int(os.environ["RANK"])
 def save(number, frame):

@@ -14,8 +14,7 @@ from conftest import GOLDEN_RUN, lit_glm_here
 from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import RunConfig, TrainConfig
 from lit_glm.plan import PlanConfig
-from lit_glm.planning.cost_model import Interval, MeasuredRun, hull, rank_speed
-from lit_glm.planning.prediction import Prediction, all_reduce_time, predict
+from lit_glm.planning.prediction import Interval, MeasuredRun, Prediction, all_reduce_time, hull, predict, rank_speed
 from lit_glm.planning.workload import TypicalExamples, Workload
 from lit_glm.reporting.published_rows import load_published_rows
 from lit_glm.training.evaluation import has_reached_limit, is_evaluation_due

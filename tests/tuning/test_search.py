@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_glm.errors import RunError
+from lit_glm.tuning.coordinator import TrialRunner
 from lit_glm.tuning.search_state import FITS, MEMORY, TIME, Trial, fastest_bs, largest_bs, next_bs, trials_by_bs
-from lit_glm.tuning.trial_runner import TrialRunner
 
 
 def searched(capacity: int, most: int, speed: Callable[[int, int], float], repeats: int = 3) -> List[Trial]:

@@ -8,7 +8,7 @@ from typing import List, Tuple
 import pytest
 
 from lit_glm.errors import RunError
-from lit_glm.tuning.trial_runner import TrialQueue, iter_trials
+from lit_glm.tuning.coordinator import TrialQueue, iter_trials
 
 
 def test_others_do_what_the_newest_start_orders(tmp_path: Path) -> None:

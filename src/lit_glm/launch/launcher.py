@@ -22,9 +22,16 @@ from lit_glm.metrics.registry import METRICS
 from lit_glm.process_utils import kill_children, paused_gc, raise_open_files_limit
 from lit_glm.runs.checkpoints import remove_partial, resume_hint
 from lit_glm.runs.environment import read_environment
-from lit_glm.runs.error_files import error_reason, root_cause, write_error_file
 from lit_glm.runs.job_spec import JobSpec
-from lit_glm.runs.result import mark_failed, mark_interrupted, read_result, update_result
+from lit_glm.runs.result import (
+    error_reason,
+    mark_failed,
+    mark_interrupted,
+    read_result,
+    root_cause,
+    update_result,
+    write_error_file,
+)
 from lit_glm.runs.run_folder import acquire_run_dir
 
 log = logging.getLogger(__name__)

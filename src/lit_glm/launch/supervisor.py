@@ -27,8 +27,8 @@ from lit_glm.launch.rendezvous import Node, network_interface_to
 from lit_glm.launch.signals import INTERRUPTED_STATUSES, STOP_SIGNALS, Interrupted, StopSignals
 from lit_glm.openmp import LAUNCHER_THREADS_VARIABLE, omp_env_for_ranks
 from lit_glm.process_utils import kill_session, oom_kill_count, set_parent_death_signal
-from lit_glm.runs.error_files import error_folder, report_killed_rank, root_cause
 from lit_glm.runs.job_spec import JobSpec
+from lit_glm.runs.result import error_folder, report_killed_rank, root_cause
 
 log = logging.getLogger(__name__)
 

@@ -1,28 +1,34 @@
-"""Entry point of a rank: `python -m lit_glm.launch.worker SPEC_DIR`.
+"""Entry point of a rank, `python -m lit_glm.launch.worker SPEC_DIR`, and calls of a function on all ranks.
 
 SPEC_DIR contains job.json and this node's heartbeats. On node 0 it is the run folder, on other nodes a temporary
 folder: node 0 sends the path of the run folder at the rendezvous.
 """
 
+import json
 import logging
 import os
 import sys
+import tempfile
 import time
 import traceback
 from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable, Dict, Optional
 
+from lit_glm.atomic_files import write_json
+from lit_glm.config.schema import TrainConfig
 from lit_glm.console import set_up_console
 from lit_glm.errors import InputError, RunError
 from lit_glm.launch.heartbeat import Heartbeat
 from lit_glm.launch.launcher import monitor_node_devices
 from lit_glm.launch.process_group import process_group
-from lit_glm.launch.rendezvous import NothingToDo, RendezvousError, RunFolder, is_known_to_all
+from lit_glm.launch.rendezvous import NothingToDo, RendezvousError, RunFolder, is_known_to_all, resolve_node
 from lit_glm.launch.signals import Interrupted, StopRequest, StopSignals
+from lit_glm.launch.supervisor import run_ranks
 from lit_glm.process_utils import exit_now, kill_children, paused_gc
-from lit_glm.runs.error_files import error_folder, error_reason, set_error_folder, write_error_file
 from lit_glm.runs.job_spec import JobSpec
+from lit_glm.runs.result import error_folder, error_reason, set_error_folder, write_error_file
 
 log = logging.getLogger("lit_glm.launch.worker")
 
@@ -109,3 +115,59 @@ def run_and_report_errors(work: Callable[[], None], notes: Callable[[], Path], s
 
 if __name__ == "__main__":
     exit_now(main(Path(sys.argv[1])))
+
+
+_FILE = "found.json"
+_MARGIN_S = 3.0
+
+
+def run_on_all_ranks(config: TrainConfig, module: str, limit_s: float) -> Optional[Dict[str, Any]]:
+    """Start the ranks of this node with a module that calls `rank_main`.
+
+    Args:
+        config: topology and hardware; its timeouts are overwritten.
+        module: module that each rank runs.
+        limit_s: timeout in seconds of heartbeats and of the rendezvous.
+
+    Returns:
+        The result of rank 0; None on secondary nodes.
+
+    Raises:
+        InputError, RunError: the error of a rank.
+    """
+    config.run.stall_timeout_s = config.run.rendezvous_timeout_s = limit_s
+    with tempfile.TemporaryDirectory(prefix="lit_glm-trial-") as name:
+        folder = Path(name)
+        plain = TrainConfig(**{entry.name: getattr(config, entry.name) for entry in fields(TrainConfig)})
+        job = JobSpec(plain, time.monotonic(), [])
+        job.write(folder)
+        node = resolve_node(config.topology, config.hardware.runtime == "simulated")
+        run_ranks(job, node, folder, module, _MARGIN_S)
+        if node.rank > 0:
+            return None
+        found: Dict[str, Any] = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+        return found
+
+
+def rank_main(folder: Path, work: Callable[[TrainConfig], Dict[str, Any]]) -> int:
+    """Call `work` on this rank after all ranks have joined; write what rank 0 returns to `folder`.
+
+    Returns:
+        The exit status.
+    """
+    set_up_console()
+    config = JobSpec.read(folder).config
+    beat = Heartbeat(folder, int(os.environ["RANK"]))
+
+    def join_and_work() -> None:
+        with stop.interruptible(), process_group(config):
+            beat()
+            import torch
+
+            found = work(config)
+            if torch.distributed.get_rank() == 0:
+                write_json(folder / _FILE, found)
+            torch.distributed.barrier()
+
+    with StopRequest(config.run.shutdown_timeout_s, exit_rank) as stop:
+        return run_and_report_errors(join_and_work, lambda: folder, stop)

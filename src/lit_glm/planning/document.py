@@ -12,8 +12,7 @@ from matplotlib.figure import Figure as Canvas
 from lit_glm.atomic_files import make_folder, write_text
 from lit_glm.config.schema import ScoringConfig, TopologyConfig
 from lit_glm.metrics.registry import METRICS
-from lit_glm.planning.cost_model import Interval, MeasuredRun, rank_speed, same_chip
-from lit_glm.planning.prediction import Prediction, predict
+from lit_glm.planning.prediction import Interval, MeasuredRun, Prediction, predict, rank_speed, same_chip
 from lit_glm.planning.workload import Workload, load_examples
 from lit_glm.reporting.plots import STYLE, use_plain_numbers
 from lit_glm.runs.result import markdown_table

@@ -1,12 +1,296 @@
-"""Prediction of a run from its workload, cost model and links: memory, step time, throughput, total time, energy."""
+"""Prediction of a run: cost model of its device (from measured runs, published rows or peaks), workload and links."""
 
 from dataclasses import dataclass
-from typing import Any, Dict, Optional
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import numpy as np
 
 from lit_glm.config.schema import TrainConfig
+from lit_glm.data.memmap_dataset import open_dataset
+from lit_glm.errors import InputError
 from lit_glm.metrics.memory_estimate import count_parameters, estimate_memory
-from lit_glm.planning.cost_model import Interval, RankSpeed, saves_attention_probs
 from lit_glm.planning.workload import Workload
+from lit_glm.runs.job_spec import JOB_FILE, JobSpec
+from lit_glm.runs.result import read_result
+from lit_glm.runs.run_writer import STEP_COLUMNS, read_csv_rows
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Interval from low to high, both >= 0."""
+
+    low: float
+    high: float
+
+    def __add__(self, other: "Interval") -> "Interval":
+        return Interval(self.low + other.low, self.high + other.high)
+
+    def __mul__(self, factor: float) -> "Interval":
+        return Interval(self.low * factor, self.high * factor)
+
+    def over(self, amount: float) -> "Interval":
+        """Divide an amount by this interval."""
+        return Interval(amount / self.high, amount / self.low)
+
+    def widened(self, share: float) -> "Interval":
+        """Widen the interval on both sides by a share."""
+        return Interval(self.low / (1.0 + share), self.high * (1.0 + share))
+
+    def pair(self) -> List[float]:
+        """Return [low, high], for JSON."""
+        return [self.low, self.high]
+
+    def text(self, digits: int = 3) -> str:
+        """Format as `4.1-5.2`, or as one number if both are the same at that precision."""
+        low, high = f"{self.low:.{digits}g}", f"{self.high:.{digits}g}"
+        return low if low == high else f"{low}-{high}"
+
+
+def hull(values: List[float]) -> Interval:
+    """Return the interval from the lowest to the highest value."""
+    return Interval(min(values), max(values))
+
+
+_MOST_STEPS = 400
+_UNKNOWN_EFFICIENCY = Interval(0.05, 0.55)
+"""Share of the peak that such a model reaches, if nothing is known about the device: from fp32 on small devices to well
+tuned half precision (Chowdhery et al. 2022, PaLM, table 3, lists 0.21 to 0.46 for large models)."""
+_UNKNOWN_WAITING = Interval(0.0, 0.05)
+"""Waiting time relative to compute time: an assumption."""
+_OTHER_SCORING = Interval(0.5, 2.0)
+"""Ratio between the efficiencies of the two scorings on the same device: an assumption."""
+_DAY_TO_DAY = 0.05
+"""Variation between two devices and between two days: an assumption."""
+_GIB_BYTES = 2.0**30
+_UNKNOWN_BASE = {"cpu": Interval(0.35 * _GIB_BYTES, 0.75 * _GIB_BYTES)}
+_CARD_BASE = Interval(0.3 * _GIB_BYTES, 2.5 * _GIB_BYTES)
+"""Memory in addition to weights, optimizer and activations: Python with torch; context and libraries of a device.
+An assumption, until a run has measured it."""
+
+
+@dataclass(frozen=True)
+class LinearCostModel:
+    """Linear cost model: seconds per step = overhead + FLOPs / rate."""
+
+    overhead: float
+    """Seconds that do not depend on the FLOPs: optimizer update, calls."""
+    rate: float
+
+
+@dataclass
+class RankSpeed:
+    """Cost model of one rank."""
+
+    lines: List[LinearCostModel]
+    """Possible cost models; the truth is assumed to lie between them."""
+    waiting: Interval
+    """Waiting for data and bookkeeping, relative to compute time."""
+    evidence: str
+    power_w: Optional[Interval] = None
+    """Power of one device."""
+    base: Interval = _CARD_BASE
+    """Bytes in use in addition to the memory estimate."""
+
+    def seconds(self, flops: float) -> Interval:
+        """Predict the seconds of a step from its FLOPs."""
+        return hull([line.overhead + flops / line.rate for line in self.lines]).widened(_DAY_TO_DAY)
+
+
+def _bounding_models(rates: Interval) -> List[LinearCostModel]:
+    return [LinearCostModel(0.0, rates.low), LinearCostModel(0.0, rates.high)]
+
+
+@dataclass
+class MeasuredRun:
+    """Measured run that `plan` learns from, without its first steps."""
+
+    path: Path
+    config: TrainConfig
+    result: Dict[str, Any]
+    flops: Any
+    """[steps] FLOPs of the slowest rank."""
+    compute: Any
+    """[steps] compute seconds."""
+    waiting: float
+    base: Optional[float]
+
+    @classmethod
+    def read(cls, path: Path) -> "MeasuredRun":
+        """Read a run folder.
+
+        Raises:
+            InputError: if it is not a run folder, or has too few steps.
+        """
+        if not (path / JOB_FILE).is_file():
+            raise InputError(f"plan.runs={path}: not a run folder (no {JOB_FILE})")
+        config, result = JobSpec.read(path).config, read_result(path) or {}
+        rows = read_csv_rows(path / "steps.csv", STEP_COLUMNS) if (path / "steps.csv").is_file() else []
+        first = max(3, len(rows) // 10)  # the first steps touch memory and start kernels for the first time
+        rows = rows[: first + _MOST_STEPS]
+        if len(rows) - first < 5:
+            raise InputError(f"plan.runs={path}: has {len(rows)} steps, too few to learn from (minimum: {first + 5})")
+        split = open_dataset(config.data.train_file, False, config.data.cache_dir)
+        work = Workload(config, split, None)
+        flops = np.array([float(work.counter.flops_by_rank(step).max()) for step in range(first + 1, len(rows) + 1)])
+        compute, step = (np.array([float(row[name]) for row in rows])[first:] for name in ("compute_s", "step_s"))
+        actual, ranks = result.get("mem_actual_gib"), config.topology.world_size
+        guess = estimate_memory(config, work.lengths, 0.0, saves_attention_probs(config)).total
+        base = None if not actual or ranks > 1 else max(0.0, float(actual) * _GIB_BYTES - guess)
+        return cls(path, config, result, flops, compute, float(np.median(step) / np.median(compute)) - 1.0, base)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the run was neither simulated nor profiled."""
+        return not any(self.result.get(mark) for mark in ("simulated", "profiled"))
+
+    def lines(self) -> List[LinearCostModel]:
+        """Fit linear cost models: to all steps, without outliers, and by least squares if well conditioned.
+
+        Occasional slow steps may not be a property of the device; the range covers both cases.
+        """
+        flops, compute = self.flops, self.compute
+        everything = LinearCostModel(0.0, float(flops.sum() / compute.sum()))
+        for _ in range(3):
+            off = compute - flops * (compute.sum() / flops.sum())
+            kept = np.abs(off - np.median(off)) <= 4.0 * np.median(np.abs(off - np.median(off))) + 1e-9
+            flops, compute = flops[kept], compute[kept]
+        whole = LinearCostModel(0.0, float(flops.sum() / compute.sum()))
+        design = np.stack([np.ones(len(flops)), flops], axis=1)
+        overhead, slope = np.linalg.lstsq(design, compute, rcond=None)[0]
+        # If lengths differ too little, overhead and rate cannot be separated.
+        if overhead <= 0 or slope <= 0.25 / whole.rate:
+            return [everything, whole]
+        return [everything, whole, LinearCostModel(float(overhead), float(1.0 / slope))]
+
+
+def saves_attention_probs(config: TrainConfig) -> bool:
+    """Return whether attention saves its probabilities for backward: matmul attention does, fused kernels do not."""
+    import torch
+
+    from lit_glm.model.attention import choose_implementation
+
+    place = torch.device("cpu" if config.hardware.accelerator == "cpu" else "meta")
+    return choose_implementation(config.model.attention, place, config.model.attention_dropout) == "matmul"
+
+
+def ignored_runs(runs: List[MeasuredRun], configs: List[Any]) -> List[str]:
+    """List the runs that no configuration can learn from, with the reason."""
+    said = [f"{run.path}: ignored: simulated or profiled" for run in runs if not run.plain]
+    for run in runs:
+        if run.plain and not any(same_chip(run.config, config) for config in configs):
+            what = f"{run.config.hardware.name} in {run.config.precision.name}"
+            said.append(f"{run.path}: ignored: measured on {what}{' (TF32)' * run.config.precision.tf32}")
+    return said
+
+
+def rank_speed(
+    config: TrainConfig, runs: List[MeasuredRun], published: List[Dict[str, Any]], work: Workload
+) -> RankSpeed:
+    """Build the cost model of a rank for a configuration.
+
+    Args:
+        config: configuration of the predicted run.
+        runs: measured runs to learn from.
+        published: rows of conf/published.yaml.
+        work: workload of the configuration.
+    """
+    own = [run for run in runs if run.plain and same_chip(run.config, config)]
+    if own:
+        return _speed_from_runs(config, own)
+    peak = config.hardware.peak_tflops.get("tf32" if config.precision.tf32 else config.precision.name)
+    rows = [row for row in published if _is_published_row_of(row, config) and row.get("p_core")]
+    power = None if config.hardware.power_w is None else Interval(0.4, 1.0) * config.hardware.power_w
+    base = _UNKNOWN_BASE.get(config.hardware.accelerator, _CARD_BASE)
+    if rows:
+        fewest = min(_num_ranks(row) for row in rows)
+        rows = [row for row in rows if _num_ranks(row) == fewest]
+        per_sample = _published_flops_a_sample(config, work)
+        rate = hull([per_sample * row["p_core"] / fewest for row in rows])
+        basis = f"published p_core of {config.hardware.name} {rows[0]['topology']} ({rows[0]['fix_hp']})"
+        if rows[0]["tf32"] and not config.precision.tf32:
+            basis += ", measured with TF32 (precision.tf32=true)"
+            plain, rounded = (config.hardware.peak_tflops.get(name) for name in ("fp32", "tf32"))
+            rate = Interval(rate.low * (plain / rounded if plain and rounded else 0.1), rate.high)
+        if config.scoring.name != "published":
+            rate = Interval(rate.low * _OTHER_SCORING.low, rate.high * _OTHER_SCORING.high)
+            basis += ", with the other scoring"
+        return RankSpeed(_bounding_models(rate), _UNKNOWN_WAITING, basis, power, base)
+    if not peak:
+        name = config.hardware.name
+        raise InputError(
+            f"hardware={name}: its speed cannot be predicted: no peak for {config.precision.name} in "
+            f"conf/hardware/{name}.yaml and no published p_core; give a run on this device with plan.runs=RUN_DIR"
+        )
+    basis = (
+        f"{_UNKNOWN_EFFICIENCY.low:.0%} to {_UNKNOWN_EFFICIENCY.high:.0%} of the peak (no measurement of this device)"
+    )
+    return RankSpeed(_bounding_models(_UNKNOWN_EFFICIENCY * (peak * 1e12)), _UNKNOWN_WAITING, basis, power, base)
+
+
+def _speed_from_runs(config: TrainConfig, runs: List[MeasuredRun]) -> RankSpeed:
+    alike = [run for run in runs if run.config.scoring.name == config.scoring.name]
+    chosen = alike or runs
+    share = config.topology.devices_per_node if config.hardware.accelerator == "cpu" else 1  # ranks share the cores
+    factors = (1.0,) if alike else (_OTHER_SCORING.low, _OTHER_SCORING.high)
+    lines = []
+    for run in chosen:
+        own = run.config.topology.devices_per_node if config.hardware.accelerator == "cpu" else 1
+        # The overhead of a step scales with the parameters (update) or with the layers (calls).
+        scales = (
+            count_parameters(config.model) / count_parameters(run.config.model),
+            (config.model.num_layers + 1) / (run.config.model.num_layers + 1),
+        )
+        for line in run.lines():
+            overheads = {line.overhead * share / own * scale for scale in scales}
+            lines += [LinearCostModel(overhead, line.rate * own / share * f) for overhead in overheads for f in factors]
+    basis = f"{len(chosen)} run{'s' * (len(chosen) > 1)} on {config.hardware.name}: {chosen[0].path.name}"
+    if not alike:
+        basis += ", with the other scoring"
+    power = [
+        float(run.result["power_mean_w"]) / run.config.topology.world_size
+        for run in chosen
+        if run.result.get("power_mean_w")
+    ]
+    bases = [run.base for run in chosen if run.base is not None]
+    unknown = _UNKNOWN_BASE.get(config.hardware.accelerator, _CARD_BASE)
+    return RankSpeed(
+        lines,
+        hull([max(0.0, run.waiting) for run in chosen]),
+        basis,
+        hull(power).widened(_DAY_TO_DAY) if power else None,
+        hull(bases).widened(_DAY_TO_DAY) if bases else unknown,
+    )
+
+
+def same_chip(one: TrainConfig, other: TrainConfig) -> bool:
+    """Return whether two configurations have the same device type and arithmetic, so that one predicts the other."""
+    return (one.hardware.name, one.precision.name, one.precision.tf32) == (
+        other.hardware.name,
+        other.precision.name,
+        other.precision.tf32,
+    )
+
+
+def _is_published_row_of(row: Dict[str, Any], config: TrainConfig) -> bool:
+    tf32 = config.precision.tf32 or (row["tf32"] and config.precision.name == "fp32")
+    return bool(
+        row["hardware"] == config.hardware.name and row["precision"] == config.precision.name and tf32 == row["tf32"]
+    )
+
+
+def _num_ranks(row: Dict[str, Any]) -> int:
+    nodes, devices = str(row["topology"]).split("x")
+    return int(nodes) * int(devices)
+
+
+def _published_flops_a_sample(config: TrainConfig, work: Workload) -> float:
+    """Return the FLOPs per sample of the published workload, with the data's largest number of candidates."""
+    from lit_glm.metrics.flops import published_flops
+
+    most = float(work.lengths.candidates.max())
+    return float(published_flops(config.model, most, config.data.max_seq_length))
+
 
 _GIB = 2.0**30
 _UNKNOWN_LINK = Interval(8.0, 300.0)

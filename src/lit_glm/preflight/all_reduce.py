@@ -12,7 +12,7 @@ import torch
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import RunError
 from lit_glm.hardware.runtimes.selection import make_runtime
-from lit_glm.launch.all_ranks import rank_main
+from lit_glm.launch.worker import rank_main
 from lit_glm.process_utils import exit_now
 
 _MIB = 16

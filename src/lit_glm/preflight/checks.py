@@ -221,7 +221,7 @@ def check_collectives(config: TrainConfig, made: Runtime) -> CheckResult:
     """Start all ranks of this node and run an all-reduce over all ranks of the topology."""
     if config.topology.world_size == 1:
         return CheckResult("", "skip", "single device: no collectives")
-    from lit_glm.launch.all_ranks import run_on_all_ranks
+    from lit_glm.launch.worker import run_on_all_ranks
 
     measured = run_on_all_ranks(config, "lit_glm.preflight.all_reduce", _LIMIT_S)
     if measured is None:

@@ -15,9 +15,14 @@ from lit_glm.config.secrets import mask_config, mask_override, mask_overrides
 from lit_glm.errors import InputError
 from lit_glm.runs import job_spec as jobs
 from lit_glm.runs.environment import ENVIRONMENT_FILE
-from lit_glm.runs.error_files import clear_error_files
 from lit_glm.runs.job_spec import JobSpec
-from lit_glm.runs.result import read_result, release_reserved_disk_space, reserve_disk_space, write_initial_result
+from lit_glm.runs.result import (
+    clear_error_files,
+    read_result,
+    release_reserved_disk_space,
+    reserve_disk_space,
+    write_initial_result,
+)
 
 _PROBE_S = 1.0  # `is_running` holds the lock for an instant
 LOCK_FILE = ".lock"

@@ -16,7 +16,7 @@ from lit_glm.config.schema import TrainConfig
 from lit_glm.config.tuned_values import MODEL_KEYS, TUNE_FILE
 from lit_glm.metrics.memory_estimate import estimate_memory
 from lit_glm.metrics.registry import METRICS
-from lit_glm.planning.cost_model import saves_attention_probs
+from lit_glm.planning.prediction import saves_attention_probs
 from lit_glm.planning.workload import Workload
 from lit_glm.reporting.plots import STYLE, use_plain_numbers
 from lit_glm.runs.job_spec import config_hash

@@ -14,7 +14,7 @@ from lit_glm.check_result import CheckResult
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import RunError
 from lit_glm.hardware.runtimes.selection import make_runtime
-from lit_glm.launch.all_ranks import rank_main, run_on_all_ranks
+from lit_glm.launch.worker import rank_main, run_on_all_ranks
 from lit_glm.process_utils import exit_now
 
 _LIMIT_S = 30.0
