@@ -1,13 +1,15 @@
 """Messages of a command: where they go, by which level; a program that imports the package keeps its own handlers."""
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import List
 
 import pytest
 
-from conftest import lit_glm
+from conftest import lit_glm, start_command
 
 
 @pytest.mark.process
@@ -34,6 +36,20 @@ def test_commands_in_messages_work_as_printed(tmp_path: Path) -> None:
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
     done = lit_glm("train", *run, cwd=tmp_path, cold=True, env={"PATH": path})
     assert "report: python -m lit_glm.report" in done.stdout
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("command", ["verify", "doctor", "report"])
+def test_ctrl_c_ends_a_command_without_a_traceback(command: str, tmp_path: Path) -> None:
+    process = start_command(command, *(["experiment=debug"] if command != "report" else ["/"]), cwd=tmp_path, cold=True)
+    time.sleep(1.5)
+    if process.poll() is not None:
+        pytest.skip("the command has ended already")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "lit_glm: interrupted by SIGINT" in err
+    assert "Traceback" not in err
 
 
 def test_an_unknown_level_is_named(tmp_path: Path) -> None:

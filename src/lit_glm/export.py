@@ -8,6 +8,7 @@ from typing import List, Optional
 
 from lit_glm.console import set_up_console
 from lit_glm.errors import InputError
+from lit_glm.launch.signals import run_interruptible
 
 log = logging.getLogger("lit_glm.export")
 
@@ -60,12 +61,16 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="file to write")
     given = parser.parse_args(arguments)
     set_up_console()
-    try:
-        print(export(given.run_dir, given.to, given.out))
-    except InputError as error:
-        log.error(f"{error}")
-        return error.exit_status
-    return 0
+
+    def write() -> int:
+        try:
+            print(export(given.run_dir, given.to, given.out))
+        except InputError as error:
+            log.error(f"{error}")
+            return error.exit_status
+        return 0
+
+    return run_interruptible(write)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Dict, List, Optional, Sequence
 from lit_glm.config.key_aliases import old_key_message
 from lit_glm.console import output_error, set_up_console
 from lit_glm.errors import InputError
+from lit_glm.launch.signals import run_interruptible
 from lit_glm.metrics.registry import METRICS, OBJECTIVES
 
 log = logging.getLogger("lit_glm.report")
@@ -189,6 +190,10 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser.add_argument("--max-loss-diff", type=float, help="with --compare: exit with 1 above it")
     given = parser.parse_intermixed_args(arguments)
     set_up_console()
+    return run_interruptible(lambda: _report_to_the_end(given))
+
+
+def _report_to_the_end(given: argparse.Namespace) -> int:
     try:
         status = report(given)
         problem = output_error()

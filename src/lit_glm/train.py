@@ -15,7 +15,7 @@ from lit_glm.config.command_line import CommandLine  # noqa: E402
 from lit_glm.config.hydra_main import TaskOutcome, run_command  # noqa: E402
 from lit_glm.config.schema import TrainConfig  # noqa: E402
 from lit_glm.errors import InputError  # noqa: E402
-from lit_glm.launch.signals import Interrupted, RaisingStopSignals, ignore_stop_signals  # noqa: E402
+from lit_glm.launch.signals import Interrupted, ignore_stop_signals  # noqa: E402
 from lit_glm.process_utils import paused_gc  # noqa: E402
 
 log = logging.getLogger("lit_glm.train")
@@ -140,19 +140,13 @@ def main() -> int:
         from lit_glm.process_utils import set_parent_death_signal
 
         set_parent_death_signal(signal.SIGTERM)
-    status, stopped = 0, False
-    try:
-        with RaisingStopSignals():
-            status = run_command("train", TrainConfig, train, _before_sweep)
-    except KeyboardInterrupt:
-        stopped = True
-    except Interrupted as stop:
-        log.error(f"{stop}")
-        status = stop.exit_status
+    status = run_command("train", TrainConfig, train, _before_sweep)
     sweep = sys.modules.get("lit_glm.launch.sweep")  # imported when a sweep starts
     if sweep is not None:
-        status = max(status, sweep.finish_sweep())  # the job records contain the signal's status
-    return 130 if stopped and status < 128 else status
+        # After Ctrl-C the records of the jobs contain which signal it was.
+        finished = sweep.finish_sweep()
+        status = finished if finished >= 128 else max(status, finished)
+    return status
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from lit_glm.config.schema import CONF_DIR, HardwareConfig, iter_leaves, range_e
 from lit_glm.config.tuned_values import resolve_auto_bs
 from lit_glm.console import set_up_console
 from lit_glm.errors import InputError, RunError
+from lit_glm.launch.signals import run_interruptible
 from lit_glm.openmp import limit_spinning
 
 log = logging.getLogger(__name__)
@@ -244,6 +245,15 @@ def run_command(
     """
     set_up_console()
     limit_spinning()  # before anything loads torch
+    return run_interruptible(lambda: _run_command(config_name, schema, task, before_sweep))
+
+
+def _run_command(
+    config_name: str,
+    schema: "type[Config]",
+    task: Task,
+    before_sweep: Optional[Callable[[DictConfig, CommandLine], None]],
+) -> int:
     try:
         line = CommandLine.read(sys.argv[1:])
         if not line.is_help:

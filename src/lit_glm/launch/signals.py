@@ -1,5 +1,6 @@
 """Handlers of stop signals, which record a signal and shut the process down in order."""
 
+import logging
 import os
 import select
 import signal
@@ -7,6 +8,8 @@ import threading
 import time
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterator, Optional, TypeVar
+
+log = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 INTERRUPTED_STATUSES = tuple(128 + number for number in STOP_SIGNALS)
@@ -77,6 +80,18 @@ class RaisingStopSignals(StopSignals):
     def on_signal(self, number: int) -> None:
         """Raise `Interrupted`."""
         raise Interrupted(number)
+
+
+def run_interruptible(work: Callable[[], int]) -> int:
+    """Call the work of a command and return its exit status; 128 + number, without a traceback, after a stop signal."""
+    try:
+        with RaisingStopSignals():
+            return work()
+    except KeyboardInterrupt:  # a job of a sweep was stopped, which has been reported
+        return 128 + signal.SIGINT
+    except Interrupted as stop:
+        log.error(f"{stop}")
+        return stop.exit_status
 
 
 def ignore_stop_signals() -> None:
