@@ -32,6 +32,7 @@ def test_losses_are_those_of_eager_mode(precision: str, scoring: str, bound: flo
 
     own = [f"precision={precision}", f"scoring={scoring}"]
     eager = losses(tmp_path / "eager", *own)
+    torch.compiler.reset()  # graphs of an earlier test
     counters.clear()
     compiled = losses(tmp_path / "compiled", *own, "model.compile=true")
     assert 1 <= counters["stats"]["unique_graphs"] <= 3

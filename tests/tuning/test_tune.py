@@ -20,7 +20,7 @@ def test_a_search_leaves_its_files_and_auto_takes_them(
     folder = tmp_path / "outputs" / "tune" / "day" / "time"
     how = [*TINY, "tune.steps=4", "tune.repeats=1"]
     assert lit_glm_here("tune", *how, "tune.max_minutes=0.001", f"hydra.run.dir={folder}") == 1
-    assert "tune.max_minutes=0.001 are over" in capfd.readouterr().out
+    assert "tune.max_minutes=0.001 is over" in capfd.readouterr().out
     # Once more, with more time: what is known is taken over.
     assert lit_glm_here("tune", *how, "tune.max_minutes=5", "run.resume=auto") == 0
     said = capfd.readouterr().out

@@ -81,11 +81,6 @@ class MemmapDataset:
     def __len__(self) -> int:
         return len(self.example_rows)
 
-    @property
-    def num_candidates(self) -> int:
-        """Number of candidates of all examples."""
-        return len(self.candidate_slot)
-
     def answers_of(self, example: int) -> Tuple[int, ...]:
         """Return the correct candidates of an example."""
         start, stop = self.example_answer_end[example], self.example_answer_end[example + 1]

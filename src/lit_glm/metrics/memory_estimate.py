@@ -136,11 +136,6 @@ class MemoryCheck:
     host_message: str = ""
     """Dry run only: message if this machine lacks the memory for all ranks."""
 
-    @property
-    def fits(self) -> bool:
-        """Whether the estimate fits, as far as known."""
-        return (self.available_bytes is None or self.estimate.total <= self.available_bytes) and not self.host_message
-
 
 def check_memory(
     config: TrainConfig,

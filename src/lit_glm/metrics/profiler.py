@@ -223,7 +223,7 @@ class ProfilerCallback(pl.Callback):
         self._from, self._count = from_step, steps
         self._state = _DONE
         self._profiler: Any = None
-        self._first, self._steps_seen = 0, 0
+        self._first = 0
         self._found: Optional[ProfileSummary] = None
         self._hooks = ExitStack()
         self._storages: Dict[int, int] = {}

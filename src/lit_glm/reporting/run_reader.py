@@ -50,11 +50,6 @@ class ReportRun:
         return self.is_named or (self.complete and not self.result.get("simulated") and not self.result.get("profiled"))
 
     @property
-    def name(self) -> str:
-        """Short name for legends: the folder and its parent."""
-        return "/".join(self.path.parts[-2:])
-
-    @property
     def complete(self) -> bool:
         """Whether the run completed."""
         return self.result.get("status") in COMPLETE
