@@ -1,4 +1,4 @@
-"""Private APIs of dependencies that this project needs. They are used nowhere else.
+"""Private APIs of dependencies that this project needs, used nowhere else; and detours around faults of old versions.
 
 Each function gives the reason; `tests/test_compat.py` fails if a release of the dependency changes one.
 """
@@ -76,3 +76,19 @@ def copy_all_(targets: List[Any], sources: List[Any]) -> None:
         return
     for target, source in zip(targets, sources):
         target.copy_(source)
+
+
+def scaled_bmm(left: Any, right: Any, factor: float) -> Any:
+    """Return `factor` x left @ right, [N, rows, columns], by one kernel; by two before torch 2.1.
+
+    torch 1.12.1 multiplies the uninitialised memory of `baddbmm`'s result by beta = 0, and NaN x 0 is NaN; 2.13 does not.
+    Versions between are treated like the old one until 2.1.
+    """
+    import torch
+
+    if factor == 1.0:
+        return torch.bmm(left, right)
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 1):
+        return torch.bmm(left, right).mul_(factor)
+    shape = (left.shape[0], left.shape[1], right.shape[2])
+    return torch.baddbmm(left.new_empty(shape), left, right, beta=0.0, alpha=factor)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_glm.compat import scaled_bmm
 from lit_glm.data.collate import PackedBatch, PaddingIndex
 from lit_glm.errors import InputError
 from lit_glm.model.dropout import sample_zeros, with_zeros, zero_elements_
@@ -40,7 +41,7 @@ class MatmulAttention(torch.autograd.Function):
         parts, kept = [], []
         for start in range(0, N, ctx.sequences):
             some = slice(start * H, (start + ctx.sequences) * H)
-            scores = _scaled_product(q[some], k[some].transpose(1, 2), ctx.factor)
+            scores = scaled_bmm(q[some], k[some].transpose(1, 2), ctx.factor)
             if forbidden is not None:
                 own = forbidden if len(forbidden) != N else forbidden[start : start + ctx.sequences]
                 scores.view(-1, H, queries, keys).masked_fill_(own, torch.finfo(scores.dtype).min)
@@ -50,7 +51,7 @@ class MatmulAttention(torch.autograd.Function):
                 zeros, ctx.scale = sample_zeros(probabilities, dropout)
                 kept.append(zeros)
                 probabilities = with_zeros(probabilities, zeros)
-            parts.append(_scaled_product(probabilities, v[some], ctx.scale))
+            parts.append(scaled_bmm(probabilities, v[some], ctx.scale))
         out = parts[0] if len(parts) == 1 else torch.cat(parts)
         ctx.save_for_backward(q, k, v, out, *kept)
         return out.view(N, H, queries, d)
@@ -67,25 +68,17 @@ class MatmulAttention(torch.autograd.Function):
         for number, start in enumerate(range(0, N, ctx.sequences)):
             some = slice(start * H, (start + ctx.sequences) * H)
             probabilities, *zeros = kept[number * each : (number + 1) * each]
-            grad_scores = _scaled_product(grad[some], v[some].transpose(1, 2), ctx.scale)
+            grad_scores = scaled_bmm(grad[some], v[some].transpose(1, 2), ctx.scale)
             dropped = probabilities
             if zeros:
                 zero_elements_(grad_scores, *zeros)
                 dropped = with_zeros(probabilities, *zeros)
-            parts[2].append(_scaled_product(dropped.transpose(1, 2), grad[some], ctx.scale))
+            parts[2].append(scaled_bmm(dropped.transpose(1, 2), grad[some], ctx.scale))
             grad_scores.sub_(row_sum[some]).mul_(probabilities)
-            parts[0].append(_scaled_product(grad_scores, k[some], ctx.factor))
-            parts[1].append(_scaled_product(grad_scores.transpose(1, 2), q[some], ctx.factor))
+            parts[0].append(scaled_bmm(grad_scores, k[some], ctx.factor))
+            parts[1].append(scaled_bmm(grad_scores.transpose(1, 2), q[some], ctx.factor))
         joined = (own[0] if len(own) == 1 else torch.cat(own) for own in parts)
         return (*(own.view(N, H, -1, d) for own in joined), None, None)
-
-
-def _scaled_product(left: Tensor, right: Tensor, factor: float) -> Tensor:
-    """Compute `factor` x left @ right, [N, rows, cols] each, in one kernel."""
-    if factor == 1.0:
-        return torch.bmm(left, right)
-    shape = (left.shape[0], left.shape[1], right.shape[2])
-    return torch.baddbmm(left.new_empty(shape), left, right, beta=0.0, alpha=factor)
 
 
 def _softmax(scores: Tensor) -> Tensor:
