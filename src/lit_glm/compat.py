@@ -81,8 +81,8 @@ def copy_all_(targets: List[Any], sources: List[Any]) -> None:
 def scaled_bmm(left: Any, right: Any, factor: float) -> Any:
     """Return `factor` x left @ right, [N, rows, columns], by one kernel; by two before torch 2.1.
 
-    torch 1.12.1 multiplies the uninitialised memory of `baddbmm`'s result by beta = 0, and NaN x 0 is NaN; 2.13 does not.
-    Versions between are treated like the old one until 2.1.
+    torch 1.12.1 multiplies the uninitialised memory of `baddbmm`'s result by beta = 0, and NaN x 0 is NaN; torch 2.13
+    does not. Versions between them count as old before 2.1.
     """
     import torch
 
