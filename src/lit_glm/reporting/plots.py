@@ -234,8 +234,7 @@ def _escape_legend_name(name: str) -> str:
 def _plot_loss(shown: Sequence[Series], words: Translations) -> Panels:
     tables = [(name, _numeric_columns(run.table("steps.csv"), "step", "loss", "lr")) for name, run in shown]
     tables = [(name, columns) for name, columns in tables if len(columns[0])]
-    rates = {tuple(rate[: min(len(one[2]) for _, one in tables)]) for _, (_, _, rate) in tables}
-    panels, axes = _make_panels(2 if len(rates) > 1 else 1)
+    panels, axes = _make_panels(2 if _differ([rate for _, (_, _, rate) in tables]) else 1)
     for name, (steps, loss, rate) in tables:
         smooth = _moving_average(loss, max(1, len(loss) // _SMOOTHED))
         (line,) = axes[0].plot(*_downsample(steps, smooth), lw=1.4, label=_escape_legend_name(name))
@@ -246,6 +245,14 @@ def _plot_loss(shown: Sequence[Series], words: Translations) -> Panels:
     if len(axes) > 1:
         axes[1].set(xlabel=words("step"), ylabel=words("lr"))
     return panels if tables else None
+
+
+def _differ(rates: List[Any]) -> bool:
+    """Return whether learning rates differ by more than 2 % of the highest; skipped steps delay them a little."""
+    common = min(map(len, rates), default=0)
+    known = [np.nan_to_num(rate[:common]) for rate in rates]
+    highest = max((float(rate.max()) for rate in known if common), default=0.0)
+    return any(float(np.median(np.abs(rate - known[0]))) > 0.02 * highest for rate in known[1:] if common)
 
 
 def _plot_accuracy(shown: Sequence[Series], words: Translations) -> Panels:
