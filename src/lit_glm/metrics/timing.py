@@ -39,7 +39,7 @@ def throughput_metrics(samples: int, seconds: PhaseDurations) -> Dict[str, Optio
     """Compute the throughputs of the published table.
 
     Args:
-        samples: examples trained on, all ranks together (the published counter: steps x global batch).
+        samples: examples trained on, all ranks together; a partial last batch counts its actual size.
         seconds: durations of the slowest rank in each phase.
 
     Returns:
