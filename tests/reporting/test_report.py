@@ -12,7 +12,8 @@ from typing import Any, Dict, List
 import pytest
 
 from lit_glm.report import main
-from lit_glm.reporting.run_reader import _is_process_alive
+from lit_glm.reporting.document import run_command_line
+from lit_glm.reporting.run_reader import ReportRun, _is_process_alive
 from reporting.folders import make_run
 
 PUBLISHED = "scoring=published"
@@ -340,3 +341,11 @@ def test_a_run_of_another_machine_runs_while_any_of_its_files_is_new(tmp_path: P
     assert _is_process_alive(tmp_path, {"host": "elsewhere", "pid": 1})
     os.utime(tmp_path / "steps.csv", (time.time() - 4000.0, time.time() - 4000.0))
     assert not _is_process_alive(tmp_path, {"host": "elsewhere", "pid": 1})
+
+
+def test_the_command_of_a_sweeps_run_is_its_own_combination(tmp_path: Path) -> None:
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "overrides.yaml").write_text("- bs=8\n- 'lr=1e-3'\n")
+    command = ["/somewhere/train.py", "bs=4,8", "lr=1e-3,2e-3", "--config-dir=/own", "-m"]
+    run = ReportRun(tmp_path, {}, {"command": command}, {})
+    assert run_command_line(run) == "python -m lit_glm.train bs=8 lr=1e-3 --config-dir=/own"

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
+import yaml
+
 from lit_glm.hardware.env import COMPILERS, FRAMEWORKS
 from lit_glm.metrics.registry import METRICS, PUBLISHED_COLUMNS, TABLE_COLUMNS, cell_text
 from lit_glm.reporting.definitions import ReportTable, Translations, distinct_texts, metric_definitions
@@ -337,14 +339,26 @@ def _make_tile(row: ReportRow, published: List[Dict[str, Any]], words: Translati
 
 
 def run_command_line(run: ReportRun) -> str:
-    """Return the command line of a run as it would be typed; "" if unknown."""
+    """Return the command line of a run as it would be typed, of a sweep's run its own combination; "" if unknown."""
     known = run.environment.get("command")
     if not isinstance(known, list) or not known:
         return str(known or "")
     program = str(known[0])
     name = Path(program).stem
     typed = program if " " in program else f"python -m lit_glm.{name}"  # "lit-glm train" is kept as it is
-    return " ".join([typed, *(shlex.quote(str(argument)) for argument in known[1:])])
+    given = [str(argument) for argument in known[1:]]
+    if {"-m", "--multirun"} & set(given):
+        given = _own_overrides(run) + [text for text in given if text.startswith("--config-dir=")]
+    return " ".join([typed, *map(shlex.quote, given)])
+
+
+def _own_overrides(run: ReportRun) -> List[str]:
+    """Return the overrides of a sweep's combination, as Hydra records them in the run folder."""
+    try:
+        found: Any = yaml.safe_load((run.path / ".hydra" / "overrides.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return []
+    return [str(override) for override in found] if isinstance(found, list) else []
 
 
 def _with_unit(row: ReportRow, name: str) -> str:
