@@ -18,9 +18,12 @@ _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 def python_to_type() -> str:
     """Return how this interpreter is called from here: `python` where that is the one, else its path."""
     found = shutil.which("python")
-    if found is not None and os.path.samefile(os.path.dirname(found), os.path.dirname(sys.executable) or "."):
+    if found is not None and os.path.dirname(os.path.abspath(found)) == os.path.dirname(sys.executable):
         return "python"
-    inside = os.path.relpath(sys.executable)
+    try:
+        inside = os.path.relpath(sys.executable)
+    except OSError:  # the working directory has been removed
+        return sys.executable
     return sys.executable if inside.startswith("..") else inside
 
 
@@ -31,7 +34,9 @@ class MessageHandler(logging.Handler):
         """Write a message to the stream of this moment."""
         try:
             stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
-            text = record.getMessage().replace("python -m lit_glm", f"{python_to_type()} -m lit_glm")
+            text = record.getMessage()
+            if "python -m lit_glm" in text:
+                text = text.replace("python -m lit_glm", f"{python_to_type()} -m lit_glm")
             print(f"lit_glm: {text}", file=stream, flush=True)
         except Exception:  # logging must not end a run
             self.handleError(record)

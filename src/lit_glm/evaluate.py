@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -53,18 +54,21 @@ def describe_predictions(
         names: texts of all examples, in the order of the evaluation file; None: candidates are numbered instead.
 
     Returns:
-        An entry per example; `rank` is that of the best right candidate among all, from 1.
+        An entry per example; `rank` is that of the best right candidate among all, from 1. Scores that are not finite,
+        and ranks that depend on one, are None.
     """
     found = []
     for example, candidate in chosen:
         name = names[example] if names is not None else {}
         texts = name.get("candidates") or list(range(len(scores[example])))
         own, right = scores[example], list(answers(example))
-        best = max(own[place] for place in right)
+        best = max(own[index] for index in right)
+        rank = 1 + sum(score > best for score in own) if all(map(math.isfinite, own)) else None
+        known = [score if math.isfinite(score) else None for score in own]
         entry = {"idx": name.get("idx", example), "label": texts[candidate], "query": name.get("query")}
         entry["answers"] = name.get("answers") or right
-        entry.update(prediction=texts[candidate], score=own[candidate], rank=1 + sum(score > best for score in own))
-        entry["scores"] = [{"candidate": text, "score": score} for text, score in zip(texts, own)]
+        entry.update(prediction=texts[candidate], score=known[candidate], rank=rank)
+        entry["scores"] = [{"candidate": text, "score": score} for text, score in zip(texts, known)]
         found.append(entry)
     return found
 
@@ -166,7 +170,7 @@ def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
     overrides = [*hydra.overrides.task, *CommandLine.read(sys.argv[1:]).searchpath]
     config = inherit_run_config(config, given, overrides)
     for line in set_hardware_env(config.hardware):
-        log.warning(f"{line}")
+        log.warning(line)
     scores: Dict[int, List[float]] = {}
     accuracy, chosen, runtime, split = _score_checkpoint(config, scores)
     names = read_example_metadata(Path(config.data.eval_file), len(chosen))

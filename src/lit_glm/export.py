@@ -66,7 +66,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
         try:
             print(export(given.run_dir, given.to, given.out))
         except InputError as error:
-            log.error(f"{error}")
+            log.error(error)
             return error.exit_status
         return 0
 

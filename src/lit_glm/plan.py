@@ -143,7 +143,7 @@ def main() -> int:
             sys.argv = [sys.argv[0], *first, *line.flags]
         return run_command("plan", PlanConfig, _make_task(combinations, as_json))
     except InputError as error:
-        log.error(f"{error}")
+        log.error(error)
         return error.exit_status
     finally:
         sys.argv = arguments

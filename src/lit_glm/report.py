@@ -109,7 +109,7 @@ def report(given: argparse.Namespace) -> int:
         raise InputError(f"--format {given.format} --lang {given.lang}: several files need --out DIR")
     runs, left_out = find_runs(places)
     for line in left_out:
-        log.warning(f"{line}")
+        log.warning(line)
     if not runs:
         raise InputError("no run was found")
     key = given.sort or ("acc" if given.best else None)
@@ -201,7 +201,7 @@ def _report_to_the_end(given: argparse.Namespace) -> int:
             raise InputError(f"the report cannot be written to standard output ({problem}); give --out DIR")
         return status
     except InputError as error:
-        log.error(f"{error}")
+        log.error(error)
         return error.exit_status
 
 

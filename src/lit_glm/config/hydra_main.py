@@ -350,7 +350,7 @@ def is_group(config_dir: Optional[str]) -> Callable[[str], bool]:
 
 
 def _print_error(message: str, status: int) -> int:
-    log.error(f"{message}")
+    log.error(message)
     return status
 
 

@@ -127,7 +127,7 @@ class PaddedBatch(TensorDataclass):
 
 
 _ALIGNED = 8
-"""Places per group are a multiple of this: fused attention kernels copy an additive mask of other strides."""
+"""Slots per group are a multiple of this: fused attention kernels copy an additive mask of other strides."""
 
 
 def _ranges_to_indices(starts: Any, ends: Any) -> Any:
@@ -210,7 +210,7 @@ def pad_packed(batch: PackedBatch, pad_to: int) -> PackedBatch:
     longest = pad_to * 2 ** _doublings(int(n.max()), pad_to)
     level = max(_doublings(int(m.max()), 64), _doublings(C, 16), _doublings(groups, B))
     most, slots, all_groups = 64 * 2**level, 16 * 2**level, B * 2**level
-    nobody = B * slots  # a candidate that is not scored: the one of all padding
+    dummy = B * slots  # candidate that all padding belongs to; its score is dropped
     starts = np.arange(groups)
     contexts = _ranges_to_indices(starts * longest, starts * longest + n)
     rows = _ranges_to_indices(starts * most, starts * most + m)
@@ -221,10 +221,10 @@ def pad_packed(batch: PackedBatch, pad_to: int) -> PackedBatch:
         return torch.full((size,), fill, dtype=tensor.dtype).index_copy_(0, torch.from_numpy(where), tensor)
 
     size, length = all_groups * (longest + most), longest + most
-    row_candidate = padded(batch.row_candidate, rows, all_groups * most, nobody)
+    row_candidate = padded(batch.row_candidate, rows, all_groups * most, dummy)
     owner = np.full((all_groups, length), -2)
     owner[:groups, :longest][np.arange(longest) < n[:, None]] = -1
-    owner[:, longest:] = np.where(row_candidate == nobody, -2, row_candidate).reshape(all_groups, most)
+    owner[:, longest:] = np.where(row_candidate == dummy, -2, row_candidate).reshape(all_groups, most)
     gather = np.concatenate(
         [
             np.arange(first).reshape(all_groups, longest),
@@ -241,7 +241,7 @@ def pad_packed(batch: PackedBatch, pad_to: int) -> PackedBatch:
         blocks=padded(batch.blocks, places, size),
         targets=padded(batch.targets, rows, all_groups * most),
         row_candidate=row_candidate,
-        slot=torch.cat([slot, slot.new_full((nobody + 1 - len(slot),), nobody)]),
+        slot=torch.cat([slot, slot.new_full((dummy + 1 - len(slot),), dummy)]),
         context_lengths=[longest] * all_groups,
         candidate_rows=[most] * all_groups,
         padding_index=PaddingIndex(
@@ -258,7 +258,7 @@ def pad_packed(batch: PackedBatch, pad_to: int) -> PackedBatch:
 
 
 def _doublings(count: int, least: int) -> int:
-    """How often `least` must be doubled to hold `count`."""
+    """Return how often `least` must be doubled to hold `count`."""
     return max(0, math.ceil(math.log2(count / least)))
 
 

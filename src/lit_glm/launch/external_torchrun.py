@@ -35,7 +35,7 @@ def _run_watchdog(config: TrainConfig, folder: Path, outer: ExternalRank) -> Any
     def end_this(where: List[str]) -> None:
         message = stall_message(config, folder, where)
         mark_failed(folder, message)  # the node's first rank may be the one that hangs
-        log.error(f"{message}")
+        log.error(message)
         kill_children()
         os._exit(1)
 

@@ -182,7 +182,7 @@ def _run_in_process(job: JobSpec, run_dir: Path, stop: StopRequest) -> None:
     def end_all(where: List[str]) -> None:
         message = stall_message(job.config, run_dir, where)
         mark_failed(run_dir, message)
-        log.error(f"{message}")
+        log.error(message)
         kill_children()
         os._exit(1)
 

@@ -68,7 +68,7 @@ class RankContext:
         """Print a text on rank 0 only."""
         if self.rank == 0:
             for line in text.split("\n"):
-                log.info(f"{line}")
+                log.info(line)
 
 
 @dataclass
@@ -162,7 +162,7 @@ def _make_validated_runtime(place: RankContext) -> Runtime:
     kept += validate_devices(config.hardware, runtime, config.topology.devices_per_node, CONF_DIR / "hardware")
     if place.rank == 0:
         for line in kept:
-            log.warning(f"{line}")
+            log.warning(line)
     return runtime
 
 
@@ -256,7 +256,7 @@ def _find_resume_checkpoint(place: RankContext, runtime: Runtime) -> "tuple[Opti
         path, content, passed_over = checkpoints.latest_valid(place.run_dir, config_hash(place.config), whole=True)
         if place.rank == 0:
             for line in passed_over:
-                log.warning(f"{line}")
+                log.warning(line)
         if path is None and passed_over:  # starting again from step 0 would discard the contents of the folder
             raise InputError(
                 f"run.resume={place.run_dir}: none of its {len(passed_over)} checkpoints can be used (see above); "

@@ -90,7 +90,7 @@ def run_interruptible(work: Callable[[], int]) -> int:
     except KeyboardInterrupt:  # a job of a sweep was stopped, which has been reported
         return 128 + signal.SIGINT
     except Interrupted as stop:
-        log.error(f"{stop}")
+        log.error(stop)
         return stop.exit_status
 
 

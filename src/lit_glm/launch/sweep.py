@@ -233,7 +233,7 @@ def run_sweep_job(
             result = run_job(job, folder, files, node, in_process=False)
         status = 0
     except (InputError, RunError) as error:
-        log.error(f"{error}")
+        log.error(error)
         status, reason = error.exit_status, str(error)
     except Interrupted as stop:
         log.error(f"{stop}; start the same sweep again to resume it")

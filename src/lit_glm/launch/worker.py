@@ -91,7 +91,7 @@ def run_and_report_errors(work: Callable[[], None], notes: Callable[[], Path], s
         return interrupted.exit_status
     except NothingToDo as reason:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            log.info(f"{reason}")
+            log.info(reason)
         return 0
     except (InputError, RunError) as error:
         write_error_file(notes(), rank, error)

@@ -64,7 +64,7 @@ class ProgressCallback(pl.Callback):
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
         else:
-            log.info(f"{text}")
+            log.info(text)
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         """Stop the bar, which restores the terminal."""

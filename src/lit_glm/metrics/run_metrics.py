@@ -144,7 +144,7 @@ class RunMetrics:
             raise RunError(f"cannot write the run's files: {error}") from error
         said = self.contention.sample_if_due() if self.contention is not None else None
         if said:
-            log.info(f"{said}")
+            log.info(said)
         in_use = self._runtime.memory_in_use(0)
         if in_use is not None:
             spent = round(self.e2e() + self.earlier_e2e, 3)

@@ -9,6 +9,7 @@ import re
 import zipfile
 from collections import OrderedDict
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
@@ -380,20 +381,7 @@ def describe_wrong_file(path: Path) -> Optional[str]:
 
 
 def _glm_config(config: ModelConfig) -> GLMConfig:
-    return GLMConfig(
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        vocab_size=config.vocab_size,
-        max_sequence_length=config.max_sequence_length,
-        hidden_dropout=config.hidden_dropout,
-        attention_dropout=config.attention_dropout,
-        gelu=config.gelu,
-        init_std=config.init_std,
-        activation_checkpointing=config.activation_checkpointing,
-        attention=config.attention,
-        compile=config.compile,
-    )
+    return GLMConfig(**{field.name: getattr(config, field.name) for field in fields(GLMConfig)})
 
 
 def build_glm(config: ModelConfig, kernels: Optional[RuntimeOps] = None) -> Tuple[GLM, List[str]]:

@@ -102,7 +102,7 @@ def evaluate(
         metric.update(best, batch.answers)
         if scores is not None:
             for index, row in zip(batch.indices, tables.pop(0).tolist()):
-                scores[index] = [score for score in row if score > EVAL_MASK / 2]
+                scores[index] = [score for score in row if not score <= EVAL_MASK / 2]  # keeps NaN
         chosen.extend(zip(batch.indices, best))
 
     waiting: Optional[Tuple[Any, Callable[[], List[int]]]] = None

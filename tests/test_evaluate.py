@@ -1,0 +1,16 @@
+"""What `evaluate` writes about each prediction."""
+
+import json
+import math
+
+from lit_glm.evaluate import describe_predictions
+
+
+def test_scores_that_are_not_finite_are_null_and_cost_no_evaluation() -> None:
+    names = [{"idx": 7, "candidates": ["a", "b"], "answers": ["b"], "query": "@placeholder"}] * 2
+    first, second = describe_predictions(
+        [(0, 0), (1, 0)], {0: [-1.0, -2.0], 1: [math.nan, -2.0]}, lambda _: (1,), names
+    )
+    assert (first["label"], first["score"], first["rank"]) == ("a", -1.0, 2)
+    assert (second["label"], second["score"], second["rank"]) == ("a", None, None)
+    assert "NaN" not in json.dumps(second)
