@@ -44,6 +44,26 @@ def test_lightning_leaves_signals_alone() -> None:
     assert "_signal_connector.register_signal_handlers()" in inspect.getsource(pl.Trainer)
 
 
+def test_hydras_sweeper_leaves_out_jobs() -> None:
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    overrides = OverridesParser.create().parse_overrides(["a=1,2,3", "b=4"])
+    whole = [["a=1", "b=4"], ["a=2", "b=4"], ["a=3", "b=4"]]
+    try:
+        compat.leave_out_jobs([1], own_folders=True)
+        compat.leave_out_jobs([0], own_folders=False)  # the last call counts
+        assert BasicSweeper.split_arguments(overrides, None) == [whole[1:]]
+        compat.leave_out_jobs([1], own_folders=True)
+        left = [[*whole[0], "hydra.sweep.subdir=0"], [*whole[2], "hydra.sweep.subdir=2"]]
+        assert BasicSweeper.split_arguments(overrides, 1) == [[left[0]], [left[1]]]
+        compat.leave_out_jobs([0, 1, 2], own_folders=True)
+        assert BasicSweeper.split_arguments(overrides, None) == []
+    finally:
+        compat.leave_out_jobs([], own_folders=False)
+    assert BasicSweeper.split_arguments(overrides, None) == [whole]
+
+
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 def test_onednns_product_is_a_linear_layer() -> None:
     product = compat.onednn_linear()

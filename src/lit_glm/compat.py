@@ -3,7 +3,8 @@
 Each function gives the reason; `tests/test_compat.py` fails if a release of the dependency changes one.
 """
 
-from typing import Any, Callable, ContextManager, List, Optional, Tuple
+import functools
+from typing import Any, Callable, ContextManager, List, Optional, Sequence, Tuple
 
 
 def keep_own_signals(trainer: Any) -> None:
@@ -15,6 +16,32 @@ def keep_own_signals(trainer: Any) -> None:
     connector = trainer._signal_connector
     connector.register_signal_handlers = connector.teardown = lambda: None
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+
+
+def leave_out_jobs(numbers: Sequence[int], own_folders: bool) -> None:
+    """Make Hydra's sweeper over lists start no job for some combinations, which are complete.
+
+    Hydra accepts only sweepers from the package `hydra_plugins`, and sweeps are products of lists, so that no list of
+    overrides describes the combinations that are left.
+
+    Args:
+        numbers: numbers of the combinations, in the order of the sweep.
+        own_folders: whether the folder of a job is named by the number of its combination, not by that of the job.
+    """
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    split: Any = getattr(BasicSweeper.split_arguments, "__wrapped__", BasicSweeper.split_arguments)
+
+    @functools.wraps(split)
+    def split_rest(overrides: Any, max_batch_size: Optional[int]) -> List[List[List[str]]]:
+        jobs = [
+            [*job, *([f"hydra.sweep.subdir={number}"] if own_folders else [])]
+            for number, job in enumerate(split(overrides, None)[0])
+            if number not in numbers
+        ]
+        return list(map(list, BasicSweeper.split_overrides_to_chunks(jobs, max_batch_size))) if jobs else []
+
+    BasicSweeper.split_arguments = staticmethod(split_rest)  # type: ignore[method-assign]
 
 
 def onednn_linear() -> Optional[Callable[..., Any]]:

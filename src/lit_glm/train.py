@@ -9,7 +9,7 @@ import os  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
-from typing import Any, Callable, Dict, Tuple  # noqa: E402
+from typing import TYPE_CHECKING, Any, Callable, Dict  # noqa: E402
 
 from lit_glm.config.command_line import CommandLine  # noqa: E402
 from lit_glm.config.hydra_main import TaskOutcome, run_command  # noqa: E402
@@ -17,6 +17,9 @@ from lit_glm.config.schema import TrainConfig  # noqa: E402
 from lit_glm.errors import InputError  # noqa: E402
 from lit_glm.launch.signals import Interrupted, ignore_stop_signals  # noqa: E402
 from lit_glm.process_utils import paused_gc  # noqa: E402
+
+if TYPE_CHECKING:
+    from lit_glm.launch.rendezvous import RunFolder
 
 log = logging.getLogger("lit_glm.train")
 
@@ -48,10 +51,11 @@ def train(config: TrainConfig, composed: Any) -> TaskOutcome:
             raise InputError("-m under torchrun: a sweep starts the ranks of its jobs itself; leave torchrun out")
         return run_sweep_job(config, run_dir, files, sys.argv, lambda: prepare_data(config), entry)
     if outer is not None:
-        from lit_glm.launch.external_torchrun import run_under_external_torchrun
+        from lit_glm.launch.worker import run_under_torchrun
+        from lit_glm.runs.job_spec import JobSpec
 
         find, prepare = (lambda: _resolve_run_dir(config, run_dir)), (lambda: prepare_data(config))
-        return TaskOutcome(run_under_external_torchrun(config, outer, _ENTRY, sys.argv, find, files, prepare))
+        return TaskOutcome(run_under_torchrun(JobSpec(config, _ENTRY, sys.argv), outer, find, prepare, files))
     return TaskOutcome(run(config, run_dir, files, lambda: prepare_data(config)))
 
 
@@ -75,7 +79,7 @@ def prepare_data(config: TrainConfig) -> None:
         )
 
 
-def _resolve_run_dir(config: TrainConfig, run_dir: Path) -> Tuple[Path, bool]:
+def _resolve_run_dir(config: TrainConfig, run_dir: Path) -> "RunFolder":
     """Return the run folder, and whether its run is resumed.
 
     Raises:
@@ -83,6 +87,7 @@ def _resolve_run_dir(config: TrainConfig, run_dir: Path) -> Tuple[Path, bool]:
     """
     from hydra.core.hydra_config import HydraConfig
 
+    from lit_glm.launch.rendezvous import RunFolder
     from lit_glm.runs.discovery import find_requeued_run, resolve_resume
     from lit_glm.runs.job_spec import ensure_same_config
     from lit_glm.runs.run_folder import ensure_available
@@ -95,9 +100,9 @@ def _resolve_run_dir(config: TrainConfig, run_dir: Path) -> Tuple[Path, bool]:
         folder = resolve_resume(resume, config, run_dir, given)
     if folder is not None:
         ensure_same_config(config, folder)
-        return folder.resolve(), True
+        return RunFolder(folder.resolve(), True)
     ensure_available(run_dir, config.run.overwrite)
-    return run_dir.resolve(), False
+    return RunFolder(run_dir.resolve(), False)
 
 
 def run(config: TrainConfig, run_dir: Path, files: Dict[str, str], prepare: Callable[[], None]) -> int:
@@ -106,14 +111,16 @@ def run(config: TrainConfig, run_dir: Path, files: Dict[str, str], prepare: Call
     from lit_glm.launch.rendezvous import announce_end, this_node
     from lit_glm.runs.checkpoints import resume_hint
     from lit_glm.runs.job_spec import JobSpec
-    from lit_glm.runs.result import COMPLETE, read_result, results_table
+    from lit_glm.runs.result import results_table
+    from lit_glm.runs.run_folder import complete_result
 
     node, resumes = this_node(config.topology, config.hardware.runtime == "simulated"), False
     with announce_early_end(config, node):
         if node.rank == 0:  # node 0 sends it to the others
-            run_dir, resumes = _resolve_run_dir(config, run_dir)
-        result = read_result(run_dir) if resumes else None
-        if result is not None and result.get("status") in COMPLETE:
+            found = _resolve_run_dir(config, run_dir)
+            run_dir, resumes = found.path, found.is_resume
+        result = complete_result(run_dir) if resumes else None
+        if result is not None:
             log.info(f"{run_dir}: the run is complete; nothing to do")
             print(results_table([result]), flush=True)
             announce_end(config, node, 0, "the run is complete; nothing to do")

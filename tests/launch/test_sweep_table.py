@@ -12,7 +12,12 @@ ROW = {"hardware": "cpu", "topology": "1x2", "precision": "fp32", "scoring": "pu
 
 def note(sweep: Path, number: int, run_dir: Optional[Path], status: int, fix_hp: str) -> None:
     folder = None if run_dir is None else str(run_dir)
-    content = {"run_dir": folder, "exit_status": status, "overrides": f"n={number}", "row": {**ROW, "fix_hp": fix_hp}}
+    content = {
+        "run_dir": folder,
+        "exit_status": status,
+        "overrides": ["bs=1", f"n={number}"],
+        "row": {**ROW, "fix_hp": fix_hp},
+    }
     (sweep / "jobs").mkdir(exist_ok=True)
     (sweep / "jobs" / f"{number:05d}.json").write_text(json.dumps(content))
 
@@ -35,11 +40,12 @@ def test_each_job_has_a_row_of_its_own(tmp_path: Path) -> None:
     with (tmp_path / "sweep.csv").open() as file:
         rows = [[row["fix_hp"], row["status"], row["acc"], row["overrides"]] for row in csv.DictReader(file)]
     assert rows == [
-        ["bs=9,lr=1", "finished", "50.00%", "n=0"],
-        ["bs=2,lr=1", "failed", "", "n=1"],
-        ["bs=9,lr=1", "failed", "", "n=2"],
-        ["bs=4,lr=1", "failed", "", "n=3"],
-        ["bs=abc,lr=1", "failed", "", "n=4"],
+        ["bs=9,lr=1", "finished", "50.00%", "bs=1,n=0"],
+        ["bs=2,lr=1", "failed", "", "bs=1,n=1"],
+        ["bs=9,lr=1", "failed", "", "bs=1,n=2"],
+        ["bs=4,lr=1", "failed", "", "bs=1,n=3"],
+        ["bs=abc,lr=1", "failed", "", "bs=1,n=4"],
     ]
     assert text.count("cpu 1x2 (failed)") == 4
+    assert "failed: n=" not in text  # these jobs wrote no reason
     assert (tmp_path / "sweep.md").read_text() == text + "\n"

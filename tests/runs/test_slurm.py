@@ -1,7 +1,9 @@
 """A real Slurm of one host and two slurmd (Debian: apt-get install slurm-wlm): srun, requeue, sbatch without srun."""
 
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -10,7 +12,7 @@ from typing import Any, Dict, Iterator, List
 
 import pytest
 
-from conftest import rows
+from conftest import command, rows
 from runs.processes import free_port
 from runs.test_runs import result
 
@@ -127,3 +129,37 @@ def test_a_job_that_is_requeued_goes_on(slurm: Dict[str, str], tmp_path: Path) -
     assert list(tmp_path.glob("outputs/slurm-*")) == [folder]
     steps = [int(row["step"]) for row in rows(folder / "steps.csv")]
     assert steps == list(range(1, len(steps) + 1))
+
+
+def test_a_sweep_submits_no_complete_combination_and_names_what_stays_queued(
+    slurm: Dict[str, str], tmp_path: Path
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    plugin = ["hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=5", "hydra.launcher.partition=p"]
+    plugin += ["hydra.launcher.mem_gb=null", "hydra.launcher.cpus_per_task=1", "hydra.launcher.array_parallelism=1"]
+    sweep = command("train", "-m", "experiment=debug", "hydra.sweep.dir=sweep", "logger={}", *plugin)
+    first = run([*sweep, "run.max_steps=3", "bs=2,4"], slurm, tmp_path)
+    assert first.returncode == 0, first.stderr
+    submitted = set((tmp_path / "sweep" / ".submitit").glob("[0-9]*_[0-9]*"))
+    assert len(submitted) == 2
+    again = run([*sweep, "run.max_steps=3", "bs=2,4"], slurm, tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("complete, reused from") == 2
+    assert set((tmp_path / "sweep" / ".submitit").glob("[0-9]*_[0-9]*")) == submitted
+
+    process = subprocess.Popen(
+        [*sweep, *LONG, "bs=2,3"], env=slurm, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    limit = time.monotonic() + 60
+    while not list((tmp_path / "sweep").glob("*/steps.csv"))[2:] and time.monotonic() < limit:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=60)[1]
+    (cancel,) = re.findall(r"cancel with: (scancel \d+)$", err, re.MULTILINE)
+    assert process.returncode == 130
+    assert "2 jobs of this sweep may still be queued or running in Slurm" in err
+    assert run(cancel.split(), slurm, tmp_path).returncode == 0
+    limit = time.monotonic() + 60
+    while run(["squeue", "-h"], slurm, tmp_path).stdout.strip() and time.monotonic() < limit:
+        time.sleep(0.5)
+    assert not run(["squeue", "-h"], slurm, tmp_path).stdout.strip()

@@ -81,10 +81,11 @@ def test_a_sweep_takes_nothing_from_single_runs_and_says_what_it_takes(tmp_path:
     debug = ["experiment=debug", "run.max_steps=2", "logger={}"]
     assert lit_glm_here("train", *debug, "bs=2", f"hydra.run.dir={tmp_path}/outputs/a/b") == 0
     first = lit_glm("train", "-m", *debug, "bs=2,4", cwd=tmp_path)
-    assert (first.returncode, first.stdout.count("; nothing to do")) == (0, 0), first.stderr
+    assert (first.returncode, first.stdout.count("reused from")) == (0, 0), first.stderr
     again = lit_glm("train", "-m", *debug, "bs=2,4", cwd=tmp_path)
     assert again.returncode == 0
     assert again.stdout.count("lit_glm: sweep: bs=2: complete, reused from multirun/") == 1
+    assert "lit_glm: job " not in again.stdout
     assert again.stdout.count("(reused from ") == 2
     assert "lit_glm: best by acc" in again.stdout
 

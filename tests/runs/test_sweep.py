@@ -49,7 +49,7 @@ def test_a_sweep_and_another_in_the_same_folder(tmp_path: Path) -> None:
     results[1].write_text(json.dumps({**json.loads(before[1]), "status": "running"}))
     again = lit_glm("train", *SWEEP, "bs=3,4,2", "topology=1x1", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count("; nothing to do") == 1
+    assert again.stdout.count("complete, reused from") == 1
     assert "resuming after step 3" in again.stdout
     assert results[0].read_bytes() == before[0]
     assert json.loads(results[1].read_text())["status"] == "finished"
@@ -91,9 +91,9 @@ def test_a_sweep_that_is_killed_and_started_again(tmp_path: Path) -> None:
     again = lit_glm("train", *SWEEP, *THREE, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert done.read_bytes() == before
-    assert again.stdout.count("; nothing to do") == 1
+    assert again.stdout.count("complete, reused from") == 1
     assert again.stdout.count("resuming after step") == 1
-    assert states(tmp_path) == [[f"bs={bs},lr=0.001", "finished"] for bs in (2, 3, 4)]
+    assert sorted(states(tmp_path)) == [[f"bs={bs},lr=0.001", "finished"] for bs in (2, 3, 4)]
     for number in "012":
         result = json.loads((tmp_path / "sweep" / number / "result.json").read_text())
         steps = [int(row["step"]) for row in rows(tmp_path / "sweep" / number / "steps.csv")]
@@ -124,7 +124,7 @@ def test_skip_done_can_be_switched_off(tmp_path: Path) -> None:
     over = ["sweep.skip_done=false", "run.overwrite=true"]
     third = lit_glm("train", *SWEEP, "bs=2", "topology=1x1", *over, cwd=tmp_path)
     assert third.returncode == 0, third.stderr
-    assert "; nothing to do" not in third.stdout
+    assert "reused from" not in third.stdout
     assert (tmp_path / "sweep" / "0" / "result.json").read_bytes() != before
 
 

@@ -1,8 +1,12 @@
 """What a run says at its end."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from conftest import lit_glm_here
 from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
 from lit_glm.runs.result import final_summary
@@ -41,3 +45,25 @@ def test_a_slow_start_is_said_and_a_usual_one_is_not() -> None:
     assert "the first 2 steps took 31.2 s, 2.8x a steady-state step of the same work" in slow
     assert "warm-up" not in said("success", first_steps={"count": 2, "seconds": 31.2, "slowdown": 1.2})
     assert "warm-up" not in said("success", first_steps=None)
+
+
+def test_the_launcher_alone_writes_how_a_run_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """A run whose launcher was killed after the ranks had finished is complete; the next command writes that."""
+    from lit_glm.launch import launcher
+    from lit_glm.runs.result import read_result
+
+    arguments = ["experiment=debug", "run.max_steps=2", "logger={}", f"hydra.run.dir={tmp_path / 'run'}"]
+    file = tmp_path / "run" / "result.json"
+    monkeypatch.setattr(launcher, "settle_status", lambda run_dir: None)  # as if it had been killed before
+    assert lit_glm_here("train", *arguments) == 0
+    raw = json.loads(file.read_text(encoding="utf-8"))
+    assert (raw["status"], raw["outcome"]) == ("running", "finished")
+    assert (read_result(tmp_path / "run") or {})["status"] == "finished"
+    monkeypatch.undo()
+    capfd.readouterr()
+    assert lit_glm_here("train", *arguments, f"run.resume={tmp_path / 'run'}") == 0
+    assert "the run is complete; nothing to do" in capfd.readouterr().out
+    settled = json.loads(file.read_text(encoding="utf-8"))
+    assert settled["status"] == "finished"
+    del raw["outcome"]
+    assert settled == {**raw, "status": "finished"}

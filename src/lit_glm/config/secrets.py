@@ -1,7 +1,7 @@
 """Masking of secrets in files that may be published: values with secret names, and credentials in URLs."""
 
 import re
-from typing import Any, Dict
+from typing import Any, Dict, List, Tuple
 
 MASK = "..."
 _SECRET = re.compile(
@@ -44,23 +44,29 @@ def mask_config(node: Any, is_hidden: bool = False) -> Any:
     return mask_text(node) if isinstance(node, str) else node
 
 
-def find_secrets(node: Any, prefix: str = "") -> Dict[str, str]:
-    """Return the strings that `mask_config` masks, by dotted key."""
-    found: Dict[str, str] = {}
-    for key, value in node.items() if isinstance(node, dict) else []:
-        if isinstance(value, dict):
-            found.update(find_secrets(value, f"{prefix}{key}."))
-        elif isinstance(value, str) and mask_config({key: value}) != {key: value}:
-            found[f"{prefix}{key}"] = value
+def find_secrets(config: Dict[str, Any]) -> "List[Tuple[List[Any], str]]":
+    """Return the strings that `mask_config` masks, each with its place: keys of mappings and indices of lists."""
+    found: List[Tuple[List[Any], str]] = []
+
+    def compare(plain: Any, masked: Any, place: List[Any]) -> None:
+        if isinstance(plain, (dict, list)):
+            for key in plain if isinstance(plain, dict) else range(len(plain)):
+                compare(plain[key], masked[key], [*place, key])
+        elif plain != masked:
+            found.append((place, plain))
+
+    compare(config, mask_config(config), [])
     return found
 
 
-def restore_secrets(node: Dict[str, Any], secrets: Dict[str, str]) -> None:
-    """Put the values of `find_secrets` back into masked data."""
-    for key, value in secrets.items():
-        *parents, name = key.split(".")
-        place: Any = node
-        for parent in parents:
-            place = place.get(parent) if isinstance(place, dict) else None
-        if isinstance(place, dict) and name in place:
-            place[name] = value
+def restore_secrets(config: Dict[str, Any], secrets: "List[Tuple[List[Any], str]]") -> None:
+    """Put the strings of `find_secrets` back into a masked configuration; places that it lacks are left out."""
+    for place, value in secrets:
+        node: Any = config
+        try:
+            for key in place[:-1]:
+                node = node[key]
+            if node[place[-1]] is not None:
+                node[place[-1]] = value
+        except (KeyError, IndexError, TypeError):
+            continue

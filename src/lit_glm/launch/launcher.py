@@ -25,10 +25,13 @@ from lit_glm.runs.environment import read_environment
 from lit_glm.runs.job_spec import JobSpec
 from lit_glm.runs.result import (
     error_reason,
+    final_summary,
     mark_failed,
     mark_interrupted,
     read_result,
+    results_table,
     root_cause,
+    settle_status,
     update_result,
     write_error_file,
 )
@@ -74,19 +77,26 @@ def run_job(
             with record_run(job, run_dir, composed) as lock:
                 supervisor.run(job, node, run_dir, lock)
     result = read_result(run_dir)
-    if result is None:
+    if result is None or result.get("status") == "running":
         raise RunError(f"{run_dir}: the job ended without a result")
     return result
 
 
 @contextmanager
 def record_run(job: JobSpec, run_dir: Path, composed: Dict[str, str]) -> Iterator[int]:
-    """Lock the run folder during a job, and write its final status, device readings and energy there."""
-    with acquire_run_dir(job, run_dir, composed) as lock, write_energy_metrics(job, run_dir), write_failure_status(
-        run_dir, job.is_resume
-    ):
-        heartbeat.clear_heartbeats(run_dir)
-        yield lock
+    """Lock the run folder during a job; write its final status, device readings and energy there; print the result."""
+    with acquire_run_dir(job, run_dir, composed) as lock:
+        settle_status(run_dir)  # of an earlier part whose launcher was killed
+        try:
+            with write_energy_metrics(job, run_dir), write_failure_status(run_dir, job.is_resume):
+                heartbeat.clear_heartbeats(run_dir)
+                yield lock
+        finally:
+            result = settle_status(run_dir)
+            if result is not None:
+                for line in final_summary(result, job.config, run_dir).split("\n"):
+                    log.info(line)
+                print(results_table([result]), flush=True)  # the last output of the run
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import socket
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
@@ -35,18 +35,21 @@ class JoinedGroup:
     peers: Optional[PeerMonitor]
     """Monitor of the other ranks; None if there are none, or if one supervisor watches all of them."""
     run: Optional[RunFolder]
-    """Run folder that rank 0 chose; None under the user's torchrun, and for a job without a run folder."""
+    """Run folder that rank 0 chose; None for a job without a run folder."""
 
 
 @contextmanager
-def process_group(config: TrainConfig, run: Optional[RunFolder] = None) -> Iterator[JoinedGroup]:
+def process_group(
+    config: TrainConfig, choose_run: Callable[[], Optional[RunFolder]] = lambda: None
+) -> Iterator[JoinedGroup]:
     """Open the process group that torchrun's environment variables describe; a single device opens none.
 
     An error inside the block also ends the other ranks, on all nodes.
 
     Args:
         config: configuration of the job.
-        run: the run folder, on rank 0.
+        choose_run: called on rank 0; returns the run folder, which all ranks receive. Under the user's torchrun it is
+            called after all ranks have joined, so that an error in it also ends the ranks of other nodes.
 
     Yields:
         The monitor of the other ranks, and the run folder.
@@ -70,15 +73,16 @@ def process_group(config: TrainConfig, run: Optional[RunFolder] = None) -> Itera
             "is the same command running on every node?"
         )
     if config.topology.world_size == 1:
-        yield JoinedGroup(None, run)
+        yield JoinedGroup(None, choose_run())
         return
     _check_backend(runtime.backend, config.hardware.name)
     timeout = timedelta(seconds=collective_timeout_s(config))
     external = "TORCHELASTIC_RUN_ID" in os.environ  # the user's torchrun already has a store
-    store: Any = None
+    rank, run = int(os.environ["RANK"]), None
+    place: Any = {}
     if not external:
-        store, run = meet(config, run)
-    place: Any = {} if external else {"store": store, "rank": int(os.environ["RANK"]), "world_size": found}
+        store, run = meet(config, choose_run() if rank == 0 else None)
+        place = {"store": store, "rank": rank, "world_size": found}
     torch.distributed.init_process_group(runtime.backend, timeout=timeout, **place)
     if config.topology.num_nodes == 1 and not external:  # its supervisor watches all ranks
         yield JoinedGroup(None, run)
@@ -86,13 +90,14 @@ def process_group(config: TrainConfig, run: Optional[RunFolder] = None) -> Itera
     from lit_glm.hardware import object_collectives
 
     device = runtime.device(local_rank)
-    rank = torch.distributed.get_rank()
     hosts = object_collectives.all_gather_object(socket.gethostname(), device)
     monitor = connect_peers(
         rank, hosts, os.environ["MASTER_ADDR"], lambda told: object_collectives.broadcast_object(told, device)
     )
     try:
         with name_lost_peer(monitor):
+            if external:
+                run = object_collectives.broadcast_object(choose_run() if rank == 0 else None, device)
             yield JoinedGroup(monitor, run)
     except BaseException as error:
         monitor.announce_exit(getattr(error, "exit_status", 1))

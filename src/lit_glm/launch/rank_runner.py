@@ -42,7 +42,6 @@ from lit_glm.process_utils import check_open_files_limit, is_oom_error
 from lit_glm.runs import checkpoints, environment
 from lit_glm.runs.environment import environment_changes, read_environment, write_environment
 from lit_glm.runs.job_spec import JobSpec, config_hash
-from lit_glm.runs.result import final_summary, results_table
 from lit_glm.runs.run_writer import RunWriter
 from lit_glm.training.module import AtomicCheckpointIO, RecordModule
 from lit_glm.training.optimizer import HAS_FUSED, fused_unavailable_reason
@@ -356,7 +355,7 @@ def _write_final_result(place: RankContext, built: TrainingComponents) -> Dict[s
         steps = built.module.steps_done
         counter = FlopCounter(config, built.split, built.data.sampler(0, 0))
         result = recorder.run_metrics.finish(
-            _final_status(built, config.run.target_accuracy),
+            _outcome(built, config.run.target_accuracy),
             built.module,
             slowest_rank([entry for entry, _, _ in per_rank]),
             e2e,
@@ -369,8 +368,6 @@ def _write_final_result(place: RankContext, built: TrainingComponents) -> Dict[s
             [span for _, _, span in per_rank[:: config.topology.devices_per_node]],
         )
         recorder.events.finished(result)
-        place.print_once(final_summary(result, config, place.run_dir))
-        print(results_table([result]), flush=True)  # the last output of the run
     close_loggers(built.trainer.loggers if place.rank == 0 else [])
     if config.topology.world_size > 1:
         torch.distributed.barrier()
@@ -385,7 +382,7 @@ def _write_final_result(place: RankContext, built: TrainingComponents) -> Dict[s
     return result
 
 
-def _final_status(built: TrainingComponents, target: float) -> str:
+def _outcome(built: TrainingComponents, target: float) -> str:
     if built.recorder.interrupted:
         return "interrupted"
     return "success" if (built.recorder.run_metrics.accuracy or 0.0) >= target else "finished"

@@ -8,10 +8,11 @@ import csv
 import json
 import logging
 import os
+import shutil
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, ClassVar, Dict, List, NamedTuple, Optional, Tuple
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -20,10 +21,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_glm.atomic_files import atomic_write, write_json, write_text
+from lit_glm.compat import leave_out_jobs
 from lit_glm.config.command_line import CommandLine
 from lit_glm.config.hydra_main import TaskOutcome, compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
-from lit_glm.config.secrets import mask_overrides
+from lit_glm.config.secrets import mask_override
 from lit_glm.errors import InputError, RunError
 from lit_glm.launch.rendezvous import Node
 from lit_glm.metrics.registry import METRICS, OBJECTIVES, PUBLISHED_COLUMNS
@@ -67,14 +69,16 @@ def summarise_sweep(sweep_dir: Path) -> Tuple[str, int]:
         writer = csv.writer(file)
         writer.writerow([*PUBLISHED_COLUMNS, "scoring", "status", "run_dir", "overrides", "reused_from"])
         for note, result in pairs:
-            told = [note["run_dir"] or "", note["overrides"], note.get("reused_from", "")]
+            told = [note["run_dir"] or "", ",".join(note["overrides"]), note.get("reused_from", "")]
             writer.writerow([*table_cells(result), result["scoring"], result["status"], *told])
-    lines = [text]
+    lines, common = [text], set(notes[0]["overrides"]).intersection(*(note["overrides"] for note in notes))
+    for note in notes:  # what all combinations have in common is not repeated
+        note["own"] = " ".join(text for text in note["overrides"] if text not in common) or "the only combination"
     if len(results) > 1 and _has_metric(results[0], objective):
         lines += [_ranking_line(number, note, result, objective) for number, (note, result) in enumerate(pairs, 1)]
     lines += filter(None, [_best_run_line(notes, results, objective)])
     lines += [
-        f"lit_glm: failed: {note['overrides'] or 'the only combination'}: {str(result['error']).splitlines()[0]}"
+        f"lit_glm: failed: {note['own']}: {str(result['error']).splitlines()[0]}"
         for note, result in pairs
         if result.get("error") and result.get("status") not in COMPLETE
     ]
@@ -102,7 +106,7 @@ def _ranking_key(result: Dict[str, Any], objective: str) -> Tuple[bool, float]:
 def _ranking_line(number: int, note: Dict[str, Any], result: Dict[str, Any], objective: str) -> str:
     known = _objective_value(result, objective) if _has_metric(result, objective) else None
     value = str(result.get("status")) if known is None else METRICS[objective].form(known)
-    return f"{number}. {value}  {note['overrides'] or 'the only combination'}  {note['run_dir'] or ''}".rstrip()
+    return f"{number}. {value}  {note['own']}  {note['run_dir'] or ''}".rstrip()
 
 
 def _job_result(note: Dict[str, Any], sweep_dir: Path) -> Dict[str, Any]:
@@ -121,9 +125,8 @@ def _best_run_line(notes: List[Dict[str, Any]], results: List[Dict[str, Any]], o
     """Return a line that names the best complete run, which is the first one; None without one."""
     if not results or not _has_metric(results[0], objective):
         return None
-    what = notes[0]["overrides"] or "the only combination"
     value = METRICS[objective].form(_objective_value(results[0], objective) or 0.0)
-    return f"lit_glm: best by {objective} ({value}): {what}, {notes[0]['run_dir']}"
+    return f"lit_glm: best by {objective} ({value}): {notes[0]['own']}, {notes[0]['run_dir']}"
 
 
 class SweepCallback(Callback):
@@ -133,14 +136,20 @@ class SweepCallback(Callback):
     """Folder of the sweep that this process started."""
     total: Optional[int] = None
     """Number of jobs of the sweep if known in advance; None for a search and in other processes."""
+    complete: ClassVar[List["CompleteRun"]] = []
+    """Runs of complete combinations, which need no job."""
 
     def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
-        """Store the sweep folder and delete the job records of an earlier start."""
+        """Store the sweep folder, delete the job records of an earlier start, and write those of complete runs."""
         if os.environ.get("NODE_RANK", "0") not in ("", "0"):
             return
         SweepCallback.started = Path(config.hydra.sweep.dir).resolve()
         for note in (SweepCallback.started / JOB_RECORDS_DIR).glob("*.json"):
             note.unlink()
+        for number, run in enumerate(SweepCallback.complete, SweepCallback.total or 0):
+            told = {"reused_from": str(run.run_dir.resolve()), "objective": run.config.sweep.objective}
+            row = config_fields(run.config)
+            _write_job_record(SweepCallback.started, number, run.run_dir, 0, row, run.overrides, **told)
 
     def on_job_end(self, config: Any, job_return: Any, **kwargs: Any) -> None:
         """Write the record of a job that was rejected before it could write one itself."""
@@ -148,9 +157,8 @@ class SweepCallback(Callback):
             return
         sweep_dir, number = Path(config.hydra.sweep.dir), int(config.hydra.job.num)
         if not _job_record_file(sweep_dir, number).exists():
-            _write_job_record(
-                sweep_dir, number, None, RunError.exit_status, _rejected_row(config)
-            )  # its own process printed the error
+            overrides = list(config.hydra.overrides.task)  # its own process printed the error
+            _write_job_record(sweep_dir, number, None, RunError.exit_status, _rejected_row(config), overrides)
 
 
 def _job_record_file(sweep_dir: Path, number: int) -> Path:
@@ -173,15 +181,20 @@ def _rejected_row(config: Any) -> Dict[str, Any]:
 
 
 def _write_job_record(
-    sweep_dir: Path, number: int, run_dir: Optional[Path], status: int, row: Dict[str, Any], **more: Any
+    sweep_dir: Path,
+    number: int,
+    run_dir: Optional[Path],
+    status: int,
+    row: Dict[str, Any],
+    overrides: List[str],
+    **more: Any,
 ) -> None:
     """Write the record of a job, with its table row for the case that it has no result."""
     file = _job_record_file(sweep_dir, number)
     file.parent.mkdir(parents=True, exist_ok=True)
-    words = HydraConfig.get().job.override_dirname if HydraConfig.initialized() else ""
-    overrides = mask_overrides(words)
+    masked = sorted(map(mask_override, overrides))
     folder = None if run_dir is None else str(run_dir.resolve())
-    write_json(file, {"run_dir": folder, "exit_status": status, "overrides": overrides, "row": row, **more})
+    write_json(file, {"run_dir": folder, "exit_status": status, "overrides": masked, "row": row, **more})
 
 
 def run_sweep_job(
@@ -243,7 +256,7 @@ def run_sweep_job(
         if node.rank == 0:  # node 0 builds the table
             row = {**config_fields(config), "status": "failed", **({"error": reason} if reason else {})}
             told = {"reused_from": reused_from, "objective": config.sweep.objective}
-            _write_job_record(sweep_dir, int(hydra.job.num), folder, status, row, **told)
+            _write_job_record(sweep_dir, int(hydra.job.num), folder, status, row, list(hydra.overrides.task), **told)
     return TaskOutcome(status, _objective_value(result or {}, config.sweep.objective))
 
 
@@ -261,13 +274,13 @@ def _reusable_result(config: TrainConfig, folder: Path, resumes: bool, node: Nod
         RunError: if another process is running it.
     """
     from lit_glm.launch.rendezvous import announce_end
-    from lit_glm.runs.run_folder import ensure_available
+    from lit_glm.runs.run_folder import complete_result, ensure_available
 
     if not resumes:
         ensure_available(folder, config.run.overwrite)
         return None
-    result = read_result(folder)
-    if result is not None and result.get("status") in COMPLETE:
+    result = complete_result(folder)
+    if result is not None:
         log.info(f"{folder}: the run is complete; nothing to do")
         print(results_table([result]), flush=True)
         announce_end(config, node, 0, "the run is complete; nothing to do")
@@ -301,9 +314,16 @@ def _find_earlier_run(config: TrainConfig, run_dir: Path) -> Optional[Path]:
     return folder
 
 
-def _runs_of_this_machine(runs: List[Path], config: TrainConfig) -> List[Path]:
-    """Return the runs that were measured with the same machine and software as here; print which were not."""
-    here, same = local_environment(config) if runs else {}, []
+def _runs_of_this_machine(runs: List[Path], config: TrainConfig, elsewhere: bool = False) -> List[Path]:
+    """Return the runs that were measured with the same machine and software as here; print which were not.
+
+    Args:
+        runs: folders of runs with the same configuration.
+        config: the configuration.
+        elsewhere: whether jobs run on other machines, of which only the software is known here.
+    """
+    here: Dict[str, Any] = local_environment(config) if runs else {}
+    here, same = {"packages": here.get("packages")} if elsewhere else here, []
     for run in runs:
         differences = environment_differences(read_environment(run), here)
         if not differences:
@@ -330,6 +350,7 @@ def finish_sweep() -> int:
     sweep_dir, SweepCallback.started = SweepCallback.started, None
     if sweep_dir is None:
         return 0
+    _print_queued_jobs(sweep_dir)
     if not any((sweep_dir / JOB_RECORDS_DIR).glob("*.json")):
         return 0  # no job has started; the error was printed
     text, status = summarise_sweep(sweep_dir)
@@ -337,6 +358,21 @@ def finish_sweep() -> int:
     print(text)
     log.info(f"{sweep_dir}/sweep.md, sweep.csv")
     return status
+
+
+def _print_queued_jobs(sweep_dir: Path) -> None:
+    """Print which jobs stay in Slurm's queue after this process, and how to cancel them."""
+    left = [
+        file.name.replace("_submitted.pkl", "")
+        for file in sorted((sweep_dir / ".submitit").glob("*/*_submitted.pkl"))
+        if not list(file.parent.glob("*_result.pkl"))
+    ]
+    if left and shutil.which("scancel"):
+        jobs = " ".join(dict.fromkeys(name.partition("_")[0] for name in left))
+        log.warning(
+            f"{len(left)} job{'s' * (len(left) > 1)} of this sweep may still be queued or running in Slurm "
+            f"({', '.join(left)}); cancel with: scancel {jobs}"
+        )
 
 
 _WRITES = ("sweep.md", "sweep.csv", "multirun.yaml")
@@ -377,20 +413,46 @@ def prepare_sweep(whole: Any, line: CommandLine) -> None:
     if "BasicSweeper" in str(whole.hydra.sweeper.get("_target_")) and not searches:
         SweepCallback.total = len(line.combinations())
     if whole.sweep.skip_done and is_first_node:
-        _print_reusable_runs(discovery.runs_by_config_hash(search_paths(sweep_dir, given)), line)
+        complete = _find_complete_runs(discovery.runs_by_config_hash(search_paths(sweep_dir, given)), line, whole.hydra)
+        if SweepCallback.total is not None:
+            SweepCallback.complete = list(complete.values())
+            SweepCallback.total -= len(complete)
+            folders: Any = OmegaConf.to_container(whole.hydra.sweep, resolve=False)
+            leave_out_jobs(list(complete), bool(complete) and folders["subdir"] == "${hydra.job.num}")
 
 
-def _print_reusable_runs(there: Dict[str, List[Path]], line: CommandLine) -> None:
+def _find_complete_runs(there: Dict[str, List[Path]], line: CommandLine, hydra: Any) -> Dict[int, "CompleteRun"]:
+    """Return the combinations for which a complete run exists, by their number; print what exists for each."""
+    found: Dict[int, CompleteRun] = {}
     combinations = line.combinations() if there else []
     if len(combinations) > _MAX_COMPARED:
         log.info(f"sweep: {len(there)} earlier configurations are compared with each combination at its start")
-        return
-    for changes, overrides in combinations:
+        return found
+    for number, (changes, overrides) in enumerate(combinations):
         try:
             config = validate_config(compose_config("train", [*overrides, *line.searchpath]), TrainConfig)
         except (InputError, HydraException, OmegaConfBaseException):
             continue  # reported when its job starts
-        run = discovery.best_run(_runs_of_this_machine(there.get(config_hash(config), []), config))
-        if run is not None:
-            how = "complete, reused from" if is_complete(run) else "resumed in"
-            log.info(f"sweep: {' '.join(changes) or 'the only combination'}: {how} {run}")
+        runs = _runs_of_this_machine(there.get(config_hash(config), []), config, _runs_elsewhere(hydra))
+        run = discovery.best_run(runs)
+        if run is None:
+            continue
+        how = "complete, reused from" if is_complete(run) else "resumed in"
+        log.info(f"sweep: {' '.join(changes) or 'the only combination'}: {how} {run}")
+        if is_complete(run) and config.topology.num_nodes == 1:  # the nodes of a job agree on it when it starts
+            task = [text for text in overrides if not text.startswith("hydra")]
+            found[number] = CompleteRun(run, task, config)
+    return found
+
+
+def _runs_elsewhere(hydra: Any) -> bool:
+    """Return whether the launcher runs jobs on other machines than this one."""
+    return str(hydra.launcher.get("_target_")).endswith("SlurmLauncher")
+
+
+class CompleteRun(NamedTuple):
+    """Complete run of a combination."""
+
+    run_dir: Path
+    overrides: List[str]
+    config: TrainConfig

@@ -1,7 +1,10 @@
-"""Entry point of a rank, `python -m lit_glm.launch.worker SPEC_DIR`, and calls of a function on all ranks.
+"""A rank of a job: started by our supervisor (also under Slurm) or by a torchrun of the user.
 
-SPEC_DIR contains job.json and this node's heartbeats. On node 0 it is the run folder, on other nodes a temporary
-folder: node 0 sends the path of the run folder at the rendezvous.
+Our supervisor starts `python -m lit_glm.launch.worker SPEC_DIR`. SPEC_DIR contains job.json and this node's heartbeats.
+On node 0 it is the run folder, on other nodes a temporary folder: node 0 sends the path of the run folder at the
+rendezvous. Under the user's torchrun each rank is a process of `train`, which calls `run_under_torchrun`.
+
+`run_on_all_ranks` calls a function on all ranks, for `doctor` and `verify`.
 """
 
 import json
@@ -14,21 +17,29 @@ import traceback
 from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 from lit_glm.atomic_files import write_json
 from lit_glm.config.schema import TrainConfig
 from lit_glm.console import set_up_console
 from lit_glm.errors import InputError, RunError
-from lit_glm.launch.heartbeat import Heartbeat
-from lit_glm.launch.launcher import monitor_node_devices
+from lit_glm.launch.heartbeat import STALL_MARGIN_S, Heartbeat, StallWatchdog, run_watchdog, stall_message
+from lit_glm.launch.launcher import exit_interrupted, monitor_node_devices, record_run
 from lit_glm.launch.process_group import process_group
-from lit_glm.launch.rendezvous import NothingToDo, RendezvousError, RunFolder, is_known_to_all, resolve_node
+from lit_glm.launch.rendezvous import (
+    ExternalRank,
+    NothingToDo,
+    RendezvousError,
+    RunFolder,
+    is_known_to_all,
+    resolve_node,
+)
 from lit_glm.launch.signals import Interrupted, StopRequest, StopSignals
 from lit_glm.launch.supervisor import run_ranks
-from lit_glm.process_utils import exit_now, kill_children, paused_gc
+from lit_glm.process_utils import exit_now, kill_children, paused_gc, raise_open_files_limit
 from lit_glm.runs.job_spec import JobSpec
-from lit_glm.runs.result import error_folder, error_reason, set_error_folder, write_error_file
+from lit_glm.runs.result import error_folder, error_reason, mark_failed, set_error_folder, write_error_file
+from lit_glm.runs.run_folder import complete_result
 
 log = logging.getLogger("lit_glm.launch.worker")
 
@@ -41,29 +52,119 @@ def main(spec_dir: Path) -> int:
     job = JobSpec.read(spec_dir)
     rank, node = int(os.environ["RANK"]), int(os.environ["GROUP_RANK"])
 
-    def work() -> None:
-        with ExitStack() as keep:
-            keep.enter_context(stop.interruptible())
-            beat = Heartbeat(spec_dir, rank)
-            with paused_gc():
-                from lit_glm.launch.rank_runner import run_rank
+    beat = Heartbeat(spec_dir, rank)
 
-            try:
-                joined = keep.enter_context(process_group(job.config, RunFolder(spec_dir, job.is_resume)))
-            except BaseException as error:
-                if is_known_to_all(error):
-                    beat()  # so that the supervisor does not announce the error
-                raise
-            beat()
-            assert joined.run is not None
-            job.is_resume = joined.run.is_resume
-            if spec_dir != joined.run.path and os.environ["LOCAL_RANK"] == "0" and node > 0:
-                set_error_folder(spec_dir, joined.run.path / "nodes" / str(node))
-                keep.enter_context(monitor_node_devices(job, joined.run.path, node))
-            run_rank(job, joined.run.path, stop, beat)
+    def joined(run: RunFolder) -> None:
+        beat()
+        if spec_dir != run.path and os.environ["LOCAL_RANK"] == "0" and node > 0:
+            set_error_folder(spec_dir, run.path / "nodes" / str(node))
+
+    def work() -> None:
+        try:
+            _join_and_run(job, stop, lambda: RunFolder(spec_dir, job.is_resume), joined, beat)
+        except BaseException as error:
+            if is_known_to_all(error):
+                beat()  # so that the supervisor does not announce the error
+            raise
 
     with StopRequest(job.config.run.shutdown_timeout_s, exit_rank) as stop:
         return run_and_report_errors(work, lambda: error_folder(spec_dir), stop)
+
+
+def _join_and_run(
+    job: JobSpec,
+    stop: StopRequest,
+    choose_run: Callable[[], RunFolder],
+    joined: Callable[[RunFolder], None],
+    beat: Optional[Heartbeat] = None,
+) -> None:
+    """Join the other ranks and run this rank's part of the job.
+
+    Args:
+        job: the job; whether it is resumed is decided by rank 0.
+        stop: handler of the stop signals of this process.
+        choose_run: see `process_group`.
+        joined: called with the run folder when all ranks have joined.
+        beat: this rank's heartbeat; None: one in the run folder.
+    """
+    with ExitStack() as keep:
+        keep.enter_context(stop.interruptible())
+        with paused_gc():
+            from lit_glm.launch.rank_runner import run_rank
+
+        run = keep.enter_context(process_group(job.config, choose_run)).run
+        assert run is not None
+        job.is_resume = run.is_resume
+        joined(run)
+        node = int(os.environ.get("GROUP_RANK", "0"))
+        if os.environ["LOCAL_RANK"] == "0" and node > 0:
+            keep.enter_context(monitor_node_devices(job, run.path, node))
+        run_rank(job, run.path, stop, beat)
+
+
+def run_under_torchrun(
+    job: JobSpec, outer: ExternalRank, find: Callable[[], RunFolder], prepare_data: Callable[[], None], files: Any
+) -> int:
+    """Run this process as one rank of a torchrun that the user started.
+
+    Args:
+        job: the job.
+        outer: rank of this process.
+        find: called on rank 0; returns the run folder.
+        prepare_data: called on the first rank of each node, before any other rank reads data.
+        files: contents of the files in .hydra/.
+
+    Returns:
+        The exit status.
+    """
+    raise_open_files_limit()
+    folder = Path(os.devnull)
+
+    def work() -> None:
+        with ExitStack() as keep:  # left after the group of ranks, whose exit decides the status of the run
+
+            def choose_run() -> RunFolder:
+                run = find()
+                if run.is_resume and complete_result(run.path) is not None:
+                    raise InputError(f"run.resume={run.path}: the run is complete; nothing to do")
+                job.is_resume = run.is_resume
+                keep.enter_context(record_run(job, run.path, files))
+                return RunFolder(run.path.resolve(), run.is_resume)
+
+            def joined(run: RunFolder) -> None:
+                nonlocal folder
+                folder = run.path
+                keep.enter_context(_run_watchdog(job.config, folder, outer))
+
+            with stop.interruptible():
+                if outer.local_rank == 0:
+                    prepare_data()
+            _join_and_run(job, stop, choose_run, joined)
+
+    with StopRequest(job.config.run.shutdown_timeout_s, lambda *late: exit_interrupted(folder)(*late)) as stop:
+        status = run_and_report_errors(work, lambda: folder, stop)
+    if job.config.topology.world_size > 1:
+        exit_now(status)
+    return status
+
+
+def _run_watchdog(config: TrainConfig, folder: Path, outer: ExternalRank) -> Any:
+    """Exit this rank when no rank of its node sends heartbeats, as our supervisor would; torchrun then ends the others.
+
+    The other ranks of a node wait longer than its first one, so that it reports the stall if it can.
+    """
+
+    def end_this(where: List[str]) -> None:
+        message = stall_message(config, folder, where)
+        mark_failed(folder, message)  # the node's first rank may be the one that hangs
+        log.error(message)
+        kill_children()
+        os._exit(1)
+
+    first = outer.rank - outer.local_rank
+    margin = STALL_MARGIN_S + (_FIRST_RANK_REPORTS_S if outer.local_rank > 0 else 0)
+    ranks = range(first, first + config.topology.devices_per_node)
+    return run_watchdog(StallWatchdog(folder, ranks, config.run.stall_timeout_s + margin), end_this)
 
 
 def exit_rank(number: int, reason: str) -> None:

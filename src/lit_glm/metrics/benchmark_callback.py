@@ -161,7 +161,7 @@ class BenchmarkCallback(pl.Callback):
         self.events.emit("INIT_END")
         self.events.emit("TRAIN_START")
         self.timer.training_starts()
-        self.run_metrics.write("running", module)  # so that a run killed before its first step has its times
+        self.run_metrics.write(module)  # so that a run killed before its first step has its times
         if step > 0:
             # The run may have been stopped between a step and its evaluation or checkpoint.
             self._after_step(trainer, module, None)
@@ -249,10 +249,10 @@ class BenchmarkCallback(pl.Callback):
             self._saved_step = step
             self.current_activity = f"saving step {step}"
             with self.timer.pause():
-                self.run_metrics.write("running", module, durable=True)  # metrics must be on disk before the checkpoint
+                self.run_metrics.write(module, durable=True)  # metrics must be on disk before the checkpoint
                 self._around.save(trainer, step)
         if self.run_metrics.writer is not None and (self.run_metrics.writer.is_stale() or evaluated is not None):
-            self.run_metrics.write("running", module)
+            self.run_metrics.write(module)
 
     def _evaluate(self, trainer: pl.Trainer, module: RecordModule, event: Optional[str]) -> Optional[Dict[str, Any]]:
         """Evaluate; return None if any rank was asked to stop during the evaluation."""

@@ -133,11 +133,11 @@ class RunMetrics:
         alone = self.config.topology.devices_per_node == 1 or not self._runtime.shares_memory
         return self._runtime.peak_memory(0) if alone else None
 
-    def write(self, status: str, module: RecordModule, durable: bool = False) -> None:
+    def write(self, module: RecordModule, durable: bool = False) -> None:
         """Write result.json with the current metrics and a row of memory.csv; `durable` waits for the disk."""
         if self.writer is None:
             return
-        row = self.row(status, module, self.durations(), self.e2e(), self.peak_memory())
+        row = self.row(module, self.durations(), self.e2e(), self.peak_memory())
         try:
             self.writer.write(row, durable)
         except OSError as error:
@@ -150,13 +150,10 @@ class RunMetrics:
             spent = round(self.e2e() + self.earlier_e2e, 3)
             self.writer.memory.add(step=module.steps_done, seconds=spent, gib=round(in_use / 2**30, 4))
 
-    def row(
-        self, status: str, module: RecordModule, seconds: PhaseDurations, e2e: float, peak: Optional[float]
-    ) -> Dict[str, Any]:
-        """Build a result.
+    def row(self, module: RecordModule, seconds: PhaseDurations, e2e: float, peak: Optional[float]) -> Dict[str, Any]:
+        """Build a result; its status is "running", because only the launcher knows how the run has ended.
 
         Args:
-            status: running, success, finished, interrupted or failed.
             module: gives the step counters.
             seconds: durations of this process; those before an interruption are added here.
             e2e: seconds since the entry of `train` of this process.
@@ -169,7 +166,7 @@ class RunMetrics:
         before = files.previous_number("mem_actual_gib")
         used = None if peak is None or not self.has_earlier_result else peak / 2**30
         row = {
-            "status": status,
+            "status": "running",
             **config_fields(config),
             "e2e_time": e2e + self.earlier_e2e,
             **throughput_metrics(self.samples(step), seconds + self._earlier),
@@ -203,7 +200,7 @@ class RunMetrics:
 
     def finish(
         self,
-        status: str,
+        outcome: str,
         module: RecordModule,
         seconds: PhaseDurations,
         e2e: float,
@@ -216,7 +213,7 @@ class RunMetrics:
         """Write the final result (rank 0).
 
         Args:
-            status: final status of the run.
+            outcome: success, finished or interrupted: the status of the run, if all ranks exit as they should.
             module: gives the step counters.
             seconds: durations of the slowest rank in each phase.
             e2e: seconds from the entry of `train` to the end of training.
@@ -229,7 +226,7 @@ class RunMetrics:
         assert self.writer is not None
         assert self.contention is not None
         self.contention.sample()
-        row = self.row(status, module, seconds, e2e, peak)
+        row = {**self.row(module, seconds, e2e, peak), "outcome": outcome}
         peak = None if self._is_slice() else self.config.hardware.peak_tflops.get(self._peak_name())
         rates = compute_mfu(self.config, work, row["pure_compute_time"], row["p_core"], peak)
         if rates["mfu"] is not None and rates["mfu"] > 1:

@@ -22,7 +22,7 @@ from lit_glm.config.secrets import mask_config, mask_override
 from lit_glm.config.tuned_values import TRIALS_FOLDER, TUNE_FILE
 from lit_glm.metrics.registry import METRICS, as_number
 from lit_glm.runs.environment import comparable_environment, environment_differences, environment_parts
-from lit_glm.runs.result import COMPLETE
+from lit_glm.runs.result import COMPLETE, settled
 
 _TEXTS = ("status", "hardware", "topology", "precision", "scoring", "fix_hp", "model", "error")
 _SILENT_S = 120.0
@@ -170,6 +170,7 @@ def _read_run(folder: Path) -> ReportRun:
     result = migrate_names(result, "result.json") if isinstance(result, dict) else result
     if not isinstance(result, dict) or not {"hardware", "topology", "status"} <= set(result):
         raise ValueError("not a result of train")
+    result = settled(result)
     result.update({key: str(result[key]) for key in _TEXTS if result.get(key) is not None})
     if not result["hardware"] or not result["status"]:
         raise ValueError("hardware or status is empty")

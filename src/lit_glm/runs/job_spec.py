@@ -64,7 +64,7 @@ class JobSpec:
             raise InputError(f"{folder / JOB_FILE}: damaged or not written by lit_glm; this folder cannot be resumed")
         names = {field.name for field in dataclasses.fields(cls)}
         try:
-            restore_secrets(content["config"], json.loads(os.environ.get(_SECRETS_VARIABLE, "{}")))
+            restore_secrets(content["config"], json.loads(os.environ.get(_SECRETS_VARIABLE, "[]")))
             plain = _escape_interpolations(content["config"])
             config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), plain))
             return cls(**{**{key: value for key, value in content.items() if key in names}, "config": config})

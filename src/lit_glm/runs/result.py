@@ -111,11 +111,39 @@ _ROOM_BYTES = 2**16
 
 def read_result(run_dir: Path) -> Optional[Dict[str, Any]]:
     """Read the result of a run folder; None if it is missing or unreadable."""
+    content = _read_file(run_dir)
+    return None if content is None else settled(content)
+
+
+def _read_file(run_dir: Path) -> Optional[Dict[str, Any]]:
     try:
         content: Any = json.loads((run_dir / RESULT_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return migrate_names(content, "result.json") if isinstance(content, dict) else None
+
+
+def settled(result: Dict[str, Any]) -> Dict[str, Any]:
+    """Return a result whose status is the outcome that rank 0 wrote, unless the launcher has written another one."""
+    outcome = result.get("outcome")
+    status = result.get("status") if outcome is None or result.get("status") != "running" else outcome
+    return {**{key: value for key, value in result.items() if key != "outcome"}, "status": status}
+
+
+def settle_status(run_dir: Path) -> Optional[Dict[str, Any]]:
+    """Make the outcome of the ranks the status of the run, when they have exited.
+
+    Rank 0 writes its final metrics with an outcome and the status "running"; the launcher alone decides how the run
+    has ended.
+
+    Returns:
+        The result; None if the ranks wrote no outcome.
+    """
+    result = _read_file(run_dir)
+    if result is None or "outcome" not in result:
+        return None
+    _replace_result(run_dir, settled(result))
+    return settled(result)
 
 
 def is_complete(run_dir: Path) -> bool:
@@ -166,12 +194,15 @@ def release_reserved_disk_space(run_dir: Path) -> None:
 
 def update_result(run_dir: Path, **changes: Any) -> None:
     """Change entries of an existing result; a failed write is ignored, so that it does not hide how the run ended."""
-    result = read_result(run_dir)
-    if result is None:
-        return
+    result = _read_file(run_dir)
+    if result is not None:
+        _replace_result(run_dir, {**result, **changes})
+
+
+def _replace_result(run_dir: Path, result: Dict[str, Any]) -> None:
     for _ in range(2):
         try:
-            write_json(run_dir / RESULT_FILE, {**result, **changes})
+            write_json(run_dir / RESULT_FILE, result)
             return
         except OSError:
             release_reserved_disk_space(run_dir)

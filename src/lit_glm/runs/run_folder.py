@@ -6,7 +6,7 @@ import shutil
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List
+from typing import Any, Dict, Iterator, List, Optional
 
 from omegaconf import OmegaConf
 
@@ -18,9 +18,11 @@ from lit_glm.runs.environment import ENVIRONMENT_FILE
 from lit_glm.runs.job_spec import JobSpec
 from lit_glm.runs.result import (
     clear_error_files,
+    is_complete,
     read_result,
     release_reserved_disk_space,
     reserve_disk_space,
+    settle_status,
     write_initial_result,
 )
 
@@ -90,6 +92,15 @@ _FOLDERS = {
 }
 """Subfolders of a run with the patterns of its files there; any of them may be a symbolic link."""
 _NODES = "nodes"  # one folder per secondary node, which may start before node 0
+
+
+def complete_result(run_dir: Path) -> Optional[Dict[str, Any]]:
+    """Return the result of a complete run; None if the run has to be continued."""
+    if not is_complete(run_dir):
+        return None
+    if not is_running(run_dir):
+        settle_status(run_dir)  # a launcher that was killed has not written the status
+    return read_result(run_dir)
 
 
 def ensure_available(run_dir: Path, overwrite: bool) -> None:
