@@ -34,3 +34,9 @@ def exception_chain(error: BaseException) -> List[BaseException]:
     while chain[-1].__cause__ is not None and chain[-1].__cause__ not in chain:
         chain.append(chain[-1].__cause__)
     return chain
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text for a message, at most 200 characters; its class if it has no text."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 200 else f"{line[:197]}..."

@@ -14,7 +14,7 @@ import threading
 from importlib import import_module
 from typing import Any, Callable, Optional
 
-from lit_glm.errors import InputError
+from lit_glm.errors import InputError, first_line
 
 _TIMEOUT_S = 300.0
 """Seconds without a message from the child: a library may loop forever on a damaged file."""
@@ -114,7 +114,7 @@ def main() -> None:
         else:
             answer("refused", f"{arguments[0]}: cannot be read ({error})")
     except Exception as error:  # a damaged file fails in many ways inside its library
-        reason = (str(error).strip().splitlines() or [""])[0]
+        reason = first_line(error)
         answer("refused", f"{arguments[0]}: damaged, or not a file of this kind ({type(error).__name__}: {reason})")
 
 

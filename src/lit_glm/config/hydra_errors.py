@@ -14,7 +14,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from lit_glm.config.command_line import CommandLine
 from lit_glm.config.key_aliases import old_key_message, suggest_key
 from lit_glm.config.schema import iter_leaves
-from lit_glm.errors import InputError, exception_chain
+from lit_glm.errors import InputError, exception_chain, first_line
 
 _TYPES = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "String": "text"}
 
@@ -50,7 +50,7 @@ def explain_hydra_error(error: BaseException, schema: Any, conf: Path) -> str:
     if isinstance(cause, yaml.YAMLError):
         return _yaml_error_message(cause)
     if isinstance(cause, OSError) and not isinstance(cause, HydraException):
-        return f"a configuration file cannot be read: {_first_line(cause)}"
+        return f"a configuration file cannot be read: {first_line(cause)}"
     if isinstance(cause, MissingMandatoryValue):
         must = [key for key, default in iter_leaves(schema()) if default == MISSING]
         return f"{', '.join(must)}: must have a value, but the chosen file (conf/{must[0].split('.')[0]}/) sets none"
@@ -88,8 +88,8 @@ def explain_hydra_error(error: BaseException, schema: Any, conf: Path) -> str:
             return _unknown_name_message(
                 f"{name}: there is no such key or group", closest_names(name, known), "did you mean", []
             )
-        return f"{name}: {_first_line(cause)}"
-    return _first_line(error) if error is cause else f"{_first_line(error)}\n{_first_line(cause)}"
+        return f"{name}: {first_line(cause)}"
+    return first_line(error) if error is cause else f"{first_line(error)}\n{first_line(cause)}"
 
 
 _FREE = ("hydra", "logger.", "callbacks.")
@@ -179,10 +179,6 @@ def _key_from_error(error: BaseException) -> str:
         return str(error.full_key)
     found = re.search(r"full_key: (\S+)", str(error))
     return found.group(1) if found else ""
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _unknown_name_message(problem: str, close: List[str], lead: str, all_names: List[str]) -> str:

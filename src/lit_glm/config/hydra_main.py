@@ -28,7 +28,7 @@ from lit_glm.config.key_aliases import REMOVED_KEYS, RENAMED, old_key_message
 from lit_glm.config.schema import CONF_DIR, HardwareConfig, iter_leaves, range_errors
 from lit_glm.config.tuned_values import resolve_auto_bs
 from lit_glm.console import set_up_console
-from lit_glm.errors import InputError, RunError
+from lit_glm.errors import InputError, RunError, first_line
 from lit_glm.launch.signals import run_interruptible
 from lit_glm.openmp import limit_spinning
 
@@ -403,7 +403,7 @@ def _delegate_to_hydra(config_name: str, schema: "type[Config]", task: Task, lin
     except Exception as error:
         if full_error is not None:
             traceback.print_exc()
-        reason = (str(error).strip().splitlines() or [""])[0]
+        reason = first_line(error)
         none = "no job succeeded; " if statuses and all(statuses) else ""
         message = f"sweep aborted: {none}the sweeper or launcher raised {type(error).__name__}: {reason}"
         statuses.append(_print_error(f"{message} (set HYDRA_FULL_ERROR=1 for the traceback)", 1))

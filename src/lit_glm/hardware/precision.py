@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lit_glm.compat import copy_all_, multiply_all_
 from lit_glm.config.schema import LossScaleConfig, TrainConfig
-from lit_glm.errors import InputError
+from lit_glm.errors import InputError, first_line
 from lit_glm.hardware.runtimes.base import Runtime
 
 _FACTOR = 2.0
@@ -307,7 +307,7 @@ def make_precision(config: TrainConfig, runtime: Runtime, index: int = 0, tried:
     try:
         check_precision_on_device(plugin, runtime.device(index))
     except (RuntimeError, TypeError, AttributeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise InputError(
             f"precision={name}: not supported by runtime {runtime.name} with torch {torch.__version__} ({reason}); "
             "use precision=fp32, or another precision or runtime of this device"

@@ -18,7 +18,7 @@ from lit_glm.config.schema import TrainConfig
 from lit_glm.config.tuned_values import nearest_pair_hint
 from lit_glm.data.datamodule import RecordDataModule, evaluation_batches
 from lit_glm.data.memmap_dataset import MemmapDataset, SequenceLengths, open_datasets
-from lit_glm.errors import InputError, RunError
+from lit_glm.errors import InputError, RunError, first_line
 from lit_glm.hardware import device_monitor, object_collectives
 from lit_glm.hardware.accelerator import make_accelerator, make_strategy
 from lit_glm.hardware.env import set_hardware_env
@@ -316,7 +316,7 @@ def _build_components(place: RankContext, beat: Heartbeat) -> TrainingComponents
     except Exception as error:
         if not is_oom_error(error):
             raise
-        said = f"out of memory while building model and data ({str(error).splitlines()[0][:200]})"
+        said = f"out of memory while building model and data ({first_line(error)})"
         raise RunError(f"{said}; use a smaller model, or a machine with more memory", "out of memory") from error
 
 

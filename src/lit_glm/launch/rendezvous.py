@@ -20,7 +20,7 @@ from typing import Any, Dict, List, Optional
 import psutil
 
 from lit_glm.config.schema import TopologyConfig, TrainConfig
-from lit_glm.errors import InputError, RunError
+from lit_glm.errors import InputError, RunError, first_line
 from lit_glm.launch.signals import INTERRUPTED_STATUSES, Interrupted
 
 log = logging.getLogger(__name__)
@@ -243,7 +243,7 @@ def meet(config: TrainConfig, run: Optional[RunFolder]) -> "tuple[Any, Optional[
             _write(store, _joined("all"))
         folder = json.loads(store.get(_RUN))
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0][:300]
+        reason = first_line(error)
         raise RendezvousError(
             f"rendezvous failed on node {os.environ['GROUP_RANK']} ({reason}): {config.topology.num_nodes} nodes were "
             f"expected at {address}:{port} (run.rendezvous_timeout_s, {limit_s:g} s). Was the same command started on "

@@ -15,7 +15,7 @@ from pytorch_lightning.utilities import rank_zero_only
 import lit_glm
 from lit_glm.atomic_files import write_text
 from lit_glm.config.schema import TrainConfig
-from lit_glm.errors import InputError, exception_chain
+from lit_glm.errors import InputError, exception_chain, first_line
 from lit_glm.metrics.registry import METRICS
 from lit_glm.metrics.run_metrics import RunMetrics
 from lit_glm.metrics.timing import samples_per_second
@@ -103,7 +103,7 @@ class BackgroundLogger(Logger):
                 return
             except Exception as error:  # anything that a server, a network or a library may raise
                 if self._lost == 0 and number == 1:
-                    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+                    reason = first_line(error)
                     log.error(f"{self.name} failed ({reason}); the run continues")
                 if number < _TRIES and self._lost == 0:  # wait only until the first lost call
                     time.sleep(_PAUSE_S)
@@ -208,7 +208,7 @@ def _instantiate(group: str, name: str, entry: Dict[str, Any]) -> Any:
         raise
     except Exception as error:  # missing package, invalid argument, unreachable server
         cause = next((one for one in exception_chain(error) if isinstance(one, ImportError)), None)
-        reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error.__cause__ or error)
         if cause is not None:
             raise InputError(
                 f"{group}.{name}: cannot be created ({reason}); if a package is missing: pip install 'lit-glm[{name}]'"

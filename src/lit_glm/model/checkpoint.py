@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lit_glm.compat import numpy_unpickle_globals
 from lit_glm.config.schema import ModelConfig
-from lit_glm.errors import InputError
+from lit_glm.errors import InputError, first_line
 from lit_glm.model.glm import GLM, GLMConfig
 from lit_glm.model.runtime_ops import RuntimeOps
 
@@ -232,7 +232,7 @@ def _load_torch_file(path: Path) -> Any:
         ) from error
     except Exception as error:  # a broken file fails in many ways inside torch
         whole = "is not a torch file" if not zipfile.is_zipfile(path) else "is damaged"
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error)
         reason = "not in its format" if "weights_only" in reason else reason  # torch suggests an unsafe load
         raise InputError(f"{path}: {whole} or truncated ({reason})") from error
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 from lit_glm.atomic_files import atomic_write
-from lit_glm.errors import RunError
+from lit_glm.errors import RunError, first_line
 
 _KEEP = 2
 _NAME = re.compile(r"step-(\d+)\.ckpt")
@@ -142,7 +142,7 @@ def latest_valid(run_dir: Path, config_hash: str, whole: bool) -> Tuple[Optional
                 raise ValueError(f"it is damaged: {damage} has a wrong checksum")
             return path, load(path) if whole else content, passed_over
         except Exception as error:  # damaged files fail in many ways
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             passed_over.append(f"{path}: skipped ({reason})")
     return None, {}, passed_over
 

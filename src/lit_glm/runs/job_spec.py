@@ -16,7 +16,7 @@ from lit_glm.atomic_files import write_json
 from lit_glm.config.key_aliases import migrate_job
 from lit_glm.config.schema import TrainConfig, iter_keys
 from lit_glm.config.secrets import find_secrets, mask_config, mask_override, restore_secrets
-from lit_glm.errors import InputError
+from lit_glm.errors import InputError, first_line
 
 JOB_FILE = "job.json"
 _SECRETS_VARIABLE = "LIT_GLM_SECRETS"
@@ -69,7 +69,7 @@ class JobSpec:
             config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), plain))
             return cls(**{**{key: value for key, value in content.items() if key in names}, "config": config})
         except (OmegaConfBaseException, KeyError, TypeError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise InputError(
                 f"{folder / JOB_FILE}: written by lit_glm {content.get('lit_glm', 'of an unknown version')}, cannot be "
                 f"read by {lit_glm.__version__} ({reason}); use the version that started the run, or start a new one"

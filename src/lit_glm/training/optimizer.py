@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lit_glm.config.schema import OptimizerConfig
+from lit_glm.errors import first_line
 
 
 def learning_rate_at_step(step: int, highest: float, warmup: float, decay_iters: float, decay_ratio: float) -> float:
@@ -102,5 +103,5 @@ def fused_unavailable_reason(device: torch.device) -> Optional[str]:
         fused = updated(fused=True)
         right = bool(torch.allclose(fused, updated(), rtol=1e-5))
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        return first_line(error)
     return None if right else f"it gives {fused[0].item():g}, the default implementation {updated()[0].item():g}"

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_glm.compat import dispatch_mode
+from lit_glm.errors import first_line
 from lit_glm.process_utils import is_oom_error
 from lit_glm.verification.error_bounds import (
     RelativeError,
@@ -215,7 +216,7 @@ class OperatorRecorder:
         except (NotImplementedError, RuntimeError) as error:
             if is_oom_error(error):
                 raise
-            text = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            text = first_line(error)
             is_missing = isinstance(error, NotImplementedError) or any(word in text.lower() for word in _SAYS_MISSING)
             self.seen[key] = OperatorResult(name, shapes, "missing" if is_missing else "fails", message=text)
             return self._by_the_processor(operator, args, before, error)

@@ -1,0 +1,149 @@
+"""Devices that behave like those of others: memory of their own, operators by fall-back, lazy execution.
+
+`tests/doubles/chip` is a device type that torch does not know. It is compiled here, in about ten seconds.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Dict, List
+
+import pytest
+import torch
+
+from conftest import lit_glm, rows, start_command
+
+FOLDER = Path(__file__).parent.parent / "doubles" / "chip"
+OWN = ["--config-dir", str(FOLDER / "conf")]
+DEBUG = ["experiment=debug", "run.max_steps=12", "run.checkpoint_interval_steps=1", "logger={}"]
+RUNTIMES = {"chip": "Chip", "lazychip": "LazyChip"}
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.__version__.startswith("1."), reason="needs the interface for devices of torch 2"),
+    pytest.mark.skipif(not (shutil.which("g++") and shutil.which("ninja")), reason="needs g++ and ninja"),
+]
+
+
+@pytest.fixture(scope="session")
+def chip(tmp_path_factory: pytest.TempPathFactory) -> Dict[str, str]:
+    """Variables with which a process finds the device."""
+    folder = tmp_path_factory.mktemp("chip")
+    build = (
+        "from torch.utils.cpp_extension import load; load('chip_device', [r'{}'], build_directory=r'{}', "
+        "is_python_module=False, extra_cflags=['-O0'])"
+    ).format(FOLDER / "chip_device.cpp", folder)
+    done = subprocess.run([sys.executable, "-c", build], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    path = os.pathsep.join([str(FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {"CHIP_LIBRARY": str(folder / "chip_device.so"), "PYTHONPATH": path}
+
+
+def losses(folder: Path) -> List[float]:
+    return [float(row["loss"]) for row in rows(folder / "steps.csv")]
+
+
+@pytest.mark.parametrize("topology", ["1x1", "1x2"])
+def test_it_trains_as_the_cpu_does(topology: str, chip: Dict[str, str], tmp_path: Path) -> None:
+    for name in ("cpu", *RUNTIMES):
+        line = [*OWN, f"hardware={name}", *DEBUG, f"topology={topology}", f"hydra.run.dir={name}"]
+        done = lit_glm("train", *line, cwd=tmp_path, env=chip, cold=True)
+        assert done.returncode == 0, done.stderr
+    expected = losses(tmp_path / "cpu")
+    for name in RUNTIMES:
+        assert losses(tmp_path / name) == pytest.approx(expected, rel=1e-5)
+        result = json.loads((tmp_path / name / "result.json").read_text())
+        assert (result["status"], result["hardware"], result["simulated"]) == ("finished", name, False)
+        assert 0 < result["mem_actual_gib"] < result["mem_total_gib"] == 1.0
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_a_stopped_run_continues_and_is_evaluated(name: str, chip: Dict[str, str], tmp_path: Path) -> None:
+    line = [*OWN, f"hardware={name}", *DEBUG]
+    whole = lit_glm("train", *line, "hydra.run.dir=whole", cwd=tmp_path, env=chip, cold=True)
+    assert whole.returncode == 0, whole.stderr
+    process = start_command("train", *line, "hydra.run.dir=parts", cwd=tmp_path, env=chip, cold=True)
+    steps, limit = tmp_path / "parts" / "steps.csv", time.monotonic() + 120
+    while not (steps.is_file() and steps.read_bytes().count(b"\n") > 2) and time.monotonic() < limit:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert len(losses(tmp_path / "parts")) < 12
+    again = lit_glm("train", *line, "run.resume=parts", cwd=tmp_path, env=chip, cold=True)
+    assert again.returncode == 0, again.stderr
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+    scores = []
+    for hardware in (name, "cpu"):
+        run = ["parts", *OWN, f"hardware={hardware}", f"hydra.run.dir=on-{hardware}"]
+        done = lit_glm("evaluate", *run, cwd=tmp_path, env=chip, cold=True)
+        assert done.returncode == 0, done.stderr
+        lines = (tmp_path / f"on-{hardware}" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        scores.append([entry["score"] for line in lines for entry in json.loads(line)["scores"]])
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_verify_finds_it_correct(name: str, chip: Dict[str, str], tmp_path: Path) -> None:
+    line = [*OWN, f"hardware={name}", "topology=1x2", "precision=fp32", "hydra.run.dir=verify"]
+    done = lit_glm("verify", *line, cwd=tmp_path, env=chip, cold=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    checks = json.loads((tmp_path / "verify" / "verify.json").read_text())["checks"]
+    found = {check["name"]: check["status"] for check in checks}
+    assert {"clock", "dropout", "collectives", "operators fp32", "model fp32", "training fp32"} <= set(found)
+    assert set(found.values()) == {"ok"}
+
+
+def test_verify_finds_that_synchronize_does_not_wait(chip: Dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "hasty.py").write_text(
+        "from torch_chip import LazyChip\nclass Hasty(LazyChip):\n"
+        "    def synchronize(self): pass\n    def after_step(self): pass\n"
+    )
+    (tmp_path / "own" / "hardware").mkdir(parents=True)
+    (tmp_path / "own" / "hardware" / "hasty.yaml").write_text("name: hasty\n_target_: hasty.Hasty\n")
+    path = os.pathsep.join([str(tmp_path), chip["PYTHONPATH"]])
+    line = ["--config-dir", "own", "hardware=hasty", "precision=fp32", "hydra.run.dir=verify"]
+    done = lit_glm("verify", *line, cwd=tmp_path, env={**chip, "PYTHONPATH": path}, cold=True)
+    assert done.returncode == 1
+    assert "FAIL  clock: " in done.stdout
+
+
+@pytest.mark.parametrize("kind", RUNTIMES.values())
+def test_it_keeps_the_promises_of_a_runtime(kind: str, chip: Dict[str, str]) -> None:
+    kit = [sys.executable, "-m", "pytest", "-q", str(Path(__file__).parent / "conformance.py")]
+    done = subprocess.run(
+        [*kit, f"--runtime=torch_chip.{kind}", "-p", "no:cacheprovider"],
+        env={**os.environ, **chip},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
+
+
+def test_the_memory_is_protected_and_unread_work_is_dropped(chip: Dict[str, str]) -> None:
+    """The double behaves as it says: else the tests above would show nothing."""
+    program = """
+import ctypes, sys, torch, torch_chip
+runtime = torch_chip.LazyChip()
+x = torch.ones(4, 4).to(runtime.device(0))
+runtime.synchronize()
+before = torch_chip.ENGINE.num_run
+unread, read = x @ x, x + x
+del unread
+runtime.synchronize()
+print(torch_chip.ENGINE.num_run - before, torch_chip.ENGINE.num_dropped, read.cpu().sum().item(), flush=True)
+ctypes.string_at(x.data_ptr(), 4)
+print("read")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **chip}, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "1 1 32.0\n", done.stderr
+    assert done.returncode == -signal.SIGSEGV
