@@ -80,7 +80,9 @@ def test_what_is_read_later_is_what_stood_there(runtime: Runtime, x: torch.Tenso
     values = x[0, :3].clone()
     expected, read = values.tolist(), runtime.to_host_async(values)
     _ = [x @ x.t() for _ in range(10)]  # asked for meanwhile
+    again = runtime.to_host_async(values + 1.0)
     assert read() == pytest.approx(expected)
+    assert again() == pytest.approx([value + 1.0 for value in expected])
 
 
 def test_a_collective_that_is_pending_is_waited_for(runtime: Runtime, x: torch.Tensor) -> None:

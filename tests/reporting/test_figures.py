@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from conftest import lit_glm_here
+from lit_glm.batch_size_search import FITS, MEMORY, Trial, plot_trials
 from lit_glm.hardware.device_monitor import COLUMNS
 from lit_glm.report import main as report
-from lit_glm.tuning.search_state import FITS, MEMORY, Trial, _plot_trials
 from reporting.folders import make_run
 
 _TOUCH = 1.0  # pixels
@@ -95,5 +95,5 @@ def test_figure_of_tune(drawn: Dict[str, List[str]]) -> None:
     trials = [Trial(2**power, FITS, 20.0 * (power + 1)) for power in range(8)] + [Trial(256, MEMORY)]
     config = TrainConfig(hardware=HardwareConfig(name="cpu"))
     config.scoring.name = "shared_context"
-    _plot_trials(trials, config)
+    plot_trials(trials, config)
     assert drawn == {"0": []}

@@ -1,8 +1,6 @@
 """The search itself, over chips that exist only as functions, and what it makes of a try that fails."""
 
 import json
-import signal
-import sys
 from pathlib import Path
 from typing import Any, Callable, List
 
@@ -10,9 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import start_command
+from lit_glm import batch_size_search
+from lit_glm.batch_size_search import FITS, MEMORY, TIME, Search, Trial, largest_bs, next_bs, ranking, rates_by_bs
+from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.errors import RunError
-from lit_glm.tuning.coordinator import TrialRunner
-from lit_glm.tuning.search_state import FITS, MEMORY, TIME, Trial, fastest_bs, largest_bs, next_bs, trials_by_bs
+from lit_glm.launch.supervisor import TimeLimitExceeded
+from lit_glm.tune import TuneConfig
+from runs.processes import free_port, on_node
+
+TINY = ["hardware=cpu", "model=glm_tiny", "data=synthetic", "data.synthetic.num_train=6", "data.synthetic.num_eval=2"]
+
+
+def fastest_bs(trials: List[Trial]) -> Any:
+    return next(iter(ranking(trials)), None)
 
 
 def searched(capacity: int, most: int, speed: Callable[[int, int], float], repeats: int = 3) -> List[Trial]:
@@ -36,7 +45,7 @@ def test_the_largest_that_fits_is_found_to_a_sixteenth(capacity: int, most: int,
     found = largest_bs(tries) or 0
     assert found <= fitting <= found + max(1, found // 16)
     assert fastest_bs(tries) == found  # the larger, the faster
-    assert len(trials_by_bs(tries)[found]) >= 2
+    assert len(rates_by_bs(tries)[found]) >= 2
 
 
 @given(peak=st.integers(1, 400))
@@ -48,39 +57,74 @@ def test_a_fastest_one_in_between_is_found_nearly(peak: int) -> None:
 
 def test_it_repeats_while_the_spread_hides_which_is_faster() -> None:
     noisy = searched(2, 10, lambda bs, _: 100.0, repeats=4)
-    assert {bs: len(own) for bs, own in trials_by_bs(noisy).items()} == {1: 4, 2: 4}
+    assert {bs: len(own) for bs, own in rates_by_bs(noisy).items()} == {1: 4, 2: 4}
     clear = searched(2, 10, lambda bs, number: 100.0 * bs + number % 2, repeats=4)
-    assert {bs: len(own) for bs, own in trials_by_bs(clear).items()} == {1: 2, 2: 2}
+    assert {bs: len(own) for bs, own in rates_by_bs(clear).items()} == {1: 2, 2: 2}
 
 
-class _Stub(TrialRunner):
-    """A double of `train`: a program that ends as it is told."""
+def tried(monkeypatch: pytest.MonkeyPatch, folder: Path, run: Callable[[Path], Any]) -> Trial:
+    """A trial whose run ends as a function decides."""
+    monkeypatch.chdir(folder)
+    config: Any = validate_config(compose_config("tune", [*TINY, "tune.steps=4"]), TuneConfig)
 
-    def __init__(self, program: str) -> None:
-        super().__init__([], [], 4)
-        self._program = program
+    def run_job(job: Any, run_dir: Path, *_: Any, **__: Any) -> Any:
+        run_dir.mkdir(parents=True)
+        return run(run_dir)
 
-    def command(self, bs: int, folder: Path) -> List[str]:
-        return [sys.executable, "-c", self._program, str(folder)]
-
-
-def tried(program: str, folder: Path, seconds: float = 30.0) -> Trial:
-    work: Any = None  # asked only of a run that ended well
-    return _Stub(program).run(4, folder / "tries" / "bs4", work, seconds)
+    monkeypatch.setattr(batch_size_search, "run_job", run_job)
+    (folder / "search").mkdir()
+    return Search(config, folder / "search", [])._try(1, 30.0)
 
 
-def test_memory_that_runs_out_is_an_answer(tmp_path: Path) -> None:
-    result = json.dumps({"status": "failed", "error": "out of memory in step 1 (bs=4)"})
-    said = f"import sys, pathlib; pathlib.Path(sys.argv[1], 'result.json').write_text({result!r}); sys.exit(1)"
-    assert tried(said, tmp_path).status == MEMORY
-    killed = f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})"
-    assert tried(killed, tmp_path).status == MEMORY
-    assert tried("import time; time.sleep(60)", tmp_path, 0.5).status == TIME
+def test_memory_that_runs_out_is_an_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fails(reason: str) -> Callable[[Path], Any]:
+        def run(folder: Path) -> Any:
+            (folder / "result.json").write_text(json.dumps({"status": "failed", "error": reason}))
+            raise RunError("rank 0 failed")
+
+        return run
+
+    def takes_long(_: Path) -> Any:
+        raise TimeLimitExceeded("")
+
+    for number, (run, status) in enumerate(
+        [
+            (fails("out of memory in step 1 (bs=4)"), MEMORY),
+            (fails("rank 0 was killed by SIGKILL"), MEMORY),
+            (takes_long, TIME),
+        ]
+    ):
+        (tmp_path / str(number)).mkdir()
+        assert tried(monkeypatch, tmp_path / str(number), run).status == status
+    (tmp_path / "other").mkdir()
+    with pytest.raises(RunError, match=r"bs=1: the disk is full \(full output: .*tries/bs1_0.txt\)"):
+        tried(monkeypatch, tmp_path / "other", fails("the disk is full"))
 
 
-def test_another_failure_is_none(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="bs=4 exited with status 2: no such data"):
-        tried("import sys; print('no such data'); sys.exit(2)", tmp_path)
+@pytest.mark.slow
+def test_the_time_of_a_search_ends_a_trial(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    config: Any = validate_config(compose_config("tune", [*TINY, "tune.steps=1000000"]), TuneConfig)
+    (tmp_path / "search").mkdir()
+    search = Search(config, tmp_path / "search", [])
+    trial = search._try(1, 12.0)
+    assert (trial.status, trial.message) == (TIME, "exceeded the remaining 12 s")
+    assert "glm_tiny on cpu 1x1" in (tmp_path / "search" / "tries" / "bs1_0.txt").read_text()
+    assert json.loads((tmp_path / "search" / "tries" / "bs1_0" / "result.json").read_text())["status"] != "running"
+
+
+@pytest.mark.slow
+def test_two_nodes_search_together(tmp_path: Path) -> None:
+    port = free_port()
+    line = [*TINY, "data.synthetic.num_train=12", "topology.num_nodes=2", "topology.devices_per_node=1", "tune.steps=4"]
+    line += ["tune.repeats=1", f"hydra.run.dir={tmp_path}/search"]
+    nodes = [start_command("tune", *line, cwd=tmp_path, env=on_node(rank, "127.0.0.1", port)) for rank in (1, 0)]
+    ended = [node.communicate(timeout=240) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], ended
+    found = json.loads((tmp_path / "search" / "tune.json").read_text())
+    assert (found["complete"], found["topology"], found["next"]) == (True, "2x1", None)
+    assert [trial["status"] for trial in found["trials"]] == ["fits"] * len(found["trials"])
+    assert len(list((tmp_path / "search" / "tries").glob("*.node1.txt"))) == len(found["trials"])
 
 
 def test_of_equals_the_smaller_batch_is_the_fastest() -> None:

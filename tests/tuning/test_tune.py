@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from conftest import lit_glm_here
-from lit_glm.tuning.search_state import TUNE_FILE
+from lit_glm.config.tuned_values import TUNE_FILE
 
 TINY = ["hardware=cpu", "model=glm_tiny", "data=synthetic", "data.synthetic.num_train=6", "data.synthetic.num_eval=2"]
 

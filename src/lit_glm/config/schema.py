@@ -358,6 +358,12 @@ _CHOICES: Dict[str, Tuple[str, ...]] = {
 }
 
 
+def train_config(config: Any, **changes: Any) -> "TrainConfig":
+    """Return the part of a command's configuration that `train` has, with some values changed."""
+    own = {entry.name: getattr(config, entry.name) for entry in fields(TrainConfig)}
+    return TrainConfig(**{**own, **changes})
+
+
 def range_errors(config: Any) -> List[str]:
     """Return one message per invalid value, with the value and what is allowed."""
     complaints = []

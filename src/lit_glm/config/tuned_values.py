@@ -12,7 +12,7 @@ TUNE_FILE = "tune.json"
 """File with the state of a search, in its folder."""
 TRIALS_FOLDER = "tries"
 """Subfolder with the runs of a search's trials."""
-MODEL_KEYS = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "activation_checkpointing")
+_MODEL_KEYS = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "activation_checkpointing")
 """Model keys that determine the largest possible batch size."""
 
 
@@ -35,6 +35,29 @@ def nearest_pair_hint(hardware: str, ranks: int) -> str:
     return f" (nearest: {hardware}_{nearest}; use fix_hp={hardware}_{nearest})"
 
 
+def search_key(config: Any) -> Dict[str, Any]:
+    """Return the settings for which the result of a search holds, of a composed or validated configuration."""
+    return {
+        "hardware": config.hardware.name,
+        "topology": f"{config.topology.num_nodes}x{config.topology.devices_per_node}",
+        "precision": config.precision.name,
+        "scoring": config.scoring.name,
+        "model": config.model.name,
+        "tf32": config.precision.tf32,
+        **{key: getattr(config.model, key) for key in _MODEL_KEYS},
+        "max_seq_length": config.data.max_seq_length,
+    }
+
+
+def read_search(folder: Path) -> Dict[str, Any]:
+    """Read tune.json of a folder; {} if it is missing or invalid."""
+    try:
+        content: Any = json.loads((folder / TUNE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return dict(migrate_names(content, "tune.json")) if isinstance(content, dict) else {}
+
+
 def resolve_auto_bs(composed: Any, pair_bs: Any) -> Tuple[int, str]:
     """Resolve `bs=auto`: the result of the newest matching search, else the value of the fix_hp file.
 
@@ -48,25 +71,10 @@ def resolve_auto_bs(composed: Any, pair_bs: Any) -> Tuple[int, str]:
     Raises:
         InputError: if no batch size is known; no search is started.
     """
-    wanted = {
-        "hardware": composed.hardware.name,
-        "topology": f"{composed.topology.num_nodes}x{composed.topology.devices_per_node}",
-        "precision": composed.precision.name,
-        "scoring": composed.scoring.name,
-        "model": composed.model.name,
-    }
-    also = {
-        "tf32": composed.precision.tf32,
-        **{key: composed.model[key] for key in MODEL_KEYS},
-        "max_seq_length": composed.data.max_seq_length,
-    }
-    found = []
+    wanted, found = search_key(composed), []
     for file in Path("outputs/tune").glob(f"*/*/{TUNE_FILE}"):
-        try:
-            content = migrate_names(json.loads(file.read_text(encoding="utf-8")), "tune.json")
-        except (OSError, ValueError):
-            continue
-        if content.get("fastest_bs") and all(content.get(key) == value for key, value in {**wanted, **also}.items()):
+        content = read_search(file.parent)
+        if content.get("fastest_bs") and all(content.get(key) == value for key, value in wanted.items()):
             found.append((file.stat().st_mtime, str(file.parent), content))
     if found:
         _, place, content = max(found, key=lambda search: search[:2])
@@ -80,8 +88,8 @@ def resolve_auto_bs(composed: Any, pair_bs: Any) -> Tuple[int, str]:
         return bs, f"fastest in {place}"
     if pair_bs is not None:
         return int(pair_bs), f"from the fix_hp file of {wanted['hardware']}_{wanted['topology']}"
-    about = " ".join(wanted.values())
-    given = " ".join(f"{key}={value}" for key, value in wanted.items())
+    chosen = {key: wanted[key] for key in ("hardware", "topology", "precision", "scoring", "model")}
+    about, given = " ".join(chosen.values()), " ".join(f"{key}={value}" for key, value in chosen.items())
     raise InputError(
         f"bs=auto: no batch size is known for {about}; `python -m lit_glm.tune {given}` finds one (below outputs/tune/)"
     )

@@ -6,7 +6,7 @@ import signal
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError, RunError
@@ -41,7 +41,13 @@ log = logging.getLogger(__name__)
 
 
 def run_job(
-    job: JobSpec, run_dir: Path, composed: Dict[str, str], node: Node, in_process: bool = True
+    job: JobSpec,
+    run_dir: Path,
+    composed: Dict[str, str],
+    node: Node,
+    in_process: bool = True,
+    output: Optional[Path] = None,
+    limit_s: Optional[float] = None,
 ) -> Dict[str, Any]:
     """Run a job until it ends.
 
@@ -51,6 +57,8 @@ def run_job(
         composed: contents of the files in .hydra/.
         node: this node.
         in_process: whether a single device runs in this process rather than in a child process.
+        output: file for the output of the ranks and for the result; None: that of this process.
+        limit_s: seconds until the job is stopped; None: no limit. Only for child processes.
 
     Returns:
         The result; {} on secondary nodes, because node 0 owns the run folder.
@@ -72,10 +80,10 @@ def run_job(
         # Announced after the supervisor restored the signal handlers, so that a second Ctrl-C interrupts it.
         with announce_early_end(job.config, node, lambda: supervisor.has_met), supervisor:
             if node.rank > 0:
-                _run_secondary_node(job, node, supervisor)
+                _run_secondary_node(job, node, supervisor, output)
                 return {}
-            with record_run(job, run_dir, composed) as lock:
-                supervisor.run(job, node, run_dir, lock)
+            with record_run(job, run_dir, composed, output) as lock:
+                supervisor.run(job, node, run_dir, lock, output=output, limit_s=limit_s)
     result = read_result(run_dir)
     if result is None or result.get("status") == "running":
         raise RunError(f"{run_dir}: the job ended without a result")
@@ -83,7 +91,7 @@ def run_job(
 
 
 @contextmanager
-def record_run(job: JobSpec, run_dir: Path, composed: Dict[str, str]) -> Iterator[int]:
+def record_run(job: JobSpec, run_dir: Path, composed: Dict[str, str], output: Optional[Path] = None) -> Iterator[int]:
     """Lock the run folder during a job; write its final status, device readings and energy there; print the result."""
     with acquire_run_dir(job, run_dir, composed) as lock:
         settle_status(run_dir)  # of an earlier part whose launcher was killed
@@ -93,10 +101,13 @@ def record_run(job: JobSpec, run_dir: Path, composed: Dict[str, str]) -> Iterato
                 yield lock
         finally:
             result = settle_status(run_dir)
-            if result is not None:
+            if result is not None and output is None:
                 for line in final_summary(result, job.config, run_dir).split("\n"):
                     log.info(line)
                 print(results_table([result]), flush=True)  # the last output of the run
+            elif result is not None and output is not None:
+                with output.open("a", encoding="utf-8") as file:
+                    file.write(f"{final_summary(result, job.config, run_dir)}\n{results_table([result])}\n")
 
 
 @contextmanager
@@ -164,11 +175,11 @@ def announce_early_end(config: TrainConfig, node: Node, has_met: Callable[[], bo
         raise
 
 
-def _run_secondary_node(job: JobSpec, node: Node, supervisor: Supervisor) -> None:
+def _run_secondary_node(job: JobSpec, node: Node, supervisor: Supervisor, output: Optional[Path]) -> None:
     """Run the ranks of a secondary node; node 0 sends the path of the run folder at the rendezvous."""
     with tempfile.TemporaryDirectory(prefix="lit_glm-node-") as name:
         job.write(Path(name))
-        supervisor.run(job, node, Path(name))
+        supervisor.run(job, node, Path(name), output=output)
 
 
 def exit_interrupted(run_dir: Path) -> Callable[[int, str], None]:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -56,12 +57,16 @@ _JOB_VARIABLES = (
 """Variables of one job that must not reach another."""
 
 
+class TimeLimitExceeded(RunError):
+    """End of a job whose time limit is over."""
+
+
 @dataclass(frozen=True)
 class Event:
     """Event that the supervisor handles."""
 
     kind: str
-    """"signal", "exit" or "stall"."""
+    """"signal", "exit", "stall" or "limit"."""
     rank: int = -1
     status: int = 0
     """Return code of a rank as in subprocess (negative after a signal), or the number of a signal."""
@@ -95,6 +100,8 @@ class Supervisor(StopSignals):
         lock: Optional[int] = None,
         module: str = "lit_glm.launch.worker",
         margin_s: float = STALL_MARGIN_S,
+        output: Optional[Path] = None,
+        limit_s: Optional[float] = None,
     ) -> None:
         """Run all ranks of this node until they exit; no process is left running.
 
@@ -105,6 +112,8 @@ class Supervisor(StopSignals):
             lock: descriptor of the run folder's lock, which the ranks inherit and hold even after this process exits.
             module: module that each rank runs, with that folder as its argument.
             margin_s: seconds beyond `run.stall_timeout_s` without a heartbeat until the ranks are terminated.
+            output: file for the output of the ranks; None: that of this process.
+            limit_s: seconds until the job is stopped; None: no limit.
 
         Raises:
             InputError, RunError, Interrupted: if the job did not end normally.
@@ -119,12 +128,16 @@ class Supervisor(StopSignals):
             spec_dir, range(first, first + count), limits.stall_timeout_s + margin_s, before_first_s
         )
         _print_rendezvous(job, node)
+        timer = threading.Timer(limit_s or 0.0, self._events.put, (Event("limit"),))
         try:
             with run_watchdog(watchdog, self._on_stall):
-                self._start_ranks(first, count, _job_env(job, node), [module, str(spec_dir)], lock)
+                self._start_ranks(first, count, _job_env(job, node), [module, str(spec_dir)], lock, output)
+                if limit_s is not None:
+                    timer.start()
                 while self._alive:
                     self._wait_for_event()
         finally:
+            timer.cancel()
             self._kill()
             for process in self._ranks.values():
                 process.wait()
@@ -133,19 +146,28 @@ class Supervisor(StopSignals):
         self._raise_for_cause(oom_kill_count() > oom_kills)
 
     def _start_ranks(
-        self, first: int, count: int, env: Dict[str, str], arguments: List[str], lock: Optional[int]
+        self,
+        first: int,
+        count: int,
+        env: Dict[str, str],
+        arguments: List[str],
+        lock: Optional[int],
+        output: Optional[Path],
     ) -> None:
-        for local_rank in range(count):
-            rank = first + local_rank
-            process = subprocess.Popen(
-                [sys.executable, "-m", *arguments],
-                env={**env, "RANK": str(rank), "LOCAL_RANK": str(local_rank)},
-                start_new_session=True,  # Ctrl-C reaches only this process, which signals the ranks
-                preexec_fn=partial(set_parent_death_signal, signal.SIGTERM),
-                pass_fds=() if lock is None else (lock,),
-            )
-            self._ranks[rank] = self._alive[rank] = process
-            threading.Thread(target=self._wait_for_exit, args=(rank, process), daemon=True).start()
+        with nullcontext() if output is None else output.open("w", encoding="utf-8") as file:
+            for local_rank in range(count):
+                rank = first + local_rank
+                process = subprocess.Popen(
+                    [sys.executable, "-m", *arguments],
+                    env={**env, "RANK": str(rank), "LOCAL_RANK": str(local_rank)},
+                    stdout=file,
+                    stderr=None if file is None else subprocess.STDOUT,
+                    start_new_session=True,  # Ctrl-C reaches only this process, which signals the ranks
+                    preexec_fn=partial(set_parent_death_signal, signal.SIGTERM),
+                    pass_fds=() if lock is None else (lock,),
+                )
+                self._ranks[rank] = self._alive[rank] = process
+                threading.Thread(target=self._wait_for_exit, args=(rank, process), daemon=True).start()
         self.state = "running"
 
     def _wait_for_exit(self, rank: int, process: "subprocess.Popen[bytes]") -> None:
@@ -173,7 +195,7 @@ class Supervisor(StopSignals):
             elif event.status == signal.SIGINT:  # a second Ctrl-C
                 self._kill()
         elif self._cause is None:
-            self._stop(event, _STALL_GRACE_S)
+            self._stop(event, _STALL_GRACE_S if event.kind == "stall" else _FAILURE_GRACE_S)
 
     def _on_failure(self, event: Event) -> None:
         killed_by_other = (
@@ -222,6 +244,8 @@ class Supervisor(StopSignals):
             return  # the ranks had finished already
         if cause.kind == "stall":
             raise RunError(cause.reason)
+        if cause.kind == "limit":
+            raise TimeLimitExceeded("the time limit of the job is over")
         if cause.status in INTERRUPTED_STATUSES:
             raise Interrupted(cause.status - 128)
         if -cause.status in STOP_SIGNALS:

@@ -15,12 +15,11 @@ import tempfile
 import time
 import traceback
 from contextlib import ExitStack
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
 from lit_glm.atomic_files import write_json
-from lit_glm.config.schema import TrainConfig
+from lit_glm.config.schema import TrainConfig, train_config
 from lit_glm.console import set_up_console
 from lit_glm.errors import InputError, RunError
 from lit_glm.launch.heartbeat import STALL_MARGIN_S, Heartbeat, StallWatchdog, run_watchdog, stall_message
@@ -239,8 +238,7 @@ def run_on_all_ranks(config: TrainConfig, module: str, limit_s: float) -> Option
     config.run.stall_timeout_s = config.run.rendezvous_timeout_s = limit_s
     with tempfile.TemporaryDirectory(prefix="lit_glm-trial-") as name:
         folder = Path(name)
-        plain = TrainConfig(**{entry.name: getattr(config, entry.name) for entry in fields(TrainConfig)})
-        job = JobSpec(plain, time.monotonic(), [])
+        job = JobSpec(train_config(config), time.monotonic(), [])
         job.write(folder)
         node = resolve_node(config.topology, config.hardware.runtime == "simulated")
         run_ranks(job, node, folder, module, _MARGIN_S)

@@ -4,7 +4,7 @@ import random
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 import torch
 from pytorch_lightning.plugins.precision import Precision
@@ -125,9 +125,17 @@ class TrainStepper:
         scaler = getattr(self._plugin, "scaler", None)
         with self._plugin.forward_context():
             loss = candidate_loss(candidate_scores(self.glm, batch, TRAIN_MASK))
+            value = loss.detach()
+            self._read_loss = (lambda: float(value)) if self._runtime is None else self._read_async(value)
             with backward_context(loss):
                 (loss if scaler is None else scaler.scale_loss(loss.float())).backward()
         return loss.detach()
+
+    def _read_async(self, loss: Tensor) -> Callable[[], float]:
+        """Start to read a loss as training does, before the backward pass is issued."""
+        assert self._runtime is not None
+        read = self._runtime.to_host_async(loss.float().reshape(1))
+        return lambda: float(read()[0])
 
     def _finish_step(self) -> None:
         """Finish a step as training does; a lazy runtime cuts and computes its graph here."""
@@ -138,7 +146,8 @@ class TrainStepper:
 
     def train(self, batch: Any) -> float:
         """Run one step and return its loss before the update."""
-        loss = self._backward(batch.to(self.device))
+        self._backward(batch.to(self.device))
+        loss = self._read_loss()
         scaled = self._plugin if isinstance(self._plugin, LossScalingPrecision) else None
         if scaled is not None:
             scaled.unscale_(self.optimizer)
@@ -150,7 +159,7 @@ class TrainStepper:
                 self._plugin.round_weights()
         self.optimizer.zero_grad(set_to_none=True)
         self._finish_step()
-        return float(loss)
+        return loss
 
     def evaluate(self, batch: Any) -> Tensor:
         """Compute the scores [B, C] of a batch as in an evaluation."""

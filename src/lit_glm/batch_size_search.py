@@ -1,0 +1,419 @@
+"""The search of `tune`: short runs, one batch size after the other.
+
+The next batch size is a function of the trials so far, so that an interrupted search can be resumed. A trial is a job
+like those of a sweep, in a folder of its own. tune.json is written before and after each trial; other nodes read there
+which trial node 0 starts.
+"""
+
+import datetime
+import io
+import logging
+import statistics
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+
+import lit_glm
+from lit_glm.atomic_files import write_json, write_text
+from lit_glm.config.schema import TrainConfig, train_config
+from lit_glm.config.tuned_values import TRIALS_FOLDER, TUNE_FILE, read_search, search_key
+from lit_glm.errors import InputError, RunError
+from lit_glm.hardware.runtimes.selection import check_runtime_available, make_runtime
+from lit_glm.launch.launcher import run_job
+from lit_glm.launch.rendezvous import RendezvousError, this_node
+from lit_glm.launch.signals import Interrupted
+from lit_glm.launch.supervisor import TimeLimitExceeded
+from lit_glm.metrics.memory_estimate import check_memory, estimate_memory
+from lit_glm.metrics.registry import METRICS
+from lit_glm.planning.prediction import saves_attention_probs
+from lit_glm.planning.workload import Workload, load_examples
+from lit_glm.reporting.plots import STYLE, use_plain_numbers
+from lit_glm.runs.job_spec import JobSpec, config_hash
+from lit_glm.runs.result import markdown_table, read_result
+from lit_glm.runs.run_folder import lock_directory
+from lit_glm.runs.run_writer import STEP_COLUMNS, read_csv_rows
+
+log = logging.getLogger(__name__)
+
+_WARM_UP_STEPS = 3
+"""Steps that are not timed: they touch memory and start kernels, and the first one has the longest examples."""
+_POLL_S = 0.2
+
+FITS, MEMORY, LIMIT, TIME = "fits", "out of memory", "not tried", "no time"
+
+
+@dataclass
+class Trial:
+    """One short run with a batch size."""
+
+    bs: int
+    status: str
+    p_core: Optional[float] = None
+    """Samples per second, for examples of average length."""
+    mfu: Optional[float] = None
+    memory_gib: Optional[float] = None
+    samples_per_joule: Optional[float] = None
+    message: str = ""
+    """Why it does not fit."""
+
+    def describe(self) -> str:
+        """Return the trial as a line of the log."""
+        if self.status != FITS:
+            return f"bs={self.bs}: {self.status} ({self.message[:160]})"
+        memory = "" if self.memory_gib is None else f", {self.memory_gib:.2f} GiB"
+        return f"bs={self.bs}: {self.p_core or 0.0:.4g} samples/s{memory}"
+
+
+def rates_by_bs(trials: List[Trial]) -> Dict[int, List[float]]:
+    """Return p_core of the trials that fit, by batch size in ascending order."""
+    found: Dict[int, List[float]] = {}
+    for trial in sorted(trials, key=lambda trial: trial.bs):
+        if trial.status == FITS and trial.p_core is not None:
+            found.setdefault(trial.bs, []).append(trial.p_core)
+    return found
+
+
+def largest_bs(trials: List[Trial]) -> Optional[int]:
+    """Return the largest batch size that fits; None if none does."""
+    return max(rates_by_bs(trials), default=None)
+
+
+def ranking(trials: List[Trial]) -> List[int]:
+    """Return the batch sizes that fit, fastest first: by the median, the smaller one of equals."""
+    rates = rates_by_bs(trials)
+    return sorted(rates, key=lambda bs: (-statistics.median(rates[bs]), bs))
+
+
+def next_bs(trials: List[Trial], most: int, repeats: int) -> Optional[int]:
+    """Return the batch size to try next.
+
+    Args:
+        trials: the trials so far.
+        most: the largest batch size that the data allows.
+        repeats: maximum number of trials per batch size.
+
+    Returns:
+        The batch size; None if the search is complete.
+    """
+    rates = rates_by_bs(trials)
+    too_large = [trial.bs for trial in trials if trial.status != FITS]
+    low, high = max(rates, default=0), min(too_large, default=most + 1)
+    if low == 0:
+        return None if too_large else 1
+    if high > most and low < most:
+        return min(2 * low, most)  # double until one does not fit
+    if high - low > max(1, low // 16):
+        return (low + high) // 2
+    # Between the fastest and a neighbour that is more than a quarter away.
+    best, *others = ranking(trials)
+    known = list(rates)
+    place = known.index(best)
+    for smaller, larger in [known[left : left + 2] for left in (place, place - 1) if 0 <= left < len(known) - 1]:
+        if larger - smaller > max(1, smaller // 4):
+            return (smaller + larger) // 2
+    # The two fastest: each at least twice, then while their ranges overlap.
+    for bs in [best, *others[:1]]:
+        if len(rates[bs]) < min(2, repeats):
+            return bs
+    if not others or min(rates[best]) > max(rates[others[0]]):
+        return None
+    fewer = min((best, others[0]), key=lambda bs: len(rates[bs]))
+    return None if len(rates[fewer]) >= repeats else fewer
+
+
+def plot_trials(trials: List[Trial], config: TrainConfig) -> str:
+    """Plot throughput by batch size; return the SVG."""
+    rates = rates_by_bs(trials)
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": "lit_glm"}):
+        canvas = Figure(figsize=(6.0, 3.4))
+        axes = canvas.subplots()
+        axes.plot(*zip(*((bs, rate) for bs, own in rates.items() for rate in own)), "o", alpha=0.6, label="trials")
+        axes.plot(list(rates), [statistics.median(own) for own in rates.values()], linewidth=1, label="median")
+        for bs in sorted({trial.bs for trial in trials if trial.status in (MEMORY, LIMIT)} - set(rates)):
+            axes.axvline(bs, color="tab:red", linestyle=":", linewidth=1)
+        axes.set_xscale("log", base=2)
+        use_plain_numbers(axes.xaxis)
+        axes.set_xlabel("bs (dotted: did not fit)")
+        axes.set_ylabel(METRICS["p_core"].axis_label())
+        axes.set_title(f"{config.hardware.name} {config.topology.name} {config.precision.name} {config.scoring.name}")
+        axes.legend()
+        out = io.StringIO()
+        canvas.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()
+
+
+class Search:
+    """A search in its folder: tune.json around every trial; at the end a table, a figure and a fix_hp file."""
+
+    def __init__(self, config: Any, folder: Path, command: List[str]) -> None:
+        """Open the folder and load earlier trials of the same search.
+
+        Args:
+            config: configuration of the runs, with the options of `tune`; its bs is ignored.
+            folder: folder of a new search.
+            command: the command line, for the records of the trials.
+
+        Raises:
+            InputError: if the folder contains something else, or no search to resume.
+        """
+        self.config, self.folder, self._command = config, folder, command
+        self._hash = config_hash(train_config(config, bs=1, eval_bs=1))
+        self._start = time.time_ns()
+        self.node = this_node(config.topology, config.hardware.runtime == "simulated")
+        self._find_folder()
+        before = read_search(self.folder)
+        names = {entry.name for entry in fields(Trial)}
+        known = [Trial(**{name: one[name] for name in names & set(one)}) for one in before.get("trials", [])]
+        self.trials = [trial for trial in known if trial.status != TIME]  # this part may have more time
+        self.seconds = float(before.get("seconds", 0.0))
+        """Seconds spent so far, including interrupted parts."""
+        self.examples = load_examples(config)[0]
+
+    def _find_folder(self) -> None:
+        resume = self.config.run.resume
+        if resume == "auto":
+            found = {file.parent: read_search(file.parent) for file in Path("outputs/tune").glob(f"*/*/{TUNE_FILE}")}
+            mine = [
+                place for place, own in found.items() if own.get("config_hash") == self._hash and not own["complete"]
+            ]
+            if not mine:
+                log.info("run.resume=auto: no unfinished search of this configuration; starting a new one")
+            self.folder = max(mine, key=lambda place: (place / TUNE_FILE).stat().st_mtime, default=self.folder)
+        elif resume is not None:
+            self.folder = Path(resume)
+        before, self.folder = read_search(self.folder), self.folder.resolve()
+        if resume not in (None, "auto") and not before:
+            raise InputError(f"run.resume={resume}: is not a search folder (no {TUNE_FILE})")
+        if before and before.get("config_hash") != self._hash:
+            raise InputError(f"{self.folder}: contains a search of another configuration; give another hydra.run.dir=")
+        if not before and self.node.rank == 0 and self.folder.is_dir() and any(self.folder.iterdir()):
+            raise InputError(f"{self.folder}: contains files that are not a search; give another hydra.run.dir=")
+
+    def _next_bs(self) -> Optional[int]:
+        answered = [trial for trial in self.trials if trial.status != TIME]
+        most = len(self.examples) // self.config.topology.world_size
+        return next_bs(answered, most, self.config.tune.repeats)
+
+    def lead(self) -> int:
+        """Search on node 0 until the result is known or the time is over; return the exit status."""
+        minutes, status = self.config.tune.max_minutes, 0
+        limit_s = self.seconds + 60.0 * minutes
+        log.info(f"search folder {self.folder}")
+        if self.trials:
+            log.info(f"resuming after {len(self.trials)} trials")
+        self._write()  # marks the folder as this search's
+        try:
+            bs = self._next_bs()
+            while bs is not None and self.seconds < limit_s:
+                self.trials.append(self._try(bs, limit_s - self.seconds))
+                log.info(self.trials[-1].describe())
+                bs = None if self.trials[-1].status == TIME else self._next_bs()
+        except Interrupted as stop:
+            log.error(f"{stop}; resume with run.resume={self.folder}")
+            status = stop.exit_status
+        finally:
+            complete = self._next_bs() is None
+            self._write(complete)  # without a next trial: the other nodes end
+        if not complete and not status:
+            log.info(
+                f"tune.max_minutes={minutes:g} is over: results so far; resume with a larger value and "
+                f"run.resume={self.folder}"
+            )
+        print(self._conclude(complete), flush=True)
+        return status or int(largest_bs(self.trials) is None)
+
+    def follow(self) -> int:
+        """Run this node's part of each trial that node 0 starts; return the exit status.
+
+        Raises:
+            RunError: if node 0 starts no trial in time.
+        """
+        patience_s, done = self.config.run.stall_timeout_s, None
+        log.info(f"waiting for node 0 to start a trial in {self.folder}")
+        end = time.monotonic() + patience_s
+        while time.monotonic() < end:
+            trial = read_search(self.folder).get("next")
+            if trial is None and done is not None:
+                return 0
+            if trial is None or trial == done:
+                time.sleep(_POLL_S)
+                continue
+            done = trial
+            try:
+                self._run(int(trial["bs"]), self.folder / TRIALS_FOLDER / str(trial["folder"]), None)
+            except RendezvousError:
+                done = None  # node 0 may have been late
+            except (InputError, RunError) as error:
+                log.info(f"bs={trial['bs']}: {error}")  # node 0 decides what it means
+            end = time.monotonic() + patience_s
+        raise RunError(
+            f"node 0 started no trial for {patience_s:.0f} s (searched in {self.folder}: do all nodes share it?)"
+        )
+
+    def _trial_config(self, bs: int) -> TrainConfig:
+        """Return the configuration of a short run: longest examples first, no evaluation, checkpoint or logger."""
+        own = self.config
+        return train_config(
+            own,
+            bs=bs,
+            run=replace(
+                own.run,
+                max_steps=_WARM_UP_STEPS + own.tune.steps,
+                max_samples=10**12,
+                evaluate=False,
+                checkpoint_interval_steps=None,
+                resume=None,
+                overwrite=True,
+            ),
+            model=replace(own.model, init_checkpoint=None),
+            data=replace(own.data, longest_first=True),
+            logger={},
+            callbacks={},
+        )
+
+    def _run(self, bs: int, place: Path, limit_s: Optional[float]) -> Dict[str, Any]:
+        """Run this node's part of a trial; its output goes to a file next to its folder."""
+        place.parent.mkdir(parents=True, exist_ok=True)
+        job = JobSpec(self._trial_config(bs), time.monotonic(), self._command)
+        output = place.with_suffix(".txt" if self.node.rank == 0 else f".node{self.node.rank}.txt")
+        return run_job(job, place, {}, self.node, in_process=False, output=output, limit_s=limit_s)
+
+    def _try(self, bs: int, seconds: float) -> Trial:
+        """Run a trial of a batch size.
+
+        Raises:
+            RunError: if it failed for another reason than a lack of memory or time.
+        """
+        work, begun = Workload(self._trial_config(bs), self.examples, None), time.monotonic()
+        message = self._exceeds_memory(work, bs)
+        if message:
+            return Trial(bs, LIMIT, message=message)
+        place = self.folder / TRIALS_FOLDER / f"bs{bs}_{sum(trial.bs == bs for trial in self.trials)}"
+        self._write(next_trial={"bs": bs, "folder": place.name, "start": self._start})
+        try:
+            return self._measure(bs, place, work, self._run(bs, place, seconds))
+        except TimeLimitExceeded:
+            return Trial(bs, TIME, message=f"exceeded the remaining {seconds:.0f} s")
+        except RunError as error:
+            reason = str((read_result(place) or {}).get("error") or error)
+            if "out of memory" not in reason and "was killed by SIGKILL" not in reason:
+                raise RunError(f"bs={bs}: {reason} (full output: {place.with_suffix('.txt')})") from error
+            return Trial(bs, MEMORY, message=reason)
+        finally:
+            self.seconds += time.monotonic() - begun
+
+    @staticmethod
+    def _measure(bs: int, place: Path, work: Workload, result: Dict[str, Any]) -> Trial:
+        """Return a trial whose p_core follows from the FLOPs of the timed steps: their lengths do not bias it."""
+        rows = read_csv_rows(place / "steps.csv", STEP_COLUMNS)[_WARM_UP_STEPS:]
+        flops = sum(float(work.counter.flops_by_rank(int(row["step"])).mean()) for row in rows)
+        seconds = sum(float(row["compute_s"]) for row in rows)
+        p_core = flops / (work.mean / bs) / seconds * work.ranks if seconds else None
+        mfu, memory, efficiency = (result.get(name) for name in ("mfu", "mem_actual_gib", "samples_per_joule"))
+        return Trial(bs, FITS, p_core, mfu, memory, efficiency)
+
+    def _exceeds_memory(self, work: Workload, bs: int) -> str:
+        """Return why a batch size is not tried: if its estimate far exceeds the memory, it could crash the machine."""
+        hardware = self.config.hardware
+        if hardware.accelerator != "cpu" and hardware.runtime != "simulated":
+            return ""  # a driver opened by this process would interfere with the trials
+        found = check_memory(self._trial_config(bs), work.lengths, make_runtime(hardware, self.config.topology))
+        if found.host_message or found.available_bytes is None or found.estimate.total <= 1.1 * found.available_bytes:
+            return found.host_message
+        return f"estimated at {found.estimate.total / 2**30:.1f} of {found.available_bytes / 2**30:.1f} GiB"
+
+    def _write(self, complete: bool = False, next_trial: Optional[Dict[str, Any]] = None) -> None:
+        content = {
+            **search_key(self.config),
+            "config_hash": self._hash,
+            "complete": complete,
+            "seconds": self.seconds,
+            "largest_bs": largest_bs(self.trials),
+            "fastest_bs": next(iter(ranking(self.trials)), None),
+            "next": next_trial,
+            "trials": [asdict(trial) for trial in self.trials],
+        }
+        write_json(self.folder / TUNE_FILE, content)
+
+    def _table(self, complete: bool) -> str:
+        """Format one row per batch size as a Markdown table: fastest first, those that do not fit last."""
+
+        def text(value: Optional[float], form: str) -> str:
+            return "" if value is None else format(value, form)
+
+        rates, order = rates_by_bs(self.trials), ranking(self.trials)
+        names = ("fastest", "largest that fits") if complete else ("fastest so far", "largest tried")
+        columns = "bs|p_core|[lowest, highest]|trials|mfu|memory GiB|estimated GiB without base|samples/J|"
+        rows = [columns.split("|")]
+        for bs in order:
+            own, last = rates[bs], [trial for trial in self.trials if trial.bs == bs][-1]
+            lengths = Workload(self._trial_config(bs), self.examples, None).lengths
+            guess = estimate_memory(self.config, lengths, 0.0, saves_attention_probs(self.config), bs).total / 2**30
+            marks = ", ".join(name for name, is_so in zip(names, (bs == order[0], bs == max(order))) if is_so)
+            rows.append(
+                [
+                    str(bs),
+                    f"{statistics.median(own):.4g}",
+                    f"[{min(own):.4g}, {max(own):.4g}]" if len(own) > 1 else "",
+                    str(len(own)),
+                    text(last.mfu, ".3g"),
+                    text(last.memory_gib, ".2f"),
+                    f"{guess:.2f}",
+                    text(last.samples_per_joule, ".3g"),
+                    marks,
+                ]
+            )
+        others = {trial.bs: trial.status for trial in self.trials if trial.bs not in rates}
+        rows += [[str(bs), *[""] * 7, status] for bs, status in sorted(others.items())]
+        return markdown_table(rows)
+
+    def _conclude(self, complete: bool) -> str:
+        """Write tune.md, tune.svg and the fix_hp file; return the summary."""
+        config, pair = self.config, f"{self.config.hardware.name}_{self.config.topology.name}"
+        order, table, figure = ranking(self.trials), self._table(complete), ""
+        lines = [table, ""]
+        if not complete:
+            lines.append("INCOMPLETE: the search ended early; larger or faster values may exist")
+        if not order and self.trials:
+            lines.append("no batch size fits: use a smaller model, activation checkpointing, or more memory")
+        elif order:
+            fits, fastest = ("that fits", "fastest") if complete else ("tried", "fastest so far")
+            found = f"largest bs {fits}: {max(order)}; {fastest}: {order[0]}"
+            lines += [
+                found,
+                f"bs=auto uses the fastest bs found below outputs/tune/; to keep it, copy {self.folder / pair}.yaml",
+                "to the folder fix_hp/ of your own configuration (--config-dir)",
+            ]
+            about = f"{config.precision.name}, scoring={config.scoring.name}, model={config.model.name}"
+            versions = f"lit_glm {lit_glm.__version__}, torch {torch.__version__}, {datetime.date.today()}"
+            source = f"Found by `python -m lit_glm.tune` for {pair}: {about}; {versions}."
+            found = found if complete else f"INCOMPLETE search (complete: false): {found}"
+            comments = "".join(f"# {line}\n" for line in (source, found, *table.splitlines()))
+            values = f"fix_hp_source: {pair}\nbs: {order[0]}\neval_bs: {order[0]}\n"
+            write_text(self.folder / f"{pair}.yaml", f"# @package _global_\n{comments}{values}")
+            write_text(self.folder / "tune.svg", plot_trials(self.trials, config))
+            figure = "\n\n![samples per second by bs](tune.svg)"
+        summary = "\n".join(lines)
+        write_text(self.folder / "tune.md", f"{summary}{figure}\n")
+        return summary
+
+
+def run_search(config: Any, folder: Path, command: List[str]) -> int:
+    """Run a search, or this node's part of it; return the exit status.
+
+    Args:
+        config: see `Search`.
+        folder: see `Search`.
+        command: see `Search`.
+    """
+    check_runtime_available(config.hardware, config.topology)
+    search = Search(config, folder, command)
+    if search.node.rank > 0:
+        return search.follow()
+    with lock_directory(search.folder):
+        return search.lead()
