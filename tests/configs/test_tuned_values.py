@@ -11,7 +11,7 @@ import pytest
 from conftest import lit_glm_here
 from lit_glm.config.hydra_main import CONF_DIR, compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
-from lit_glm.config.tuned_values import MODEL_KEYS, nearest_pair_hint, topologies_with_fix_hp
+from lit_glm.config.tuned_values import nearest_pair_hint, search_key, topologies_with_fix_hp
 
 MOST = 5553080
 # FlagPerf training/VENDOR/glm-pytorch/config, commit 1b5a030: pair -> bs, max_samples, lr, seed
@@ -86,9 +86,7 @@ def test_a_chip_is_no_part_of_anothers_name() -> None:
 def a_search(folder: Path, age_s: float, **changes: Any) -> Path:
     """A tune.json as `tune` leaves it for the debug configuration."""
     config: Any = compose_config("train", ["experiment=debug"])
-    names = {key: config[key].name for key in ("hardware", "precision", "scoring", "model")}
-    content = {**names, "topology": "1x1", "tf32": config.precision.tf32, "max_seq_length": config.data.max_seq_length}
-    content.update({key: config.model[key] for key in MODEL_KEYS})
+    content = search_key(config)
     folder.mkdir(parents=True)
     file = folder / "tune.json"
     file.write_text(json.dumps({**content, "complete": True, **changes}))
