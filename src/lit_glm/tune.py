@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from lit_glm.config.hydra_main import run_command
-from lit_glm.config.schema import TrainConfig
+from lit_glm.config.schema import POSITIVE, TrainConfig, at_least, key
 
 
 @dataclass
 class TuneOptions:
     """Options of `tune`: time limit, steps and repeats of the trials."""
 
-    max_minutes: float = 60.0
-    steps: int = 10
+    max_minutes: float = key(60.0, POSITIVE)
+    steps: int = key(10, at_least(4))
     repeats: int = 5
 
 

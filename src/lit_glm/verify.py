@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from lit_glm.atomic_files import make_folder
 from lit_glm.config.command_line import CommandLine
 from lit_glm.config.hydra_main import CONF_DIR, compose_config, run_command, validate_config
-from lit_glm.config.schema import TrainConfig
+from lit_glm.config.schema import POSITIVE, TrainConfig, key
 from lit_glm.hardware.env import set_hardware_env
 
 log = logging.getLogger("lit_glm.verify")
@@ -23,7 +23,7 @@ log = logging.getLogger("lit_glm.verify")
 class VerifyOptions:
     """Options of `verify`: its time limit."""
 
-    max_minutes: float = 30.0
+    max_minutes: float = key(30.0, POSITIVE)
 
 
 @dataclass

@@ -9,7 +9,7 @@ import pytest
 from conftest import lit_glm_here
 from lit_glm.config.hydra_main import CONF_DIR, compose_config, key_help, validate_config
 from lit_glm.config.key_aliases import _KEYS
-from lit_glm.config.schema import TrainConfig, iter_leaves
+from lit_glm.config.schema import TrainConfig, iter_keys
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_all_wrong_words_are_said_at_once(capfd: Any) -> None:
 
 
 def test_every_word_leads_to_something_that_exists() -> None:
-    keys = {key for key, _ in iter_leaves(TrainConfig())}
+    keys = {key for key, _, _ in iter_keys(TrainConfig())}
     groups = {folder.name for folder in CONF_DIR.iterdir() if folder.is_dir()}
     assert {key for key in _KEYS if not key.startswith("hydra.")} <= keys | groups
     words = [word for words in _KEYS.values() for word in words.split(", ")]

@@ -9,7 +9,7 @@ import pytest
 
 from conftest import lit_glm_here, tree_digest
 from lit_glm.config.key_aliases import REMOVED_KEYS, RENAMED, migrate_names
-from lit_glm.config.schema import TrainConfig, iter_leaves
+from lit_glm.config.schema import TrainConfig, iter_keys
 from lit_glm.errors import InputError
 from lit_glm.hardware.runtimes.selection import import_runtime_class
 from lit_glm.plan import PlanConfig
@@ -27,7 +27,7 @@ def old_run(tmp_path: Path) -> Path:
 
 
 def test_every_new_key_exists() -> None:
-    keys = {key for key, _ in iter_leaves(PlanConfig())}
+    keys = {key for key, _, _ in iter_keys(PlanConfig())}
     assert set(RENAMED["config"].values()) <= keys
     assert not (set(RENAMED["config"]) | set(REMOVED_KEYS)) & keys
 

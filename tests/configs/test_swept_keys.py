@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from lit_glm.config.hydra_main import compose_config, run_command, validate_config
-from lit_glm.config.schema import TrainConfig, iter_leaves
+from lit_glm.config.schema import TrainConfig, iter_keys
 from lit_glm.launch.sweep import SweepCallback
 
 GROUPS = {"hardware": "cpu", "precision": "fp32", "scoring": "published", "topology": "1x2"}
@@ -38,7 +38,7 @@ def test_every_key_can_be_swept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     composed = compose_config("train", ["experiment=debug"])
     keys = {
         key: value
-        for key, value in iter_leaves(validate_config(composed, TrainConfig))
+        for key, value, _ in iter_keys(validate_config(composed, TrainConfig))
         if not isinstance(value, (dict, list, tuple)) and OmegaConf.select(composed, key) is not None
         if key != "seed" and not key.endswith(".name")  # which says which file of a group is taken
     }

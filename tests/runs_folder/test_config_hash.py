@@ -7,7 +7,7 @@ from typing import Any, Dict
 import pytest
 
 from conftest import lit_glm_here, rows, tree_digest
-from lit_glm.config.schema import RunConfig, TrainConfig, iter_keys, new_in, unhashed
+from lit_glm.config.schema import RunConfig, TrainConfig, iter_keys, key
 from lit_glm.runs.job_spec import JobSpec, config_hash, hashed_settings, read_job_json
 
 STORED = Path(__file__).parent.parent / "cases" / "job_0_2_0"
@@ -22,23 +22,23 @@ def test_the_hash_of_a_stored_job_of_0_2_0() -> None:
 
 def test_every_key_added_since_says_when_and_what_it_was_without_it() -> None:
     def flat(node: Dict[str, Any], prefix: str = "") -> Any:
-        for key, value in node.items():
-            yield f"{prefix}{key}"
-            yield from flat(value, f"{prefix}{key}.") if isinstance(value, dict) else ()
+        for name, value in node.items():
+            yield f"{prefix}{name}"
+            yield from flat(value, f"{prefix}{name}.") if isinstance(value, dict) else ()
 
     stored = set(flat((read_job_json(STORED) or {})["config"]))
-    for key, _, entry in iter_keys(JobSpec.read(STORED).config):
-        if key not in stored:
+    for name, _, entry in iter_keys(JobSpec.read(STORED).config):
+        if name not in stored:
             declared = entry.metadata
-            assert ("added" in declared and "neutral" in declared) or declared.get("hashed") is False, key
+            assert ("added" in declared and "neutral" in declared) or declared.get("hashed") is False, name
 
 
 @dataclass
 class LaterRun(RunConfig):
     """RunConfig of a later version."""
 
-    window: int = new_in("0.3.0", default=8, neutral=0)
-    verbose: bool = unhashed(False)
+    window: int = key(8, added="0.3.0", neutral=0)
+    verbose: bool = key(False, hashed=False)
 
 
 @dataclass

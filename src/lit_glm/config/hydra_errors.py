@@ -1,22 +1,20 @@
 """User-facing messages for errors of Hydra and OmegaConf, with the closest valid names."""
 
 import difflib
-import re
 from pathlib import Path
 from typing import Any, List, Optional, Sequence
 
 import yaml
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
-from omegaconf import MISSING
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from hydra.errors import MissingConfigException
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, ValidationError
 
 from lit_glm.config.command_line import CommandLine
 from lit_glm.config.key_aliases import old_key_message, suggest_key
-from lit_glm.config.schema import iter_leaves
+from lit_glm.config.schema import iter_keys
 from lit_glm.errors import InputError, exception_chain, first_line
 
-_TYPES = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "String": "text"}
+_TYPES = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
 
 
 def closest_names(name: str, known: Sequence[str]) -> List[str]:
@@ -40,55 +38,37 @@ def explain_hydra_error(error: BaseException, schema: Any, conf: Path) -> str:
     Returns:
         The message: what is wrong, and the closest valid names.
     """
-    keys = [key for key, _ in iter_leaves(schema())]
-    nodes = sorted({".".join(key.split(".")[:n]) for key in keys for n in range(1, key.count(".") + 1)})
-    groups = sorted(entry.name for entry in conf.iterdir() if entry.is_dir() and any(entry.glob("*.yaml")))
-    text = str(error)
-    causes = exception_chain(error)
-    cause = causes[-1]
-
+    cause = exception_chain(error)[-1]
+    name = str(getattr(cause, "full_key", None) or "")
     if isinstance(cause, yaml.YAMLError):
         return _yaml_error_message(cause)
-    if isinstance(cause, OSError) and not isinstance(cause, HydraException):
+    if isinstance(cause, MissingConfigException):
+        group, _, name = (cause.missing_cfg_file or "").rpartition("/")
+        names = sorted(cause.options or (file.stem for file in (conf / group).glob("*.yaml")))
+        nearest = f" (nearest: {', '.join(closest_names(name, names))})" if names else ""
+        return f"{group}={name}: there is no such {group}; choose one of {', '.join(names)}{nearest}"
+    if isinstance(cause, OSError):
         return f"a configuration file cannot be read: {first_line(cause)}"
     if isinstance(cause, MissingMandatoryValue):
-        must = [key for key, default in iter_leaves(schema()) if default == MISSING]
-        return f"{', '.join(must)}: must have a value, but the chosen file (conf/{must[0].split('.')[0]}/) sets none"
-
-    option = re.search(r"(?:Could not find|In '[^']*': Could not find) '([\w/]+)'", text)
-    if option and "/" in option.group(1):
-        group, name = option.group(1).rsplit("/", 1)
-        names = sorted(file.stem for file in (conf / group).glob("*.yaml"))
-        if names:
-            return _unknown_name_message(
-                f"{group}={name}: there is no such {group}", closest_names(name, names), "choose", names
-            )
-
-    wrong_type = re.search(r"Value '(.*)' of type '\w+' (?:could not be converted to|is not a valid) (\w+)", str(cause))
-    if wrong_type is None:
-        wrong_type = re.search(r"Value '(.*)' is not a valid (\w+)", str(cause))
-    key = _key_from_error(cause) or _key_from_error(error)
-    if wrong_type:
-        kind = _TYPES.get(wrong_type.group(2), wrong_type.group(2))
-        return f"{key}={wrong_type.group(1)}: must be {kind}"
-    if "field is not Optional" in str(cause) or "not Optional" in str(cause):
-        return f"{key}=null: must have a value"
-
-    unknown = re.search(r"Could not override '([^']+)'", text)
-    name = unknown.group(1) if unknown else key
-    if name and (unknown or "not in" in str(cause)):
-        name = name.lstrip("/")
-        known = keys + nodes + groups
+        return f"{name}: must have a value, but the chosen file (conf/{name.split('.')[0]}/) sets none"
+    if isinstance(cause, ValidationError) and name:
+        about = f"{type(getattr(cause, 'child_node', None)).__name__}: {first_line(cause)}"  # or of an element of it
+        value, kind = getattr(cause, "value", None), next((_TYPES[name] for name in _TYPES if name in about), None)
+        if "'None'" in first_line(cause) or "not Optional" in first_line(cause):
+            return f"{name}=null: must have a value"
+        return f"{name}={value}: must be {kind}" if kind else f"{name}: {first_line(cause)}"
+    keys = [key for key, _, _ in iter_keys(schema())]
+    nodes = sorted({key.rsplit(".", count)[0] for key in keys for count in range(1, key.count(".") + 1)})
+    groups = sorted(entry.name for entry in conf.iterdir() if entry.is_dir() and any(entry.glob("*.yaml")))
+    if isinstance(cause, (ConfigKeyError, AttributeError)) and name and name not in keys:
         if name in groups and name not in nodes:
             return (
                 f"{name}: the chosen file of this group sets top-level keys; add `# @package _global_` as its first "
                 "line"
             )
-        if name not in known:
-            return _unknown_name_message(
-                f"{name}: there is no such key or group", closest_names(name, known), "did you mean", []
-            )
-        return f"{name}: {first_line(cause)}"
+        close = ", ".join(closest_names(name, keys + nodes + groups))
+        known = "(`--cfg job` prints all keys, `--help` all groups)"
+        return f"{name}: there is no such key or group; did you mean {close}? {known}"
     return first_line(error) if error is cause else f"{first_line(error)}\n{first_line(cause)}"
 
 
@@ -102,11 +82,11 @@ def check_overrides(line: CommandLine, schema: Any, conf: Path) -> None:
     Raises:
         InputError: lists all of them, each with the correct form.
     """
-    keys = [key for key, _ in iter_leaves(schema())]
+    keys = [key for key, _, _ in iter_keys(schema())]
     nodes = {".".join(key.split(".")[:n]) for key in keys for n in range(1, key.count(".") + 1)}
     known = [*keys, *nodes, *(entry.name for entry in conf.iterdir() if entry.is_dir())]
     said = []
-    for text, override in zip(line.overrides, line.parse_each()):
+    for place, (text, override) in enumerate(zip(line.overrides, line.parse_each())):
         if override is None:
             groups = [folder.name for folder in sorted(conf.iterdir()) if (folder / f"{text}.yaml").is_file()]
             meant = f"did you mean {groups[0]}={text}?" if groups else "`--help` lists the keys"
@@ -126,6 +106,8 @@ def check_overrides(line: CommandLine, schema: Any, conf: Path) -> None:
             said.append(f"{text}: {wrong}")
             continue
         inside = any(key.startswith(f"{name}.") for name in keys)  # entry of a mapping such as hardware.peak_tflops
+        if inside and not (override.is_add() or override.is_delete()):
+            line.overrides[place] = f"++{text}"  # the chosen files may not define it
         if override.is_add() or override.is_delete() or key in known or key.startswith(_FREE) or inside:
             if override.is_sweep_override() and not line.multirun and not key.startswith("hydra"):
                 at_once = f"; all of them in one run: {key}=[{value}]" if key in ("logger", "callbacks") else ""
@@ -172,19 +154,3 @@ def _yaml_error_message(error: yaml.YAMLError) -> str:
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
     where = f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}" if mark is not None else "a YAML file"
     return f"{where}: {problem}; quote strings that contain ': ' or ' #', and indent with spaces only"
-
-
-def _key_from_error(error: BaseException) -> str:
-    if isinstance(error, OmegaConfBaseException) and error.full_key:
-        return str(error.full_key)
-    found = re.search(r"full_key: (\S+)", str(error))
-    return found.group(1) if found else ""
-
-
-def _unknown_name_message(problem: str, close: List[str], lead: str, all_names: List[str]) -> str:
-    if all_names:
-        best = f" (nearest: {', '.join(close)})" if close else ""
-        return f"{problem}; {lead} one of {', '.join(all_names)}{best}"
-    if close:
-        return f"{problem}; {lead} {', '.join(close)}? (`--cfg job` prints all keys, `--help` all groups)"
-    return problem

@@ -11,21 +11,21 @@ import re
 import sys
 import traceback
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, TypeVar, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, TypeVar, Union
 
 import hydra
 import yaml
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
-from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_glm.config.command_line import CommandLine
 from lit_glm.config.hydra_errors import check_overrides, explain_hydra_error
 from lit_glm.config.key_aliases import REMOVED_KEYS, RENAMED, old_key_message
-from lit_glm.config.schema import CONF_DIR, HardwareConfig, iter_leaves, range_errors
+from lit_glm.config.schema import CONF_DIR, TrainConfig, range_errors
 from lit_glm.config.tuned_values import resolve_auto_bs
 from lit_glm.console import set_up_console
 from lit_glm.errors import InputError, RunError, first_line
@@ -111,11 +111,13 @@ def validate_config(cfg: DictConfig, schema: "type[Config]") -> Config:
         cfg.bs, source = resolve_auto_bs(cfg, _fix_hp_bs(cfg))
         log.warning(f"bs=auto: {cfg.bs}, {source}")
     _reject_old_keys(cfg)
-    cfg = _with_hardware_defaults(cfg)
     try:
         # Merging the plain content enforces the schema, which `+typo=1` and `++typo=1` bypass in Hydra.
         # merge rejects unknown names and wrong types, to_object rejects missing values.
-        plain = OmegaConf.to_container(cfg, resolve=True)
+        plain: Any = OmegaConf.to_container(cfg, resolve=True)
+        hardware = plain.get("hardware", {})
+        if hardware and "accelerator" not in hardware:
+            hardware["accelerator"] = hardware.get("name") if hardware.get("_target_") else "cpu"
         merged = OmegaConf.merge(OmegaConf.structured(schema), plain)
         config: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
@@ -124,21 +126,6 @@ def validate_config(cfg: DictConfig, schema: "type[Config]") -> Config:
     if complaints:
         raise InputError("\n".join(complaints))
     return config
-
-
-def _with_hardware_defaults(cfg: DictConfig) -> DictConfig:
-    """Return a copy with defaults for the keys that a user's hardware file omits; a name and a class are enough."""
-    cfg = cfg.copy()
-    hardware = cfg.get("hardware")
-    if not isinstance(hardware, DictConfig):
-        return cfg
-    own_class = hardware.get("_target_") is not None and "accelerator" not in hardware
-    defaults: Any = OmegaConf.to_container(OmegaConf.structured(HardwareConfig))
-    with open_dict(hardware):
-        for key, value in defaults.items():
-            if key not in hardware and value != MISSING:
-                hardware[key] = hardware.get("name") if key == "accelerator" and own_class else value
-    return cfg
 
 
 def _reject_old_keys(cfg: DictConfig) -> None:
@@ -178,6 +165,16 @@ def _fix_hp_bs(cfg: DictConfig) -> Optional[int]:
             bs = content.get("bs")
             return int(bs) if isinstance(bs, int) else None
     return None
+
+
+def _store_schema() -> None:
+    """Give every key its default through `- schema` in a defaults list: no file has to set all keys, all can be set."""
+    plain: Any = OmegaConf.to_container(OmegaConf.structured(TrainConfig))
+    del plain["hardware"]["accelerator"]  # depends on whether the hardware file names a class
+    ConfigStore.instance().store("schema", plain)
+
+
+_store_schema()
 
 
 def compose_config(config_name: str, overrides: Sequence[str]) -> DictConfig:
@@ -259,12 +256,10 @@ def _run_command(
         if not line.is_help:
             check_overrides(line, schema, CONF_DIR)
             if not line.multirun:
-                line.overrides, composed = _compose_known_keys(config_name, line, schema)
+                composed = _compose_with_hydra(config_name, [*line.overrides, *line.searchpath])
             for overrides in line.sample_combinations(is_group(line.config_dir)) if line.multirun else []:
                 composed = _compose_with_hydra(config_name, [*overrides, *line.searchpath])
-            if line.multirun:
-                line.overrides = _add_keys_of_swept_groups(config_name, line)
-            else:
+            if not line.multirun:
                 config = validate_config(composed.config, schema)
             if line.multirun and before_sweep is not None and not line.cfg:
                 before_sweep(composed.whole, line)
@@ -283,64 +278,6 @@ def _run_command(
         return _run_task(task, config, composed.config).status
     finally:
         HydraConfig.instance().cfg = None
-
-
-def _compose_known_keys(config_name: str, line: CommandLine, schema: "type[Config]") -> "Tuple[List[str], Any]":
-    """Compose a configuration; keys of the schema may be set even if the chosen files do not define them.
-
-    Returns:
-        The overrides, with `++` added for such keys, and the composed configuration.
-    """
-    try:
-        return line.overrides, _compose_with_hydra(config_name, [*line.overrides, *line.searchpath])
-    except HydraException:
-        known = {key for key, _ in iter_leaves(schema())}
-
-        def is_known(key: str) -> bool:
-            return any(".".join(key.split(".")[:count]) in known for count in range(1, key.count(".") + 2))
-
-        added = [
-            f"++{text}" if override is not None and _is_change(override) and is_known(override.key_or_group) else text
-            for text, override in zip(line.overrides, line.parse_each())
-        ]
-        if added == line.overrides:
-            raise
-        try:
-            return added, _compose_with_hydra(config_name, [*added, *line.searchpath])
-        except HydraException:
-            pass
-        raise
-
-
-def _is_change(override: Override) -> bool:
-    return override.type == OverrideType.CHANGE
-
-
-def _add_keys_of_swept_groups(config_name: str, line: CommandLine) -> List[str]:
-    """Return the overrides of a sweep, with `++` added for keys that only swept groups define.
-
-    Hydra first composes the configuration without the swept overrides, and rejects keys that it does not define.
-    """
-    groups = is_group(line.config_dir)
-    parsed = list(zip(line.overrides, line.parse()))
-    plain = [(text, override) for text, override in parsed if not override.is_sweep_override()]
-    named = [text for text, override in plain if groups(override.key_or_group)]
-    without_sweeps = _compose_with_hydra(config_name, [*named, *line.searchpath]).whole
-
-    def is_there(key: str) -> bool:
-        node: Any = without_sweeps
-        for name in key.split("."):
-            if not isinstance(node, DictConfig) or name not in node.keys():  # noqa: SIM118 (`in` hides missing values)
-                return False
-            node = None if OmegaConf.is_missing(node, name) else node[name]
-        return True
-
-    added = {
-        text
-        for text, override in plain
-        if text not in named and _is_change(override) and not is_there(override.key_or_group)
-    }
-    return [f"++{text}" if text in added else text for text in line.overrides]
 
 
 def is_group(config_dir: Optional[str]) -> Callable[[str], bool]:

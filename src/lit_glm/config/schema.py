@@ -4,34 +4,51 @@ Dataclasses, so that OmegaConf checks the types and mypy checks their use.
 Python 3.8 and OmegaConf both need the `typing` spellings here.
 
 A run folder stores a hash of its configuration, by which it is found and resumed. A plain field belongs to the hash and
-exists since 0.2.0. A key that is added later is declared with `new_in`, which keeps the hashes of older runs valid; a
-key that does not change what a run computes is declared with `unhashed`.
+exists since 0.2.0; see `key` for others.
 """
 
 import math
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from omegaconf import MISSING
 
 from lit_glm.metrics.registry import OBJECTIVES
 
 
-def new_in(version: str, default: Any, neutral: Any) -> Any:
-    """Declare a key that was added after version 0.2.0.
+def key(default: Any, allowed: Any = None, **metadata: Any) -> Any:
+    """Declare a key.
 
     Args:
-        version: the release that has it first.
         default: the default value.
-        neutral: the value with which a run computes the same as before the key existed; it is left out of the hash.
+        allowed: values that are allowed: a `Range`, or a tuple of choices; None: any of the type.
+        metadata: `hashed=False` for a key that decides how a run is executed or described and not what it computes.
+            `added=VERSION, neutral=VALUE` for a key that was added after version 0.2.0: with the neutral value a run
+            computes the same as before the key existed, and the key is left out of the hash.
     """
-    return field(default=default, metadata={"added": version, "neutral": neutral})
+    return field(default=default, metadata={"allowed": allowed, **metadata})
 
 
-def unhashed(default: Any) -> Any:
-    """Declare a key that decides how a run is executed or described and not what it computes."""
-    return field(default=default, metadata={"hashed": False})
+class Range(NamedTuple):
+    """Range of a number."""
+
+    contains: Callable[[float], bool]
+    description: str
+    """What a value must be, for messages."""
+
+
+def at_least(low: float, high: float = math.inf) -> Range:
+    """Return the range from `low` to `high`, both included."""
+    upper = "" if high == math.inf else f" and at most {high:g}"
+    return Range(lambda value: low <= value <= high, f"at least {low:g}{upper}")
+
+
+FINITE = Range(lambda value: 0 <= value < math.inf, "a finite number, at least 0")
+POSITIVE = Range(lambda value: 0 < value < math.inf, "a finite number above 0")
+SHARE = Range(lambda value: 0 <= value < 1, "at least 0 and below 1")
+COUNT = at_least(1)
+SEED = at_least(0, 2**32 - 1)
 
 
 @dataclass
@@ -48,24 +65,24 @@ class HardwareConfig:
     runtimes: List[str] = field(default_factory=list)
     _target_: Optional[str] = None
     env: Dict[str, str] = field(default_factory=dict)
-    memory_gib: Optional[float] = None
+    memory_gib: Optional[float] = key(None, POSITIVE)
     precisions: List[str] = field(default_factory=lambda: ["fp32", "amp", "fp16", "bf16"])
     peak_tflops: Dict[str, Optional[float]] = field(default_factory=dict)
     source: str = ""
     gelu: str = "tanh"
     network: str = ""
-    link_gbytes_s: Optional[float] = unhashed(None)
-    network_gbytes_s: Optional[float] = unhashed(None)
-    power_w: Optional[float] = unhashed(None)
-    monitor_interval_s: float = unhashed(5.0)
+    link_gbytes_s: Optional[float] = key(None, POSITIVE, hashed=False)
+    network_gbytes_s: Optional[float] = key(None, POSITIVE, hashed=False)
+    power_w: Optional[float] = key(None, POSITIVE, hashed=False)
+    monitor_interval_s: float = key(5.0, POSITIVE, hashed=False)
 
 
 @dataclass
 class TopologyConfig:
     """Number of nodes and of devices per node."""
 
-    num_nodes: int = 1
-    devices_per_node: int = 1
+    num_nodes: int = key(1, COUNT)
+    devices_per_node: int = key(1, COUNT)
 
     @property
     def world_size(self) -> int:
@@ -82,17 +99,17 @@ class TopologyConfig:
 class LossScaleConfig:
     """Dynamic loss scaling as published (FlagPerf's DynamicLossScaler)."""
 
-    initial: float = 65536.0
-    window: int = 1000
-    hysteresis: int = 2
-    minimum: float = 1.0
+    initial: float = key(65536.0, POSITIVE)
+    window: int = key(1000, COUNT)
+    hysteresis: int = key(2, COUNT)
+    minimum: float = key(1.0, POSITIVE)
 
 
 @dataclass
 class PrecisionConfig:
     """Numerical precision of the model."""
 
-    name: str = "fp32"
+    name: str = key("fp32", ("fp32", "amp", "fp16", "bf16"))
     tf32: bool = False
     loss_scale: Optional[LossScaleConfig] = None
 
@@ -102,17 +119,17 @@ class ModelConfig:
     """Architecture and initial weights of GLM."""
 
     name: str = "glm_large"
-    num_layers: int = 24
-    hidden_size: int = 1024
-    num_attention_heads: int = 16
-    vocab_size: int = 30592
-    max_sequence_length: int = 512
-    hidden_dropout: float = 0.1
-    attention_dropout: float = 0.1
-    gelu: str = "tanh"
-    init_std: float = 0.02
-    attention: str = "auto"
-    compile: bool = field(default=False, metadata={"added": "0.2.0", "neutral": False})
+    num_layers: int = key(24, COUNT)
+    hidden_size: int = key(1024, COUNT)
+    num_attention_heads: int = key(16, COUNT)
+    vocab_size: int = key(30592, COUNT)
+    max_sequence_length: int = key(512, COUNT)
+    hidden_dropout: float = key(0.1, SHARE)
+    attention_dropout: float = key(0.1, SHARE)
+    gelu: str = key("tanh", ("tanh", "erf"))
+    init_std: float = key(0.02, POSITIVE)
+    attention: str = key("auto", ("auto", "fused", "matmul"))
+    compile: bool = key(False, added="0.2.0", neutral=False)
     activation_checkpointing: bool = False
     init_checkpoint: Optional[str] = None
 
@@ -121,10 +138,10 @@ class ModelConfig:
 class SyntheticConfig:
     """Size and seed of the generated corpus."""
 
-    seed: int = 0
-    num_train: int = 20000
-    num_eval: int = 500
-    lengths: str = field(default="short", metadata={"added": "0.2.0", "neutral": "short"})
+    seed: int = key(0, SEED)
+    num_train: int = key(20000, COUNT)
+    num_eval: int = key(500, COUNT)
+    lengths: str = key("short", ("short", "record"), added="0.2.0", neutral="short")
     """`short`, or `record`: sequence lengths as in real news."""
     max_seq_lengths: Dict[str, int] = field(default_factory=dict, metadata={"hashed": False})
     """`data.max_seq_length` for each value of `lengths`."""
@@ -140,12 +157,12 @@ class DataConfig:
     out_dir: str = "data/record"
     train_file: str = ""
     eval_file: str = ""
-    max_seq_length: int = 512
-    num_workers: int = 0
-    pad_to: Optional[int] = field(default=None, metadata={"added": "0.2.0", "neutral": None})
-    cache_dir: Optional[str] = unhashed(None)
+    max_seq_length: int = key(512, at_least(8))
+    num_workers: int = key(0, at_least(0))
+    pad_to: Optional[int] = key(None, at_least(8), added="0.2.0", neutral=None)
+    cache_dir: Optional[str] = key(None, hashed=False)
     balance_ranks: bool = False
-    shuffle_seed: int = 0
+    shuffle_seed: int = key(0, SEED)
     longest_first: bool = False
     synthetic: Optional[SyntheticConfig] = None
 
@@ -154,7 +171,7 @@ class DataConfig:
 class ScoringConfig:
     """How the candidates of an example are scored."""
 
-    name: str = "shared_context"
+    name: str = key("shared_context", ("shared_context", "published"))
     activation_checkpointing: bool = False
     balance_ranks: bool = True
 
@@ -163,54 +180,54 @@ class ScoringConfig:
 class OptimizerConfig:
     """AdamW and its learning-rate schedule."""
 
-    lr: float = 1e-5
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    clip_grad: float = 1.0
-    warmup: float = 0.1
-    lr_decay_iters: int = 4338
-    lr_decay_ratio: float = 0.1
-    gradient_accumulation_steps: int = 1
+    lr: float = key(1e-5, FINITE)
+    weight_decay: float = key(0.1, FINITE)
+    beta1: float = key(0.9, SHARE)
+    beta2: float = key(0.999, SHARE)
+    eps: float = key(1e-8, POSITIVE)
+    clip_grad: float = key(1.0, POSITIVE)
+    warmup: float = key(0.1, at_least(0, 1))
+    lr_decay_iters: int = key(4338, COUNT)
+    lr_decay_ratio: float = key(0.1, at_least(0, 1))
+    gradient_accumulation_steps: int = key(1, COUNT)
 
 
 @dataclass
 class RunConfig:
     """Evaluation, checkpoints, limits and timeouts of a run."""
 
-    max_samples: int = 5553080
-    max_steps: Optional[int] = None
-    target_accuracy: float = 0.8
-    eval_interval_samples: int = 19200
-    eval_start_samples: int = 100
+    max_samples: int = key(5553080, COUNT)
+    max_steps: Optional[int] = key(None, COUNT)
+    target_accuracy: float = key(0.8, FINITE)
+    eval_interval_samples: int = key(19200, COUNT)
+    eval_start_samples: int = key(100, at_least(0))
     evaluate: bool = True
-    resume: Optional[str] = unhashed(None)
-    overwrite: bool = unhashed(False)
-    checkpoint_interval_steps: Optional[int] = 1000
-    max_skipped_steps: int = 100
-    stall_timeout_s: float = unhashed(1200.0)
-    rendezvous_timeout_s: float = unhashed(300.0)
-    shutdown_timeout_s: float = unhashed(120.0)
+    resume: Optional[str] = key(None, hashed=False)
+    overwrite: bool = key(False, hashed=False)
+    checkpoint_interval_steps: Optional[int] = key(1000, COUNT)
+    max_skipped_steps: int = key(100, COUNT)
+    stall_timeout_s: float = key(1200.0, POSITIVE, hashed=False)
+    rendezvous_timeout_s: float = key(300.0, POSITIVE, hashed=False)
+    shutdown_timeout_s: float = key(120.0, POSITIVE, hashed=False)
 
 
 @dataclass
 class SweepConfig:
     """Options of a sweep (Hydra multirun)."""
 
-    skip_done: bool = unhashed(True)
-    objective: str = unhashed("acc")
+    skip_done: bool = key(True, hashed=False)
+    objective: str = key("acc", OBJECTIVES, hashed=False)
 
 
 @dataclass
 class ReportConfig:
     """Machine information that cannot be detected, for environment.json; null: use what the system reports."""
 
-    machine: Optional[str] = unhashed(None)
-    device_name: Optional[str] = unhashed(None)
-    network: Optional[str] = unhashed(None)
-    driver: Optional[str] = unhashed(None)
-    image: Optional[str] = unhashed(None)
+    machine: Optional[str] = key(None, hashed=False)
+    device_name: Optional[str] = key(None, hashed=False)
+    network: Optional[str] = key(None, hashed=False)
+    driver: Optional[str] = key(None, hashed=False)
+    image: Optional[str] = key(None, hashed=False)
 
 
 @dataclass
@@ -229,10 +246,10 @@ class TrainConfig:
     report: ReportConfig = field(default_factory=ReportConfig)
     logger: Dict[str, Any] = field(default_factory=dict)
     callbacks: Dict[str, Any] = field(default_factory=dict)
-    bs: int = 4
-    eval_bs: int = 4
-    lr: float = 1e-5
-    seed: int = 4096
+    bs: int = key(4, COUNT)
+    eval_bs: int = key(4, COUNT)
+    lr: float = key(1e-5, FINITE)
+    seed: int = key(4096, SEED)
     fix_hp_source: str = "none"
 
     def __post_init__(self) -> None:
@@ -276,86 +293,12 @@ def iter_keys(node: Any, prefix: str = "") -> Iterator[Tuple[str, Any, "Field[An
             yield prefix + entry.name, value, entry
 
 
-def iter_leaves(node: Any) -> Iterator[Tuple[str, Any]]:
-    """Yield (dotted key, value) of every leaf below a configuration dataclass."""
-    for key, value, _ in iter_keys(node):
-        yield key, value
-
-
 _HERE = Path(__file__).resolve().parent
 CONF_DIR = next(
     folder
     for folder in (_HERE.parent / "conf", _HERE.parent.parent.parent / "conf")  # in a wheel, in a checkout
     if (folder / "train.yaml").is_file()
 )
-
-
-_INF = math.inf
-# key -> (lowest, highest); a bound in the second tuple is excluded
-_CLOSED: Dict[str, Tuple[float, float]] = {
-    "bs": (1, _INF),
-    "eval_bs": (1, _INF),
-    "seed": (0, 2**32 - 1),
-    "topology.num_nodes": (1, _INF),
-    "topology.devices_per_node": (1, _INF),
-    "model.num_layers": (1, _INF),
-    "model.hidden_size": (1, _INF),
-    "model.num_attention_heads": (1, _INF),
-    "model.vocab_size": (1, _INF),
-    "model.max_sequence_length": (1, _INF),
-    "data.max_seq_length": (8, _INF),
-    "data.num_workers": (0, _INF),
-    "data.pad_to": (8, _INF),
-    "data.shuffle_seed": (0, 2**32 - 1),
-    "data.synthetic.seed": (0, 2**32 - 1),
-    "data.synthetic.num_train": (1, _INF),
-    "data.synthetic.num_eval": (1, _INF),
-    "optimizer.lr_decay_iters": (1, _INF),
-    "optimizer.lr_decay_ratio": (0, 1),
-    "optimizer.warmup": (0, 1),
-    "optimizer.gradient_accumulation_steps": (1, _INF),
-    "run.max_samples": (1, _INF),
-    "run.max_steps": (1, _INF),
-    "run.eval_interval_samples": (1, _INF),
-    "run.eval_start_samples": (0, _INF),
-    "run.checkpoint_interval_steps": (1, _INF),
-    "run.max_skipped_steps": (1, _INF),
-    "tune.steps": (4, _INF),
-    "precision.loss_scale.window": (1, _INF),
-    "precision.loss_scale.hysteresis": (1, _INF),
-}
-_FINITE: Dict[str, Tuple[float, float]] = {
-    "lr": (0, _INF),
-    "optimizer.lr": (0, _INF),
-    "optimizer.weight_decay": (0, _INF),
-    "run.target_accuracy": (0, _INF),
-}
-_OPEN: Dict[str, Tuple[float, float]] = {
-    "model.init_std": (0, _INF),
-    "optimizer.eps": (0, _INF),
-    "optimizer.clip_grad": (0, _INF),
-    "verify.max_minutes": (0, _INF),
-    "run.stall_timeout_s": (0, _INF),
-    "run.rendezvous_timeout_s": (0, _INF),
-    "run.shutdown_timeout_s": (0, _INF),
-    "hardware.memory_gib": (0, _INF),
-    "hardware.monitor_interval_s": (0, _INF),
-    "hardware.link_gbytes_s": (0, _INF),
-    "hardware.network_gbytes_s": (0, _INF),
-    "hardware.power_w": (0, _INF),
-    "tune.max_minutes": (0, _INF),
-    "precision.loss_scale.initial": (0, _INF),
-    "precision.loss_scale.minimum": (0, _INF),
-}
-_BELOW_ONE = ("model.hidden_dropout", "model.attention_dropout", "optimizer.beta1", "optimizer.beta2")
-_CHOICES: Dict[str, Tuple[str, ...]] = {
-    "model.gelu": ("tanh", "erf"),
-    "model.attention": ("auto", "fused", "matmul"),
-    "precision.name": ("fp32", "amp", "fp16", "bf16"),
-    "scoring.name": ("shared_context", "published"),
-    "sweep.objective": OBJECTIVES,
-    "data.synthetic.lengths": ("short", "record"),
-}
 
 
 def train_config(config: Any, **changes: Any) -> "TrainConfig":
@@ -367,23 +310,16 @@ def train_config(config: Any, **changes: Any) -> "TrainConfig":
 def range_errors(config: Any) -> List[str]:
     """Return one message per invalid value, with the value and what is allowed."""
     complaints = []
-    values = dict(iter_leaves(config))
-    for key, value in values.items():
-        if value is None or (key == "optimizer.lr" and str(value) == str(values.get("lr"))):
+    values = {name: value for name, value, _ in iter_keys(config)}
+    for name, value, entry in iter_keys(config):
+        allowed = entry.metadata.get("allowed")
+        if allowed is None or value is None or (name == "optimizer.lr" and str(value) == str(values.get("lr"))):
             continue  # optimizer.lr equals lr unless it is set: report it once
-        if key in _CLOSED:
-            low, high = _CLOSED[key]
-            if not low <= value <= high:
-                upper = "" if high == _INF else f" and at most {high:g}"
-                complaints.append(f"{key}={value}: must be at least {low:g}{upper}")
-        elif key in _FINITE and not (math.isfinite(value) and value >= 0):
-            complaints.append(f"{key}={value}: must be a finite number, at least 0")
-        elif key in _OPEN and not (math.isfinite(value) and value > 0):
-            complaints.append(f"{key}={value}: must be a finite number above 0")
-        elif key in _BELOW_ONE and not 0 <= value < 1:
-            complaints.append(f"{key}={value}: must be at least 0 and below 1")
-        elif key in _CHOICES and value not in _CHOICES[key]:
-            complaints.append(f"{key}={value}: must be one of {', '.join(_CHOICES[key])}")
+        if isinstance(allowed, Range):
+            if not allowed.contains(value):
+                complaints.append(f"{name}={value}: must be {allowed.description}")
+        elif value not in allowed:
+            complaints.append(f"{name}={value}: must be one of {', '.join(allowed)}")
     heads, hidden = values.get("model.num_attention_heads"), values.get("model.hidden_size")
     if heads and hidden and hidden % heads:
         complaints.append(f"model.hidden_size={hidden}: must be a multiple of model.num_attention_heads={heads}")

@@ -86,11 +86,12 @@ def metric_definitions(name: str, found: List[ReportRow], words: Translations) -
 def _changed_settings(runs: List[ReportRun]) -> List[str]:
     """List settings that differ from the published case, with their values."""
     from lit_glm.config.hydra_main import compose_config, validate_config
-    from lit_glm.config.schema import TrainConfig, iter_leaves
+    from lit_glm.config.schema import TrainConfig, iter_keys
     from lit_glm.errors import InputError
 
     try:
-        published = dict(iter_leaves(validate_config(compose_config("train", ["experiment=flagperf"]), TrainConfig)))
+        flagperf = validate_config(compose_config("train", ["experiment=flagperf"]), TrainConfig)
+        published = {key: value for key, value, _ in iter_keys(flagperf)}
     except InputError:
         return []
     judged = (
