@@ -1,6 +1,7 @@
 """What several tests need: golden files, commands as users type them, markers by folder, context of a failure."""
 
 import csv
+import functools
 import hashlib
 import importlib
 import os
@@ -8,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Union
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 import pytest
 from hypothesis import settings
@@ -192,6 +193,34 @@ def lit_glm_here(name: str, *arguments: str) -> int:
         return status
     finally:
         sys.argv = before
+
+
+FINISHED_STEPS = 60
+FINISHED = [
+    "experiment=debug",
+    f"run.max_steps={FINISHED_STEPS}",
+    "run.max_samples=100000",
+    "run.eval_interval_samples=40",
+    "run.checkpoint_interval_steps=7",
+    "model.hidden_dropout=0.1",
+    "model.attention_dropout=0.1",
+    "data.num_workers=1",
+]
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> "Callable[[str], Tuple[Path, Any]]":
+    """Topology -> folder of a run of FINISHED and its process: one per session, for tests that only read it."""
+    folder = tmp_path_factory.mktemp("finished")
+
+    @functools.lru_cache(maxsize=None)
+    def run(topology: str) -> Tuple[Path, Any]:
+        line = [*FINISHED, f"topology={topology}", f"hydra.run.dir={folder / topology}"]
+        done = lit_glm("train", *line, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        return folder / topology, done
+
+    return run
 
 
 def rows(path: Path) -> List[Dict[str, Any]]:

@@ -29,10 +29,11 @@ def test_the_page_is_written_from_the_registry() -> None:
 
 
 @pytest.mark.unit
-def test_every_field_that_is_written_is_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+def test_every_field_that_is_written_is_documented(
+    tmp_path: Path, finished_run: Any, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
     monkeypatch.chdir(tmp_path)
-    assert lit_glm_here("train", "experiment=debug", "run.max_steps=2", "hydra.run.dir=run") == 0
-    result = json.loads(Path("run/result.json").read_text())
+    result = json.loads((finished_run("1x1")[0] / "result.json").read_text())
     assert set(result) - set(METRICS) - names(schema.RESULT) == set()
     stored = {metric.path.split(".")[0] or metric.name for metric in METRICS.values()}
     assert stored - set(result) == set()

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from conftest import GOLDEN_RUN, Process, command, lit_glm, lit_glm_here, rows, start_command
+from conftest import FINISHED, FINISHED_STEPS, GOLDEN_RUN, Process, command, lit_glm, lit_glm_here, rows, start_command
 
 FILES = (
     "result.json",
@@ -26,17 +26,7 @@ FILES = (
     ".hydra/config.yaml",
     ".hydra/overrides.yaml",
 )
-STEPS = 60
-DEBUG = [
-    "experiment=debug",
-    f"run.max_steps={STEPS}",
-    "run.max_samples=100000",
-    "run.eval_interval_samples=40",
-    "run.checkpoint_interval_steps=7",
-    "model.hidden_dropout=0.1",
-    "model.attention_dropout=0.1",
-    "data.num_workers=1",
-]
+STEPS, DEBUG = FINISHED_STEPS, FINISHED
 
 
 def result(run: Path) -> Dict[str, Any]:
@@ -54,12 +44,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=["1x1", pytest.param("1x2", marks=pytest.mark.slow)])
-def whole(request: Any, folder: Path) -> Any:
+def whole(request: Any, finished_run: Any) -> Any:
     """A run that was never stopped."""
-    run = folder / f"whole_{request.param}"
-    done = lit_glm("train", *DEBUG, f"topology={request.param}", f"hydra.run.dir={run}", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return request.param, run, done
+    return (request.param, *finished_run(request.param))
 
 
 def test_what_a_run_leaves(whole: Any) -> None:

@@ -323,6 +323,8 @@ def range_errors(config: Any) -> List[str]:
     heads, hidden = values.get("model.num_attention_heads"), values.get("model.hidden_size")
     if heads and hidden and hidden % heads:
         complaints.append(f"model.hidden_size={hidden}: must be a multiple of model.num_attention_heads={heads}")
+    texts = [(f"hardware.env.{name}", value) for name, value in values.get("hardware.env", {}).items()]
+    complaints += [f"{name}={value}: must be text" for name, value in texts if not isinstance(value, str)]
     if values.get("data.pad_to") and values.get("scoring.name") == "published":
         complaints.append(f"data.pad_to={values['data.pad_to']}: scoring=published pads as published; leave it null")
     return complaints
