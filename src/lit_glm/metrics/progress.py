@@ -84,7 +84,7 @@ def _progress_line(account: RunMetrics, step: int, loss: float) -> str:
     rate = here / seconds.no_eval if seconds.no_eval else 0.0
     parts = [
         f"step {step} of {total} ({step / total:.0%})",
-        f"{step * batch:,} samples",
+        f"{account.samples(step):,} samples",
         f"loss {loss:.4f}",
         f"accuracy {_format_percent(account.accuracy)}",
         f"{rate:.1f} samples/s",
