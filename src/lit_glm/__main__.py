@@ -63,7 +63,7 @@ def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] not in _COMMANDS:
         asked = len(sys.argv) > 1 and sys.argv[1] not in ("-h", "--help")
         if asked:
-            log.error(f"{sys.argv[1]}: there is no such command")
+            log.error(f"{sys.argv[1]}: unknown command")
         print("\n".join(f"  lit-glm {name:9} {text}" for name, text in _COMMANDS.items()))
         return 2 if asked else 0
     command = sys.argv.pop(1)

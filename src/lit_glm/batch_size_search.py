@@ -112,8 +112,9 @@ def next_bs(trials: List[Trial], most: int, repeats: int) -> Optional[int]:
     # Between the fastest and a neighbour that is more than a quarter away.
     best, *others = ranking(trials)
     known = list(rates)
-    place = known.index(best)
-    for smaller, larger in [known[left : left + 2] for left in (place, place - 1) if 0 <= left < len(known) - 1]:
+    best_index = known.index(best)
+    neighbours = [known[left : left + 2] for left in (best_index, best_index - 1) if 0 <= left < len(known) - 1]
+    for smaller, larger in neighbours:
         if larger - smaller > max(1, smaller // 4):
             return (smaller + larger) // 2
     # The two fastest: each at least twice, then while their ranges overlap.
@@ -178,12 +179,15 @@ class Search:
         resume = self.config.run.resume
         if resume == "auto":
             found = {file.parent: read_search(file.parent) for file in Path("outputs/tune").glob(f"*/*/{TUNE_FILE}")}
-            mine = [
+            unfinished_searches = [
                 place for place, own in found.items() if own.get("config_hash") == self._hash and not own["complete"]
             ]
-            if not mine:
+            if not unfinished_searches:
                 log.info("run.resume=auto: no unfinished search of this configuration; starting a new one")
-            self.folder = max(mine, key=lambda place: (place / TUNE_FILE).stat().st_mtime, default=self.folder)
+            newest = max(
+                unfinished_searches, key=lambda found: (found / TUNE_FILE).stat().st_mtime, default=self.folder
+            )
+            self.folder = newest
         elif resume is not None:
             self.folder = Path(resume)
         before, self.folder = read_search(self.folder), self.folder.resolve()
@@ -276,12 +280,12 @@ class Search:
             callbacks={},
         )
 
-    def _run(self, bs: int, place: Path, limit_s: Optional[float]) -> Dict[str, Any]:
+    def _run(self, bs: int, trial_dir: Path, limit_s: Optional[float]) -> Dict[str, Any]:
         """Run this node's part of a trial; its output goes to a file next to its folder."""
-        place.parent.mkdir(parents=True, exist_ok=True)
+        trial_dir.parent.mkdir(parents=True, exist_ok=True)
         job = JobSpec(self._trial_config(bs), time.monotonic(), self._command)
-        output = place.with_suffix(".txt" if self.node.rank == 0 else f".node{self.node.rank}.txt")
-        return run_job(job, place, {}, self.node, in_process=False, output=output, limit_s=limit_s)
+        output = trial_dir.with_suffix(".txt" if self.node.rank == 0 else f".node{self.node.rank}.txt")
+        return run_job(job, trial_dir, {}, self.node, in_process=False, output=output, limit_s=limit_s)
 
     def _try(self, bs: int, seconds: float) -> Trial:
         """Run a trial of a batch size.
@@ -293,24 +297,24 @@ class Search:
         message = self._exceeds_memory(work, bs)
         if message:
             return Trial(bs, LIMIT, message=message)
-        place = self.folder / TRIALS_FOLDER / f"bs{bs}_{sum(trial.bs == bs for trial in self.trials)}"
-        self._write(next_trial={"bs": bs, "folder": place.name, "start": self._start})
+        trial_dir = self.folder / TRIALS_FOLDER / f"bs{bs}_{sum(trial.bs == bs for trial in self.trials)}"
+        self._write(next_trial={"bs": bs, "folder": trial_dir.name, "start": self._start})
         try:
-            return self._measure(bs, place, work, self._run(bs, place, seconds))
+            return self._measure(bs, trial_dir, work, self._run(bs, trial_dir, seconds))
         except TimeLimitExceeded:
             return Trial(bs, TIME, message=f"exceeded the remaining {seconds:.0f} s")
         except RunError as error:
-            reason = str((read_result(place) or {}).get("error") or error)
+            reason = str((read_result(trial_dir) or {}).get("error") or error)
             if "out of memory" not in reason and "was killed by SIGKILL" not in reason:
-                raise RunError(f"bs={bs}: {reason} (full output: {place.with_suffix('.txt')})") from error
+                raise RunError(f"bs={bs}: {reason} (full output: {trial_dir.with_suffix('.txt')})") from error
             return Trial(bs, MEMORY, message=reason)
         finally:
             self.seconds += time.monotonic() - begun
 
     @staticmethod
-    def _measure(bs: int, place: Path, work: Workload, result: Dict[str, Any]) -> Trial:
+    def _measure(bs: int, trial_dir: Path, work: Workload, result: Dict[str, Any]) -> Trial:
         """Return a trial whose p_core follows from the FLOPs of the timed steps: their lengths do not bias it."""
-        rows = read_csv_rows(place / "steps.csv", STEP_COLUMNS)[_WARM_UP_STEPS:]
+        rows = read_csv_rows(trial_dir / "steps.csv", STEP_COLUMNS)[_WARM_UP_STEPS:]
         flops = sum(float(work.counter.flops_by_rank(int(row["step"])).mean()) for row in rows)
         seconds = sum(float(row["compute_s"]) for row in rows)
         p_core = flops / (work.mean / bs) / seconds * work.ranks if seconds else None
@@ -322,10 +326,11 @@ class Search:
         hardware = self.config.hardware
         if hardware.accelerator != "cpu" and hardware.runtime != "simulated":
             return ""  # a driver opened by this process would interfere with the trials
-        found = check_memory(self._trial_config(bs), work.lengths, make_runtime(hardware, self.config.topology))
-        if found.host_message or found.available_bytes is None or found.estimate.total <= 1.1 * found.available_bytes:
-            return found.host_message
-        return f"estimated at {found.estimate.total / 2**30:.1f} of {found.available_bytes / 2**30:.1f} GiB"
+        check = check_memory(self._trial_config(bs), work.lengths, make_runtime(hardware, self.config.topology))
+        estimate, available = check.estimate.total, check.available_bytes
+        if check.host_message or available is None or estimate <= 1.1 * available:
+            return check.host_message
+        return f"estimated at {estimate / 2**30:.1f} of {available / 2**30:.1f} GiB"
 
     def _write(self, complete: bool = False, next_trial: Optional[Dict[str, Any]] = None) -> None:
         content = {
@@ -351,16 +356,16 @@ class Search:
         columns = "bs|p_core|[lowest, highest]|trials|mfu|memory GiB|estimated GiB without base|samples/J|"
         rows = [columns.split("|")]
         for bs in order:
-            own, last = rates[bs], [trial for trial in self.trials if trial.bs == bs][-1]
+            p_cores, last = rates[bs], [trial for trial in self.trials if trial.bs == bs][-1]
             lengths = Workload(self._trial_config(bs), self.examples, None).lengths
             guess = estimate_memory(self.config, lengths, 0.0, saves_attention_probs(self.config), bs).total / 2**30
             marks = ", ".join(name for name, is_so in zip(names, (bs == order[0], bs == max(order))) if is_so)
             rows.append(
                 [
                     str(bs),
-                    f"{statistics.median(own):.4g}",
-                    f"[{min(own):.4g}, {max(own):.4g}]" if len(own) > 1 else "",
-                    str(len(own)),
+                    f"{statistics.median(p_cores):.4g}",
+                    f"[{min(p_cores):.4g}, {max(p_cores):.4g}]" if len(p_cores) > 1 else "",
+                    str(len(p_cores)),
                     text(last.mfu, ".3g"),
                     text(last.memory_gib, ".2f"),
                     f"{guess:.2f}",

@@ -48,12 +48,12 @@ def run_check(name: str, check: Callable[[], CheckResult]) -> CheckResult:
     return found
 
 
-def run_checks(config: TrainConfig, place: Path) -> Iterator[CheckResult]:
+def run_checks(config: TrainConfig, output_dir: Path) -> Iterator[CheckResult]:
     """Run all checks in order, and yield their results.
 
     Args:
         config: configuration of the planned run.
-        place: folder in which its run folder would be created.
+        output_dir: folder in which its run folder would be created.
     """
     kept = set_hardware_env(config.hardware)  # before anything imports torch
 
@@ -61,9 +61,9 @@ def run_checks(config: TrainConfig, place: Path) -> Iterator[CheckResult]:
 
     yield run_check("machine", checks.check_host)
     yield run_check("software", checks.check_packages)
-    found = run_check("runtime", lambda: checks.check_runtime(config, kept))
-    yield found
-    runtime = found.artifact
+    result = run_check("runtime", lambda: checks.check_runtime(config, kept))
+    yield result
+    runtime = result.artifact
     missing = "there is no runtime" if runtime is None else ""
     for name, check in (
         ("devices", checks.check_devices),
@@ -74,11 +74,11 @@ def run_checks(config: TrainConfig, place: Path) -> Iterator[CheckResult]:
         if missing:
             yield CheckResult(name, "skip", f"not checked: {missing}")
             continue
-        found = run_check(name, lambda check=check: check(config, runtime))  # type: ignore[misc]
-        yield found
-        if found.status == "fail" and name in ("devices", "port"):
+        result = run_check(name, lambda check=check: check(config, runtime))  # type: ignore[misc]
+        yield result
+        if result.status == "fail" and name in ("devices", "port"):
             missing = f"{name} failed"
-    yield run_check("disk", lambda: checks.check_disk(config, place))
+    yield run_check("disk", lambda: checks.check_disk(config, output_dir))
     for key in ("train_file", "eval_file"):
         yield run_check(f"data.{key}", lambda key=key: checks.check_data(config, key))  # type: ignore[misc]
     yield run_check("checkpoint", lambda: checks.check_checkpoint(config))

@@ -145,7 +145,7 @@ def _hardware_of_run(run: TrainConfig, config: TrainConfig, overrides: List[str]
         check_runtime_available(hardware, config.topology)
     except (InputError, HydraException) as error:
         reason = str(error).splitlines()[0]
-        log.warning(f"not scored on the run's device, {run.hardware.name}: {reason}")
+        log.warning(f"device {run.hardware.name} of the run is unavailable ({reason}); using {config.hardware.name}")
         return config.hardware
     return hardware
 

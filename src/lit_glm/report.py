@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("md", "csv", "html")
 LANGUAGES = ("en", "zh")
-_TOLD = ("machine", "device_name", "network", "driver", "image")
+_OVERRIDABLE = ("machine", "device_name", "network", "driver", "image")
 
 
 def _parse_choices(text: str, known: Sequence[str], option: str) -> List[str]:
@@ -40,8 +40,8 @@ def _environment_overrides(places: List[str]) -> Dict[str, str]:
         renamed = old_key_message(f"report.{key}", value)
         if renamed is not None:
             raise InputError(renamed)
-        if key not in _TOLD:
-            raise InputError(f"report.{key}: there is no such key; there are report.{', report.'.join(_TOLD)}")
+        if key not in _OVERRIDABLE:
+            raise InputError(f"report.{key}: unknown key; the keys are report.{', report.'.join(_OVERRIDABLE)}")
         told[key] = value
     return told
 

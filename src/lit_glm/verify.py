@@ -81,7 +81,7 @@ def main() -> int:
             print(json.dumps(content, indent=1, ensure_ascii=False))
         else:
             log.info(f"{len(failed)} failed: {', '.join(failed)}" if failed else "nothing failed")
-            log.info(f"{folder / environment.VERIFY_FILE}")
+            log.info(f"results: {folder / environment.VERIFY_FILE}")
         return 1 if failed else 0
 
     sys.argv = [argument for argument in arguments if argument != "--json"]

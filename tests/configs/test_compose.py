@@ -119,9 +119,9 @@ def test_gelu_and_checkpointing_follow_hardware_and_scoring() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("+typo=1", "typo: there is no such key"),
-        ("++typo=1", "typo: there is no such key"),
-        ("+typo=1 --cfg job", "typo: there is no such key"),
+        ("+typo=1", "typo: unknown key"),
+        ("++typo=1", "typo: unknown key"),
+        ("+typo=1 --cfg job", "typo: unknown key"),
         ("bss=4", "did you mean bs"),
         ("model.hiden_size=4", "model.hidden_size"),
         ("hardware=r3000", "nearest: r300"),

@@ -89,7 +89,7 @@ def test_truncated_missing_and_foreign_files(tmp_path: Path) -> None:
         ("model.vocab_size=159", "beyond the vocabulary"),
         ("model.max_sequence_length=60", "beyond the model's"),
         ("data.max_seq_length=60", "more than data.max_seq_length=60"),
-        ("data.train_file=nowhere.hdf5", "nowhere.hdf5: there is no such file"),
+        ("data.train_file=nowhere.hdf5", "nowhere.hdf5: no such file"),
     ],
 )
 def test_train_says_what_does_not_fit(override: str, said: str, tmp_path: Path, capfd: Any) -> None:

@@ -52,10 +52,10 @@ def test_a_missing_runtime_is_said_with_the_way_out(tmp_path: Path, capfd: Any) 
     [
         (
             "hardware.runtimes=[abacus]",
-            "hardware.runtimes=[abacus] (conf/hardware/r300.yaml): one or more of cpu, cuda",
+            "hardware.runtimes=[abacus] (conf/hardware/r300.yaml): must be one or more of cpu, cuda",
         ),
-        ("hardware.runtimes=[]", "hardware.runtimes=[] (conf/hardware/r300.yaml): one or more of"),
-        ("hardware.runtimes=[cpu]", "CPU figures would be reported as"),
+        ("hardware.runtimes=[]", "hardware.runtimes=[] (conf/hardware/r300.yaml): must be one or more of"),
+        ("hardware.runtimes=[cpu]", "would report measurements of the CPU as those of"),
     ],
 )
 def test_runtimes_that_a_chip_cannot_have(override: str, said: str, tmp_path: Path, capfd: Any) -> None:
@@ -143,7 +143,7 @@ def test_a_card_is_checked_against_its_file(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(InputError, match="hardware=c500, but device 0 is 'NVIDIA H100"):
         validate_devices(HardwareConfig(name="c500", product_name="C500"), _Card(), 1, folder)
     monkeypatch.setattr(_Card, "device_name", lambda self, index: "NVIDIA GeForce RTX 4090")
-    with pytest.raises(InputError, match="hardware=c500, but device 0 .* RTX 4090'; use hardware=another file"):
+    with pytest.raises(InputError, match="hardware=c500, but device 0 .* RTX 4090'; use the file of that device"):
         validate_devices(HardwareConfig(name="c500", product_name="C500", vendor="MetaX"), _Card(), 1, folder)
     monkeypatch.undo()
     monkeypatch.setattr(_Card, "device_name", lambda self, index: "NVIDIA H200 NVL")

@@ -92,7 +92,7 @@ def test_a_run_is_evaluated_on_its_own_device_where_that_is_present(
     Path("run/job.json").write_text(json.dumps(job))
     capfd.readouterr()
     assert lit_glm_here("evaluate", "run", "hydra.run.dir=other") == 0
-    assert "not scored on the run's device, r300: hardware=r300" in capfd.readouterr().err
+    assert "device r300 of the run is unavailable (hardware=r300" in capfd.readouterr().err
     for folder in ("chosen", "other"):
         told = json.loads(Path(folder, "evaluation.json").read_text())
         assert (told["hardware"], told["simulated"]) == ("cpu", False)

@@ -261,7 +261,7 @@ def test_all_formats_and_languages_into_a_folder(tmp_path: Path, capfd: Any) -> 
         (["--format", "pdf"], "--format pdf: must be one or more of md,csv,html"),
         (["--lang", "fr"], "--lang fr: must be"),
         (["--format", "md,csv"], "several files need --out DIR"),
-        (["report.colour=red"], "report.colour: there is no such key"),
+        (["report.colour=red"], "report.colour: unknown key"),
     ],
 )
 def test_wrong_arguments(arguments: List[str], message: str, tmp_path: Path, capfd: Any) -> None:

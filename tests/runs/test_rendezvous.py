@@ -88,7 +88,7 @@ def test_node_0_decides_which_run_is_resumed(tmp_path: Path) -> None:
     assert "resuming after step 4" in outputs[0]
     assert [path.parent for path in tmp_path.rglob("job.json")] == [run]
     assert result(run)["interruptions"] == 1
-    statuses, outputs = both(tmp_path, f"run.resume={run}", delay_s=2.0)  # complete: nobody waits for anybody
+    statuses, outputs = both(tmp_path, f"run.resume={run}", delay_s=2.0)  # complete: nobody waits for any_rank
     assert statuses == [0, 0], outputs
     assert "node 0 exited before the rendezvous completed: the run is complete" in outputs[1]
 

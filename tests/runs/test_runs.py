@@ -294,4 +294,4 @@ def test_commands_answer_without_torch(arguments: List[str], tmp_path: Path) -> 
 def test_unknown_command(tmp_path: Path) -> None:
     module = [sys.executable, "-m", "lit_glm", "trian"]
     done = subprocess.run(module, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (done.returncode, "trian: there is no such command" in done.stderr) == (2, True)
+    assert (done.returncode, "trian: unknown command" in done.stderr) == (2, True)

@@ -118,5 +118,5 @@ def test_nothing_is_read_and_no_devices_are_mixed(
     module = plugin.convert_module(RecordModule(build_glm(config.model, runtime.model_ops())[0], config, runtime))
     held = open_dataset(config.data.eval_file, True, None)
     with plugin.forward_context():
-        _, chosen = evaluate(module.to("meta"), [collate(held, [0, 1, 2])], runtime, anybody=lambda _: True)
+        _, chosen = evaluate(module.to("meta"), [collate(held, [0, 1, 2])], runtime, any_rank=lambda _: True)
     assert chosen == [(0, 0), (1, 0), (2, 0)]

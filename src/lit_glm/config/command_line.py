@@ -60,7 +60,7 @@ class CommandLine:
         if unknown:
             raise InputError(_unknown_option_message(unknown[0]))
         if given.config_dir is not None and not Path(given.config_dir).is_dir():
-            raise InputError(f"--config-dir {given.config_dir}: there is no such folder")
+            raise InputError(f"--config-dir {given.config_dir}: no such folder")
         asks = given.asks or given.info is not None
         others = list(arguments)
         for override in given.overrides:
@@ -133,6 +133,6 @@ def _unknown_option_message(flag: str) -> str:
     key, _, value = plain.partition("=")
     better = suggest_key(key.replace("-", "_"), value, ()) if value else None
     if better is not None:
-        return f"{flag}: there is no such option; {better.partition('; ')[2] or better}"
+        return f"{flag}: unknown option; {better.partition('; ')[2] or better}"
     meant = f"; write {plain} without the dashes" if "=" in plain else "; keys are set as key=value, see --help"
-    return f"{flag}: there is no such option{meant}"
+    return f"{flag}: unknown option{meant}"

@@ -46,7 +46,7 @@ def explain_hydra_error(error: BaseException, schema: Any, conf: Path) -> str:
         group, _, name = (cause.missing_cfg_file or "").rpartition("/")
         names = sorted(cause.options or (file.stem for file in (conf / group).glob("*.yaml")))
         nearest = f" (nearest: {', '.join(closest_names(name, names))})" if names else ""
-        return f"{group}={name}: there is no such {group}; choose one of {', '.join(names)}{nearest}"
+        return f"{group}={name}: unknown {group}; choose one of {', '.join(names)}{nearest}"
     if isinstance(cause, OSError):
         return f"a configuration file cannot be read: {first_line(cause)}"
     if isinstance(cause, MissingMandatoryValue):
@@ -68,7 +68,7 @@ def explain_hydra_error(error: BaseException, schema: Any, conf: Path) -> str:
             )
         close = ", ".join(closest_names(name, keys + nodes + groups))
         known = "(`--cfg job` prints all keys, `--help` all groups)"
-        return f"{name}: there is no such key or group; did you mean {close}? {known}"
+        return f"{name}: unknown key or group; did you mean {close}? {known}"
     return first_line(error) if error is cause else f"{first_line(error)}\n{first_line(cause)}"
 
 
@@ -85,39 +85,40 @@ def check_overrides(line: CommandLine, schema: Any, conf: Path) -> None:
     keys = [key for key, _, _ in iter_keys(schema())]
     nodes = {".".join(key.split(".")[:n]) for key in keys for n in range(1, key.count(".") + 1)}
     known = [*keys, *nodes, *(entry.name for entry in conf.iterdir() if entry.is_dir())]
-    said = []
+    errors = []
     for place, (text, override) in enumerate(zip(line.overrides, line.parse_each())):
         if override is None:
             groups = [folder.name for folder in sorted(conf.iterdir()) if (folder / f"{text}.yaml").is_file()]
             meant = f"did you mean {groups[0]}={text}?" if groups else "`--help` lists the keys"
-            said.append(f"{text}: not KEY=VALUE (no spaces around =); {meant}")
+            errors.append(f"{text}: not KEY=VALUE (no spaces around =); {meant}")
             continue
         key, value = override.key_or_group, text.partition("=")[2]
         renamed = old_key_message(key, value)
         if renamed is not None:
-            said.append(renamed)
+            errors.append(renamed)
             continue
         relabelled = _set_group_name(key, override, conf)
         if relabelled is not None:
-            said.append(f"{text}: {relabelled}")
+            errors.append(f"{text}: {relabelled}")
             continue
         wrong = _wrong_choice(key, override, conf)
         if wrong is not None:
-            said.append(f"{text}: {wrong}")
+            errors.append(f"{text}: {wrong}")
             continue
         inside = any(key.startswith(f"{name}.") for name in keys)  # entry of a mapping such as hardware.peak_tflops
-        if inside and not (override.is_add() or override.is_delete()):
-            line.overrides[place] = f"++{text}"  # the chosen files may not define it
+        is_change = not (override.is_add() or override.is_delete() or override.is_sweep_override())
+        if is_change and (inside or (key in keys and isinstance(override.value(), dict))):
+            line.overrides[place] = f"++{text}"  # the chosen files may not define the entry
         if override.is_add() or override.is_delete() or key in known or key.startswith(_FREE) or inside:
             if override.is_sweep_override() and not line.multirun and not key.startswith("hydra"):
                 at_once = f"; all of them in one run: {key}=[{value}]" if key in ("logger", "callbacks") else ""
-                said.append(f"{text}: several values need a sweep (-m): train -m {text} ...{at_once}")
+                errors.append(f"{text}: several values need a sweep (-m): train -m {text} ...{at_once}")
             continue
         better = suggest_key(key, value, known)
         if better is not None:
-            said.append(better)
-    if said:
-        raise InputError("\n".join(said))
+            errors.append(better)
+    if errors:
+        raise InputError("\n".join(errors))
 
 
 _LISTS = ("logger", "callbacks")

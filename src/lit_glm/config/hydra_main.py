@@ -88,7 +88,7 @@ class TaskOutcome(NamedTuple):
 
     status: int
     objective: Optional[float] = None
-    """None: the job failed; a sweeper treats it as a failed trial."""
+    """Metric that a sweeper optimises; None: the job failed, which is a failed trial."""
 
 
 Task = Callable[[Any, DictConfig], Union[int, TaskOutcome]]
@@ -157,8 +157,8 @@ def _find_user_file_setting(name: str) -> str:
 
 def _fix_hp_bs(cfg: DictConfig) -> Optional[int]:
     """Return bs of the selected fix_hp file, which `bs=auto` has overridden in `cfg`; None if there is none."""
-    own = CommandLine.read(sys.argv[1:]).config_dir
-    for place in (CONF_DIR, *([Path(own)] if own is not None else [])):
+    user_config_dir = CommandLine.read(sys.argv[1:]).config_dir
+    for place in (CONF_DIR, *([Path(user_config_dir)] if user_config_dir is not None else [])):
         file = place / "fix_hp" / f"{cfg.get('fix_hp_source', 'none')}.yaml"
         if file.is_file():
             content: Any = OmegaConf.load(file)
@@ -185,7 +185,7 @@ def compose_config(config_name: str, overrides: Sequence[str]) -> DictConfig:
 class _ComposedConfig(NamedTuple):
     config: DictConfig
     whole: DictConfig
-    """The same configuration including the `hydra` node."""
+    """The composed configuration including the `hydra` node."""
     pair: List[str]
     """Override that selects the fix_hp file of the actual topology, if the chosen names select another one."""
 
@@ -217,10 +217,10 @@ def _fix_hp_override(whole: DictConfig, overrides: Sequence[str]) -> Optional[st
     runs = f"{choices.hardware}_{whole.topology.num_nodes}x{whole.topology.devices_per_node}"
     if runs == taken:
         return None
-    there = GlobalHydra.instance().config_loader().get_group_options("fix_hp")
-    if runs in there:
+    available = GlobalHydra.instance().config_loader().get_group_options("fix_hp")
+    if runs in available:
         return f"fix_hp={runs}"
-    return "~fix_hp" if taken in there else None
+    return "~fix_hp" if taken in available else None
 
 
 def run_command(

@@ -64,29 +64,29 @@ def suggest_key(key: str, value: Any, known: Sequence[str]) -> Optional[str]:
         The message; None if there is no suggestion.
     """
     word = _normalise_key(key.rsplit(".", 1)[-1])
-    said = f"{key}={value}: there is no such key"
+    prefix = f"{key}={value}: unknown key"
     if word in _PRECISIONS:
         if word == "tf32":
-            return f"{said}; write precision=fp32 precision.tf32={str(value).lower()}"
+            return f"{prefix}; write precision=fp32 precision.tf32={str(value).lower()}"
         if str(value).lower() in _NO:
-            return f"{said}; write precision=fp32, or another of fp32, amp, fp16, bf16"
-        return f"{said}; write precision={word}"
+            return f"{prefix}; write precision=fp32, or another of fp32, amp, fp16, bf16"
+        return f"{prefix}; write precision={word}"
     if word in ("epochs", "epoch", "num_epochs", "max_epochs", "num_train_epochs"):
         return (
-            f"{said}: runs are limited by samples or steps; write run.max_samples=N (one epoch: the number of training "
-            "examples) or run.max_steps=N"
+            f"{prefix}: runs are limited by samples or steps; write run.max_samples=N (one epoch: the number of "
+            "training examples) or run.max_steps=N"
         )
     if word in ("dtype", "mixed_precision", "torch_dtype", "amp_level"):
-        return f"{said}; write precision={_TYPES.get(str(value).lower(), 'fp32, amp, fp16 or bf16')}"
+        return f"{prefix}; write precision={_TYPES.get(str(value).lower(), 'fp32, amp, fp16 or bf16')}"
     if word in _OTHER_UNITS:
-        return f"{said}; write {_OTHER_UNITS[word]}"
+        return f"{prefix}; write {_OTHER_UNITS[word]}"
     meant = _ALIASES.get(word)
     if meant is None or key in known:
         return None
     if meant.startswith("topology."):
         wide = f"topology=1x{value}" if meant.endswith("node") else f"topology={value}x8"
-        return f"{said}; write {wide} (nodes x devices per node), or {meant}={value}"
-    return f"{said}; write {meant}={value}"
+        return f"{prefix}; write {wide} (nodes x devices per node), or {meant}={value}"
+    return f"{prefix}; write {meant}={value}"
 
 
 CHANGED_IN = "0.2.0"
@@ -145,15 +145,15 @@ def old_key_message(key: str, value: Optional[str] = None) -> Optional[str]:
     return None
 
 
-def migrate_names(content: Dict[str, Any], place: str) -> Dict[str, Any]:
+def migrate_names(content: Dict[str, Any], file_kind: str) -> Dict[str, Any]:
     """Return the content of a file with current names; names that are already current are kept.
 
     Args:
         content: content of the file, nested as in JSON.
-        place: a key of `RENAMED`.
+        file_kind: a key of `RENAMED`.
     """
     migrated = _copy_dicts(content)
-    moves = sorted(RENAMED[place].items(), key=lambda move: -move[0].count("."))  # inner names first
+    moves = sorted(RENAMED[file_kind].items(), key=lambda move: -move[0].count("."))  # inner names first
     for old, new in moves:
         *parents, name = old.split(".")
         node: Any = migrated
@@ -161,7 +161,7 @@ def migrate_names(content: Dict[str, Any], place: str) -> Dict[str, Any]:
             node = node.get(parent) if isinstance(node, dict) else None
         if isinstance(node, dict) and name in node:
             node.setdefault(new.split(".")[-1], node.pop(name))
-    if place == "config":
+    if file_kind == "config":
         for key in REMOVED_KEYS:
             group, _, name = key.rpartition(".")
             if isinstance(migrated.get(group), dict):

@@ -35,7 +35,7 @@ class Range(NamedTuple):
 
     contains: Callable[[float], bool]
     description: str
-    """What a value must be, for messages."""
+    """What a value must be, such as `at least 1`, for messages."""
 
 
 def at_least(low: float, high: float = math.inf) -> Range:

@@ -48,12 +48,12 @@ def find_secrets(config: Dict[str, Any]) -> "List[Tuple[List[Any], str]]":
     """Return the strings that `mask_config` masks, each with its place: keys of mappings and indices of lists."""
     found: List[Tuple[List[Any], str]] = []
 
-    def compare(plain: Any, masked: Any, place: List[Any]) -> None:
+    def compare(plain: Any, masked: Any, key_path: List[Any]) -> None:
         if isinstance(plain, (dict, list)):
             for key in plain if isinstance(plain, dict) else range(len(plain)):
-                compare(plain[key], masked[key], [*place, key])
+                compare(plain[key], masked[key], [*key_path, key])
         elif plain != masked:
-            found.append((place, plain))
+            found.append((key_path, plain))
 
     compare(config, mask_config(config), [])
     return found
@@ -61,12 +61,12 @@ def find_secrets(config: Dict[str, Any]) -> "List[Tuple[List[Any], str]]":
 
 def restore_secrets(config: Dict[str, Any], secrets: "List[Tuple[List[Any], str]]") -> None:
     """Put the strings of `find_secrets` back into a masked configuration; places that it lacks are left out."""
-    for place, value in secrets:
+    for key_path, value in secrets:
         node: Any = config
         try:
-            for key in place[:-1]:
+            for key in key_path[:-1]:
                 node = node[key]
-            if node[place[-1]] is not None:
-                node[place[-1]] = value
+            if node[key_path[-1]] is not None:
+                node[key_path[-1]] = value
         except (KeyError, IndexError, TypeError):
             continue

@@ -71,10 +71,10 @@ def resolve_auto_bs(composed: Any, pair_bs: Any) -> Tuple[int, str]:
     Raises:
         InputError: if no batch size is known; no search is started.
     """
-    wanted, found = search_key(composed), []
+    required, found = search_key(composed), []
     for file in Path("outputs/tune").glob(f"*/*/{TUNE_FILE}"):
         content = read_search(file.parent)
-        if content.get("fastest_bs") and all(content.get(key) == value for key, value in wanted.items()):
+        if content.get("fastest_bs") and all(content.get(key) == value for key, value in required.items()):
             found.append((file.stat().st_mtime, str(file.parent), content))
     if found:
         _, place, content = max(found, key=lambda search: search[:2])
@@ -87,8 +87,8 @@ def resolve_auto_bs(composed: Any, pair_bs: Any) -> Tuple[int, str]:
             )
         return bs, f"fastest in {place}"
     if pair_bs is not None:
-        return int(pair_bs), f"from the fix_hp file of {wanted['hardware']}_{wanted['topology']}"
-    chosen = {key: wanted[key] for key in ("hardware", "topology", "precision", "scoring", "model")}
+        return int(pair_bs), f"from the fix_hp file of {required['hardware']}_{required['topology']}"
+    chosen = {key: required[key] for key in ("hardware", "topology", "precision", "scoring", "model")}
     about, given = " ".join(chosen.values()), " ".join(f"{key}={value}" for key, value in chosen.items())
     raise InputError(
         f"bs=auto: no batch size is known for {about}; `python -m lit_glm.tune {given}` finds one (below outputs/tune/)"

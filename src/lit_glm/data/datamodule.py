@@ -134,11 +134,11 @@ def evaluation_batches(
     split: MemmapDataset, config: TrainConfig, rank: int = 0, world_size: int = 1, pin_memory: bool = False
 ) -> Iterable[Any]:
     """Return this rank's batches of the evaluation set in file order; every example belongs to exactly one rank."""
-    mine = list(range(rank, len(split), world_size))
+    indices = list(range(rank, len(split), world_size))
     if config.scoring.name == "published" or config.data.pad_to is not None:
-        batches = [mine[start : start + config.eval_bs] for start in range(0, len(mine), config.eval_bs)]
+        batches = [indices[start : start + config.eval_bs] for start in range(0, len(indices), config.eval_bs)]
     else:
-        batches = batch_by_token_budget(mine, split.example_rows, config.eval_bs * config.data.max_seq_length)
+        batches = batch_by_token_budget(indices, split.example_rows, config.eval_bs * config.data.max_seq_length)
     loader = DataLoader(
         _BatchDataset(split, collate_for(config)),
         sampler=batches,

@@ -29,7 +29,7 @@ def require_file(path: Path) -> None:
     """
     if not path.is_file():
         raise InputError(
-            f"{path}: there is no such file; create it with `python -m lit_glm.prepare` or use generated data with "
+            f"{path}: no such file; create it with `python -m lit_glm.prepare` or use generated data with "
             "data=synthetic"
         )
 

@@ -24,11 +24,11 @@ def set_hardware_env(hardware: HardwareConfig) -> List[str]:
 
 
 PACKAGES = ("xmlir", "xacc", "torch-xmlir", "nvidia-ml-py")
-"""Distributions whose versions belong in a record of the environment."""
+"""Python distributions whose versions are written to environment.json."""
 FRAMEWORKS = ("xmlir", "torch-xmlir")
-"""Of these, what a report calls the training framework where it is installed."""
+"""Entries of `PACKAGES` that a report lists as training framework."""
 COMPILERS = ("xacc",)
-"""Of these, what a report calls the training compiler."""
+"""Entries of `PACKAGES` that a report lists as training compiler."""
 VARIABLES = (
     "CUDA_VISIBLE_DEVICES", "XPU_VISIBLE_DEVICES", "CUDART_DUMMY_REGISTER", "NCCL_DEBUG", "NCCL_SOCKET_IFNAME",
     "NVIDIA_TF32_OVERRIDE", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "TORCH_CUDNN_SDPA_DEPRIORITIZED",

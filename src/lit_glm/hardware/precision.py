@@ -105,7 +105,7 @@ class VendorLossScale:
 
 
 class FP32Precision(Precision):
-    """fp32 precision."""
+    """Precision plugin for plain fp32: no autocast, no loss scaling."""
 
     computes_in = torch.float32
 

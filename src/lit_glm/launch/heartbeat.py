@@ -75,7 +75,7 @@ def last_heartbeat(folder: Path, ranks: Sequence[int]) -> float:
 
 def collect_stack_traces(folder: Path, ranks: Sequence[int]) -> List[str]:
     """Return the stack or the state of each of these local ranks, as text that shows which one hangs."""
-    said: List[str] = []
+    lines: List[str] = []
     asked: Dict[int, int] = {}
     for rank in ranks:
         file = folder / _FOLDER / str(rank)
@@ -84,22 +84,22 @@ def collect_stack_traces(folder: Path, ranks: Sequence[int]) -> List[str]:
             if process.create_time() > _stack_of(file).stat().st_mtime + _ROUNDING_S:
                 raise psutil.NoSuchProcess(process.pid)  # the PID has been reused
             if process.status() == psutil.STATUS_STOPPED:
-                said.append(f"rank {rank} (process {process.pid}) is stopped (SIGSTOP)")
+                lines.append(f"rank {rank} (process {process.pid}) is stopped (SIGSTOP)")
                 continue
             asked[rank] = _stack_of(file).stat().st_size
             process.send_signal(_ASK)
         except (OSError, ValueError):
-            said.append(f"rank {rank} has not started")
+            lines.append(f"rank {rank} has not started")
         except psutil.Error:
-            said.append(f"rank {rank} has exited")
+            lines.append(f"rank {rank} has exited")
     limit = time.monotonic() + _ANSWER_S
     stacks: Dict[str, List[int]] = {}
     for rank, size in asked.items():
         stacks.setdefault(_read_stack_dump(_stack_of(folder / _FOLDER / str(rank)), size, limit), []).append(rank)
     for stack, where in stacks.items():
         name = f"rank{'s' * (len(where) > 1)} {', '.join(map(str, where))}"
-        said.append(f"{name}, innermost call first:\n{stack}" if stack else f"{name} does not respond")
-    return said
+        lines.append(f"{name}, innermost call first:\n{stack}" if stack else f"{name} does not respond")
+    return lines
 
 
 def _read_stack_dump(file: Path, size: int, limit: float) -> str:

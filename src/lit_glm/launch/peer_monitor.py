@@ -29,9 +29,9 @@ _WORD_S = 2.0
 log = logging.getLogger(__name__)
 _PROBES = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}  # detects a lost host after 30 s
 _HELLO = struct.Struct("!16si")
-_WORD = struct.Struct("!ii")  # a rank and its exit status
+_EXIT_MESSAGE = struct.Struct("!ii")  # a rank and its exit status
 _TOKEN_BYTES = 16
-_NO_WORD = -1
+_NO_MESSAGE = -1
 _FRAMES = 8
 
 
@@ -76,13 +76,13 @@ class PeerMonitor:
         where = f"rank {self._lost_rank} on {self._hosts[self._lost_rank]}"
         if self._status in INTERRUPTED_STATUSES:
             return f"{where} was interrupted"
-        return f"lost {where}: killed or unreachable" if self._status == _NO_WORD else f"{where} failed"
+        return f"lost {where}: killed or unreachable" if self._status == _NO_MESSAGE else f"{where} failed"
 
     def _send_exit(self, rank: int, status: int) -> None:
         with self._lock:
             for connection in self._peers.values():
                 try:
-                    connection.sendall(_WORD.pack(rank, status))
+                    connection.sendall(_EXIT_MESSAGE.pack(rank, status))
                 except OSError:
                     pass  # this peer has exited
 
@@ -99,12 +99,12 @@ class PeerMonitor:
                     selector.unregister(key.fileobj)
 
     def _receive_exit(self, connection: Any, rank: int) -> Tuple[int, int]:
-        """Return which rank exited and its status; `_NO_WORD` if the connection closed without a message."""
+        """Return which rank exited and its status; `_NO_MESSAGE` if the connection closed without a message."""
         try:
-            said = connection.recv(_WORD.size, socket.MSG_WAITALL)
+            data = connection.recv(_EXIT_MESSAGE.size, socket.MSG_WAITALL)
         except OSError:
-            said = b""
-        return _WORD.unpack(said) if len(said) == _WORD.size else (rank, _NO_WORD)
+            data = b""
+        return _EXIT_MESSAGE.unpack(data) if len(data) == _EXIT_MESSAGE.size else (rank, _NO_MESSAGE)
 
     def _on_peer_exit(self, lost: int, status: int) -> None:
         self._lost_rank, self._status = lost, status

@@ -66,10 +66,10 @@ def process_group(
     check_device_count(runtime, config.topology)
     local_rank = int(os.environ["LOCAL_RANK"])
     runtime.set_device(local_rank)
-    found = int(os.environ.get("WORLD_SIZE", config.topology.world_size))
-    if found != config.topology.world_size:
+    world_size = int(os.environ.get("WORLD_SIZE", config.topology.world_size))
+    if world_size != config.topology.world_size:
         raise InputError(
-            f"topology={config.topology.name} is {config.topology.world_size} ranks, but {found} were found; "
+            f"topology={config.topology.name} is {config.topology.world_size} ranks, but {world_size} were found; "
             "is the same command running on every node?"
         )
     if config.topology.world_size == 1:
@@ -79,11 +79,11 @@ def process_group(
     timeout = timedelta(seconds=collective_timeout_s(config))
     external = "TORCHELASTIC_RUN_ID" in os.environ  # the user's torchrun already has a store
     rank, run = int(os.environ["RANK"]), None
-    place: Any = {}
+    store_kwargs: Any = {}
     if not external:
         store, run = meet(config, choose_run() if rank == 0 else None)
-        place = {"store": store, "rank": rank, "world_size": found}
-    torch.distributed.init_process_group(runtime.backend, timeout=timeout, **place)
+        store_kwargs = {"store": store, "rank": rank, "world_size": world_size}
+    torch.distributed.init_process_group(runtime.backend, timeout=timeout, **store_kwargs)
     if config.topology.num_nodes == 1 and not external:  # its supervisor watches all ranks
         yield JoinedGroup(None, run)
         return
@@ -146,20 +146,20 @@ def assert_same_job_on_all_ranks(config_hash: str, step: int, device: Any) -> No
 
     from lit_glm.hardware import object_collectives
 
-    told = object_collectives.all_gather_object(
+    gathered = object_collectives.all_gather_object(
         (config_hash, step, os.environ.get("GROUP_RANK", "0"), socket.gethostname()), device
     )
     nodes: Dict[str, List[str]] = {}
-    for rank, (name, start, node, host) in enumerate(told):
+    for rank, (name, start, node, host) in enumerate(gathered):
         nodes.setdefault(str(node), []).append(str(host))
-        if name != told[0][0]:
+        if name != gathered[0][0]:
             raise InputError(
                 f"rank {rank} has a different configuration from rank 0: start every node with the same command"
             )
-        if start != told[0][1]:
+        if start != gathered[0][1]:
             raise InputError(
-                f"rank {rank} would resume after step {start}, rank 0 after step {told[0][1]}: all nodes must see the "
-                "same run folder (set hydra.run.dir to a folder on a shared disk)"
+                f"rank {rank} would resume after step {start}, rank 0 after step {gathered[0][1]}: all nodes must see "
+                "the same run folder (set hydra.run.dir to a folder on a shared disk)"
             )
     if len(nodes) > 1 and torch.distributed.get_rank() == 0:
         for node, hosts in sorted(nodes.items(), key=lambda entry: int(entry[0])):

@@ -89,45 +89,45 @@ def rank_context_from_env(job: JobSpec, run_dir: Path) -> RankContext:
     return RankContext(job, run_dir, int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0)))
 
 
-def build_components(place: RankContext, beat: Callable[[], None]) -> TrainingComponents:
+def build_components(context: RankContext, beat: Callable[[], None]) -> TrainingComponents:
     """Build what a rank needs, and print what will run.
 
     Args:
-        place: context of this rank.
+        context: context of this rank.
         beat: heartbeat of this rank.
 
     Raises:
         InputError: if the configuration does not fit the machine, the data or the weights.
     """
-    config = place.config
+    config = context.config
     _silence_third_party()
     check_open_files_limit(config.data.num_workers)
     beat()
-    runtime = _make_validated_runtime(place)
-    resume_from, content = _find_resume_checkpoint(place, runtime)  # before anything in the folder changes
+    runtime = _make_validated_runtime(context)
+    resume_from, content = _find_resume_checkpoint(context, runtime)  # before anything in the folder changes
     strategy = make_strategy(runtime, config.topology, collective_timeout_s(config))
-    precision = make_precision(config, runtime, place.local_rank)
+    precision = make_precision(config, runtime, context.local_rank)
     train_split, eval_split = open_datasets(config.data, config.model)
     lengths = SequenceLengths.from_dataset(train_split)
-    _set_num_threads(place, lengths)
-    _announce_run(place, runtime)
+    _set_num_threads(context, lengths)
+    _announce_run(context, runtime)
     beat()
-    memory_base = runtime.memory_in_use(place.local_rank)
-    place.print_once(memory_estimate.memory_message(config, lengths, runtime, place.local_rank, memory_base))
-    module = _make_module(place, runtime)
+    memory_base = runtime.memory_in_use(context.local_rank)
+    context.print_once(memory_estimate.memory_message(config, lengths, runtime, context.local_rank, memory_base))
+    module = _make_module(context, runtime)
     data = RecordDataModule(config, train_split, lambda: module.steps_done, runtime.pins_memory, runtime.synchronize)
-    around = CallbackDependencies(
-        lambda steps_done: RunWriter(place.run_dir, steps_done, place.job.is_resume),
+    dependencies = CallbackDependencies(
+        lambda steps_done: RunWriter(context.run_dir, steps_done, context.job.is_resume),
         lambda rank, world: evaluation_batches(eval_split, config, rank, world, runtime.pins_memory),
-        lambda trainer, step: _save_checkpoint(trainer, place.run_dir, step),
+        lambda trainer, step: _save_checkpoint(trainer, context.run_dir, step),
         beat,
         lambda: data.data_wait_s,
         (len(train_split), len(eval_split)),
         hyperparameters(config),
     )
-    recorder = BenchmarkCallback(config, runtime, place.job.start_time, data.sampler(0, 0), around)
+    recorder = BenchmarkCallback(config, runtime, context.job.start_time, data.sampler(0, 0), dependencies)
     recorder.memory_base = memory_base
-    loggers = make_loggers(place.job, place.run_dir, checkpoints.checkpoint_step(resume_from))
+    loggers = make_loggers(context.job, context.run_dir, checkpoints.checkpoint_step(resume_from))
     # The supervisor has set the rank's variables; inside a Slurm allocation Lightning would read Slurm's instead.
     environment = [] if "TORCHELASTIC_RUN_ID" in os.environ else [LightningEnvironment()]
     trainer = pl.Trainer(
@@ -145,49 +145,49 @@ def build_components(place: RankContext, beat: Callable[[], None]) -> TrainingCo
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        default_root_dir=str(place.run_dir),
+        default_root_dir=str(context.run_dir),
         detect_anomaly=False,
     )
     keep_own_signals(trainer)
     return TrainingComponents(runtime, train_split, module, data, recorder, trainer, resume_from)
 
 
-def _make_validated_runtime(place: RankContext) -> Runtime:
+def _make_validated_runtime(context: RankContext) -> Runtime:
     """Create the runtime and compare its devices with the hardware file."""
-    config = place.config
+    config = context.config
     kept = set_hardware_env(config.hardware)
     runtime = make_runtime(config.hardware, config.topology)
     check_device_count(runtime, config.topology)
     kept += validate_devices(config.hardware, runtime, config.topology.devices_per_node, CONF_DIR / "hardware")
-    if place.rank == 0:
+    if context.rank == 0:
         for line in kept:
             log.warning(line)
     return runtime
 
 
-def _set_num_threads(place: RankContext, lengths: SequenceLengths) -> None:
+def _set_num_threads(context: RankContext, lengths: SequenceLengths) -> None:
     """Set the number of threads according to a step's work, or to that of the run's first part."""
-    config = place.config
+    config = context.config
     published = config.scoring.name == "published"
     rows = lengths.candidates.mean() * config.data.max_seq_length if published else lengths.rows.mean()
-    before = read_environment(place.run_dir).get("threads") if place.job.is_resume else None
+    before = read_environment(context.run_dir).get("threads") if context.job.is_resume else None
     width, devices = config.model.hidden_size, config.topology.devices_per_node
     threads = choose_num_threads(config.bs * float(rows), width, devices, before if isinstance(before, int) else None)
     if threads is not None:
         torch.set_num_threads(threads)
 
 
-def _announce_run(place: RankContext, runtime: Runtime) -> None:
+def _announce_run(context: RankContext, runtime: Runtime) -> None:
     """Print what runs on which device, and write environment.json."""
-    config = place.config
-    node = place.rank // config.topology.devices_per_node
-    runtime.attach_memory_monitor(place.local_rank, device_monitor.readings_file(place.run_dir, node))
-    if place.rank > 0:
+    config = context.config
+    node = context.rank // config.topology.devices_per_node
+    runtime.attach_memory_monitor(context.local_rank, device_monitor.readings_file(context.run_dir, node))
+    if context.rank > 0:
         return
-    write_environment(place.run_dir, describe_system(config, runtime, place.job.command), place.job.is_resume)
-    changes = environment_changes(read_environment(place.run_dir))
+    write_environment(context.run_dir, describe_system(config, runtime, context.job.command), context.job.is_resume)
+    changes = environment_changes(read_environment(context.run_dir))
     if changes:
-        place.print_once(f"not all parts of this run were measured on the same machine: {'; '.join(changes)}")
+        context.print_once(f"not all parts of this run were measured on the same machine: {'; '.join(changes)}")
     what = "SIMULATED, not measured on the device: " if runtime.simulated else ""
     precision = config.precision.name
     if precision == "fp32" and runtime.has_tf32:
@@ -197,12 +197,12 @@ def _announce_run(place: RankContext, runtime: Runtime) -> None:
         if config.fix_hp_source != "none"
         else f"none published{nearest_pair_hint(config.hardware.name, config.topology.world_size)}"
     )
-    place.print_once(
+    context.print_once(
         f"{what}{config.model.name} on {config.hardware.name} {config.topology.name}, {precision}, {config.fix_hp}, "
         f"global batch {config.global_batch}, fix_hp values: {published}"
     )
     is_published = config.scoring.name == "published"
-    place.print_once(
+    context.print_once(
         f"scoring={config.scoring.name}: "
         + (
             "the published workload" + (", comparable with published rows" if not runtime.simulated else "")
@@ -210,62 +210,64 @@ def _announce_run(place: RankContext, runtime: Runtime) -> None:
             else "one forward pass per context; equal scores, but throughput is not comparable with published rows"
         )
     )
-    place.print_once(f"run folder {place.run_dir}")
-    if runtime.has_driver and not _is_verified(place):
-        place.print_once(
+    context.print_once(f"run folder {context.run_dir}")
+    if runtime.has_driver and not _is_verified(context):
+        context.print_once(
             f"this driver has not passed a verification in {config.precision.name} here; run: "
             f"python -m lit_glm.verify hardware={config.hardware.name}"
         )
     hint = runtime.precision_hint(config.precision.name)
     if hint:
-        place.print_once(f"precision={config.precision.name}: {hint}")
+        context.print_once(f"precision={config.precision.name}: {hint}")
 
 
-def _is_verified(place: RankContext) -> bool:
-    config = place.config
-    driver = read_environment(place.run_dir).get("driver")
+def _is_verified(context: RankContext) -> bool:
+    config = context.config
+    driver = read_environment(context.run_dir).get("driver")
     found = environment.latest_verification(
-        [place.run_dir, Path.cwd()], config.hardware.name, driver, config.precision.name
+        [context.run_dir, Path.cwd()], config.hardware.name, driver, config.precision.name
     )
     return found is not None and bool(found["passed"])
 
 
-def _make_module(place: RankContext, runtime: Runtime) -> RecordModule:
-    config = place.config
-    device = runtime.device(place.local_rank)
+def _make_module(context: RankContext, runtime: Runtime) -> RecordModule:
+    config = context.config
+    device = runtime.device(context.local_rank)
     check_attention_available(config.model.attention)
     if config.model.compile:
         check_compile_available(device)
     reason = fused_unavailable_reason(device) if HAS_FUSED else None
     if reason:
-        place.print_once(f"optimizer: torch's fused AdamW is unavailable here ({reason}); using the default")
+        context.print_once(f"optimizer: torch's fused AdamW is unavailable here ({reason}); using the default")
     runtime.manual_seed(config.seed)
     glm, done = build_glm(config.model, runtime.model_ops())
     for line in done:
-        place.print_once(f"{config.model.init_checkpoint}: {line}")
+        context.print_once(f"{config.model.init_checkpoint}: {line}")
     module = RecordModule(glm, config, runtime)
     module.config_hash = config_hash(config)
     return module
 
 
-def _find_resume_checkpoint(place: RankContext, runtime: Runtime) -> "tuple[Optional[Path], Optional[dict[str, Any]]]":
+def _find_resume_checkpoint(
+    context: RankContext, runtime: Runtime
+) -> "tuple[Optional[Path], Optional[dict[str, Any]]]":
     """Find the checkpoint to resume from and read it; all ranks must find the same one."""
     path, content = None, None
-    if place.job.is_resume:
-        path, content, passed_over = checkpoints.latest_valid(place.run_dir, config_hash(place.config), whole=True)
-        if place.rank == 0:
+    if context.job.is_resume:
+        path, content, passed_over = checkpoints.latest_valid(context.run_dir, config_hash(context.config), whole=True)
+        if context.rank == 0:
             for line in passed_over:
                 log.warning(line)
         if path is None and passed_over:  # starting again from step 0 would discard the contents of the folder
             raise InputError(
-                f"run.resume={place.run_dir}: none of its {len(passed_over)} checkpoints can be used (see above); "
+                f"run.resume={context.run_dir}: none of its {len(passed_over)} checkpoints can be used (see above); "
                 "restore one, or start a new run in another folder"
             )
         from_start = "from step 0: no checkpoint found"
-        place.print_once(f"resuming {f'after step {checkpoints.checkpoint_step(path)}' if path else from_start}")
-    if place.config.topology.world_size > 1:
+        context.print_once(f"resuming {f'after step {checkpoints.checkpoint_step(path)}' if path else from_start}")
+    if context.config.topology.world_size > 1:
         assert_same_job_on_all_ranks(
-            config_hash(place.config), checkpoints.checkpoint_step(path), runtime.device(place.local_rank)
+            config_hash(context.config), checkpoints.checkpoint_step(path), runtime.device(context.local_rank)
         )
     return path, content if path is not None else None
 
@@ -301,27 +303,27 @@ def run_rank(job: JobSpec, run_dir: Path, stop: StopRequest, beat: Optional[Hear
         InputError, RunError: with a message for the user.
         Interrupted: after a stop signal; completed steps are saved.
     """
-    place = rank_context_from_env(job, run_dir)
-    built = _build_components(place, beat or Heartbeat(run_dir, place.rank))
-    _fit(place, built, stop)
-    result = _write_final_result(place, built)
+    context = rank_context_from_env(job, run_dir)
+    built = _build_components(context, beat or Heartbeat(run_dir, context.rank))
+    _fit(context, built, stop)
+    result = _write_final_result(context, built)
     if built.recorder.interrupted:
         raise Interrupted(stop.received or signal.SIGTERM)
     return result
 
 
-def _build_components(place: RankContext, beat: Heartbeat) -> TrainingComponents:
+def _build_components(context: RankContext, beat: Heartbeat) -> TrainingComponents:
     try:
-        return build_components(place, beat)
+        return build_components(context, beat)
     except Exception as error:
         if not is_oom_error(error):
             raise
-        said = f"out of memory while building model and data ({first_line(error)})"
-        raise RunError(f"{said}; use a smaller model, or a machine with more memory", "out of memory") from error
+        message = f"out of memory while building model and data ({first_line(error)})"
+        raise RunError(f"{message}; use a smaller model, or a machine with more memory", "out of memory") from error
 
 
-def _fit(place: RankContext, built: TrainingComponents, stop: StopRequest) -> None:
-    """Train until the run ends; report a lack of memory as such."""
+def _fit(context: RankContext, built: TrainingComponents, stop: StopRequest) -> None:
+    """Train until the run ends; convert out-of-memory errors to a `RunError` with the memory estimate."""
     stop.save_first(built.module)
     resume_from = str(built.resume_from) if built.resume_from else None
     try:
@@ -330,28 +332,28 @@ def _fit(place: RankContext, built: TrainingComponents, stop: StopRequest) -> No
         if not is_oom_error(error):
             raise
         lengths = SequenceLengths.from_dataset(built.split)
-        said = memory_estimate.oom_message(
-            place.config,
+        message = memory_estimate.oom_message(
+            context.config,
             lengths,
             built.runtime,
-            place.local_rank,
+            context.local_rank,
             built.recorder.memory_base,
             built.recorder.current_activity,
         )
-        raise RunError(said, summary="out of memory") from error
+        raise RunError(message, summary="out of memory") from error
 
 
-def _write_final_result(place: RankContext, built: TrainingComponents) -> Dict[str, Any]:
+def _write_final_result(context: RankContext, built: TrainingComponents) -> Dict[str, Any]:
     """Gather the measurements of all ranks and write the result (rank 0)."""
-    config, recorder, runtime = place.config, built.recorder, built.runtime
+    config, recorder, runtime = context.config, built.recorder, built.runtime
     assert recorder.final_durations is not None
     seconds, e2e = recorder.final_durations
     span = recorder.run_metrics.training_span(e2e)
-    per_rank: List[Any] = [(seconds, runtime.peak_memory(place.local_rank), span)]
+    per_rank: List[Any] = [(seconds, runtime.peak_memory(context.local_rank), span)]
     if config.topology.world_size > 1:
-        per_rank = object_collectives.all_gather_object(per_rank[0], runtime.device(place.local_rank))
+        per_rank = object_collectives.all_gather_object(per_rank[0], runtime.device(context.local_rank))
     result: Dict[str, Any] = {}
-    if place.rank == 0:
+    if context.rank == 0:
         steps = built.module.steps_done
         counter = FlopCounter(config, built.split, built.data.sampler(0, 0))
         result = recorder.run_metrics.finish(
@@ -368,16 +370,16 @@ def _write_final_result(place: RankContext, built: TrainingComponents) -> Dict[s
             [span for _, _, span in per_rank[:: config.topology.devices_per_node]],
         )
         recorder.events.finished(result)
-    close_loggers(built.trainer.loggers if place.rank == 0 else [])
+    close_loggers(built.trainer.loggers if context.rank == 0 else [])
     if config.topology.world_size > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     if result.get("mfu_above_one"):
         name = peak_key(config, runtime.has_tf32)
         raise RunError(
-            f"mfu is {result['mfu_above_one']:.2f}, above 100 %: hardware.peak_tflops.{name}="
+            f"mfu is {result['mfu_above_one']:.2f}, above 1: hardware.peak_tflops.{name}="
             f"{config.hardware.peak_tflops[name]:g} is not the peak of this device; the run itself is "
-            f"complete ({place.run_dir})"
+            f"complete ({context.run_dir})"
         )
     return result
 

@@ -39,22 +39,22 @@ class Node:
     """Number of nodes simulated on this machine (simulated runtime without MASTER_ADDR)."""
 
 
-def this_node(topology: TopologyConfig, rehearses: bool) -> Node:
+def this_node(topology: TopologyConfig, simulated: bool) -> Node:
     """Find this node's rank and the rendezvous address; a single node's port is chosen when its ranks start.
 
     Raises:
         InputError: if the environment does not define which node this is, or contradicts the topology.
     """
     check_node_count(topology)
-    return resolve_node(topology, rehearses) if topology.num_nodes > 1 else Node(0, "127.0.0.1", 0)
+    return resolve_node(topology, simulated) if topology.num_nodes > 1 else Node(0, "127.0.0.1", 0)
 
 
-def resolve_node(topology: TopologyConfig, rehearses: bool = False) -> Node:
+def resolve_node(topology: TopologyConfig, simulated: bool = False) -> Node:
     """Find this node's rank and address; several nodes need MASTER_ADDR, MASTER_PORT and NODE_RANK in the environment.
 
     Args:
         topology: number of nodes and devices.
-        rehearses: whether devices are simulated, in which case one machine can run the ranks of all nodes.
+        simulated: whether devices are simulated, in which case one machine can run the ranks of all nodes.
 
     Raises:
         InputError: if a variable is missing or does not fit the topology, or if the port is in use.
@@ -67,7 +67,7 @@ def resolve_node(topology: TopologyConfig, rehearses: bool = False) -> Node:
         node = Node(0, "127.0.0.1", _int_from_env("MASTER_PORT", 65535))
         check_port(node.port)
         return node
-    if rehearses and not any(os.environ.get(name) for name in ("MASTER_ADDR", "NODE_RANK", "SLURM_JOB_ID")):
+    if simulated and not any(os.environ.get(name) for name in ("MASTER_ADDR", "NODE_RANK", "SLURM_JOB_ID")):
         return Node(0, "127.0.0.1", _free_port(), topology.num_nodes)
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if not os.environ.get(name)]
     if missing:

@@ -147,9 +147,9 @@ class SweepCallback(Callback):
         for note in (SweepCallback.started / JOB_RECORDS_DIR).glob("*.json"):
             note.unlink()
         for number, run in enumerate(SweepCallback.complete, SweepCallback.total or 0):
-            told = {"reused_from": str(run.run_dir.resolve()), "objective": run.config.sweep.objective}
+            record_fields = {"reused_from": str(run.run_dir.resolve()), "objective": run.config.sweep.objective}
             row = config_fields(run.config)
-            _write_job_record(SweepCallback.started, number, run.run_dir, 0, row, run.overrides, **told)
+            _write_job_record(SweepCallback.started, number, run.run_dir, 0, row, run.overrides, **record_fields)
 
     def on_job_end(self, config: Any, job_return: Any, **kwargs: Any) -> None:
         """Write the record of a job that was rejected before it could write one itself."""
@@ -255,8 +255,8 @@ def run_sweep_job(
     finally:
         if node.rank == 0:  # node 0 builds the table
             row = {**config_fields(config), "status": "failed", **({"error": reason} if reason else {})}
-            told = {"reused_from": reused_from, "objective": config.sweep.objective}
-            _write_job_record(sweep_dir, int(hydra.job.num), folder, status, row, list(hydra.overrides.task), **told)
+            more = {"reused_from": reused_from, "objective": config.sweep.objective}
+            _write_job_record(sweep_dir, int(hydra.job.num), folder, status, row, list(hydra.overrides.task), **more)
     return TaskOutcome(status, _objective_value(result or {}, config.sweep.objective))
 
 

@@ -244,8 +244,8 @@ def run_on_all_ranks(config: TrainConfig, module: str, limit_s: float) -> Option
         run_ranks(job, node, folder, module, _MARGIN_S)
         if node.rank > 0:
             return None
-        found: Dict[str, Any] = json.loads((folder / _FILE).read_text(encoding="utf-8"))
-        return found
+        result: Dict[str, Any] = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+        return result
 
 
 def rank_main(folder: Path, work: Callable[[TrainConfig], Dict[str, Any]]) -> int:
@@ -263,9 +263,9 @@ def rank_main(folder: Path, work: Callable[[TrainConfig], Dict[str, Any]]) -> in
             beat()
             import torch
 
-            found = work(config)
+            result = work(config)
             if torch.distributed.get_rank() == 0:
-                write_json(folder / _FILE, found)
+                write_json(folder / _FILE, result)
             torch.distributed.barrier()
 
     with StopRequest(config.run.shutdown_timeout_s, exit_rank) as stop:

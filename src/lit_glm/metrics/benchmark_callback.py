@@ -39,22 +39,22 @@ _FIRST = 3  # consecutive skipped steps before the first warning: loss scaling a
 class DivergenceGuard:
     """Counter of consecutive steps without an update; it is the same on every rank."""
 
-    def __init__(self, most: int) -> None:
-        """Start counting.
+    def __init__(self, max_skipped_steps: int) -> None:
+        """Initialise the guard.
 
         Args:
-            most: `run.max_skipped_steps`: number of consecutive skipped steps that ends the run.
+            max_skipped_steps: `run.max_skipped_steps`: number of consecutive skipped steps that ends the run.
         """
-        self._most = most
+        self._most = max_skipped_steps
         self._row = 0
 
-    def check_step(self, step: int, values: StepMetrics, speaks: bool) -> None:
+    def check_step(self, step: int, values: StepMetrics, log_warnings: bool) -> None:
         """Count a step, and check the limit.
 
         Args:
             step: counted from 1.
             values: metrics of the step.
-            speaks: whether this rank prints warnings.
+            log_warnings: whether this rank prints warnings.
 
         Raises:
             RunError: if the limit is reached.
@@ -73,7 +73,7 @@ class DivergenceGuard:
                 "precision.loss_scale",
                 summary=f"diverged: {self._row} consecutive steps without an update (from step {first})",
             )
-        if speaks and (self._row & (self._row - 1) == 0 or self._row == _FIRST):
+        if log_warnings and (self._row & (self._row - 1) == 0 or self._row == _FIRST):
             log.warning(f"step {step}: {what}")
 
 
@@ -106,7 +106,7 @@ class BenchmarkCallback(pl.Callback):
         runtime: Runtime,
         entry: float,
         order: InfiniteDistributedBatchSampler,
-        around: CallbackDependencies,
+        dependencies: CallbackDependencies,
     ) -> None:
         """Initialise timers and metrics.
 
@@ -115,13 +115,13 @@ class BenchmarkCallback(pl.Callback):
             runtime: runtime used to synchronise the device.
             entry: `time.monotonic()` at the entry of `train`.
             order: sampler of the training examples.
-            around: functions and values of the other components.
+            dependencies: functions and values of the other components.
         """
-        self.config, self.runtime, self._order, self._around = config, runtime, order, around
-        self.timer = PhaseTimer(around.data_wait_s)
+        self.config, self.runtime, self._order, self._dependencies = config, runtime, order, dependencies
+        self.timer = PhaseTimer(dependencies.data_wait_s)
         self.run_metrics = RunMetrics(config, runtime, self.timer, order, entry)
         self.events = PerfEvents(config, self.run_metrics)
-        self.metric_logging = MetricLogging(self.run_metrics, around.hyperparameters)
+        self.metric_logging = MetricLogging(self.run_metrics, dependencies.hyperparameters)
         self.divergence_guard = DivergenceGuard(config.run.max_skipped_steps)
         self.step_metrics: Optional[StepMetrics] = None
         """Metrics of the latest step."""
@@ -142,7 +142,7 @@ class BenchmarkCallback(pl.Callback):
         module = self._module(pl_module)
         module.train()
         step, account = module.steps_done, self.run_metrics
-        files = self._around.open_writer(step) if trainer.is_global_zero else None
+        files = self._dependencies.open_writer(step) if trainer.is_global_zero else None
         account.begin(files, step)
         if files is not None:
             self.events.log = PerfLog(files.path / "perf.log")
@@ -150,7 +150,7 @@ class BenchmarkCallback(pl.Callback):
         account.accuracy, account.evaluated_step, account.earlier_e2e = trainer.strategy.broadcast(told)
         is_new = step == 0 and self.run_metrics.evaluated_step < 0
         if is_new:
-            self.events.submitted(self._around.examples)
+            self.events.submitted(self._dependencies.examples)
         self.events.emit("INIT_START", ago=account.e2e())
         if is_new and self.config.run.evaluate:
             # If stopped during this evaluation, train no step: a resumed run starts with the evaluation.
@@ -186,7 +186,7 @@ class BenchmarkCallback(pl.Callback):
         self.runtime.synchronize()
         times = self.timer.step_computed()
         module = self._module(pl_module)
-        self._around.heartbeat()
+        self._dependencies.heartbeat()
         assert module.pending_metrics is not None
         self.step_metrics = module.pending_metrics.read()  # the device is already synchronised: no extra wait
         self._write_step(module.steps_done, self.step_metrics, times)
@@ -250,7 +250,7 @@ class BenchmarkCallback(pl.Callback):
             self.current_activity = f"saving step {step}"
             with self.timer.pause():
                 self.run_metrics.write(module, durable=True)  # metrics must be on disk before the checkpoint
-                self._around.save(trainer, step)
+                self._dependencies.save(trainer, step)
         if self.run_metrics.writer is not None and (self.run_metrics.writer.is_stale() or evaluated is not None):
             self.run_metrics.write(module)
 
@@ -258,18 +258,18 @@ class BenchmarkCallback(pl.Callback):
         """Evaluate; return None if any rank was asked to stop during the evaluation."""
         start, step = time.perf_counter(), module.steps_done
         self.current_activity = f"in the evaluation after step {step}"
-        loader = self._around.eval_loader(trainer.global_rank, trainer.world_size)
+        loader = self._dependencies.eval_loader(trainer.global_rank, trainer.world_size)
 
         def stops() -> bool:
-            self._around.heartbeat()
+            self._dependencies.heartbeat()
             return module.stop_requested
 
-        def anybody(stopped: bool) -> bool:
+        def any_rank(stopped: bool) -> bool:
             decide: bool = trainer.strategy.reduce_boolean_decision(stopped, all=False)
             return decide
 
         with trainer.precision_plugin.forward_context():
-            accuracy, _ = evaluate(module, loader, self.runtime, stops, anybody)
+            accuracy, _ = evaluate(module, loader, self.runtime, stops, any_rank)
         if accuracy is None:
             return None
         self.runtime.synchronize()

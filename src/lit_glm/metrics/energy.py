@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence
+
+import numpy as np
 
 from lit_glm.config.schema import TrainConfig
 from lit_glm.hardware.device_monitor import load_readings, monitor_for, readings_file
@@ -37,38 +39,23 @@ def integrate_power(readings: List[Reading], spans: List[Span], interval_s: floa
     Returns:
         Energy; None if more than five consecutive readings are missing or have no power.
     """
-    points: List[Tuple[float, float]] = [
-        (float(reading["time_s"] or 0.0), reading["power_w"]) for reading in readings if reading["power_w"] is not None
-    ]
-    found = DeviceEnergy(0.0, 0.0)
+    known = [(reading["time_s"] or 0.0, reading["power_w"]) for reading in readings if reading["power_w"] is not None]
+    if not known and spans:
+        return None
+    found, (times, powers) = DeviceEnergy(0.0, 0.0), np.array(known, float).reshape(-1, 2).T
     for begin, end in spans:
-        if not points:
+        first, last = np.searchsorted(times, begin, side="right"), np.searchsorted(times, end)
+        nearby = times[max(0, first - 1) : last + 1]
+        moments = np.concatenate([[min(begin, nearby[0])], nearby, [max(end, nearby[-1])]])
+        gaps = np.diff(moments)
+        if gaps.max() > (_MOST_INTERVALS + _LATE) * interval_s:
             return None
-        before = [point for point in points if point[0] <= begin][-1:]
-        after = [point for point in points if point[0] >= end][:1]
-        inside = [point for point in points if begin < point[0] < end]
-        known = [*before, *inside, *after]
-        moments = [min(begin, known[0][0]), *(time for time, _ in known), max(end, known[-1][0])]
-        gaps = list(zip(moments, moments[1:]))
-        if max(later - earlier for earlier, later in gaps) > (_MOST_INTERVALS + _LATE) * interval_s:
-            return None
-        path = [(begin, _power_at(begin, known)), *inside, (end, _power_at(end, known))]
-        found.joules += sum((t1 - t0) * (p0 + p1) / 2 for (t0, p0), (t1, p1) in zip(path, path[1:]))
-        found.bridged_s += sum(
-            max(0.0, min(end, later) - max(begin, earlier))
-            for earlier, later in gaps
-            if later - earlier > (1.0 + _LATE) * interval_s
-        )
+        path = np.concatenate([[begin], times[first:last], [end]])
+        power = np.interp(path, times, powers)
+        found.joules += float((np.diff(path) * (power[1:] + power[:-1])).sum() / 2)
+        within = np.diff(np.clip(moments, begin, end))
+        found.bridged_s += float(within[gaps > (1.0 + _LATE) * interval_s].sum())
     return found
-
-
-def _power_at(moment: float, points: List[Tuple[float, float]]) -> float:
-    """Interpolate the power at a moment linearly between the readings before and after it."""
-    after = next((number for number, (time, _) in enumerate(points) if time >= moment), len(points))
-    if after == 0 or after == len(points):
-        return points[min(after, len(points) - 1)][1]
-    (t0, p0), (t1, p1) = points[after - 1], points[after]
-    return p0 if t1 == t0 else p0 + (p1 - p0) * (moment - t0) / (t1 - t0)
 
 
 def energy_metrics(

@@ -77,17 +77,29 @@ class FlopCounter:
             split: training examples.
             sampler: sampler of the training examples.
         """
-        self._config, self._split, self._sampler = config, split, sampler
-        self._published = config.scoring.name == "published"
+        self._config, self._sampler = config, sampler
         self._candidates = np.diff(split.example_candidate_end).astype(float)
         self._epochs: List[Any] = []
-        if not self._published:
-            groups = split.example_group_end
+        self._examples: Any = None
+        """[N, 3] FLOPs, rows and candidates of each example; None with `published`, where they depend on the batch."""
+        if config.scoring.name != "published":
             context = np.diff(split.group_context_end)
             first = np.concatenate([[0], np.cumsum(split.group_candidates)])
             candidate = np.diff(split.candidate_token_end[first])
             flops = np.concatenate([[0.0], np.cumsum(shared_context_flops(config.model, context, candidate))])
-            self._flops = np.diff(flops[groups])
+            rows = split.example_rows.astype(float)
+            self._examples = np.stack([np.diff(flops[split.example_group_end]), rows, self._candidates], axis=1)
+
+    def _work_by_rank(self, step: int) -> Any:
+        """Return FLOPs, rows and candidates of each rank in a step, [ranks, 3]."""
+        shares = self._sampler.rank_batches(step)
+        if self._examples is not None:
+            return np.stack([self._examples[share].sum(axis=0) for share in shares])
+        # Each rank pads to the most candidates among its own examples.
+        sequences = np.array([len(share) * self._candidates[share].max() for share in shares])
+        length = self._config.data.max_seq_length
+        flops = published_flops(self._config.model, sequences, length)
+        return np.stack([flops, sequences * length, [self._candidates[share].sum() for share in shares]], axis=1)
 
     def totals_until(self, step: int) -> WorkTotals:
         """Return the work of steps 1..step."""
@@ -95,9 +107,7 @@ class FlopCounter:
         while len(self._epochs) < epoch + bool(last):
             self._epochs.append(self._epoch(len(self._epochs)))
         total = sum((cumulative[-1] for cumulative in self._epochs[:epoch]), np.zeros(3))
-        if last:
-            total = total + self._epochs[epoch][last - 1]
-        return WorkTotals(*(float(value) for value in total))
+        return WorkTotals(*map(float, total + self._epochs[epoch][last - 1] if last else total))
 
     def flops_per_step(self, steps: int) -> Any:
         """Return the FLOPs of each of steps 1..steps, summed over all ranks, [steps]."""
@@ -107,30 +117,17 @@ class FlopCounter:
 
     def _epoch(self, epoch: int) -> Any:
         """Return the work up to each step of an epoch, cumulative within the epoch, [steps of the epoch, 3]."""
-        order = self._sampler.epoch_order(epoch)
-        starts = np.arange(0, len(order), self._config.global_batch)
-        candidates = np.add.reduceat(self._candidates[order], starts)
-        if self._published:
-            first = epoch * self._sampler.steps_per_epoch + 1
-            sequences = np.array([self._sequences(first + number) for number in range(len(starts))])
-            length = self._config.data.max_seq_length
-            columns = [published_flops(self._config.model, sequences, length), sequences * length, candidates]
+        count = self._sampler.steps_per_epoch
+        if self._examples is None:
+            work = np.stack([self._work_by_rank(epoch * count + step).sum(axis=0) for step in range(1, count + 1)])
         else:
-            rows = np.add.reduceat(self._split.example_rows[order].astype(float), starts)
-            columns = [np.add.reduceat(self._flops[order], starts), rows, candidates]
-        return np.cumsum(np.stack(columns, axis=1), axis=0)
-
-    def _sequences(self, step: int) -> float:
-        """Count the sequences of a step: each rank pads to the most candidates among its own examples."""
-        return float(sum(len(share) * self._candidates[share].max() for share in self._sampler.rank_batches(step)))
+            order = self._sampler.epoch_order(epoch)
+            work = np.add.reduceat(self._examples[order], np.arange(0, len(order), self._config.global_batch), axis=0)
+        return np.cumsum(work, axis=0)
 
     def flops_by_rank(self, step: int) -> Any:
         """Return the FLOPs of each rank in a step, [ranks]."""
-        shares = self._sampler.rank_batches(step)
-        if self._published:
-            sequences = np.array([len(share) * self._candidates[share].max() for share in shares])
-            return published_flops(self._config.model, sequences, self._config.data.max_seq_length)
-        return np.array([self._flops[share].sum() for share in shares])
+        return self._work_by_rank(step)[:, 0]
 
     def rank_imbalance(self, steps: int) -> Optional[float]:
         """Compute the load imbalance (max - mean) / mean of rows per rank, averaged over at most 1,000 steps.
@@ -138,18 +135,11 @@ class FlopCounter:
         Returns:
             Imbalance, such as 0.05 if the other ranks wait 5 % of a step; None for one rank or without steps.
         """
-        ranks = self._config.topology.world_size
-        if ranks == 1 or steps == 0:
+        if self._config.topology.world_size == 1 or steps == 0:
             return None
-        excess = []
-        for step in np.unique(np.linspace(1, steps, min(steps, _MOST_STEPS)).astype(int)):
-            shares = self._sampler.rank_batches(int(step))
-            if self._published:
-                rows = [len(share) * self._candidates[share].max() for share in shares]
-            else:
-                rows = [self._split.example_rows[share].sum() for share in shares]
-            excess.append(max(rows) / (sum(rows) / ranks) - 1.0)
-        return float(np.mean(excess))
+        sampled = np.unique(np.linspace(1, steps, min(steps, _MOST_STEPS)).astype(int))
+        rows = np.stack([self._work_by_rank(int(step))[:, 1] for step in sampled])
+        return float((rows.max(axis=1) / rows.mean(axis=1)).mean() - 1.0)
 
 
 def compute_mfu(
@@ -167,16 +157,15 @@ def compute_mfu(
     Returns:
         mfu, mfu_flagperf (FlagPerf's formula; None without a known peak), tokens and candidates per second.
     """
-    rates: Dict[str, Optional[float]] = {"mfu": None, "mfu_flagperf": None}
     seconds = seconds or 0.0
-    if peak and p_core and seconds > 0:
-        all_cards = config.topology.world_size * peak * 1e12
-        rates["mfu"] = work.flops / seconds / all_cards
-        rates["mfu_flagperf"] = _FLAGPERF_FLOPS * p_core / all_cards
-    measured = seconds > 0 and work.rows > 0
-    rates["tokens_per_s"] = work.rows / seconds if measured else None
-    rates["candidates_per_s"] = work.candidates / seconds if measured else None
-    return rates
+    available = config.topology.world_size * peak * 1e12 if peak and p_core and seconds > 0 else None
+    has_work = seconds > 0 and work.rows > 0
+    return {
+        "mfu": work.flops / seconds / available if available else None,
+        "mfu_flagperf": _FLAGPERF_FLOPS * (p_core or 0.0) / available if available else None,
+        "tokens_per_s": work.rows / seconds if has_work else None,
+        "candidates_per_s": work.candidates / seconds if has_work else None,
+    }
 
 
 def peak_key(config: TrainConfig, has_tf32: bool) -> str:

@@ -53,7 +53,7 @@ def count_parameters(model: ModelConfig) -> int:
 
 
 def estimate_memory(
-    config: TrainConfig, lengths: SequenceLengths, base: float, keeps_scores: bool, bs: Optional[int] = None
+    config: TrainConfig, lengths: SequenceLengths, base: float, saves_attention_probs: bool, bs: Optional[int] = None
 ) -> MemoryEstimate:
     """Estimate the peak memory of a training step.
 
@@ -61,17 +61,19 @@ def estimate_memory(
         config: run configuration.
         lengths: lengths of the training examples; the largest batch determines the estimate.
         base: bytes already in use.
-        keeps_scores: whether attention saves its probabilities for backward (matmul does, fused kernels do not).
+        saves_attention_probs: whether attention saves its probabilities (matmul does, fused kernels do not).
         bs: batch size to use instead of the configured one.
     """
     count = float(count_parameters(config.model))
     half = config.precision.name == "fp16"
     weights = count * (2 if half else 4)
     training = count * (2 + 4 + 4 + 8 if half else 4 + 8)
-    return MemoryEstimate(weights, training, _activation_bytes(config, lengths, bs or config.bs, keeps_scores), base)
+    return MemoryEstimate(
+        weights, training, _activation_bytes(config, lengths, bs or config.bs, saves_attention_probs), base
+    )
 
 
-def _activation_bytes(config: TrainConfig, lengths: SequenceLengths, bs: int, keeps_scores: bool) -> float:
+def _activation_bytes(config: TrainConfig, lengths: SequenceLengths, bs: int, saves_attention_probs: bool) -> float:
     model = config.model
     D, L, V = model.hidden_size, model.num_layers, model.vocab_size
     size = 2.0 if config.precision.name == "fp16" else 3.0 if config.precision.name in ("amp", "bf16") else 4.0
@@ -88,7 +90,7 @@ def _activation_bytes(config: TrainConfig, lengths: SequenceLengths, bs: int, ke
     shared = config.scoring.name != "published"
     again = _KEYS_AGAIN if on_processor and shared else 0.0
     layer = rows * ((_KEPT + again) * D * size + dropout)
-    if keeps_scores:
+    if saves_attention_probs:
         layer += pairs * model.num_attention_heads * (size + _dropout_bytes(model.attention_dropout, on_processor))
     last = (rows * (_KEPT_LAST + again) + predicting * (_KEPT - _KEPT_LAST)) * D * size if shared else layer
     kept = L * rows * D * size + layer if model.activation_checkpointing else (L - 1) * layer + last
@@ -108,12 +110,12 @@ def _sum_of_largest(lengths: Any, bs: int) -> float:
 
 
 def largest_fitting_bs(
-    config: TrainConfig, lengths: SequenceLengths, base: float, keeps_scores: bool, memory: float
+    config: TrainConfig, lengths: SequenceLengths, base: float, saves_attention_probs: bool, memory: float
 ) -> int:
     """Return the largest bs whose estimate fits into `memory` bytes; 0 if none does."""
 
     def fits(bs: int) -> bool:
-        return bs <= len(lengths) and estimate_memory(config, lengths, base, keeps_scores, bs).total <= memory
+        return bs <= len(lengths) and estimate_memory(config, lengths, base, saves_attention_probs, bs).total <= memory
 
     low, high = 0, 1
     while fits(high):
@@ -153,16 +155,18 @@ def check_memory(
         index: index of the device.
         base: bytes in use before the model was created; None: bytes in use now.
     """
-    own, keeps_scores, host = None, True, ""
+    available_bytes, saves_attention_probs, host = None, True, ""
     ranks = config.topology.devices_per_node
     if runtime is not None:
         total, device = runtime.total_memory(index), runtime.device(index)
         sharing = ranks if runtime.shares_memory else 1
-        own = None if total is None else total / sharing
+        available_bytes = None if total is None else total / sharing
         base = runtime.memory_in_use(index) if base is None else base
-        keeps_scores = choose_implementation(config.model.attention, device, config.model.attention_dropout) == "matmul"
+        saves_attention_probs = (
+            choose_implementation(config.model.attention, device, config.model.attention_dropout) == "matmul"
+        )
     base = base or 0.0
-    guess = estimate_memory(config, lengths, base, keeps_scores)
+    guess = estimate_memory(config, lengths, base, saves_attention_probs)
     if runtime is not None and runtime.simulated:
         there = psutil.virtual_memory().total
         if ranks * guess.total > there:
@@ -170,8 +174,12 @@ def check_memory(
                 f"dry run: {ranks} ranks need about {ranks * guess.total / _GIB:.1f} GiB, this machine has "
                 f"{there / _GIB:.1f} GiB; use model=glm_tiny or fewer devices"
             )
-    fitting = 0 if own is None else largest_fitting_bs(config, lengths, base, keeps_scores, own)
-    return MemoryCheck(guess, own, fitting, host)
+    fitting = (
+        0
+        if available_bytes is None
+        else largest_fitting_bs(config, lengths, base, saves_attention_probs, available_bytes)
+    )
+    return MemoryCheck(guess, available_bytes, fitting, host)
 
 
 def memory_message(

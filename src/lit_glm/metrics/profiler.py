@@ -269,7 +269,7 @@ class ProfilerCallback(pl.Callback):
                 pickle.dump({"segments": snapshot, "device_traces": []}, file)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
-        """Measure weights, gradients and master weights."""
+        """Record the bytes of weights, gradients and master weights."""
         if self._state == _COUNTING:
             updated = [p for group in optimizer.param_groups for p in group["params"]]
             weights = list(pl_module.parameters())

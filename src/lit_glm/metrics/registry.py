@@ -27,7 +27,7 @@ class Metric:
     zh: str
     meaning: str
     unknown: str
-    """When the value is null."""
+    """Condition under which the value is null, for docs/schema.md."""
     better: str = ""
     """"higher", "lower", or "" if neither; such a metric cannot be used for ranking."""
     form: Callable[[float], str] = _GENERAL

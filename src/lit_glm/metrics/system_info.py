@@ -1,4 +1,4 @@
-"""What a run is measured on, for environment.json, and how much of it other processes use.
+"""Description of host, devices and software (environment.json), and contention by other processes.
 
 Never a secret: variables come from a list of known names.
 """
@@ -124,7 +124,7 @@ def describe_system(config: TrainConfig, runtime: Runtime, command: List[str]) -
         runtime: queried for devices and driver.
         command: the command line of the run.
     """
-    hardware, told = config.hardware, config.report
+    hardware, overrides = config.hardware, config.report
     source = Path(lit_glm.__file__).resolve().parent
     commit = _command_output("git", "rev-parse", "HEAD", folder=source)
     changed = _command_output("git", "status", "--porcelain", "--untracked-files=no", folder=source) if commit else None
@@ -137,22 +137,25 @@ def describe_system(config: TrainConfig, runtime: Runtime, command: List[str]) -
         "command": [mask_override(argument) for argument in command],
         "host": platform.node(),
         "pid": os.getpid(),
-        "machine": told.machine or _machine_model() or of_file or None,
+        "machine": overrides.machine or _machine_model() or of_file or None,
         "os": _os_name(),
         "kernel": platform.release(),
         "python": platform.python_version(),
         "executable": sys.executable,
         "packages": _package_versions(),
         "libraries": runtime.library_versions(),
-        "container_image": told.image if told.image is not None else _container_image(),
-        "driver": told.driver or runtime.driver_version(),
+        "container_image": overrides.image if overrides.image is not None else _container_image(),
+        "driver": overrides.driver or runtime.driver_version(),
         "has_driver": runtime.has_driver or runtime.simulated,
-        "device_name": told.device_name or hardware.product_name or (cards[0] if cards else ""),
+        "device_name": overrides.device_name or hardware.product_name or (cards[0] if cards else ""),
         "devices": [name or hardware.product_name for name in cards],
         "runtime": runtime.name,
         "simulated": runtime.simulated,
         "server": hardware.server,
-        "network": told.network or _fastest_network_port() or ("" if runtime.simulated else hardware.network) or None,
+        "network": overrides.network
+        or _fastest_network_port()
+        or ("" if runtime.simulated else hardware.network)
+        or None,
         "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
         "cores": available_cores(),
@@ -219,9 +222,9 @@ class ContentionMonitor:
             taken = (cpu_busy_seconds() - busy) - (self._own() - own)
             self.external_cpu_load = min(1.0, max(0.0, taken / (elapsed * (os.cpu_count() or 1))))
         for index in range(self._devices):
-            there = self._runtime.num_processes(index)
-            if there is not None:  # one of them is our rank, whose PID may differ in a container
-                self.external_device_processes = max(self.external_device_processes or 0, there - 1)
+            num_processes = self._runtime.num_processes(index)
+            if num_processes is not None:  # one of them is our rank, whose PID may differ in a container
+                self.external_device_processes = max(self.external_device_processes or 0, num_processes - 1)
         much = self.external_cpu_load is not None and self.external_cpu_load > CONTENTION_THRESHOLD
         if self._said or not (much or self.external_device_processes):
             return None
@@ -232,7 +235,7 @@ class ContentionMonitor:
             if self.external_device_processes
             else []
         )
-        return f"contention: {', '.join(what)}; these figures are not comparable (rows are marked)"
+        return f"contention: {', '.join(what)}; measurements are not comparable (rows are marked)"
 
     def _own(self) -> float:
         """Return the CPU seconds of this job's processes on the node so far."""

@@ -204,11 +204,11 @@ class PerGroupAttention:
             row_candidate: [R] which candidate each candidate row belongs to.
             kernel: implementation, as in `dot_product_attention`.
         """
-        own = row_candidate[:, None] == row_candidate  # [R, R]
-        own &= _causal(len(row_candidate), row_candidate.device)
+        same_candidate = row_candidate[:, None] == row_candidate  # [R, R]
+        same_candidate &= _causal(len(row_candidate), row_candidate.device)
         masks, start = [], 0
         for n, m in zip(context_lengths, candidate_rows):
-            block = own[start : start + m, start : start + m]
+            block = same_candidate[start : start + m, start : start + m]
             masks.append(Mask(F.pad(block, (n, 0), value=True)))
             start += m
         return cls(context_lengths, candidate_rows, masks, kernel)
@@ -272,8 +272,8 @@ class PaddedAttention:
     def from_index(cls, places: PaddingIndex, kernel: str = "auto") -> "PaddedAttention":
         """Build the layout of rows without padding, without device synchronisation; `kernel` as for attention."""
         owner = places.owner
-        own = (owner[:, :, None] == owner[:, None, :]) & _causal(owner.shape[1], owner.device)
-        mask = Mask((own | (owner == -1)[:, None, :])[:, None])
+        same_candidate = (owner[:, :, None] == owner[:, None, :]) & _causal(owner.shape[1], owner.device)
+        mask = Mask((same_candidate | (owner == -1)[:, None, :])[:, None])
         return cls((int(owner.shape[0]), int(owner.shape[1])), mask, kernel, places, owner == -2)
 
     @classmethod

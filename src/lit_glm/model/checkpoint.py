@@ -248,7 +248,7 @@ def _merge_model_parallel(parts: List[Dict[str, Tensor]], path: Path) -> Dict[st
         try:
             tensors = [part[name] for part in parts]
         except KeyError as error:
-            raise InputError(f"{path}: {name} is not in every file of the set") from error
+            raise InputError(f"{path}: tensor {name} is missing from some of the model-parallel files") from error
         if "query_key_value" in name:
             blocks = [tensor.chunk(3, dim=0) for tensor in tensors]
             merged[name] = torch.cat([block[kind] for kind in range(3) for block in blocks], dim=0)

@@ -105,14 +105,14 @@ def prediction_table(predictions: List[Prediction], basis: Dict[str, int]) -> st
     for one in predictions:
         config = one.config
         memory = one.memory_gib.text()
-        there = config.hardware.memory_gib
+        device_memory_gib = config.hardware.memory_gib
         rows.append(
             [
                 f"{config.hardware.name} {config.topology.name}",
                 config.precision.name + (" (TF32)" if config.precision.tf32 else ""),
                 config.scoring.name,
                 str(config.bs),
-                memory if there is None else f"{memory} of {there:g}",
+                memory if device_memory_gib is None else f"{memory} of {device_memory_gib:g}",
                 _FITS[one.fits],
                 one.step_s.text(),
                 one.p_core.text(),

@@ -310,13 +310,13 @@ class Prediction:
     config: TrainConfig
     memory_gib: Interval
     fits: Optional[bool]
-    """None: memory_gib contains the device's memory, or that is unknown."""
+    """Whether the run fits into the device's memory; None if the prediction is undecided, or the memory unknown."""
     step_s: Interval
     p_core: Interval
     samples: int
     """Number of samples that `total_s` and `energy_j` refer to."""
     total_s: Interval
-    """From the first step to the end: training and evaluations."""
+    """Predicted seconds of training and evaluations."""
     energy_j: Optional[Interval]
     all_reduce_s: Interval
     steps: int
@@ -388,11 +388,11 @@ def predict(config: TrainConfig, speed: RankSpeed, work: Workload, data: str, sa
     guess = estimate_memory(config, work.lengths, 0.0, saves_attention_probs(config)).total
     alike = config.topology.devices_per_node if config.hardware.accelerator == "cpu" else 1  # ranks share memory
     memory = (Interval(guess, guess).widened(_ESTIMATE) + speed.base) * (alike / _GIB)
-    there = config.hardware.memory_gib
+    device_gib = config.hardware.memory_gib
     return Prediction(
         config,
         memory,
-        None if there is None or memory.low <= there < memory.high else memory.high <= there,
+        None if device_gib is None or memory.low <= device_gib < memory.high else memory.high <= device_gib,
         step,
         compute.over(config.global_batch),
         samples,

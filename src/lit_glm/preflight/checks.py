@@ -49,9 +49,9 @@ def check_disk(config: TrainConfig, place: Path) -> CheckResult:
     count = estimates.count_parameters(config.model)
     one = count * (2 + 12 if config.precision.name == "fp16" else 12)
     needed, free = _CHECKPOINTS * one, shutil.disk_usage(str(folder)).free
-    said = f"{folder}: {_format_size(free)} free, checkpoints take up to {_format_size(needed)}"
+    message = f"{folder}: {_format_size(free)} free, checkpoints take up to {_format_size(needed)}"
     if free < needed:
-        return CheckResult("", "fail", said, "free disk space, or give hydra.run.dir= on another disk")
+        return CheckResult("", "fail", message, "free disk space, or give hydra.run.dir= on another disk")
     try:
         with tempfile.NamedTemporaryFile(dir=str(folder), prefix=".lit_glm-doctor-") as file:
             block = os.urandom(2**20)
@@ -62,11 +62,11 @@ def check_disk(config: TrainConfig, place: Path) -> CheckResult:
             os.fsync(file.fileno())
             speed = _TRIED_MIB / (time.perf_counter() - start)
     except OSError as error:
-        return CheckResult("", "fail", f"{said}; cannot be written ({error})", "give hydra.run.dir= on another disk")
-    said += f", written at {speed:.0f} MiB/s: {one / 2**20 / speed:.0f} s per checkpoint"
+        return CheckResult("", "fail", f"{message}; cannot be written ({error})", "give hydra.run.dir= on another disk")
+    message += f", written at {speed:.0f} MiB/s: {one / 2**20 / speed:.0f} s per checkpoint"
     if speed < _SLOW_MIB_S:
-        return CheckResult("", "warn", said, "a larger run.checkpoint_interval_steps saves time")
-    return CheckResult("", "ok", said)
+        return CheckResult("", "warn", message, "a larger run.checkpoint_interval_steps saves time")
+    return CheckResult("", "ok", message)
 
 
 def _make_decoder(config: TrainConfig) -> Callable[[Any], str]:
@@ -144,10 +144,10 @@ def check_memory(config: TrainConfig, runtime: Optional[Runtime]) -> CheckResult
     path = Path(config.data.train_file)
     if config.data.synthetic is not None and not path.exists():
         return CheckResult("", "skip", "not estimated: the data does not exist yet")
-    said, *advice = estimates.memory_message(config, SequenceLengths.from_hdf5(path), runtime).split("\n")
+    message, *advice = estimates.memory_message(config, SequenceLengths.from_hdf5(path), runtime).split("\n")
     unknown = runtime is None or runtime.total_memory(0) is None
     status = "fail" if advice else "warn" if unknown else "ok"
-    return CheckResult("", status, said.replace("memory: ", ""), "; ".join(advice).replace("memory: ", ""))
+    return CheckResult("", status, message.replace("memory: ", ""), "; ".join(advice).replace("memory: ", ""))
 
 
 _LIMIT_S = 6.0
@@ -162,14 +162,14 @@ def check_runtime(config: TrainConfig, kept: List[str]) -> CheckResult:
     """
     made = make_runtime(config.hardware, config.topology)
     version = f", driver {made.driver_version()}" if made.has_driver else ""
-    said = f"{made.name} for {config.hardware.name}{version}"
+    message = f"{made.name} for {config.hardware.name}{version}"
     if made.simulated:
         return CheckResult(
-            "", "warn", f"{said}: simulated on the CPU", "no measurement is that of the device", artifact=made
+            "", "warn", f"{message}: simulated on the CPU", "no measurement is that of the device", artifact=made
         )
     if kept:
-        return CheckResult("", "warn", said, "; ".join(kept), artifact=made)
-    return CheckResult("", "ok", said, artifact=made)
+        return CheckResult("", "warn", message, "; ".join(kept), artifact=made)
+    return CheckResult("", "ok", message, artifact=made)
 
 
 def check_devices(config: TrainConfig, made: Runtime) -> CheckResult:
@@ -186,8 +186,8 @@ def check_devices(config: TrainConfig, made: Runtime) -> CheckResult:
         size = "memory unknown" if total is None else f"{total / 2**30:.1f} GiB"
         names.append(f"{made.device_name(index) or config.hardware.product_name} ({size})")
     kinds = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
-    said = f"{made.device_count()} devices visible, {devices} required per node: {kinds}"
-    return CheckResult("", "warn" if hints else "ok", said, "; ".join(hints))
+    message = f"{made.device_count()} devices visible, {devices} required per node: {kinds}"
+    return CheckResult("", "warn" if hints else "ok", message, "; ".join(hints))
 
 
 def check_precision(config: TrainConfig, made: Runtime) -> CheckResult:
@@ -195,9 +195,10 @@ def check_precision(config: TrainConfig, made: Runtime) -> CheckResult:
     from lit_glm.hardware.precision import make_precision
 
     plugin = make_precision(config, made)
-    said = f"{config.precision.name}: matrix products are computed in {str(plugin.computes_in).replace('torch.', '')}"  # type: ignore[attr-defined]
+    dtype = str(plugin.computes_in).replace("torch.", "")  # type: ignore[attr-defined]
+    message = f"{config.precision.name}: matrix products are computed in {dtype}"
     hint = made.precision_hint(config.precision.name)
-    return CheckResult("", "warn" if hint else "ok", said, hint)
+    return CheckResult("", "warn" if hint else "ok", message, hint)
 
 
 def check_rendezvous_port(config: TrainConfig, made: Runtime) -> CheckResult:
@@ -242,10 +243,10 @@ def check_host() -> CheckResult:
     """Describe this machine, and check whether other processes are using its CPUs."""
     busy = psutil.cpu_percent(interval=0.5)
     free = psutil.virtual_memory().available / 2**30
-    said = f"{describe_machine()}; {free:.1f} GiB of memory free, CPUs {busy:.0f} % busy"
+    message = f"{describe_machine()}; {free:.1f} GiB of memory free, CPUs {busy:.0f} % busy"
     if busy > _BUSY_PERCENT:
-        return CheckResult("", "warn", said, "other processes are using the CPUs: measurements would not be comparable")
-    return CheckResult("", "ok", said)
+        return CheckResult("", "warn", message, "other processes use the CPUs: measurements would not be comparable")
+    return CheckResult("", "ok", message)
 
 
 def tested_versions() -> "tuple[str, Dict[str, str]]":
@@ -305,8 +306,8 @@ def _compare_num_examples(path: Path, kind: str) -> Tuple[bool, str]:
 
     count, known = len(SequenceLengths.from_hdf5(path)), _QUESTIONS[kind]
     same = count == known if kind == "eval" else known <= count < 2 * known
-    said = "as in ReCoRD" if same else f"not as in ReCoRD, which has {known:,} questions"
-    return same, f"{count:,} {'training' if kind == 'train' else 'evaluation'} examples: {said}"
+    message = "as in ReCoRD" if same else f"not as in ReCoRD, which has {known:,} questions"
+    return same, f"{count:,} {'training' if kind == 'train' else 'evaluation'} examples: {message}"
 
 
 def _compare_num_weights(path: Path) -> Tuple[bool, str]:
@@ -340,5 +341,5 @@ def check_provenance(config: TrainConfig) -> CheckResult:
     if not found:
         return CheckResult("", "skip", "no files to compare with the published ones (sources: docs/data.md)")
     other: Optional[str] = None if all(same for same, _ in found) else "sources of the published files: docs/data.md"
-    said = "; ".join(text for _, text in found)
-    return CheckResult("", "ok" if other is None else "warn", said, other or "")
+    message = "; ".join(text for _, text in found)
+    return CheckResult("", "ok" if other is None else "warn", message, other or "")

@@ -27,8 +27,8 @@ TOPOLOGIES = ("1x1", "1x8", "2x8")
 """Topologies of a complete report, as published."""
 _SCORINGS = ("published", "shared_context")
 _DEPENDENCIES = ("torch", "pytorch-lightning", "torchmetrics", "hydra-core", "omegaconf", "numpy", "h5py")
-_TOLD = {"machine": "machine", "device_name": "device_name", "network": "network", "driver": "driver", "image": "image"}
-"""Environment entries that can be given as `report.*`, with the name of that key."""
+_OVERRIDABLE = ("machine", "device_name", "network", "driver", "image")
+"""Environment entries that can be given as `report.*`."""
 
 
 @dataclass
@@ -68,14 +68,14 @@ class Document:
 
 
 def make_document(
-    runs: List[ReportRun], left_out: List[str], told: Dict[str, str], words: Translations, sort: Optional[str] = None
+    runs: List[ReportRun], left_out: List[str], given: Dict[str, str], words: Translations, sort: Optional[str] = None
 ) -> Document:
     """Build the report document of some runs.
 
     Args:
         runs: at least one.
         left_out: messages about paths without a readable run.
-        told: environment entries given on the command line, by the name of their `report.*` key.
+        given: environment entries given on the command line, by the name of their `report.*` key.
         words: texts in the report's language.
         sort: metric to sort rows by, best first; None: by device type and topology.
     """
@@ -85,7 +85,7 @@ def make_document(
     found.sort(key=lambda row: not row.runs[0].is_measurement)
     hardware = list(dict.fromkeys(str(row["hardware"]) for row in found))
     environments = [
-        _describe_environment(name, [run for run in runs if run.result["hardware"] == name], told, words)
+        _describe_environment(name, [run for run in runs if run.result["hardware"] == name], given, words)
         for name in hardware
     ]
     published, ratios = published_tables(found, words)
@@ -111,12 +111,11 @@ def make_document(
 # -- environment -------------------------------------------------------------------------------------------------
 
 
-def _describe_environment(name: str, runs: List[ReportRun], told: Dict[str, str], words: Translations) -> Environment:
+def _describe_environment(name: str, runs: List[ReportRun], given: Dict[str, str], words: Translations) -> Environment:
     known = [run.environment for run in runs if run.environment]
 
     def entry(key: str, values: List[Any]) -> EnvironmentEntry:
-        given = told.get(_TOLD.get(key, ""))
-        return EnvironmentEntry(key, words(key), [given] if given else distinct_texts(values))
+        return EnvironmentEntry(key, words(key), [given[key]] if given.get(key) else distinct_texts(values))
 
     def packages(environment: Dict[str, Any], names: Tuple[str, ...]) -> str:
         versions = environment.get("packages") or {}
@@ -256,7 +255,7 @@ def _list_missing(found: List[ReportRow], environments: List[Environment], words
             alone = entry.key == "network" and all(row.nodes[0] <= 1 for row in own)
             if entry.values or alone:
                 continue
-            key = "missing_environment" if entry.key in _TOLD else "missing_environment_plain"
+            key = "missing_environment" if entry.key in _OVERRIDABLE else "missing_environment_plain"
             lines.append(words(key, environment.name, entry.label, entry.key))
     for row in found:
         empty = [column for column in PUBLISHED_COLUMNS[1:] if not format_cell(row, column)]

@@ -28,50 +28,50 @@ def unique_row_label(row: ReportRow, words: Translations) -> str:
 
 def label_with_annotations(row: ReportRow, words: Translations, more: Sequence[str] = ()) -> str:
     """Return the name of a row with its annotations."""
-    said = [*row_annotations(row, words), *more]
-    return row_label(row, words) + (f" ({', '.join(said)})" if said else "")
+    annotations = [*row_annotations(row, words), *more]
+    return row_label(row, words) + (f" ({', '.join(annotations)})" if annotations else "")
 
 
 def row_annotations(row: ReportRow, words: Translations) -> List[str]:
     """List what a reader must know before comparing the row."""
-    said: List[str] = [f"#{row.number}"] if row.number else []
+    notes: List[str] = [f"#{row.number}"] if row.number else []
     if row["simulated"]:
-        said.append(words("simulated"))
+        notes.append(words("simulated"))
     if row["computed_on_cpu"]:
-        said.append(words("computed_on_cpu"))
+        notes.append(words("computed_on_cpu"))
     if row["mem_total_source"] == "hardware file":
-        said.append(words("mem_of_file"))
+        notes.append(words("mem_of_file"))
     if row["profiled"]:
-        said.append(words("profiled"))
+        notes.append(words("profiled"))
     status = str(row["status"])
     if not row.runs[0].complete:
-        said.append(words.state(status))
+        notes.append(words.state(status))
     open_ended = [run for run in row.runs if run.complete and not run.result.get("converged")]
     if open_ended:
         several = len(row.runs) > 1
-        said.append(words("some_unconverged", len(open_ended), len(row.runs)) if several else words("unconverged"))
+        notes.append(words("some_unconverged", len(open_ended), len(row.runs)) if several else words("unconverged"))
     resumed = sum(_num_interruptions(run) for run in row.runs)
     if resumed:
-        said.append(words("resumed", resumed))
+        notes.append(words("resumed", resumed))
     repeated = sum(int(run.number("repeated_steps") or 0) for run in row.runs)
     if repeated:
-        said.append(words("repeated", repeated))
+        notes.append(words("repeated", repeated))
     much = [run.result for run in row.runs if has_many_skipped_steps(run.result)]
-    said += [words("skipped", result["skipped_steps"], result["global_steps"]) for result in much]
+    notes += [words("skipped", result["skipped_steps"], result["global_steps"]) for result in much]
     loads = [run.number("external_cpu_load") or 0.0 for run in row.runs if was_contended(run.result)]
-    said += [words("not_alone", f"{100 * max(loads):.0f} %")] if loads else []
-    said += [f"{name}: {value}" for name, value in row.machine_differs.items()]
+    notes += [words("not_alone", f"{100 * max(loads):.0f} %")] if loads else []
+    notes += [f"{name}: {value}" for name, value in row.machine_differs.items()]
     if any(run.result.get("environment_changes") for run in row.runs):
-        said.append(words("several_machines"))
+        notes.append(words("several_machines"))
     if any(run.result.get("missing_data") for run in row.runs):
-        said.append(words("incomplete_data"))
+        notes.append(words("incomplete_data"))
     if len(row.runs) > 1:
-        said.append(words("n_runs", len(row.runs)))
+        notes.append(words("n_runs", len(row.runs)))
     data = row.runs[0].settings.get("data.name")
     if data not in (None, "record"):
         lengths = row.runs[0].settings.get("data.synthetic.lengths")
-        said.append(words("not_default_data", f"{data}, lengths of real news" if lengths == "record" else data))
-    return said
+        notes.append(words("not_default_data", f"{data}, lengths of real news" if lengths == "record" else data))
+    return notes
 
 
 def text_list(value: Any) -> List[str]:

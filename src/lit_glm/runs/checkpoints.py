@@ -136,7 +136,7 @@ def latest_valid(run_dir: Path, config_hash: str, whole: bool) -> Tuple[Optional
             content = load_lazy(path)
             own = content["lit_glm"]
             if own.get("config_hash", own.get("identity")) != config_hash:  # `identity` before 0.2.0
-                raise ValueError("it belongs to another configuration")
+                raise ValueError("saved by a run with another configuration")
             damage = find_damage(path)
             if damage is not None:
                 raise ValueError(f"it is damaged: {damage} has a wrong checksum")

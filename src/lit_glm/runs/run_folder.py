@@ -167,7 +167,9 @@ def acquire_run_dir(job: JobSpec, run_dir: Path, composed: Dict[str, str]) -> It
 def ensure_no_new_run(run_dir: Path, job: JobSpec) -> None:
     """Reject a folder in which another process has run since it was checked."""
     if (run_dir / jobs.JOB_FILE).is_file() and not job.config.run.overwrite:
-        raise InputError(f"{run_dir}: another process has just run here; resume that run with run.resume={run_dir}")
+        raise InputError(
+            f"{run_dir}: another process has started a run in this folder; resume it with run.resume={run_dir}"
+        )
 
 
 def _remove_previous_run(run_dir: Path) -> None:

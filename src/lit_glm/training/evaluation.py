@@ -74,7 +74,7 @@ def evaluate(
     loader: Iterable[Any],
     runtime: Runtime,
     on_batch: Optional[OnBatch] = None,
-    anybody: Callable[[bool], bool] = bool,
+    any_rank: Callable[[bool], bool] = bool,
     scores: Optional[Dict[int, List[float]]] = None,
 ) -> Tuple[Optional[float], List[Tuple[int, int]]]:
     """Choose a candidate for each example.
@@ -84,7 +84,7 @@ def evaluate(
         loader: batches of this rank.
         runtime: runtime of the model's device.
         on_batch: see `OnBatch`.
-        anybody: returns whether any rank ended early, given whether this one did.
+        any_rank: returns whether any rank ended early, given whether this one did.
         scores: gets the candidates' scores of each example, by its index; None: they are not read from the device.
 
     Returns:
@@ -122,7 +122,7 @@ def evaluate(
                     break
         if waiting is not None:
             count(*waiting)
-        return (None if anybody(stopped) else float(metric.compute())), chosen
+        return (None if any_rank(stopped) else float(metric.compute())), chosen
     finally:
         module.train(training)
 

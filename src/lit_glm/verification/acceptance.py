@@ -102,7 +102,7 @@ class AcceptanceTest:
                 yield check
         for config in self.configurations:
             own: List[CheckResult] = []
-            for check in self._of_precision(config):
+            for check in self._check_precision(config):
                 own.append(check)
                 self.done.append(check)
                 yield check
@@ -116,7 +116,7 @@ class AcceptanceTest:
             return [CheckResult(name, "skip", f"{_OUT_OF_TIME}: verify.max_minutes={self._limit_s / 60:g} exceeded")]
         return _catch_errors(name, run)
 
-    def _of_precision(self, config: TrainConfig) -> Iterator[CheckResult]:
+    def _check_precision(self, config: TrainConfig) -> Iterator[CheckResult]:
         name, runtime = config.precision.name, self._runtime
         try:
             plugin: Any = make_precision(config, runtime, tried=name != "fp32")  # fp32 is checked by operator below

@@ -125,7 +125,10 @@ def check_dropout(runtime: Runtime) -> CheckResult:
         return CheckResult("dropout", "fail", "the same seed gives different masks", advice=advice)
     if any(torch.equal(one, two) for one, two in zip(first, other)):
         return CheckResult(
-            "dropout", "fail", "different seeds give the same mask", advice="every step would drop the same elements"
+            "dropout",
+            "fail",
+            "different seeds give the same mask",
+            advice="check Runtime.manual_seed: every step would drop the same elements",
         )
     draws = 8 * 8 * 64 * 64
     limit = _SIGMAS * math.sqrt(_SHARE / (1 - _SHARE) / draws) + 2.0**-8  # 2 ** -8: rounding of the output to bf16

@@ -1,7 +1,7 @@
 """The operators that a step really calls, each compared as it is called with the CPU's result in float64.
 
 Nothing is listed by hand: a dispatch mode sees every operator below autograd with its arguments. The first time that
-one comes with new shapes or types its inputs are copied to the processor, the device computes, and the copies are
+one comes with new shapes or types its inputs are copied to the CPU, the device computes, and the copies are
 computed in float64 there.
 """
 
@@ -116,7 +116,7 @@ _OWN: Dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-_DRAWN = ("rand", "bernoulli", "dropout", "normal_", "uniform", "exponential", "multinomial")
+_RANDOM_OPS = ("rand", "bernoulli", "dropout", "normal_", "uniform", "exponential", "multinomial")
 _PLAIN = (
     "empty", "new_empty", "view", "reshape", "alias", "detach", "transpose", "permute", "slice", "select", "expand",
     "as_strided", "squeeze", "unsqueeze", "split", "unbind", "unfold", "diagonal", "lift", "set_", "resize",
@@ -205,7 +205,7 @@ class OperatorRecorder:
         if key in self.seen and self.seen[key].status not in ("missing", "fails"):
             return operator(*args, **kwargs)
         shapes = ", ".join(f"{_dtype_name(tensor)}{list(tensor.shape)}" for tensor in tensors[:4])
-        if any(word in name for word in _DRAWN) or _draws_dropout(operator, args, kwargs):
+        if any(word in name for word in _RANDOM_OPS) or _draws_dropout(operator, args, kwargs):
             self.seen[key] = OperatorResult(name, shapes, "drawn")
             return operator(*args, **kwargs)
         before = map_structure((args, kwargs), to_host)
@@ -217,12 +217,14 @@ class OperatorRecorder:
             if is_oom_error(error):
                 raise
             text = first_line(error)
-            is_missing = isinstance(error, NotImplementedError) or any(word in text.lower() for word in _SAYS_MISSING)
+            is_missing = isinstance(error, NotImplementedError) or any(
+                word in text.lower() for word in _MISSING_PATTERNS
+            )
             self.seen[key] = OperatorResult(name, shapes, "missing" if is_missing else "fails", message=text)
-            return self._by_the_processor(operator, args, before, error)
-        found = self._judged(operator, name, shapes, before, (args, kwargs), out)
+            return self._run_on_cpu(operator, args, before, error)
+        found = self._compare(operator, name, shapes, before, (args, kwargs), out)
         backs = [str(entry.message) for entry in said if "fall" in str(entry.message).lower()]
-        elsewhere = [tensor for tensor in tensors_in(out) if _has_left(tensor, self._device)]
+        elsewhere = [tensor for tensor in tensors_in(out) if _is_off_device(tensor, self._device)]
         if backs or (elsewhere and "to_copy" not in name and "copy_" not in name):
             message = (backs or [f"result is on {elsewhere[0].device}"])[0][:200]
             # In addition to the comparison: a result can be wrong and computed elsewhere.
@@ -230,7 +232,7 @@ class OperatorRecorder:
         self.seen[key] = found
         return out
 
-    def _by_the_processor(self, operator: Any, args: Any, before: Any, error: Exception) -> Any:
+    def _run_on_cpu(self, operator: Any, args: Any, before: Any, error: Exception) -> Any:
         """Compute an operator that the device cannot run in float64 on the CPU, so that the step can continue."""
         wide_args, wide_kwargs = map_structure(before, to_float64)
         try:
@@ -250,7 +252,7 @@ class OperatorRecorder:
 
         return map_structure(out, back)
 
-    def _judged(self, operator: Any, name: str, shapes: str, before: Any, after: Any, out: Any) -> OperatorResult:
+    def _compare(self, operator: Any, name: str, shapes: str, before: Any, after: Any, out: Any) -> OperatorResult:
         writes = name.endswith("_") or str(operator).endswith("out")
         try:
             inputs = map_structure(before, to_float64)
@@ -294,12 +296,12 @@ _ADDS_IN_TYPE = ("index_add", "scatter_add", "embedding_dense_backward", "index_
 """Operators that accumulate term by term in the dtype of the result."""
 _COMPARED_RESULTS = {"nll_loss_forward": 1}
 """Number of compared results, for operators whose further results only serve their own backward."""
-_SAYS_MISSING = ("not implemented", "could not run", "unimplemented", "not supported", "no kernel", "unsupported")
+_MISSING_PATTERNS = ("not implemented", "could not run", "unimplemented", "not supported", "no kernel", "unsupported")
 _TIES = 1e-4
 """Share of elements in which integer or boolean results may differ: numbers that only float64 distinguishes."""
 
 
-def _has_left(tensor: Tensor, device: torch.device) -> bool:
+def _is_off_device(tensor: Tensor, device: torch.device) -> bool:
     """Return whether a result is on another device; not for seeds and offsets, which kernels keep on the host."""
     is_state = not tensor.is_floating_point() and tensor.numel() <= 2
     return tensor.device.type not in (device.type, "meta") and not is_state

@@ -153,9 +153,13 @@ def check_bandwidth(runtime: Runtime) -> List[CheckResult]:
         return min(times[1:])
 
     size = _BYTES[1] if seconds(_BYTES[0], False) * _BYTES[1] / _BYTES[0] < 4 * _COPY_S else _BYTES[0]
-    own = 2.0 * size / seconds(size, False) / 1e9
-    checks = [CheckResult("memory bandwidth", "ok", f"{own:.3g} GB/s, read and written", value=own)]
+    rate = 2.0 * size / seconds(size, False) / 1e9
+    checks = [CheckResult("memory bandwidth", "ok", f"{_format_rate(rate)}, read and written", value=rate)]
     if device.type != "cpu":
-        there = size / seconds(size, True) / 1e9
-        checks.append(CheckResult("copy to the device", "ok", f"{there:.3g} GB/s from pageable memory", value=there))
+        rate = size / seconds(size, True) / 1e9
+        checks.append(CheckResult("copy to the device", "ok", f"{_format_rate(rate)} from pageable memory", value=rate))
     return checks
+
+
+def _format_rate(gbytes_s: float) -> str:
+    return f"{gbytes_s:,.0f} GB/s" if gbytes_s >= 100 else f"{gbytes_s:.3g} GB/s"

@@ -79,7 +79,7 @@ class Runtime:
         return read
 
     def after_step(self) -> None:
-        """Do what the vendor requires after each step."""
+        """Run what the vendor requires after every step, such as a barrier of a lazy runtime. Nothing by default."""
 
     def manual_seed(self, seed: int) -> None:
         """Seed the generators of the CPU and of the current device.
@@ -141,7 +141,7 @@ class Runtime:
         return None
 
     def attach_memory_monitor(self, index: int, file: Path) -> None:
-        """Also use the readings of a device's monitor for its memory.
+        """Use the readings of a device's monitor as an additional source of memory use.
 
         Args:
             index: index of the device.

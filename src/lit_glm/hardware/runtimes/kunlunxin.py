@@ -91,7 +91,7 @@ class XMLIRRuntime(Runtime):
         self._vendor.xpu.set_device(index)
 
     def synchronize(self) -> None:
-        """Wait for the device; two names of the function are in use."""
+        """Wait until the device has completed all work (`xpu.synchronize`, in some builds `xpu.xpu_synchronize`)."""
         xpu = self._vendor.xpu
         (xpu.synchronize if hasattr(xpu, "synchronize") else xpu.xpu_synchronize)()
 

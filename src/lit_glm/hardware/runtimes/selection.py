@@ -82,13 +82,13 @@ def _candidate_runtimes(hardware: HardwareConfig) -> List[str]:
     unknown = sorted(set(hardware.runtimes) - set(BUILT_IN_RUNTIMES))
     if unknown or not (hardware.runtimes or hardware.runtime == "simulated"):
         raise InputError(
-            f"hardware.runtimes=[{', '.join(hardware.runtimes)}] (conf/hardware/{hardware.name}.yaml): one or more of "
-            f"{', '.join(BUILT_IN_RUNTIMES)}"
+            f"hardware.runtimes=[{', '.join(hardware.runtimes)}] (conf/hardware/{hardware.name}.yaml): must be one or "
+            f"more of {', '.join(BUILT_IN_RUNTIMES)}"
         )
     if hardware.product_name and "cpu" in hardware.runtimes:
         raise InputError(
-            f"hardware.runtimes={hardware.runtimes}: CPU figures would be reported as {hardware.product_name}'s; use "
-            "hardware.runtime=simulated for a dry run"
+            f"hardware.runtimes=[{', '.join(hardware.runtimes)}]: would report measurements of the CPU as those of "
+            f"{hardware.product_name}; use hardware.runtime=simulated for a dry run"
         )
     if hardware.runtime == "auto":
         return list(hardware.runtimes)
@@ -111,10 +111,10 @@ def check_runtime_available(hardware: HardwareConfig, topology: TopologyConfig) 
         return  # without importing torch
     classes = _runtime_classes(hardware)
     reasons = [(name, classes[name].unavailable_reason()) for name in names]
-    there = [name for name, reason in reasons if reason is None]
-    if not there:
+    available = [name for name, reason in reasons if reason is None]
+    if not available:
         raise InputError(_unavailable_message(hardware, [f"  {name}: {reason}" for name, reason in reasons]))
-    unable = classes[there[0]].multi_node_unsupported_reason(topology.num_nodes)
+    unable = classes[available[0]].multi_node_unsupported_reason(topology.num_nodes)
     if unable is not None:
         raise InputError(f"topology={topology.name}: {unable}")
 
@@ -193,7 +193,7 @@ def validate_devices(hardware: HardwareConfig, runtime: Runtime, devices: int, f
     Raises:
         InputError: if a device does not match the file.
     """
-    said = []
+    warnings = []
     known: Dict[str, Any] = {entry.stem: OmegaConf.load(entry) for entry in sorted(folder.glob("*.yaml"))}
     vendors = {str(entry.get("vendor") or "") for entry in known.values()} - {""}
     patterns = {name: str(entry.get("device_name_pattern") or "") for name, entry in known.items()}
@@ -218,26 +218,30 @@ def validate_devices(hardware: HardwareConfig, runtime: Runtime, devices: int, f
             and hardware.product_name
             and ((better and better[0] != hardware.name) or others)
         ):
-            take = better[0] if better else "another file, or a new one (docs/hardware.md)"
-            raise InputError(f"hardware={hardware.name}, but device {index} is {name!r}; use hardware={take}")
+            advice = (
+                f"use hardware={better[0]}"
+                if better
+                else "use the file of that device, or write one (docs/new_chip.md)"
+            )
+            raise InputError(f"hardware={hardware.name}, but device {index} is {name!r}; {advice}")
         total = runtime.total_memory(index)
         if hardware.memory_gib and total and abs(total / 2**30 / hardware.memory_gib - 1) > 0.1:
-            said.append(
+            warnings.append(
                 f"device {index} has {total / 2**30:.1f} GiB, conf/hardware/{hardware.name}.yaml has "
                 f"{hardware.memory_gib:g}; using the device's value"
             )
         if not hardware.device_name_pattern and better and index == 0:
-            said.append(f"{name}: hardware={better[0]} has its peak; hardware={hardware.name} gives no mfu")
+            warnings.append(f"{name}: hardware={better[0]} has its peak; hardware={hardware.name} gives no mfu")
         elif (
             not hardware.device_name_pattern
             and hardware.product_name
             and hardware.product_name not in name
             and index == 0
         ):
-            said.append(
+            warnings.append(
                 f"device 0 is {name!r}; hardware={hardware.name} has the specification of {hardware.product_name}"
             )
-    return said
+    return warnings
 
 
 class SimulatedRuntime(CPURuntime):
