@@ -12,6 +12,7 @@ from typing import Any, Dict, List
 import pytest
 
 from lit_glm.report import main
+from lit_glm.reporting.definitions import Translations
 from lit_glm.reporting.document import run_command_line
 from lit_glm.reporting.run_reader import ReportRun, _is_process_alive
 from reporting.folders import make_run
@@ -331,7 +332,7 @@ def test_simulated_runs_are_marked_in_every_figure(tmp_path: Path, capfd: Any) -
             assert word in figure.split("<figcaption>")[1]
         legends = [figure for figure in figures if "bs=5" in figure]
         assert legends
-        assert all(f"bs=5 ({word})" in figure for figure in legends)
+        assert all(Translations(language).with_note("bs=5", word) in figure for figure in legends)
 
 
 def test_a_run_of_another_machine_runs_while_any_of_its_files_is_new(tmp_path: Path) -> None:

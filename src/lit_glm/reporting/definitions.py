@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, Iterable, List
 
 from omegaconf import OmegaConf
 
@@ -40,13 +40,21 @@ class Translations:
         """Translate a run status; unknown ones are returned unchanged."""
         return self(status) if status in _STATES else status
 
-    def config(self, card: str, topology: str) -> str:
-        """Return the name of a row: `CARD 1x8`; in Chinese as published, `CARD单机8卡（1x8）`."""
+    def with_note(self, text: str, note: str) -> str:
+        """Return a text with a note in brackets, which are full-width in Chinese."""
+        return f"{text} ({note})" if self.language == "en" else f"{text}（{note}）"
+
+    def join(self, texts: Iterable[str]) -> str:
+        """Return texts as one list."""
+        return (", " if self.language == "en" else "，").join(texts)
+
+    def config(self, product_name: str, topology: str) -> str:
+        """Return the name of a row, such as `R300 1x8`; in Chinese as published, `R300单机8卡（1x8）`."""
         nodes, _, devices = topology.partition("x")
         if self.language == "en" or not (nodes.isdecimal() and devices.isdecimal()):
-            return f"{card} {topology}"
+            return f"{product_name} {topology}"
         machines = _NODES.get(int(nodes), f"{nodes}机")
-        return f"{card}{machines}{'单' if devices == '1' else devices}卡（{topology}）"
+        return f"{product_name}{machines}{'单' if devices == '1' else devices}卡（{topology}）"
 
 
 def distinct_texts(values: List[Any]) -> List[str]:
@@ -67,7 +75,7 @@ def metric_definitions(name: str, found: List[ReportRow], words: Translations) -
     sets = ", ".join(data.get(text, text) for text in distinct_texts([run.settings.get("data.name") for run in runs]))
     lines = [
         ("task", words("task_value"), ""),
-        ("model", f"GLM ({setting_values('model.name', str(runs[0].result.get('model')))})", ""),
+        ("model", words.with_note("GLM", setting_values("model.name", str(runs[0].result.get("model")))), ""),
         ("data", sets, ""),
         ("precision", words("see", precisions), words("precision_remark")),
         ("fix_hp", words("see", "fix_hp"), words("fix_hp_remark")),

@@ -12,8 +12,10 @@ from lit_glm.metrics.registry import METRICS, PUBLISHED_COLUMNS, TABLE_COLUMNS, 
 from lit_glm.reporting.definitions import ReportTable, Translations, distinct_texts, metric_definitions
 from lit_glm.reporting.published_rows import load_published_rows, published_tables
 from lit_glm.reporting.row_format import (
+    Note,
     format_cell,
     label_with_annotations,
+    note_texts,
     row_annotations,
     row_notes,
     text_list,
@@ -98,8 +100,8 @@ def make_document(
             metric_definitions(name, [row for row in found if row["hardware"] == name], words) for name in hardware
         ],
         performance=_performance_tables(found, words),
-        published=ReportTable(published.columns, own_rows, published.notes),
-        other_chips=ReportTable(published.columns, [row for row in published.rows if row not in own_rows]),
+        published=ReportTable(published.columns, own_rows, published.notes if own_rows else []),
+        other_chips=ReportTable(published.columns, published.rows[count:], [] if own_rows else published.notes),
         ratios=ratios,
         missing=_list_missing(found, environments, words),
         left_out=left_out,
@@ -184,7 +186,7 @@ def _performance_tables(found: List[ReportRow], words: Translations) -> List[Rep
 
 
 def _rows_table(rows: List[ReportRow], heading: str, words: Translations) -> ReportTable:
-    notes = [note for row in rows for note in row_notes(row, words)]
+    notes = note_texts((note for row in rows for note in row_notes(row, words)), words)
     if any(row["simulated"] for row in rows):
         notes.insert(0, words("mark_means_simulated"))
     several = len({str(row["scoring"]) for row in rows}) > 1
@@ -237,6 +239,7 @@ def _energy_cells(run: ReportRun, known: bool) -> List[str]:
 
 def _list_missing(found: List[ReportRow], environments: List[Environment], words: Translations) -> List[str]:
     lines: List[str] = []
+    notes: List[Note] = []
     for environment in environments:
         own = [row for row in found if row["hardware"] == environment.name]
         real = [row for row in own if not row["simulated"]]
@@ -260,25 +263,21 @@ def _list_missing(found: List[ReportRow], environments: List[Environment], words
     for row in found:
         empty = [column for column in PUBLISHED_COLUMNS[1:] if not format_cell(row, column)]
         if empty:
-            lines.append(words("missing_cell", unique_row_label(row, words), ", ".join(empty)))
+            notes.append(Note("missing_cell", unique_row_label(row, words), (", ".join(empty),)))
         if not row["simulated"] and any(run.complete and not run.result.get("converged") for run in row.runs):
-            lines.append(words("missing_target", unique_row_label(row, words)))
+            notes.append(Note("missing_target", unique_row_label(row, words)))
         if row.machine_differs:
             machine = ", ".join(f"{name}: {value}" for name, value in row.machine_differs.items())
-            lines.append(words("missing_same_machine", unique_row_label(row, words), machine))
+            notes.append(Note("missing_same_machine", unique_row_label(row, words), (machine,)))
         for run in row.runs:
             changes = text_list(run.result.get("environment_changes"))
-            lines += [words("machines_changed", unique_row_label(row, words), "; ".join(changes))] if changes else []
+            notes += [Note("machines_changed", unique_row_label(row, words), ("; ".join(changes),))] if changes else []
             reasons = text_list(run.result.get("missing_data"))
-            lines += [words("missing_data", unique_row_label(row, words), reason) for reason in reasons]
-        lines += [
-            words(
-                "missing_steps", unique_row_label(row, words), run.result["skipped_steps"], run.result["global_steps"]
-            )
-            for run in row.runs
-            if has_many_skipped_steps(run.result)
-        ]
-    return list(dict.fromkeys(lines))
+            notes += [Note("missing_data", unique_row_label(row, words), (reason,)) for reason in reasons]
+        for run in (run for run in row.runs if has_many_skipped_steps(run.result)):
+            counts = (str(run.result["skipped_steps"]), str(run.result["global_steps"]))
+            notes.append(Note("missing_steps", unique_row_label(row, words), counts))
+    return list(dict.fromkeys([*lines, *note_texts(notes, words)]))
 
 
 @dataclass
@@ -288,8 +287,8 @@ class SummaryTile:
     title: str
     state: str
     """reached, missed or other: decides the colour."""
-    said: str
-    marks: List[str]
+    result: str
+    """Whether the target was reached, with annotations."""
     items: List[Tuple[str, str]]
     """Labels and values that are known."""
     origin: str
@@ -334,7 +333,8 @@ def _make_tile(row: ReportRow, published: List[Dict[str, Any]], words: Translati
     title = f"{unique_row_label(row, words)} {row['precision']} {row['scoring']}"
     known = [(label, value) for label, value in items if value]
     more = [mark for mark in row_annotations(row, words) if mark != words("unconverged")]  # shown by the state already
-    return SummaryTile(title, state, said, more, known, " · ".join(part for part in origin if part))
+    result = words.with_note(said, words.join(more)) if more else said
+    return SummaryTile(title, state, result, known, " · ".join(part for part in origin if part))
 
 
 def run_command_line(run: ReportRun) -> str:

@@ -8,8 +8,9 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import matplotlib
 import numpy as np
 from markupsafe import Markup
-from matplotlib.colors import to_hex
+from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import MaxNLocator
 
 from lit_glm.hardware.device_monitor import load_readings
 from lit_glm.metrics.registry import METRICS, as_number
@@ -56,7 +57,7 @@ def plot_devices(shown: Sequence[Tuple[str, ReportRun]], words: Translations) ->
         kinds = [kind for kind in _SHOWN if any(one[kind] is not None for card in cards.values() for one in card)]
         if "power_w" not in kinds and "temperature_c" not in kinds:
             continue  # CPUs without power counters: other plots show the rest
-        canvas = Canvas(figsize=(9.0, 1.2 + 1.5 * len(kinds)))
+        canvas = Canvas(figsize=(_WIDTH, 1.4 + 1.1 * len(kinds)))
         axes = canvas.subplots(len(kinds), 1, squeeze=False, sharex=True)[:, 0]
         for place, kind in zip(axes, kinds):
             for (node, card), readings in list(cards.items())[:_MOST_CARDS]:
@@ -66,17 +67,22 @@ def plot_devices(shown: Sequence[Tuple[str, ReportRun]], words: Translations) ->
             for number, (part, spans) in enumerate(run_phases(run)):
                 for index, (begin, end) in enumerate(spans):
                     label = words(part) if place is axes[0] and index == 0 else None
-                    place.axvspan(begin, end, color=f"C{7 + number}", alpha=0.12, lw=0, label=label)
+                    place.axvspan(begin, end, color=f"C{7 + number}", alpha=0.3, lw=0, label=label)
             place.set_ylabel(words(kind))
-            place.set_ylim(bottom=0)
+            _start_at_zero(place)
         axes[0].set_title(name, fontsize=9)
         axes[-1].set_xlabel(words("seconds"))
         handles, labels = axes[0].get_legend_handles_labels()
-        canvas.legend(handles, labels, loc="outside lower left", ncols=6, fontsize=8)
+        canvas.legend(handles, labels, loc="outside lower left", ncols=4)
         return canvas
     return None
 
 
+_WIDTH = 5.0
+"""Width of a panel in inches: its text is readable on a phone, and two panels fit side by side on a screen."""
+_MOST_TICKS = 5
+_PALE = LinearSegmentedColormap.from_list("pale", ["#f7fbff", "#9ecae1"])
+"""Colours of cells whose text has enough contrast, also on a dark page, which inverts them."""
 _MOST_LINES = 8
 _MOST_POINTS = 600
 _SMOOTHED = 40
@@ -89,6 +95,7 @@ STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.alpha": 0.3,
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
@@ -140,13 +147,18 @@ def draw_plots(rows: List[ReportRow], words: Translations) -> Tuple[List[Plot], 
             if key == "fig_memory" and any(figure.key == "fig_devices" for figure in drawn):
                 continue  # the readings of the devices contain their memory
             panels = make(shown, words) or []
-            simulated = any(row["simulated"] for row in rows[:_MOST_LINES])
-            caption = f"{words(key)} ({words('simulated')})" if simulated else words(key)
+            drawn_rows = _grid_rows(rows) if key == "fig_grid" else rows[:_MOST_LINES]
+            caption = words(key)
+            if key == "fig_grid" and drawn_rows:
+                caption = words.with_note(caption, row_label(drawn_rows[0], words))
+            if any(row["simulated"] for row in drawn_rows):
+                caption = words.with_note(caption, words("simulated"))
             svgs = [_render_svg(canvas, caption, f"{key}{number}") for number, canvas in enumerate(panels)]
             if svgs:
                 drawn.append(Plot(key, caption, svgs, _legend(panels[0])))
     there = {figure.key for figure in drawn}
     there |= {"fig_memory"} if "fig_devices" in there else set()
+    there |= {"fig_grid"} if not _grid_rows(rows) else set()
     missing = [words(key) for key, _ in kinds if key not in there]
     notes = [words("fig_more", _MOST_LINES, len(rows) - _MOST_LINES)] if len(rows) > _MOST_LINES else []
     notes += [words("fig_missing", "; ".join(missing))] if missing else []
@@ -165,7 +177,9 @@ def legend_labels(rows: List[ReportRow], words: Translations) -> List[str]:
     names = [" ".join(part[place] for place in differ if part[place]) for part in parts]
     several = [f"{name} #{row.number}".strip() if row.number else name for name, row in zip(names, rows)]
     labels = [name or row_label(row, words) for name, row in zip(several, rows)]
-    return [f"{label} ({words('simulated')})" if row["simulated"] else label for label, row in zip(labels, rows)]
+    return [
+        words.with_note(label, words("simulated")) if row["simulated"] else label for label, row in zip(labels, rows)
+    ]
 
 
 def _render_svg(canvas: Canvas, title: str, key: str) -> Markup:
@@ -185,8 +199,21 @@ def _render_svg(canvas: Canvas, title: str, key: str) -> Markup:
 
 def _make_panels(columns: int = 1, height: float = 3.2) -> Tuple[List[Canvas], List[Any]]:
     """Create the panels of a plot and their axes."""
-    panels = [Canvas(figsize=(9.0 / columns, height)) for _ in range(columns)]
+    panels = [Canvas(figsize=(_WIDTH, height)) for _ in range(columns)]
     return panels, [panel.subplots() for panel in panels]
+
+
+def _start_at_zero(axes: Any) -> None:
+    """Let the y axis start at zero, with some space above the highest value."""
+    axes.set_ylim(0, 1.06 * axes.dataLim.y1 or 1.0)
+
+
+def _scale_time(seconds: Any, longest: float, axes: Any, words: Translations) -> Any:
+    """Return times in the unit of an axis, minutes for runs of more than three, and label the axis."""
+    in_minutes = longest > 180
+    axes.set_xlabel(words("minutes" if in_minutes else "seconds_since_start"))
+    axes.xaxis.set_major_locator(MaxNLocator(_MOST_TICKS))
+    return seconds / 60 if in_minutes else seconds
 
 
 def _numeric_columns(table: List[Dict[str, str]], *names: str) -> List[Any]:
@@ -257,7 +284,7 @@ def _differ(rates: List[Any]) -> bool:
 
 def _plot_accuracy(shown: Sequence[Series], words: Translations) -> Panels:
     panels, (left, right) = _make_panels(2)
-    lines = 0
+    lines, longest = 0, max((run.number("e2e_time") or 0.0 for _, run in shown), default=0.0)
     for name, run in shown:
         step, accuracy, samples = _numeric_columns(run.table("evals.csv"), "step", "acc", "samples")
         if not len(step):
@@ -269,15 +296,17 @@ def _plot_accuracy(shown: Sequence[Series], words: Translations) -> Panels:
             clock = np.concatenate([[0.0], np.cumsum(seconds)])[np.searchsorted(done, step, side="right")]
             before = np.cumsum(np.where(step > 0, took, 0.0))  # an evaluation's point stands at its end
             start = run.number("init_time") or 0.0
-            right.plot((start + clock + before) / 60, 100 * accuracy, marker="o", ms=3, lw=1.2)
+            times = _scale_time(start + clock + before, longest, right, words)
+            right.plot(times, 100 * accuracy, marker="o", ms=3, lw=1.2)
         lines += 1
     targets = {as_number(run.settings.get("run.target_accuracy")) for _, run in shown} - {None}
     for target in sorted(value for value in targets if value is not None):
         for axes in (left, right):
             axes.axhline(100 * target, lw=0.8, ls=":", color="0.4")
         left.annotate(words("target", f"{100 * target:g}"), (0, 100 * target), fontsize=8, va="bottom", color="0.4")
-    left.set(xlabel=words("samples"), ylabel=f"{words('accuracy')} (%)")
-    right.set(xlabel=words("minutes"), ylabel=f"{words('accuracy')} (%)")
+    left.set(xlabel=words("samples"), ylabel=words("accuracy"))
+    left.xaxis.set_major_locator(MaxNLocator(_MOST_TICKS))
+    right.set_ylabel(words("accuracy"))
     return panels if lines else None
 
 
@@ -298,7 +327,7 @@ def _plot_throughput(shown: Sequence[Series], words: Translations) -> Panels:
         p50, p90, p99 = throughput_percentiles(seconds, batch)
         first = num_timing_warmup_steps(len(steps))
         rate = batch / seconds
-        text = f"{name}: " + words("slowness", f"{p50:.4g}", f"{p90:.4g}", f"{p99:.4g}")
+        text = words.with_note(name, words("slowness", f"{p50:.4g}", f"{p90:.4g}", f"{p99:.4g}"))
         parts = [part for part in np.array_split(np.arange(first, len(steps)), _SMOOTHED) if len(part)]
         low, middle, high = (np.array([np.percentile(rate[part], share) for part in parts]) for share in (10, 50, 90))
         where = np.array([steps[part].mean() for part in parts])
@@ -307,7 +336,7 @@ def _plot_throughput(shown: Sequence[Series], words: Translations) -> Panels:
         axes.plot(steps[:first], rate[:first], ".", ms=3, color="0.6")
         lines += 1
     axes.set(xlabel=words("step"), ylabel=words("rate"))
-    axes.set_ylim(bottom=0)
+    _start_at_zero(axes)
     return panels if lines else None
 
 
@@ -326,36 +355,39 @@ def _plot_time(shown: Sequence[Series], words: Translations) -> Panels:
         waiting = min(waiting, no_eval - compute) if np.isfinite(waiting) else 0.0
         other += max(0.0, no_eval - compute - waiting)
         shares = [100.0 * part / e2e for part in (init, waiting, compute, evaluation, other)]
-        bars.append((f"{name} ({e2e:.3g} s)", shares))
+        bars.append((words.with_note(name, f"{e2e:.3g} s"), shares))
     if not bars:
         return None
-    panels, (axes,) = _make_panels(1, 1.6 + 0.35 * len(bars))
+    panels, (axes,) = _make_panels(1, 0.8 + 0.45 * len(bars))
     starts = np.zeros(len(bars))
     for number, part in enumerate(parts):
         widths = np.array([bar[1][number] for bar in bars])
-        axes.barh(range(len(bars)), widths, left=starts, label=words(part), height=0.6)
+        axes.barh(range(len(bars)), widths, left=starts, label=words(part), height=0.4)
         starts += widths
-    axes.set_yticks(range(len(bars)), [_escape_legend_name(name) for name, _ in bars])
-    axes.invert_yaxis()
+    for number, (name, _) in enumerate(bars):
+        axes.text(0, number - 0.26, name)  # above its bar: names are long
+    axes.set_yticks([])
+    axes.set_ylim(len(bars) - 0.6, -0.8)
     axes.set(xlabel=words("share_of_time"), xlim=(0, 100))
     return panels
 
 
 def _plot_memory(shown: Sequence[Series], words: Translations) -> Panels:
     panels, (axes,) = _make_panels(1)
-    lines = 0
+    lines, longest = 0, max((run.number("e2e_time") or 0.0 for _, run in shown), default=0.0)
     for name, run in shown:
         seconds, used = _numeric_columns(run.table("memory.csv"), "seconds", "gib")
         if len(seconds):
-            axes.plot(*_downsample(seconds / 60, used), lw=1.2, label=_escape_legend_name(name))
+            times = _scale_time(seconds, longest, axes, words)
+            axes.plot(*_downsample(times, used), lw=1.2, label=_escape_legend_name(name))
             lines += 1
-    axes.set(xlabel=words("minutes"), ylabel="GiB")
-    axes.set_ylim(bottom=0)
+    axes.set_ylabel(words("mem_gib"))
+    _start_at_zero(axes)
     return panels if lines else None
 
 
-def _plot_grid(rows: List[ReportRow], words: Translations) -> Panels:
-    """Plot the largest set of rows that differ only in bs and lr."""
+def _grid_rows(rows: List[ReportRow]) -> List[ReportRow]:
+    """Return the largest set of rows that differ only in bs and lr; [] if none has two."""
     groups: Dict[Tuple[str, ...], List[ReportRow]] = {}
     for row in rows:
         if not row.runs[0].complete or row.number > 1:
@@ -363,26 +395,30 @@ def _plot_grid(rows: List[ReportRow], words: Translations) -> Panels:
         key = tuple(str(row[name]) for name in ("hardware", "topology", "precision", "scoring", "simulated"))
         if as_number(row["bs"]) is not None and as_number(row["lr"]) is not None:
             groups.setdefault(key, []).append(row)
-    if not groups:
+    largest = max(groups.values(), key=len, default=[])
+    return largest if len({(row["bs"], row["lr"]) for row in largest}) > 1 else []
+
+
+def _plot_grid(rows: List[ReportRow], words: Translations) -> Panels:
+    """Plot p_core and accuracy of rows that differ only in bs and lr."""
+    group = _grid_rows(rows)
+    if not group:
         return None
-    chosen, group = max(groups.items(), key=lambda item: len(item[1]))
     sizes, rates = sorted({row["bs"] for row in group}), sorted({row["lr"] for row in group})
-    if len(sizes) * len(rates) < 2:
-        return None
-    panels, axes = _make_panels(2, 1.6 + 0.5 * len(sizes))
-    for place, metric in zip(axes, (METRICS["p_core"], METRICS["acc"])):
+    panels, axes = _make_panels(2, 1.2 + 0.5 * len(sizes))
+    titles = (f"p_core: {words('rate')}", words("accuracy"))
+    for place, metric, title in zip(axes, (METRICS["p_core"], METRICS["acc"]), titles):
         values = np.full((len(sizes), len(rates)), np.nan)
         for row in group:
             found = row.median(metric.name)
             if found is not None:
                 values[sizes.index(row["bs"]), rates.index(row["lr"])] = found
-        place.imshow(values, cmap="Blues", aspect="auto", alpha=0.7)
+        place.imshow(values, cmap=_PALE, aspect="auto")
         for (y, x), value in np.ndenumerate(values):
             place.text(x, y, metric.form(value) if np.isfinite(value) else "–", ha="center", va="center")
         place.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
         place.set_yticks(range(len(sizes)), [f"{size:g}" for size in sizes])
         place.grid(False)
-        place.set(xlabel="lr", ylabel="bs", title=metric.axis_label())
-    marks = [words("simulated")] if group[0]["simulated"] else []
-    panels[0].suptitle(" ".join([*chosen[:4], *marks]), fontsize=9)
+        place.set(xlabel="lr", ylabel="bs")
+        place.set_title(title, fontsize=9)
     return panels

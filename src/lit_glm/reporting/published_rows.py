@@ -1,13 +1,13 @@
 """Published rows next to the measured ones, with ratios only for comparable rows."""
 
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 from omegaconf import OmegaConf
 
 from lit_glm.config.hydra_main import CONF_DIR
 from lit_glm.metrics.registry import PUBLISHED_COLUMNS
 from lit_glm.reporting.definitions import ReportTable, Translations
-from lit_glm.reporting.row_format import format_cell, label_with_annotations, unique_row_label
+from lit_glm.reporting.row_format import Note, format_cell, label_with_annotations, note_texts, unique_row_label
 from lit_glm.reporting.run_reader import ReportRow, ReportRun
 
 _RATIOS = ("e2e_time", "p_whole", "p_train", "p_core")
@@ -51,23 +51,24 @@ def published_tables(found: List[ReportRow], words: Translations) -> Tuple[Repor
     ]
     said = [words("published_note"), f"{_DOUBT.strip()} {words('published_fp16_flag')}"]
     table = ReportTable([words("config"), *PUBLISHED_COLUMNS[1:], words("source")], lines, said)
-    ratios, notes = [], []
+    ratios: List[List[str]] = []
+    notes: List[Note] = []
     for row in found:
         matches, note = _matching_rows(row, published, words)
         if note:
             notes.append(note)
         ended = all(run.result.get("converged") for run in row.runs)
         if matches and not ended:
-            notes.append(words("no_ratio_e2e", unique_row_label(row, words)))
+            notes.append(Note("no_ratio_e2e", unique_row_label(row, words)))
         for line in matches:
             measured = {key: None if key == "e2e_time" and not ended else row.median(key) for key in _RATIOS}
             values = [_format_ratio(measured[key], line.get(key)) for key in _RATIOS]
             if any(values):
                 ratios.append([label_with_annotations(row, words), str(row["fix_hp"]), str(line["fix_hp"]), *values])
             else:
-                notes.append(words("no_ratio_figures", unique_row_label(row, words)))
-    head = [words("config"), "fix_hp", f"fix_hp ({words('source')})", *_RATIOS]
-    return table, ReportTable(head, ratios, list(dict.fromkeys(notes)))
+                notes.append(Note("no_ratio_figures", unique_row_label(row, words)))
+    head = [words("config"), "fix_hp", words.with_note("fix_hp", words("source")), *_RATIOS]
+    return table, ReportTable(head, ratios, note_texts(notes, words))
 
 
 def _published_name(line: Dict[str, Any], words: Translations) -> str:
@@ -82,28 +83,28 @@ def _format_ratio(measured: Any, published: Any) -> str:
 
 def _matching_rows(
     row: ReportRow, published: List[Dict[str, Any]], words: Translations
-) -> "Tuple[List[Dict[str, Any]], str]":
+) -> "Tuple[List[Dict[str, Any]], Optional[Note]]":
     """Return the published rows that are comparable to a row, or the reason why there are none."""
     name = unique_row_label(row, words)
     if row["simulated"]:
-        return [], words("no_ratio_simulated", name)
+        return [], Note("no_ratio_simulated", name)
     if row["profiled"]:
-        return [], words("no_ratio_profiled", name)
+        return [], Note("no_ratio_profiled", name)
     if not row.runs[0].complete:
-        return [], words("no_ratio_incomplete", name)
+        return [], Note("no_ratio_incomplete", name)
     left = [line for line in published if line["hardware"] == row["hardware"]]
     if not left:
-        return [], words("no_ratio_hardware", name)
+        return [], Note("no_ratio_hardware", name)
     left = [line for line in left if line["topology"] == row["topology"]]
     if not left:
-        return [], words("no_ratio_topology", name)
+        return [], Note("no_ratio_topology", name)
     left = [line for line in left if line["precision"] == row["precision"] and line["tf32"] == bool(row["tf32"])]
     if not left:
-        return [], words("no_ratio_precision", name)
+        return [], Note("no_ratio_precision", name)
     if row["scoring"] != left[0]["scoring"]:
-        return [], words("no_ratio_scoring", name, row["scoring"])
+        return [], Note("no_ratio_scoring", name, (str(row["scoring"]),))
     settings = row.runs[0].settings
     other = [f"{key}={settings.get(key, '?')}" for key, value in _WORKLOAD.items() if settings.get(key) != value]
     if other:
-        return [], words("no_ratio_workload", name, ", ".join(other))
-    return left, ""
+        return [], Note("no_ratio_workload", name, (", ".join(other),))
+    return left, None

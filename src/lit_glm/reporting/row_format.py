@@ -1,7 +1,7 @@
 """Formatting of a row: name, annotations, cells in the published formats, reasons for empty cells."""
 
 from pathlib import Path
-from typing import Any, List, Sequence
+from typing import Any, Dict, Iterable, List, NamedTuple, Sequence, Tuple
 
 from lit_glm.metrics.registry import TABLE_COLUMNS, TABLE_METRICS, cell_text
 from lit_glm.reporting.definitions import Translations
@@ -29,7 +29,8 @@ def unique_row_label(row: ReportRow, words: Translations) -> str:
 def label_with_annotations(row: ReportRow, words: Translations, more: Sequence[str] = ()) -> str:
     """Return the name of a row with its annotations."""
     annotations = [*row_annotations(row, words), *more]
-    return row_label(row, words) + (f" ({', '.join(annotations)})" if annotations else "")
+    label = row_label(row, words)
+    return words.with_note(label, words.join(annotations)) if annotations else label
 
 
 def row_annotations(row: ReportRow, words: Translations) -> List[str]:
@@ -70,7 +71,7 @@ def row_annotations(row: ReportRow, words: Translations) -> List[str]:
     data = row.runs[0].settings.get("data.name")
     if data not in (None, "record"):
         lengths = row.runs[0].settings.get("data.synthetic.lengths")
-        notes.append(words("not_default_data", f"{data}, lengths of real news" if lengths == "record" else data))
+        notes.append(words("data_with_real_lengths" if lengths == "record" else "not_default_data", data))
     return notes
 
 
@@ -95,16 +96,32 @@ def format_cell(row: ReportRow, column: str) -> str:
     return text if spread is None else f"{text} [{metric.form(spread[0])}, {metric.form(spread[1])}]"
 
 
-def _verification_note(row: ReportRow, name: str, words: Translations) -> str:
+class Note(NamedTuple):
+    """Note on a row: a key of the translations and its values; the name of the row is the first value of the text."""
+
+    key: str
+    row: str
+    values: Tuple[str, ...] = ()
+
+
+def note_texts(notes: Iterable[Note], words: Translations) -> List[str]:
+    """Return one text per note; rows with the same note share it."""
+    rows: Dict[Tuple[str, Tuple[str, ...]], List[str]] = {}
+    for note in notes:
+        rows.setdefault((note.key, note.values), []).append(note.row)
+    return [words(key, words.join(dict.fromkeys(names)), *values) for (key, values), names in rows.items()]
+
+
+def _verification_note(row: ReportRow, name: str) -> Note:
     """Describe the latest verification of the same hardware, driver and precision."""
     run = row.typical
     precision = str(row["precision"])
     driver = run.environment.get("driver")
     found = latest_verification([run.path, Path.cwd()], str(row["hardware"]), driver, precision)
     if found is None:
-        return words("unverified", name, precision)
+        return Note("unverified", name, (precision,))
     key = "verified" if found["passed"] else "verify_failed"
-    return words(key, name, precision, str(found.get("finished")).replace("T", " "))
+    return Note(key, name, (precision, str(found.get("finished")).replace("T", " ")))
 
 
 def verification_summary(row: ReportRow, words: Translations) -> str:
@@ -120,33 +137,33 @@ def verification_summary(row: ReportRow, words: Translations) -> str:
     return words("card_passed" if found["passed"] else "card_failed", str(found.get("finished")).partition("T")[0])
 
 
-def row_notes(row: ReportRow, words: Translations) -> List[str]:
+def row_notes(row: ReportRow, words: Translations) -> List[Note]:
     """List the notes below the table: reasons for empty cells, and further information on the row."""
     name = unique_row_label(row, words)
     state = words.state(str(row["status"]))
-    lines = []
+    notes: List[Note] = []
     empty = [column for column in TABLE_COLUMNS[1:] if not format_cell(row, column)]
     rates = [column for column in empty if column.startswith("p_")]
     if rates and not row.runs[0].complete:
-        lines.append(words("why_no_step", name, ", ".join(rates), state))
+        notes.append(Note("why_no_step", name, (", ".join(rates), state)))
     for column, why in (("e2e_time", "why_no_e2e"), ("acc", "why_no_acc")):
         if column in empty and not row.runs[0].complete:
-            lines.append(words(why, name, state))
+            notes.append(Note(why, name, (state,)))
     if "mem" in empty and row.median("mem_actual_gib") is None:
-        lines.append(words("why_no_mem", name))
+        notes.append(Note("why_no_mem", name))
     plain = [column for column in empty if row.runs[0].complete or column in ("precision", "fix_hp")]
     plain = [column for column in plain if column != "mem" or row.median("mem_actual_gib") is not None]
     if plain:
-        lines.append(words("why_no_value", name, ", ".join(plain)))
+        notes.append(Note("why_no_value", name, (", ".join(plain),)))
     if len(row.runs) > 1:
-        lines.append(words("median_of", name, len(row.runs)))
+        notes.append(Note("median_of", name, (str(len(row.runs)),)))
     if row.differs:
-        lines.append(words("differs", name, ", ".join(f"{key}={value}" for key, value in sorted(row.differs.items()))))
+        notes.append(Note("differs", name, (", ".join(f"{key}={row.differs[key]}" for key in sorted(row.differs)),)))
     for run in row.runs:
-        lines += [words("missing_data", name, reason) for reason in text_list(run.result.get("missing_data"))]
+        notes += [Note("missing_data", name, (reason,)) for reason in text_list(run.result.get("missing_data"))]
         changes = text_list(run.result.get("environment_changes"))
-        lines += [words("machines_changed", name, "; ".join(changes))] if changes else []
+        notes += [Note("machines_changed", name, ("; ".join(changes),))] if changes else []
     if not row["simulated"]:
-        lines.append(_verification_note(row, name, words))
-    lines += [words("error_was", name, run.result["error"]) for run in row.runs if run.result.get("error")]
-    return lines
+        notes.append(_verification_note(row, name))
+    notes += [Note("error_was", name, (str(run.result["error"]),)) for run in row.runs if run.result.get("error")]
+    return notes

@@ -273,11 +273,17 @@ def group_into_rows(runs: List[ReportRun]) -> List[ReportRow]:
                     row.differs[name] = own.get(name)
             machines = environment_differences(row.runs[0].environment, other.runs[0].environment)
             row.machine_differs.update({name: here for name, here, _ in machines})
-    found.sort(key=lambda row: (str(row["hardware"]), row.nodes, str(row["precision"]), str(row["fix_hp"])))
+    found.sort(key=_row_order)
     for row in found:
         namesakes = [other for other in found if _row_name_fields(other.runs[0]) == _row_name_fields(row.runs[0])]
         row.number = namesakes.index(row) + 1 if len(namesakes) > 1 else 0
     return found
+
+
+def _row_order(row: ReportRow) -> Tuple[Any, ...]:
+    bs, lr = (as_number(row[key]) for key in ("bs", "lr"))
+    numbers = (-1.0 if bs is None else bs, -1.0 if lr is None else lr)
+    return str(row["hardware"]), row.nodes, str(row["precision"]), numbers, str(row["fix_hp"])
 
 
 def _row_name_fields(run: ReportRun) -> List[Any]:
