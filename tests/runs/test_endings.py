@@ -162,14 +162,14 @@ def test_a_hang_under_a_torchrun_of_the_users_ends(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", ["rank 1", "torchrun"])
+@pytest.mark.parametrize("victim", ["rank 1", "rank 0", "torchrun"])
 def test_what_is_killed_under_a_torchrun_of_the_users_ends_all(victim: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     more = ["topology=1x2", "run.max_steps=100000", "run.max_samples=10000000", f"hydra.run.dir={run}"]
     process = start_torchrun("experiment=debug", "run.eval_interval_samples=1000000", *more, ranks=2, cwd=tmp_path)
     _wait_for_steps(run, process, 5)
     ranks = {child.environ()["RANK"]: child for child in psutil.Process(process.pid).children()}
-    (ranks["1"] if victim == "rank 1" else process).kill()
+    (process if victim == "torchrun" else ranks[victim[-1]]).kill()
     said = process.communicate(timeout=120)[1]
     gone, alive = psutil.wait_procs(list(ranks.values()), timeout=120)
     assert not alive
@@ -178,6 +178,9 @@ def test_what_is_killed_under_a_torchrun_of_the_users_ends_all(victim: str, tmp_
         assert final["status"] == "failed"
         assert final["error"] == f"lost rank 1 on {socket.gethostname()}: killed or unreachable"
         assert f"lit_glm: rank 0: {final['error']}" in said
+    elif victim == "rank 0":  # which owns the result
+        assert final["status"] == "failed"
+        assert any(text in final["error"] for text in ("lost rank 0", "rank 0 was killed"))
     else:
         assert final["status"] == "interrupted"  # the kernel has told the ranks, which have saved
         assert list((run / "checkpoints").glob("step-*.ckpt"))

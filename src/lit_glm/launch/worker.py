@@ -37,8 +37,16 @@ from lit_glm.launch.signals import Interrupted, StopRequest, StopSignals
 from lit_glm.launch.supervisor import run_ranks
 from lit_glm.process_utils import exit_now, kill_children, paused_gc, raise_open_files_limit
 from lit_glm.runs.job_spec import JobSpec
-from lit_glm.runs.result import error_folder, error_reason, mark_failed, set_error_folder, write_error_file
-from lit_glm.runs.run_folder import complete_result
+from lit_glm.runs.result import (
+    error_folder,
+    error_reason,
+    mark_failed,
+    read_result,
+    root_cause,
+    set_error_folder,
+    write_error_file,
+)
+from lit_glm.runs.run_folder import complete_result, is_running
 
 log = logging.getLogger("lit_glm.launch.worker")
 
@@ -142,6 +150,9 @@ def run_under_torchrun(
 
     with StopRequest(job.config.run.shutdown_timeout_s, lambda *late: exit_interrupted(folder)(*late)) as stop:
         status = run_and_report_errors(work, lambda: folder, stop)
+    unfinished = (read_result(folder) or {}).get("status") == "running"
+    if status == 1 and outer.rank > 0 and unfinished and not is_running(folder):  # rank 0 was killed
+        mark_failed(folder, root_cause(folder) or "rank 0 was killed")
     if job.config.topology.world_size > 1:
         exit_now(status)
     return status
