@@ -1,4 +1,4 @@
-"""Writes docs/schema.md, the fields of every JSON file: figures from the registry, the others from here.
+"""Writes docs/schema.md, the fields of every JSON file: metrics from the registry, the others from here.
 
 python scripts/write_schema.py            # tests/documents/test_schema.py compares it with the page
 """
@@ -24,14 +24,14 @@ RESULT: Dict[str, str] = {
     "interruptions": "how often the run was resumed",
     "training_spans": "begin and end of training of each part, seconds since the entry of train; null: unknown",
     "training_spans_by_node": "the same of each node, in the time of its devices.csv",
-    "missing_data": "what is lost of the parts before an interruption; figures that depend on it are null",
+    "missing_data": "what is lost of the parts before an interruption; metrics that depend on it are null",
     "environment_changes": "in what the machines or software of the parts differ",
-    "external_device_processes": "other processes seen on the devices at most; null: nothing tells",
-    "mem_total_source": "device, or hardware file where the device does not say; null with mem_total_gib",
+    "external_device_processes": "largest number of other processes seen on the devices; null: unknown",
+    "mem_total_source": "device, or hardware file where the device does not report it; null with mem_total_gib",
     "runtime": "what computed: cpu, cuda, xmlir, xpytorch, simulated, _target_",
-    "simulated": "whether the device was simulated on the CPU: no figure is one of the chip's",
+    "simulated": "whether the device was simulated on the CPU: no value was measured on the device",
     "computed_on_cpu": "whether a class given by hardware._target_ computes on the CPU",
-    "profiled": "whether callbacks=profile was on: such figures are not comparable",
+    "profiled": "whether callbacks=profile was on: such results are not comparable",
     "tf32": "whether fp32 products were rounded to TF32",
     "mfu_above_one": "an impossible mfu, left out as mfu: the peak in the hardware file is wrong",
     "schema_version": "3",
@@ -75,13 +75,13 @@ def page() -> str:
         "# Fields of the JSON files",
         "",
         "What `result.json`, the JSON of `plan` and `verify.json` hold. `python scripts/write_schema.py` writes this",
-        "page from the registry of figures (`metrics/registry.py`).",
+        "page from the registry of metrics (`metrics/registry.py`).",
         "",
-        "## Figures of result.json",
+        "## Metrics of result.json",
         "",
-        "Unknown figures are null. `sweep.objective` and `report --sort` take those with a better direction.",
+        "Unknown values are null. `sweep.objective` and `report --sort` take metrics with a better direction.",
         "",
-        "| figure | unit | better | meaning | null when |",
+        "| metric | unit | better | meaning | null when |",
         "| --- | --- | --- | --- | --- |",
     ]
     for metric in METRICS.values():

@@ -151,7 +151,7 @@ def write_plan(
     basis: Dict[str, int] = {}
     for one in predictions:
         basis.setdefault(one.evidence, len(basis) + 1)
-    lines = ["PREDICTED, not measured: every figure is an interval.", "", prediction_table(predictions, basis), ""]
+    lines = ["PREDICTED, not measured: every number is an interval.", "", prediction_table(predictions, basis), ""]
     lines += [f"time and energy are for {samples[1]}"]
     lines += [f"[{number}] {text}" for text, number in basis.items()]
     lines += [f"left out: {text}" for text in left_out]

@@ -1,4 +1,4 @@
-"""Texts in both languages, and the table of general figures: what columns mean, what is not as published."""
+"""Texts in both languages, and the table of metric definitions: what columns mean, what is not as published."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -71,7 +71,7 @@ def _runtime_classes(hardware: HardwareConfig) -> Dict[str, "type[Runtime]"]:
 
 
 def _candidate_runtimes(hardware: HardwareConfig) -> List[str]:
-    """List the allowed runtimes, best first; none that would report another device's figures under this name."""
+    """List the allowed runtimes, best first; none that would report another device's measurements under this name."""
     if hardware._target_ is not None:
         if hardware.runtime not in ("auto", "simulated"):
             raise InputError(
