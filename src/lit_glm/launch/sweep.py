@@ -410,8 +410,10 @@ def prepare_sweep(whole: Any, line: CommandLine) -> None:
         )
         _held_locks.enter_context(lock_directory(notes, advice))
     searches = any(override.is_sweep_override() and not override.is_discrete_sweep() for override in line.parse())
+    SweepCallback.total, SweepCallback.complete = None, []
     if "BasicSweeper" in str(whole.hydra.sweeper.get("_target_")) and not searches:
         SweepCallback.total = len(line.combinations())
+    leave_out_jobs([], own_folders=False)
     if whole.sweep.skip_done and is_first_node:
         complete = _find_complete_runs(discovery.runs_by_config_hash(search_paths(sweep_dir, given)), line, whole.hydra)
         if SweepCallback.total is not None:
