@@ -65,7 +65,7 @@ def test_the_estimate_is_near_what_the_kernel_counts(dropout: str, tmp_path: Pat
     before, highest = map(float, done.stdout.split())
     config = validate_config(compose_config("train", overrides), TrainConfig)
     lengths = SequenceLengths(np.full(8, 2), np.full(8, 256), np.full(8, 26), np.full(8, 230**2 + 26 * 256.0))
-    guess = estimate_memory(config, lengths, before, keeps_scores=dropout != "0.0")
+    guess = estimate_memory(config, lengths, before, saves_attention_probs=dropout != "0.0")
     assert guess.total - before == pytest.approx(highest - before, rel=0.35)
 
 

@@ -49,7 +49,7 @@ class Translations:
         return (", " if self.language == "en" else "，").join(texts)
 
     def config(self, product_name: str, topology: str) -> str:
-        """Return the name of a row, such as `R300 1x8`; in Chinese as published, `R300单机8卡（1x8）`."""
+        """Return the name of a row: product name and topology; in Chinese as published, `NAME单机8卡（1x8）`."""
         nodes, _, devices = topology.partition("x")
         if self.language == "en" or not (nodes.isdecimal() and devices.isdecimal()):
             return f"{product_name} {topology}"
