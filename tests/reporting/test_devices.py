@@ -44,7 +44,7 @@ def test_without_readings_there_is_neither(tmp_path: Path) -> None:
     [
         ("4.0.25", True, "were verified on"),
         ("4.0.25", False, "FAILED"),
-        ("5.0", True, "no verification of this hardware, driver and fp32"),
+        ("5.0", True, "fp32: no verification of this hardware, driver and precision"),
     ],
 )
 def test_the_verification_of_the_same_driver_stands_beside_a_row(

@@ -119,7 +119,7 @@ def _verification_note(row: ReportRow, name: str) -> Note:
     driver = run.environment.get("driver")
     found = latest_verification([run.path, Path.cwd()], str(row["hardware"]), driver, precision)
     if found is None:
-        return Note("unverified", name, (precision,))
+        return Note("unverified", f"{name} {precision}")
     key = "verified" if found["passed"] else "verify_failed"
     return Note(key, name, (precision, str(found.get("finished")).replace("T", " ")))
 
