@@ -358,7 +358,7 @@ class Search:
         for bs in order:
             p_cores, last = rates[bs], [trial for trial in self.trials if trial.bs == bs][-1]
             lengths = Workload(self._trial_config(bs), self.examples, None).lengths
-            guess = estimate_memory(self.config, lengths, 0.0, saves_attention_probs(self.config), bs).total / 2**30
+            estimate = estimate_memory(self.config, lengths, 0.0, saves_attention_probs(self.config), bs).total / 2**30
             marks = ", ".join(name for name, is_so in zip(names, (bs == order[0], bs == max(order))) if is_so)
             rows.append(
                 [
@@ -368,7 +368,7 @@ class Search:
                     str(len(p_cores)),
                     text(last.mfu, ".3g"),
                     text(last.memory_gib, ".2f"),
-                    f"{guess:.2f}",
+                    f"{estimate:.2f}",
                     text(last.samples_per_joule, ".3g"),
                     marks,
                 ]

@@ -99,8 +99,9 @@ def main() -> int:
                 print(finding.line(), flush=True)
         failed = [finding.name for finding in findings if finding.status == "fail"]
         if as_json:
-            said = [{key: getattr(entry, key) for key in ("name", "status", "message", "advice")} for entry in findings]
-            print(json.dumps({"ok": not failed, "checks": said}, indent=1, ensure_ascii=False))
+            names = ("name", "status", "message", "advice")
+            rows = [{name: getattr(entry, name) for name in names} for entry in findings]
+            print(json.dumps({"ok": not failed, "checks": rows}, indent=1, ensure_ascii=False))
         else:
             log.info(f"{len(failed)} failed: {', '.join(failed)}" if failed else "nothing failed")
             log.info(f"to test the device's arithmetic: python -m lit_glm.verify hardware={config.hardware.name}")

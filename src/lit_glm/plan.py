@@ -119,8 +119,8 @@ def _make_task(combinations: List[List[str]], as_json: bool) -> Any:
             if work.enough:
                 predictions.append(predict(own, rank_speed(own, measured, published, work), work, data, samples))
                 continue
-            asked = f"{own.global_batch} examples per step, {len(train)} available"
-            left_out.append(f"{own.topology.name}, bs={own.bs}: {asked}")
+            shortage = f"{own.global_batch} examples per step, {len(train)} available"
+            left_out.append(f"{own.topology.name}, bs={own.bs}: {shortage}")
         if not predictions:
             raise InputError("nothing to predict: " + "; ".join(left_out))
         shown = write_plan(folder, predictions, measured, published, configs, (samples, reason), left_out)

@@ -33,7 +33,7 @@ def _parse_choices(text: str, known: Sequence[str], option: str) -> List[str]:
 def _environment_overrides(places: List[str]) -> Dict[str, str]:
     """Remove the `report.KEY=VALUE` arguments from `places` and return them."""
     given = [place for place in places if place.startswith("report.") and "=" in place]
-    told = {}
+    environment = {}
     for argument in given:
         places.remove(argument)
         key, _, value = argument[len("report.") :].partition("=")
@@ -42,8 +42,8 @@ def _environment_overrides(places: List[str]) -> Dict[str, str]:
             raise InputError(renamed)
         if key not in _OVERRIDABLE:
             raise InputError(f"report.{key}: unknown key; the keys are report.{', report.'.join(_OVERRIDABLE)}")
-        told[key] = value
-    return told
+        environment[key] = value
+    return environment
 
 
 def _compare(given: argparse.Namespace) -> int:
@@ -102,7 +102,7 @@ def report(given: argparse.Namespace) -> int:
         return _compare(given)
     kinds = _parse_choices(given.format, FORMATS, "--format")
     languages = _parse_choices(given.lang, LANGUAGES, "--lang")
-    told = _environment_overrides(places)
+    environment = _environment_overrides(places)
     if not places:
         raise InputError("no runs given: give run folders, sweep folders or patterns of them")
     if given.out is None and (len(kinds) > 1 or len(languages) > 1):
@@ -120,7 +120,7 @@ def report(given: argparse.Namespace) -> int:
     missing: List[str] = []
     for language in languages:
         words = Translations(language)
-        document = make_document(runs, left_out, told, words, key)
+        document = make_document(runs, left_out, environment, words, key)
         missing = missing or document.missing
         if given.check and given.out is None:
             break  # only the list is printed

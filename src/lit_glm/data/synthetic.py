@@ -107,8 +107,8 @@ def _draw_quantile(generator: random.Random, quantiles: Sequence[int]) -> int:
 def _make_record_of_real_lengths(generator: random.Random, number: int) -> Dict[str, Any]:
     """Make a record like `_make_record` with the lengths of real news: more runners, longer names, filler sentences."""
     names: List[str] = []
-    wanted = max(len(_RANKS), _draw_quantile(generator, _CANDIDATES))
-    while len(names) < wanted:
+    count = max(len(_RANKS), _draw_quantile(generator, _CANDIDATES))
+    while len(names) < count:
         (length,) = generator.choices(list(_CANDIDATE_TOKENS), list(_CANDIDATE_TOKENS.values()))
         name = " ".join(generator.choices(_NAMES, k=length))
         if name not in names:

@@ -78,11 +78,11 @@ def monitor_devices(hardware: HardwareConfig, file: Path, node: int, devices: in
         yield
         return
     monitor = monitor_of_name(name)
-    wanted = _ALL
+    chosen = _ALL
     if monitor.visible_devices_variable:
         visible = [visible_device(index, monitor.visible_devices_variable) for index in range(devices)]
-        wanted = ",".join(card for card in map(monitor.resolve, visible) if card is not None)
-    arguments = [name, str(file), str(node), repr(hardware.monitor_interval_s), repr(begun), wanted]
+        chosen = ",".join(card for card in map(monitor.resolve, visible) if card is not None)
+    arguments = [name, str(file), str(node), repr(hardware.monitor_interval_s), repr(begun), chosen]
     watch = subprocess.Popen(
         [sys.executable, "-m", "lit_glm.hardware.device_monitor", *arguments],
         stdin=subprocess.PIPE,
@@ -115,8 +115,8 @@ def format_reading(time_s: float, node: int, reading: DeviceReading) -> str:
 def main(arguments: List[str]) -> int:
     """Read the devices until standard input is closed."""
     set_parent_death_signal()
-    name, path, node, every, begun, wanted = arguments
-    cards = None if wanted == _ALL else [card for card in wanted.split(",") if card]
+    name, path, node, every, begun, chosen = arguments
+    cards = None if chosen == _ALL else [card for card in chosen.split(",") if card]
     read, file = monitor_of_name(name).read, Path(path)
     begins = not file.exists() or file.stat().st_size == 0
     file.parent.mkdir(parents=True, exist_ok=True)

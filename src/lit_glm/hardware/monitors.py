@@ -176,11 +176,11 @@ def xpu_driver_version() -> Optional[str]:
     return None
 
 
-def _nvml_handles(wanted: Optional[Sequence[str]] = None) -> Dict[Union[int, str], Any]:
+def _nvml_handles(visible_devices: Optional[Sequence[str]] = None) -> Dict[Union[int, str], Any]:
     """Return NVML handles of NVIDIA devices and MIG slices; empty without the package nvidia-ml-py or a driver.
 
     Args:
-        wanted: names as in CUDA_VISIBLE_DEVICES; None: all devices.
+        visible_devices: names as in CUDA_VISIBLE_DEVICES; None: all devices.
 
     Returns:
         Handles by the device's index, or by the name of a slice. Devices that NVML does not know are left out.
@@ -194,10 +194,10 @@ def _nvml_handles(wanted: Optional[Sequence[str]] = None) -> Dict[Union[int, str
         }
     except Exception:  # no package, no driver, or an incompatible driver
         return {}
-    if wanted is None:
+    if visible_devices is None:
         return cards
     found: Dict[Union[int, str], Any] = {}
-    for name in wanted:
+    for name in visible_devices:
         if name.isdigit():
             found.update({key: handle for key, handle in cards.items() if key == int(name)})
         elif name.startswith("MIG-"):
@@ -226,18 +226,18 @@ def is_mig_enabled(handle: Any) -> bool:
         return False
 
 
-def nvml_readings(wanted: Optional[Sequence[str]] = None) -> List[DeviceReading]:
+def nvml_readings(visible_devices: Optional[Sequence[str]] = None) -> List[DeviceReading]:
     """Read NVIDIA devices and slices by NVML; values that are not reported are None.
 
     Args:
-        wanted: names as in CUDA_VISIBLE_DEVICES; None: all devices.
+        visible_devices: names as in CUDA_VISIBLE_DEVICES; None: all devices.
     """
-    cards = _nvml_handles(wanted)
+    cards = _nvml_handles(visible_devices)
     if not cards:
         return []
     import pynvml
 
-    def asked(question: Callable[[], Any]) -> Any:
+    def query(question: Callable[[], Any]) -> Any:
         try:
             return question()
         except Exception:  # not reported by this device
@@ -250,11 +250,11 @@ def nvml_readings(wanted: Optional[Sequence[str]] = None) -> List[DeviceReading]
             found.append(DeviceReading(index, None, None, None, None, None))
             continue
         # Version 2 excludes memory reserved by the driver, as nvidia-smi does.
-        memory = asked(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2))  # noqa: B023
-        memory = memory or asked(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle))  # noqa: B023
-        warmth = asked(lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))  # noqa: B023
-        milliwatts = asked(lambda: pynvml.nvmlDeviceGetPowerUsage(handle))  # noqa: B023
-        rates = asked(lambda: pynvml.nvmlDeviceGetUtilizationRates(handle))  # noqa: B023
+        memory = query(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2))  # noqa: B023
+        memory = memory or query(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle))  # noqa: B023
+        warmth = query(lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))  # noqa: B023
+        milliwatts = query(lambda: pynvml.nvmlDeviceGetPowerUsage(handle))  # noqa: B023
+        rates = query(lambda: pynvml.nvmlDeviceGetUtilizationRates(handle))  # noqa: B023
         found.append(
             DeviceReading(
                 index,

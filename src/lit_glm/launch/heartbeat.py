@@ -76,7 +76,7 @@ def last_heartbeat(folder: Path, ranks: Sequence[int]) -> float:
 def collect_stack_traces(folder: Path, ranks: Sequence[int]) -> List[str]:
     """Return the stack or the state of each of these local ranks, as text that shows which one hangs."""
     lines: List[str] = []
-    asked: Dict[int, int] = {}
+    sizes: Dict[int, int] = {}
     for rank in ranks:
         file = folder / _FOLDER / str(rank)
         try:
@@ -86,7 +86,7 @@ def collect_stack_traces(folder: Path, ranks: Sequence[int]) -> List[str]:
             if process.status() == psutil.STATUS_STOPPED:
                 lines.append(f"rank {rank} (process {process.pid}) is stopped (SIGSTOP)")
                 continue
-            asked[rank] = _stack_of(file).stat().st_size
+            sizes[rank] = _stack_of(file).stat().st_size
             process.send_signal(_ASK)
         except (OSError, ValueError):
             lines.append(f"rank {rank} has not started")
@@ -94,7 +94,7 @@ def collect_stack_traces(folder: Path, ranks: Sequence[int]) -> List[str]:
             lines.append(f"rank {rank} has exited")
     limit = time.monotonic() + _ANSWER_S
     stacks: Dict[str, List[int]] = {}
-    for rank, size in asked.items():
+    for rank, size in sizes.items():
         stacks.setdefault(_read_stack_dump(_stack_of(folder / _FOLDER / str(rank)), size, limit), []).append(rank)
     for stack, where in stacks.items():
         name = f"rank{'s' * (len(where) > 1)} {', '.join(map(str, where))}"

@@ -92,7 +92,7 @@ def process_group(
     device = runtime.device(local_rank)
     hosts = object_collectives.all_gather_object(socket.gethostname(), device)
     monitor = connect_peers(
-        rank, hosts, os.environ["MASTER_ADDR"], lambda told: object_collectives.broadcast_object(told, device)
+        rank, hosts, os.environ["MASTER_ADDR"], lambda content: object_collectives.broadcast_object(content, device)
     )
     try:
         with name_lost_peer(monitor):

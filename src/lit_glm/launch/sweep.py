@@ -69,8 +69,8 @@ def summarise_sweep(sweep_dir: Path) -> Tuple[str, int]:
         writer = csv.writer(file)
         writer.writerow([*PUBLISHED_COLUMNS, "scoring", "status", "run_dir", "overrides", "reused_from"])
         for note, result in pairs:
-            told = [note["run_dir"] or "", ",".join(note["overrides"]), note.get("reused_from", "")]
-            writer.writerow([*table_cells(result), result["scoring"], result["status"], *told])
+            more = [note["run_dir"] or "", ",".join(note["overrides"]), note.get("reused_from", "")]
+            writer.writerow([*table_cells(result), result["scoring"], result["status"], *more])
     lines, common = [text], set(notes[0]["overrides"]).intersection(*(note["overrides"] for note in notes))
     for note in notes:  # what all combinations have in common is not repeated
         note["own"] = " ".join(text for text in note["overrides"] if text not in common) or "the only combination"

@@ -146,8 +146,8 @@ class BenchmarkCallback(pl.Callback):
         account.begin(files, step)
         if files is not None:
             self.events.log = PerfLog(files.path / "perf.log")
-        told: Any = (files.accuracy, files.evaluated_step, account.earlier_e2e) if files is not None else None
-        account.accuracy, account.evaluated_step, account.earlier_e2e = trainer.strategy.broadcast(told)
+        state: Any = (files.accuracy, files.evaluated_step, account.earlier_e2e) if files is not None else None
+        account.accuracy, account.evaluated_step, account.earlier_e2e = trainer.strategy.broadcast(state)
         is_new = step == 0 and self.run_metrics.evaluated_step < 0
         if is_new:
             self.events.submitted(self._dependencies.examples)
@@ -255,7 +255,7 @@ class BenchmarkCallback(pl.Callback):
             self.run_metrics.write(module)
 
     def _evaluate(self, trainer: pl.Trainer, module: RecordModule, event: Optional[str]) -> Optional[Dict[str, Any]]:
-        """Evaluate; return None if any rank was asked to stop during the evaluation."""
+        """Evaluate; return None if any rank has received a stop signal during the evaluation."""
         start, step = time.perf_counter(), module.steps_done
         self.current_activity = f"in the evaluation after step {step}"
         loader = self._dependencies.eval_loader(trainer.global_rank, trainer.world_size)

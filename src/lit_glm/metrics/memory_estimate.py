@@ -166,20 +166,20 @@ def check_memory(
             choose_implementation(config.model.attention, device, config.model.attention_dropout) == "matmul"
         )
     base = base or 0.0
-    guess = estimate_memory(config, lengths, base, saves_attention_probs)
+    estimate = estimate_memory(config, lengths, base, saves_attention_probs)
     if runtime is not None and runtime.simulated:
-        there = psutil.virtual_memory().total
-        if ranks * guess.total > there:
+        host_bytes = psutil.virtual_memory().total
+        if ranks * estimate.total > host_bytes:
             host = (
-                f"dry run: {ranks} ranks need about {ranks * guess.total / _GIB:.1f} GiB, this machine has "
-                f"{there / _GIB:.1f} GiB; use model=glm_tiny or fewer devices"
+                f"dry run: {ranks} ranks need about {ranks * estimate.total / _GIB:.1f} GiB, this machine has "
+                f"{host_bytes / _GIB:.1f} GiB; use model=glm_tiny or fewer devices"
             )
     fitting = (
         0
         if available_bytes is None
         else largest_fitting_bs(config, lengths, base, saves_attention_probs, available_bytes)
     )
-    return MemoryCheck(guess, available_bytes, fitting, host)
+    return MemoryCheck(estimate, available_bytes, fitting, host)
 
 
 def memory_message(
@@ -191,18 +191,18 @@ def memory_message(
 ) -> str:
     """Describe the estimate in one line, in further ones what exceeds the device; arguments as for `check_memory`."""
     found = check_memory(config, lengths, runtime, index, base)
-    guess, of = found.estimate, "" if found.available_bytes is None else f" of {found.available_bytes / _GIB:.1f}"
-    digits = 1 if guess.total >= 10 * _GIB else 2
-    shown = [round(part / _GIB, digits) for part in (guess.weights, guess.training, guess.activations)]
-    rest = round(guess.total / _GIB, digits) - sum(shown)  # so that the rounded parts add up
+    estimate, of = found.estimate, "" if found.available_bytes is None else f" of {found.available_bytes / _GIB:.1f}"
+    digits = 1 if estimate.total >= 10 * _GIB else 2
+    shown = [round(part / _GIB, digits) for part in (estimate.weights, estimate.training, estimate.activations)]
+    rest = round(estimate.total / _GIB, digits) - sum(shown)  # so that the rounded parts add up
     parts = [f"{part:.{digits}f}" for part in (*shown, max(0.0, rest))]
     text = (
-        f"memory: about {guess.total / _GIB:.{digits}f}{of} GiB per device: weights {parts[0]}, gradients and "
+        f"memory: about {estimate.total / _GIB:.{digits}f}{of} GiB per device: weights {parts[0]}, gradients and "
         f"optimizer {parts[1]}, activations of the largest batch {parts[2]}, already in use {parts[3]}"
     )
     if found.host_message:
         text += f"\nmemory: {found.host_message}"
-    if found.available_bytes is None or guess.total <= found.available_bytes:
+    if found.available_bytes is None or estimate.total <= found.available_bytes:
         return text
     largest = f"largest fitting bs: {found.largest_bs}"
     advice = largest if found.largest_bs else "no bs fits; use a smaller model or a device with more memory"

@@ -80,9 +80,9 @@ class PerfEvents:
     def submitted(self, examples: Tuple[int, int]) -> None:
         """Emit SUBMIT_INFO of a new run; `examples` are the numbers of training and evaluation examples."""
         config = self._config
-        told = {"model": config.model.name, "config": config.fix_hp}
+        names = {"model": config.model.name, "config": config.fix_hp}
         counts = {"train_examples": examples[0], "eval_examples": examples[1]}
-        self.emit("SUBMIT_INFO", {**told, **counts}, ago=self._account.e2e())
+        self.emit("SUBMIT_INFO", {**names, **counts}, ago=self._account.e2e())
 
     def step_ended(
         self, step: int, epoch: int, values: StepMetrics, next_lr: float, seconds: float, ends: bool

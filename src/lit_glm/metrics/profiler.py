@@ -142,19 +142,19 @@ def _profile_table(title: str, entries: List[ProfileEntry], steps: int) -> List[
     return [f"## {title}", "", f"{1000 * whole / steps:.2f} ms per step in total.", "", markdown_table(rows), ""]
 
 
-def _memory_table(kinds: Dict[str, float], guess: MemoryEstimate, peak: Optional[float]) -> List[str]:
+def _memory_table(kinds: Dict[str, float], estimate: MemoryEstimate, peak: Optional[float]) -> List[str]:
     if not kinds:
         return ["## Memory", "", "Not measured: the run ended before the step after the profiled ones.", ""]
     whole = "gradients" in kinds  # a step without an update has none
     training = kinds["gradients"] + kinds.get("optimizer", 0.0) if whole else None
     pairs = [
-        ("weights", kinds.get("weights"), guess.weights),
+        ("weights", kinds.get("weights"), estimate.weights),
         ("gradients", kinds.get("gradients"), None),
         ("optimizer (state; fp16: also master weights)", kinds.get("optimizer"), None),
-        ("gradients and optimizer", training, guess.training),
-        ("activations saved for the backward pass", kinds.get("activations"), guess.activations),
-        ("in use before the model", None, guess.base),
-        ("peak of the device", peak, guess.total),
+        ("gradients and optimizer", training, estimate.training),
+        ("activations saved for the backward pass", kinds.get("activations"), estimate.activations),
+        ("in use before the model", None, estimate.base),
+        ("peak of the device", peak, estimate.total),
     ]
     rows = [["kind", "measured GiB", "estimated GiB"]]
     rows += [[name, _format_gib(own), _format_gib(other)] for name, own, other in pairs]
@@ -167,14 +167,14 @@ def _format_gib(value: Optional[float]) -> str:
 
 
 def profile_markdown(
-    found: ProfileSummary, kinds: Dict[str, float], guess: MemoryEstimate, peak: Optional[float]
+    found: ProfileSummary, kinds: Dict[str, float], estimate: MemoryEstimate, peak: Optional[float]
 ) -> str:
     """Format kernels.md.
 
     Args:
         found: summary of the profiled steps.
         kinds: bytes of weights, gradients, optimizer, activations; empty: not measured.
-        guess: memory estimate made before the run.
+        estimate: memory estimate made before the run.
         peak: highest memory in use on the device, bytes.
     """
     share = found.busy / found.window if found.window else 0.0
@@ -195,7 +195,7 @@ def profile_markdown(
         lines += _profile_table("Kernels on the device", found.kernels, found.count)
     if found.waits and found.kernels:
         lines += _profile_table("Host waits (including callees)", found.waits, found.count)
-    return "\n".join([*lines, *_memory_table(kinds, guess, peak)])
+    return "\n".join([*lines, *_memory_table(kinds, estimate, peak)])
 
 
 FOLDER = "profile"
@@ -323,14 +323,14 @@ class ProfilerCallback(pl.Callback):
     def _write(self, trainer: Any) -> None:
         self._state = _DONE
         recorder: BenchmarkCallback = find_benchmark_callback(trainer)
-        guess: MemoryEstimate = check_memory(
+        estimate: MemoryEstimate = check_memory(
             recorder.config,
             SequenceLengths.from_dataset(trainer.datamodule.split),
             recorder.runtime,
             base=recorder.memory_base,
         ).estimate
         assert self._found is not None
-        text = profile_markdown(self._found, self._kinds, guess, recorder.runtime.peak_memory(0))
+        text = profile_markdown(self._found, self._kinds, estimate, recorder.runtime.peak_memory(0))
         write_text(self._folder / DOCUMENT, text)
         log.info(f"profile of steps {self._found.first} to {self._found.last}: {self._folder}/{DOCUMENT}")
 

@@ -76,8 +76,8 @@ class RunMetrics:
 
     def _add_earlier_parts(self, files: RunWriter, steps_done: int) -> None:
         """Add the times of the parts before an interruption; a time that is not known for all of them becomes NaN."""
-        told = files.previous_result.get("missing_data")
-        missing = [str(line) for line in told] if isinstance(told, list) else []
+        earlier = files.previous_result.get("missing_data")
+        missing = [str(line) for line in earlier] if isinstance(earlier, list) else []
         compute, steps = files.steps.total("compute_s"), files.steps.total("step_s")
         if [int(row["step"]) for row in files.steps.rows] != list(range(1, steps_done + 1)):
             missing.append(f"steps.csv has {len(files.steps.rows)} of the {steps_done} steps before an interruption")
@@ -142,9 +142,9 @@ class RunMetrics:
             self.writer.write(row, durable)
         except OSError as error:
             raise RunError(f"cannot write the run's files: {error}") from error
-        said = self.contention.sample_if_due() if self.contention is not None else None
-        if said:
-            log.info(said)
+        warning = self.contention.sample_if_due() if self.contention is not None else None
+        if warning:
+            log.info(warning)
         in_use = self._runtime.memory_in_use(0)
         if in_use is not None:
             spent = round(self.e2e() + self.earlier_e2e, 3)

@@ -209,9 +209,9 @@ def _load_torch_file(path: Path) -> Any:
     Raises:
         InputError: says what the file is instead, or what is wrong with it; never how to load it unsafely.
     """
-    said = describe_wrong_file(path)
-    if said is not None:
-        raise InputError(f"{path}: {said}")
+    reason = describe_wrong_file(path)
+    if reason is not None:
+        raise InputError(f"{path}: {reason}")
     damage = find_damage(path)
     if damage is not None:
         raise InputError(f"{path}: is damaged ({damage}: wrong checksum); copy or download it again")
@@ -365,9 +365,9 @@ def describe_wrong_file(path: Path) -> Optional[str]:
         head = file.read(_HEAD)
     if not head:
         return "is empty: copy or download it again"
-    for start, said in _STARTS:
+    for start, reason in _STARTS:
         if head.startswith(start):
-            return said
+            return reason
     if head[_TAR] == b"ustar":
         return f"is a tar archive: {_UNPACK}"
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")

@@ -135,8 +135,8 @@ class MeasuredRun:
         flops = np.array([float(work.counter.flops_by_rank(step).max()) for step in range(first + 1, len(rows) + 1)])
         compute, step = (np.array([float(row[name]) for row in rows])[first:] for name in ("compute_s", "step_s"))
         actual, ranks = result.get("mem_actual_gib"), config.topology.world_size
-        guess = estimate_memory(config, work.lengths, 0.0, saves_attention_probs(config)).total
-        base = None if not actual or ranks > 1 else max(0.0, float(actual) * _GIB_BYTES - guess)
+        estimate = estimate_memory(config, work.lengths, 0.0, saves_attention_probs(config)).total
+        base = None if not actual or ranks > 1 else max(0.0, float(actual) * _GIB_BYTES - estimate)
         return cls(path, config, result, flops, compute, float(np.median(step) / np.median(compute)) - 1.0, base)
 
     @property
@@ -176,12 +176,12 @@ def saves_attention_probs(config: TrainConfig) -> bool:
 
 def ignored_runs(runs: List[MeasuredRun], configs: List[Any]) -> List[str]:
     """List the runs that no configuration can learn from, with the reason."""
-    said = [f"{run.path}: ignored: simulated or profiled" for run in runs if not run.plain]
+    messages = [f"{run.path}: ignored: simulated or profiled" for run in runs if not run.plain]
     for run in runs:
         if run.plain and not any(same_chip(run.config, config) for config in configs):
             what = f"{run.config.hardware.name} in {run.config.precision.name}"
-            said.append(f"{run.path}: ignored: measured on {what}{' (TF32)' * run.config.precision.tf32}")
-    return said
+            messages.append(f"{run.path}: ignored: measured on {what}{' (TF32)' * run.config.precision.tf32}")
+    return messages
 
 
 def rank_speed(
@@ -385,9 +385,9 @@ def predict(config: TrainConfig, speed: RankSpeed, work: Workload, data: str, sa
     evaluations = speed.seconds(work.evaluation / ranks) * work.evaluations(steps)
     total = step * steps + evaluations
     cards = None if speed.power_w is None else speed.power_w * ranks
-    guess = estimate_memory(config, work.lengths, 0.0, saves_attention_probs(config)).total
+    estimate = estimate_memory(config, work.lengths, 0.0, saves_attention_probs(config)).total
     alike = config.topology.devices_per_node if config.hardware.accelerator == "cpu" else 1  # ranks share memory
-    memory = (Interval(guess, guess).widened(_ESTIMATE) + speed.base) * (alike / _GIB)
+    memory = (Interval(estimate, estimate).widened(_ESTIMATE) + speed.base) * (alike / _GIB)
     device_gib = config.hardware.memory_gib
     return Prediction(
         config,

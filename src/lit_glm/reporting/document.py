@@ -306,11 +306,11 @@ def _make_tile(row: ReportRow, published: List[Dict[str, Any]], words: Translati
     complete = [run for run in row.runs if run.complete]
     accuracy = format_cell(row, "acc") or "–"
     if reached and len(reached) == len(row.runs):
-        state, said = "reached", words("card_reached", accuracy)
+        state, outcome = "reached", words("card_reached", accuracy)
     elif complete:
-        state, said = "missed", words("card_missed", accuracy)
+        state, outcome = "missed", words("card_missed", accuracy)
     else:
-        state, said = "other", words.state(str(row["status"]))
+        state, outcome = "other", words.state(str(row["status"]))
     items = [
         (
             words("card_time"),
@@ -333,7 +333,7 @@ def _make_tile(row: ReportRow, published: List[Dict[str, Any]], words: Translati
     title = f"{unique_row_label(row, words)} {row['precision']} {row['scoring']}"
     known = [(label, value) for label, value in items if value]
     more = [mark for mark in row_annotations(row, words) if mark != words("unconverged")]  # shown by the state already
-    result = words.with_note(said, words.join(more)) if more else said
+    result = words.with_note(outcome, words.join(more)) if more else outcome
     return SummaryTile(title, state, result, known, " · ".join(part for part in origin if part))
 
 

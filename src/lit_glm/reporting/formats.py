@@ -115,11 +115,11 @@ def csv_text(document: Document) -> str:
             for name in figures
             for value in (row.median(name), *(row.spread(name) or (row.median(name), row.median(name))))
         ]
-        said = "; ".join(row_annotations(row, words))
+        marks = "; ".join(row_annotations(row, words))
         writer.writerow(
             [
                 _escape_formula(value)
-                for value in (row_label(row, words), *shown, *state, said, folders, not row.runs[0].is_measurement)
+                for value in (row_label(row, words), *shown, *state, marks, folders, not row.runs[0].is_measurement)
             ]
             + numbers
         )

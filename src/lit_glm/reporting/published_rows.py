@@ -49,8 +49,8 @@ def published_tables(found: List[ReportRow], words: Translations) -> Tuple[Repor
         ]
         for line, row in zip(published, wrapped)
     ]
-    said = [words("published_note"), f"{_DOUBT.strip()} {words('published_fp16_flag')}"]
-    table = ReportTable([words("config"), *PUBLISHED_COLUMNS[1:], words("source")], lines, said)
+    notes_below = [words("published_note"), f"{_DOUBT.strip()} {words('published_fp16_flag')}"]
+    table = ReportTable([words("config"), *PUBLISHED_COLUMNS[1:], words("source")], lines, notes_below)
     ratios: List[List[str]] = []
     notes: List[Note] = []
     for row in found:

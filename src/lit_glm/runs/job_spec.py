@@ -38,14 +38,14 @@ class JobSpec:
 
     def write(self, folder: Path) -> None:
         """Write job.json for the ranks, for resuming, and for the discovery of runs."""
-        told = {
+        origin = {
             "config_hash": config_hash(self.config),
             "lit_glm": lit_glm.__version__,
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
         }
         content = dataclasses.asdict(self)
         content.update(config=mask_config(content["config"]), command=[mask_override(word) for word in self.command])
-        write_json(folder / JOB_FILE, {**told, **content})
+        write_json(folder / JOB_FILE, {**origin, **content})
 
     def secrets_variable(self) -> Dict[str, str]:
         """Return the environment variable that passes the secrets masked by `write` to the ranks; {} without any."""

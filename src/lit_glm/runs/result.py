@@ -241,38 +241,38 @@ def was_contended(result: Dict[str, Any]) -> bool:
 
 def annotations(result: Dict[str, Any]) -> List[str]:
     """Return the annotations of a table row."""
-    said = []
+    notes = []
     if result.get("simulated"):
-        said.append("simulated")
+        notes.append("simulated")
     if result.get("computed_on_cpu"):
-        said.append("computed on the CPU")
+        notes.append("computed on the CPU")
     if result.get("mem_total_source") == "hardware file":
-        said.append("device memory from the hardware file")
+        notes.append("device memory from the hardware file")
     if result.get("profiled"):
-        said.append("profiled")
+        notes.append("profiled")
     if result.get("status") not in COMPLETE:
-        said.append(str(result.get("status")))
+        notes.append(str(result.get("status")))
     if result.get("interruptions"):
         repeated = result.get("repeated_steps")
         again = f", {repeated} steps repeated" if repeated else ""
-        said.append(f"resumed {result['interruptions']}x{again}")
+        notes.append(f"resumed {result['interruptions']}x{again}")
     if has_many_skipped_steps(result):
-        said.append(f"{result['skipped_steps']} of {result['global_steps']} steps skipped")
+        notes.append(f"{result['skipped_steps']} of {result['global_steps']} steps skipped")
     if was_contended(result):
-        said.append(f"contention: other processes used {result.get('external_cpu_load') or 0:.0%} of the CPUs")
+        notes.append(f"contention: other processes used {result.get('external_cpu_load') or 0:.0%} of the CPUs")
     if result.get("environment_changes"):
-        said.append(f"on several machines: {'; '.join(map(str, result['environment_changes']))}")
+        notes.append(f"on several machines: {'; '.join(map(str, result['environment_changes']))}")
     if result.get("missing_data"):
-        said.append("; ".join(map(str, result["missing_data"])))
+        notes.append("; ".join(map(str, result["missing_data"])))
     if result.get("reused_from"):
-        said.append(f"reused from {result['reused_from']}")
-    return said
+        notes.append(f"reused from {result['reused_from']}")
+    return notes
 
 
 def table_cells(result: Dict[str, Any]) -> List[str]:
     """Format a result in the published formats, one text per column; empty if nothing was measured."""
-    said = annotations(result)
-    mark = f" ({', '.join(said)})" if said else ""
+    notes = annotations(result)
+    mark = f" ({', '.join(notes)})" if notes else ""
     figures = [
         cell_text(metric, metric.value(result), METRICS[metric.of].value(result) if metric.of else None)
         for metric in PUBLISHED_METRICS

@@ -138,8 +138,8 @@ class RecordModule(pl.LightningModule):
         if self.trainer.world_size == 1:
             read, stops = self._runtime.to_host_async(loss.float().reshape(1)), float(self.stop_requested)
             return lambda: [read()[0], stops]
-        asked = torch.full_like(loss, float(self.stop_requested), dtype=torch.float32)  # filled there, not copied
-        both = torch.stack([loss.float(), asked])
+        stop = torch.full_like(loss, float(self.stop_requested), dtype=torch.float32)  # filled there, not copied
+        both = torch.stack([loss.float(), stop])
         return self._runtime.to_host_async(both, torch.distributed.all_reduce(both, async_op=True))
 
     @staticmethod

@@ -191,9 +191,9 @@ def _check_operators(
         if not any(one.status in ("missing", "fails") for one in operators.seen.values()):
             backs += find_cpu_fallbacks(lambda: (stepper.train(batch), stepper.evaluate(batch)))  # noqa: B023
     seen += operators.seen.values()
-    for name, said in dict(backs).items():
+    for name, text in dict(backs).items():
         if not any(one.name == name and one.status == "falls back" for one in seen):
-            seen.append(OperatorResult(name, "", "falls back", message=said))
+            seen.append(OperatorResult(name, "", "falls back", message=text))
     label = f"operators {config.precision.name}"
     checks = []
     for one in seen:
@@ -204,13 +204,13 @@ def _check_operators(
             checks.append(CheckResult(f"{label}: {one.name}", "fail", what, _ADVICE[one.status], figure, bound))
     unknown = sorted({one.name for one in seen if one.status == "unknown"})
     if unknown:
-        said = f"{', '.join(unknown)}: no reference to compare with"
-        checks.append(CheckResult(f"{label}: unknown", "warn", said, advice="covered by the model checks below"))
+        text = f"{', '.join(unknown)}: no reference to compare with"
+        checks.append(CheckResult(f"{label}: unknown", "warn", text, advice="covered by the model checks below"))
     good = [one for one in seen if one.status == "ok"]
     nearest = max(good, key=lambda one: one.error.typical / (one.bound or 1.0), default=None)
     if nearest is not None:
         drawn = sum(one.status == "drawn" for one in seen)
         names = {one.name for one in good}
-        said = f"{len(names)} operators ({len(good)} shapes) agree, {drawn} random; closest to bound: {nearest.name}"
-        checks.append(CheckResult(label, "ok", said, value=nearest.error.typical, bound=nearest.bound))
+        text = f"{len(names)} operators ({len(good)} shapes) agree, {drawn} random; closest to bound: {nearest.name}"
+        checks.append(CheckResult(label, "ok", text, value=nearest.error.typical, bound=nearest.bound))
     return checks

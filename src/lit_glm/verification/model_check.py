@@ -31,9 +31,9 @@ def check_layers(config: TrainConfig, sample: VerifyFixture, runtime: Runtime, t
     width = sample.model.hidden_size
     worst, first = 0.0, ""
     bound = layer_bound(own.computes_in, sample.model.num_layers, width, tf32)
-    for number, ((name, mine), (_, theirs)) in enumerate(zip(stages, exact_stages)):
+    for number, ((name, actual), (_, expected)) in enumerate(zip(stages, exact_stages)):
         limit = layer_bound(own.computes_in, min(number + 1, sample.model.num_layers), width, tf32)
-        far = relative_error(mine.float(), theirs.double())
+        far = relative_error(actual.float(), expected.double())
         worst = max(worst, far.typical * bound / limit)
         if not far.within(limit) and not first:
             first = name
@@ -50,17 +50,17 @@ def check_layers(config: TrainConfig, sample: VerifyFixture, runtime: Runtime, t
     bound *= _BACKWARD
     largest = max(float(gradient.square().mean().sqrt()) for gradient in exact_gradients.values())
     ranked = []
-    for name, theirs in exact_gradients.items():
+    for name, expected in exact_gradients.items():
         if name not in gradients:
             ranked.append((math.inf, name))
             continue
-        ranked.append((relative_error(gradients[name], theirs, _NEGLIGIBLE * largest).typical, name))
+        ranked.append((relative_error(gradients[name], expected, _NEGLIGIBLE * largest).typical, name))
     far_off, name = max(ranked)
     deviates = far_off > bound
-    said = f"largest deviation: {name}" if deviates else f"{len(ranked)} parameters agree"
+    message = f"largest deviation: {name}" if deviates else f"{len(ranked)} parameters agree"
     advice = "check the operators of the backward pass above" if deviates else ""
     checks.append(
-        CheckResult(f"gradients {config.precision.name}", "fail" if deviates else "ok", said, advice, far_off, bound)
+        CheckResult(f"gradients {config.precision.name}", "fail" if deviates else "ok", message, advice, far_off, bound)
     )
     return checks
 
@@ -71,26 +71,28 @@ def check_training(config: TrainConfig, sample: VerifyFixture, runtime: Runtime,
     small = replace(sample, model=replace(sample.model, num_layers=min(2, sample.model.num_layers)))
 
     steppers = [TrainStepper(short, small, runtime, exact) for exact in (True, False, False)]
-    exact, mine, again = ([stepper.train(small.flat) for _ in range(_STEPS)] for stepper in steppers)
+    exact, losses, again = ([stepper.train(small.flat) for _ in range(_STEPS)] for stepper in steppers)
     bound = _DRIFT * layer_bound(steppers[1].computes_in, small.model.num_layers, small.model.hidden_size, tf32)
-    far = max(abs(own - other) / max(1.0, abs(other)) for own, other in zip(mine, exact))
-    name, falls = f"training {config.precision.name}", mine[-1] < mine[0]
+    far = max(abs(own - other) / max(1.0, abs(other)) for own, other in zip(losses, exact))
+    name, falls = f"training {config.precision.name}", losses[-1] < losses[0]
     well = far <= bound and falls
-    said = f"{_STEPS} losses, {mine[0]:.4f} to {mine[-1]:.4f}, agree with the CPU reference"
+    message = f"{_STEPS} losses, {losses[0]:.4f} to {losses[-1]:.4f}, agree with the CPU reference"
     checks = [
         CheckResult(
             name,
             "ok" if well else "fail",
-            said if well else f"losses deviate from the CPU's (last loss {mine[-1]:.4f}, reference {exact[-1]:.4f})",
+            message
+            if well
+            else f"losses deviate from the CPU's (last loss {losses[-1]:.4f}, reference {exact[-1]:.4f})",
             "" if well else "check clipping and optimizer, whose operators are listed above too",
             far,
             bound,
         )
     ]
-    same = mine == again
-    said = "bitwise reproducible" if same else "not bitwise reproducible"
+    same = losses == again
+    message = "bitwise reproducible" if same else "not bitwise reproducible"
     advice = "" if same else "results are comparable, but a resumed run differs from an uninterrupted one"
-    checks.append(CheckResult(f"repeatable {config.precision.name}", "ok" if same else "warn", said, advice=advice))
+    checks.append(CheckResult(f"repeatable {config.precision.name}", "ok" if same else "warn", message, advice=advice))
     return checks
 
 

@@ -210,7 +210,7 @@ class OperatorRecorder:
             return operator(*args, **kwargs)
         before = map_structure((args, kwargs), to_host)
         try:
-            with warnings.catch_warnings(record=True) as said:
+            with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 out = operator(*args, **kwargs)
         except (NotImplementedError, RuntimeError) as error:
@@ -223,7 +223,7 @@ class OperatorRecorder:
             self.seen[key] = OperatorResult(name, shapes, "missing" if is_missing else "fails", message=text)
             return self._run_on_cpu(operator, args, before, error)
         found = self._compare(operator, name, shapes, before, (args, kwargs), out)
-        backs = [str(entry.message) for entry in said if "fall" in str(entry.message).lower()]
+        backs = [str(entry.message) for entry in caught if "fall" in str(entry.message).lower()]
         elsewhere = [tensor for tensor in tensors_in(out) if _is_off_device(tensor, self._device)]
         if backs or (elsewhere and "to_copy" not in name and "copy_" not in name):
             message = (backs or [f"result is on {elsewhere[0].device}"])[0][:200]
@@ -240,8 +240,8 @@ class OperatorRecorder:
         except Exception:
             raise error from None
         if operator_name(operator).endswith("_"):
-            for mine, theirs in zip(tensors_in(args), tensors_in(wide_args)):
-                mine.copy_(theirs)
+            for copied, theirs in zip(tensors_in(args), tensors_in(wide_args)):
+                copied.copy_(theirs)
             return args[0]
         floating = next((tensor.dtype for tensor in tensors_in(args) if tensor.is_floating_point()), torch.float32)
 
@@ -263,10 +263,10 @@ class OperatorRecorder:
             )
         if exact is None and not writes:
             return OperatorResult(name, shapes, "unknown", message="no independent CPU reference")
-        mine = tensors_in(list(after)) if writes else [_to_strided(tensor) for tensor in tensors_in(out)]
-        theirs = tensors_in(list(inputs)) if writes else tensors_in(exact)
-        mine = mine[: _COMPARED_RESULTS.get(name)]
-        pairs = [(own, other) for own, other in zip(mine, theirs) if own.numel()]
+        actual = tensors_in(list(after)) if writes else [_to_strided(tensor) for tensor in tensors_in(out)]
+        expected = tensors_in(list(inputs)) if writes else tensors_in(exact)
+        actual = actual[: _COMPARED_RESULTS.get(name)]
+        pairs = [(own, other) for own, other in zip(actual, expected) if own.numel()]
         terms = reduction_length(tensors_in(list(before)), [own for own, _ in pairs])
         far, bound, status = [RelativeError(0.0, 0.0)], 0.0, "ok"
         for own, other in pairs:
@@ -354,4 +354,4 @@ def find_cpu_fallbacks(step: Callable[[], Any]) -> List[Tuple[str, str]]:
             if parent is not None and parent.name in _READS:
                 continue
             found[parent.name if parent is not None else "unknown"] = "its inputs are copied to the CPU"
-    return [(name.replace("aten::", ""), said) for name, said in found.items()]
+    return [(name.replace("aten::", ""), text) for name, text in found.items()]

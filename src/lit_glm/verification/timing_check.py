@@ -88,15 +88,15 @@ def check_clock(runtime: Runtime) -> CheckResult:
         ratios.append((twice + read_twice) / max(once + read, 1e-9))
     share, ratio = min(shares), sorted(ratios)[1]  # a single late read was delayed by other work
     if share > _UNWAITED:
-        said = f"{share:.0%} of the time of a matmul chain passes after synchronize, until its result is read"
+        message = f"{share:.0%} of the time of a matmul chain passes after synchronize, until its result is read"
         advice = "synchronize returns before the work is done: no timing of this runtime is valid"
-        return CheckResult("clock", "fail", said, advice, share, _UNWAITED)
+        return CheckResult("clock", "fail", message, advice, share, _UNWAITED)
     if not _PROPORTIONAL[0] <= ratio <= _PROPORTIONAL[1]:
-        said = f"time does not scale with work (2x work: {ratio:.2f}x time)"
+        message = f"time does not scale with work (2x work: {ratio:.2f}x time)"
         advice = "repeat on an idle machine; if it persists, synchronize or the clock is not reliable"
-        return CheckResult("clock", "warn", said, advice, ratio, 2.0)
-    said = f"synchronize blocks; time scales with work (2x work: {ratio:.2f}x time)"
-    return CheckResult("clock", "ok", said, value=share, bound=_UNWAITED)
+        return CheckResult("clock", "warn", message, advice, ratio, 2.0)
+    message = f"synchronize blocks; time scales with work (2x work: {ratio:.2f}x time)"
+    return CheckResult("clock", "ok", message, value=share, bound=_UNWAITED)
 
 
 def check_speed(
@@ -115,18 +115,18 @@ def check_speed(
     fastest, edge = measure_matmul(runtime, dtype)
     key, size = f"hardware.peak_tflops.{which}", f"{edge} x {edge}"
     if peak is None:
-        said = f"{fastest:.3g} TFLOP/s ({size}); {key} is unknown: no mfu"
-        return [CheckResult(name, "ok", said, value=fastest)]
+        message = f"{fastest:.3g} TFLOP/s ({size}); {key} is unknown: no mfu"
+        return [CheckResult(name, "ok", message, value=fastest)]
     share = fastest / peak
-    said = f"{fastest:.3g} TFLOP/s ({size}), {share:.0%} of {key}={peak:g}"
+    message = f"{fastest:.3g} TFLOP/s ({size}), {share:.0%} of {key}={peak:g}"
     if share > _ABOVE_PEAK:
         file = f"conf/hardware/{config.hardware.name}.yaml"
         advice = f"the peak in {file} is not this device's, or the clock is wrong"
-        return [CheckResult(name, "fail", said, advice, fastest, peak)]
+        return [CheckResult(name, "fail", message, advice, fastest, peak)]
     if share < _FAR_BELOW:
         advice = "is the device shared, throttled, or the precision emulated?"
-        return [CheckResult(name, "warn", said, advice, fastest, peak)]
-    return [CheckResult(name, "ok", said, value=fastest, bound=peak)]
+        return [CheckResult(name, "warn", message, advice, fastest, peak)]
+    return [CheckResult(name, "ok", message, value=fastest, bound=peak)]
 
 
 def check_bandwidth(runtime: Runtime) -> List[CheckResult]:
