@@ -128,7 +128,7 @@ def test_it_keeps_the_promises_of_a_runtime(kind: str, chip: Dict[str, str]) -> 
 
 
 def test_the_memory_is_protected_and_unread_work_is_dropped(chip: Dict[str, str]) -> None:
-    """The double behaves as it says: else the tests above would show nothing."""
+    """The double behaves as documented; otherwise the tests above would prove nothing."""
     program = """
 import ctypes, sys, torch, torch_chip
 runtime = torch_chip.LazyChip()

@@ -101,13 +101,20 @@ def record_run(job: JobSpec, run_dir: Path, composed: Dict[str, str], output: Op
                 yield lock
         finally:
             result = settle_status(run_dir)
-            if result is not None and output is None:
-                for line in final_summary(result, job.config, run_dir).split("\n"):
-                    log.info(line)
-                print(results_table([result]), flush=True)  # the last output of the run
-            elif result is not None and output is not None:
-                with output.open("a", encoding="utf-8") as file:
-                    file.write(f"{final_summary(result, job.config, run_dir)}\n{results_table([result])}\n")
+            if result is not None:
+                _print_result(result, job, run_dir, output)
+
+
+def _print_result(result: Dict[str, Any], job: JobSpec, run_dir: Path, output: Optional[Path]) -> None:
+    """Print summary and table of a run, its last output; `output`: the file to append them to instead."""
+    summary, table = final_summary(result, job.config, run_dir), results_table([result])
+    if output is not None:
+        with output.open("a", encoding="utf-8") as file:
+            file.write(f"{summary}\n{table}\n")
+        return
+    for line in summary.split("\n"):
+        log.info(line)
+    print(table, flush=True)
 
 
 @contextmanager

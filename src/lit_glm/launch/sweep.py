@@ -413,14 +413,14 @@ def prepare_sweep(whole: Any, line: CommandLine) -> None:
     SweepCallback.total, SweepCallback.complete = None, []
     if "BasicSweeper" in str(whole.hydra.sweeper.get("_target_")) and not searches:
         SweepCallback.total = len(line.combinations())
-    leave_out_jobs([], own_folders=False)
+    complete: Dict[int, CompleteRun] = {}
     if whole.sweep.skip_done and is_first_node:
         complete = _find_complete_runs(discovery.runs_by_config_hash(search_paths(sweep_dir, given)), line, whole.hydra)
-        if SweepCallback.total is not None:
-            SweepCallback.complete = list(complete.values())
-            SweepCallback.total -= len(complete)
-            folders: Any = OmegaConf.to_container(whole.hydra.sweep, resolve=False)
-            leave_out_jobs(list(complete), bool(complete) and folders["subdir"] == "${hydra.job.num}")
+    if SweepCallback.total is not None:
+        SweepCallback.complete = list(complete.values())
+        SweepCallback.total -= len(complete)
+        folders: Any = OmegaConf.to_container(whole.hydra.sweep, resolve=False)
+        leave_out_jobs(list(complete), bool(complete) and folders["subdir"] == "${hydra.job.num}")
 
 
 def _find_complete_runs(there: Dict[str, List[Path]], line: CommandLine, hydra: Any) -> Dict[int, "CompleteRun"]:

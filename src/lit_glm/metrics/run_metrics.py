@@ -151,7 +151,7 @@ class RunMetrics:
             self.writer.memory.add(step=module.steps_done, seconds=spent, gib=round(in_use / 2**30, 4))
 
     def row(self, module: RecordModule, seconds: PhaseDurations, e2e: float, peak: Optional[float]) -> Dict[str, Any]:
-        """Build a result; its status is "running", because only the launcher knows how the run has ended.
+        """Build a result; its status is "running", because only the launcher decides how the run has ended.
 
         Args:
             module: gives the step counters.
