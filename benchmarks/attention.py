@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from lit_glm.data.collate import build_padding_index
-from lit_glm.model.attention import PaddedAttention, PerGroupAttention
+from lit_glm.model.attention import DotProductAttention, PaddedAttention, PerGroupAttention
 
 
 def lengths(groups: int, context: int, candidates: int, tokens: int) -> "tuple[List[int], List[int], torch.Tensor]":
@@ -36,8 +36,8 @@ def main() -> None:
             contexts, rows, owner = lengths(groups, context, 8, 3)
             places = build_padding_index(np.array(contexts), np.array(rows), owner.numpy())
             plans: List[Any] = [
-                PerGroupAttention.from_groups(contexts, rows, owner),
-                PaddedAttention.from_index(places),
+                PerGroupAttention.from_groups(contexts, rows, owner, DotProductAttention()),
+                PaddedAttention.from_index(places, DotProductAttention()),
             ]
             qkv = torch.randn(sum(contexts) + sum(rows), 3 * width, requires_grad=True)
             ratios = []

@@ -29,7 +29,6 @@ from lit_glm.hardware.runtimes.cpu import CPURuntime, bf16_instructions
 from lit_glm.metrics.flops import published_flops, shared_context_flops
 from lit_glm.metrics.system_info import describe_machine
 from lit_glm.model.checkpoint import build_glm
-from lit_glm.model.glm import GLM
 from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, candidate_loss, candidate_scores
 from lit_glm.training.optimizer import make_optimizer
 
@@ -125,9 +124,7 @@ def main() -> None:
     file = given.file or corpus.cached()
     split = open_dataset(file, False, None)
     torch.manual_seed(0)
-    glm = GLM(build_glm(config.model)[0].shape)
-    weights = {name: weight.clone() for name, weight in glm.state_dict().items()}
-    del glm
+    weights = build_glm(config.model)[0].state_dict()
     engines = [Engine(name, config, weights) for name in names]
     del weights
     if given.memory:

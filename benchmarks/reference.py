@@ -47,7 +47,7 @@ class Reference:
         mixed = torch.matmul(probabilities, v).permute(0, 2, 1, 3).contiguous().view(N, S, D)
         h = h + F.dropout(_linear(layer.attention.dense, mixed), hidden, layer.training)
         x = layer.post_attention_layernorm(h)
-        x = layer.mlp.activation(_linear(layer.mlp.dense_h_to_4h, x))
+        x = F.gelu(_linear(layer.mlp.dense_h_to_4h, x), approximate=layer.mlp.approximate)
         x = _linear(layer.mlp.dense_4h_to_h, x)
         return h + F.dropout(x, hidden, layer.training)
 

@@ -16,7 +16,6 @@ SRC, TESTS = ROOT / "src" / "lit_glm", ROOT / "tests"
 _FOLDER_OF = {"runs": "runs_folder"}
 """Packages whose tests have another name: tests/runs starts real processes."""
 _COMMANDS = {
-    "doctor": "preflight",
     "verify": "verification",
     "plan": "planning",
     "tune": "tuning",

@@ -55,6 +55,7 @@ def complete(request: str) -> int:
 
 def main() -> int:
     """Run the command that the first argument names; return its exit status."""
+    lit_glm.exit_on_interrupt()
     if "-sc" in sys.argv[1:3] and sys.argv[-1].startswith(("install=", "query=")) and not sys.argv[-1].endswith("fish"):
         return complete(sys.argv[-1])
     if sys.argv[1:2] == ["--version"]:

@@ -1,10 +1,16 @@
-"""Private APIs of dependencies that this project needs, used nowhere else; and detours around faults of old versions.
+"""What differs between the versions of dependencies, and the private APIs that this project needs; used nowhere else.
 
 Each function gives the reason; `tests/test_compat.py` fails if a release of the dependency changes one.
 """
 
+import contextlib
 import functools
-from typing import Any, Callable, ContextManager, List, Optional, Sequence, Tuple
+import importlib
+import inspect
+import pickle
+import re
+from pathlib import Path
+from typing import Any, Callable, ContextManager, List, Optional, Sequence
 
 
 def keep_own_signals(trainer: Any) -> None:
@@ -57,13 +63,115 @@ def onednn_linear() -> Optional[Callable[..., Any]]:
     return found
 
 
-def numpy_unpickle_globals() -> Tuple[Callable[..., Any], ...]:
+def has_fused_attention() -> bool:
+    """Return whether torch has `scaled_dot_product_attention` (2.0 and later)."""
+    import torch
+
+    return hasattr(torch.nn.functional, "scaled_dot_product_attention")
+
+
+def has_fused_adamw() -> bool:
+    """Return whether torch has a fused AdamW (2.0 and later)."""
+    import torch
+
+    return "fused" in inspect.signature(torch.optim.AdamW).parameters
+
+
+def half_softmax(scores: Any) -> Any:
+    """Return the softmax over the last dimension in the dtype of the scores; halves are summed in fp32.
+
+    torch 1.12 has none for halves on CPU. Without the dtype, autocast on some devices would return and keep fp32.
+    """
+    import torch
+
+    if scores.dtype is torch.float16 and scores.device.type == "cpu":
+        return torch.softmax(scores, dim=-1, dtype=torch.float32).to(scores.dtype)
+    return torch.softmax(scores, dim=-1, dtype=scores.dtype)
+
+
+def autocast_dtype(device_type: str) -> Optional[Any]:
+    """Return the dtype of autocast on a kind of device; None where it is disabled or unknown to torch."""
+    import torch
+
+    if not hasattr(torch, "get_autocast_dtype"):  # before torch 2.4
+        return torch.get_autocast_cpu_dtype() if device_type == "cpu" and torch.is_autocast_cpu_enabled() else None
+    try:
+        return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    except RuntimeError:
+        return None
+
+
+def storage_of(tensor: Any) -> Any:
+    """Return the storage of a tensor; torch 1.12 has no `untyped_storage`."""
+    return tensor.untyped_storage() if hasattr(tensor, "untyped_storage") else tensor.storage()
+
+
+def meta_device() -> ContextManager[Any]:
+    """Return a context in which modules are created without memory for their values; with it before torch 2.0."""
+    import torch
+
+    return contextlib.nullcontext() if torch.__version__.startswith("1.") else torch.device("meta")
+
+
+def registered_backends() -> List[str]:
+    """Return the collective backends that torch knows, in lower case: its own, and those that packages registered."""
+    import torch
+
+    names = [name for name in vars(torch.distributed.Backend).values() if isinstance(name, str)]
+    return [str(name).lower() for name in (*names, *getattr(torch.distributed.Backend, "_plugins", {}))]
+
+
+def load_torch_file(path: Path, mmap: bool = False) -> Any:
+    """Load a torch file onto the CPU without executing code from it; numpy's random states are allowed.
+
+    Args:
+        path: path of the file.
+        mmap: read values on access, where torch supports that (2.1 and later).
+
+    Raises:
+        pickle.UnpicklingError: if the file references anything that a checkpoint does not need.
+    """
+    import torch
+
+    if torch.__version__.startswith("1."):
+        with path.open("rb") as file:
+            return torch.load(file, map_location="cpu", pickle_module=_RestrictedPickle)
+    arguments: Any = {"mmap": True} if mmap and not torch.__version__.startswith("2.0") else {}
+    allow = getattr(torch.serialization, "safe_globals", None)
+    with contextlib.nullcontext() if allow is None else allow(_numpy_unpickle_globals()):
+        return torch.load(str(path), map_location="cpu", weights_only=True, **arguments)
+
+
+def _numpy_unpickle_globals() -> List[Callable[..., Any]]:
     """Return the globals of a pickled numpy random state, as in published checkpoints, for torch's safe loader."""
     import numpy as np
 
     core: Any = np._core if hasattr(np, "_core") else np.core  # numpy 2, numpy 1
     kinds = dict.fromkeys(type(np.dtype(kind)) for kind in "?bBhHiIlLfdU")
-    return (core.multiarray._reconstruct, core.multiarray.scalar, np.ndarray, np.dtype, *kinds)
+    return [core.multiarray._reconstruct, core.multiarray.scalar, np.ndarray, np.dtype, *kinds]
+
+
+class _RestrictedPickle:
+    """Replacement for the pickle module that `torch.load` accepts: torch 1.12 has no safe loader of its own."""
+
+    UnpicklingError = pickle.UnpicklingError
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            kinds = "Float|Half|BFloat16|Double|Long|Int|Short|Char|Byte|Bool|Untyped"
+            allowed = (
+                r"collections\.OrderedDict|torch\._utils\._rebuild_(tensor|tensor_v2|parameter)|torch\.(Size|device)|"
+                rf"torch\.({kinds})Storage|torch\.serialization\._get_layout|torch\.storage\._?(Typed|Untyped)Storage|"
+                r"torch\.(float|bfloat|int|uint|complex)\d+|torch\.bool|numpy\.(ndarray|dtype)|numpy\.dtypes\.\w+|"
+                r"numpy\._?core\.multiarray\.(_reconstruct|scalar)|_codecs\.encode|builtins\.(set|frozenset|complex)"
+            )
+            if not re.fullmatch(allowed, f"{module}.{name}"):
+                raise pickle.UnpicklingError(f"global {module}.{name} is not allowed")
+            return getattr(importlib.import_module(module.replace("numpy._core", "numpy.core")), name)
+
+    @classmethod
+    def load(cls, file: Any, **_: Any) -> Any:
+        return cls.Unpickler(file).load()
 
 
 def dispatch_mode(see: Callable[[Any, Any, Any], Any]) -> ContextManager[Any]:

@@ -57,19 +57,19 @@ def run_checks(config: TrainConfig, output_dir: Path) -> Iterator[CheckResult]:
     """
     kept = set_hardware_env(config.hardware)  # before anything imports torch
 
-    from lit_glm.preflight import checks
+    from lit_glm import preflight
 
-    yield run_check("machine", checks.check_host)
-    yield run_check("software", checks.check_packages)
-    result = run_check("runtime", lambda: checks.check_runtime(config, kept))
+    yield run_check("machine", preflight.check_host)
+    yield run_check("software", preflight.check_packages)
+    result = run_check("runtime", lambda: preflight.check_runtime(config, kept))
     yield result
     runtime = result.artifact
     missing = "there is no runtime" if runtime is None else ""
     for name, check in (
-        ("devices", checks.check_devices),
-        ("precision", checks.check_precision),
-        ("port", checks.check_rendezvous_port),
-        ("collectives", checks.check_collectives),
+        ("devices", preflight.check_devices),
+        ("precision", preflight.check_precision),
+        ("port", preflight.check_rendezvous_port),
+        ("collectives", preflight.check_collectives),
     ):
         if missing:
             yield CheckResult(name, "skip", f"not checked: {missing}")
@@ -78,12 +78,12 @@ def run_checks(config: TrainConfig, output_dir: Path) -> Iterator[CheckResult]:
         yield result
         if result.status == "fail" and name in ("devices", "port"):
             missing = f"{name} failed"
-    yield run_check("disk", lambda: checks.check_disk(config, output_dir))
+    yield run_check("disk", lambda: preflight.check_disk(config, output_dir))
     for key in ("train_file", "eval_file"):
-        yield run_check(f"data.{key}", lambda key=key: checks.check_data(config, key))  # type: ignore[misc]
-    yield run_check("checkpoint", lambda: checks.check_checkpoint(config))
-    yield run_check("published files", lambda: checks.check_provenance(config))
-    yield run_check("memory", lambda: checks.check_memory(config, runtime))
+        yield run_check(f"data.{key}", lambda key=key: preflight.check_data(config, key))  # type: ignore[misc]
+    yield run_check("checkpoint", lambda: preflight.check_checkpoint(config))
+    yield run_check("published files", lambda: preflight.check_provenance(config))
+    yield run_check("memory", lambda: preflight.check_memory(config, runtime))
 
 
 def main() -> int:

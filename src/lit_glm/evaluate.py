@@ -179,7 +179,7 @@ def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
     if names is not None:
         report.update(score_predictions(names, chosen))
     _write_results(out, predictions, report, config, runtime)
-    _print_scores(out, report, config, runtime, names is not None)
+    print(_scores_text(out, report, config, runtime, names is not None))
     return 0
 
 
@@ -264,21 +264,18 @@ def _write_results(
     )
 
 
-def _print_scores(out: Path, report: Dict[str, Any], config: TrainConfig, runtime: Any, named: bool) -> None:
-    if runtime.simulated:
-        print(f"SIMULATED on the CPU, not measured on {config.hardware.name}")
-    print(f"device  {runtime.device_name(0) or config.hardware.name} (hardware={config.hardware.name})")
-    for key, value in report.items():
-        if key == "num_examples":
-            print(f"examples  {value}")
-        elif value is not None:
-            print(f"{key}  {100 * value:.2f}%")
+def _scores_text(out: Path, report: Dict[str, Any], config: TrainConfig, runtime: Any, named: bool) -> str:
+    lines = [f"SIMULATED on the CPU, not measured on {config.hardware.name}"] if runtime.simulated else []
+    lines.append(f"device  {runtime.device_name(0) or config.hardware.name} (hardware={config.hardware.name})")
+    scores = {key: value for key, value in report.items() if key != "num_examples" and value is not None}
+    lines += [f"{key}  {100 * value:.2f}%" for key, value in scores.items()]
+    lines.append(f"examples  {report['num_examples']}")
     if not named:
-        print(
-            "em, f1 and texts of the predictions need eval_examples.jsonl, which prepare writes next to the HDF5 file;"
+        lines.append(
+            "em, f1 and texts of the predictions need eval_examples.jsonl, which prepare writes next to the HDF5"
         )
-        print("predictions are numbered instead: idx = example, label = candidate")
-    print(f"predictions  {out / 'predictions.jsonl'}")
+        lines.append("file; predictions are numbered instead: idx = example, label = candidate")
+    return "\n".join([*lines, f"predictions  {out / 'predictions.jsonl'}"])
 
 
 def main() -> int:

@@ -31,7 +31,7 @@ def prepare(config: PrepareConfig, _composed: Any) -> int:
 
     assert data.raw_dir is not None
     assert data.vocab_file is not None
-    from lit_glm.preflight.checks import check_vocabulary
+    from lit_glm.preflight import check_vocabulary
 
     if Path(data.vocab_file).is_file():
         log.info(f"{check_vocabulary(Path(data.vocab_file))[1]}")

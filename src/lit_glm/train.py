@@ -107,11 +107,10 @@ def _resolve_run_dir(config: TrainConfig, run_dir: Path) -> "RunFolder":
 
 def run(config: TrainConfig, run_dir: Path, files: Dict[str, str], prepare: Callable[[], None]) -> int:
     """Run one job unless it is complete; return the exit status."""
-    from lit_glm.launch.launcher import announce_early_end, run_job
-    from lit_glm.launch.rendezvous import announce_end, this_node
+    from lit_glm.launch.launcher import announce_early_end, report_complete_run, run_job
+    from lit_glm.launch.rendezvous import this_node
     from lit_glm.runs.checkpoints import resume_hint
     from lit_glm.runs.job_spec import JobSpec
-    from lit_glm.runs.result import results_table
     from lit_glm.runs.run_folder import complete_result
 
     node, resumes = this_node(config.topology, config.hardware.runtime == "simulated"), False
@@ -121,9 +120,7 @@ def run(config: TrainConfig, run_dir: Path, files: Dict[str, str], prepare: Call
             run_dir, resumes = found.path, found.is_resume
         result = complete_result(run_dir) if resumes else None
         if result is not None:
-            log.info(f"{run_dir}: the run is complete; nothing to do")
-            print(results_table([result]), flush=True)
-            announce_end(config, node, 0, "the run is complete; nothing to do")
+            report_complete_run(config, node, run_dir, result)
             return 0
         prepare()
     try:

@@ -89,7 +89,7 @@ def test_a_stopped_run_continues_and_is_evaluated(name: str, chip: Dict[str, str
 
 @pytest.mark.parametrize("name", RUNTIMES)
 def test_verify_finds_it_correct(name: str, chip: Dict[str, str], tmp_path: Path) -> None:
-    line = [*OWN, f"hardware={name}", "topology=1x2", "precision=fp32", "hydra.run.dir=verify"]
+    line = [*OWN, f"hardware={name}", "topology=1x2", "precision=fp32", "model=glm_tiny", "hydra.run.dir=verify"]
     done = lit_glm("verify", *line, cwd=tmp_path, env=chip, cold=True)
     assert done.returncode == 0, done.stdout + done.stderr
     checks = json.loads((tmp_path / "verify" / "verify.json").read_text())["checks"]
@@ -106,7 +106,7 @@ def test_verify_finds_that_synchronize_does_not_wait(chip: Dict[str, str], tmp_p
     (tmp_path / "own" / "hardware").mkdir(parents=True)
     (tmp_path / "own" / "hardware" / "hasty.yaml").write_text("name: hasty\n_target_: hasty.Hasty\n")
     path = os.pathsep.join([str(tmp_path), chip["PYTHONPATH"]])
-    line = ["--config-dir", "own", "hardware=hasty", "precision=fp32", "hydra.run.dir=verify"]
+    line = ["--config-dir", "own", "hardware=hasty", "precision=fp32", "model=glm_tiny", "hydra.run.dir=verify"]
     done = lit_glm("verify", *line, cwd=tmp_path, env={**chip, "PYTHONPATH": path}, cold=True)
     assert done.returncode == 1
     assert "FAIL  clock: " in done.stdout

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import LossScaleConfig, TrainConfig
-from lit_glm.hardware.precision import DynamicLossScale, VendorLossScale
+from lit_glm.hardware.precision import AMPPrecision, DynamicLossScale
+from lit_glm.hardware.runtimes.cpu import CPURuntime
 
 DOUBLE = Path(__file__).parent.parent / "doubles" / "torch_xmlir" / "amp" / "__init__.py"
 
@@ -21,7 +22,7 @@ def scales(overflows: List[bool], config: LossScaleConfig) -> List[float]:
     found = []
     for overflow in overflows:
         scale.update(overflow)
-        found.append(scale.scale)
+        found.append(scale.get_scale())
     return found
 
 
@@ -68,7 +69,7 @@ def test_a_restored_scale_goes_on_alike() -> None:
     for overflow in (False, True, True, False):
         one.update(overflow)
         other.update(overflow)
-        assert one.scale == pytest.approx(other.scale)
+        assert one.get_scale() == pytest.approx(other.get_scale())
 
 
 def test_a_runtimes_own_scaler_takes_its_place() -> None:
@@ -79,25 +80,28 @@ def test_a_runtimes_own_scaler_takes_its_place() -> None:
     assert spec.loader is not None
     spec.loader.exec_module(double)
 
-    def step(scale: VendorLossScale, value: float) -> float:
+    runtime: Any = CPURuntime()
+    runtime.loss_scaler = lambda config: double.GradScaler(init_scale=config.initial, growth_interval=config.window)
+
+    def step(plugin: AMPPrecision, value: float) -> float:
         weight = torch.nn.Parameter(torch.ones(1))
         optimizer = torch.optim.SGD([weight], lr=0.0)
-        scale.scale_loss((weight * value).sum()).backward()
-        scale.unscale_(optimizer)
+        plugin.scaler.scale((weight * value).sum()).backward()
+        plugin.unscale_(optimizer)
         assert weight.grad is not None
-        scale.update(not bool(torch.isfinite(weight.grad).all()))
+        plugin.update_scale(weight.grad)
         return float(weight.grad)
 
-    scale = VendorLossScale(double.GradScaler(init_scale=8.0, growth_interval=2))
-    assert step(scale, 3.0) == 3.0  # divided by what it was multiplied with
-    assert step(scale, float("inf")) == float("inf")
-    assert scale.scale == 4.0
-    step(scale, 1.0)
-    other = VendorLossScale(double.GradScaler(init_scale=1.0, growth_interval=2))
-    other.load_state_dict(scale.state_dict())
-    for each in (scale, other):
+    plugin = AMPPrecision(runtime, LossScaleConfig(initial=8.0, window=2))
+    assert step(plugin, 3.0) == 3.0  # divided by what it was multiplied with
+    assert step(plugin, float("inf")) == float("inf")
+    assert plugin.loss_scale == 4.0
+    step(plugin, 1.0)
+    other = AMPPrecision(runtime, LossScaleConfig(initial=1.0, window=2))
+    other.load_state_dict(plugin.state_dict())
+    for each in (plugin, other):
         step(each, 1.0)
-        assert each.scale == 8.0
+        assert each.loss_scale == 8.0
 
 
 @pytest.mark.parametrize("precision", ["fp16", "amp"])

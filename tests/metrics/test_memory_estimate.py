@@ -4,17 +4,21 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import List
 
 import numpy as np
 import pytest
+import torch
 
 from conftest import GOLDEN_RUN, TRAIN_FILE
 from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import HardwareConfig, TopologyConfig, TrainConfig
+from lit_glm.data.collate import PackedBatch, build_padding_index
 from lit_glm.data.memmap_dataset import SequenceLengths, open_dataset
 from lit_glm.hardware.runtimes.selection import make_runtime
 from lit_glm.metrics.memory_estimate import count_parameters, estimate_memory, largest_fitting_bs, memory_message
-from lit_glm.model.checkpoint import meta_state_dict
+from lit_glm.model.checkpoint import build_glm, meta_state_dict
+from lit_glm.model.scoring import TRAIN_MASK, candidate_loss, candidate_scores
 
 MEASURE = """
 import sys
@@ -33,7 +37,7 @@ def highest():
     with open("/proc/self/status") as file:
         return next(float(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
-CPURuntime()
+runtime = CPURuntime()
 config = validate_config(compose_config("train", sys.argv[1:]), TrainConfig)
 groups, n, m = config.bs, 230, 26
 counting = torch.arange
@@ -45,7 +49,7 @@ batch = PackedBatch(
     groups, 2,
 )
 before = highest()
-glm, _ = build_glm(config.model)
+glm, _ = build_glm(config.model, runtime.model_ops())
 optimizer = make_optimizer(glm.train(), config.optimizer)
 for _ in range(2):
     candidate_loss(candidate_scores(glm, batch, TRAIN_MASK)).backward()
@@ -67,6 +71,36 @@ def test_the_estimate_is_near_what_the_kernel_counts(dropout: str, tmp_path: Pat
     lengths = SequenceLengths(np.full(8, 2), np.full(8, 256), np.full(8, 26), np.full(8, 230**2 + 26 * 256.0))
     guess = estimate_memory(config, lengths, before, saves_attention_probs=dropout != "0.0")
     assert guess.total - before == pytest.approx(highest - before, rel=0.35)
+
+
+@pytest.mark.skipif(torch.__version__.startswith("1."), reason="no fused attention")
+@pytest.mark.parametrize("lengths", [[40, 40, 40, 40], [90, 20, 30, 20]])
+def test_activations_of_groups_padded_to_equal_size(lengths: List[int]) -> None:
+    """Devices other than CPUs pad the groups of a batch: what attention saves has the size of the longest."""
+    overrides = [*SHAPE, "bs=4", "hardware=cuda", "model.hidden_dropout=0.0", "model.attention_dropout=0.0"]
+    config = validate_config(compose_config("train", overrides), TrainConfig)
+    n, m = np.array(lengths), np.full(4, 6)
+    count, owner = int(n.sum() + m.sum()), np.arange(24) // 3
+    tokens, index = torch.randint(5, 90, (count,)), build_padding_index(n, m, owner)
+    row_candidate, slot = torch.from_numpy(owner), torch.arange(8)
+    batch = PackedBatch(
+        tokens, tokens % 90, tokens % 3, tokens[-24:], row_candidate, slot, lengths, m.tolist(), index, 4, 2
+    )
+    glm = build_glm(config.model)[0].train()
+    own, saved = {weight.data_ptr() for weight in glm.state_dict().values()}, {}
+
+    def count_bytes(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count_bytes, lambda tensor: tensor):
+        loss = candidate_loss(candidate_scores(glm, batch, TRAIN_MASK))
+    assert loss.isfinite()
+    rows = SequenceLengths(np.full(4, 2), n + m, m, n**2 + m * (n + m))
+    guess = estimate_memory(config, rows, 0.0, saves_attention_probs=False)
+    assert guess.activations == pytest.approx(sum(saved.values()), rel=0.1)
 
 
 def test_parameters_are_those_of_the_model() -> None:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from conftest import GOLDEN_RUN, lit_glm_here, rows
+from lit_glm.hardware.runtimes import cpu_ops
 from lit_glm.model import lm_head
 from lit_glm.model.lm_head import log_probabilities
+from lit_glm.model.runtime_ops import RuntimeOps
 
 T, D, V = 37, 8, 50
 
@@ -31,12 +33,12 @@ def test_any_slices_give_torchs_numbers(elements: int, dtype: torch.dtype, monke
     h, embeddings, targets = parts(dtype)
     table = (h @ embeddings.t()).float()
     expected = with_gradients(table.log_softmax(1).gather(1, targets[:, None])[:, 0], h, embeddings)
-    monkeypatch.setattr(lm_head, "_CPU_SLICE", elements)
-    monkeypatch.setattr(lm_head, "_LOGITS_PER_MATMUL", 2 * elements)
+    monkeypatch.setattr(lm_head, "_BLOCK", elements)
+    ops = RuntimeOps(training_logits=2 * elements, read_logits=elements)
     h, embeddings, targets = parts(dtype)
-    found = with_gradients(log_probabilities(h, embeddings, targets), h, embeddings)
+    found = with_gradients(log_probabilities(h, embeddings, targets, ops), h, embeddings)
     with torch.no_grad():
-        evaluated = log_probabilities(h, embeddings, targets)
+        evaluated = log_probabilities(h, embeddings, targets, ops)
     tolerance = {"atol": 1e-5, "rtol": 1e-5} if dtype is torch.float32 else {"atol": 0.05, "rtol": 0.02}
     for ours, torchs in zip((*found, evaluated), (*expected, expected[0])):
         torch.testing.assert_close(ours, torchs, **tolerance)
@@ -44,8 +46,6 @@ def test_any_slices_give_torchs_numbers(elements: int, dtype: torch.dtype, monke
 
 
 def test_the_whole_table_at_once_as_a_card_may_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lm_head, "_CPU_SLICE", 1)
-    monkeypatch.setattr(lm_head, "_row_slices", lambda table, width, elements: iter([slice(0, len(table))]))
     h, embeddings, targets = parts()
     found = with_gradients(log_probabilities(h, embeddings, targets), h, embeddings)
     h, embeddings, targets = parts()
@@ -59,10 +59,11 @@ def test_the_whole_table_at_once_as_a_card_may_take_it(monkeypatch: pytest.Monke
 def test_training_by_slices_is_the_same(
     precision: str, scoring: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The golden vocabulary is small: without this, runs in tests would take torch's own function for the head."""
+    """The golden vocabulary is small: without this, runs in tests would take the head in one block."""
     losses = []
     for elements in (2**30, 1000):
-        monkeypatch.setattr(lm_head, "_CPU_SLICE", elements)
+        monkeypatch.setattr(cpu_ops, "TRAINING_LOGITS", 2 * elements)
+        monkeypatch.setattr(cpu_ops, "READ_LOGITS", elements)
         run = tmp_path / str(elements)
         more = [f"precision={precision}", f"scoring={scoring}", "run.max_steps=4", f"hydra.run.dir={run}"]
         assert lit_glm_here("train", *GOLDEN_RUN, *more) == 0
@@ -71,7 +72,6 @@ def test_training_by_slices_is_the_same(
 
 
 def test_a_second_backward_pass_is_refused_rather_than_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lm_head, "_CPU_SLICE", V)
     picked = log_probabilities(*parts()).sum()
     picked.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="inplace operation"):

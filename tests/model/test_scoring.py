@@ -6,18 +6,19 @@ from typing import Any, List
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lit_glm.config.schema import ModelConfig
 from lit_glm.data.cloze import encode_questions
 from lit_glm.data.collate import build_padding_index, collate_packed, collate_padded, pad_packed
 from lit_glm.data.h5sparse import SparseWriter
 from lit_glm.data.memmap_dataset import MemmapDataset, open_dataset
 from lit_glm.data.superglue_jsonl import Question
 from lit_glm.errors import InputError
-from lit_glm.model.attention import PaddedAttention, PerGroupAttention, check_attention_available, dot_product_attention
-from lit_glm.model.glm import GLM, GLMConfig
+from lit_glm.model.attention import DotProductAttention, PaddedAttention, PerGroupAttention, check_attention_available
+from lit_glm.model.glm import GLM
+from lit_glm.model.runtime_ops import RuntimeOps
 from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, candidate_loss, candidate_scores
 
 LIMIT = 48
@@ -62,7 +63,7 @@ def fits(entry: Question) -> bool:
 
 def model(gelu: str = "tanh") -> GLM:
     torch.manual_seed(1)
-    return GLM(GLMConfig(2, 32, 4, 64, LIMIT, 0.0, 0.0, gelu, init_std=0.2))
+    return GLM(ModelConfig("test", 2, 32, 4, 64, LIMIT, 0.0, 0.0, gelu, init_std=0.2))
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -117,9 +118,10 @@ OWNER = [0, 0, 1, 1, 2, 2, 3, 3, 3, 4, 4, 4]
 def plan_of(kind: Any, kernel: str = "auto", device: str = "cpu") -> Any:
     if kind is PaddedAttention:
         return kind.from_index(
-            build_padding_index(np.array(CONTEXTS), np.array(ROWS), np.array(OWNER)).to(device), kernel
+            build_padding_index(np.array(CONTEXTS), np.array(ROWS), np.array(OWNER)).to(device),
+            DotProductAttention(kernel),
         )
-    return kind.from_groups(CONTEXTS, ROWS, torch.tensor(OWNER, device=device), kernel)
+    return kind.from_groups(CONTEXTS, ROWS, torch.tensor(OWNER, device=device), DotProductAttention(kernel))
 
 
 def outputs_and_gradients(plans: List[Any], qkv: torch.Tensor, candidates_only: bool) -> "tuple[List[Any], List[Any]]":
@@ -160,21 +162,20 @@ def test_ways_of_attending_are_equal_on_a_card(candidates_only: bool) -> None:
 def test_padded_sequences_by_every_kernel(kernel: str) -> None:
     torch.manual_seed(0)
     separators, qkv = torch.tensor([3, 7, 1]), torch.randn(3 * 8, 3 * 16)
-    plans = [PaddedAttention.from_sequences(separators, 8, name) for name in ("auto", kernel)]
+    plans = [PaddedAttention.from_sequences(separators, 8, DotProductAttention(name)) for name in ("auto", kernel)]
     outputs, gradients = outputs_and_gradients(plans, qkv, False)
     torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=0)
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_products_a_few_sequences_at_a_time_are_the_same(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_a_few_sequences_at_a_time_are_the_same(dropout: float) -> None:
     torch.manual_seed(0)
-    qkv = torch.randn(5 * 8, 3 * 16)
-    plan, found = PaddedAttention.from_sequences(torch.tensor([3, 7, 1, 8, 2]), 8, "matmul"), []
-    one_by_one = lambda like, p: (torch.rand(like.shape) >= p, 1.0 / (1.0 - p))  # noqa: E731
-    monkeypatch.setattr("lit_glm.model.attention.sample_zeros", one_by_one)  # so that slices draw what the whole would
+    qkv, found = torch.randn(5 * 8, 3 * 16), []
+    one_by_one = lambda like, p: (torch.rand(like.shape) >= p, 1.0 / (1.0 - p))  # noqa: E731 (parts draw as the whole)
     for scores in (2**20, 2 * 4 * 8 * 8, 1):
-        monkeypatch.setattr("lit_glm.model.attention._SCORES", scores)
+        attend = DotProductAttention("matmul", RuntimeOps(sample_zeros=one_by_one, attention_scores=scores))
+        plan = PaddedAttention.from_sequences(torch.tensor([3, 7, 1, 8, 2]), 8, attend)
         x = qkv.clone().requires_grad_()
         torch.manual_seed(1)
         out = plan(x, 4, dropout, False)
@@ -188,7 +189,7 @@ def test_products_a_few_sequences_at_a_time_are_the_same(dropout: float, monkeyp
 def test_a_kernel_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     check_attention_available("auto")
     check_attention_available("matmul")
-    monkeypatch.setattr("lit_glm.model.attention._HAS_FUSED", False)
+    monkeypatch.setattr("lit_glm.model.attention.has_fused_attention", lambda: False)
     with pytest.raises(InputError, match="fused: not available in torch"):
         check_attention_available("fused")
 
@@ -202,23 +203,13 @@ def test_activation_checkpointing_changes_nothing(scoring: str, tmp_path: Path) 
     gradients = []
     for recompute in (False, True):
         torch.manual_seed(1)
-        shape = GLMConfig(2, 32, 4, 64, LIMIT, 0.1, 0.1, init_std=0.2, activation_checkpointing=recompute)
+        shape = ModelConfig("test", 2, 32, 4, 64, LIMIT, 0.1, 0.1, init_std=0.2, activation_checkpointing=recompute)
         glm = GLM(shape, CPURuntime().model_ops()).train()
         torch.manual_seed(2)
         candidate_loss(candidate_scores(glm, batch, TRAIN_MASK)).backward()
         gradients.append([p.grad for p in glm.parameters()])
     for plain, recomputed in zip(*gradients):
         np.testing.assert_array_equal(plain, recomputed)
-
-
-@pytest.mark.skipif(not hasattr(F, "scaled_dot_product_attention"), reason="needs torch 2")
-@pytest.mark.parametrize("keys", [31, 32, 45])
-def test_keys_in_whole_tiles_are_the_same_attention(keys: int) -> None:
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(1, 4, keys, 16, dtype=torch.bfloat16) for _ in range(3))
-    own = dot_product_attention(q, k, v, None, 0.0, "fused")
-    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
-    assert (own.double() - exact).abs().max() < 0.02
 
 
 @given(batch=st.lists(questions.filter(fits), min_size=1, max_size=4), pad_to=st.sampled_from([8, 16, 48]))

@@ -12,15 +12,16 @@ import pytest
 import torch
 
 from conftest import CHECKPOINT, GOLDEN, lit_glm_here
+from lit_glm.config.schema import ModelConfig
 from lit_glm.errors import InputError
 from lit_glm.model.checkpoint import load_checkpoint, read_weights, save_published, save_safetensors
-from lit_glm.model.glm import GLM, GLMConfig
+from lit_glm.model.glm import GLM
 from lit_glm.model.scoring import score_published
 from parity.test_model import Z, golden_model, padded
 
 STATS = json.loads((GOLDEN / "stats.json").read_text())
 SHORT = GOLDEN / "blocklm-short-positions"
-TINY = GLMConfig(3, 64, 4, 160, 96, 0.0, 0.0)
+TINY = ModelConfig("test", 3, 64, 4, 160, 96, 0.0, 0.0)
 POSITIONS = ("transformer.position_embeddings.weight", "transformer.block_position_embeddings.weight")
 
 
@@ -30,7 +31,7 @@ def golden_weights() -> Any:
 
 def test_glm_large_has_the_published_names_shapes_and_initialisation() -> None:
     torch.manual_seed(4096)
-    state = GLM(GLMConfig(24, 1024, 16, 30592, 512)).state_dict()
+    state = GLM(ModelConfig("test", 24, 1024, 16, 30592, 512)).state_dict()
     assert list(state) == STATS["state_dict_order"]
     assert len(state) == 293
     assert sum(tensor.numel() for tensor in state.values()) == 334_688_256

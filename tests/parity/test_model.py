@@ -9,12 +9,13 @@ import torch
 from torch.nn.functional import linear
 
 from conftest import CHECKPOINT, GOLDEN
+from lit_glm.config.schema import ModelConfig
 from lit_glm.data.collate import PaddedBatch, collate_packed
 from lit_glm.data.h5sparse import SparseWriter
 from lit_glm.data.memmap_dataset import open_dataset
-from lit_glm.model.attention import PaddedAttention
+from lit_glm.model.attention import DotProductAttention, PaddedAttention
 from lit_glm.model.checkpoint import load_checkpoint
-from lit_glm.model.glm import GLM, GLMConfig
+from lit_glm.model.glm import GLM
 from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, candidate_loss, candidate_scores, score_published
 
 Z = np.load(GOLDEN / "model.npz")
@@ -22,7 +23,7 @@ SCORINGS = ("published", "shared_context")
 
 
 def golden_model(gelu: str) -> GLM:
-    glm = GLM(GLMConfig(3, 64, 4, 160, 96, 0.0, 0.0, gelu))
+    glm = GLM(ModelConfig("test", 3, 64, 4, 160, 96, 0.0, 0.0, gelu))
     assert load_checkpoint(glm, CHECKPOINT) == []
     return glm
 
@@ -97,7 +98,7 @@ def test_hidden_states_after_every_layer(gelu: str) -> None:
         layer.register_forward_hook(lambda _module, _args, output: states.append(output))
     with torch.no_grad():
         embedded = glm.embed(text, position[0], position[1])
-        final = glm.encode(embedded, PaddedAttention.from_sequences(mask.view(1), len(text)))
+        final = glm.encode(embedded, PaddedAttention.from_sequences(mask.view(1), len(text), DotProductAttention()))
     for number, state in enumerate([embedded, *states, final]):
         np.testing.assert_allclose(state, Z[f"{gelu}.hidden"][number], atol=2e-4, rtol=0)
     golden = torch.as_tensor(Z[f"{gelu}.vocab_logits"])

@@ -115,10 +115,11 @@ def test_a_job_that_is_requeued_goes_on(slurm: Dict[str, str], tmp_path: Path) -
     while result(folder)["status"] != "interrupted" and time.monotonic() < limit:
         time.sleep(0.2)
     saved = len(rows(folder / "steps.csv"))
-    run(["scontrol", "update", f"JobId={job}", "StartTime=now"], slurm, tmp_path)  # not after Slurm's pause
     limit = time.monotonic() + 180
     while len(rows(folder / "steps.csv")) <= saved + 5 and time.monotonic() < limit:
-        time.sleep(0.5)
+        # Not after Slurm's pause of two minutes; refused until the job has left its nodes.
+        run(["scontrol", "update", f"JobId={job}", "StartTime=now"], slurm, tmp_path)
+        time.sleep(1.0)
     run(["scancel", "--full", job], slurm, tmp_path)
     limit = time.monotonic() + 60
     while result(folder)["status"] != "interrupted" and time.monotonic() < limit:

@@ -85,8 +85,8 @@ def test_nothing_is_read_and_no_devices_are_mixed(
     )
     ensure_synthetic_data(config.data)
     if layout == "flat":
-        flat = lambda batch, width, kernel: attention.PerGroupAttention.from_groups(  # noqa: E731
-            batch.context_lengths, batch.candidate_rows, batch.row_candidate, kernel
+        flat = lambda batch, width, attend: attention.PerGroupAttention.from_groups(  # noqa: E731
+            batch.context_lengths, batch.candidate_rows, batch.row_candidate, attend
         )
         monkeypatch.setattr("lit_glm.model.scoring.choose_attention_layout", flat)
     runtime = Meta()

@@ -12,10 +12,10 @@ import torch
 from conftest import GOLDEN, GOLDEN_RUN, lit_glm_here, rows
 from lit_glm.compat import dispatch_mode
 from lit_glm.config.hydra_main import compose_config, validate_config
-from lit_glm.config.schema import OptimizerConfig, TrainConfig
+from lit_glm.config.schema import ModelConfig, OptimizerConfig, TrainConfig
 from lit_glm.hardware.runtimes.cpu import CPURuntime
 from lit_glm.model.checkpoint import build_glm
-from lit_glm.model.glm import GLM, GLMConfig
+from lit_glm.model.glm import GLM
 from lit_glm.training import module as module_file
 from lit_glm.training.evaluation import ExactMatch, em_and_f1, normalise_answer
 from lit_glm.training.module import RecordModule
@@ -103,7 +103,7 @@ def test_gradients_that_wait_for_an_update_survive_an_interruption(
 
 def test_parameter_groups_are_the_published_ones() -> None:
     stats = json.loads((GOLDEN / "stats.json").read_text())["optimizer"]
-    groups = parameter_groups(GLM(GLMConfig(24, 64, 4, 100, 16)), 0.1)
+    groups = parameter_groups(GLM(ModelConfig("test", 24, 64, 4, 100, 16)), 0.1)
     for group, name in zip(groups, ("decayed", "not_decayed")):
         assert len(group["params"]) == stats[name]["tensors"]
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from lit_glm.compat import dispatch_mode
 from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
-from lit_glm.hardware.runtimes import cpu
+from lit_glm.hardware.runtimes import cpu_ops
 from lit_glm.hardware.runtimes.cpu import CPURuntime, accumulates_bf16_in_fp32
 from lit_glm.model.runtime_ops import RuntimeOps
 from lit_glm.verification import acceptance, collectives_check, timing_check
@@ -70,11 +70,11 @@ def test_the_processor_passes_in_bf16() -> None:
 
 def test_a_product_in_a_librarys_own_layout_is_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("PREFERS_ONEDNN", True), ("_WORTH_IT", 0), ("_POINTWISE", None)):
-        monkeypatch.setattr(cpu, name, value)  # what torch 1.12 does on a processor that is not Intel's
+        monkeypatch.setattr(cpu_ops, name, value)  # what torch 1.12 does on a processor that is not Intel's
     x, weight, bias = torch.randn(12, 8, requires_grad=True), torch.randn(6, 8), torch.randn(6)
     seen = OperatorRecorder(torch.device("cpu"), tf32=False)
     with seen.recording():
-        cpu.linear(x, weight, bias).sum().backward()
+        cpu_ops.linear(x, weight, bias).sum().backward()
     products = [call.status for call in seen.seen.values() if call.name == "mkldnn_linear"]
     assert products == ["ok", "ok"]  # forward, and the input's gradient
     assert {call.status for call in seen.seen.values()} == {"ok"}

@@ -11,7 +11,7 @@ import re
 import sys
 import traceback
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, TypeVar, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, TypeVar, Union
 
 import hydra
 import yaml
@@ -179,18 +179,20 @@ _store_schema()
 
 def compose_config(config_name: str, overrides: Sequence[str]) -> DictConfig:
     """Compose a configuration in this process, as the command line would."""
-    return _compose_with_hydra(config_name, overrides).config
+    return _without_hydra(_compose_with_hydra(config_name, overrides)[0])
 
 
-class _ComposedConfig(NamedTuple):
-    config: DictConfig
-    whole: DictConfig
-    """The composed configuration including the `hydra` node."""
-    pair: List[str]
-    """Override that selects the fix_hp file of the actual topology, if the chosen names select another one."""
+def _without_hydra(whole: DictConfig) -> DictConfig:
+    return OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
 
 
-def _compose_with_hydra(config_name: str, overrides: Sequence[str]) -> _ComposedConfig:
+def _compose_with_hydra(config_name: str, overrides: Sequence[str]) -> Tuple[DictConfig, List[str]]:
+    """Compose a configuration including the `hydra` node.
+
+    Returns:
+        The configuration, and the override that selects the fix_hp file of the actual topology, if the chosen names
+        select another one.
+    """
     sweep = GlobalHydra.instance().hydra  # set while `hydra.main` runs a job of a sweep
     GlobalHydra.instance().clear()
     try:
@@ -201,8 +203,7 @@ def _compose_with_hydra(config_name: str, overrides: Sequence[str]) -> _Composed
                 whole = hydra.compose(config_name, overrides=[*overrides, better], return_hydra_config=True)
     finally:
         GlobalHydra.instance().hydra = sweep
-    config = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
-    return _ComposedConfig(config, whole, [] if better is None else [better])
+    return whole, [] if better is None else [better]
 
 
 def _fix_hp_override(whole: DictConfig, overrides: Sequence[str]) -> Optional[str]:
@@ -255,14 +256,14 @@ def _run_command(
         line = CommandLine.read(sys.argv[1:])
         if not line.is_help:
             check_overrides(line, schema, CONF_DIR)
+            combinations = line.sample_combinations(is_group(line.config_dir)) if line.multirun else [line.overrides]
+            for overrides in combinations:
+                whole, pair = _compose_with_hydra(config_name, [*overrides, *line.searchpath])
             if not line.multirun:
-                composed = _compose_with_hydra(config_name, [*line.overrides, *line.searchpath])
-            for overrides in line.sample_combinations(is_group(line.config_dir)) if line.multirun else []:
-                composed = _compose_with_hydra(config_name, [*overrides, *line.searchpath])
-            if not line.multirun:
-                config = validate_config(composed.config, schema)
-            if line.multirun and before_sweep is not None and not line.cfg:
-                before_sweep(composed.whole, line)
+                composed = _without_hydra(whole)
+                config = validate_config(composed, schema)  # sets the value of bs=auto in `composed` too
+            elif before_sweep is not None and not line.cfg:
+                before_sweep(whole, line)
     except InputError as error:
         return _print_error(str(error), 2)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
@@ -270,12 +271,10 @@ def _run_command(
             explain_hydra_error(error, schema, CONF_DIR), 2
         )  # Hydra raises a bare ValueError for some invalid overrides
     if line.is_help or line.cfg or line.multirun:
-        return _delegate_to_hydra(
-            config_name, schema, task, line, [] if line.is_help or line.multirun else composed.pair
-        )
-    HydraConfig.instance().set_config(composed.whole)
+        return _delegate_to_hydra(config_name, schema, task, line, [] if line.is_help or line.multirun else pair)
+    HydraConfig.instance().set_config(whole)
     try:
-        return _run_task(task, config, composed.config).status
+        return _run_task(task, config, composed).status
     finally:
         HydraConfig.instance().cfg = None
 

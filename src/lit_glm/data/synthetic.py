@@ -24,26 +24,10 @@ _NAMES = (  # few, so that each is seen often and none correlates with a place
     "Quinn Rivera Sutton Turner"
 ).split()
 _RANKS = ["first", "second", "third", "fourth"]
-_PLACES = [
-    "Bergen",
-    "Lisbon",
-    "Vienna",
-    "Prague",
-    "Dublin",
-    "Geneva",
-    "Naples",
-    "Porto",
-    "Malmo",
-    "Krakow",
-    "Bilbao",
-    "Zagreb",
-    "Turku",
-    "Leipzig",
-    "Utrecht",
-    "Cork",
-    "Lille",
-    "Turin",
-]
+_PLACES = (
+    "Bergen Lisbon Vienna Prague Dublin Geneva Naples Porto Malmo Krakow Bilbao Zagreb Turku Leipzig Utrecht Cork "
+    "Lille Turin"
+).split()
 _DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 _VERBS = ["came", "finished", "was"]
 # All sentences of a kind have one length: a small model learns the positions of names before their meaning.

@@ -5,8 +5,9 @@ say what they do, and `check_precision_on_device` computes a small product on th
 """
 
 import math
-from contextlib import contextmanager, nullcontext
-from typing import Any, ContextManager, Dict, Iterator, List, Optional
+import warnings
+from contextlib import nullcontext
+from typing import Any, ContextManager, Dict, List, Optional
 
 import torch
 from pytorch_lightning.plugins.precision import Precision
@@ -24,23 +25,28 @@ class DynamicLossScale:
     """Loss scale by the rule of the published runs: Megatron's `DynamicLossScaler`, `delayed_shift` not consecutive.
 
     An overflow halves the scale, except for the first `hysteresis - 1` overflows; this allowance is renewed when the
-    scale doubles, which it does after every `window` steps without an overflow.
+    scale doubles, which it does after every `window` steps without an overflow. The interface is that of torch's
+    GradScaler, so that a runtime's own can take its place; only `update` is told of the overflow.
     """
 
     def __init__(self, config: LossScaleConfig) -> None:
         self._config = config
-        self.scale = float(config.initial)
+        self._scale = float(config.initial)
         self._forgiven_left = config.hysteresis - 1
         self._good_steps = 0
 
-    def scale_loss(self, loss: Tensor) -> Tensor:
+    def get_scale(self) -> float:
+        """Return the factor that the next loss is multiplied by."""
+        return self._scale
+
+    def scale(self, loss: Tensor) -> Tensor:
         """Scale the loss for the backward pass."""
-        return loss * self.scale
+        return loss * self._scale
 
     def unscale_(self, optimizer: Any) -> None:
         """Unscale the gradients of an optimizer's parameters."""
         parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-        multiply_all_([parameter.grad for parameter in parameters if parameter.grad is not None], 1.0 / self.scale)
+        multiply_all_([parameter.grad for parameter in parameters if parameter.grad is not None], 1.0 / self._scale)
 
     def update(self, overflow: bool) -> None:
         """Update the scale after a step.
@@ -53,55 +59,22 @@ class DynamicLossScale:
             if self._forgiven_left > 0:
                 self._forgiven_left -= 1
             else:
-                self.scale = max(self.scale / _FACTOR, self._config.minimum)
+                self._scale = max(self._scale / _FACTOR, self._config.minimum)
             return
         self._good_steps += 1
         if self._good_steps % self._config.window == 0:
-            self.scale *= _FACTOR
+            self._scale *= _FACTOR
             self._forgiven_left = self._config.hysteresis - 1
 
     def state_dict(self) -> Dict[str, float]:
         """Return the state for a checkpoint."""
-        return {"scale": self.scale, "forgiven_left": self._forgiven_left, "good_steps": self._good_steps}
+        return {"scale": self._scale, "forgiven_left": self._forgiven_left, "good_steps": self._good_steps}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Restore the state from a checkpoint."""
-        self.scale = float(state["scale"])
+        self._scale = float(state["scale"])
         self._forgiven_left = int(state["forgiven_left"])
         self._good_steps = int(state["good_steps"])
-
-
-class VendorLossScale:
-    """Adapter of a runtime's own GradScaler (torch's interface), which applies its own rule."""
-
-    def __init__(self, scaler: Any) -> None:
-        self._scaler = scaler
-
-    @property
-    def scale(self) -> float:
-        """Factor that the next loss is multiplied by."""
-        return float(self._scaler.get_scale())
-
-    def scale_loss(self, loss: Tensor) -> Tensor:
-        """Scale the loss for the backward pass."""
-        scaled: Tensor = self._scaler.scale(loss)
-        return scaled
-
-    def unscale_(self, optimizer: Any) -> None:
-        """Unscale the gradients; the scaler records overflows meanwhile."""
-        self._scaler.unscale_(optimizer)
-
-    def update(self, overflow: bool) -> None:
-        """Update the scale by the overflows that `unscale_` recorded."""
-        self._scaler.update()
-
-    def state_dict(self) -> Dict[str, Any]:
-        """Return the state for a checkpoint."""
-        return dict(self._scaler.state_dict())
-
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Restore the state from a checkpoint."""
-        self._scaler.load_state_dict(state)
 
 
 class FP32Precision(Precision):
@@ -146,17 +119,17 @@ class LossScalingPrecision(_BackwardWithoutAutocast):
     """Loss scaling shared by amp and fp16: scale the loss, unscale gradients, skip steps that overflow."""
 
     scaler: Any
-    """A `DynamicLossScale`, or a runtime's own scaler."""
+    """A `DynamicLossScale`, or a runtime's own scaler, which notices overflows itself and has its own rule."""
 
     @property
     def loss_scale(self) -> float:
         """Factor that the next loss is multiplied by."""
-        return float(self.scaler.scale)
+        return float(self.scaler.get_scale())
 
     def pre_backward(self, tensor: Tensor, module: Any) -> Any:
         """Scale the loss."""
         self._before_backward(module)
-        return super().pre_backward(self.scaler.scale_loss(tensor.float()), module)
+        return super().pre_backward(self.scaler.scale(tensor.float()), module)
 
     def _before_backward(self, module: Any) -> None:
         """Prepare the gradients of an earlier micro-batch for accumulation."""
@@ -176,7 +149,7 @@ class LossScalingPrecision(_BackwardWithoutAutocast):
             the same on every rank after averaging.
         """
         finite = math.isfinite(float(norm))
-        self.scaler.update(not finite)
+        self.scaler.update(*([not finite] if isinstance(self.scaler, DynamicLossScale) else []))
         return finite
 
     def state_dict(self) -> Dict[str, Any]:
@@ -323,17 +296,9 @@ def check_precision_on_device(plugin: Any, device: torch.device) -> None:
     """
     layer = plugin.convert_module(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU()).to(device))
     x = torch.ones(2, 8, device=device, dtype=next(layer.parameters()).dtype)
-    with _ignore_warnings(), plugin.forward_context():
+    with warnings.catch_warnings(), plugin.forward_context():
+        warnings.simplefilter("ignore")
         out = layer(x)
         torch.softmax(out @ out.transpose(0, 1), dim=-1).float().sum().backward()
     if out.dtype is not plugin.computes_in:
         raise RuntimeError(f"a matrix product returned {out.dtype} instead of {plugin.computes_in}")
-
-
-@contextmanager
-def _ignore_warnings() -> Iterator[None]:
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

@@ -117,6 +117,13 @@ def _print_result(result: Dict[str, Any], job: JobSpec, run_dir: Path, output: O
     print(table, flush=True)
 
 
+def report_complete_run(config: TrainConfig, node: Node, run_dir: Path, result: Dict[str, Any]) -> None:
+    """Print the result of a run that is complete and needs no job, and tell the other nodes."""
+    log.info(f"{run_dir}: the run is complete; nothing to do")
+    print(results_table([result]), flush=True)
+    announce_end(config, node, 0, "the run is complete; nothing to do")
+
+
 @contextmanager
 def monitor_node_devices(job: JobSpec, run_dir: Path, node: int) -> Iterator[None]:
     """Monitor a node's devices inside the block; timestamps continue those of an interrupted run."""

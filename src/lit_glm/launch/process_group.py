@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
+from lit_glm.compat import registered_backends
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
 from lit_glm.hardware.runtimes.selection import check_device_count, make_runtime
@@ -111,11 +112,7 @@ def _check_backend(backend: str, hardware: str) -> None:
     Raises:
         InputError: names the backend.
     """
-    import torch
-
-    known = [name.lower() for name in vars(torch.distributed.Backend).values() if isinstance(name, str)]
-    known = [*known, *map(str.lower, getattr(torch.distributed.Backend, "_plugins", {}))]
-    if backend.lower() not in known:
+    if backend.lower() not in registered_backends():
         raise InputError(
             f"hardware={hardware}: its collective backend {backend} is registered by neither torch nor the runtime; "
             "correct Runtime.backend, or import the package that registers it in the runtime"

@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.environments import LightningEnvironment
 
-from lit_glm.compat import keep_own_signals
+from lit_glm.compat import has_fused_adamw, keep_own_signals
 from lit_glm.config.hydra_main import CONF_DIR
 from lit_glm.config.schema import TrainConfig
 from lit_glm.config.tuned_values import nearest_pair_hint
@@ -44,7 +44,7 @@ from lit_glm.runs.environment import environment_changes, read_environment, writ
 from lit_glm.runs.job_spec import JobSpec, config_hash
 from lit_glm.runs.run_writer import RunWriter
 from lit_glm.training.module import AtomicCheckpointIO, RecordModule
-from lit_glm.training.optimizer import HAS_FUSED, fused_unavailable_reason
+from lit_glm.training.optimizer import fused_unavailable_reason
 
 log = logging.getLogger(__name__)
 
@@ -236,7 +236,7 @@ def _make_module(context: RankContext, runtime: Runtime) -> RecordModule:
     check_attention_available(config.model.attention)
     if config.model.compile:
         check_compile_available(device)
-    reason = fused_unavailable_reason(device) if HAS_FUSED else None
+    reason = fused_unavailable_reason(device) if has_fused_adamw() else None
     if reason:
         context.print_once(f"optimizer: torch's fused AdamW is unavailable here ({reason}); using the default")
     runtime.manual_seed(config.seed)

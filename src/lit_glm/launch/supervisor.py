@@ -39,20 +39,15 @@ _FAILURE_GRACE_S = 30.0
 """Seconds for the other ranks to exit when one has failed: one of them may be saving a checkpoint."""
 _STALL_GRACE_S = 5.0
 _JOB_VARIABLES = (
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "LOCAL_RANK",
-    "NODE_RANK",
-    "WORLD_SIZE",
-    "RANK",
-    "GROUP_RANK",
-    "GROUP_WORLD_SIZE",
-    "TORCHELASTIC_RUN_ID",
-    "LOCAL_WORLD_SIZE",
-    "PL_GLOBAL_SEED",
-    "PL_SEED_WORKERS",
-    LAUNCHER_THREADS_VARIABLE,
-    "LIT_GLM_SECRETS",
+    *"MASTER_ADDR MASTER_PORT RANK LOCAL_RANK NODE_RANK GROUP_RANK WORLD_SIZE LOCAL_WORLD_SIZE".split(),
+    *(
+        "GROUP_WORLD_SIZE",
+        "TORCHELASTIC_RUN_ID",
+        "PL_GLOBAL_SEED",
+        "PL_SEED_WORKERS",
+        LAUNCHER_THREADS_VARIABLE,
+        "LIT_GLM_SECRETS",
+    ),
 )
 """Variables of one job that must not reach another."""
 

@@ -273,7 +273,7 @@ def _reusable_result(config: TrainConfig, folder: Path, resumes: bool, node: Nod
         InputError: if its folder is not available.
         RunError: if another process is running it.
     """
-    from lit_glm.launch.rendezvous import announce_end
+    from lit_glm.launch.launcher import report_complete_run
     from lit_glm.runs.run_folder import complete_result, ensure_available
 
     if not resumes:
@@ -281,9 +281,7 @@ def _reusable_result(config: TrainConfig, folder: Path, resumes: bool, node: Nod
         return None
     result = complete_result(folder)
     if result is not None:
-        log.info(f"{folder}: the run is complete; nothing to do")
-        print(results_table([result]), flush=True)
-        announce_end(config, node, 0, "the run is complete; nothing to do")
+        report_complete_run(config, node, folder, result)
         return result
     if is_running(folder):
         raise RunError(

@@ -24,6 +24,8 @@ _KEPT_LAST = 4.0
 """Rows saved for the contexts in the last layer (`shared_context`): input and output of the norm, K, V."""
 _KEYS_AGAIN = 2.0
 """On CPU: second copy of a context's keys and values, concatenated with those of its candidates."""
+_PADDED = 4.0
+"""Rows that attention saves in groups of equal size, on other devices than CPUs: Q K V 3, output 1."""
 _HEAD_COPIES = 1.0
 """Logits; the backward pass overwrites them with their gradient."""
 
@@ -90,6 +92,10 @@ def _activation_bytes(config: TrainConfig, lengths: SequenceLengths, bs: int, sa
     shared = config.scoring.name != "published"
     again = _KEYS_AGAIN if on_processor and shared else 0.0
     layer = rows * ((_KEPT + again) * D * size + dropout)
+    if shared and not on_processor:  # groups are padded to equal size for attention
+        padded = float(min(bs, len(lengths)) * lengths.rows.max())
+        layer += (padded - rows) * _PADDED * D * size
+        pairs = padded * float(lengths.rows.max())
     if saves_attention_probs:
         layer += pairs * model.num_attention_heads * (size + _dropout_bytes(model.attention_dropout, on_processor))
     last = (rows * (_KEPT_LAST + again) + predicting * (_KEPT - _KEPT_LAST)) * D * size if shared else layer
@@ -174,11 +180,9 @@ def check_memory(
                 f"dry run: {ranks} ranks need about {ranks * estimate.total / _GIB:.1f} GiB, this machine has "
                 f"{host_bytes / _GIB:.1f} GiB; use model=glm_tiny or fewer devices"
             )
-    fitting = (
-        0
-        if available_bytes is None
-        else largest_fitting_bs(config, lengths, base, saves_attention_probs, available_bytes)
-    )
+    fitting = 0
+    if available_bytes is not None:
+        fitting = largest_fitting_bs(config, lengths, base, saves_attention_probs, available_bytes)
     return MemoryCheck(estimate, available_bytes, fitting, host)
 
 

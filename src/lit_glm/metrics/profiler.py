@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lit_glm.atomic_files import atomic_write, write_text
+from lit_glm.compat import storage_of
 from lit_glm.data.memmap_dataset import SequenceLengths
 from lit_glm.errors import InputError
 from lit_glm.metrics.benchmark_callback import BenchmarkCallback, find_benchmark_callback
@@ -344,8 +345,7 @@ class ProfilerCallback(pl.Callback):
 def _storage_bytes(tensor: Tensor) -> Optional[Tuple[int, int]]:
     """Return address and size of a tensor's storage; None on devices without storages, such as lazy ones."""
     try:
-        # torch 1.12 has no `untyped_storage`.
-        storage: Any = tensor.untyped_storage() if hasattr(tensor, "untyped_storage") else tensor.storage()
+        storage = storage_of(tensor)
         return int(storage.data_ptr()), int(storage.nbytes())
     except (RuntimeError, NotImplementedError):
         return None

@@ -74,14 +74,9 @@ class ProgressCallback(pl.Callback):
 
 def _progress_line(account: RunMetrics, step: int, loss: float) -> str:
     """Format position, speed and remaining time of a run."""
-    run, batch, seconds, total = (
-        account.config.run,
-        account.config.global_batch,
-        account.durations(),
-        account.total_steps(),
-    )
-    here = account.samples_here(step)
-    rate = here / seconds.no_eval if seconds.no_eval else 0.0
+    run, batch = account.config.run, account.config.global_batch
+    seconds, total = account.durations(), account.total_steps()
+    rate = account.samples_here(step) / seconds.no_eval if seconds.no_eval else 0.0
     parts = [
         f"step {step} of {total} ({step / total:.0%})",
         f"{account.samples(step):,} samples",

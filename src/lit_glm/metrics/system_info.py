@@ -28,24 +28,10 @@ from lit_glm.openmp import SPIN_LIMITS, THREAD_COUNT_VARIABLES, available_cores
 from lit_glm.runs.result import CONTENTION_THRESHOLD
 
 _PACKAGES = (
-    "torch",
-    "pytorch-lightning",
-    "torchmetrics",
-    "hydra-core",
-    "omegaconf",
-    "numpy",
-    "h5py",
-    "tokenizers",
-    "safetensors",
+    *"torch pytorch-lightning torchmetrics hydra-core omegaconf numpy h5py tokenizers safetensors".split(),
     *PACKAGES,
 )
-_VARIABLES = (
-    *VARIABLES,
-    *THREAD_COUNT_VARIABLES,
-    *SPIN_LIMITS,
-    "OMP_WAIT_POLICY",
-    "GLOO_SOCKET_IFNAME",
-)
+_VARIABLES = (*VARIABLES, *THREAD_COUNT_VARIABLES, *SPIN_LIMITS, "OMP_WAIT_POLICY", "GLOO_SOCKET_IFNAME")
 
 
 def _command_output(*command: str, folder: Optional[Path] = None) -> Optional[str]:
@@ -82,10 +68,8 @@ def _read_text_file(path: str) -> str:
 
 def _machine_model() -> Optional[str]:
     """Return vendor and model from the firmware (DMI); None if the kernel does not show them."""
-    name = " ".join(
-        filter(None, (_read_text_file(f"/sys/class/dmi/id/{key}") for key in ("sys_vendor", "product_name")))
-    )
-    return name or None
+    names = [_read_text_file(f"/sys/class/dmi/id/{key}") for key in ("sys_vendor", "product_name")]
+    return " ".join(filter(None, names)) or None
 
 
 def _fastest_network_port() -> Optional[str]:
@@ -129,7 +113,8 @@ def describe_system(config: TrainConfig, runtime: Runtime, command: List[str]) -
     commit = _command_output("git", "rev-parse", "HEAD", folder=source)
     changed = _command_output("git", "status", "--porcelain", "--untracked-files=no", folder=source) if commit else None
     cards = [runtime.device_name(index) for index in range(config.topology.devices_per_node)]
-    of_file = "" if runtime.simulated else hardware.server  # a dry run does not run on that server
+    # A dry run does not run on that server.
+    of_file, of_file_network = ("", "") if runtime.simulated else (hardware.server, hardware.network)
     return {
         "lit_glm": lit_glm.__version__,
         "git_commit": commit,
@@ -152,10 +137,7 @@ def describe_system(config: TrainConfig, runtime: Runtime, command: List[str]) -
         "runtime": runtime.name,
         "simulated": runtime.simulated,
         "server": hardware.server,
-        "network": overrides.network
-        or _fastest_network_port()
-        or ("" if runtime.simulated else hardware.network)
-        or None,
+        "network": overrides.network or _fastest_network_port() or of_file_network or None,
         "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
         "cores": available_cores(),
@@ -230,11 +212,8 @@ class ContentionMonitor:
             return None
         self._said = True
         what = [f"other processes use {self.external_cpu_load:.0%} of the CPUs"] if much else []
-        what += (
-            [f"{self.external_device_processes} other processes are on the same device"]
-            if self.external_device_processes
-            else []
-        )
+        if self.external_device_processes:
+            what.append(f"{self.external_device_processes} other processes are on the same device")
         return f"contention: {', '.join(what)}; measurements are not comparable (rows are marked)"
 
     def _own(self) -> float:

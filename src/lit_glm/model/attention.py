@@ -7,36 +7,34 @@ own candidate (GLM, section 2.1).
 
 import math
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_glm.compat import scaled_bmm
+from lit_glm.compat import half_softmax, has_fused_attention, scaled_bmm
 from lit_glm.data.collate import PackedBatch, PaddingIndex
 from lit_glm.errors import InputError
-from lit_glm.model.dropout import sample_zeros, with_zeros, zero_elements_
-
-_SCORES = 2**21
-"""Scores that are computed at a time on CPU (8 MiB in fp32)."""
+from lit_glm.model.runtime_ops import TORCH_OPS, RuntimeOps, zero_elements_
 
 
 class MatmulAttention(torch.autograd.Function):
     """Attention by matmuls and softmax; saves the probabilities and the zeros of dropout.
 
-    On CPU it computes a few sequences at a time, so that their scores fit the cache. Backward takes a row's sum of
-    gradient x probability from the output, which is shorter than the row (Dao et al. 2022, FlashAttention, appendix
-    B.2), and overwrites what it no longer needs. Factors are part of a product (`alpha`), which saves a kernel each.
+    Where the runtime asks for it, a few sequences are computed at a time. Backward takes a row's sum of gradient x
+    probability from the output, which is shorter than the row (Dao et al. 2022, FlashAttention, appendix B.2), and
+    overwrites what it no longer needs. Factors are part of a product (`alpha`), which saves a kernel each.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, forbidden: Optional[Tensor], dropout: float) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, forbidden: Optional[Tensor], dropout: float, ops: RuntimeOps
+    ) -> Tensor:
         """Compute attention of q [N, H, queries, d], k and v [N, H, keys, d]; `forbidden` is True at hidden keys."""
         N, H, queries, d = q.shape
-        keys = k.shape[2]
         ctx.factor, ctx.scale, ctx.dropout = 1.0 / math.sqrt(d), 1.0, dropout
-        ctx.sequences = max(1, _SCORES // (H * queries * keys)) if q.device.type == "cpu" else N
+        ctx.sequences = max(1, ops.attention_scores // (H * queries * k.shape[2]))
         q, k, v = (part.reshape(N * H, -1, d) for part in (q, k, v))
         parts, kept = [], []
         for start in range(0, N, ctx.sequences):
@@ -44,13 +42,13 @@ class MatmulAttention(torch.autograd.Function):
             scores = scaled_bmm(q[some], k[some].transpose(1, 2), ctx.factor)
             if forbidden is not None:
                 own = forbidden if len(forbidden) != N else forbidden[start : start + ctx.sequences]
-                scores.view(-1, H, queries, keys).masked_fill_(own, torch.finfo(scores.dtype).min)
-            probabilities = _softmax(scores)
+                scores.view(-1, H, queries, k.shape[1]).masked_fill_(own, torch.finfo(scores.dtype).min)
+            probabilities = half_softmax(scores)
             kept.append(probabilities)
             if dropout:
-                zeros, ctx.scale = sample_zeros(probabilities, dropout)
+                zeros, ctx.scale = ops.sample_zeros(probabilities, dropout)
                 kept.append(zeros)
-                probabilities = with_zeros(probabilities, zeros)
+                probabilities = _with_zeros(probabilities, zeros)
             parts.append(scaled_bmm(probabilities, v[some], ctx.scale))
         out = parts[0] if len(parts) == 1 else torch.cat(parts)
         ctx.save_for_backward(q, k, v, out, *kept)
@@ -68,66 +66,44 @@ class MatmulAttention(torch.autograd.Function):
         for number, start in enumerate(range(0, N, ctx.sequences)):
             some = slice(start * H, (start + ctx.sequences) * H)
             probabilities, *zeros = kept[number * each : (number + 1) * each]
-            grad_scores = scaled_bmm(grad[some], v[some].transpose(1, 2), ctx.scale)
-            dropped = probabilities
+            grad_scores, dropped = scaled_bmm(grad[some], v[some].transpose(1, 2), ctx.scale), probabilities
             if zeros:
                 zero_elements_(grad_scores, *zeros)
-                dropped = with_zeros(probabilities, *zeros)
+                dropped = _with_zeros(probabilities, *zeros)
             parts[2].append(scaled_bmm(dropped.transpose(1, 2), grad[some], ctx.scale))
             grad_scores.sub_(row_sum[some]).mul_(probabilities)
             parts[0].append(scaled_bmm(grad_scores, k[some], ctx.factor))
             parts[1].append(scaled_bmm(grad_scores.transpose(1, 2), q[some], ctx.factor))
         joined = (own[0] if len(own) == 1 else torch.cat(own) for own in parts)
-        return (*(own.view(N, H, -1, d) for own in joined), None, None)
+        return (*(own.view(N, H, -1, d) for own in joined), None, None, None)
 
 
-def _softmax(scores: Tensor) -> Tensor:
-    if scores.dtype is torch.float16 and scores.device.type == "cpu":  # not implemented in torch 1.12
-        return F.softmax(scores, dim=-1, dtype=torch.float32).to(scores.dtype)
-    # Sums in fp32, in halves too. Without the type, autocast on some devices would return and keep fp32.
-    return F.softmax(scores, dim=-1, dtype=scores.dtype)
-
-
-_SMALL_GROUP = 128 * 256  # rows x width of a group up to which one padded call beats one call per group on CPU
-_TILE = 32  # rows of bf16 that a matrix unit multiplies at a time
-_HAS_FUSED = hasattr(F, "scaled_dot_product_attention")  # torch 2.0 and later
+def _with_zeros(x: Tensor, zeros: Tensor) -> Tensor:
+    return x * zeros if zeros.dtype is torch.bool else zero_elements_(x.clone(), zeros)
 
 
 def check_attention_available(kernel: str) -> None:
-    """Reject an attention implementation that this torch does not have.
-
-    Args:
-        kernel: `model.attention`: auto, fused (torch's scaled_dot_product_attention) or matmul (matmul and softmax).
+    """Reject an implementation of attention (`model.attention`) that this torch does not have.
 
     Raises:
         InputError: if the implementation is missing.
     """
-    if kernel == "fused" and not _HAS_FUSED:
+    if kernel == "fused" and not has_fused_attention():
         raise InputError(f"model.attention=fused: not available in torch {torch.__version__}; use auto or matmul")
 
 
 def choose_implementation(kernel: str, device: torch.device, dropout: float) -> str:
-    """Choose the implementation that `dot_product_attention` uses.
-
-    Args:
-        kernel: fused, matmul, or auto.
-        device: device of the tensors.
-        dropout: dropout of the probabilities; torch's fused kernel for CPUs lacks it and would fall back to matmuls.
-    """
+    """Choose between torch's fused attention and matmuls; the fused one has no dropout on CPU, and is slower there."""
     if kernel != "auto":
         return kernel
-    return "fused" if _HAS_FUSED and not (dropout and device.type == "cpu") else "matmul"
+    return "fused" if has_fused_attention() and not (dropout and device.type == "cpu") else "matmul"
 
 
 class Mask:
     """Attention mask, converted once per batch to the form that an implementation needs, and shared by all layers."""
 
     def __init__(self, allowed: Tensor) -> None:
-        """Store the mask.
-
-        Args:
-            allowed: boolean, broadcast to [N, H, queries, keys]; each query must see a key.
-        """
+        """Store which keys each query sees: boolean, broadcast to [N, H, queries, keys]; each must see one."""
         self._allowed = allowed
         self._forms: Dict[Any, Tensor] = {}
 
@@ -143,58 +119,63 @@ class Mask:
         return self._forms[key][..., first_query:, :]
 
 
-def dot_product_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Optional[Mask], dropout: float, kernel: str, first_query: int = 0
-) -> Tensor:
-    """Compute softmax attention of every head.
+@dataclass(frozen=True)
+class DotProductAttention:
+    """Softmax attention of every head, by one of the implementations."""
 
-    Args:
-        q: [N, H, queries, d].
-        k: [N, H, keys, d].
-        v: [N, H, keys, d].
-        mask: which keys each query sees; None: all.
-        dropout: share of the probabilities set to zero; 0 outside training.
-        kernel: auto, fused or matmul.
-        first_query: the queries correspond to those of the mask from this one on.
+    kernel: str = "auto"
+    """auto, fused or matmul, as `model.attention`."""
+    ops: RuntimeOps = TORCH_OPS
 
-    Returns:
-        [N, H, queries, d]. The published code gives forbidden keys a score of -65504; their probability is an
-        exact zero there as here.
-    """
-    kernel = choose_implementation(kernel, q.device, dropout)
-    form = None if mask is None else mask.tensor_for(kernel, q.dtype, first_query)
-    if kernel == "fused":
-        if mask is None and q.device.type == "cpu" and q.dtype is torch.bfloat16 and k.shape[2] % _TILE:
-            return _pad_keys_to_tiles(q, k, v)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=form, dropout_p=dropout)
-    out: Tensor = MatmulAttention.apply(q, k, v, form, dropout)
-    return out
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Optional[Mask], dropout: float, first_query: int = 0
+    ) -> Tensor:
+        """Compute the attention.
+
+        Args:
+            q: [N, H, queries, d].
+            k: [N, H, keys, d].
+            v: [N, H, keys, d].
+            mask: which keys each query sees; None: all.
+            dropout: share of the probabilities set to zero; 0 outside training.
+            first_query: the queries correspond to those of the mask from this one on.
+
+        Returns:
+            [N, H, queries, d]. The published code gives forbidden keys a score of -65504; their probability is an
+            exact zero there as here.
+        """
+        kernel = choose_implementation(self.kernel, q.device, dropout)
+        form = None if mask is None else mask.tensor_for(kernel, q.dtype, first_query)
+        if kernel == "fused":
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=form, dropout_p=dropout)
+        out: Tensor = MatmulAttention.apply(q, k, v, form, dropout, self.ops)
+        return out
 
 
-def _pad_keys_to_tiles(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Compute attention without dropout and mask; matrix units of CPUs take half as long for keys in whole tiles."""
-    keys = k.shape[2]
-    more = -keys % _TILE
-    k, v = F.pad(k, (0, 0, 0, more)), F.pad(v, (0, 0, 0, more))
-    nobody = torch.zeros(keys + more, dtype=q.dtype)
-    nobody[keys:] = float("-inf")
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=nobody.expand(1, 1, q.shape[2], -1))
+AttentionLayout = Callable[[Tensor, int, float, bool], Tensor]
+"""How rows attend to each other: (queries, keys and values [T, 3 D], H, dropout, whether only the candidates' queries
+are computed) -> [T, D], or [R, D] of the candidate rows alone. One of the two classes below, built once per batch and
+used by every layer."""
 
 
 @dataclass
 class PerGroupAttention:
-    """Attention layout of a batch with one call per group; built once per batch, used by every layer."""
+    """Attention layout of a batch with one call per group."""
 
     context_lengths: List[int]
     candidate_rows: List[int]
     """Number of candidate rows of each group."""
     masks: List[Mask]
     """Mask of each group, [m, n + m]: which keys its candidate rows see."""
-    kernel: str
+    attend: DotProductAttention
 
     @classmethod
     def from_groups(
-        cls, context_lengths: List[int], candidate_rows: List[int], row_candidate: Tensor, kernel: str = "auto"
+        cls,
+        context_lengths: List[int],
+        candidate_rows: List[int],
+        row_candidate: Tensor,
+        attend: DotProductAttention,
     ) -> "PerGroupAttention":
         """Build the layout.
 
@@ -202,7 +183,7 @@ class PerGroupAttention:
             context_lengths: n of each group.
             candidate_rows: m of each group.
             row_candidate: [R] which candidate each candidate row belongs to.
-            kernel: implementation, as in `dot_product_attention`.
+            attend: attention of one group.
         """
         same_candidate = row_candidate[:, None] == row_candidate  # [R, R]
         same_candidate &= _causal(len(row_candidate), row_candidate.device)
@@ -211,20 +192,10 @@ class PerGroupAttention:
             block = same_candidate[start : start + m, start : start + m]
             masks.append(Mask(F.pad(block, (n, 0), value=True)))
             start += m
-        return cls(context_lengths, candidate_rows, masks, kernel)
+        return cls(context_lengths, candidate_rows, masks, attend)
 
     def __call__(self, qkv: Tensor, heads: int, dropout: float, candidates_only: bool) -> Tensor:
-        """Compute the attention of one layer.
-
-        Args:
-            qkv: [T, 3 D] queries, keys and values of all rows.
-            heads: H.
-            dropout: dropout of the probabilities.
-            candidates_only: leave out the context's queries (the last layer needs none).
-
-        Returns:
-            [T, D], or [R, D] of the candidate rows alone.
-        """
+        """Compute the attention of one layer; see `AttentionLayout`."""
         rows, width = qkv.shape[0], qkv.shape[1] // 3
         # One split for all groups: its backward is one concatenation, where slices would each fill and add T rows.
         parts = qkv.view(rows, 3, heads, width // heads).split(self.context_lengths + self.candidate_rows)
@@ -235,17 +206,9 @@ class PerGroupAttention:
             q, k, v = context.permute(1, 2, 0, 3).unsqueeze(1).unbind(0)
             candidate_q, candidate_k, candidate_v = candidate.permute(1, 2, 0, 3).unsqueeze(1).unbind(0)
             if not candidates_only:
-                contexts.append(dot_product_attention(q, k, v, None, dropout, self.kernel))
-            candidates.append(
-                dot_product_attention(
-                    candidate_q,
-                    torch.cat((k, candidate_k), dim=-2),
-                    torch.cat((v, candidate_v), dim=-2),
-                    mask,
-                    dropout,
-                    self.kernel,
-                )
-            )
+                contexts.append(self.attend(q, k, v, None, dropout))
+            k, v = torch.cat((k, candidate_k), dim=-2), torch.cat((v, candidate_v), dim=-2)
+            candidates.append(self.attend(candidate_q, k, v, mask, dropout))
         # [1, H, n, d] -> [n, D]
         return torch.cat([part[0].transpose(0, 1).reshape(part.shape[2], width) for part in contexts + candidates])
 
@@ -262,44 +225,43 @@ class PaddedAttention:
     """G, K."""
     mask: Mask
     """[G, 1, K, K]."""
-    kernel: str
+    attend: DotProductAttention
     index: Optional[PaddingIndex] = None
     """Index tensors that gather and scatter rows; None: row i is in slot i."""
     unused: Optional[Tensor] = None
     """[G, K] slots without a row; given together with `index`."""
 
     @classmethod
-    def from_index(cls, places: PaddingIndex, kernel: str = "auto") -> "PaddedAttention":
-        """Build the layout of rows without padding, without device synchronisation; `kernel` as for attention."""
+    def from_index(cls, places: PaddingIndex, attend: DotProductAttention) -> "PaddedAttention":
+        """Build the layout of rows without padding, without device synchronisation."""
         owner = places.owner
         same_candidate = (owner[:, :, None] == owner[:, None, :]) & _causal(owner.shape[1], owner.device)
         mask = Mask((same_candidate | (owner == -1)[:, None, :])[:, None])
-        return cls((int(owner.shape[0]), int(owner.shape[1])), mask, kernel, places, owner == -2)
+        return cls((int(owner.shape[0]), int(owner.shape[1])), mask, attend, places, owner == -2)
 
     @classmethod
-    def from_sequences(cls, separator: Tensor, length: int, kernel: str = "auto") -> "PaddedAttention":
+    def from_sequences(cls, separator: Tensor, length: int, attend: DotProductAttention) -> "PaddedAttention":
         """Build the layout of N sequences of S tokens.
 
         Args:
             separator: [N] lengths of the contexts: query i sees key j where j < separator or j <= i.
             length: S.
-            kernel: implementation, as in `dot_product_attention`.
+            attend: attention of all sequences.
         """
         context = torch.arange(length, device=separator.device) < separator[:, None, None]
-        return cls((len(separator), length), Mask((_causal(length, separator.device) | context)[:, None]), kernel)
+        return cls((len(separator), length), Mask((_causal(length, separator.device) | context)[:, None]), attend)
 
     def __call__(self, qkv: Tensor, heads: int, dropout: float, candidates_only: bool) -> Tensor:
-        """Compute the attention of one layer; arguments as in `PerGroupAttention`."""
+        """Compute the attention of one layer; see `AttentionLayout`."""
         (groups, length), width = self.shape, qkv.shape[1] // 3
         first = self.index.first_candidate if self.index is not None and candidates_only else 0
-        kernel = choose_implementation(self.kernel, qkv.device, dropout)
         if self.index is not None:
             unused = None if self.unused is None else self.unused[:, first:].reshape(-1, 1)
             scatter = self.index.scatter_candidates if candidates_only else self.index.scatter
             gather = self.index.gather_candidates if candidates_only else self.index.gather
             qkv = _MoveRows.apply(qkv, self.index.gather.view(-1), self.index.scatter, None)
         q, k, v = _SplitHeads.apply(qkv, groups, length, heads)
-        out = dot_product_attention(q[:, :, first:], k, v, self.mask, dropout, kernel, first)
+        out = self.attend(q[:, :, first:], k, v, self.mask, dropout, first)
         out = out.transpose(1, 2).reshape(-1, width)
         return out if self.index is None else _MoveRows.apply(out, scatter, gather.view(-1), unused)
 
@@ -334,7 +296,7 @@ class _SplitHeads(torch.autograd.Function):
         return joined.view(joined.shape[0] * joined.shape[1], -1), None, None, None
 
 
-def choose_attention_layout(batch: PackedBatch, width: int, kernel: str) -> Any:
+def choose_attention_layout(batch: PackedBatch, width: int, attend: DotProductAttention) -> AttentionLayout:
     """Choose the attention layout of a packed batch: one call per group, or all groups in one padded call.
 
     A call costs some tens of microseconds whatever it computes; padding costs arithmetic. On CPU one padded call is
@@ -343,13 +305,12 @@ def choose_attention_layout(batch: PackedBatch, width: int, kernel: str) -> Any:
     Args:
         batch: packed batch.
         width: D.
-        kernel: `model.attention`.
+        attend: attention of one call.
     """
     index = batch.padding_index
-    small = index.gather.shape[1] * width <= _SMALL_GROUP or index.gather.device.type != "cpu"
-    if small or batch.has_padding:
-        return PaddedAttention.from_index(batch.padding_index, kernel)
-    return PerGroupAttention.from_groups(batch.context_lengths, batch.candidate_rows, batch.row_candidate, kernel)
+    if batch.has_padding or index.gather.shape[1] * width <= attend.ops.padded_group:
+        return PaddedAttention.from_index(index, attend)
+    return PerGroupAttention.from_groups(batch.context_lengths, batch.candidate_rows, batch.row_candidate, attend)
 
 
 def _causal(size: int, device: torch.device) -> Tensor:

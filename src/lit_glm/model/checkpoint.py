@@ -7,20 +7,17 @@ ITERATION/mp_rank_00_model_states.pt and names ITERATION in latest_checkpointed_
 import pickle
 import re
 import zipfile
-from collections import OrderedDict
-from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor
 
-from lit_glm.compat import numpy_unpickle_globals
+from lit_glm.compat import load_torch_file, meta_device
 from lit_glm.config.schema import ModelConfig
 from lit_glm.errors import InputError, first_line
-from lit_glm.model.glm import GLM, GLMConfig
-from lit_glm.model.runtime_ops import RuntimeOps
+from lit_glm.model.glm import GLM
+from lit_glm.model.runtime_ops import TORCH_OPS, RuntimeOps
 
 _POSITION = "transformer.position_embeddings.weight"
 _BLOCK_POSITION = "transformer.block_position_embeddings.weight"
@@ -150,17 +147,6 @@ def _model_parallel_set(path: Path) -> List[Path]:
     return siblings
 
 
-@contextmanager
-def _allow_numpy_globals() -> Iterator[None]:
-    """Let torch.load read a saved numpy random state, if torch has `safe_globals`."""
-    with_globals = getattr(torch.serialization, "safe_globals", None)
-    if with_globals is None:
-        yield
-        return
-    with with_globals(list(numpy_unpickle_globals())):
-        yield
-
-
 def _read_module(path: Path) -> Dict[str, Tensor]:
     """Read the weights of a torch file: under "module" as published, or of a run's checkpoint."""
     content = _load_torch_file(path)
@@ -216,12 +202,7 @@ def _load_torch_file(path: Path) -> Any:
     if damage is not None:
         raise InputError(f"{path}: is damaged ({damage}: wrong checksum); copy or download it again")
     try:
-        if torch.__version__.startswith("1."):
-            return restricted_load(path)
-        with _allow_numpy_globals():
-            return torch.load(str(path), map_location="cpu", weights_only=True)
-    except InputError as error:
-        raise InputError(f"{path}: refused: {error}") from error
+        return load_torch_file(path)
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|global) `?([\w.]+)`?", str(error))
         if found is None:
@@ -279,70 +260,6 @@ def _read_safetensors(path: Path) -> Dict[str, Tensor]:
     return weights
 
 
-_TORCH = {
-    ("torch._utils", "_rebuild_tensor_v2"),
-    ("torch._utils", "_rebuild_tensor"),
-    ("torch._utils", "_rebuild_parameter"),
-    ("torch", "Size"),
-    ("torch", "device"),
-    ("torch.serialization", "_get_layout"),
-}
-_STORAGES = {
-    f"{name}Storage"
-    for name in ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool", "Untyped")
-}
-_NUMPY = {(f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")} | {
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("_codecs", "encode"),
-}
-
-
-def _allowed_global(module: str, name: str) -> Any:
-    if module == "collections" and name == "OrderedDict":
-        return OrderedDict
-    if module == "torch" and (name in _STORAGES or isinstance(getattr(torch, name, None), torch.dtype)):
-        return getattr(torch, name)
-    if module == "torch.storage" and name in ("_TypedStorage", "_UntypedStorage", "TypedStorage", "UntypedStorage"):
-        return getattr(torch.storage, name, None)
-    if (module, name) in _TORCH or (module, name) in _NUMPY:
-        if module.startswith("numpy._core"):
-            module = module.replace("numpy._core", "numpy.core")
-        return getattr(__import__(module, fromlist=[name]), name)
-    if module.startswith("numpy.dtypes") or (module == "builtins" and name in ("set", "frozenset", "complex")):
-        return getattr(__import__(module, fromlist=[name]), name)
-    return None
-
-
-class _RestrictedUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        found = _allowed_global(module, name)
-        if found is None:
-            raise InputError(f"it references {module}.{name}, which no checkpoint needs; nothing was executed")
-        return found
-
-
-class _RestrictedPickle:
-    """Replacement for the pickle module that torch.load accepts."""
-
-    Unpickler = _RestrictedUnpickler
-    UnpicklingError = pickle.UnpicklingError
-
-    @staticmethod
-    def load(file: Any, **_: Any) -> Any:
-        return _RestrictedUnpickler(file).load()
-
-
-def restricted_load(path: Path) -> Any:
-    """Load a torch file onto the CPU with the restricted unpickler.
-
-    Raises:
-        InputError: if the file references something that is not allowed.
-    """
-    with path.open("rb") as file:
-        return torch.load(file, map_location="cpu", pickle_module=_RestrictedPickle)
-
-
 _UNPACK = "unpack it (tar xf, unzip, ...) and use the extracted file or folder"
 _STARTS = (
     (b"version https://git-lfs", "is a Git LFS pointer, not the file itself: git lfs pull, or download the file"),
@@ -380,28 +297,22 @@ def describe_wrong_file(path: Path) -> Optional[str]:
     return None
 
 
-def _glm_config(config: ModelConfig) -> GLMConfig:
-    return GLMConfig(**{field.name: getattr(config, field.name) for field in fields(GLMConfig)})
-
-
-def build_glm(config: ModelConfig, kernels: Optional[RuntimeOps] = None) -> Tuple[GLM, List[str]]:
+def build_glm(config: ModelConfig, ops: RuntimeOps = TORCH_OPS) -> Tuple[GLM, List[str]]:
     """Build a model and load its checkpoint, if one is given.
 
     Args:
         config: shape and `init_checkpoint`.
-        kernels: operations of the runtime; None: torch's.
+        ops: operations of the runtime.
 
     Returns:
         The model, and messages about what loading did besides copying.
     """
-    glm = GLM(_glm_config(config), kernels)
+    glm = GLM(config, ops)
     done = load_checkpoint(glm, config.init_checkpoint) if config.init_checkpoint else []
     return glm, done
 
 
 def meta_state_dict(config: ModelConfig) -> Dict[str, Tensor]:
-    """Return names and shapes of the weights, without memory for their values if torch supports that (from 2.0)."""
-    if torch.__version__.startswith("1."):
-        return GLM(_glm_config(config)).state_dict()
-    with torch.device("meta"):
-        return GLM(_glm_config(config)).state_dict()
+    """Return names and shapes of the weights, without memory for their values where torch supports that."""
+    with meta_device():
+        return GLM(config).state_dict()

@@ -8,15 +8,14 @@ same zeros as without compilation, so that the losses are equal up to rounding.
 import os
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lit_glm.errors import InputError
-from lit_glm.model.dropout import sample_zeros
-from lit_glm.model.runtime_ops import RuntimeOps
+from lit_glm.model.runtime_ops import RuntimeOps, dropout, sample_zeros
 
 
 @lru_cache(maxsize=None)
@@ -24,7 +23,6 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Compile a function once for the process, with dynamic shapes; the first call of each mode takes seconds."""
     # Two small graphs need no pool of compiler processes, which would outlive a run that is killed.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    _register_cpu_dropout_mask()
     # Without the fallback Inductor draws random numbers of its own, other than those of the eager mode.
     made = torch.compile(function, dynamic=True, options={"fallback_random": True})
 
@@ -63,32 +61,35 @@ def _probe(x: Tensor) -> Tensor:
     return F.gelu(x) * 0.0 + 2.0
 
 
-def traceable(kernels: RuntimeOps) -> RuntimeOps:
+def traceable(ops: RuntimeOps) -> RuntimeOps:
     """Replace what a compiler cannot look into, a runtime's own functions, by torch's."""
-    return replace(kernels, linear=F.linear, linear_gelu=None, dropout=traceable_dropout)
-
-
-def traceable_dropout(x: Tensor, p: float, onto: Optional[Tensor] = None) -> Tensor:
-    """Dropout of which a compiler sees all but the drawing; arguments as for `lit_glm.model.dropout.dropout`."""
-    if p and x.device.type == "cpu":
-        mask, factor = torch.ops.lit_glm.cpu_dropout_mask(x.detach(), p)
-        x = x * mask * factor
-    elif p:
-        x = F.dropout(x, p)
-    return x if onto is None else onto + x
+    own = dropout if ops.sample_zeros is sample_zeros else _traceable_dropout(ops.sample_zeros)
+    return replace(ops, linear=F.linear, dropout=own)
 
 
 @lru_cache(maxsize=None)
-def _register_cpu_dropout_mask() -> None:
-    """Register an operator that the compiler does not look into: (x, p) -> mask of what stays, and its factor."""
+def _traceable_dropout(sample: Callable[[Tensor, float], Tuple[Tensor, float]]) -> Callable[..., Tensor]:
+    """Return a dropout by a runtime's sampled positions, of which a compiler sees all but the sampling."""
 
-    def draw(x: Tensor, p: float) -> "tuple[Tensor, Tensor]":
-        zeros, factor = sample_zeros(x, p)
-        mask = torch.ones(x.numel(), dtype=torch.bool).index_fill_(0, zeros, False)
-        return mask.view(x.shape), torch.tensor(factor)
+    def draw(x: Tensor, p: float) -> Tuple[Tensor, Tensor]:
+        zeros, factor = sample(x, p)
+        if zeros.dtype is not torch.bool:
+            zeros = torch.ones(x.numel(), dtype=torch.bool, device=x.device).index_fill_(0, zeros, False)
+        return zeros.view(x.shape), torch.tensor(factor)
 
-    tags = (torch.Tag.nondeterministic_seeded,)  # two calls are never merged into one
     operator = torch.library.custom_op(
-        "lit_glm::cpu_dropout_mask", draw, mutates_args=(), schema="(Tensor x, float p) -> (Tensor, Tensor)", tags=tags
+        "lit_glm::dropout_mask",
+        draw,
+        mutates_args=(),
+        schema="(Tensor x, float p) -> (Tensor, Tensor)",
+        tags=(torch.Tag.nondeterministic_seeded,),  # two calls are never merged into one
     )
-    operator.register_fake(lambda x, p: (torch.empty(x.shape, dtype=torch.bool), torch.empty(())))
+    operator.register_fake(lambda x, p: (torch.empty_like(x, dtype=torch.bool), torch.empty(())))
+
+    def traced(x: Tensor, p: float, onto: Optional[Tensor] = None) -> Tensor:
+        if p:
+            mask, factor = operator(x.detach(), p)
+            x = x * mask * factor
+        return x if onto is None else onto + x
+
+    return traced

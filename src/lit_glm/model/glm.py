@@ -5,59 +5,25 @@ and shapes are those of the published checkpoint. Shapes: T rows, D hidden, V vo
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any, Callable, Optional, Protocol
+from typing import Any, Callable, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_glm.config.schema import ModelConfig
+from lit_glm.model.attention import AttentionLayout
 from lit_glm.model.compile import compiled, traceable
 from lit_glm.model.lm_head import log_probabilities
-from lit_glm.model.runtime_ops import RuntimeOps
-
-
-@dataclass(frozen=True)
-class GLMConfig:
-    """Model configuration of a GLM."""
-
-    num_layers: int
-    hidden_size: int
-    num_attention_heads: int
-    vocab_size: int
-    max_sequence_length: int
-    hidden_dropout: float = 0.1
-    attention_dropout: float = 0.1
-    gelu: str = "tanh"
-    init_std: float = 0.02
-    activation_checkpointing: bool = False
-    attention: str = "auto"
-    compile: bool = False
-
-
-class AttentionLayout(Protocol):
-    """Attention layout: how rows attend to each other; see `lit_glm.model.attention`."""
-
-    def __call__(self, qkv: Tensor, heads: int, dropout: float, candidates_only: bool) -> Tensor:
-        """Compute the attention of one layer, [T, 3 D] -> [T, D]."""
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    """Apply GELU by its tanh approximation (Hendrycks and Gimpel 2016, section 2)."""
-    return F.gelu(x, approximate="tanh")
-
-
-def gelu_erf(x: Tensor) -> Tensor:
-    """Apply exact GELU."""
-    return F.gelu(x)
+from lit_glm.model.runtime_ops import TORCH_OPS, RuntimeOps
 
 
 class Dropout(nn.Module):
     """Dropout in training by the runtime's function; adds the result to a residual."""
 
-    def __init__(self, p: float, kernels: RuntimeOps) -> None:
+    def __init__(self, p: float, ops: RuntimeOps) -> None:
         super().__init__()
-        self.p, self._dropout = p, kernels.dropout
+        self.p, self._dropout = p, ops.dropout
 
     def forward(self, x: Tensor, onto: Optional[Tensor] = None) -> Tensor:
         """Apply dropout, [T, D] -> [T, D], and add the result to `onto` if given."""
@@ -67,9 +33,9 @@ class Dropout(nn.Module):
 class Linear(nn.Linear):
     """Linear layer whose product is computed by the runtime's function."""
 
-    def __init__(self, inputs: int, outputs: int, kernels: RuntimeOps) -> None:
+    def __init__(self, inputs: int, outputs: int, ops: RuntimeOps) -> None:
         super().__init__(inputs, outputs)
-        self._product = kernels.linear
+        self._product = ops.linear
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer, [T, in] -> [T, out]."""
@@ -79,10 +45,10 @@ class Linear(nn.Linear):
 class Attention(nn.Module):
     """Self-attention with one linear for queries, keys and values: three blocks of D rows, head after head."""
 
-    def __init__(self, shape: GLMConfig, kernels: RuntimeOps) -> None:
+    def __init__(self, shape: ModelConfig, ops: RuntimeOps) -> None:
         super().__init__()
-        self.query_key_value = Linear(shape.hidden_size, 3 * shape.hidden_size, kernels)
-        self.dense = Linear(shape.hidden_size, shape.hidden_size, kernels)
+        self.query_key_value = Linear(shape.hidden_size, 3 * shape.hidden_size, ops)
+        self.dense = Linear(shape.hidden_size, shape.hidden_size, ops)
         self.heads = shape.num_attention_heads
         self.dropout = shape.attention_dropout
 
@@ -95,31 +61,27 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Feed-forward block, D -> 4 D -> D."""
 
-    def __init__(self, shape: GLMConfig, kernels: RuntimeOps) -> None:
+    def __init__(self, shape: ModelConfig, ops: RuntimeOps) -> None:
         super().__init__()
-        self.dense_h_to_4h = Linear(shape.hidden_size, 4 * shape.hidden_size, kernels)
-        self.dense_4h_to_h = Linear(4 * shape.hidden_size, shape.hidden_size, kernels)
-        self._in_one = kernels.linear_gelu if shape.gelu == "tanh" else None
-        self.activation: Callable[[Tensor], Tensor] = {"tanh": gelu_tanh, "erf": gelu_erf}[shape.gelu]
+        self.dense_h_to_4h = Linear(shape.hidden_size, 4 * shape.hidden_size, ops)
+        self.dense_4h_to_h = Linear(4 * shape.hidden_size, shape.hidden_size, ops)
+        self.approximate = {"tanh": "tanh", "erf": "none"}[shape.gelu]  # Hendrycks and Gimpel 2016, section 2
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block, [T, D] -> [T, D]."""
-        wide, done = self.dense_h_to_4h, None
-        if self._in_one is not None and not torch.is_grad_enabled():
-            done = self._in_one(x, wide.weight, wide.bias)
-        return self.dense_4h_to_h(self.activation(wide(x)) if done is None else done)
+        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x), approximate=self.approximate))
 
 
 class Layer(nn.Module):
     """Pre-norm transformer layer."""
 
-    def __init__(self, shape: GLMConfig, kernels: RuntimeOps) -> None:
+    def __init__(self, shape: ModelConfig, ops: RuntimeOps) -> None:
         super().__init__()
         self.input_layernorm = nn.LayerNorm(shape.hidden_size, eps=1e-5)
-        self.attention = Attention(shape, kernels)
+        self.attention = Attention(shape, ops)
         self.post_attention_layernorm = nn.LayerNorm(shape.hidden_size, eps=1e-5)
-        self.mlp = MLP(shape, kernels)
-        self.dropout = Dropout(shape.hidden_dropout, kernels)
+        self.mlp = MLP(shape, ops)
+        self.dropout = Dropout(shape.hidden_dropout, ops)
         self._after_attention: Callable[[Any, Tensor, Tensor], Tensor] = Layer.after_attention
         if shape.compile:
             self._after_attention = compiled(Layer.after_attention)
@@ -139,33 +101,30 @@ class Layer(nn.Module):
 class Transformer(nn.Module):
     """Position tables, layers and final norm of a GLM."""
 
-    def __init__(self, shape: GLMConfig, kernels: RuntimeOps) -> None:
+    def __init__(self, shape: ModelConfig, ops: RuntimeOps) -> None:
         super().__init__()
         self.position_embeddings = nn.Embedding(shape.max_sequence_length + 1, shape.hidden_size)
         self.block_position_embeddings = nn.Embedding(shape.max_sequence_length + 1, shape.hidden_size)
-        self.dropout = Dropout(shape.hidden_dropout, kernels)
-        self.layers = nn.ModuleList(Layer(shape, kernels) for _ in range(shape.num_layers))
+        self.dropout = Dropout(shape.hidden_dropout, ops)
+        self.layers = nn.ModuleList(Layer(shape, ops) for _ in range(shape.num_layers))
         self.final_layernorm = nn.LayerNorm(shape.hidden_size, eps=1e-5)
 
 
 class GLM(nn.Module):
     """GLM with its language-model head; `lit_glm.model.scoring` defines batches and candidate scores."""
 
-    def __init__(self, config: GLMConfig, kernels: Optional[RuntimeOps] = None) -> None:
+    def __init__(self, config: ModelConfig, ops: RuntimeOps = TORCH_OPS) -> None:
         """Build a freshly initialised model.
 
         Args:
             config: layers, width, vocabulary, dropout, activation.
-            kernels: operations of the device's runtime; None: torch's.
+            ops: operations of the device's runtime.
         """
         super().__init__()
-        kernels = kernels or RuntimeOps()
-        if config.compile:
-            kernels = traceable(kernels)
+        self.ops = traceable(ops) if config.compile else ops
         self.config = config
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.transformer = Transformer(config, kernels)
-        self._kernels = kernels
+        self.transformer = Transformer(config, self.ops)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -203,9 +162,9 @@ class GLM(nn.Module):
         recompute = self.config.activation_checkpointing and self.training and torch.is_grad_enabled()
         for number, layer in enumerate(self.transformer.layers):
             skip = first_row if number == last else 0
-            h = self._kernels.checkpoint(layer, h, plan, skip) if recompute else layer(h, plan, skip)
+            h = self.ops.checkpoint(layer, h, plan, skip) if recompute else layer(h, plan, skip)
         return self.transformer.final_layernorm(h)
 
     def log_probabilities(self, h: Tensor, targets: Tensor) -> Tensor:
         """Compute log-probabilities of tokens by the word embedding without bias, [T, D], [T] tokens -> [T] float32."""
-        return log_probabilities(h, self.word_embeddings.weight, targets, self._kernels.linear)
+        return log_probabilities(h, self.word_embeddings.weight, targets, self.ops)

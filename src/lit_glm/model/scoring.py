@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_glm.data.collate import PackedBatch, PaddedBatch
-from lit_glm.model.attention import PaddedAttention, choose_attention_layout
+from lit_glm.model.attention import DotProductAttention, PaddedAttention, choose_attention_layout
 from lit_glm.model.glm import GLM
 
 TRAIN_MASK = -1e4
@@ -26,8 +26,7 @@ def score_shared_context(glm: GLM, batch: PackedBatch) -> Tensor:
     Returns:
         [N] scores, candidates in the order of the batch.
     """
-    shape = glm.config
-    plan = choose_attention_layout(batch, shape.hidden_size, shape.attention)
+    plan = choose_attention_layout(batch, glm.config.hidden_size, DotProductAttention(glm.config.attention, glm.ops))
     h = glm.embed(batch.tokens, batch.positions, batch.blocks)
     h = glm.encode(h, plan, first_row=len(batch.tokens) - len(batch.targets))
     # Only candidate rows reach the head: one row for each token to be predicted.
@@ -42,7 +41,8 @@ def score_published(glm: GLM, batch: PaddedBatch) -> Tensor:
         [B, C] scores, including padding slots.
     """
     B, C, S = batch.text.shape
-    plan = PaddedAttention.from_sequences(batch.separator.reshape(B * C), S, glm.config.attention)
+    attend = DotProductAttention(glm.config.attention, glm.ops)
+    plan = PaddedAttention.from_sequences(batch.separator.reshape(B * C), S, attend)
     position = batch.position.reshape(B * C, 2, S)
     h = glm.embed(batch.text.reshape(-1), position[:, 0].reshape(-1), position[:, 1].reshape(-1))
     h = glm.encode(h, plan)
@@ -76,14 +76,8 @@ def candidate_scores(glm: GLM, batch: Union[PackedBatch, PaddedBatch], empty: fl
 
 
 def _slice_candidates(batch: PaddedBatch, start: int, stop: int) -> PaddedBatch:
-    return PaddedBatch(
-        text=batch.text[:, start:stop],
-        position=batch.position[:, start:stop],
-        separator=batch.separator[:, start:stop],
-        target=batch.target[:, start:stop],
-        logit_mask=batch.logit_mask[:, start:stop],
-        loss_mask=batch.loss_mask[:, start:stop],
-    )
+    names = ("text", "position", "separator", "target", "logit_mask", "loss_mask")
+    return PaddedBatch(**{name: getattr(batch, name)[:, start:stop] for name in names})
 
 
 def candidate_loss(table: Tensor) -> Tensor:

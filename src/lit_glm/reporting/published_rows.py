@@ -85,22 +85,23 @@ def _matching_rows(
     row: ReportRow, published: List[Dict[str, Any]], words: Translations
 ) -> "Tuple[List[Dict[str, Any]], Optional[Note]]":
     """Return the published rows that are comparable to a row, or the reason why there are none."""
-    name = unique_row_label(row, words)
-    if row["simulated"]:
-        return [], Note("no_ratio_simulated", name)
-    if row["profiled"]:
-        return [], Note("no_ratio_profiled", name)
-    if not row.runs[0].complete:
-        return [], Note("no_ratio_incomplete", name)
-    left = [line for line in published if line["hardware"] == row["hardware"]]
-    if not left:
-        return [], Note("no_ratio_hardware", name)
-    left = [line for line in left if line["topology"] == row["topology"]]
-    if not left:
-        return [], Note("no_ratio_topology", name)
-    left = [line for line in left if line["precision"] == row["precision"] and line["tf32"] == bool(row["tf32"])]
-    if not left:
-        return [], Note("no_ratio_precision", name)
+    name, left = unique_row_label(row, words), published
+    for key, applies in (
+        ("no_ratio_simulated", row["simulated"]),
+        ("no_ratio_profiled", row["profiled"]),
+        ("no_ratio_incomplete", not row.runs[0].complete),
+    ):
+        if applies:
+            return [], Note(key, name)
+    for key, columns in (
+        ("no_ratio_hardware", ("hardware",)),
+        ("no_ratio_topology", ("topology",)),
+        ("no_ratio_precision", ("precision", "tf32")),
+    ):
+        # Results of earlier versions lack `tf32`.
+        left = [line for line in left if all(line[one] == (row[one] or False) for one in columns)]
+        if not left:
+            return [], Note(key, name)
     if row["scoring"] != left[0]["scoring"]:
         return [], Note("no_ratio_scoring", name, (str(row["scoring"]),))
     settings = row.runs[0].settings

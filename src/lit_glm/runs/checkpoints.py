@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 from lit_glm.atomic_files import atomic_write
+from lit_glm.compat import load_torch_file
 from lit_glm.errors import RunError, first_line
 
 _KEEP = 2
@@ -55,29 +56,6 @@ def save(content: Dict[str, Any], target: Path) -> None:
             f"{target}: the checkpoint cannot be written ({error}); measurements are saved; free disk space, "
             f"then resume with run.resume={target.parent.parent}"
         ) from error
-
-
-def load(path: Path) -> Dict[str, Any]:
-    """Read a checkpoint of this project onto the CPU without executing code from it."""
-    import torch
-
-    if torch.__version__.startswith("1."):  # no weights_only there
-        from lit_glm.model.checkpoint import restricted_load
-
-        content: Dict[str, Any] = restricted_load(path)
-    else:
-        content = torch.load(str(path), map_location="cpu", weights_only=True)
-    return content
-
-
-def load_lazy(path: Path) -> Dict[str, Any]:
-    """Read a checkpoint as `load` does, but memory-mapped where torch supports it (2.1 and later)."""
-    import torch
-
-    if torch.__version__.startswith(("1.", "2.0")):
-        return load(path)
-    content: Dict[str, Any] = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
-    return content
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -133,14 +111,14 @@ def latest_valid(run_dir: Path, config_hash: str, whole: bool) -> Tuple[Optional
     passed_over: List[str] = []
     for _, path in list_checkpoints(run_dir):
         try:
-            content = load_lazy(path)
+            content = load_torch_file(path, mmap=True)
             own = content["lit_glm"]
             if own.get("config_hash", own.get("identity")) != config_hash:  # `identity` before 0.2.0
                 raise ValueError("saved by a run with another configuration")
             damage = find_damage(path)
             if damage is not None:
                 raise ValueError(f"it is damaged: {damage} has a wrong checksum")
-            return path, load(path) if whole else content, passed_over
+            return path, load_torch_file(path) if whole else content, passed_over
         except Exception as error:  # damaged files fail in many ways
             reason = first_line(error)
             passed_over.append(f"{path}: skipped ({reason})")

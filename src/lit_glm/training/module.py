@@ -11,6 +11,7 @@ from lightning_fabric.utilities import move_data_to_device
 from pytorch_lightning.plugins.io import CheckpointIO
 from torch import Tensor
 
+from lit_glm.compat import load_torch_file
 from lit_glm.config.schema import TrainConfig
 from lit_glm.data.collate import PackedBatch, PaddedBatch
 from lit_glm.hardware.precision import LossScalingPrecision
@@ -204,7 +205,7 @@ class AtomicCheckpointIO(CheckpointIO):
     ) -> Dict[str, Any]:
         """Read a checkpoint without executing code from it."""
         content, self._content = self._content, None
-        return checkpoints.load(Path(path)) if content is None else content
+        return load_torch_file(Path(path)) if content is None else content
 
     def remove_checkpoint(self, path: Any) -> None:
         """Delete a checkpoint."""

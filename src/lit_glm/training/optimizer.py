@@ -1,11 +1,11 @@
 """AdamW with two parameter groups, and the published learning-rate schedule."""
 
-import inspect
 from typing import Any, Dict, List, Optional
 
 import torch
 from torch import nn
 
+from lit_glm.compat import has_fused_adamw
 from lit_glm.config.schema import OptimizerConfig
 from lit_glm.errors import first_line
 
@@ -81,13 +81,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> List[Dict[str, An
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """Create AdamW (Loshchilov and Hutter 2019), fused if torch supports it on the parameters' device."""
     arguments: Dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
-    if HAS_FUSED and fused_unavailable_reason(next(model.parameters()).device) is None:
+    if has_fused_adamw() and fused_unavailable_reason(next(model.parameters()).device) is None:
         arguments["fused"] = True
     return torch.optim.AdamW(parameter_groups(model, config.weight_decay), **arguments)
-
-
-HAS_FUSED = "fused" in inspect.signature(torch.optim.AdamW).parameters
-"""Whether torch has a fused AdamW (2.0 and later)."""
 
 
 def fused_unavailable_reason(device: torch.device) -> Optional[str]:

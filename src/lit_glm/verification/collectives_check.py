@@ -1,10 +1,12 @@
 """Check of all-reduce, broadcast and all-gather across all ranks of the topology, in the dtypes that training uses.
 
-`check_collectives` starts each rank under torchrun: `-m lit_glm.verification.collectives_check FOLDER FOLDER`.
+`verify` and `doctor` start each rank by the supervisor: `-m lit_glm.verification.collectives_check FOLDER`.
 """
 
 import os
+import statistics
 import sys
+import time
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -20,6 +22,8 @@ from lit_glm.process_utils import exit_now
 _LIMIT_S = 30.0
 _COUNT = 100_003
 """Number of elements: a prime, so that the shorter last chunk of a library is tested too."""
+_MIB, _ROUNDS = 16, 5
+COLLECTIVES_MODULE = "lit_glm.verification.collectives_check"
 
 
 def check_collectives(config: TrainConfig) -> CheckResult:
@@ -30,7 +34,7 @@ def check_collectives(config: TrainConfig) -> CheckResult:
             "collectives", "skip", "one device: no collectives; use a topology with several, such as topology=1x8"
         )
     try:
-        run_on_all_ranks(config, __name__, _LIMIT_S)
+        run_on_all_ranks(config, COLLECTIVES_MODULE, _LIMIT_S)
     except RunError as error:
         advice = "check the collective library, its environment variables, and the links between the devices"
         return CheckResult("collectives", "fail", " ".join(str(error.summary or error).split())[:300], advice)
@@ -83,13 +87,31 @@ def run_collectives(rank: int, ranks: int, device: Any, kinds: List[Any]) -> Lis
 
 
 def rank_task(config: TrainConfig) -> Dict[str, Any]:
-    """Run the collectives on one rank."""
-    device = make_runtime(config.hardware, config.topology).device(int(os.environ["LOCAL_RANK"]))
+    """Run the collectives on one rank, and time an all-reduce."""
+    runtime = make_runtime(config.hardware, config.topology)
+    device = runtime.device(int(os.environ["LOCAL_RANK"]))
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     wrong = run_collectives(rank, ranks, device, training_dtypes(config))
     if wrong:
         raise RunError("; ".join(wrong), summary="; ".join(wrong))
-    return {"ranks": ranks}
+
+    def seconds(count: int) -> float:
+        tensor, times = torch.zeros(count, device=device), []
+        for _ in range(_ROUNDS):
+            runtime.synchronize()
+            start = time.perf_counter()
+            torch.distributed.all_reduce(tensor)
+            runtime.synchronize()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    return {
+        "ranks": ranks,
+        "backend": runtime.backend,
+        "mib": _MIB,
+        "seconds": seconds(_MIB * 2**18),
+        "latency_s": seconds(1),
+    }
 
 
 if __name__ == "__main__":

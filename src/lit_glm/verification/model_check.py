@@ -9,8 +9,8 @@ import torch
 from lit_glm.check_result import CheckResult
 from lit_glm.config.schema import TrainConfig
 from lit_glm.hardware.runtimes.base import Runtime
-from lit_glm.model.attention import dot_product_attention
-from lit_glm.model.dropout import dropout, sample_zeros, zero_elements_
+from lit_glm.model.attention import DotProductAttention
+from lit_glm.model.runtime_ops import zero_elements_
 from lit_glm.verification.error_bounds import layer_bound, relative_error
 from lit_glm.verification.stepper import TrainStepper, VerifyFixture
 
@@ -103,17 +103,18 @@ _SIGMAS = 6.0
 
 def check_dropout(runtime: Runtime) -> CheckResult:
     """Check dropout of hidden states, of attention by matmuls, and of the attention in use."""
-    ones = torch.ones(_COUNT, device=runtime.device(0))
+    ones, ops = torch.ones(_COUNT, device=runtime.device(0)), runtime.model_ops()
 
     def masks(seed: int) -> "tuple[torch.Tensor, torch.Tensor]":
         runtime.manual_seed(seed)
-        return dropout(ones, _SHARE).cpu(), zero_elements_(ones.clone(), sample_zeros(ones, _SHARE)[0]).cpu()
+        return ops.dropout(ones, _SHARE).cpu(), zero_elements_(ones.clone(), ops.sample_zeros(ones, _SHARE)[0]).cpu()
 
     def attention_mean(dtype: torch.dtype) -> float:
         """Return the mean output of attention for equal scores and values of 1: about 1, whatever dropout draws."""
         shape = (8, 8, 64, 32)
         zeros, values = torch.zeros(shape, device=ones.device, dtype=dtype), torch.ones(shape, device=ones.device)
-        return float(dot_product_attention(zeros, zeros, values.to(dtype), None, _SHARE, "auto").float().mean())
+        out = DotProductAttention(ops=ops)(zeros, zeros, values.to(dtype), None, _SHARE)
+        return float(out.float().mean())
 
     first, again, other = masks(1), masks(1), masks(2)
     share = max((float((mask == 0).double().mean()) for mask in first), key=lambda value: abs(value - _SHARE))

@@ -128,7 +128,7 @@ class TrainStepper:
             value = loss.detach()
             self._read_loss = (lambda: float(value)) if self._runtime is None else self._read_async(value)
             with backward_context(loss):
-                (loss if scaler is None else scaler.scale_loss(loss.float())).backward()
+                (loss if scaler is None else scaler.scale(loss.float())).backward()
         return loss.detach()
 
     def _read_async(self, loss: Tensor) -> Callable[[], float]:

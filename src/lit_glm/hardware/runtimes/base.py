@@ -106,7 +106,7 @@ class Runtime:
         return torch.autocast(self.device(0).type, dtype=dtype)
 
     def loss_scaler(self, config: LossScaleConfig) -> Optional[Any]:
-        """Return the vendor's own loss scaler for mixed fp16, with the interface of `DynamicLossScale`; None: ours."""
+        """Return the vendor's own loss scaler for mixed fp16, with the interface of torch's GradScaler; None: ours."""
         return None
 
     def allow_tf32(self, allowed: bool) -> None:

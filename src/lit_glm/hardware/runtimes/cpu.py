@@ -1,127 +1,18 @@
-"""The CPU: every rank is a process on the same machine; linear layers by the faster of torch's two libraries.
-
-torch computes fp32 products with MKL, which is half as fast as its other library, oneDNN, on CPUs that are not Intel's
-(`benchmarks/products.py` has the measurement). Elsewhere, and in every other type, torch decides.
-"""
+"""The CPU: every rank is a process on the same machine."""
 
 import ctypes
 import os
 import resource
 import time
-from typing import Any, List, Optional
+from typing import List, Optional
 
 import psutil
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from lit_glm.compat import onednn_linear
 from lit_glm.hardware.monitors import cpu_name
+from lit_glm.hardware.runtimes import cpu_ops
 from lit_glm.hardware.runtimes.base import Runtime
-from lit_glm.model.runtime_ops import RuntimeOps, is_cpu_autocast_enabled
-
-_WORTH_IT = 2**23  # multiply-adds above which calling oneDNN directly is faster
-
-
-def _is_intel_cpu() -> bool:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return any("GenuineIntel" in line for line in file if line.startswith("vendor_id"))
-    except OSError:
-        return True
-
-
-PREFERS_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available() and not _is_intel_cpu()
-_POINTWISE = onednn_linear()
-
-
-def _onednn_matmul(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
-    """Multiply x by the transposed weight, with oneDNN."""
-    if _POINTWISE is not None:
-        out: Tensor = _POINTWISE(x, weight, bias, "none", [], "")
-        return out
-    return F.linear(x.contiguous().to_mkldnn(), weight.contiguous(), bias).to_dense()  # before torch 2
-
-
-class _OneDNNLinear(torch.autograd.Function):
-    """Linear layer whose three products are all computed by oneDNN."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
-        return _onednn_matmul(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        (grad,) = grads
-        x, weight = ctx.saved_tensors
-        grad_x = _onednn_matmul(grad, weight.t(), None) if ctx.needs_input_grad[0] else None
-        grad_weight = _weight_gradient(grad, x) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight, grad.sum(0) if ctx.has_bias else None
-
-
-def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """Compute [T, out], [T, in] -> [out, in]; oneDNN copies the first operand, so use the order that copies less."""
-    rows, outputs, inputs = len(x), grad.shape[1], x.shape[1]
-    if rows * outputs <= rows * inputs + outputs * inputs:
-        return _onednn_matmul(grad.t(), x.t(), None)
-    return _onednn_matmul(x.t(), grad.t(), None).t().contiguous()
-
-
-def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
-    """Apply a linear layer, [..., in] -> [..., out].
-
-    Args:
-        x: [T, in]; with other dimensions torch's own function is used.
-        weight: [out, in].
-        bias: [out].
-    """
-    if (
-        PREFERS_ONEDNN
-        and x.device.type == "cpu"
-        and x.dtype is torch.float32
-        and x.dim() == 2
-        and len(x) * weight.numel() >= _WORTH_IT
-        and not is_cpu_autocast_enabled()
-    ):
-        out: Tensor = _OneDNNLinear.apply(x, weight, bias)
-        return out
-    return F.linear(x, weight, bias)
-
-
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Optional[Tensor]:
-    """Apply a linear layer in bf16 with fused GELU, which saves a separate pass over the result.
-
-    Args:
-        x: [T, in].
-        weight: [out, in].
-        bias: [out].
-
-    Returns:
-        [T, out]; None if torch lacks the fused operation, and outside of autocast to bf16.
-    """
-    if _POINTWISE is None or not is_cpu_autocast_enabled() or _cpu_autocast_dtype() is not torch.bfloat16:
-        return None
-    half = [part.to(torch.bfloat16) for part in (x, weight, bias)]
-    out: Tensor = _POINTWISE(*half, "gelu", [], "tanh")
-    return out
-
-
-def supports_bf16_gelu() -> bool:
-    """Return whether oneDNN multiplies in bf16 here, tested with a 1 x 1 product; it does not before AVX-512."""
-    one = torch.ones(1, 1, dtype=torch.bfloat16)
-    try:
-        return _POINTWISE is not None and len(_POINTWISE(one, one, one[0], "gelu", [], "tanh")) == 1
-    except RuntimeError:
-        return False
-
-
-def _cpu_autocast_dtype() -> torch.dtype:
-    if hasattr(torch, "get_autocast_dtype"):
-        return torch.get_autocast_dtype("cpu")
-    return torch.get_autocast_cpu_dtype()  # before torch 2.4
-
+from lit_glm.model.runtime_ops import RuntimeOps
 
 _LOOK_S = (1.0, 10.0)
 """Bounds of the interval between two searches for child processes; within them, the age of this process."""
@@ -152,7 +43,6 @@ class CPURuntime(Runtime):
         return torch.device("cpu")
 
     def device_name(self, index: int) -> str:
-        """Return the model name as the kernel reports it."""
         return cpu_name()
 
     def precision_hint(self, name: str) -> str:
@@ -166,9 +56,17 @@ class CPURuntime(Runtime):
         return ""
 
     def model_ops(self) -> RuntimeOps:
-        """Return linear layers of the faster of MKL and oneDNN."""
-        gelu = linear_gelu if supports_bf16_gelu() else None
-        return RuntimeOps(linear if PREFERS_ONEDNN else F.linear, gelu, checkpoint=self.checkpoint())
+        """Return the operations that a CPU computes in its own way."""
+        return RuntimeOps(
+            cpu_ops.linear,
+            cpu_ops.dropout,
+            cpu_ops.sample_zero_positions,
+            self.checkpoint(),
+            cpu_ops.PADDED_GROUP,
+            cpu_ops.ATTENTION_SCORES,
+            cpu_ops.TRAINING_LOGITS,
+            cpu_ops.READ_LOGITS,
+        )
 
     def peak_memory(self, index: int) -> Optional[float]:
         """Return the peak resident memory of this process and its children (data loaders), from the kernel's counters.

@@ -40,24 +40,19 @@ class CUDARuntime(Runtime):
         return f"torch {torch.__version__} sees no CUDA device: {build} is missing"
 
     def device_count(self) -> int:
-        """Return the number of visible devices."""
         return torch.cuda.device_count()
 
     def device(self, index: int) -> torch.device:
-        """Return cuda:N."""
         return torch.device("cuda", index)
 
     def set_device(self, index: int) -> None:
-        """Call torch.cuda.set_device."""
         torch.cuda.set_device(index)
 
     def manual_seed(self, seed: int) -> None:
-        """Seed the generators of the CPU and of the current CUDA device."""
         super().manual_seed(seed)
         torch.cuda.manual_seed(seed)
 
     def synchronize(self) -> None:
-        """Call torch.cuda.synchronize."""
         torch.cuda.synchronize()
 
     def to_host_async(self, values: Tensor, pending: Optional[Any] = None) -> Callable[[], List[Any]]:
@@ -84,7 +79,6 @@ class CUDARuntime(Runtime):
         torch.backends.cudnn.allow_tf32 = allowed
 
     def device_name(self, index: int) -> str:
-        """Return the name that torch reports."""
         return str(torch.cuda.get_device_name(index))
 
     def attach_memory_monitor(self, index: int, file: Path) -> None:
@@ -104,7 +98,6 @@ class CUDARuntime(Runtime):
         return torch.cuda.memory_snapshot()
 
     def num_processes(self, index: int) -> Optional[int]:
-        """Return the number of processes according to NVML."""
         return nvml_processes(index, "CUDA_VISIBLE_DEVICES")
 
     def memory_in_use(self, index: int) -> Optional[float]:
@@ -113,7 +106,6 @@ class CUDARuntime(Runtime):
         return self._watch.last or float(torch.cuda.memory_reserved(index))
 
     def driver_version(self) -> Optional[str]:
-        """Return the driver version from nvidia-smi."""
         return nvidia_driver_version()
 
     def library_versions(self) -> Dict[str, str]:
@@ -127,5 +119,4 @@ class CUDARuntime(Runtime):
         return {name: str(version) for name, version in found.items() if version is not None}
 
     def total_memory(self, index: int) -> Optional[float]:
-        """Return the total memory that the driver reports."""
         return float(torch.cuda.get_device_properties(index).total_memory)

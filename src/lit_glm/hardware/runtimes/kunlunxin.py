@@ -15,7 +15,6 @@ import torch
 from lit_glm.config.schema import LossScaleConfig
 from lit_glm.hardware.device_monitor import MonitoredMemory
 from lit_glm.hardware.monitors import physical_device_index, xpu_device_names, xpu_driver_version, xpu_total_memory
-from lit_glm.hardware.precision import VendorLossScale
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.hardware.runtimes.cuda import CUDARuntime
 
@@ -72,13 +71,9 @@ class XMLIRRuntime(Runtime):
         if not self._vendor.xpu.is_available():
             raise RuntimeError("torch_xmlir sees no XPU: check the driver (xpu_smi) and XPU_VISIBLE_DEVICES")
 
-    @staticmethod
-    def multi_node_unsupported_reason(nodes: int) -> Optional[str]:
-        """Return why a tree all-reduce cannot span this many nodes; None if it can."""
-        return tree_unsupported_reason(nodes)
+    multi_node_unsupported_reason = staticmethod(tree_unsupported_reason)
 
     def device_count(self) -> int:
-        """Return the number of visible devices."""
         return int(self._vendor.xpu.device_count())
 
     def device(self, index: int) -> torch.device:
@@ -87,7 +82,6 @@ class XMLIRRuntime(Runtime):
         return device
 
     def set_device(self, index: int) -> None:
-        """Call torch_xmlir.xpu.set_device."""
         self._vendor.xpu.set_device(index)
 
     def synchronize(self) -> None:
@@ -100,7 +94,6 @@ class XMLIRRuntime(Runtime):
         self._vendor.xpu.empty_cache()
 
     def manual_seed(self, seed: int) -> None:
-        """Seed torch's generator and the vendor's own generators."""
         super().manual_seed(seed)
         self._vendor.xpu.manual_seed_all(seed)
 
@@ -114,12 +107,10 @@ class XMLIRRuntime(Runtime):
         own = getattr(_import_vendor_amp(), "autocast", None)
         return own(dtype=dtype) if own is not None else super().autocast(dtype)
 
-    def loss_scaler(self, config: LossScaleConfig) -> Optional[VendorLossScale]:
+    def loss_scaler(self, config: LossScaleConfig) -> Optional[Any]:
         """Return torch_xmlir.amp.GradScaler, which has no hysteresis and no minimum; None if there is none."""
         scaler = getattr(_import_vendor_amp(), "GradScaler", None)
-        if scaler is None:
-            return None
-        return VendorLossScale(scaler(init_scale=config.initial, growth_interval=config.window))
+        return None if scaler is None else scaler(init_scale=config.initial, growth_interval=config.window)
 
     def device_name(self, index: int) -> str:
         """Return the name that the runtime reports."""
@@ -135,7 +126,6 @@ class XMLIRRuntime(Runtime):
             return self._totals[index]
 
     def driver_version(self) -> Optional[str]:
-        """Return the driver version from the vendor's monitor."""
         return xpu_driver_version()
 
     def memory_in_use(self, index: int) -> Optional[float]:
@@ -183,13 +173,9 @@ class XPyTorchRuntime(CUDARuntime):
         if not torch.cuda.is_available():
             raise RuntimeError("torch_xmlir is installed but sees no XPU: check the driver (xpu-smi -m)")
 
-    @staticmethod
-    def multi_node_unsupported_reason(nodes: int) -> Optional[str]:
-        """Return why a tree all-reduce cannot span this many nodes; None if it can."""
-        return tree_unsupported_reason(nodes)
+    multi_node_unsupported_reason = staticmethod(tree_unsupported_reason)
 
     def driver_version(self) -> Optional[str]:
-        """Return the driver version from the vendor's monitor."""
         return xpu_driver_version()
 
     def device_name(self, index: int) -> str:

@@ -263,7 +263,6 @@ class SimulatedRuntime(CPURuntime):
         self._memory_gib = memory_gib
 
     def device_count(self) -> int:
-        """Return the number of devices that the topology needs."""
         return self._cards
 
     def device(self, index: int) -> torch.device:
@@ -277,9 +276,7 @@ class SimulatedRuntime(CPURuntime):
         return ""
 
     def device_name(self, index: int) -> str:
-        """Return "simulated" for every device."""
         return "simulated"
 
     def total_memory(self, index: int) -> Optional[float]:
-        """Return the memory of the simulated device."""
         return None if self._memory_gib is None else self._memory_gib * 2**30

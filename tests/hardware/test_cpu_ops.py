@@ -1,13 +1,65 @@
-"""Masks have the right share of zeros, keep the mean, are repeatable, and gradients pass where values did."""
+"""What a CPU computes in its own way equals torch's: linear layers by both libraries, dropout by its statistics."""
+
+from typing import Any, List
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_glm.model.dropout import dropout
-from lit_glm.model.glm import Dropout
+from lit_glm.hardware.runtimes import cpu_ops
+from lit_glm.hardware.runtimes.cpu_ops import dropout
+from lit_glm.model.glm import Dropout, Linear
 from lit_glm.model.runtime_ops import RuntimeOps
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
+def gradients(way: Any, shape: "tuple[int, int, int]", bias: bool) -> List[torch.Tensor]:
+    rows, inputs, outputs = shape
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, inputs, requires_grad=True), torch.randn(outputs, inputs, requires_grad=True)
+    offset = torch.randn(outputs, requires_grad=True) if bias else None
+    out = way(x, weight, offset)
+    (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+    found = [out, x.grad, weight.grad] + ([offset.grad] if offset is not None else [])
+    return [tensor.detach() for tensor in found if tensor is not None]
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape", [(40, 24, 8), (40, 8, 24), (3, 64, 200), (1, 5, 7)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_both_libraries_agree(shape: Any, bias: bool) -> None:
+    ours = gradients(cpu_ops._OneDNNLinear.apply, shape, bias)
+    theirs = gradients(torch.nn.functional.linear, shape, bias)
+    assert len(ours) == len(theirs) == 3 + bias
+    for one, other in zip(ours, theirs):
+        assert one.is_contiguous()
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-5)
+
+
+@needs_onednn
+def test_what_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: List[Any] = []
+    monkeypatch.setattr(cpu_ops, "PREFERS_ONEDNN", True)
+    monkeypatch.setattr(cpu_ops, "_WORTH_IT", 4096)
+    real = cpu_ops._onednn_matmul
+    monkeypatch.setattr(cpu_ops, "_onednn_matmul", lambda *arguments: calls.append(1) or real(*arguments))
+    layer, x = Linear(32, 64, RuntimeOps(cpu_ops.linear)), torch.randn(16, 32)
+    layer(x)
+    assert len(calls) == 1
+    layer(x[:1])  # too small
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(x).dtype is torch.bfloat16
+    layer.double()(x.double())
+    assert len(calls) == 1
+
+
+@needs_onednn
+def test_frozen_weights_need_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(8, 4, requires_grad=True), torch.randn(6, 4)
+    cpu_ops._OneDNNLinear.apply(x, weight, None).sum().backward()
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(8, 4))
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
@@ -59,7 +111,7 @@ def test_a_share_of_nearly_one_leaves_finite_numbers() -> None:
 
 
 def test_nothing_outside_training() -> None:
-    layer, x = Dropout(0.5, RuntimeOps()), torch.ones(8, 8)
+    layer, x = Dropout(0.5, RuntimeOps(dropout=dropout)), torch.ones(8, 8)
     assert torch.equal(layer.eval()(x), x)
     assert not torch.equal(layer.train()(x), x)
 

@@ -219,20 +219,22 @@ def check_rendezvous_port(config: TrainConfig, made: Runtime) -> CheckResult:
 
 
 def check_collectives(config: TrainConfig, made: Runtime) -> CheckResult:
-    """Start all ranks of this node and run an all-reduce over all ranks of the topology."""
+    """Start all ranks of this node and run the collectives over all ranks of the topology."""
     if config.topology.world_size == 1:
         return CheckResult("", "skip", "single device: no collectives")
     from lit_glm.launch.worker import run_on_all_ranks
+    from lit_glm.verification.collectives_check import COLLECTIVES_MODULE
 
-    measured = run_on_all_ranks(config, "lit_glm.preflight.all_reduce", _LIMIT_S)
-    if measured is None:
-        return CheckResult("", "ok", "all-reduce with the other nodes passed; node 0 prints the timing")
+    found = run_on_all_ranks(config, COLLECTIVES_MODULE, _LIMIT_S)
+    if found is None:
+        return CheckResult("", "ok", "collectives with the other nodes passed; node 0 prints the timing")
+    speed = found["mib"] / 1024 / found["seconds"]
+    timing = f"{found['mib']} MiB in {1000 * found['seconds']:.1f} ms ({speed:.2f} GiB/s per rank)"
     return CheckResult(
         "",
         "ok",
-        f"{measured['ranks']} ranks over {measured['backend']}: all-reduce correct, {measured['mib']:g} MiB in "
-        f"{1000 * measured['seconds']:.1f} ms ({measured['gib_per_s']:.2f} GiB/s per rank), "
-        f"latency {1e6 * measured['latency_s']:.0f} us",
+        f"{found['ranks']} ranks over {found['backend']}: all-reduce, broadcast and all-gather correct; all-reduce of "
+        f"{timing}, latency {1e6 * found['latency_s']:.0f} us",
     )
 
 

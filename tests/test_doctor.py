@@ -9,11 +9,11 @@ from typing import Any, Dict, List
 import pytest
 
 from conftest import CHECKPOINT, EVAL_FILE, GOLDEN_RUN, TRAIN_FILE, lit_glm, lit_glm_here
+from lit_glm import preflight
 from lit_glm.check_result import CheckResult
 from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
 from lit_glm.doctor import run_check
-from lit_glm.preflight import checks
 
 Checks = Dict[str, Dict[str, str]]
 
@@ -43,7 +43,7 @@ def test_two_ranks_of_a_healthy_machine(tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     names = "machine software runtime devices precision port collectives disk data.train_file data.eval_file".split()
     assert [line[6:].split(":")[0] for line in lines[:-2]] == [*names, "checkpoint", "published files", "memory"]
-    assert "2 ranks over gloo: all-reduce correct" in done.stdout
+    assert "2 ranks over gloo: all-reduce, broadcast and all-gather correct" in done.stdout
     assert "37 examples, 231 candidates, at most 96 tokens" in done.stdout
     assert not list(tmp_path.iterdir())  # it leaves nothing
 
@@ -87,7 +87,7 @@ def test_a_busy_port(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_full_disk(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     real = shutil.disk_usage("/")
-    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: real._replace(free=1000))
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: real._replace(free=1000))
     status, found = doctor(capfd, *GOLDEN_RUN)
     assert (status, failed(found)) == (1, ["disk"])
     assert "hydra.run.dir=" in found["disk"]["advice"]
@@ -97,9 +97,9 @@ def test_a_disk_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path
     def no_space(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checks.os, "fsync", no_space)
+    monkeypatch.setattr(preflight.os, "fsync", no_space)
     config = validate_config(compose_config("doctor", ["model=glm_tiny"]), TrainConfig)
-    found = checks.check_disk(config, tmp_path)
+    found = preflight.check_disk(config, tmp_path)
     assert found.status == "fail"
     assert "No space left" in found.message
 
@@ -152,15 +152,15 @@ def test_words_where_the_vocabulary_is_known(capfd: Any) -> None:
 
 
 def test_versions_that_are_not_the_tested_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lit_glm.preflight import checks
+    from lit_glm import preflight
 
-    real = checks.metadata.version
-    monkeypatch.setattr(checks.metadata, "version", lambda name: "99.0" if name == "h5py" else real(name))
-    found = checks.check_packages()
+    real = preflight.metadata.version
+    monkeypatch.setattr(preflight.metadata, "version", lambda name: "99.0" if name == "h5py" else real(name))
+    found = preflight.check_packages()
     assert found.status == "warn"
     assert "h5py 99.0 (tested: " in found.message
-    monkeypatch.setattr(checks.metadata, "version", lambda name: "0.1" if name == "h5py" else real(name))
-    assert checks.check_packages().status == "fail"
+    monkeypatch.setattr(preflight.metadata, "version", lambda name: "0.1" if name == "h5py" else real(name))
+    assert preflight.check_packages().status == "fail"
 
 
 def test_a_check_that_breaks_is_a_finding() -> None:
