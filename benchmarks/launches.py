@@ -112,7 +112,7 @@ def step(precision: str, layers: int, groups: int, attention: str = "auto") -> C
         loss = candidate_loss(candidate_scores(glm, batch(groups).to("meta"), TRAIN_MASK))
     scaler = getattr(plugin, "scaler", None)
     with count.phase("backward"):
-        (loss if scaler is None else scaler.scale_loss(loss.float())).backward()
+        (loss if scaler is None else scaler.scale(loss.float())).backward()
     divide: Optional[Callable[[Any], Any]] = getattr(plugin, "divide", None) or getattr(plugin, "unscale", None)
     if divide is not None:
         with count.phase("division by the scale"):

@@ -1,4 +1,4 @@
-"""Atomic replacement of files, and file locks."""
+"""Atomic replacement of files, JSON files, and file locks."""
 
 import errno
 import fcntl
@@ -9,7 +9,7 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator
+from typing import Any, Dict, Iterator, Optional
 
 from lit_glm.errors import InputError
 
@@ -66,6 +66,15 @@ def write_text(path: Path, text: str, durable: bool = False) -> None:
 def write_json(path: Path, content: Dict[str, Any], durable: bool = False) -> None:
     """Write a JSON file atomically."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n", durable)
+
+
+def read_json(path: Path) -> Optional[Dict[str, Any]]:
+    """Read a JSON object; None if the file is missing, damaged, or holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def try_lock(descriptor: int) -> bool:

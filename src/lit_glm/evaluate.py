@@ -199,12 +199,10 @@ def _folder_for(config: TrainConfig, hydra: Any) -> Path:
 
 def _check_not_foreign(out: Path) -> None:
     """Reject a folder with files that an evaluation would overwrite but did not write."""
+    from lit_glm.atomic_files import read_json
+
     foreign = [name for name in _FILES if (out / name).exists()]
-    try:
-        ours = "eval_file" in json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        ours = False
-    if foreign and not ours:
+    if foreign and "eval_file" not in (read_json(out / "evaluation.json") or {}):
         raise InputError(f"{out}: contains {', '.join(foreign)}, not written by evaluate; give another hydra.run.dir=")
 
 

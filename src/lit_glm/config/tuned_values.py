@@ -1,9 +1,9 @@
 """Values for a pair of hardware and topology: the files of conf/fix_hp/, and the results of `tune`."""
 
-import json
 from pathlib import Path
 from typing import Any, Dict, Tuple
 
+from lit_glm.atomic_files import read_json
 from lit_glm.config.key_aliases import migrate_names
 from lit_glm.config.schema import CONF_DIR
 from lit_glm.errors import InputError
@@ -51,11 +51,7 @@ def search_key(config: Any) -> Dict[str, Any]:
 
 def read_search(folder: Path) -> Dict[str, Any]:
     """Read tune.json of a folder; {} if it is missing or invalid."""
-    try:
-        content: Any = json.loads((folder / TUNE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return dict(migrate_names(content, "tune.json")) if isinstance(content, dict) else {}
+    return migrate_names(read_json(folder / TUNE_FILE) or {}, "tune.json")
 
 
 def resolve_auto_bs(composed: Any, pair_bs: Any) -> Tuple[int, str]:

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Sequence
 
-from lit_glm.atomic_files import file_lock, make_folder, write_text
+from lit_glm.atomic_files import file_lock, make_folder, read_json, write_text
 from lit_glm.config.schema import DataConfig
 from lit_glm.data.prepare_hdf5 import prepare_files
 from lit_glm.errors import InputError
@@ -146,10 +146,7 @@ def ensure_synthetic_data(data: DataConfig) -> None:
     marker = out / "generated.json"
 
     def is_there() -> bool:
-        try:
-            return bool(json.loads(marker.read_text()).get("stamp") == stamp)
-        except (OSError, ValueError, AttributeError):
-            return False
+        return bool((read_json(marker) or {}).get("stamp") == stamp)
 
     if is_there():
         return

@@ -312,13 +312,18 @@ def numbered_device(name: str) -> Optional[str]:
     return name if name.isdigit() else None
 
 
-def cpu_name() -> str:
-    """Return the CPU model name as the kernel reports it; "" if unknown."""
+def cpu_info(*keys: str) -> str:
+    """Return the kernel's first entry under one of some keys, such as `model name`; "" if there is none."""
     try:
         with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith(keys))
     except (OSError, StopIteration):
         return ""
+
+
+def cpu_name() -> str:
+    """Return the CPU model name as the kernel reports it; "" if unknown."""
+    return cpu_info("model name")
 
 
 class CPUMonitor:

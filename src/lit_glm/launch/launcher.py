@@ -6,7 +6,7 @@ import signal
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, ContextManager, Dict, Iterator, List, Optional, Sequence
 
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError, RunError
@@ -210,17 +210,28 @@ def exit_interrupted(run_dir: Path) -> Callable[[int, str], None]:
     return end
 
 
-def _run_in_process(job: JobSpec, run_dir: Path, stop: StopRequest) -> None:
-    with stop.interruptible(), paused_gc():
-        from lit_glm.launch.rank_runner import run_rank
+def watch_for_stalls(config: TrainConfig, run_dir: Path, ranks: Sequence[int], margin_s: float) -> ContextManager[None]:
+    """Exit this process if none of some ranks of this node has sent a heartbeat in time.
 
-    def end_all(where: List[str]) -> None:
-        message = stall_message(job.config, run_dir, where)
+    Args:
+        config: configuration of the job.
+        run_dir: the run folder.
+        ranks: the ranks.
+        margin_s: seconds beyond `run.stall_timeout_s`.
+    """
+
+    def end(where: List[str]) -> None:
+        message = stall_message(config, run_dir, where)
         mark_failed(run_dir, message)
         log.error(message)
         kill_children()
         os._exit(1)
 
-    watchdog = StallWatchdog(run_dir, [0], job.config.run.stall_timeout_s + STALL_MARGIN_S)
-    with stop.interruptible(), run_watchdog(watchdog, end_all):
+    return run_watchdog(StallWatchdog(run_dir, ranks, config.run.stall_timeout_s + margin_s), end)
+
+
+def _run_in_process(job: JobSpec, run_dir: Path, stop: StopRequest) -> None:
+    with stop.interruptible(), paused_gc():
+        from lit_glm.launch.rank_runner import run_rank
+    with stop.interruptible(), watch_for_stalls(job.config, run_dir, [0], STALL_MARGIN_S):
         run_rank(job, run_dir, stop)

@@ -343,13 +343,13 @@ def announce_end(config: TrainConfig, node: Node, status: int, reason: str) -> N
     others = [other for other in range(config.topology.num_nodes) if other != node.rank]
     if config.topology.num_nodes == node.num_nodes_here:
         return
+    reason = reason.partition("\n")[0]
     log.error(
-        f"node {node.rank} exits ({_first_line(reason)}); notifying the other nodes for up to "
-        f"{_ANNOUNCE_S:g} s (Ctrl-C: exit now)"
+        f"node {node.rank} exits ({reason}); notifying the other nodes for up to {_ANNOUNCE_S:g} s (Ctrl-C: exit now)"
     )
     import torch
 
-    text = json.dumps({"node": node.rank, "status": status, "reason": _first_line(reason)})
+    text = json.dumps({"node": node.rank, "status": status, "reason": reason})
     end, limit = time.monotonic() + _ANNOUNCE_S, timedelta(seconds=_ANNOUNCE_S)
     try:
         if node.rank > 0:
@@ -365,7 +365,3 @@ def announce_end(config: TrainConfig, node: Node, status: int, reason: str) -> N
             time.sleep(_OTHERS_LOOK_S)  # for the other ranks of these nodes
     except (RuntimeError, ValueError):
         return  # no other node is reachable
-
-
-def _first_line(text: str) -> str:
-    return text.splitlines()[0] if text else ""

@@ -16,14 +16,14 @@ import time
 import traceback
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, Optional
 
 from lit_glm.atomic_files import write_json
 from lit_glm.config.schema import TrainConfig, train_config
 from lit_glm.console import set_up_console
 from lit_glm.errors import InputError, RunError
-from lit_glm.launch.heartbeat import STALL_MARGIN_S, Heartbeat, StallWatchdog, run_watchdog, stall_message
-from lit_glm.launch.launcher import exit_interrupted, monitor_node_devices, record_run
+from lit_glm.launch.heartbeat import STALL_MARGIN_S, Heartbeat
+from lit_glm.launch.launcher import exit_interrupted, monitor_node_devices, record_run, watch_for_stalls
 from lit_glm.launch.process_group import process_group
 from lit_glm.launch.rendezvous import (
     ExternalRank,
@@ -163,18 +163,9 @@ def _run_watchdog(config: TrainConfig, folder: Path, outer: ExternalRank) -> Any
 
     The other ranks of a node wait longer than its first one, so that it reports the stall if it can.
     """
-
-    def end_this(where: List[str]) -> None:
-        message = stall_message(config, folder, where)
-        mark_failed(folder, message)  # the node's first rank may be the one that hangs
-        log.error(message)
-        kill_children()
-        os._exit(1)
-
     first = outer.rank - outer.local_rank
-    margin = STALL_MARGIN_S + (_FIRST_RANK_REPORTS_S if outer.local_rank > 0 else 0)
-    ranks = range(first, first + config.topology.devices_per_node)
-    return run_watchdog(StallWatchdog(folder, ranks, config.run.stall_timeout_s + margin), end_this)
+    margin_s = STALL_MARGIN_S + (_FIRST_RANK_REPORTS_S if outer.local_rank > 0 else 0)
+    return watch_for_stalls(config, folder, range(first, first + config.topology.devices_per_node), margin_s)
 
 
 def exit_rank(number: int, reason: str) -> None:

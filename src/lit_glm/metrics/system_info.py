@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -25,6 +24,7 @@ from lit_glm.hardware.env import PACKAGES, VARIABLES
 from lit_glm.hardware.monitors import cpu_name
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.openmp import SPIN_LIMITS, THREAD_COUNT_VARIABLES, available_cores
+from lit_glm.runs.environment import installed_versions
 from lit_glm.runs.result import CONTENTION_THRESHOLD
 
 _PACKAGES = (
@@ -47,16 +47,6 @@ def _os_name() -> str:
         return next(line.split("=", 1)[1].strip('"') for line in lines if line.startswith("PRETTY_NAME="))
     except (OSError, StopIteration):
         return platform.platform()
-
-
-def _package_versions() -> Dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _read_text_file(path: str) -> str:
@@ -127,7 +117,7 @@ def describe_system(config: TrainConfig, runtime: Runtime, command: List[str]) -
         "kernel": platform.release(),
         "python": platform.python_version(),
         "executable": sys.executable,
-        "packages": _package_versions(),
+        "packages": installed_versions(_PACKAGES),
         "libraries": runtime.library_versions(),
         "container_image": overrides.image if overrides.image is not None else _container_image(),
         "driver": overrides.driver or runtime.driver_version(),

@@ -10,6 +10,7 @@ from lit_glm.metrics.registry import TABLE_COLUMNS, TABLE_METRICS
 from lit_glm.reporting.definitions import ReportTable
 from lit_glm.reporting.document import Document, EnvironmentEntry
 from lit_glm.reporting.row_format import format_cell, row_annotations, row_label
+from lit_glm.runs.result import markdown_table
 
 _SORTING = """
 document.querySelectorAll("table.rows").forEach(function (table) {
@@ -46,10 +47,7 @@ def _escape_markdown(text: str) -> str:
 def table_lines(table: ReportTable) -> List[str]:
     """Format a table as Markdown with aligned columns."""
     rows = [[_escape_markdown(text) for text in row] for row in (table.columns, *table.rows)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(table.columns))]
-    lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(row, widths)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return lines
+    return markdown_table(rows).split("\n")
 
 
 def _note_lines(lines: List[str]) -> List[str]:

@@ -17,11 +17,17 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 import psutil
 from omegaconf import OmegaConf
 
+from lit_glm.atomic_files import read_json
 from lit_glm.config.key_aliases import migrate_names
 from lit_glm.config.secrets import mask_config, mask_override
 from lit_glm.config.tuned_values import TRIALS_FOLDER, TUNE_FILE
 from lit_glm.metrics.registry import METRICS, as_number
-from lit_glm.runs.environment import comparable_environment, environment_differences, environment_parts
+from lit_glm.runs.environment import (
+    comparable_environment,
+    environment_differences,
+    environment_parts,
+    read_environment,
+)
 from lit_glm.runs.result import COMPLETE, settled
 
 _TEXTS = ("status", "hardware", "topology", "precision", "scoring", "fix_hp", "model", "error")
@@ -160,7 +166,7 @@ def _find_run_folders(place: Path) -> Iterator[Path]:
             yield Path(root)
         if "jobs" in folders:  # of a sweep: reused runs stay in the folder of the earlier sweep
             for note in sorted((Path(root) / "jobs").glob("*.json")):
-                run_dir = _read_json(note).get("run_dir")
+                run_dir = (read_json(note) or {}).get("run_dir")
                 if isinstance(run_dir, str) and (Path(run_dir) / "result.json").is_file():
                     yield Path(run_dir)
 
@@ -174,7 +180,7 @@ def _read_run(folder: Path) -> ReportRun:
     result.update({key: str(result[key]) for key in _TEXTS if result.get(key) is not None})
     if not result["hardware"] or not result["status"]:
         raise ValueError("hardware or status is empty")
-    known = migrate_names(_read_json(folder / "environment.json"), "environment.json")
+    known = read_environment(folder)
     environment = {key: value for key, value in known.items() if _has_expected_type(key, value)}
     if "command" in environment:
         environment["command"] = [mask_override(word) for word in environment["command"]]
@@ -198,7 +204,7 @@ def _has_expected_type(key: str, value: Any) -> bool:
 
 def _read_flat_config(folder: Path) -> Dict[str, Any]:
     """Read the flat configuration from job.json, else from Hydra's config.yaml."""
-    config = _read_json(folder / "job.json").get("config")
+    config = (read_json(folder / "job.json") or {}).get("config")
     if isinstance(config, dict):
         return _flatten(mask_config(migrate_names(config, "config")))
     try:
@@ -220,14 +226,6 @@ def _is_process_alive(folder: Path, environment: Dict[str, Any]) -> bool:
             return False
     newest = max((path.stat().st_mtime for path in folder.iterdir() if path.is_file()), default=0.0)
     return time.time() - newest < _SILENT_S
-
-
-def _read_json(path: Path) -> Dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) else {}
-    except (OSError, ValueError, RecursionError):
-        return {}
 
 
 def _flatten(node: Any, prefix: str = "") -> Dict[str, Any]:

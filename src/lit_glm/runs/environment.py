@@ -1,13 +1,12 @@
 """Machine and software of each part of a run, their comparison, verifications of the device. Imports no torch."""
 
-import json
 import os
 import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
-from lit_glm.atomic_files import make_folder, write_json
+from lit_glm.atomic_files import make_folder, read_json, write_json
 from lit_glm.check_result import CheckResult
 from lit_glm.config.key_aliases import migrate_names
 from lit_glm.config.schema import TrainConfig
@@ -25,11 +24,7 @@ Difference = Tuple[str, str, str]
 
 def read_environment(run_dir: Path) -> Dict[str, Any]:
     """Read the environment of a run's newest part, with all parts under `parts`; {} if not written yet."""
-    try:
-        content = json.loads((run_dir / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return migrate_names(content, ENVIRONMENT_FILE) if isinstance(content, dict) else {}
+    return migrate_names(read_json(run_dir / ENVIRONMENT_FILE) or {}, ENVIRONMENT_FILE)
 
 
 def write_environment(run_dir: Path, part: Dict[str, Any], is_resume: bool) -> None:
@@ -71,15 +66,21 @@ def environment_changes(environment: Dict[str, Any]) -> List[str]:
     return list(dict.fromkeys(f"{name} {before} -> {after}" for name, before, after in changes))
 
 
-def local_environment(config: TrainConfig) -> Dict[str, Any]:
-    """Return what is known of this machine and its software without importing torch, as in environment.json."""
-    versions = {}
-    for name in _STACK:
+def installed_versions(packages: Iterable[str]) -> Dict[str, str]:
+    """Return the versions of those packages that are installed."""
+    found = {}
+    for name in packages:
         try:
-            versions[name] = metadata.version(name)
+            found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    found = {"cpu": cpu_name(), "cpu_count": os.cpu_count(), "cores": available_cores(), "packages": versions}
+    return found
+
+
+def local_environment(config: TrainConfig) -> Dict[str, Any]:
+    """Return what is known of this machine and its software without importing torch, as in environment.json."""
+    packages = installed_versions(_STACK)
+    found = {"cpu": cpu_name(), "cpu_count": os.cpu_count(), "cores": available_cores(), "packages": packages}
     monitor = monitor_for(config.hardware)
     if monitor is None or not monitor.visible_devices_variable:
         return found
@@ -146,11 +147,8 @@ def latest_verification(
     found = []
     for place in dict.fromkeys(_search_dirs(starts)):
         for file in (file for depth in _DEPTHS for file in place.glob(f"{depth}{VERIFY_FILE}")):
-            try:
-                content = json.loads(file.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                continue
-            fits = isinstance(content, dict) and (content.get("hardware"), content.get("driver")) == (hardware, driver)
+            content = read_json(file) or {}
+            fits = (content.get("hardware"), content.get("driver")) == (hardware, driver)
             if fits and not content.get("simulated") and precision in (content.get("precisions") or {}):
                 found.append({**content, "file": str(file), "passed": bool(content["precisions"][precision])})
     return max(found, key=lambda content: str(content.get("finished")), default=None)

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import lit_glm
-from lit_glm.atomic_files import write_json
+from lit_glm.atomic_files import read_json, write_json
 from lit_glm.config.key_aliases import migrate_job
 from lit_glm.config.schema import TrainConfig, iter_keys
 from lit_glm.config.secrets import find_secrets, mask_config, mask_override, restore_secrets
@@ -87,11 +87,8 @@ def _escape_interpolations(node: Any) -> Any:
 
 def read_job_json(folder: Path) -> Optional[Dict[str, Any]]:
     """Return job.json with current names; None if it is missing, damaged or not a JSON object."""
-    try:
-        content = json.loads((folder / JOB_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return migrate_job(content) if isinstance(content, dict) else None
+    content = read_json(folder / JOB_FILE)
+    return None if content is None else migrate_job(content)
 
 
 def hashed_settings(config: TrainConfig) -> Dict[str, Any]:

@@ -1,6 +1,5 @@
 """result.json: status and metrics of a run, written from the start; tables of results; error files of the ranks."""
 
-import json
 import logging
 import os
 import signal
@@ -8,7 +7,7 @@ import traceback
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-from lit_glm.atomic_files import write_json
+from lit_glm.atomic_files import read_json, write_json
 from lit_glm.config.key_aliases import migrate_names
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
@@ -116,11 +115,8 @@ def read_result(run_dir: Path) -> Optional[Dict[str, Any]]:
 
 
 def _read_file(run_dir: Path) -> Optional[Dict[str, Any]]:
-    try:
-        content: Any = json.loads((run_dir / RESULT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return migrate_names(content, "result.json") if isinstance(content, dict) else None
+    content = read_json(run_dir / RESULT_FILE)
+    return None if content is None else migrate_names(content, "result.json")
 
 
 def settled(result: Dict[str, Any]) -> Dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import List, Optional
 import psutil
 import torch
 
-from lit_glm.hardware.monitors import cpu_name
+from lit_glm.hardware.monitors import cpu_info, cpu_name
 from lit_glm.hardware.runtimes import cpu_ops
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.model.runtime_ops import RuntimeOps
@@ -121,11 +121,7 @@ def retain_freed_memory() -> None:
 def bf16_instructions() -> List[str]:
     """List the instruction sets of this CPU that multiply in bf16; empty without any."""
     known = {"amx_bf16": "AMX tiles", "avx512_bf16": "AVX-512 dot products", "bf16": "Arm dot products"}
-    try:
-        with open("/proc/cpuinfo") as file:
-            flags = next(line.split(":", 1)[1].split() for line in file if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        return []
+    flags = cpu_info("flags", "Features").split()
     return [text for flag, text in known.items() if flag in flags]
 
 

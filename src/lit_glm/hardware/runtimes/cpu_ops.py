@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_glm.compat import autocast_dtype, onednn_linear
+from lit_glm.hardware.monitors import cpu_info
 from lit_glm.model.runtime_ops import zero_elements_
 
 PADDED_GROUP = 2**15
@@ -30,15 +31,8 @@ TRAINING_LOGITS, READ_LOGITS = 2**25, 2**20
 _WORTH_IT = 2**23  # multiply-adds above which calling oneDNN directly is faster
 
 
-def _is_intel_cpu() -> bool:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return any("GenuineIntel" in line for line in file if line.startswith("vendor_id"))
-    except OSError:
-        return True
-
-
-PREFERS_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available() and not _is_intel_cpu()
+_HAS_BOTH = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
+PREFERS_ONEDNN = _HAS_BOTH and cpu_info("vendor_id") not in ("GenuineIntel", "")
 _POINTWISE = onednn_linear()
 
 
