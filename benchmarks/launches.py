@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections import Counter
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, Optional
+from typing import Any, Dict, Iterator
 
 import numpy as np
 import torch
@@ -113,13 +113,9 @@ def step(precision: str, layers: int, groups: int, attention: str = "auto") -> C
     scaler = getattr(plugin, "scaler", None)
     with count.phase("backward"):
         (loss if scaler is None else scaler.scale(loss.float())).backward()
-    divide: Optional[Callable[[Any], Any]] = getattr(plugin, "divide", None) or getattr(plugin, "unscale", None)
-    if divide is not None:
+    if scaler is not None:
         with count.phase("division by the scale"):
-            try:
-                divide(optimizer)
-            except RuntimeError:  # versions before this page read the device here
-                pass
+            plugin.unscale_(optimizer)
     # By lists, as torch does it on CUDA by itself; meta has no lists, so as many small tensors on the processor.
     trained = [torch.nn.Parameter(torch.ones(1)) for group in optimizer.param_groups for _ in group["params"]]
     for parameter in trained:

@@ -50,7 +50,7 @@ def step_seconds(scoring: str, candidates: int, context: int, bs: int, layers: i
     indices = [(number * bs + i) % len(split) for i in range(bs)]
     batch: Any = collate_padded(split, indices, 512) if published else collate_packed(split, indices)
     torch.manual_seed(0)
-    glm, _ = build_glm(config.model, CPURuntime().checkpoint())
+    glm, _ = build_glm(config.model, CPURuntime().model_ops())
     seconds = []
     for _ in range(2):  # the first makes ready
         start = time.perf_counter()

@@ -19,5 +19,5 @@ def exit_on_interrupt() -> None:
         signal.signal(signal.SIGINT, end)
 
 
-if sys.argv[:1] == ["-m"]:  # `python -m lit_glm.COMMAND` is importing this package
-    exit_on_interrupt()
+if sys.argv[:1] == ["-m"] and any(word.startswith("lit_glm") for word in getattr(sys, "orig_argv", ["lit_glm"])):
+    exit_on_interrupt()  # `python -m lit_glm.COMMAND` is importing this package; Python 3.8 does not tell which module

@@ -77,6 +77,20 @@ def has_fused_adamw() -> bool:
     return "fused" in inspect.signature(torch.optim.AdamW).parameters
 
 
+def has_compile() -> bool:
+    """Return whether torch has a `torch.compile` that makes one graph for all layers (2.5 and later)."""
+    import torch
+
+    return hasattr(torch, "compile") and tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 5)
+
+
+def keep_graphs_whole() -> None:
+    """Make torch.compile not split graphs by DDP's buckets: ours are parts of a layer, with nothing to overlap."""
+    from torch import _dynamo
+
+    _dynamo.config.optimize_ddp = False
+
+
 def half_softmax(scores: Any) -> Any:
     """Return the softmax over the last dimension in the dtype of the scores; halves are summed in fp32.
 

@@ -90,6 +90,7 @@ def _wait_for_result(child: Any, silent: threading.Event, progress: Optional[Rep
 
 def main() -> None:
     """Run the child: call the function, and send progress and result to the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent reports Ctrl-C
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     if hard == resource.RLIM_INFINITY or hard > _MAX_ADDRESS_SPACE_BYTES:
         resource.setrlimit(resource.RLIMIT_AS, (_MAX_ADDRESS_SPACE_BYTES, hard))

@@ -51,7 +51,7 @@ def losses(folder: Path) -> List[float]:
 def test_it_trains_as_the_cpu_does(topology: str, chip: Dict[str, str], tmp_path: Path) -> None:
     for name in ("cpu", *RUNTIMES):
         line = [*OWN, f"hardware={name}", *DEBUG, f"topology={topology}", f"hydra.run.dir={name}"]
-        done = lit_glm("train", *line, cwd=tmp_path, env=chip, cold=True)
+        done = lit_glm("train", *line, cwd=tmp_path, env=None if name == "cpu" else chip)
         assert done.returncode == 0, done.stderr
     expected = losses(tmp_path / "cpu")
     for name in RUNTIMES:
@@ -80,21 +80,30 @@ def test_a_stopped_run_continues_and_is_evaluated(name: str, chip: Dict[str, str
     scores = []
     for hardware in (name, "cpu"):
         run = ["parts", *OWN, f"hardware={hardware}", f"hydra.run.dir=on-{hardware}"]
-        done = lit_glm("evaluate", *run, cwd=tmp_path, env=chip, cold=True)
+        done = lit_glm("evaluate", *run, cwd=tmp_path, env=None if hardware == "cpu" else chip)
         assert done.returncode == 0, done.stderr
         lines = (tmp_path / f"on-{hardware}" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
         scores.append([entry["score"] for line in lines for entry in json.loads(line)["scores"]])
     assert scores[0] == pytest.approx(scores[1], rel=1e-4, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", RUNTIMES)
-def test_verify_finds_it_correct(name: str, chip: Dict[str, str], tmp_path: Path) -> None:
-    line = [*OWN, f"hardware={name}", "topology=1x2", "precision=fp32", "model=glm_tiny", "hydra.run.dir=verify"]
+@pytest.mark.parametrize(("name", "topology"), [("chip", "1x2"), ("lazychip", "1x1")])
+def test_verify_finds_it_correct(name: str, topology: str, chip: Dict[str, str], tmp_path: Path) -> None:
+    line = [
+        *OWN,
+        f"hardware={name}",
+        f"topology={topology}",
+        "precision=fp32",
+        "model=glm_tiny",
+        "hydra.run.dir=verify",
+    ]
     done = lit_glm("verify", *line, cwd=tmp_path, env=chip, cold=True)
     assert done.returncode == 0, done.stdout + done.stderr
     checks = json.loads((tmp_path / "verify" / "verify.json").read_text())["checks"]
     found = {check["name"]: check["status"] for check in checks}
     assert {"clock", "dropout", "collectives", "operators fp32", "model fp32", "training fp32"} <= set(found)
+    assert found.pop("clock") in ("ok", "warn")  # on a busy machine time does not scale with work
+    assert found.pop("collectives") == ("ok" if topology == "1x2" else "skip")
     assert set(found.values()) == {"ok"}
 
 

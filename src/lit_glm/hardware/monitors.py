@@ -293,7 +293,7 @@ def nvml_processes(index: int, visible: str) -> Optional[int]:
 
         name = visible_device(index, visible)
         (handle,) = _nvml_handles([name]).values()
-        if name.isdigit() and is_mig_enabled(handle):  # the whole device has the processes of all of its slices
+        if not name.startswith("MIG-") and is_mig_enabled(handle):  # the device has the processes of all its slices
             return None
         return len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle))
     except Exception:  # as above

@@ -296,9 +296,10 @@ def check_precision_on_device(plugin: Any, device: torch.device) -> None:
     """
     layer = plugin.convert_module(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU()).to(device))
     x = torch.ones(2, 8, device=device, dtype=next(layer.parameters()).dtype)
-    with warnings.catch_warnings(), plugin.forward_context():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        out = layer(x)
-        torch.softmax(out @ out.transpose(0, 1), dim=-1).float().sum().backward()
+        with plugin.forward_context():
+            out = layer(x)
+            torch.softmax(out @ out.transpose(0, 1), dim=-1).float().sum().backward()
     if out.dtype is not plugin.computes_in:
         raise RuntimeError(f"a matrix product returned {out.dtype} instead of {plugin.computes_in}")

@@ -221,6 +221,8 @@ if __name__ == "__main__":
 
 _FILE = "found.json"
 _MARGIN_S = 3.0
+_STALL_S = 30.0
+"""Seconds from the rendezvous to the result: the first use of a collective library may take some."""
 
 
 def run_on_all_ranks(config: TrainConfig, module: str, limit_s: float) -> Optional[Dict[str, Any]]:
@@ -229,7 +231,7 @@ def run_on_all_ranks(config: TrainConfig, module: str, limit_s: float) -> Option
     Args:
         config: topology and hardware; its timeouts are overwritten.
         module: module that each rank runs.
-        limit_s: timeout in seconds of heartbeats and of the rendezvous.
+        limit_s: timeout in seconds of the rendezvous.
 
     Returns:
         The result of rank 0; None on secondary nodes.
@@ -237,7 +239,7 @@ def run_on_all_ranks(config: TrainConfig, module: str, limit_s: float) -> Option
     Raises:
         InputError, RunError: the error of a rank.
     """
-    config.run.stall_timeout_s = config.run.rendezvous_timeout_s = limit_s
+    config.run.rendezvous_timeout_s, config.run.stall_timeout_s = limit_s, _STALL_S
     with tempfile.TemporaryDirectory(prefix="lit_glm-trial-") as name:
         folder = Path(name)
         job = JobSpec(train_config(config), time.monotonic(), [])

@@ -92,10 +92,10 @@ def _activation_bytes(config: TrainConfig, lengths: SequenceLengths, bs: int, sa
     shared = config.scoring.name != "published"
     again = _KEYS_AGAIN if on_processor and shared else 0.0
     layer = rows * ((_KEPT + again) * D * size + dropout)
-    if shared and not on_processor:  # groups are padded to equal size for attention
-        padded = float(min(bs, len(lengths)) * lengths.rows.max())
-        layer += (padded - rows) * _PADDED * D * size
-        pairs = padded * float(lengths.rows.max())
+    if shared and not on_processor:  # groups are padded to equal size for attention, (n + m)^2 <= 4/3 of their pairs
+        count = min(bs, len(lengths))
+        layer += (count * float(lengths.rows.max()) - rows) * _PADDED * D * size
+        pairs = 4.0 / 3.0 * count * float(lengths.pairs.max())
     if saves_attention_probs:
         layer += pairs * model.num_attention_heads * (size + _dropout_bytes(model.attention_dropout, on_processor))
     last = (rows * (_KEPT_LAST + again) + predicting * (_KEPT - _KEPT_LAST)) * D * size if shared else layer

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_glm.errors import InputError
+from lit_glm.compat import has_compile, keep_graphs_whole
+from lit_glm.errors import InputError, first_line
 from lit_glm.model.runtime_ops import RuntimeOps, dropout, sample_zeros
 
 
@@ -23,6 +24,7 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Compile a function once for the process, with dynamic shapes; the first call of each mode takes seconds."""
     # Two small graphs need no pool of compiler processes, which would outlive a run that is killed.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    keep_graphs_whole()
     # Without the fallback Inductor draws random numbers of its own, other than those of the eager mode.
     made = torch.compile(function, dynamic=True, options={"fallback_random": True})
 
@@ -43,16 +45,16 @@ def check_compile_available(device: torch.device) -> None:
     Raises:
         InputError: if this torch, its compiler or the device's backend cannot.
     """
-    if not hasattr(torch, "compile"):
-        raise InputError(f"model.compile=true: torch {torch.__version__} has no torch.compile; use model.compile=false")
+    if not has_compile():
+        version = torch.__version__
+        raise InputError(f"model.compile=true: needs torch 2.5, this is torch {version}; use model.compile=false")
     try:
         found = compiled(_probe)(torch.ones(4, device=device))
         if not bool((found == 2.0).all()):
             raise RuntimeError("wrong result of a test function")
     except Exception as error:  # whatever a compiler or a vendor's backend raises
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(
-            f"model.compile=true: torch.compile does not work on {device.type} here ({reason.strip()}); "
+            f"model.compile=true: torch.compile does not work on {device.type} here ({first_line(error)}); "
             "use model.compile=false"
         ) from error
 
@@ -84,7 +86,7 @@ def _traceable_dropout(sample: Callable[[Tensor, float], Tuple[Tensor, float]]) 
         schema="(Tensor x, float p) -> (Tensor, Tensor)",
         tags=(torch.Tag.nondeterministic_seeded,),  # two calls are never merged into one
     )
-    operator.register_fake(lambda x, p: (torch.empty_like(x, dtype=torch.bool), torch.empty(())))
+    operator.register_fake(lambda x, p: (x.new_empty(x.shape, dtype=torch.bool), torch.empty(())))
 
     def traced(x: Tensor, p: float, onto: Optional[Tensor] = None) -> Tensor:
         if p:

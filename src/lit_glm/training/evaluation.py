@@ -94,27 +94,27 @@ def evaluate(
     training = module.training
     module.eval()
     chosen: List[Tuple[int, int]] = []
-    tables: List[Tensor] = []
     stopped = False
 
-    def count(batch: Any, read: Callable[[], List[int]]) -> None:
+    def count(batch: Any, read: Callable[[], List[int]], read_table: Callable[[], List[float]]) -> None:
         best = read()
         metric.update(best, batch.answers)
         if scores is not None:
-            for index, row in zip(batch.indices, tables.pop(0).tolist()):
+            table, width = read_table(), batch.score_shape[1]
+            for number, index in enumerate(batch.indices):
+                row = table[number * width : (number + 1) * width]
                 scores[index] = [score for score in row if not score <= EVAL_MASK / 2]  # keeps NaN
         chosen.extend(zip(batch.indices, best))
 
-    waiting: Optional[Tuple[Any, Callable[[], List[int]]]] = None
+    waiting: Optional[Tuple[Any, Callable[[], List[int]], Callable[[], List[float]]]] = None
     try:
         with torch.no_grad():
             for batch in loader:
                 table = module(batch.to(module.device, non_blocking=runtime.pins_memory))
                 best = table.argmax(dim=1)
-                if scores is not None:
-                    tables.append(table)
                 # Read the previous batch's result while the device computes this one.
-                before, waiting = waiting, (batch, runtime.to_host_async(best))
+                read_table = runtime.to_host_async(table.reshape(-1)) if scores is not None else list
+                before, waiting = waiting, (batch, runtime.to_host_async(best), read_table)
                 if before is not None:
                     count(*before)
                 if on_batch is not None and on_batch():

@@ -133,27 +133,29 @@ def check_bandwidth(runtime: Runtime) -> List[CheckResult]:
     """Measure the bandwidth of device memory and of copies from host to device, in GB/s."""
     device = runtime.device(0)
 
-    def seconds(size: int, from_host: bool) -> float:
-        """Return the seconds of one operation on `size` bytes, until its result has been read."""
+    def seconds(size: int, from_host: bool, count: int = 1) -> float:
+        """Return the seconds of one of `count` operations on `size` bytes, until the last result has been read."""
         host = torch.ones(size // 4)
         values, spare = host.to(device), torch.empty_like(host, device=device)
         times = []
         for _ in range(4):  # the first one is a warm-up
             runtime.synchronize()
             start = time.perf_counter()
-            if from_host:
-                spare.copy_(host)
-            else:
-                torch.add(values, 1.0, out=spare)
-            values, spare = spare, values
+            for _ in range(count):
+                if from_host:
+                    spare.copy_(host)
+                else:
+                    torch.add(values, 1.0, out=spare)
+                values, spare = spare, values
             runtime.after_step()
             runtime.synchronize()
             float(values[-1])
-            times.append(time.perf_counter() - start)
+            times.append((time.perf_counter() - start) / count)
         return min(times[1:])
 
     size = _BYTES[1] if seconds(_BYTES[0], False) * _BYTES[1] / _BYTES[0] < 4 * _COPY_S else _BYTES[0]
-    rate = 2.0 * size / seconds(size, False) / 1e9
+    count = max(1, min(16, int(_COPY_S / seconds(size, False))))  # so that a launch and a read hardly count
+    rate = 2.0 * size / seconds(size, False, count) / 1e9
     checks = [CheckResult("memory bandwidth", "ok", f"{_format_rate(rate)}, read and written", value=rate)]
     if device.type != "cpu":
         rate = size / seconds(size, True) / 1e9

@@ -25,6 +25,7 @@ class CUDARuntime(Runtime):
 
     def __init__(self) -> None:
         self._watch = MonitoredMemory()
+        self._was_shared = False
         # cuDNN's attention, which torch prefers on H100 and later, builds a plan for every new shape (23 to 37 ms each;
         # batches without padding have a new shape in every step), and some of its versions round the share of dropout
         # to sixteenths (https://github.com/pytorch/pytorch/issues/174245).
@@ -59,6 +60,7 @@ class CUDARuntime(Runtime):
         """Start a copy to page-locked memory, on a separate stream if a collective must finish first."""
         stream = torch.cuda.current_stream() if pending is None else torch.cuda.Stream()
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        stream.wait_stream(torch.cuda.current_stream())  # whatever `pending` waits for, `values` has been computed
         with torch.cuda.stream(stream):
             if pending is not None:
                 pending.wait()  # makes the stream wait, not the host
@@ -88,10 +90,15 @@ class CUDARuntime(Runtime):
     def peak_memory(self, index: int) -> Optional[float]:
         """Return the larger of the monitor's largest reading and the peak reserved by torch's allocator.
 
-        If other processes use the device, return the allocator's peak: the monitor's readings include their memory.
+        If another process was seen on the device, return the allocator's peak: the readings include its memory.
         """
         reserved = float(torch.cuda.max_memory_reserved(index))
-        return reserved if (self.num_processes(index) or 1) > 1 else max(self._watch.peak() or 0.0, reserved)
+        return reserved if self._is_shared(index) else max(self._watch.peak() or 0.0, reserved)
+
+    def _is_shared(self, index: int) -> bool:
+        """Return whether another process uses the device, or did at an earlier call."""
+        self._was_shared = self._was_shared or (self.num_processes(index) or 1) > 1
+        return self._was_shared
 
     def memory_snapshot(self) -> Optional[Any]:
         """Return the snapshot of torch's allocator (readable by pytorch.org/memory_viz)."""
@@ -103,6 +110,7 @@ class CUDARuntime(Runtime):
     def memory_in_use(self, index: int) -> Optional[float]:
         """Return the monitor's last reading, else the memory reserved by the allocator."""
         self._watch.update()
+        self._is_shared(index)
         return self._watch.last or float(torch.cuda.memory_reserved(index))
 
     def driver_version(self) -> Optional[str]:
