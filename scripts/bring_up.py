@@ -83,7 +83,7 @@ def plan_steps(tiny: bool, own: List[str], precisions: List[str]) -> List[Step]:
         train("profile", "callbacks=profile"),
         train("evaluation", "run.evaluate=true"),
         Step("stopped and resumed", "resume", resumed),
-        Step("conformance kit", "kit", [], 180.0),
+        Step("conformance tests", "kit", [], 180.0),
     ]
     steps = [step for step in steps if step.name.split(",")[0] not in ("amp", "fp16") or step.name in precisions]
     for step in steps:

@@ -23,7 +23,7 @@ from typing import IO, Any, Dict, List, Optional, Tuple
 
 _MAX_REQUEST = 2**20
 _MODULES = ("lit_glm.launch.rank_runner", "lit_glm.launch.launcher", "lit_glm.launch.sweep", "lit_glm.evaluate")
-_SAFE = ("MASTER_", "NODE_RANK", "SLURM_", "MLFLOW_", "WANDB_", "LIT_GLM_CONTAINER", "LIT_GLM_LOG")
+_SAFE = ("MASTER_", "NODE_RANK", "SLURM_", "MLFLOW_", "WANDB_", "LIT_GLM_CONTAINER", "LIT_GLM_LOG", "KEPT")
 """Beginnings of variables that no library reads when it is imported: with any other a command starts cold."""
 
 

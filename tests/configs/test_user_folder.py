@@ -94,3 +94,21 @@ def test_combinations_of_a_command_line() -> None:
     assert line.sample_combinations(lambda key: key == "bs")[1:] == [
         ["model=glm_tiny", "data.train_file='a,b'", "bs=5", "lr=1e-05"]
     ]
+
+
+@pytest.mark.parametrize(
+    ("content", "accelerator"),
+    [
+        ("runtimes: [cuda]", "mine"),  # not a CPU: memory is estimated and shared as on other devices
+        ("runtimes: [cpu]", "cpu"),
+        ("_target_: package.module.Chip", "mine"),
+        ("runtimes: [cpu]\naccelerator: own", "own"),
+    ],
+)
+def test_a_device_is_of_a_kind_of_its_own_unless_it_runs_on_the_cpu(
+    content: str, accelerator: str, tmp_path: Path
+) -> None:
+    (tmp_path / "hardware").mkdir()
+    (tmp_path / "hardware" / "mine.yaml").write_text(f"name: mine\n{content}\n")
+    composed = compose_config("train", ["hardware=mine", f"hydra.searchpath=['file://{tmp_path}']"])
+    assert validate_config(composed, TrainConfig).hardware.accelerator == accelerator

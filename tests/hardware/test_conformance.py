@@ -1,4 +1,4 @@
-"""The conformance kit against runtimes of this project, and a chip whose runtime is in a package outside it."""
+"""The conformance tests against runtimes of this project, and a chip whose runtime is in a package outside it."""
 
 import json
 import os

@@ -20,7 +20,7 @@ def test_a_page_of_what_the_time_allows(chip: "list[str]", tmp_path: Path) -> No
     assert "| debug run" in page
     if "| debug run on the CPU | ok |" in page or "| debug run on the CPU (SIMULATED) | ok |" in page:
         assert "Losses of the debug run (fp32, 10 steps): largest difference from the CPU's" in page
-    assert "- conformance kit: not run" in page  # of which the time allows no more, on any machine
+    assert "- conformance tests: not run" in page  # of which the time allows no more, on any machine
     assert ("(SIMULATED)" in page) == (len(chip) > 1)
     assert (out / "report" / "report.en.html").is_file()
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)

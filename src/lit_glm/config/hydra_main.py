@@ -117,7 +117,8 @@ def validate_config(cfg: DictConfig, schema: "type[Config]") -> Config:
         plain: Any = OmegaConf.to_container(cfg, resolve=True)
         hardware = plain.get("hardware", {})
         if hardware and "accelerator" not in hardware:
-            hardware["accelerator"] = hardware.get("name") if hardware.get("_target_") else "cpu"
+            is_cpu = hardware.get("runtimes") == ["cpu"] and not hardware.get("_target_")
+            hardware["accelerator"] = "cpu" if is_cpu else hardware.get("name")
         merged = OmegaConf.merge(OmegaConf.structured(schema), plain)
         config: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
@@ -170,7 +171,7 @@ def _fix_hp_bs(cfg: DictConfig) -> Optional[int]:
 def _store_schema() -> None:
     """Give every key its default through `- schema` in a defaults list: no file has to set all keys, all can be set."""
     plain: Any = OmegaConf.to_container(OmegaConf.structured(TrainConfig))
-    del plain["hardware"]["accelerator"]  # depends on whether the hardware file names a class
+    del plain["hardware"]["accelerator"]  # by default the name of the device, `cpu` where that is its runtime
     ConfigStore.instance().store("schema", plain)
 
 
