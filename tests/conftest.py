@@ -130,6 +130,21 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     _server.close()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _generated_data(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Folder of the session that `data/` of each test's working directory leads to: every corpus is generated once."""
+    _shared_data.append(tmp_path_factory.mktemp("generated"))
+
+
+_shared_data: List[Path] = []
+
+
+def share_generated_data(name: str, arguments: Tuple[str, ...], cwd: Path) -> None:
+    """Let a debug run take the generated corpus of the session; tests of the generation itself use no debug run."""
+    if name == "train" and "experiment=debug" in arguments and not (cwd / "data").exists() and _shared_data:
+        (cwd / "data").symlink_to(_shared_data[-1])
+
+
 def command(name: str, *arguments: str) -> List[str]:
     return [sys.executable, "-m", f"lit_glm.{name}", *arguments]
 
@@ -147,6 +162,7 @@ def start_command(
         cold: in a new interpreter, as a user does, rather than in a fork of one that has imported torch.
     """
     whole = {**os.environ, **(env or {})}
+    share_generated_data(name, arguments, cwd)
     process: Process
     if cold or not can_fork(env):
         process = subprocess.Popen(
