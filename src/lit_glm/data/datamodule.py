@@ -1,12 +1,14 @@
 """Batches of the chosen scoring mode for training and evaluation, as a LightningDataModule."""
 
 import atexit
+import logging
+import multiprocessing
 import queue
 import signal
 import threading
 import time
 from functools import partial
-from typing import Any, Callable, Iterable, Iterator, List, Union
+from typing import Any, Callable, Iterable, Iterator, List, Set, Tuple, Union
 
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader, Dataset
@@ -16,6 +18,8 @@ from lit_glm.data.collate import PackedBatch, PaddedBatch, collate_packed, colla
 from lit_glm.data.memmap_dataset import MemmapDataset
 from lit_glm.data.sampler import InfiniteDistributedBatchSampler, build_train_sampler
 from lit_glm.process_utils import set_parent_death_signal
+
+log = logging.getLogger(__name__)
 
 _LOOK_S = 0.2  # how soon the thread notices that the consumer has stopped
 
@@ -72,21 +76,69 @@ class PrefetchIterator:
 
 _SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
 
+_SILENT_S = 60.0
+"""Seconds without a batch after which worker processes are replaced; twice as many each further time."""
 
-class SignalSafeDataLoader:
-    """DataLoader wrapper whose workers ignore stop signals; their rank decides how to react to them."""
 
-    def __init__(self, loader: "DataLoader[Any]") -> None:
-        self._loader = loader
+class WorkerBatches:
+    """Batches from worker processes, which ignore stop signals: their rank decides how to react to them.
+
+    A worker is a fork of a process with threads. About once in several thousand forks on a busy machine it hangs before
+    its first batch, probably on a lock that another thread held at that moment. Such a worker is replaced. Storage that
+    stays silent ends a run by `run.stall_timeout_s`.
+    """
+
+    def __init__(self, make_loader: Callable[[int, float], "DataLoader[Any]"]) -> None:
+        """Set the source.
+
+        Args:
+            make_loader: (number of batches that are done, timeout in seconds) -> loader of the others, with workers.
+        """
+        self._make_loader = make_loader
 
     def __iter__(self) -> Iterator[Any]:
+        return self._replace_silent_workers(*self._start(0, _SILENT_S))
+
+    def _replace_silent_workers(self, batches: Iterator[Any], workers: Set[Any]) -> Iterator[Any]:
+        done, timeout_s = 0, _SILENT_S
+        while True:
+            try:
+                for batch in batches:
+                    done, timeout_s = done + 1, _SILENT_S
+                    yield batch
+                return
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader timed out"):
+                    raise
+            log.warning(f"no batch for {timeout_s:g} s: the processes that load data are replaced")
+            batches = iter(
+                ()
+            )  # ends the old iterator first: torch raises an error where a worker of a live one is killed
+            for worker in workers:
+                worker.kill()  # it ignores the SIGTERM of torch
+                worker.join()
+            timeout_s *= 2
+            batches, workers = self._start(done, timeout_s)
+
+    def _start(self, done: int, timeout_s: float) -> Tuple[Iterator[Any], Set[Any]]:
         # Until `worker_init_fn` has run, torch's own handler ends a new worker on a signal. Workers inherit the blocked
         # mask, so that no signal arrives in between. This rank's signals are only delayed.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        before, others = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS), set(multiprocessing.active_children())
         try:
-            return iter(self._loader)
+            batches = iter(self._make_loader(done, timeout_s))
+            return batches, set(multiprocessing.active_children()) - others
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@atexit.register
+def _kill_workers_at_exit() -> None:
+    """Kill workers of a loader that an error has left open: Python sends them SIGTERM and waits, and they ignore it."""
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error where a worker is killed
+    for worker in workers:
+        worker.kill()
 
 
 def worker_init_fn(_worker: int) -> None:
@@ -139,15 +191,7 @@ def evaluation_batches(
         batches = [indices[start : start + config.eval_bs] for start in range(0, len(indices), config.eval_bs)]
     else:
         batches = batch_by_token_budget(indices, split.example_rows, config.eval_bs * config.data.max_seq_length)
-    loader = DataLoader(
-        _BatchDataset(split, collate_for(config)),
-        sampler=batches,
-        batch_size=None,
-        num_workers=config.data.num_workers,
-        worker_init_fn=worker_init_fn,
-        pin_memory=pin_memory,
-    )
-    return _prefetch(loader)
+    return _load(lambda done: batches[done:], split, config, pin_memory)
 
 
 def batch_by_token_budget(examples: List[int], rows: Any, most: int) -> List[List[int]]:
@@ -170,9 +214,31 @@ def batch_by_token_budget(examples: List[int], rows: Any, most: int) -> List[Lis
     return batches
 
 
-def _prefetch(loader: "DataLoader[Any]") -> Iterable[Any]:
-    """Wrap a loader: with a prefetch thread, unless it has worker processes, which prefetch by themselves."""
-    return SignalSafeDataLoader(loader) if loader.num_workers else PrefetchIterator(loader)
+def _load(
+    batches_after: Callable[[int], Any], split: MemmapDataset, config: TrainConfig, pin_memory: bool
+) -> Iterable[Any]:
+    """Load batches ahead: in worker processes (data.num_workers), else in a thread.
+
+    Args:
+        batches_after: number of batches that are done -> the examples of each further batch.
+        split: the examples.
+        config: scoring and number of workers.
+        pin_memory: whether copies to the device go through page-locked memory.
+    """
+    workers = config.data.num_workers
+
+    def make_loader(done: int, timeout_s: float = 0) -> "DataLoader[Any]":
+        return DataLoader(
+            _BatchDataset(split, collate_for(config)),
+            sampler=batches_after(done),
+            batch_size=None,
+            num_workers=workers,
+            worker_init_fn=worker_init_fn,
+            pin_memory=pin_memory,
+            timeout=timeout_s,
+        )
+
+    return WorkerBatches(make_loader) if workers else PrefetchIterator(make_loader(0))
 
 
 class _TimedIterator:
@@ -223,15 +289,9 @@ class RecordDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> Iterable[Any]:
         """Return an endless iterable of batches; the stopping rules end the run."""
         assert self.trainer is not None
-        loader = DataLoader(
-            _BatchDataset(self.split, collate_for(self._config)),
-            sampler=self.sampler(self._steps_done(), self.trainer.global_rank),
-            batch_size=None,
-            num_workers=self._config.data.num_workers,
-            worker_init_fn=worker_init_fn,
-            pin_memory=self._pin_memory,
-        )
-        return _TimedIterator(_prefetch(loader), self._add_wait)
+        start, rank = self._steps_done(), self.trainer.global_rank
+        batches = _load(lambda done: self.sampler(start + done, rank), self.split, self._config, self._pin_memory)
+        return _TimedIterator(batches, self._add_wait)
 
     def _add_wait(self, seconds: float) -> None:
         self.data_wait_s += seconds
