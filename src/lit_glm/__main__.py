@@ -62,11 +62,11 @@ def main() -> int:
         print(f"lit-glm {lit_glm.__version__}")
         return 0
     if len(sys.argv) < 2 or sys.argv[1] not in _COMMANDS:
-        is_command = len(sys.argv) > 1 and sys.argv[1] not in ("-h", "--help")
-        if is_command:
+        is_unknown = len(sys.argv) > 1 and sys.argv[1] not in ("-h", "--help")
+        if is_unknown:
             log.error(f"{sys.argv[1]}: unknown command")
         print("\n".join(f"  lit-glm {name:9} {text}" for name, text in _COMMANDS.items()))
-        return 2 if is_command else 0
+        return 2 if is_unknown else 0
     command = sys.argv.pop(1)
     sys.argv[0] = f"lit-glm {command}"
     status: int = importlib.import_module(f"lit_glm.{command}").main()

@@ -128,7 +128,7 @@ def meta_device() -> ContextManager[Any]:
 
 
 def registered_backends() -> List[str]:
-    """Return the collective backends that torch knows, in lower case: its own, and those that packages registered."""
+    """Return the collective backends that torch has, in lower case: its own, and those that packages registered."""
     import torch
 
     names = [name for name in vars(torch.distributed.Backend).values() if isinstance(name, str)]

@@ -42,7 +42,7 @@ def test_both_libraries_agree(shape: Any, bias: bool) -> None:
 def test_what_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: List[Any] = []
     monkeypatch.setattr(cpu_ops, "PREFERS_ONEDNN", True)
-    monkeypatch.setattr(cpu_ops, "_WORTH_IT", 4096)
+    monkeypatch.setattr(cpu_ops, "_MIN_MULTIPLY_ADDS", 4096)
     real = cpu_ops._onednn_matmul
     monkeypatch.setattr(cpu_ops, "_onednn_matmul", lambda *arguments: calls.append(1) or real(*arguments))
     layer, x = Linear(32, 64, RuntimeOps(cpu_ops.linear)), torch.randn(16, 32)

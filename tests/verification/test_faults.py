@@ -69,7 +69,7 @@ def test_the_processor_passes_in_bf16() -> None:
 
 
 def test_a_product_in_a_librarys_own_layout_is_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("PREFERS_ONEDNN", True), ("_WORTH_IT", 0), ("_POINTWISE", None)):
+    for name, value in (("PREFERS_ONEDNN", True), ("_MIN_MULTIPLY_ADDS", 0), ("_ONEDNN_LINEAR", None)):
         monkeypatch.setattr(cpu_ops, name, value)  # what torch 1.12 does on a processor that is not Intel's
     x, weight, bias = torch.randn(12, 8, requires_grad=True), torch.randn(6, 8), torch.randn(6)
     seen = OperatorRecorder(torch.device("cpu"), tf32=False)

@@ -83,9 +83,9 @@ _SILENT_S = 60.0
 class WorkerBatches:
     """Batches from worker processes, which ignore stop signals: their rank decides how to react to them.
 
-    A worker is a fork of a process with threads. About once in several thousand forks on a busy machine it hangs before
-    its first batch, probably on a lock that another thread held at that moment. Such a worker is replaced. Storage that
-    stays silent ends a run by `run.stall_timeout_s`.
+    A worker is a fork of a process with threads. Rarely, on a busy machine, one hung and delivered no batch; the cause
+    is unknown. Workers that deliver nothing for a while are replaced, and no batch is lost. If that does not help, as
+    with storage that does not respond, the run ends by `run.stall_timeout_s`.
     """
 
     def __init__(self, make_loader: Callable[[int, float], "DataLoader[Any]"]) -> None:
@@ -111,9 +111,8 @@ class WorkerBatches:
                 if not str(error).startswith("DataLoader timed out"):
                     raise
             log.warning(f"no batch for {timeout_s:g} s: the processes that load data are replaced")
-            batches = iter(
-                ()
-            )  # ends the old iterator first: torch raises an error where a worker of a live one is killed
+            # Closes the old iterator, which would make torch raise an error when one of its workers is killed.
+            batches = iter(())
             for worker in workers:
                 worker.kill()  # it ignores the SIGTERM of torch
                 worker.join()

@@ -237,9 +237,9 @@ def nvml_readings(visible_devices: Optional[Sequence[str]] = None) -> List[Devic
         return []
     import pynvml
 
-    def query(question: Callable[[], Any]) -> Any:
+    def value_or_none(call: Callable[[], Any]) -> Any:
         try:
-            return question()
+            return call()
         except Exception:  # not reported by this device
             return None
 
@@ -250,11 +250,11 @@ def nvml_readings(visible_devices: Optional[Sequence[str]] = None) -> List[Devic
             found.append(DeviceReading(index, None, None, None, None, None))
             continue
         # Version 2 excludes memory reserved by the driver, as nvidia-smi does.
-        memory = query(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2))  # noqa: B023
-        memory = memory or query(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle))  # noqa: B023
-        warmth = query(lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))  # noqa: B023
-        milliwatts = query(lambda: pynvml.nvmlDeviceGetPowerUsage(handle))  # noqa: B023
-        rates = query(lambda: pynvml.nvmlDeviceGetUtilizationRates(handle))  # noqa: B023
+        memory = value_or_none(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2))  # noqa: B023
+        memory = memory or value_or_none(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle))  # noqa: B023
+        warmth = value_or_none(lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))  # noqa: B023
+        milliwatts = value_or_none(lambda: pynvml.nvmlDeviceGetPowerUsage(handle))  # noqa: B023
+        rates = value_or_none(lambda: pynvml.nvmlDeviceGetUtilizationRates(handle))  # noqa: B023
         found.append(
             DeviceReading(
                 index,

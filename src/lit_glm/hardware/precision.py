@@ -26,7 +26,7 @@ class DynamicLossScale:
 
     An overflow halves the scale, except for the first `hysteresis - 1` overflows; this allowance is renewed when the
     scale doubles, which it does after every `window` steps without an overflow. The interface is that of torch's
-    GradScaler, so that a runtime's own can take its place; only `update` is told of the overflow.
+    GradScaler, so that a runtime's own can take its place; only `update` has an argument more.
     """
 
     def __init__(self, config: LossScaleConfig) -> None:

@@ -28,18 +28,16 @@ TRAINING_LOGITS, READ_LOGITS = 2**25, 2**20
 # torch computes fp32 products with MKL, which is half as fast as its other library, oneDNN, on CPUs that are not
 # Intel's (`benchmarks/products.py` has the measurement). Elsewhere, and in every other dtype, torch decides.
 
-_WORTH_IT = 2**23  # multiply-adds above which calling oneDNN directly is faster
-
-
+_MIN_MULTIPLY_ADDS = 2**23  # from which calling oneDNN directly is faster
 _HAS_BOTH = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
 PREFERS_ONEDNN = _HAS_BOTH and cpu_info("vendor_id") not in ("GenuineIntel", "")
-_POINTWISE = onednn_linear()
+_ONEDNN_LINEAR = onednn_linear()
 
 
 def _onednn_matmul(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     """Multiply x by the transposed weight, with oneDNN."""
-    if _POINTWISE is not None:
-        out: Tensor = _POINTWISE(x, weight, bias, "none", [], "")
+    if _ONEDNN_LINEAR is not None:
+        out: Tensor = _ONEDNN_LINEAR(x, weight, bias, "none", [], "")
         return out
     return F.linear(x.contiguous().to_mkldnn(), weight.contiguous(), bias).to_dense()
 
@@ -79,7 +77,7 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
         bias: [out].
     """
     is_plain = x.device.type == "cpu" and x.dtype is torch.float32 and x.dim() == 2
-    if PREFERS_ONEDNN and is_plain and len(x) * weight.numel() >= _WORTH_IT and autocast_dtype("cpu") is None:
+    if PREFERS_ONEDNN and is_plain and len(x) * weight.numel() >= _MIN_MULTIPLY_ADDS and autocast_dtype("cpu") is None:
         out: Tensor = _OneDNNLinear.apply(x, weight, bias)
         return out
     return F.linear(x, weight, bias)
