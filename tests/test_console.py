@@ -29,6 +29,14 @@ def test_the_variable_sets_the_lowest_level(level: str, out: bool, err: bool, tm
 
 
 @pytest.mark.process
+@pytest.mark.parametrize("words", [["trian"], ["plan", "bs=interval(1,8)"], ["report", "--sort", "x", "."]])
+def test_each_message_says_which_program_it_is_of(words: List[str], tmp_path: Path) -> None:
+    done = lit_glm("__main__", *words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert all(line.startswith("lit_glm: ") for line in done.stderr.splitlines()), done.stderr
+
+
+@pytest.mark.process
 def test_commands_in_messages_work_as_printed(tmp_path: Path) -> None:
     run = ["experiment=debug", "run.max_steps=1", "run.evaluate=false"]
     done = lit_glm("train", *run, cwd=tmp_path, cold=True, env={"PATH": "/usr/bin:/bin"})

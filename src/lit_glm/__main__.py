@@ -6,6 +6,7 @@ import os
 import sys
 
 import lit_glm
+from lit_glm.console import install_message_handler
 
 log = logging.getLogger("lit_glm")
 
@@ -64,6 +65,7 @@ def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] not in _COMMANDS:
         is_unknown = len(sys.argv) > 1 and sys.argv[1] not in ("-h", "--help")
         if is_unknown:
+            install_message_handler()
             log.error(f"{sys.argv[1]}: unknown command")
         print("\n".join(f"  lit-glm {name:9} {text}" for name, text in _COMMANDS.items()))
         return 2 if is_unknown else 0

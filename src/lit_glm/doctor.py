@@ -88,7 +88,7 @@ def run_checks(config: TrainConfig, output_dir: Path) -> Iterator[CheckResult]:
 
 def main() -> int:
     """Run the command; return 1 if any check failed, 2 for an invalid configuration, else 0."""
-    arguments, as_json = list(sys.argv), "--json" in sys.argv
+    as_json = "--json" in sys.argv
 
     def task(config: TrainConfig, _composed: Any) -> int:
         given = str(HydraConfig.get().run.dir)
@@ -107,11 +107,7 @@ def main() -> int:
             log.info(f"to test the device's arithmetic: python -m lit_glm.verify hardware={config.hardware.name}")
         return 1 if failed else 0
 
-    sys.argv = [argument for argument in arguments if argument != "--json"]
-    try:
-        return run_command("doctor", TrainConfig, task)
-    finally:
-        sys.argv = arguments
+    return run_command("doctor", TrainConfig, task, arguments=[word for word in sys.argv[1:] if word != "--json"])
 
 
 if __name__ == "__main__":

@@ -278,17 +278,14 @@ def _scores_text(out: Path, report: Dict[str, Any], config: TrainConfig, runtime
 
 def main() -> int:
     """Run the command; a first argument that is a path sets model.init_checkpoint; return the exit status."""
-    arguments = list(sys.argv)
+    arguments = sys.argv[1:]
     flagged = {place + 1 for place, word in enumerate(arguments) if word in ("--config-dir", "-cd")}
     for place, word in enumerate(arguments):
-        if place > 0 and place not in flagged and Path(word).exists():
+        if place not in flagged and Path(word).exists():
             quoted = word.replace("\\", "\\\\").replace("'", "\\'")
-            sys.argv = [*arguments[:place], f"model.init_checkpoint='{quoted}'", *arguments[place + 1 :]]
+            arguments[place] = f"model.init_checkpoint='{quoted}'"
             break
-    try:
-        return run_command("evaluate", TrainConfig, evaluate_checkpoint)
-    finally:
-        sys.argv = arguments
+    return run_command("evaluate", TrainConfig, evaluate_checkpoint, arguments=arguments)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from lit_glm.config.command_line import CommandLine
 from lit_glm.config.hydra_errors import explain_hydra_error
 from lit_glm.config.hydra_main import CONF_DIR, compose_config, run_command, validate_config
 from lit_glm.config.schema import TrainConfig
+from lit_glm.console import set_up_console
 from lit_glm.errors import InputError
 
 log = logging.getLogger("lit_glm.plan")
@@ -132,21 +133,19 @@ def _make_task(combinations: List[List[str]], as_json: bool) -> Any:
 
 def main() -> int:
     """Run the command; return the exit status, 2 for an invalid configuration."""
-    arguments, as_json = list(sys.argv), "--json" in sys.argv
-    sys.argv = [argument for argument in arguments if argument not in ("--json", "-m", "--multirun")]
+    set_up_console()
+    as_json = "--json" in sys.argv
+    arguments = [word for word in sys.argv[1:] if word not in ("--json", "-m", "--multirun")]
     combinations: List[List[str]] = []
     try:
-        line = CommandLine.read(sys.argv[1:])
+        line = CommandLine.read(arguments)
         if not line.is_help and all(line.parse_each()):
             combinations = _combinations(line)
-            first = combinations[0][: len(combinations[0]) - len(line.searchpath)]
-            sys.argv = [sys.argv[0], *first, *line.flags]
-        return run_command("plan", PlanConfig, _make_task(combinations, as_json))
+            arguments = [*combinations[0][: len(combinations[0]) - len(line.searchpath)], *line.flags]
+        return run_command("plan", PlanConfig, _make_task(combinations, as_json), arguments=arguments)
     except InputError as error:
         log.error(error)
         return error.exit_status
-    finally:
-        sys.argv = arguments
 
 
 if __name__ == "__main__":

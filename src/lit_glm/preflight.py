@@ -30,7 +30,13 @@ _GIB = 2**30
 _CHECKPOINTS = 3  # two are kept while a third is written
 _TRIED_MIB = 64
 _SLOW_MIB_S = 50.0
-_SHOWN = 48
+_SHOWN = 48  # characters of an example
+_RENDEZVOUS_S = 6.0
+_BUSY_PERCENT = 25.0
+_VOCABULARY = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
+"""SHA-256 of vocab.txt of google-bert/bert-large-uncased: 30,522 word pieces."""
+_QUESTIONS = {"train": 100_730, "eval": 10_000}
+"""Questions of ReCoRD (Zhang et al. 2018, table 2); training has one example per distinct answer, so at least these."""
 
 
 def _existing_parent(place: Path) -> Path:
@@ -150,9 +156,6 @@ def check_memory(config: TrainConfig, runtime: Optional[Runtime]) -> CheckResult
     return CheckResult("", status, message.replace("memory: ", ""), "; ".join(advice).replace("memory: ", ""))
 
 
-_LIMIT_S = 6.0
-
-
 def check_runtime(config: TrainConfig, kept: List[str]) -> CheckResult:
     """Create the runtime.
 
@@ -225,7 +228,7 @@ def check_collectives(config: TrainConfig, made: Runtime) -> CheckResult:
     from lit_glm.launch.worker import run_on_all_ranks
     from lit_glm.verification.collectives_check import COLLECTIVES_MODULE
 
-    found = run_on_all_ranks(config, COLLECTIVES_MODULE, _LIMIT_S)
+    found = run_on_all_ranks(config, COLLECTIVES_MODULE, _RENDEZVOUS_S)
     if found is None:
         return CheckResult("", "ok", "collectives with the other nodes passed; node 0 prints the timing")
     speed = found["mib"] / 1024 / found["seconds"]
@@ -236,9 +239,6 @@ def check_collectives(config: TrainConfig, made: Runtime) -> CheckResult:
         f"{found['ranks']} ranks over {found['backend']}: all-reduce, broadcast and all-gather correct; all-reduce of "
         f"{timing}, latency {1e6 * found['latency_s']:.0f} us",
     )
-
-
-_BUSY_PERCENT = 25.0
 
 
 def check_host() -> CheckResult:
@@ -289,12 +289,6 @@ def check_packages() -> CheckResult:
     return CheckResult("", "ok", f"{python}, {', '.join(there)}: as in constraints/{name}")
 
 
-_VOCABULARY = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
-"""SHA-256 of vocab.txt of google-bert/bert-large-uncased: 30,522 word pieces."""
-_QUESTIONS = {"train": 100_730, "eval": 10_000}
-"""Questions of ReCoRD (Zhang et al. 2018, table 2); training has one example per distinct answer, so at least these."""
-
-
 def check_vocabulary(file: Path) -> Tuple[bool, str]:
     """Return whether a vocabulary is that of bert-large-uncased, and a message."""
     content = file.read_bytes()
@@ -304,8 +298,6 @@ def check_vocabulary(file: Path) -> Tuple[bool, str]:
 
 
 def _compare_num_examples(path: Path, kind: str) -> Tuple[bool, str]:
-    from lit_glm.data.memmap_dataset import SequenceLengths
-
     count, known = len(SequenceLengths.from_hdf5(path)), _QUESTIONS[kind]
     same = count == known if kind == "eval" else known <= count < 2 * known
     message = "as in ReCoRD" if same else f"not as in ReCoRD, which has {known:,} questions"
@@ -313,10 +305,10 @@ def _compare_num_examples(path: Path, kind: str) -> Tuple[bool, str]:
 
 
 def _compare_num_weights(path: Path) -> Tuple[bool, str]:
-    from lit_glm.metrics.memory_estimate import count_parameters
     from lit_glm.model.checkpoint import read_weights
 
-    count, known = sum(weight.numel() for weight in read_weights(path).values()), count_parameters(ModelConfig())
+    known = estimates.count_parameters(ModelConfig())
+    count = sum(weight.numel() for weight in read_weights(path).values())
     same = count == known
     return same, f"weights of {count:,} values: {'as many as' if same else 'not'} blocklm-large-blank's {known:,}"
 

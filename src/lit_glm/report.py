@@ -150,7 +150,6 @@ def report(given: argparse.Namespace) -> int:
 def _best_run_text(runs: "List[ReportRun]", key: str) -> str:
     """Return row, folder and command of the best complete run by a metric."""
     from lit_glm.reporting.document import run_command_line
-    from lit_glm.reporting.run_reader import sort_key
     from lit_glm.runs.result import results_table
 
     known = [run for run in runs if run.complete and run.number(key) is not None]
@@ -158,7 +157,7 @@ def _best_run_text(runs: "List[ReportRun]", key: str) -> str:
         raise InputError(f"--sort {key}: no complete run has this metric")
     plain = [run for run in known if not run.result.get("simulated") and not run.result.get("profiled")]
     known = plain or known  # simulated and profiled runs count only if there are no others
-    best = min(known, key=lambda run: sort_key(run.number(key), key))
+    best = min(known, key=lambda run: METRICS[key].sort_key(run.number(key)))
     command = run_command_line(best)
     lines = [
         results_table([best.result]),

@@ -40,12 +40,8 @@ def tune(config: Any, _composed: Any) -> int:
 
 def main() -> int:
     """Run the command and return the exit status."""
-    arguments = list(sys.argv)
-    sys.argv = [argument for argument in arguments if not argument.startswith("bs=")]  # the search determines it
-    try:
-        return run_command("tune", TuneConfig, tune)
-    finally:
-        sys.argv = arguments
+    arguments = [word for word in sys.argv[1:] if not word.startswith("bs=")]  # the search determines it
+    return run_command("tune", TuneConfig, tune, arguments=arguments)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def _configs_per_precision(config: TrainConfig) -> List[TrainConfig]:
 
 def main() -> int:
     """Run the command; return 1 if any check failed, 2 for an invalid configuration, else 0."""
-    arguments, as_json = list(sys.argv), "--json" in sys.argv
+    as_json = "--json" in sys.argv
 
     def task(config: Any, _composed: Any) -> int:
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # Kineto otherwise logs every start and stop
@@ -84,11 +84,7 @@ def main() -> int:
             log.info(f"results: {folder / environment.VERIFY_FILE}")
         return 1 if failed else 0
 
-    sys.argv = [argument for argument in arguments if argument != "--json"]
-    try:
-        return run_command("verify", VerifyConfig, task)
-    finally:
-        sys.argv = arguments
+    return run_command("verify", VerifyConfig, task, arguments=[word for word in sys.argv[1:] if word != "--json"])
 
 
 if __name__ == "__main__":

@@ -230,6 +230,7 @@ def run_command(
     schema: "type[Config]",
     task: Task,
     before_sweep: Optional[Callable[[DictConfig, CommandLine], None]] = None,
+    arguments: Optional[List[str]] = None,
 ) -> int:
     """Run `task` with the configuration of the command line; delegate help, --cfg and sweeps to Hydra.
 
@@ -238,13 +239,19 @@ def run_command(
         schema: the dataclass that the composed configuration must match.
         task: takes the validated and the composed configuration; returns an exit status or a `TaskOutcome`.
         before_sweep: takes a combination's configuration and the command line; may reject the sweep.
+        arguments: arguments for Hydra; None: those of the process.
 
     Returns:
         The exit status: 0 success, 1 failure, 2 invalid input, or what `task` returns; the highest in a sweep.
     """
     set_up_console()
     limit_spinning()  # before anything loads torch
-    return run_interruptible(lambda: _run_command(config_name, schema, task, before_sweep))
+    typed = sys.argv
+    sys.argv = typed if arguments is None else [typed[0], *arguments]  # which Hydra reads
+    try:
+        return run_interruptible(lambda: _run_command(config_name, schema, task, before_sweep))
+    finally:
+        sys.argv = typed
 
 
 def _run_command(

@@ -378,10 +378,6 @@ def _append_examples(writer: _CacheWriter, rows: CandidateRows, choices: Any) ->
     writer.track_max("max_length", rows.separator + rows.length, rows.first)
 
 
-if TYPE_CHECKING:  # the isolated process that reads a file imports no more than numpy and h5py
-    from lit_glm.data.memmap_dataset import MemmapDataset
-
-
 @dataclass
 class SequenceLengths:
     """Lengths of all examples, [N] each."""
@@ -395,7 +391,7 @@ class SequenceLengths:
     """Query-key pairs in attention: n^2 + m (n + m) for each group of an example."""
 
     @classmethod
-    def from_dataset(cls, split: "MemmapDataset") -> "SequenceLengths":
+    def from_dataset(cls, split: MemmapDataset) -> "SequenceLengths":
         """Compute the lengths of a memory-mapped dataset."""
         ends = split.candidate_token_end[split.example_candidate_end]
         first = np.concatenate([[0], np.cumsum(split.group_candidates)])

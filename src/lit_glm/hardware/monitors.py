@@ -100,6 +100,14 @@ def command_output(*command: str) -> str:
         return ""
 
 
+def read_system_file(path: "str | Path") -> str:
+    """Return the stripped content of a small file of the kernel; empty if it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
 def xpu_readings() -> List[DeviceReading]:
     """Read the devices with whichever of the vendor's tools is installed; empty without one."""
     for tool, parse in ((("xpu-smi", "-m"), parse_xpu_smi_m), (("xpu_smi",), parse_xpu_smi)):
@@ -342,11 +350,11 @@ class CPUMonitor:
 
     def _packages(self) -> List[Path]:
         zones = sorted(self._powercap.glob("intel-rapl:*")) if self._powercap.is_dir() else []
-        return [zone for zone in zones if _read_sysfs(zone / "name").startswith("package")]
+        return [zone for zone in zones if read_system_file(zone / "name").startswith("package")]
 
     def _power(self, zone: Path) -> Optional[float]:
         """Return the mean power since the previous reading; the first call takes two readings. None if unreadable."""
-        text, now = _read_sysfs(zone / "energy_uj"), time.monotonic()
+        text, now = read_system_file(zone / "energy_uj"), time.monotonic()
         if not text.isdigit():
             return None
         before = self._before.get(str(zone))
@@ -356,15 +364,8 @@ class CPUMonitor:
             return self._power(zone)
         taken = float(text) - before[1]
         if taken < 0:  # the counter has wrapped around
-            taken += float(_read_sysfs(zone / "max_energy_range_uj") or 0.0)
+            taken += float(read_system_file(zone / "max_energy_range_uj") or 0.0)
         return taken / 1e6 / (now - before[0]) if now > before[0] and taken >= 0 else None
-
-
-def _read_sysfs(path: Path) -> str:
-    try:
-        return path.read_text(encoding="ascii").strip()
-    except (OSError, ValueError):
-        return ""
 
 
 @dataclass(frozen=True)

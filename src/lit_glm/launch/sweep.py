@@ -58,9 +58,9 @@ def summarise_sweep(sweep_dir: Path) -> Tuple[str, int]:
         json.loads(path.read_text(encoding="utf-8")) for path in sorted((sweep_dir / JOB_RECORDS_DIR).glob("*.json"))
     ]
     objective = next((str(note["objective"]) for note in notes if note.get("objective")), "")
-    pairs = sorted(
-        ((note, _job_result(note, sweep_dir)) for note in notes), key=lambda pair: _ranking_key(pair[1], objective)
-    )
+    pairs = [(note, _job_result(note, sweep_dir)) for note in notes]
+    if objective in METRICS:
+        pairs.sort(key=lambda pair: METRICS[objective].sort_key(_ranked_value(pair[1], objective)))
     notes, results = [note for note, _ in pairs], [result for _, result in pairs]
     text = results_table(results)
     sweep_dir.mkdir(parents=True, exist_ok=True)
@@ -74,9 +74,12 @@ def summarise_sweep(sweep_dir: Path) -> Tuple[str, int]:
     lines, common = [text], set(notes[0]["overrides"]).intersection(*(note["overrides"] for note in notes))
     for note in notes:  # what all combinations have in common is not repeated
         note["own"] = " ".join(text for text in note["overrides"] if text not in common) or "the only combination"
-    if len(results) > 1 and _has_metric(results[0], objective):
-        lines += [_ranking_line(number, note, result, objective) for number, (note, result) in enumerate(pairs, 1)]
-    lines += filter(None, [_best_run_line(notes, results, objective)])
+    best = _ranked_value(results[0], objective)
+    if best is not None:
+        if len(results) > 1:
+            lines += [_ranking_line(number, note, result, objective) for number, (note, result) in enumerate(pairs, 1)]
+        value = METRICS[objective].form(best)
+        lines.append(f"lit_glm: best by {objective} ({value}): {notes[0]['own']}, {notes[0]['run_dir']}")
     lines += [
         f"lit_glm: failed: {note['own']}: {str(result['error']).splitlines()[0]}"
         for note, result in pairs
@@ -86,27 +89,16 @@ def summarise_sweep(sweep_dir: Path) -> Tuple[str, int]:
     return "\n".join(lines), status
 
 
-def _has_metric(result: Dict[str, Any], objective: str) -> bool:
-    """Return whether a run is complete and has the metric that is the sweep's objective."""
-    return result.get("status") in COMPLETE and _objective_value(result, objective) is not None
-
-
-def _objective_value(result: Dict[str, Any], objective: str) -> Optional[float]:
-    return METRICS[objective].value(result) if objective in METRICS else None
-
-
-def _ranking_key(result: Dict[str, Any], objective: str) -> Tuple[bool, float]:
-    """Return the sort key of a run: best run first, runs without the metric last."""
-    if not _has_metric(result, objective):
-        return True, 0.0
-    value = _objective_value(result, objective) or 0.0
-    return False, value if METRICS[objective].is_lower_better else -value
+def _ranked_value(result: Dict[str, Any], objective: str) -> Optional[float]:
+    """Return the metric that is the sweep's objective; None unless the run is complete and has it."""
+    is_ranked = objective in METRICS and result.get("status") in COMPLETE
+    return METRICS[objective].value(result) if is_ranked else None
 
 
 def _ranking_line(number: int, note: Dict[str, Any], result: Dict[str, Any], objective: str) -> str:
-    known = _objective_value(result, objective) if _has_metric(result, objective) else None
-    value = str(result.get("status")) if known is None else METRICS[objective].form(known)
-    return f"{number}. {value}  {note['own']}  {note['run_dir'] or ''}".rstrip()
+    value = _ranked_value(result, objective)
+    text = str(result.get("status")) if value is None else METRICS[objective].form(value)
+    return f"{number}. {text}  {note['own']}  {note['run_dir'] or ''}".rstrip()
 
 
 def _job_result(note: Dict[str, Any], sweep_dir: Path) -> Dict[str, Any]:
@@ -119,14 +111,6 @@ def _job_result(note: Dict[str, Any], sweep_dir: Path) -> Dict[str, Any]:
         return result
     inside = str(reused_from).startswith(f"{sweep_dir}/")
     return {**result, "reused_from": str(Path(reused_from).relative_to(sweep_dir)) if inside else reused_from}
-
-
-def _best_run_line(notes: List[Dict[str, Any]], results: List[Dict[str, Any]], objective: str) -> Optional[str]:
-    """Return a line that names the best complete run, which is the first one; None without one."""
-    if not results or not _has_metric(results[0], objective):
-        return None
-    value = METRICS[objective].form(_objective_value(results[0], objective) or 0.0)
-    return f"lit_glm: best by {objective} ({value}): {notes[0]['own']}, {notes[0]['run_dir']}"
 
 
 class SweepCallback(Callback):
@@ -257,7 +241,7 @@ def run_sweep_job(
             row = {**config_fields(config), "status": "failed", **({"error": reason} if reason else {})}
             more = {"reused_from": reused_from, "objective": config.sweep.objective}
             _write_job_record(sweep_dir, int(hydra.job.num), folder, status, row, list(hydra.overrides.task), **more)
-    return TaskOutcome(status, _objective_value(result or {}, config.sweep.objective))
+    return TaskOutcome(status, _ranked_value(result or {}, config.sweep.objective))
 
 
 def _free_folder(run_dir: Path, name: str) -> Path:

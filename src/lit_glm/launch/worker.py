@@ -51,6 +51,10 @@ from lit_glm.runs.run_folder import complete_result, is_running
 log = logging.getLogger("lit_glm.launch.worker")
 
 _FIRST_RANK_REPORTS_S = 6.0
+_FILE = "found.json"
+_MARGIN_S = 3.0
+_STALL_S = 30.0
+"""Seconds from the rendezvous to the result: the first use of a collective library may take some."""
 
 
 def main(spec_dir: Path) -> int:
@@ -215,16 +219,6 @@ def run_and_report_errors(work: Callable[[], None], notes: Callable[[], Path], s
     return 0
 
 
-if __name__ == "__main__":
-    exit_now(main(Path(sys.argv[1])))
-
-
-_FILE = "found.json"
-_MARGIN_S = 3.0
-_STALL_S = 30.0
-"""Seconds from the rendezvous to the result: the first use of a collective library may take some."""
-
-
 def run_on_all_ranks(config: TrainConfig, module: str, limit_s: float) -> Optional[Dict[str, Any]]:
     """Start the ranks of this node with a module that calls `rank_main`.
 
@@ -274,3 +268,7 @@ def rank_main(folder: Path, work: Callable[[TrainConfig], Dict[str, Any]]) -> in
 
     with StopRequest(config.run.shutdown_timeout_s, exit_rank) as stop:
         return run_and_report_errors(join_and_work, lambda: folder, stop)
+
+
+if __name__ == "__main__":
+    exit_now(main(Path(sys.argv[1])))

@@ -5,7 +5,7 @@ new column needs one entry here, with its value in result.json and a `column`. D
 """
 
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable, Dict, Optional, Tuple
 
 _GENERAL: Callable[[float], str] = "{:.6g}".format
 _TWO: Callable[[float], str] = "{:.2f}".format
@@ -65,10 +65,11 @@ class Metric:
             found = found.get(key) if isinstance(found, dict) else None
         return as_number(found)
 
-    @property
-    def is_lower_better(self) -> bool:
-        """Whether smaller values are better."""
-        return self.better == "lower"
+    def sort_key(self, value: Optional[float]) -> Tuple[bool, float]:
+        """Return a key that sorts values, best first and unknown ones last."""
+        if value is None:
+            return True, 0.0
+        return False, value if self.better == "lower" else -value
 
 
 def as_number(value: Any) -> Optional[float]:

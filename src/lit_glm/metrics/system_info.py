@@ -6,11 +6,10 @@ Never a secret: variables come from a list of known names.
 import os
 import platform
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import psutil
 import torch
@@ -21,7 +20,7 @@ from lit_glm.config.hydra_main import CONF_DIR
 from lit_glm.config.schema import TrainConfig
 from lit_glm.config.secrets import is_secret, mask_override
 from lit_glm.hardware.env import PACKAGES, VARIABLES
-from lit_glm.hardware.monitors import cpu_name
+from lit_glm.hardware.monitors import command_output, cpu_name, read_system_file
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.openmp import SPIN_LIMITS, THREAD_COUNT_VARIABLES, available_cores
 from lit_glm.runs.environment import installed_versions
@@ -34,13 +33,6 @@ _PACKAGES = (
 _VARIABLES = (*VARIABLES, *THREAD_COUNT_VARIABLES, *SPIN_LIMITS, "OMP_WAIT_POLICY", "GLOO_SOCKET_IFNAME")
 
 
-def _command_output(*command: str, folder: Optional[Path] = None) -> Optional[str]:
-    try:
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
 def _os_name() -> str:
     try:
         lines = Path("/etc/os-release").read_text(encoding="utf-8").splitlines()
@@ -49,16 +41,9 @@ def _os_name() -> str:
         return platform.platform()
 
 
-def _read_text_file(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""
-
-
 def _machine_model() -> Optional[str]:
     """Return vendor and model from the firmware (DMI); None if the kernel does not show them."""
-    names = [_read_text_file(f"/sys/class/dmi/id/{key}") for key in ("sys_vendor", "product_name")]
+    names = [read_system_file(f"/sys/class/dmi/id/{key}") for key in ("sys_vendor", "product_name")]
     return " ".join(filter(None, names)) or None
 
 
@@ -66,9 +51,9 @@ def _fastest_network_port() -> Optional[str]:
     """Return type and rate of the fastest InfiniBand or RoCE port according to the kernel; None without one."""
     ports = []
     for port in Path("/sys/class/infiniband").glob("*/ports/*"):
-        rate = re.match(r"([\d.]+) Gb/sec", _read_text_file(f"{port}/rate"))
+        rate = re.match(r"([\d.]+) Gb/sec", read_system_file(f"{port}/rate"))
         if rate:
-            ports.append((float(rate.group(1)), _read_text_file(f"{port}/link_layer") or "InfiniBand"))
+            ports.append((float(rate.group(1)), read_system_file(f"{port}/link_layer") or "InfiniBand"))
     return "{1}, {0:g} Gb/s".format(*max(ports)) if ports else None
 
 
@@ -86,8 +71,20 @@ def _container_image() -> Optional[str]:
         return named
     marks = ("/.dockerenv", "/run/.containerenv", "/run/systemd/container", "/.singularity.d")
     inside = any(Path(mark).exists() for mark in marks) or "KUBERNETES_SERVICE_HOST" in os.environ
-    inside = inside or any(word in _read_text_file("/proc/1/cgroup") for word in ("docker", "kubepods", "containerd"))
+    inside = inside or any(word in read_system_file("/proc/1/cgroup") for word in ("docker", "kubepods", "containerd"))
     return None if inside else ""
+
+
+def source_commit(folder: Path) -> Tuple[Optional[str], Optional[bool]]:
+    """Return the commit of the package's checkout, and whether its files have changed since; (None, None) without one.
+
+    A package that is installed in an environment below another project's repository is not part of that repository.
+    """
+    git = ("git", "-C", str(folder))
+    commit = command_output(*git, "rev-parse", "HEAD")
+    if not commit or not command_output(*git, "ls-files", "__init__.py"):
+        return None, None
+    return commit, command_output(*git, "status", "--porcelain", "--untracked-files=no") != ""
 
 
 def describe_system(config: TrainConfig, runtime: Runtime, command: List[str]) -> Dict[str, Any]:
@@ -99,16 +96,14 @@ def describe_system(config: TrainConfig, runtime: Runtime, command: List[str]) -
         command: the command line of the run.
     """
     hardware, overrides = config.hardware, config.report
-    source = Path(lit_glm.__file__).resolve().parent
-    commit = _command_output("git", "rev-parse", "HEAD", folder=source)
-    changed = _command_output("git", "status", "--porcelain", "--untracked-files=no", folder=source) if commit else None
+    commit, is_changed = source_commit(Path(lit_glm.__file__).resolve().parent)
     cards = [runtime.device_name(index) for index in range(config.topology.devices_per_node)]
     # A dry run does not run on that server.
     of_file, of_file_network = ("", "") if runtime.simulated else (hardware.server, hardware.network)
     return {
         "lit_glm": lit_glm.__version__,
         "git_commit": commit,
-        "git_dirty": bool(changed) if commit else None,
+        "git_dirty": is_changed,
         "command": [mask_override(argument) for argument in command],
         "host": platform.node(),
         "pid": os.getpid(),

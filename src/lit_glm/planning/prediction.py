@@ -62,11 +62,19 @@ _OTHER_SCORING = Interval(0.5, 2.0)
 """Ratio between the efficiencies of the two scorings on the same device: an assumption."""
 _DAY_TO_DAY = 0.05
 """Variation between two devices and between two days: an assumption."""
-_GIB_BYTES = 2.0**30
-_UNKNOWN_BASE = {"cpu": Interval(0.35 * _GIB_BYTES, 0.75 * _GIB_BYTES)}
-_CARD_BASE = Interval(0.3 * _GIB_BYTES, 2.5 * _GIB_BYTES)
+_GIB = 2.0**30
+_UNKNOWN_BASE = {"cpu": Interval(0.35 * _GIB, 0.75 * _GIB)}
+_CARD_BASE = Interval(0.3 * _GIB, 2.5 * _GIB)
 """Memory in addition to weights, optimizer and activations: Python with torch; context and libraries of a device.
 An assumption, until a run has measured it."""
+_UNKNOWN_LINK = Interval(8.0, 300.0)
+"""GB/s between devices: PCIe 3 with half of its 16 lanes in use, to third-generation NVLink."""
+_UNKNOWN_NETWORK = Interval(12.5, 50.0)
+"""GB/s of a server: from one port of 100 Gb/s to two of 200 Gb/s."""
+_HIDDEN = 0.6
+"""Share of a step, its backward pass, that can overlap with an all-reduce: an assumption (two thirds of the FLOPs)."""
+_ESTIMATE = 0.08
+"""Error of the memory estimate: allocators round up (benchmarks/2026-11-25_cpu.md compares it with runs)."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +144,7 @@ class MeasuredRun:
         compute, step = (np.array([float(row[name]) for row in rows])[first:] for name in ("compute_s", "step_s"))
         actual, ranks = result.get("mem_actual_gib"), config.topology.world_size
         estimate = estimate_memory(config, work.lengths, 0.0, saves_attention_probs(config)).total
-        base = None if not actual or ranks > 1 else max(0.0, float(actual) * _GIB_BYTES - estimate)
+        base = None if not actual or ranks > 1 else max(0.0, float(actual) * _GIB - estimate)
         return cls(path, config, result, flops, compute, float(np.median(step) / np.median(compute)) - 1.0, base)
 
     @property
@@ -290,17 +298,6 @@ def _published_flops_a_sample(config: TrainConfig, work: Workload) -> float:
 
     most = float(work.lengths.candidates.max())
     return float(published_flops(config.model, most, config.data.max_seq_length))
-
-
-_GIB = 2.0**30
-_UNKNOWN_LINK = Interval(8.0, 300.0)
-"""GB/s between devices: PCIe 3 with half of its 16 lanes in use, to third-generation NVLink."""
-_UNKNOWN_NETWORK = Interval(12.5, 50.0)
-"""GB/s of a server: from one port of 100 Gb/s to two of 200 Gb/s."""
-_HIDDEN = 0.6
-"""Share of a step, its backward pass, that can overlap with an all-reduce: an assumption (two thirds of the FLOPs)."""
-_ESTIMATE = 0.08
-"""Error of the memory estimate: allocators round up (benchmarks/2026-11-25_cpu.md compares it with runs)."""
 
 
 @dataclass

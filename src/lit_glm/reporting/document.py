@@ -22,7 +22,7 @@ from lit_glm.reporting.row_format import (
     unique_row_label,
     verification_summary,
 )
-from lit_glm.reporting.run_reader import ReportRow, ReportRun, group_into_rows, sort_key
+from lit_glm.reporting.run_reader import ReportRow, ReportRun, group_into_rows
 from lit_glm.runs.result import has_many_skipped_steps
 
 TOPOLOGIES = ("1x1", "1x8", "2x8")
@@ -83,7 +83,7 @@ def make_document(
     """
     found = group_into_rows(runs)
     if sort is not None:
-        found.sort(key=lambda row: sort_key(row.median(sort), sort))
+        found.sort(key=lambda row: METRICS[sort].sort_key(row.median(sort)))
     found.sort(key=lambda row: not row.runs[0].is_measurement)
     hardware = list(dict.fromkeys(str(row["hardware"]) for row in found))
     environments = [

@@ -1,7 +1,7 @@
 """Formatting of a row: name, annotations, cells in the published formats, reasons for empty cells."""
 
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 from lit_glm.metrics.registry import TABLE_COLUMNS, TABLE_METRICS, cell_text
 from lit_glm.reporting.definitions import Translations
@@ -112,12 +112,15 @@ def note_texts(notes: Iterable[Note], words: Translations) -> List[str]:
     return [words(key, words.join(dict.fromkeys(names)), *values) for (key, values), names in rows.items()]
 
 
-def _verification_note(row: ReportRow, name: str) -> Note:
-    """Describe the latest verification of the same hardware, driver and precision."""
+def _latest_verification(row: ReportRow) -> Optional[Dict[str, Any]]:
+    """Return the latest verification of the same hardware, driver and precision."""
     run = row.typical
-    precision = str(row["precision"])
     driver = run.environment.get("driver")
-    found = latest_verification([run.path, Path.cwd()], str(row["hardware"]), driver, precision)
+    return latest_verification([run.path, Path.cwd()], str(row["hardware"]), driver, str(row["precision"]))
+
+
+def _verification_note(row: ReportRow, name: str) -> Note:
+    found, precision = _latest_verification(row), str(row["precision"])
     if found is None:
         return Note("unverified", f"{name} {precision}")
     key = "verified" if found["passed"] else "verify_failed"
@@ -126,12 +129,7 @@ def _verification_note(row: ReportRow, name: str) -> Note:
 
 def verification_summary(row: ReportRow, words: Translations) -> str:
     """Summarise the latest verification of the device in one or two words."""
-    found = latest_verification(
-        [row.typical.path, Path.cwd()],
-        str(row["hardware"]),
-        row.typical.environment.get("driver"),
-        str(row["precision"]),
-    )
+    found = _latest_verification(row)
     if found is None:
         return words("card_unverified")
     return words("card_passed" if found["passed"] else "card_failed", str(found.get("finished")).partition("T")[0])

@@ -237,13 +237,6 @@ def _flatten(node: Any, prefix: str = "") -> Dict[str, Any]:
     return flat
 
 
-def sort_key(value: Optional[float], figure: str) -> Tuple[bool, float]:
-    """Return a key that sorts by a metric, best first and missing values last."""
-    if value is None:
-        return True, 0.0
-    return False, value if METRICS[figure].is_lower_better else -value
-
-
 def group_into_rows(runs: List[ReportRun]) -> List[ReportRow]:
     """Group runs into rows: one per hardware, topology, precision, fix_hp and scoring.
 

@@ -16,11 +16,51 @@ from lit_glm.hardware.env import set_hardware_env
 from lit_glm.hardware.monitors import is_mig_slice
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.hardware.runtimes.cpu import CPURuntime
+from lit_glm.hardware.runtimes.cuda import CUDARuntime
+from lit_glm.hardware.runtimes.kunlunxin import XMLIRRuntime, XPyTorchRuntime
 
 BUILT_IN_RUNTIMES = ("cpu", "cuda", "xmlir", "xpytorch")
 """Runtimes that a hardware file can list; `simulated` works with any file."""
 TARGET_KEY = "_target_"
 """Name of the runtime of a hardware file that gives a class of an external package."""
+
+
+class SimulatedRuntime(CPURuntime):
+    """Simulated devices with indices and a memory size; tensors are on the CPU, the backend is gloo."""
+
+    name = "simulated"
+    simulated = True
+    shares_memory = False
+
+    def __init__(self, cards: int, memory_gib: Optional[float]) -> None:
+        """Set the devices.
+
+        Args:
+            cards: number of devices of this node.
+            memory_gib: memory of each.
+        """
+        super().__init__()
+        self._cards = cards
+        self._memory_gib = memory_gib
+
+    def device_count(self) -> int:
+        return self._cards
+
+    def device(self, index: int) -> torch.device:
+        """Return the CPU, for a valid index."""
+        if not 0 <= index < self._cards:
+            raise InputError(f"device {index} does not exist: {self._cards} devices are simulated")
+        return torch.device("cpu")
+
+    def precision_hint(self, name: str) -> str:
+        """Return no hint: times of a dry run are not measurements."""
+        return ""
+
+    def device_name(self, index: int) -> str:
+        return "simulated"
+
+    def total_memory(self, index: int) -> Optional[float]:
+        return None if self._memory_gib is None else self._memory_gib * 2**30
 
 
 def import_runtime_class(target: str) -> "type[Runtime]":
@@ -54,20 +94,9 @@ def import_runtime_class(target: str) -> "type[Runtime]":
 
 
 def _runtime_classes(hardware: HardwareConfig) -> Dict[str, "type[Runtime]"]:
-    from lit_glm.hardware.runtimes.cpu import CPURuntime
-    from lit_glm.hardware.runtimes.cuda import CUDARuntime
-    from lit_glm.hardware.runtimes.kunlunxin import XMLIRRuntime, XPyTorchRuntime
-    from lit_glm.hardware.runtimes.selection import SimulatedRuntime
-
     own = {} if hardware._target_ is None else {TARGET_KEY: import_runtime_class(hardware._target_)}
-    return {
-        **own,
-        "cpu": CPURuntime,
-        "cuda": CUDARuntime,
-        "xmlir": XMLIRRuntime,
-        "xpytorch": XPyTorchRuntime,
-        "simulated": SimulatedRuntime,
-    }
+    built_in = (CPURuntime, CUDARuntime, XMLIRRuntime, XPyTorchRuntime, SimulatedRuntime)
+    return {**own, **{runtime.name: runtime for runtime in built_in}}
 
 
 def _candidate_runtimes(hardware: HardwareConfig) -> List[str]:
@@ -136,13 +165,9 @@ def make_runtime(hardware: HardwareConfig, topology: TopologyConfig) -> Runtime:
     Raises:
         InputError: if it is not available; says what is missing and how to do a dry run without it.
     """
-    from lit_glm.hardware.runtimes.selection import SimulatedRuntime
-
     set_hardware_env(hardware)
-    classes = _runtime_classes(hardware)
-    names = _candidate_runtimes(hardware)
-    reasons = []
-    for name in names:
+    classes, reasons = _runtime_classes(hardware), []
+    for name in _candidate_runtimes(hardware):
         if name == "simulated":
             return SimulatedRuntime(topology.devices_per_node, hardware.memory_gib)
         reason = classes[name].unavailable_reason()
@@ -242,41 +267,3 @@ def validate_devices(hardware: HardwareConfig, runtime: Runtime, devices: int, f
                 f"device 0 is {name!r}; hardware={hardware.name} has the specification of {hardware.product_name}"
             )
     return warnings
-
-
-class SimulatedRuntime(CPURuntime):
-    """Simulated devices with indices and a memory size; tensors are on the CPU, the backend is gloo."""
-
-    name = "simulated"
-    simulated = True
-    shares_memory = False
-
-    def __init__(self, cards: int, memory_gib: Optional[float]) -> None:
-        """Set the devices.
-
-        Args:
-            cards: number of devices of this node.
-            memory_gib: memory of each.
-        """
-        super().__init__()
-        self._cards = cards
-        self._memory_gib = memory_gib
-
-    def device_count(self) -> int:
-        return self._cards
-
-    def device(self, index: int) -> torch.device:
-        """Return the CPU, for a valid index."""
-        if not 0 <= index < self._cards:
-            raise InputError(f"device {index} does not exist: {self._cards} devices are simulated")
-        return torch.device("cpu")
-
-    def precision_hint(self, name: str) -> str:
-        """Return no hint: times of a dry run are not measurements."""
-        return ""
-
-    def device_name(self, index: int) -> str:
-        return "simulated"
-
-    def total_memory(self, index: int) -> Optional[float]:
-        return None if self._memory_gib is None else self._memory_gib * 2**30
