@@ -14,6 +14,9 @@ import time
 from pathlib import Path
 from typing import List
 
+PLAIN = "import lit_glm.launch.rank_runner"
+FAST = f"from lit_glm.process_utils import fast_imports\nwith fast_imports():\n    {PLAIN}"
+
 
 def until_exit(command: List[str]) -> float:
     """Seconds of a whole process."""
@@ -49,6 +52,8 @@ def main() -> None:
         ("train --cfg job", lambda: until_exit([*module, "lit_glm.train", "--cfg", "job"])),
         ("report --help", lambda: until_exit([*module, "lit_glm.report", "--help"])),
         ("doctor experiment=quickstart", lambda: until_exit([*module, "lit_glm.doctor", "experiment=quickstart"])),
+        ("imports of a rank", lambda: until_exit([sys.executable, "-c", FAST])),
+        ("the same without fast_imports", lambda: until_exit([sys.executable, "-c", PLAIN])),
         ("first step of a quickstart", until_first_step),
     ):
         seconds = [measure() for _ in range(rounds)]

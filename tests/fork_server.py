@@ -188,14 +188,16 @@ def main(address: str) -> Optional[Dict[str, Any]]:
     from importlib import import_module
 
     from lit_glm.openmp import limit_spinning
+    from lit_glm.process_utils import fast_imports
 
     before = dict(os.environ)
     os.environ["OPENBLAS_NUM_THREADS"] = (
         "1"  # numpy's library starts its threads when it is imported; training uses none
     )
     limit_spinning()  # as a command does before it imports torch; the libraries read it when they are loaded
-    for module in _MODULES:
-        import_module(module)
+    with fast_imports():
+        for module in _MODULES:
+            import_module(module)
     os.environ.clear()
     os.environ.update(before)
     assert len(os.listdir("/proc/self/task")) == 1, "a library has started a thread: forks would lack it"

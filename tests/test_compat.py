@@ -5,6 +5,8 @@ import io
 import pickle
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +44,23 @@ def test_lightning_leaves_signals_alone() -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
     assert "_signal_connector.register_signal_handlers()" in inspect.getsource(pl.Trainer)
+
+
+@pytest.mark.process
+def test_lightning_is_imported_without_packages_for_plots() -> None:
+    """A new process, as these packages are imported here already; afterwards they are there for everybody."""
+    lines = (
+        "import sys",
+        "from importlib import metadata",
+        "from lit_glm.compat import without_plotting",
+        "with without_plotting():",
+        "    import lit_glm.launch.rank_runner, pytorch_lightning, torchmetrics",
+        "found = [name for name in ('matplotlib', 'PIL', 'scipy') if name in sys.modules]",
+        "import matplotlib.figure",
+        "print(found, metadata.version('matplotlib') == matplotlib.__version__)",
+    )
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    assert done.stdout == "[] True\n"
 
 
 def test_hydras_sweeper_leaves_out_jobs() -> None:

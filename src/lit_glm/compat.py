@@ -9,8 +9,10 @@ import importlib
 import inspect
 import pickle
 import re
+import sys
+from importlib import metadata
 from pathlib import Path
-from typing import Any, Callable, ContextManager, List, Optional, Sequence
+from typing import Any, Callable, ContextManager, Iterator, List, Optional, Sequence
 
 
 def keep_own_signals(trainer: Any) -> None:
@@ -22,6 +24,37 @@ def keep_own_signals(trainer: Any) -> None:
     connector = trainer._signal_connector
     connector.register_signal_handlers = connector.teardown = lambda: None
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+
+
+class _HidingFinder:
+    """Import hook for which the packages that draw and filter are not installed."""
+
+    hidden = ("matplotlib", "mpl_toolkits", "PIL", "scipy")
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name.partition(".")[0] in self.hidden:
+            raise ModuleNotFoundError(f"{name} is hidden", name=name)
+
+    def find_distributions(self, context: Any) -> Iterator[Any]:
+        if context.name in self.hidden:
+            raise metadata.PackageNotFoundError(context.name)
+        return iter(())
+
+
+@contextlib.contextmanager
+def without_plotting() -> Iterator[None]:
+    """Hide packages for plots from Lightning and torchmetrics while they are imported inside the block.
+
+    torchmetrics imports matplotlib, Pillow and scipy wherever they are installed, for plots and audio metrics that
+    nothing here uses: up to a third of the time in which a rank starts (benchmarks/startup.py). It has no option for
+    that. Afterwards everybody can import these packages; only `Metric.plot` of torchmetrics says that they are missing.
+    """
+    finder: Any = _HidingFinder()
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
 
 
 def leave_out_jobs(numbers: Sequence[int], own_folders: bool) -> None:

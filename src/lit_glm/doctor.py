@@ -13,6 +13,7 @@ from lit_glm.config.hydra_main import run_command
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError, RunError
 from lit_glm.hardware.env import set_hardware_env
+from lit_glm.process_utils import fast_imports
 
 log = logging.getLogger("lit_glm.doctor")
 
@@ -57,7 +58,9 @@ def run_checks(config: TrainConfig, output_dir: Path) -> Iterator[CheckResult]:
     """
     kept = set_hardware_env(config.hardware)  # before anything imports torch
 
-    from lit_glm import preflight
+    with fast_imports():
+        from lit_glm import preflight
+        from lit_glm.hardware import precision  # noqa: F401 (imports Lightning, which a check needs)
 
     yield run_check("machine", preflight.check_host)
     yield run_check("software", preflight.check_packages)

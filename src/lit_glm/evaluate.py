@@ -13,6 +13,7 @@ from hydra.errors import HydraException
 from lit_glm.config.hydra_main import run_command
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
+from lit_glm.process_utils import fast_imports
 
 log = logging.getLogger("lit_glm.evaluate")
 
@@ -217,13 +218,14 @@ def _score_checkpoint(
         ensure_synthetic_data(config.data)
     runtime = make_runtime(config.hardware, config.topology)
 
-    from lit_glm.data.datamodule import evaluation_batches
-    from lit_glm.data.memmap_dataset import open_dataset
-    from lit_glm.hardware.precision import make_precision
-    from lit_glm.model.attention import check_attention_available
-    from lit_glm.model.checkpoint import build_glm
-    from lit_glm.training.evaluation import evaluate
-    from lit_glm.training.module import RecordModule
+    with fast_imports():
+        from lit_glm.data.datamodule import evaluation_batches
+        from lit_glm.data.memmap_dataset import open_dataset
+        from lit_glm.hardware.precision import make_precision
+        from lit_glm.model.attention import check_attention_available
+        from lit_glm.model.checkpoint import build_glm
+        from lit_glm.training.evaluation import evaluate
+        from lit_glm.training.module import RecordModule
 
     split = open_dataset(config.data.eval_file, True, config.data.cache_dir)
     split.check_fits_model(config.model.vocab_size, config.model.max_sequence_length, config.data.max_seq_length)

@@ -13,6 +13,7 @@ from typing import Iterator, List, Optional
 
 import psutil
 
+from lit_glm.compat import without_plotting
 from lit_glm.errors import RunError
 
 GRACE_S = 40.0
@@ -133,6 +134,13 @@ def paused_gc() -> Iterator[None]:
             gc.freeze()
         if was_on:
             gc.enable()
+
+
+@contextmanager
+def fast_imports() -> Iterator[None]:
+    """Import Lightning inside the block in two thirds of the time: without the collector, and without plotting."""
+    with paused_gc(), without_plotting():
+        yield
 
 
 _SAYS = re.compile(

@@ -9,7 +9,7 @@ import os  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
-from typing import TYPE_CHECKING, Any, Callable, Dict  # noqa: E402
+from typing import TYPE_CHECKING, Any, Callable, Dict, List  # noqa: E402
 
 from lit_glm.config.command_line import CommandLine  # noqa: E402
 from lit_glm.config.hydra_main import TaskOutcome, run_command  # noqa: E402
@@ -132,10 +132,10 @@ def run(config: TrainConfig, run_dir: Path, files: Dict[str, str], prepare: Call
     return 0
 
 
-def _before_sweep(whole: Any, line: CommandLine) -> None:
+def _before_sweep(whole: Any, line: CommandLine) -> List[str]:
     from lit_glm.launch.sweep import prepare_sweep
 
-    prepare_sweep(whole, line)
+    return prepare_sweep(whole, line)
 
 
 def main() -> int:

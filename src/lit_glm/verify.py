@@ -15,6 +15,7 @@ from lit_glm.config.command_line import CommandLine
 from lit_glm.config.hydra_main import CONF_DIR, compose_config, run_command, validate_config
 from lit_glm.config.schema import POSITIVE, TrainConfig, key
 from lit_glm.hardware.env import set_hardware_env
+from lit_glm.process_utils import fast_imports
 
 log = logging.getLogger("lit_glm.verify")
 
@@ -53,9 +54,10 @@ def main() -> int:
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # Kineto otherwise logs every start and stop
         set_hardware_env(config.hardware)  # before anything imports torch
 
-        from lit_glm.hardware.runtimes.selection import check_device_count, make_runtime, validate_devices
-        from lit_glm.runs import environment
-        from lit_glm.verification.acceptance import AcceptanceTest
+        with fast_imports():
+            from lit_glm.hardware.runtimes.selection import check_device_count, make_runtime, validate_devices
+            from lit_glm.runs import environment
+            from lit_glm.verification.acceptance import AcceptanceTest
 
         runtime = make_runtime(config.hardware, config.topology)
         check_device_count(runtime, config.topology)

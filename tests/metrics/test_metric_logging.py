@@ -25,7 +25,8 @@ def test_points_at_each_tenth_step_and_each_evaluation() -> None:
         log_hyperparams=lambda params: done.append(str(params)),
     )
     curves = MetricLogging(account, {"bs": 4}, every_steps=10)
-    curves.begin([logger], 0, 0)
+    curves.begin([logger], -1)
+    curves.evaluation([logger], 0, 0)
     for step in (9, 10, 11, 12):
         curves.step([logger], step, 12 if step == 12 else 0, StepMetrics(1.5, 1.5, 0.1, None, None))
     every = "mem/gib perf/p_core perf/p_train perf/p_whole train/loss train/lr"

@@ -193,6 +193,10 @@ def test_a_search_in_a_database(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         with sqlite3.connect(tmp_path / "study.db") as study:
             assert study.execute("select count(*) from trials").fetchall() == [(trials,)]
+            assert study.execute("select direction from study_directions").fetchall() == [("MAXIMIZE",)]
+    wrong = lit_glm("train", *how, "hydra.sweeper.direction=minimize", "bs=choice(2,4)", cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert "a higher value of sweep.objective=p_core is better; leave the direction out" in wrong.stderr
     failed = lit_glm("train", *how[:3], "hydra.sweeper.study_name=t", *how[4:], "bs=choice(2000,4000)", cwd=tmp_path)
     assert failed.returncode == 2, failed.stderr
     assert "no job succeeded" in failed.stderr

@@ -90,6 +90,9 @@ def check_overrides(line: CommandLine, schema: Any, conf: Path) -> None:
         if override is None:
             groups = [folder.name for folder in sorted(conf.iterdir()) if (folder / f"{text}.yaml").is_file()]
             meant = f"did you mean {groups[0]}={text}?" if groups else "`--help` lists the keys"
+            key, _, value = text.partition("=")
+            if value.strip() and not value[0].isspace() and not {"'", '"'} & set(value):  # = , : and brackets in it
+                meant = f"if the value is right, quote it: '{key}=\"{value}\"'"
             errors.append(f"{text}: not KEY=VALUE (no spaces around =); {meant}")
             continue
         key, value = override.key_or_group, text.partition("=")[2]

@@ -92,6 +92,7 @@ class TaskOutcome(NamedTuple):
 
 
 Task = Callable[[Any, DictConfig], Union[int, TaskOutcome]]
+BeforeSweep = Callable[[DictConfig, CommandLine], List[str]]
 
 
 def validate_config(cfg: DictConfig, schema: "type[Config]") -> Config:
@@ -229,7 +230,7 @@ def run_command(
     config_name: str,
     schema: "type[Config]",
     task: Task,
-    before_sweep: Optional[Callable[[DictConfig, CommandLine], None]] = None,
+    before_sweep: Optional[BeforeSweep] = None,
     arguments: Optional[List[str]] = None,
 ) -> int:
     """Run `task` with the configuration of the command line; delegate help, --cfg and sweeps to Hydra.
@@ -238,7 +239,8 @@ def run_command(
         config_name: the primary file in conf/.
         schema: the dataclass that the composed configuration must match.
         task: takes the validated and the composed configuration; returns an exit status or a `TaskOutcome`.
-        before_sweep: takes a combination's configuration and the command line; may reject the sweep.
+        before_sweep: takes a combination's configuration and the command line; may reject the sweep, and returns
+            further overrides for it.
         arguments: arguments for Hydra; None: those of the process.
 
     Returns:
@@ -258,20 +260,21 @@ def _run_command(
     config_name: str,
     schema: "type[Config]",
     task: Task,
-    before_sweep: Optional[Callable[[DictConfig, CommandLine], None]],
+    before_sweep: Optional[BeforeSweep],
 ) -> int:
+    more: List[str] = []
     try:
         line = CommandLine.read(sys.argv[1:])
         if not line.is_help:
             check_overrides(line, schema, CONF_DIR)
             combinations = line.sample_combinations(is_group(line.config_dir)) if line.multirun else [line.overrides]
             for overrides in combinations:
-                whole, pair = _compose_with_hydra(config_name, [*overrides, *line.searchpath])
+                whole, more = _compose_with_hydra(config_name, [*overrides, *line.searchpath])
             if not line.multirun:
                 composed = _without_hydra(whole)
                 config = validate_config(composed, schema)  # sets the value of bs=auto in `composed` too
-            elif before_sweep is not None and not line.cfg:
-                before_sweep(whole, line)
+            else:
+                more = [] if before_sweep is None or line.cfg else before_sweep(whole, line)
     except InputError as error:
         return _print_error(str(error), 2)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
@@ -279,7 +282,7 @@ def _run_command(
             explain_hydra_error(error, schema, CONF_DIR), 2
         )  # Hydra raises a bare ValueError for some invalid overrides
     if line.is_help or line.cfg or line.multirun:
-        return _delegate_to_hydra(config_name, schema, task, line, [] if line.is_help or line.multirun else pair)
+        return _delegate_to_hydra(config_name, schema, task, line, more)
     HydraConfig.instance().set_config(whole)
     try:
         return _run_task(task, config, composed).status

@@ -253,8 +253,13 @@ class TrainConfig:
     fix_hp_source: str = "none"
 
     def __post_init__(self) -> None:
-        """Set `lr` to `optimizer.lr`, so that the reported learning rate is the one used in training."""
+        """Set `lr` to `optimizer.lr`, so that the reported learning rate is the one used in training.
+
+        A logger or callback that is null, as by `logger.csv=null`, is left out.
+        """
         self.lr = self.optimizer.lr
+        self.logger = {name: entry for name, entry in self.logger.items() if entry is not None}
+        self.callbacks = {name: entry for name, entry in self.callbacks.items() if entry is not None}
 
     @property
     def global_batch(self) -> int:
@@ -265,8 +270,9 @@ class TrainConfig:
     def profiled(self) -> bool:
         """Whether a profiler callback is configured; metrics of such a run are not comparable with others."""
         return any(
-            str((entry or {}).get("_target_", "")).endswith(("Profile", "ProfilerCallback"))
+            str(entry.get("_target_", "")).endswith(("Profile", "ProfilerCallback"))
             for entry in self.callbacks.values()
+            if isinstance(entry, dict)
         )
 
     @property
@@ -325,6 +331,13 @@ def range_errors(config: Any) -> List[str]:
         complaints.append(f"model.hidden_size={hidden}: must be a multiple of model.num_attention_heads={heads}")
     texts = [(f"hardware.env.{name}", value) for name, value in values.get("hardware.env", {}).items()]
     complaints += [f"{name}={value}: must be text" for name, value in texts if not isinstance(value, str)]
+    for group in ("logger", "callbacks"):
+        for name, entry in values.get(group, {}).items():
+            if not isinstance(entry, dict) or not entry.get("_target_"):
+                complaints.append(
+                    f"{group}.{name}={entry}: must be a class with its arguments, as {group}.{name}._target_=CLASS; "
+                    f"`{group}=NAME` selects a file of conf/{group}/"
+                )
     if values.get("data.pad_to") and values.get("scoring.name") == "published":
         complaints.append(f"data.pad_to={values['data.pad_to']}: scoring=published pads as published; leave it null")
     return complaints

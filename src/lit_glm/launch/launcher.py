@@ -19,7 +19,7 @@ from lit_glm.launch.signals import Interrupted, StopRequest
 from lit_glm.launch.supervisor import Supervisor
 from lit_glm.metrics.energy import energy_metrics
 from lit_glm.metrics.registry import METRICS
-from lit_glm.process_utils import kill_children, paused_gc, raise_open_files_limit
+from lit_glm.process_utils import fast_imports, kill_children, raise_open_files_limit
 from lit_glm.runs.checkpoints import remove_partial, resume_hint
 from lit_glm.runs.environment import read_environment
 from lit_glm.runs.job_spec import JobSpec
@@ -231,7 +231,7 @@ def watch_for_stalls(config: TrainConfig, run_dir: Path, ranks: Sequence[int], m
 
 
 def _run_in_process(job: JobSpec, run_dir: Path, stop: StopRequest) -> None:
-    with stop.interruptible(), paused_gc():
+    with stop.interruptible(), fast_imports():
         from lit_glm.launch.rank_runner import run_rank
     with stop.interruptible(), watch_for_stalls(job.config, run_dir, [0], STALL_MARGIN_S):
         run_rank(job, run_dir, stop)

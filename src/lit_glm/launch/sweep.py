@@ -362,18 +362,36 @@ _MAX_COMPARED = 300
 _held_locks = ExitStack()  # lock of the sweep folder, held until this process exits
 
 
-def prepare_sweep(whole: Any, line: CommandLine) -> None:
+def _search_direction(whole: Any, line: CommandLine) -> List[str]:
+    """Return the override with which a sweeper that has a direction, as Optuna's, finds the best of the objective."""
+    direction, objective = whole.hydra.sweeper.get("direction"), whole.sweep.objective
+    if direction is None:
+        return []
+    better = "maximize" if METRICS[objective].better == "higher" else "minimize"
+    if line.sets("hydra.sweeper.direction") and str(getattr(direction, "name", direction)) != better:
+        raise InputError(
+            f"hydra.sweeper.direction={getattr(direction, 'name', direction)}: a {METRICS[objective].better} value of "
+            f"sweep.objective={objective} is better; leave the direction out"
+        )
+    return [f"hydra.sweeper.direction={better}"]
+
+
+def prepare_sweep(whole: Any, line: CommandLine) -> List[str]:
     """Lock the folder of a sweep, and print for which combinations a run exists.
 
     Args:
         whole: configuration of one combination, including the `hydra` node.
         line: the command line.
 
+    Returns:
+        Further overrides for the sweep.
+
     Raises:
         InputError: if the folder is not a sweep folder, or another process runs a sweep there.
     """
     if whole.sweep.objective not in OBJECTIVES:
         raise InputError(f"sweep.objective={whole.sweep.objective}: must be one of {', '.join(OBJECTIVES)}")
+    more = _search_direction(whole, line)
     given, sweep_dir = line.sets("hydra.sweep.dir"), Path(str(whole.hydra.sweep.dir))
     is_first_node = os.environ.get("NODE_RANK", "0") in ("", "0")  # only node 0 locks the folder
     if given and is_first_node:
@@ -403,6 +421,7 @@ def prepare_sweep(whole: Any, line: CommandLine) -> None:
         SweepCallback.total -= len(complete)
         folders: Any = OmegaConf.to_container(whole.hydra.sweep, resolve=False)
         leave_out_jobs(list(complete), bool(complete) and folders["subdir"] == "${hydra.job.num}")
+    return more
 
 
 def _find_complete_runs(there: Dict[str, List[Path]], line: CommandLine, hydra: Any) -> Dict[int, "CompleteRun"]:

@@ -35,7 +35,7 @@ from lit_glm.launch.rendezvous import (
 )
 from lit_glm.launch.signals import Interrupted, StopRequest, StopSignals
 from lit_glm.launch.supervisor import run_ranks
-from lit_glm.process_utils import exit_now, kill_children, paused_gc, raise_open_files_limit
+from lit_glm.process_utils import exit_now, fast_imports, kill_children, raise_open_files_limit
 from lit_glm.runs.job_spec import JobSpec
 from lit_glm.runs.result import (
     error_folder,
@@ -100,7 +100,7 @@ def _join_and_run(
     """
     with ExitStack() as keep:
         keep.enter_context(stop.interruptible())
-        with paused_gc():
+        with fast_imports():
             from lit_glm.launch.rank_runner import run_rank
 
         run = keep.enter_context(process_group(job.config, choose_run)).run

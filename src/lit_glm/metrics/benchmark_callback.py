@@ -157,7 +157,7 @@ class BenchmarkCallback(pl.Callback):
             self.interrupted = self._evaluate(trainer, module, "INIT_EVALUATION") is None
             trainer.should_stop = self.interrupted
         account.init_seconds = account.e2e()
-        self.metric_logging.begin(trainer.loggers, step, self.run_metrics.evaluated_step)
+        self.metric_logging.begin(trainer.loggers, -1 if is_new else account.evaluated_step)
         self.events.emit("INIT_END")
         self.events.emit("TRAIN_START")
         self.timer.training_starts()
@@ -165,6 +165,7 @@ class BenchmarkCallback(pl.Callback):
         if step > 0:
             # The run may have been stopped between a step and its evaluation or checkpoint.
             self._after_step(trainer, module, None)
+        self.metric_logging.evaluation(trainer.loggers, step, account.evaluated_step)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Record that the batch is on the device, and emit the start events."""

@@ -197,8 +197,6 @@ def _wandb_id(run_dir: Path) -> str:
 def _instantiate(group: str, name: str, entry: Dict[str, Any]) -> Any:
     from hydra.utils import instantiate
 
-    if not isinstance(entry, dict) or not entry.get("_target_"):
-        raise InputError(f"{group}.{name}: no class (_target_) given; `{group}=NAME` selects a file of conf/{group}/")
     try:
         made = instantiate(entry)
         if group == "logger":
@@ -233,10 +231,19 @@ class MetricLogging:
         self._account, self._hyperparameters, self._every = account, hyperparameters, every_steps
         self._evaluated_step = -1
 
-    def begin(self, loggers: List[Any], step: int, evaluated_step: int) -> None:
-        """Log the hyperparameters and, as the first point, the evaluation before training."""
+    def begin(self, loggers: List[Any], evaluated_step: int) -> None:
+        """Log the hyperparameters.
+
+        Args:
+            loggers: of the trainer.
+            evaluated_step: step of the last evaluation of an earlier part of the run, which has logged it; -1: none.
+        """
         for logger in loggers:
             logger.log_hyperparams(self._hyperparameters)
+        self._evaluated_step = evaluated_step
+
+    def evaluation(self, loggers: List[Any], step: int, evaluated_step: int) -> None:
+        """Log the evaluation before the first step of this part of the run, if there was one."""
         self._log(loggers, step, evaluated_step, {})
 
     def step(self, loggers: List[Any], step: int, evaluated_step: int, values: StepMetrics) -> None:

@@ -22,8 +22,9 @@ document.querySelectorAll("table.rows").forEach(function (table) {
       var plain = /^([-+]?[0-9][0-9.,e+-]*)?(%|x)?(\\/[0-9.]+)?( \\[.*\\])?$/;
       var numbers = Array.from(body.rows).every(function (row) { return plain.test(text(row)); });
       Array.from(body.rows).sort(function (a, b) {
+        if (!text(a) || !text(b)) return (text(a) ? 0 : 1) - (text(b) ? 0 : 1);
         var order = text(a).localeCompare(text(b), undefined, {numeric: true});
-        if (numbers) order = (parseFloat(text(a)) || 0) - (parseFloat(text(b)) || 0);
+        if (numbers) order = parseFloat(text(a)) - parseFloat(text(b));
         return down ? -order : order;
       }).forEach(function (row) { body.appendChild(row); });
       table.querySelectorAll("th").forEach(function (other) { other.removeAttribute("aria-sort"); });

@@ -141,20 +141,26 @@ def row_notes(row: ReportRow, words: Translations) -> List[Note]:
     state = words.state(str(row["status"]))
     notes: List[Note] = []
     empty = [column for column in TABLE_COLUMNS[1:] if not format_cell(row, column)]
-    rates = [column for column in empty if column.startswith("p_")]
-    if rates and not row.runs[0].complete:
-        notes.append(Note("why_no_step", name, (", ".join(rates), state)))
-    for column, why in (("e2e_time", "why_no_e2e"), ("acc", "why_no_acc")):
-        if column in empty and not row.runs[0].complete:
-            notes.append(Note(why, name, (state,)))
-    if "mem" in empty and row.median("mem_actual_gib") is None:
+    if "mem" in empty:
+        empty.remove("mem")
         notes.append(Note("why_no_mem", name))
-    plain = [column for column in empty if row.runs[0].complete or column in ("precision", "fix_hp")]
-    plain = [column for column in plain if column != "mem" or row.median("mem_actual_gib") is not None]
-    if plain:
-        notes.append(Note("why_no_value", name, (", ".join(plain),)))
+    if not row.runs[0].complete:
+        for column, why in (("e2e_time", "why_no_e2e"), ("acc", "why_no_acc")):
+            if column in empty:
+                empty.remove(column)
+                notes.append(Note(why, name, (state,)))
+        if "p_whole" in empty:  # no step has been measured: there are no rates and no step times
+            of_steps = [column for column in empty if column.startswith(("p_", "step_"))]
+            empty = [column for column in empty if column not in of_steps]
+            notes.append(Note("why_no_step", name, (", ".join(of_steps), state)))
+    if empty:
+        notes.append(Note("why_no_value", name, (", ".join(empty),)))
     if len(row.runs) > 1:
         notes.append(Note("median_of", name, (str(len(row.runs)),)))
+        counts = {metric.column: len(row.values(metric.name)) for metric in TABLE_METRICS}
+        for column, count in counts.items():
+            if 0 < count < len(row.runs):
+                notes.append(Note("some_values", name, (column, str(count), str(len(row.runs)))))
     if row.differs:
         notes.append(Note("differs", name, (", ".join(f"{key}={row.differs[key]}" for key in sorted(row.differs)),)))
     for run in row.runs:

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 from lit_glm.atomic_files import read_json
 from lit_glm.config.key_aliases import migrate_names
+from lit_glm.config.schema import DataConfig, SyntheticConfig, TrainConfig, iter_keys
 from lit_glm.config.secrets import mask_config, mask_override
 from lit_glm.config.tuned_values import TRIALS_FOLDER, TUNE_FILE
 from lit_glm.metrics.registry import METRICS, as_number
@@ -34,8 +35,16 @@ _TEXTS = ("status", "hardware", "topology", "precision", "scoring", "fix_hp", "m
 _SILENT_S = 120.0
 _REPETITION = ("seed", "data.shuffle_seed")
 """Keys in which repetitions of one measurement may differ."""
-_PLACES = ("data.cache_dir", "data.out_dir", "data.train_file", "data.eval_file", "data.raw_dir", "data.vocab_file")
+_PLACES = ("data.out_dir", "data.train_file", "data.eval_file", "data.raw_dir", "data.vocab_file")
 """Keys of paths: runs on machines with other paths still count as repetitions."""
+_FIELDS = {key: entry for key, _, entry in iter_keys(TrainConfig(data=DataConfig(synthetic=SyntheticConfig())))}
+_NEUTRAL = {key: entry.metadata["neutral"] for key, entry in _FIELDS.items() if "neutral" in entry.metadata}
+"""Values by which runs of versions that lack a key were computed."""
+_MAY_DIFFER = {
+    *(key for key, entry in _FIELDS.items() if not entry.metadata.get("hashed", True)),
+    *(*_REPETITION, *_PLACES, "run.checkpoint_interval_steps"),
+}
+"""Keys in which the runs of a row may differ."""
 
 
 @dataclass
@@ -204,13 +213,12 @@ def _has_expected_type(key: str, value: Any) -> bool:
 
 def _read_flat_config(folder: Path) -> Dict[str, Any]:
     """Read the flat configuration from job.json, else from Hydra's config.yaml."""
-    config = (read_json(folder / "job.json") or {}).get("config")
-    if isinstance(config, dict):
-        return _flatten(mask_config(migrate_names(config, "config")))
+    config: Any = (read_json(folder / "job.json") or {}).get("config")
     try:
-        # Never resolve: `${oc.env:NAME}` in a foreign folder would read the environment of this process.
-        loaded: Any = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "config.yaml"), resolve=False)
-        return _flatten(mask_config(migrate_names(loaded, "config")))
+        if not isinstance(config, dict):
+            # Never resolve: `${oc.env:NAME}` in a foreign folder would read the environment of this process.
+            config = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "config.yaml"), resolve=False)
+        return {**_NEUTRAL, **_flatten(mask_config(migrate_names(config, "config")))}
     except Exception:  # missing, truncated, or not a configuration
         return {}
 
@@ -290,14 +298,13 @@ def _comparability_key(run: ReportRun) -> List[Any]:
 
 
 def _compared_settings(run: ReportRun) -> Dict[str, Any]:
-    skip = (*_REPETITION, *_PLACES)
-    own = ("run.resume", "run.stall_timeout_s", "run.rendezvous_timeout_s", "run.checkpoint_interval_steps")
-    described = ("hardware.", "topology.", "report.", "sweep.", "logger.", "callbacks.", "hydra.")
+    """Return the settings that must be equal within a row: those that decide what is computed and how fast."""
+    shown_elsewhere = ("hardware.", "topology.", "logger.", "callbacks.", "hydra.")
     measured = ("hardware.env.", "hardware.runtime")
     return {
         key: value
         for key, value in run.settings.items()
-        if key.startswith(measured) or (key not in skip + own and not key.startswith(described))
+        if key.startswith(measured) or (key not in _MAY_DIFFER and not key.startswith(shown_elsewhere))
     }
 
 
