@@ -34,7 +34,7 @@ from lit_glm.planning.prediction import saves_attention_probs
 from lit_glm.planning.workload import Workload, load_examples
 from lit_glm.reporting.plots import STYLE, use_plain_numbers
 from lit_glm.runs.job_spec import JobSpec, config_hash
-from lit_glm.runs.result import markdown_table, read_result
+from lit_glm.runs.result import is_complete, markdown_table, read_result
 from lit_glm.runs.run_folder import lock_directory
 from lit_glm.runs.run_writer import STEP_COLUMNS, read_csv_rows
 
@@ -302,6 +302,8 @@ class Search:
         try:
             return self._measure(bs, trial_dir, work, self._run(bs, trial_dir, seconds))
         except TimeLimitExceeded:
+            if is_complete(trial_dir):  # the limit came while its processes ended
+                return self._measure(bs, trial_dir, work, read_result(trial_dir) or {})
             return Trial(bs, TIME, message=f"exceeded the remaining {seconds:.0f} s")
         except RunError as error:
             reason = str((read_result(trial_dir) or {}).get("error") or error)

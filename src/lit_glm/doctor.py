@@ -9,6 +9,7 @@ from typing import Any, Callable, Iterator
 from hydra.core.hydra_config import HydraConfig
 
 from lit_glm.check_result import CheckResult
+from lit_glm.config.command_line import suggest_command
 from lit_glm.config.hydra_main import run_command
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError, RunError
@@ -107,7 +108,9 @@ def main() -> int:
             print(json.dumps({"ok": not failed, "checks": rows}, indent=1, ensure_ascii=False))
         else:
             log.info(f"{len(failed)} failed: {', '.join(failed)}" if failed else "nothing failed")
-            log.info(f"to test the device's arithmetic: python -m lit_glm.verify hardware={config.hardware.name}")
+        if not as_json and not failed:
+            command = suggest_command(sys.argv, "verify", f"hardware={config.hardware.name}")
+            log.info(f"to test the device's arithmetic: {command}")
         return 1 if failed else 0
 
     return run_command("doctor", TrainConfig, task, arguments=[word for word in sys.argv[1:] if word != "--json"])

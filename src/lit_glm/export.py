@@ -28,7 +28,7 @@ def export(run_dir: Path, layout: str, out: Path) -> str:
         InputError: if the folder holds no usable checkpoint or the file cannot be written.
     """
     from lit_glm.atomic_files import atomic_write
-    from lit_glm.model.checkpoint import save_published, save_safetensors
+    from lit_glm.model.checkpoint import is_exported, save_published, save_safetensors
     from lit_glm.runs import checkpoints
     from lit_glm.runs.job_spec import JOB_FILE, read_job_json
 
@@ -38,6 +38,8 @@ def export(run_dir: Path, layout: str, out: Path) -> str:
     path, content, passed_over = checkpoints.latest_valid(run_dir, stored_hash, whole=True)
     if path is None:
         raise InputError("\n".join([f"{run_dir}: contains no usable checkpoint", *passed_over]))
+    if out.exists() and not is_exported(out):
+        raise InputError(f"--out {out}: exists and was not written by export; give another file, or remove it")
     weights = {name[len("glm.") :]: tensor for name, tensor in content["state_dict"].items()}
     step = content["lit_glm"]["steps_done"]
     try:

@@ -19,7 +19,8 @@ from lit_glm.check_result import CheckResult
 from lit_glm.config.hydra_main import CONF_DIR
 from lit_glm.config.schema import ModelConfig, TrainConfig
 from lit_glm.data.memmap_dataset import SequenceLengths, summarise_hdf5
-from lit_glm.errors import InputError
+from lit_glm.errors import InputError, first_line
+from lit_glm.hardware.device_monitor import monitor_for
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.hardware.runtimes.selection import check_device_count, make_runtime, validate_devices
 from lit_glm.isolated_process import call_isolated
@@ -188,9 +189,22 @@ def check_devices(config: TrainConfig, made: Runtime) -> CheckResult:
         total = made.total_memory(index)
         size = "memory unknown" if total is None else f"{total / 2**30:.1f} GiB"
         names.append(f"{made.device_name(index) or config.hardware.product_name} ({size})")
+    hints += _try_monitor(config)
     kinds = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
     message = f"{made.device_count()} devices visible, {devices} required per node: {kinds}"
     return CheckResult("", "warn" if hints else "ok", message, "; ".join(hints))
+
+
+def _try_monitor(config: TrainConfig) -> List[str]:
+    """Take a reading of the devices' monitor; return what is wrong with it."""
+    monitor = monitor_for(config.hardware)
+    if monitor is None:
+        return []
+    try:
+        readings = monitor.read(None)
+    except Exception as error:  # a monitor of somebody's own
+        return [f"the device monitor raises {type(error).__name__} ({first_line(error)}): no power, no energy"]
+    return [] if readings else ["the device monitor gives no readings: power and energy will be unknown"]
 
 
 def check_precision(config: TrainConfig, made: Runtime) -> CheckResult:

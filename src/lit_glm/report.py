@@ -48,7 +48,6 @@ def _environment_overrides(places: List[str]) -> Dict[str, str]:
 
 def _compare(given: argparse.Namespace) -> int:
     """Compare two runs, in Markdown and English, on standard output or as compare.md in --out; return the status."""
-    from lit_glm.atomic_files import write_text
     from lit_glm.reporting.comparison import compare_runs
     from lit_glm.reporting.run_reader import find_runs
 
@@ -68,12 +67,7 @@ def _compare(given: argparse.Namespace) -> int:
     if given.out is None:
         print(found.text, end="")
     else:
-        try:
-            given.out.mkdir(parents=True, exist_ok=True)
-            write_text(given.out / "compare.md", found.text)
-        except OSError as error:
-            raise InputError(f"--out {given.out}: cannot be written ({error})") from error
-        print(given.out / "compare.md")
+        _write_report(given.out / "compare.md", found.text, "## Configuration and environment")
     if limit is None:
         return 0
     if found.largest is None:
@@ -135,16 +129,34 @@ def report(given: argparse.Namespace) -> int:
                 sys.stdout.write(text)
                 continue
             path = given.out / f"report.{language}.{kind}"
-            try:
-                given.out.mkdir(parents=True, exist_ok=True)
-                path.write_text(text, encoding="utf-8")
-            except OSError as error:
-                raise InputError(f"--out {given.out}: cannot be written ({error})") from error
-            print(path)
+            _write_report(path, text, "e2e_time,p_whole" if kind == "csv" else " lit_glm ")
     if given.check:
         words = Translations(languages[0])
         print("\n".join([f"{words('missing')}:", *missing] if missing else [words("nothing_missing")]))
     return 1 if given.check and missing else 0
+
+
+def _write_report(path: Path, text: str, mark: str) -> None:
+    """Write a file in --out, which may replace an earlier one, and print its path.
+
+    Args:
+        path: the file.
+        text: its content.
+        mark: text that every such file contains.
+
+    Raises:
+        InputError: if it cannot be written, or there is a file that `report` has not written.
+    """
+    from lit_glm.atomic_files import write_text
+
+    try:
+        if path.exists() and mark not in path.read_text(encoding="utf-8", errors="replace"):
+            raise InputError(f"{path}: exists and was not written by report; give another --out")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+    except OSError as error:
+        raise InputError(f"--out {path.parent}: cannot be written ({error})") from error
+    print(path)
 
 
 def _best_run_text(runs: "List[ReportRun]", key: str) -> str:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from lit_glm.config.schema import LossScaleConfig
+from lit_glm.hardware.device_monitor import monitor_of_name
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.hardware.runtimes.selection import import_runtime_class
 from lit_glm.verification.timing_check import check_clock
@@ -45,12 +46,24 @@ def test_it_has_a_name_and_a_known_backend(runtime: Runtime) -> None:
 
 
 def test_it_counts_its_devices_and_each_holds_tensors(runtime: Runtime) -> None:
+    assert isinstance(runtime.device_count(), int)
     assert runtime.device_count() >= 1
-    device = runtime.device(0)
-    assert isinstance(device, torch.device)
-    there = torch.arange(5).to(device)
-    assert there.device.type == device.type
-    assert there.cpu().tolist() == [0, 1, 2, 3, 4]
+    try:
+        for index in range(runtime.device_count()):
+            runtime.set_device(index)
+            device = runtime.device(index)
+            assert isinstance(device, torch.device)
+            there = torch.arange(5).to(device)
+            assert there.device.type == device.type
+            assert there.cpu().tolist() == [0, 1, 2, 3, 4]
+    finally:
+        runtime.set_device(0)
+
+
+def test_its_monitor_reads_the_devices(runtime: Runtime) -> None:
+    if not runtime.monitor:
+        pytest.skip("it has no monitor of its own")
+    assert monitor_of_name(runtime.monitor).read(None), "no readings"
 
 
 def test_synchronize_returns_when_the_work_is_done(runtime: Runtime) -> None:

@@ -10,6 +10,7 @@ from typing import List
 import pytest
 
 from conftest import Process, command, lit_glm, start_command
+from runs.processes import ranks_of
 from runs.test_runs import _nothing_left, _wait_for_steps, result
 
 ENDLESS = ["experiment=debug", "run.max_steps=100000", "run.max_samples=10000000", "run.eval_interval_samples=1000000"]
@@ -43,6 +44,16 @@ def test_a_signal_saves_and_says_what_can_be_resumed(number: int, tmp_path: Path
     assert (tmp_path / "run" / "checkpoints" / f"step-{step:08d}.ckpt").is_file()
     assert f"interrupted by {signal.Signals(number).name}; resume after step {step} with run.resume=" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_rank_is_the_one_that_is_reported(rank: int, tmp_path: Path) -> None:
+    """The other rank, which stops with it, may be the first to exit."""
+    process = start(tmp_path, *ENDLESS, topology="1x2")
+    _wait_for_steps(tmp_path / "run", process, 5)
+    ranks_of(process)[rank].send_signal(signal.SIGUSR1)
+    said = process.communicate(timeout=100)[1]
+    assert (process.returncode, result(tmp_path / "run")["status"]) == (128 + signal.SIGUSR1, "interrupted"), said
 
 
 def test_a_stop_in_the_last_evaluation_is_no_end(tmp_path: Path) -> None:

@@ -128,6 +128,17 @@ def test_skip_done_can_be_switched_off(tmp_path: Path) -> None:
     assert (tmp_path / "sweep" / "0" / "result.json").read_bytes() != before
 
 
+def test_records_that_are_not_the_sweeps_are_left_alone(tmp_path: Path) -> None:
+    """Whatever lies in a folder of that name."""
+    folder = tmp_path / "sweep" / "jobs"
+    folder.mkdir(parents=True)
+    for name in ("important.json", "00001.json"):
+        (folder / name).write_text('{"mine": 1}')
+    done = lit_glm("train", *SWEEP, "bs=2,4", cwd=tmp_path)
+    assert (done.returncode, "contains files that are not job records" in done.stderr) == (2, True)
+    assert {path.read_text() for path in folder.glob("*.json")} == {'{"mine": 1}'}
+
+
 @pytest.mark.slow
 def test_jobs_side_by_side_by_joblib(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")

@@ -1,8 +1,10 @@
 """A folder is taken, refused or overwritten; nothing of the user's in it is touched."""
 
+import errno
 import json
+import signal
 from pathlib import Path
-from typing import Any, List
+from typing import Any, Dict, List
 
 import pytest
 
@@ -10,6 +12,9 @@ from conftest import lit_glm_here, rows, tree_digest
 from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
+from lit_glm.launch import rank_runner
+from lit_glm.launch.signals import Interrupted
+from lit_glm.runs import run_folder
 from lit_glm.runs.discovery import default_search_paths, find_run_dirs, runs_by_config_hash
 from lit_glm.runs.job_spec import JobSpec
 from lit_glm.runs.run_folder import ensure_available, lock_directory
@@ -256,3 +261,89 @@ def test_runs_are_looked_for_as_deep_as_they_are_made(tmp_path: Path) -> None:
     assert list(find_run_dirs([(tmp_path / "x", 0)])) == []
     assert list(find_run_dirs([(tmp_path / "a", 2)])) == []
     assert list(find_run_dirs([(tmp_path / "a", 3)])) == [tmp_path / "a/b/c/d"]
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({".lock": "mine"}, ".lock"),
+        ({".room": "mine"}, ".room"),
+        ({"job.json": '{"my": "slurm job"}', "result.json": "{}", "checkpoints/step-1.ckpt": "mine"}, "job.json"),
+    ],
+)
+def test_a_folder_with_files_of_these_names_that_are_not_ours_is_left_alone(
+    files: Dict[str, str], said: str, tmp_path: Path, capfd: Any
+) -> None:
+    for name, text in files.items():
+        (tmp_path / "a" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "a" / name).write_text(text)
+    before = tree_digest(tmp_path / "a")
+    for more in ([], ["run.overwrite=true"]):
+        assert lit_glm_here("train", *DEBUG, "hydra.run.dir=a", *more) == 2
+        assert said in capfd.readouterr().err
+    assert tree_digest(tmp_path / "a") == before
+
+
+def test_overwriting_removes_the_evaluation_of_the_run_before(tmp_path: Path) -> None:
+    assert lit_glm_here("train", *DEBUG, "run.checkpoint_interval_steps=1", "hydra.run.dir=run") == 0
+    assert lit_glm_here("evaluate", "run") == 0
+    assert (tmp_path / "run" / "evaluation" / "evaluation.json").is_file()
+    assert lit_glm_here("train", *DEBUG, "hydra.run.dir=run", "run.overwrite=true") == 0
+    assert not (tmp_path / "run" / "evaluation").exists()
+
+
+def test_the_times_of_a_part_without_a_step_are_known(tmp_path: Path) -> None:
+    """It wrote result.json before its first step and had no later one."""
+    arguments = [*DEBUG, "run.max_steps=5", "hydra.run.dir=run"]
+    assert lit_glm_here("train", *arguments) == 0
+    run = tmp_path / "run"
+    for path in (run / "checkpoints").iterdir():
+        path.unlink()
+    for name in ("steps.csv", "memory.csv"):
+        (run / name).write_text((run / name).read_text().splitlines(keepends=True)[0])
+    content = {**result(run), "status": "failed", "error": "out of memory", "global_steps": 0, "raw_train_time": 0.0}
+    (run / "result.json").write_text(json.dumps({**content, "num_trained_samples": 0}))
+    assert lit_glm_here("train", *arguments, "run.resume=run") == 0
+    final = result(run)
+    assert (final["status"], final["missing_data"], final.get("error")) == ("finished", [], None)
+    assert None not in [
+        final[name] for name in ("e2e_time", "init_time", "raw_train_time", "p_whole", "mem_actual_gib")
+    ]
+    assert final["init_time"] > content["init_time"]
+
+
+def test_a_resumed_run_is_running_until_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an earlier part died of is not how this one ends."""
+    arguments = [*DEBUG, "run.checkpoint_interval_steps=1"]
+    assert lit_glm_here("train", *arguments, "hydra.run.dir=run") == 0
+    run, seen = tmp_path / "run", []
+    (run / "result.json").write_text(json.dumps({**result(run), "status": "failed", "error": "rank 1 was killed"}))
+
+    def interrupted(*_: Any) -> None:
+        seen.append((result(run)["status"], result(run).get("error")))
+        raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(rank_runner, "build_components", interrupted)
+    assert lit_glm_here("train", *arguments, "run.resume=run") == 143
+    assert seen == [("running", None)]
+    assert (result(run)["status"], result(run).get("error")) == ("interrupted", None)
+
+
+def test_a_disk_that_is_full_from_the_start_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_folder, "reserve_disk_space", full)
+    assert lit_glm_here("train", *DEBUG, "hydra.run.dir=run") == 1
+    said = capfd.readouterr().err
+    assert "the files of the run cannot be written (No space left on device); free disk space" in said
+    assert "Traceback" not in said
+    final = result(tmp_path / "run")
+    assert final["status"] == "failed"
+    assert "No space left on device" in final["error"]
+    assert (tmp_path / "run" / "errors" / "rank-0.txt").is_file()
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert lit_glm_here("train", *DEBUG, "hydra.run.dir=run", "run.overwrite=true") == 0

@@ -128,6 +128,13 @@ class CommandLine:
         return plain, sweeps
 
 
+def suggest_command(typed: Sequence[str], command: str, *overrides: str) -> str:
+    """Return another command with the configuration files (--config-dir) of the one that was typed."""
+    own = [f"--config-dir {folder}" for flag, folder in zip(typed, typed[1:]) if flag in ("--config-dir", "-cd")]
+    own += [word for word in typed if word.startswith("--config-dir=")]
+    return " ".join([f"python -m lit_glm.{command}", *own, *overrides])
+
+
 def _unknown_option_message(flag: str) -> str:
     plain = flag.lstrip("-")
     key, _, value = plain.partition("=")

@@ -46,7 +46,8 @@ def explain_hydra_error(error: BaseException, schema: Any, conf: Path) -> str:
         group, _, name = (cause.missing_cfg_file or "").rpartition("/")
         names = sorted(cause.options or (file.stem for file in (conf / group).glob("*.yaml")))
         nearest = f" (nearest: {', '.join(closest_names(name, names))})" if names else ""
-        return f"{group}={name}: unknown {group}; choose one of {', '.join(names)}{nearest}"
+        own = f"; a file of your own: --config-dir FOLDER with {group}/{name}.yaml in it" if group else ""
+        return f"{group}={name}: unknown {group}; choose one of {', '.join(names)}{nearest}{own}"
     if isinstance(cause, OSError):
         return f"a configuration file cannot be read: {first_line(cause)}"
     if isinstance(cause, MissingMandatoryValue):

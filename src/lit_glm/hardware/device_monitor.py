@@ -6,6 +6,7 @@ input is closed, and once more then.
 """
 
 import importlib
+import logging
 import math
 import os
 import select
@@ -14,11 +15,14 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
 from lit_glm.config.schema import HardwareConfig
+from lit_glm.errors import InputError, first_line
 from lit_glm.hardware.monitors import MONITORS, DeviceReading, Monitor, nvml_device, visible_device
 from lit_glm.process_utils import set_parent_death_signal
+
+log = logging.getLogger(__name__)
 
 DEVICES_FILE = "devices.csv"
 COLUMNS = ("time_s", "node", "device", "mem_gib", "power_w", "temperature_c", "utilisation")
@@ -47,13 +51,25 @@ def _monitor_name(hardware: HardwareConfig) -> Optional[str]:
 
 
 def monitor_of_name(name: str) -> Monitor:
-    """Return a monitor by its runtime's name, or by package.module.NAME of an external package."""
+    """Return a monitor by its runtime's name, or by package.module.NAME of an external package.
+
+    Raises:
+        InputError: if there is no such monitor.
+    """
     if name in MONITORS:
         return MONITORS[name]
     module, _, attribute = name.rpartition(".")
-    found = getattr(importlib.import_module(module), attribute)
+    try:
+        found = getattr(importlib.import_module(module), attribute) if module else None
+    except Exception as error:  # whatever a package of somebody's own raises
+        raise InputError(
+            f"monitor {name} of the runtime: cannot be imported ({first_line(error)}); correct Runtime.monitor"
+        ) from error
     if not isinstance(found, Monitor):
-        raise TypeError(f"{name} is not a lit_glm.hardware.monitors.Monitor")
+        raise InputError(
+            f"monitor {name} of the runtime: is no lit_glm.hardware.monitors.Monitor; Runtime.monitor is "
+            "package.module.NAME of one (docs/new_chip.md)"
+        )
     return found
 
 
@@ -86,19 +102,21 @@ def monitor_devices(hardware: HardwareConfig, file: Path, node: int, devices: in
     watch = subprocess.Popen(
         [sys.executable, "-m", "lit_glm.hardware.device_monitor", *arguments],
         stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        text=True,
         start_new_session=True,  # Ctrl-C is for the run; this process ends when its stdin closes
     )
     try:
         yield
     finally:
-        assert watch.stdin is not None
-        watch.stdin.close()
         try:
-            watch.wait(timeout=_LAST_S)
+            problem, _ = watch.communicate(timeout=_LAST_S)  # closes its standard input
         except subprocess.TimeoutExpired:
             watch.kill()
+            problem, _ = watch.communicate()
+        if problem:
+            log.warning(f"device monitor {name}: {problem.strip()}; {file.name} lacks readings")
 
 
 def _format_number(value: Optional[float]) -> str:
@@ -123,13 +141,17 @@ def main(arguments: List[str]) -> int:
     with file.open("a", encoding="utf-8") as table:
         if begins:
             table.write(",".join(COLUMNS) + "\n")
-        ended, due = False, time.monotonic()
+        ended, due, problem = False, time.monotonic(), ""
         while True:
-            for reading in read(cards):
-                if cards is None or str(reading.index) in cards:
-                    table.write(format_reading(time.monotonic() - float(begun), int(node), reading))
+            try:
+                for reading in read(cards):
+                    if cards is None or str(reading.index) in cards:
+                        table.write(format_reading(time.monotonic() - float(begun), int(node), reading))
+            except Exception as error:  # of a monitor of somebody's own; the next reading may succeed
+                problem = problem or f"a reading failed ({type(error).__name__}: {first_line(error)})"
             table.flush()
             if ended:
+                print(problem, end="")
                 return 0
             due = max(due + float(every), time.monotonic() + 0.05)
             while not ended and time.monotonic() < due:
@@ -148,16 +170,18 @@ class MonitoredMemory:
         """Latest reading, bytes."""
         self._peak: Optional[float] = None
 
-    def start(self, file: Path, index: int, visible: str) -> None:
+    def start(
+        self, file: Path, index: int, visible: str, resolve: Callable[[str], Optional[str]] = nvml_device
+    ) -> None:
         """Set the file; readings from earlier parts of the run count for the peak.
 
         Args:
             file: devices.csv of the node.
             index: index of the device among the visible ones.
             visible: variable that selects the visible devices.
+            resolve: see `Monitor.resolve`.
         """
-        name = visible_device(index, visible)
-        self._file, self._card = file, (name if name.isdigit() else nvml_device(name))
+        self._file, self._card = file, resolve(visible_device(index, visible))
 
     def update(self) -> None:
         """Read new rows of the file."""

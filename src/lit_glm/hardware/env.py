@@ -3,8 +3,14 @@
 import os
 from typing import List
 
-from lit_glm.config.schema import HardwareConfig
+from lit_glm.config.schema import CONF_DIR, HardwareConfig
 from lit_glm.config.secrets import MASK
+
+
+def hardware_file(name: str) -> str:
+    """Return how messages call the file of a device type: one of conf/hardware/, or of the user's --config-dir."""
+    is_shipped = (CONF_DIR / "hardware" / f"{name}.yaml").is_file()
+    return f"conf/hardware/{name}.yaml" if is_shipped else f"--config-dir: hardware/{name}.yaml"
 
 
 def set_hardware_env(hardware: HardwareConfig) -> List[str]:
@@ -18,7 +24,7 @@ def set_hardware_env(hardware: HardwareConfig) -> List[str]:
         if value == MASK:  # from a run folder; ranks inherit the value in their environment
             continue
         if os.environ.get(name, value) != value:
-            kept.append(f"keeping {name}={os.environ[name]} (environment); conf/hardware/{hardware.name}.yaml: {value}")
+            kept.append(f"keeping {name}={os.environ[name]} (environment); {hardware_file(hardware.name)}: {value}")
         os.environ.setdefault(name, value)
     return kept
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lit_glm.compat import copy_all_, multiply_all_
 from lit_glm.config.schema import LossScaleConfig, TrainConfig
 from lit_glm.errors import InputError, first_line
+from lit_glm.hardware.env import hardware_file
 from lit_glm.hardware.runtimes.base import Runtime
 
 _FACTOR = 2.0
@@ -265,7 +266,7 @@ def make_precision(config: TrainConfig, runtime: Runtime, index: int = 0, tried:
     if name not in hardware.precisions:
         raise InputError(
             f"precision={name}: not supported by {hardware.product_name or hardware.name}; supported: "
-            f"{', '.join(hardware.precisions)} (conf/hardware/{hardware.name}.yaml)"
+            f"{', '.join(hardware.precisions)} ({hardware_file(hardware.name)})"
         )
     runtime.allow_tf32(config.precision.tf32)
     scaling = config.precision.loss_scale or LossScaleConfig()

@@ -17,7 +17,7 @@ from lit_glm.launch.heartbeat import STALL_MARGIN_S, StallWatchdog, run_watchdog
 from lit_glm.launch.rendezvous import Node, announce_end, resolve_node
 from lit_glm.launch.signals import Interrupted, StopRequest
 from lit_glm.launch.supervisor import Supervisor
-from lit_glm.metrics.energy import energy_metrics
+from lit_glm.metrics.energy import energy_metrics, in_kilojoules
 from lit_glm.metrics.registry import METRICS
 from lit_glm.process_utils import fast_imports, kill_children, raise_open_files_limit
 from lit_glm.runs.checkpoints import remove_partial, resume_hint
@@ -29,6 +29,8 @@ from lit_glm.runs.result import (
     mark_failed,
     mark_interrupted,
     read_result,
+    read_result_bytes,
+    restore_result,
     results_table,
     root_cause,
     settle_status,
@@ -95,8 +97,11 @@ def record_run(job: JobSpec, run_dir: Path, composed: Dict[str, str], output: Op
     """Lock the run folder during a job; write its final status, device readings and energy there; print the result."""
     with acquire_run_dir(job, run_dir, composed) as lock:
         settle_status(run_dir)  # of an earlier part whose launcher was killed
+        before = read_result_bytes(run_dir) if job.is_resume else None
+        if job.is_resume:
+            update_result(run_dir, status="running", error=None)
         try:
-            with write_energy_metrics(job, run_dir), write_failure_status(run_dir, job.is_resume):
+            with write_failure_status(run_dir, before), write_energy_metrics(job, run_dir):
                 heartbeat.clear_heartbeats(run_dir)
                 yield lock
         finally:
@@ -149,18 +154,19 @@ def write_energy_metrics(job: JobSpec, run_dir: Path) -> Iterator[None]:
             took = energy_metrics(run_dir, job.config, spans, result.get("num_trained_samples"), sliced)
             update_result(run_dir, **took)
             if None not in (took["energy_j"], took["power_mean_w"], took["samples_per_joule"]):
-                energy, rate = (
-                    f"{took['energy_j'] / 1000:.1f} kJ",
-                    METRICS["samples_per_joule"].form(took["samples_per_joule"]),
-                )
-                log.info(f"{energy}, {rate} samples/J, {took['power_mean_w']:.0f} W on average")
+                rate = METRICS["samples_per_joule"].form(took["samples_per_joule"])
+                energy, power = in_kilojoules(took["energy_j"]), took["power_mean_w"]
+                log.info(f"{energy} kJ, {rate} samples/J, {power:.0f} W on average")
 
 
 @contextmanager
-def write_failure_status(run_dir: Path, is_resume: bool) -> Iterator[None]:
+def write_failure_status(run_dir: Path, before: Optional[bytes]) -> Iterator[None]:
     """Record how the block ended in result.json and save the traceback of an unexpected error.
 
-    A resumed run whose input is rejected keeps its status: it can still be resumed as before.
+    Args:
+        run_dir: the run folder.
+        before: result.json of the earlier parts of a resumed run, which it keeps if its input is rejected: it can
+            still be resumed as before.
     """
     try:
         yield
@@ -169,7 +175,8 @@ def write_failure_status(run_dir: Path, is_resume: bool) -> Iterator[None]:
         mark_interrupted(run_dir)
         raise
     except Exception as error:
-        if isinstance(error, InputError) and is_resume:
+        if isinstance(error, InputError) and before is not None:
+            restore_result(run_dir, before)
             raise
         noted = root_cause(run_dir)
         if noted is None:

@@ -6,13 +6,14 @@ import signal
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.environments import LightningEnvironment
 
 from lit_glm.compat import has_fused_adamw, keep_own_signals
+from lit_glm.config.command_line import suggest_command
 from lit_glm.config.hydra_main import CONF_DIR
 from lit_glm.config.schema import TrainConfig
 from lit_glm.config.tuned_values import nearest_pair_hint
@@ -212,10 +213,8 @@ def _announce_run(context: RankContext, runtime: Runtime) -> None:
     )
     context.print_once(f"run folder {context.run_dir}")
     if runtime.has_driver and not _is_verified(context):
-        context.print_once(
-            f"this driver has not passed a verification in {config.precision.name} here; run: "
-            f"python -m lit_glm.verify hardware={config.hardware.name}"
-        )
+        command = suggest_command(context.job.command, "verify", f"hardware={config.hardware.name}")
+        context.print_once(f"this driver has not passed a verification in {config.precision.name} here; run: {command}")
     hint = runtime.precision_hint(config.precision.name)
     if hint:
         context.print_once(f"precision={config.precision.name}: {hint}")
@@ -306,9 +305,9 @@ def run_rank(job: JobSpec, run_dir: Path, stop: StopRequest, beat: Optional[Hear
     context = rank_context_from_env(job, run_dir)
     built = _build_components(context, beat or Heartbeat(run_dir, context.rank))
     _fit(context, built, stop)
-    result = _write_final_result(context, built)
+    result, received = _write_final_result(context, built, stop.received)
     if built.recorder.interrupted:
-        raise Interrupted(stop.received or signal.SIGTERM)
+        raise Interrupted(received or signal.SIGTERM)
     return result
 
 
@@ -343,15 +342,27 @@ def _fit(context: RankContext, built: TrainingComponents, stop: StopRequest) -> 
         raise RunError(message, summary="out of memory") from error
 
 
-def _write_final_result(context: RankContext, built: TrainingComponents) -> Dict[str, Any]:
-    """Gather the measurements of all ranks and write the result (rank 0)."""
+def _write_final_result(
+    context: RankContext, built: TrainingComponents, received: Optional[int]
+) -> Tuple[Dict[str, Any], Optional[int]]:
+    """Gather the measurements of all ranks and write the result (rank 0).
+
+    Args:
+        context: context of this rank.
+        built: its components.
+        received: stop signal that this rank has received.
+
+    Returns:
+        The result on rank 0, else {}; and the stop signal that any rank has received.
+    """
     config, recorder, runtime = context.config, built.recorder, built.runtime
     assert recorder.final_durations is not None
     seconds, e2e = recorder.final_durations
     span = recorder.run_metrics.training_span(e2e)
-    per_rank: List[Any] = [(seconds, runtime.peak_memory(context.local_rank), span)]
+    per_rank: List[Any] = [(seconds, runtime.peak_memory(context.local_rank), span, received)]
     if config.topology.world_size > 1:
         per_rank = object_collectives.all_gather_object(per_rank[0], runtime.device(context.local_rank))
+    durations, peaks, spans, signals = zip(*per_rank)
     result: Dict[str, Any] = {}
     if context.rank == 0:
         steps = built.module.steps_done
@@ -359,15 +370,13 @@ def _write_final_result(context: RankContext, built: TrainingComponents) -> Dict
         result = recorder.run_metrics.finish(
             _outcome(built, config.run.target_accuracy),
             built.module,
-            slowest_rank([entry for entry, _, _ in per_rank]),
+            slowest_rank(durations),
             e2e,
-            _peak_memory(
-                [peak for _, peak, _ in per_rank if peak is not None], built, config.topology.devices_per_node
-            ),
+            _peak_memory([peak for peak in peaks if peak is not None], built, config.topology.devices_per_node),
             counter.totals_until(steps),
             counter.flops_per_step(steps),
             counter.rank_imbalance(steps),
-            [span for _, _, span in per_rank[:: config.topology.devices_per_node]],
+            list(spans[:: config.topology.devices_per_node]),
         )
         recorder.events.finished(result)
     close_loggers(built.trainer.loggers if context.rank == 0 else [])
@@ -381,7 +390,7 @@ def _write_final_result(context: RankContext, built: TrainingComponents) -> Dict
             f"{config.hardware.peak_tflops[name]:g} is not the peak of this device; the run itself is "
             f"complete ({context.run_dir})"
         )
-    return result
+    return result, next(filter(None, signals), None)
 
 
 def _outcome(built: TrainingComponents, target: float) -> str:

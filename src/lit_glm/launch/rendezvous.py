@@ -200,6 +200,8 @@ class RendezvousError(RunError):
 class NothingToDo(Exception):
     """Exception for a rank whose run node 0 has found to be complete."""
 
+    exit_status = 0
+
 
 @dataclass
 class RunFolder:
@@ -207,6 +209,7 @@ class RunFolder:
 
     path: Path
     is_resume: bool
+    is_complete: bool = False
 
 
 def meet(config: TrainConfig, run: Optional[RunFolder]) -> "tuple[Any, Optional[RunFolder]]":

@@ -20,7 +20,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lit_glm.atomic_files import atomic_write, write_json, write_text
+from lit_glm.atomic_files import atomic_write, read_json, write_json, write_text
 from lit_glm.compat import leave_out_jobs
 from lit_glm.config.command_line import CommandLine
 from lit_glm.config.hydra_main import TaskOutcome, compose_config, validate_config
@@ -40,7 +40,7 @@ from lit_glm.runs.result import (
     results_table,
     table_cells,
 )
-from lit_glm.runs.run_folder import is_running, lock_directory, masked_yaml
+from lit_glm.runs.run_folder import LOCK_FILE, is_running, lock_directory, masked_yaml
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class SweepCallback(Callback):
         if os.environ.get("NODE_RANK", "0") not in ("", "0"):
             return
         SweepCallback.started = Path(config.hydra.sweep.dir).resolve()
-        for note in (SweepCallback.started / JOB_RECORDS_DIR).glob("*.json"):
+        for note in filter(_is_job_record, (SweepCallback.started / JOB_RECORDS_DIR).glob("*.json")):
             note.unlink()
         for number, run in enumerate(SweepCallback.complete, SweepCallback.total or 0):
             record_fields = {"reused_from": str(run.run_dir.resolve()), "objective": run.config.sweep.objective}
@@ -147,6 +147,11 @@ class SweepCallback(Callback):
 
 def _job_record_file(sweep_dir: Path, number: int) -> Path:
     return sweep_dir / JOB_RECORDS_DIR / f"{number:05d}.json"
+
+
+def _is_job_record(file: Path) -> bool:
+    is_named_so = file.suffix == ".json" and file.stem.isdigit()
+    return is_named_so and {"run_dir", "exit_status", "overrides", "row"} <= set(read_json(file) or {})
 
 
 def _rejected_row(config: Any) -> Dict[str, Any]:
@@ -402,8 +407,12 @@ def prepare_sweep(whole: Any, line: CommandLine) -> List[str]:
                 f"{sweep_dir}: is not a sweep folder (no {JOB_RECORDS_DIR}/) but contains {', '.join(foreign)}, which "
                 "a sweep would overwrite; give another hydra.sweep.dir="
             )
-        if notes.is_dir() and not all(path.suffix == ".json" or path.name == ".lock" for path in notes.iterdir()):
-            raise InputError(f"{notes}: contains files that are not job records; give another hydra.sweep.dir=")
+        others = [path.name for path in notes.glob("*") if path.name != LOCK_FILE and not _is_job_record(path)]
+        if others:
+            raise InputError(
+                f"{notes}: contains files that are not job records ({', '.join(sorted(others)[:3])}); give another "
+                "hydra.sweep.dir="
+            )
         advice = (
             "wait until that sweep has ended (this one, started again, then reuses complete runs), or give another "
             "hydra.sweep.dir="

@@ -105,6 +105,8 @@ def _join_and_run(
 
         run = keep.enter_context(process_group(job.config, choose_run)).run
         assert run is not None
+        if run.is_complete:
+            raise NothingToDo(f"{run.path}: the run is complete; nothing to do")
         job.is_resume = run.is_resume
         joined(run)
         node = int(os.environ.get("GROUP_RANK", "0"))
@@ -137,7 +139,7 @@ def run_under_torchrun(
             def choose_run() -> RunFolder:
                 run = find()
                 if run.is_resume and complete_result(run.path) is not None:
-                    raise InputError(f"run.resume={run.path}: the run is complete; nothing to do")
+                    return RunFolder(run.path, True, is_complete=True)
                 job.is_resume = run.is_resume
                 keep.enter_context(record_run(job, run.path, files))
                 return RunFolder(run.path.resolve(), run.is_resume)

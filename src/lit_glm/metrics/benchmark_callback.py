@@ -207,21 +207,18 @@ class BenchmarkCallback(pl.Callback):
     def _write_step(self, step: int, values: StepMetrics, times: StepTimes) -> None:
         if self.run_metrics.writer is None:
             return
-        try:
-            self.run_metrics.writer.steps.add(
-                step=step,
-                epoch=self._epoch,
-                samples=step * self.config.global_batch,
-                loss=values.loss,
-                lr=values.lr,
-                grad_norm=values.grad_norm,
-                data_s=round(times.data, 7),
-                compute_s=round(times.compute, 7),
-                step_s=round(times.step, 7),
-                loss_scale=values.loss_scale,
-            )
-        except OSError as error:
-            raise RunError(f"cannot write the run's files: {error}") from error
+        self.run_metrics.writer.steps.add(
+            step=step,
+            epoch=self._epoch,
+            samples=step * self.config.global_batch,
+            loss=values.loss,
+            lr=values.lr,
+            grad_norm=values.grad_norm,
+            data_s=round(times.data, 7),
+            compute_s=round(times.compute, 7),
+            step_s=round(times.step, 7),
+            loss_scale=values.loss_scale,
+        )
 
     def _after_step(self, trainer: pl.Trainer, module: RecordModule, times: Optional[StepTimes]) -> None:
         """Evaluate, stop and save where due; `times` is None if the step was done by an earlier process."""

@@ -17,6 +17,11 @@ _LATE = 0.5
 """Fraction of an interval by which a reading may be late without counting as missing."""
 
 
+def in_kilojoules(joules: float) -> str:
+    """Format an energy in kJ, below 1 kJ with three digits."""
+    return f"{joules / 1000:.1f}" if joules >= 1000 else f"{joules / 1000:.3g}"
+
+
 @dataclass
 class DeviceEnergy:
     """Energy of one device over some time spans."""

@@ -14,6 +14,7 @@ from typing import Any, Dict, Optional, Tuple
 
 from lit_glm.config.schema import TrainConfig
 from lit_glm.metrics.run_metrics import RunMetrics
+from lit_glm.runs.run_writer import reported_write
 from lit_glm.training.module import StepMetrics
 
 _FLUSH_EVERY_S = 0.05
@@ -23,7 +24,7 @@ class PerfLog:
     """Writer of a run folder's perf.log, which appends one line per event."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._file = path, path.open("a", encoding="utf-8")
         self._flushed = 0.0
 
     def event(self, name: str, value: Optional[Any], time_ms: int, **keys: Any) -> None:
@@ -47,11 +48,12 @@ class PerfLog:
             "time_ms": time_ms,
             "rank": 0,
         }
-        self._file.write(f"[PerfLog] {json.dumps(_replace_non_finite(line))}\n")
-        # steps.csv is flushed at every step; a second flush would take a large part of a short step.
-        if not name.startswith("STEP_") or time.monotonic() > self._flushed + _FLUSH_EVERY_S:
-            self._file.flush()
-            self._flushed = time.monotonic()
+        with reported_write(self._path):
+            self._file.write(f"[PerfLog] {json.dumps(_replace_non_finite(line))}\n")
+            # steps.csv is flushed at every step; a second flush would take a large part of a short step.
+            if not name.startswith("STEP_") or time.monotonic() > self._flushed + _FLUSH_EVERY_S:
+                self._file.flush()
+                self._flushed = time.monotonic()
 
 
 def _replace_non_finite(value: Any) -> Any:

@@ -191,8 +191,14 @@ METRICS: Dict[str, Metric] = {
             "energy_bridged_share", "", "Energy: bridged share", "能耗：插值时间占比",
             "Share of the training time in which readings are missing and power was interpolated.", _NO_POWER,
         ),
-        Metric("power_mean_w", "W", "Mean power", "平均功率", "energy_j / training time, all devices.", _NO_POWER),
-        Metric("power_max_w", "W", "Peak power", "最高功率", "Largest reading of any device.", "no reading"),
+        Metric(
+            "power_mean_w", "W", "Mean power of all devices", "平均功率（所有卡合计）",
+            "energy_j / training time, the sum over all devices.", _NO_POWER,
+        ),
+        Metric(
+            "power_max_w", "W", "Peak power of a device", "最高功率（单卡）", "Largest reading of any one device.",
+            "no reading",
+        ),
         Metric("temperature_mean_c", "C", "Mean temperature", "平均温度", "Mean of all readings.", "no reading"),
         Metric("temperature_max_c", "C", "Highest temperature", "最高温度", "Maximum of all readings.", "no reading"),
         Metric(

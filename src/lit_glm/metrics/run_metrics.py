@@ -7,7 +7,6 @@ from typing import Any, Dict, List, Optional
 
 from lit_glm.config.schema import TrainConfig
 from lit_glm.data.sampler import InfiniteDistributedBatchSampler
-from lit_glm.errors import RunError
 from lit_glm.hardware.monitors import is_mig_slice
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.metrics import timing
@@ -21,6 +20,9 @@ from lit_glm.training.evaluation import has_converged
 from lit_glm.training.module import RecordModule
 
 log = logging.getLogger(__name__)
+
+_ABOVE_TOTAL = 1.05
+"""Memory in use relative to the device's from which one of the two must be wrong."""
 
 
 class RunMetrics:
@@ -83,7 +85,8 @@ class RunMetrics:
             missing.append(f"steps.csv has {len(files.steps.rows)} of the {steps_done} steps before an interruption")
             compute = steps = math.nan
         raw, init, e2e = (files.previous_number(name) for name in ("raw_train_time", "init_time", "e2e_time"))
-        self.has_earlier_result = (files.previous_number("global_steps") or -1) >= steps_done
+        known_steps = files.previous_number("global_steps")
+        self.has_earlier_result = known_steps is not None and known_steps >= steps_done
         if steps_done == 0 and files.evaluated_step < 0:  # nothing of an earlier part is kept
             raw, init, e2e, self.has_earlier_result = raw or 0.0, init or 0.0, e2e or 0.0, True
         elif not self.has_earlier_result:  # the result is written before each checkpoint: this one is an older copy
@@ -137,11 +140,7 @@ class RunMetrics:
         """Write result.json with the current metrics and a row of memory.csv; `durable` waits for the disk."""
         if self.writer is None:
             return
-        row = self.row(module, self.durations(), self.e2e(), self.peak_memory())
-        try:
-            self.writer.write(row, durable)
-        except OSError as error:
-            raise RunError(f"cannot write the run's files: {error}") from error
+        self.writer.write(self.row(module, self.durations(), self.e2e(), self.peak_memory()), durable)
         warning = self.contention.sample_if_due() if self.contention is not None else None
         if warning:
             log.info(warning)
@@ -165,6 +164,10 @@ class RunMetrics:
         total = of_file if measured is None else measured / 2**30
         before = files.previous_number("mem_actual_gib")
         used = None if peak is None or not self.has_earlier_result else peak / 2**30
+        missing = self.missing_data
+        if used is not None and measured is not None and used > _ABOVE_TOTAL * measured / 2**30:
+            missing = [*missing, f"memory in use, {used:.1f} GiB, is above the device's {measured / 2**30:.1f}"]
+            used = before = None  # no value rather than a wrong one
         row = {
             "status": "running",
             **config_fields(config),
@@ -190,7 +193,7 @@ class RunMetrics:
             "computed_on_cpu": config.hardware._target_ is not None and self._runtime.device(0).type == "cpu",
             "tf32": self._tf32(),
             "training_spans": self._training_spans(e2e),
-            "missing_data": self.missing_data,
+            "missing_data": missing,
             "environment_changes": self.environment_changes,
             **self._contention_fields(),
         }

@@ -9,7 +9,7 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 import psutil
 import torch
@@ -128,14 +128,14 @@ def describe_system(config: TrainConfig, runtime: Runtime, command: List[str]) -
         "cores": available_cores(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "variables": {name: os.environ[name] for name in _known_variables() if name in os.environ},
+        "variables": {name: os.environ[name] for name in _known_variables(hardware.env) if name in os.environ},
     }
 
 
-def _known_variables() -> List[str]:
-    """List variable names from this module and the hardware files, never from the command line; no secrets."""
+def _known_variables(own: Iterable[str]) -> List[str]:
+    """List variable names from this module and the hardware files, `own` those of the chosen file; no secrets."""
     files: List[Any] = [OmegaConf.load(path) for path in sorted((CONF_DIR / "hardware").glob("*.yaml"))]
-    names = [*_VARIABLES, *(str(name) for content in files for name in content.get("env") or {})]
+    names = [*_VARIABLES, *(str(name) for content in files for name in content.get("env") or {}), *own]
     return [name for name in dict.fromkeys(names) if not is_secret(name)]
 
 

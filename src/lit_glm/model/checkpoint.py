@@ -23,6 +23,9 @@ _POSITION = "transformer.position_embeddings.weight"
 _BLOCK_POSITION = "transformer.block_position_embeddings.weight"
 _LATEST = "latest_checkpointed_iteration.txt"
 _SHOWN = 8  # names in a message
+_MARK = "exported_by"
+_EXPORTED = {_MARK: "lit_glm"}
+"""Mark of an exported file; readers of the published layout take no notice of it."""
 
 
 def load_checkpoint(glm: GLM, path: "str | Path") -> List[str]:
@@ -107,12 +110,25 @@ def read_weights(path: Path) -> Dict[str, Tensor]:
 
 def save_published(weights: Dict[str, Tensor], path: Path, iteration: int) -> None:
     """Write weights in the published layout."""
-    torch.save({"iteration": iteration, "module": weights}, str(path))
+    torch.save({"iteration": iteration, "module": weights, **_EXPORTED}, str(path))
 
 
 def save_safetensors(weights: Dict[str, Tensor], path: Path) -> None:
     """Write weights as safetensors."""
-    _import_safetensors().save_file({name: tensor.contiguous() for name, tensor in weights.items()}, str(path))
+    contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
+    _import_safetensors().save_file(contiguous, str(path), metadata=_EXPORTED)
+
+
+def is_exported(path: Path) -> bool:
+    """Return whether a file was written by one of the two functions above, so that it may be replaced."""
+    try:
+        if path.suffix == ".safetensors":
+            with _import_safetensors().safe_open(str(path), "pt") as file:
+                return bool(_EXPORTED.items() <= (file.metadata() or {}).items())
+        content = load_torch_file(path, mmap=True)
+        return isinstance(content, dict) and content.get(_MARK) == _EXPORTED[_MARK]
+    except Exception:  # not a file of that kind
+        return False
 
 
 def _find_checkpoint_in(folder: Path) -> Path:

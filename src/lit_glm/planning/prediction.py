@@ -9,6 +9,7 @@ import numpy as np
 from lit_glm.config.schema import TrainConfig
 from lit_glm.data.memmap_dataset import open_dataset
 from lit_glm.errors import InputError
+from lit_glm.hardware.env import hardware_file
 from lit_glm.metrics.memory_estimate import count_parameters, estimate_memory
 from lit_glm.planning.workload import Workload
 from lit_glm.runs.job_spec import JOB_FILE, JobSpec
@@ -149,8 +150,8 @@ class MeasuredRun:
 
     @property
     def plain(self) -> bool:
-        """Whether the run was neither simulated nor profiled."""
-        return not any(self.result.get(mark) for mark in ("simulated", "profiled"))
+        """Whether the run was a measurement of its device: not simulated, profiled, or computed on the CPU instead."""
+        return not any(self.result.get(mark) for mark in ("simulated", "profiled", "computed_on_cpu"))
 
     def lines(self) -> List[LinearCostModel]:
         """Fit linear cost models: to all steps, without outliers, and by least squares if well conditioned.
@@ -184,7 +185,7 @@ def saves_attention_probs(config: TrainConfig) -> bool:
 
 def ignored_runs(runs: List[MeasuredRun], configs: List[Any]) -> List[str]:
     """List the runs that no configuration can learn from, with the reason."""
-    messages = [f"{run.path}: ignored: simulated or profiled" for run in runs if not run.plain]
+    messages = [f"{run.path}: ignored: simulated, profiled or computed on the CPU" for run in runs if not run.plain]
     for run in runs:
         if run.plain and not any(same_chip(run.config, config) for config in configs):
             what = f"{run.config.hardware.name} in {run.config.precision.name}"
@@ -228,7 +229,7 @@ def rank_speed(
         name = config.hardware.name
         raise InputError(
             f"hardware={name}: its speed cannot be predicted: no peak for {config.precision.name} in "
-            f"conf/hardware/{name}.yaml and no published p_core; give a run on this device with plan.runs=RUN_DIR"
+            f"{hardware_file(name)} and no published p_core; give a run on this device with plan.runs=RUN_DIR"
         )
     basis = (
         f"{_UNKNOWN_EFFICIENCY.low:.0%} to {_UNKNOWN_EFFICIENCY.high:.0%} of the peak (no measurement of this device)"
@@ -238,7 +239,8 @@ def rank_speed(
 
 def _speed_from_runs(config: TrainConfig, runs: List[MeasuredRun]) -> RankSpeed:
     alike = [run for run in runs if run.config.scoring.name == config.scoring.name]
-    chosen = alike or runs
+    # A run of the same topology knows best what its ranks do to each other.
+    chosen = [run for run in alike if run.config.topology == config.topology] or alike or runs
     share = config.topology.devices_per_node if config.hardware.accelerator == "cpu" else 1  # ranks share the cores
     factors = (1.0,) if alike else (_OTHER_SCORING.low, _OTHER_SCORING.high)
     lines = []
@@ -252,7 +254,9 @@ def _speed_from_runs(config: TrainConfig, runs: List[MeasuredRun]) -> RankSpeed:
         for line in run.lines():
             overheads = {line.overhead * share / own * scale for scale in scales}
             lines += [LinearCostModel(overhead, line.rate * own / share * f) for overhead in overheads for f in factors]
-    basis = f"{len(chosen)} run{'s' * (len(chosen) > 1)} on {config.hardware.name}: {chosen[0].path.name}"
+    names = [run.path.name for run in chosen]
+    listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    basis = f"{len(chosen)} run{'s' * (len(chosen) > 1)} on {config.hardware.name}: {listed}"
     if not alike:
         basis += ", with the other scoring"
     power = [

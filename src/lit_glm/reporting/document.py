@@ -8,6 +8,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import yaml
 
 from lit_glm.hardware.env import COMPILERS, FRAMEWORKS
+from lit_glm.metrics.energy import in_kilojoules
 from lit_glm.metrics.registry import METRICS, PUBLISHED_COLUMNS, TABLE_COLUMNS, cell_text
 from lit_glm.reporting.definitions import ReportTable, Translations, distinct_texts, metric_definitions
 from lit_glm.reporting.published_rows import load_published_rows, published_tables
@@ -230,7 +231,7 @@ def _source_runs_table(found: List[ReportRow], words: Translations) -> ReportTab
 def _energy_cells(run: ReportRun, known: bool) -> List[str]:
     """Return two cells, empty if the power of a device is unknown; no cells if no run of the document has any."""
     joules, rate = run.number("energy_j"), run.number("samples_per_joule")
-    cells = ["" if joules is None else f"{joules / 1000:.1f}", cell_text(METRICS["samples_per_joule"], rate)]
+    cells = ["" if joules is None else in_kilojoules(joules), cell_text(METRICS["samples_per_joule"], rate)]
     return cells if known else []
 
 
@@ -367,7 +368,7 @@ def _with_unit(row: ReportRow, name: str) -> str:
 
 def _format_energy(row: ReportRow) -> str:
     joules, rate = row.median("energy_j"), row.median("samples_per_joule")
-    return "" if joules is None else f"{joules / 1000:.1f} kJ" + ("" if rate is None else f", {rate:.3g} samples/J")
+    return "" if joules is None else f"{in_kilojoules(joules)} kJ" + ("" if rate is None else f", {rate:.3g} samples/J")
 
 
 def _published_ratio(row: ReportRow, published: List[Dict[str, Any]]) -> str:

@@ -298,11 +298,15 @@ def _comparability_key(run: ReportRun) -> List[Any]:
 
 
 def _compared_settings(run: ReportRun) -> Dict[str, Any]:
-    """Return the settings that must be equal within a row: those that decide what is computed and how fast."""
+    """Return the settings that must be equal within a row: those that decide what is computed and how fast.
+
+    A variable of the hardware file counts with the value that it had.
+    """
+    variables = run.environment.get("variables") or {}
     shown_elsewhere = ("hardware.", "topology.", "logger.", "callbacks.", "hydra.")
     measured = ("hardware.env.", "hardware.runtime")
     return {
-        key: value
+        key: variables.get(key[len(measured[0]) :], value) if key.startswith(measured[0]) else value
         for key, value in run.settings.items()
         if key.startswith(measured) or (key not in _MAY_DIFFER and not key.startswith(shown_elsewhere))
     }

@@ -7,11 +7,11 @@ import traceback
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-from lit_glm.atomic_files import read_json, write_json
+from lit_glm.atomic_files import atomic_write, read_json, write_json
 from lit_glm.config.key_aliases import migrate_names
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
-from lit_glm.metrics.registry import METRICS, PUBLISHED_COLUMNS, PUBLISHED_METRICS, cell_text
+from lit_glm.metrics.registry import METRICS, PUBLISHED_COLUMNS, PUBLISHED_METRICS, TABLE_METRICS, cell_text
 
 log = logging.getLogger(__name__)
 
@@ -47,13 +47,18 @@ def error_folder(spec_dir: Path) -> Path:
 def write_error_file(folder: Path, rank: int, error: BaseException) -> None:
     """Write the error file of a rank; a failed write is ignored, so that it does not hide the error."""
     calls = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    try:
-        (folder / _FOLDER).mkdir(exist_ok=True)
-        who = f"rank {rank}: " if os.environ.get("WORLD_SIZE", "1") != "1" and not isinstance(error, InputError) else ""
-        note = folder / _FOLDER / f"rank-{rank}.txt"
-        note.write_text(f"{who}{error_reason(error)}\n\n{calls}", encoding="utf-8")
-    except OSError:
-        pass
+    who = f"rank {rank}: " if os.environ.get("WORLD_SIZE", "1") != "1" and not isinstance(error, InputError) else ""
+    _write_note(folder, f"rank-{rank}.txt", f"{who}{error_reason(error)}\n\n{calls}")
+
+
+def _write_note(folder: Path, name: str, text: str) -> None:
+    for _ in range(2):
+        try:
+            (folder / _FOLDER).mkdir(exist_ok=True)
+            (folder / _FOLDER / name).write_text(text, encoding="utf-8")
+            return
+        except OSError:
+            release_reserved_disk_space(folder)  # a full disk
 
 
 def report_killed_rank(folder: Path, rank: int, number: int) -> int:
@@ -71,11 +76,7 @@ def report_killed_rank(folder: Path, rank: int, number: int) -> int:
     log.error(f"rank {rank} was killed by {name}")
     if number in (signal.SIGTERM, signal.SIGABRT):  # these are consequences of other ranks' errors
         return 1
-    try:
-        (folder / _FOLDER).mkdir(exist_ok=True)
-        (folder / _FOLDER / f"{_KILLED}{rank}.txt").write_text(f"rank {rank} was killed by {name}\n", encoding="utf-8")
-    except OSError:
-        pass
+    _write_note(folder, f"{_KILLED}{rank}.txt", f"rank {rank} was killed by {name}\n")
     return 1
 
 
@@ -103,7 +104,7 @@ RESULT_FILE = "result.json"
 SCHEMA_VERSION = 3
 COMPLETE = ("success", "finished")
 """Status values of a run that is complete and need not be resumed."""
-_ROOM = ".room"
+ROOM_FILE = ".room"
 _ROOM_BYTES = 2**16
 """Disk space reserved during a run, so that the final status can be written even if the disk becomes full."""
 
@@ -167,9 +168,7 @@ def config_fields(config: TrainConfig) -> Dict[str, Any]:
 
 def write_initial_result(run_dir: Path, config: TrainConfig) -> None:
     """Write a result without metrics, so that a run that fails before its first step has a row too."""
-    unmeasured = dict.fromkeys(
-        ("e2e_time", "p_whole", "p_train", "p_core", "acc", "mem_actual_gib", "mem_total_gib", "mfu")
-    )
+    unmeasured = dict.fromkeys([*(metric.name for metric in TABLE_METRICS if not metric.path), "mem_total_gib", "mfu"])
     rehearsal = config.hardware.runtime == "simulated"
     row = {"status": "running", **config_fields(config), **unmeasured, "converged": False, "simulated": rehearsal}
     write_json(run_dir / RESULT_FILE, {**row, "global_steps": 0, "schema_version": SCHEMA_VERSION})
@@ -177,13 +176,13 @@ def write_initial_result(run_dir: Path, config: TrainConfig) -> None:
 
 def reserve_disk_space(run_dir: Path) -> None:
     """Reserve the disk space that the end of a run needs."""
-    (run_dir / _ROOM).write_bytes(b"\0" * _ROOM_BYTES)
+    (run_dir / ROOM_FILE).write_bytes(b"\0" * _ROOM_BYTES)
 
 
 def release_reserved_disk_space(run_dir: Path) -> None:
     """Release the reserved disk space."""
     try:
-        (run_dir / _ROOM).unlink()
+        (run_dir / ROOM_FILE).unlink()
     except OSError:
         pass
 
@@ -193,6 +192,20 @@ def update_result(run_dir: Path, **changes: Any) -> None:
     result = _read_file(run_dir)
     if result is not None:
         _replace_result(run_dir, {**result, **changes})
+
+
+def read_result_bytes(run_dir: Path) -> Optional[bytes]:
+    """Read result.json as it is; None without one."""
+    try:
+        return (run_dir / RESULT_FILE).read_bytes()
+    except OSError:
+        return None
+
+
+def restore_result(run_dir: Path, content: bytes) -> None:
+    """Write what `read_result_bytes` has read."""
+    with atomic_write(run_dir / RESULT_FILE) as temporary:
+        temporary.write_bytes(content)
 
 
 def _replace_result(run_dir: Path, result: Dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shutil
 import time
 from contextlib import contextmanager
@@ -12,17 +13,20 @@ from omegaconf import OmegaConf
 
 from lit_glm.atomic_files import make_folder, try_lock, write_text
 from lit_glm.config.secrets import mask_config, mask_override, mask_overrides
-from lit_glm.errors import InputError
+from lit_glm.errors import InputError, RunError
 from lit_glm.runs import job_spec as jobs
 from lit_glm.runs.environment import ENVIRONMENT_FILE
 from lit_glm.runs.job_spec import JobSpec
 from lit_glm.runs.result import (
+    ROOM_FILE,
     clear_error_files,
     is_complete,
+    mark_failed,
     read_result,
     release_reserved_disk_space,
     reserve_disk_space,
     settle_status,
+    write_error_file,
     write_initial_result,
 )
 
@@ -48,14 +52,20 @@ def lock_directory(folder: Path, advice: str = "wait until it exits, or give ano
     except OSError as error:
         raise InputError(f"{folder}: cannot be written to ({error.strerror}); give another hydra.run.dir=") from error
     try:
-        end = time.monotonic() + _PROBE_S
+        end, who = time.monotonic() + _PROBE_S, os.read(descriptor, 200).decode(errors="replace")
+        if who and not re.fullmatch(r"\d+ on .*\n", who):
+            raise InputError(
+                f"{folder}: contains a file {LOCK_FILE} that is not lit_glm's; give another hydra.run.dir="
+            )
         while not try_lock(descriptor):
             if time.monotonic() > end:
-                who = os.read(descriptor, 200).decode(errors="replace").strip()
-                raise InputError(f"{folder}: in use by another process{f' ({who})' if who else ''}; {advice}")
+                raise InputError(f"{folder}: in use by another process{f' ({who.strip()})' if who else ''}; {advice}")
             time.sleep(0.05)
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()} on {platform.node()}\n".encode())
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()} on {platform.node()}\n".encode(), 0)
+        except OSError:
+            pass  # a full disk: the lock holds without its note
         yield descriptor
     finally:
         os.close(descriptor)
@@ -64,7 +74,8 @@ def lock_directory(folder: Path, advice: str = "wait until it exits, or give ano
 def is_running(folder: Path) -> bool:
     """Return whether a process holds the lock of a folder; True if unknown, as in another user's folder."""
     try:
-        descriptor = os.open(str(folder / LOCK_FILE), os.O_RDWR)
+        is_read_only = os.statvfs(str(folder)).f_flag & os.ST_RDONLY
+        descriptor = os.open(str(folder / LOCK_FILE), os.O_RDONLY if is_read_only else os.O_RDWR)
     except FileNotFoundError:
         return False
     except OSError:
@@ -91,6 +102,8 @@ _FOLDERS = {
     ".hydra": ("config.yaml", "hydra.yaml", "overrides.yaml"),
 }
 """Subfolders of a run with the patterns of its files there; any of them may be a symbolic link."""
+_EVALUATION = ("evaluation", ("evaluation.json", "predictions.jsonl"))
+"""What `evaluate` has added to a run."""
 _NODES = "nodes"  # one folder per secondary node, which may start before node 0
 
 
@@ -113,6 +126,10 @@ def ensure_available(run_dir: Path, overwrite: bool) -> None:
     if (run_dir / jobs.JOB_FILE).is_file():
         if is_running(run_dir):
             raise InputError(f"{run_dir}: in use by another run; wait until it exits, or give another hydra.run.dir=")
+        if "config_hash" not in (jobs.read_job_json(run_dir) or {}):
+            raise InputError(
+                f"{run_dir}: contains a {jobs.JOB_FILE} that is damaged or not lit_glm's; give another hydra.run.dir="
+            )
         if not overwrite:
             status = (read_result(run_dir) or {}).get("status", "unknown")
             raise InputError(
@@ -120,7 +137,7 @@ def ensure_available(run_dir: Path, overwrite: bool) -> None:
                 "with run.overwrite=true, or give another hydra.run.dir="
             )
         return
-    foreign = [name for name in (*_FILES, *_FOLDERS) if (run_dir / name).exists()]
+    foreign = [name for name in (*_FILES, *_FOLDERS, ROOM_FILE) if (run_dir / name).exists()]
     others = [path for path in (run_dir / _NODES).glob("*") if not path.name.isdigit()]
     foreign += [_NODES] if others else []
     if foreign:
@@ -151,17 +168,33 @@ def acquire_run_dir(job: JobSpec, run_dir: Path, composed: Dict[str, str]) -> It
         if not job.is_resume:
             ensure_no_new_run(run_dir, job)
             _remove_previous_run(run_dir)
-            write_initial_result(run_dir, job.config)
-            (run_dir / ".hydra").mkdir(exist_ok=True)
-            for name, text in composed.items():
-                write_text(run_dir / ".hydra" / name, text)
-        clear_error_files(run_dir)
-        job.write(run_dir)
-        reserve_disk_space(run_dir)
+        try:
+            _prepare(job, run_dir, composed)
+        except OSError as error:
+            failure = RunError(
+                f"{run_dir}: the files of the run cannot be written ({error.strerror}); free disk space, or give "
+                "another hydra.run.dir="
+            )
+            release_reserved_disk_space(run_dir)
+            write_error_file(run_dir, 0, failure)
+            mark_failed(run_dir, str(failure))
+            raise failure from error
         try:
             yield lock
         finally:
             release_reserved_disk_space(run_dir)
+
+
+def _prepare(job: JobSpec, run_dir: Path, composed: Dict[str, str]) -> None:
+    """Write what a run has from its start; job.json comes first and marks the folder as a run's."""
+    clear_error_files(run_dir)
+    job.write(run_dir)
+    if not job.is_resume:
+        write_initial_result(run_dir, job.config)
+        (run_dir / ".hydra").mkdir(exist_ok=True)
+        for name, text in composed.items():
+            write_text(run_dir / ".hydra" / name, text)
+    reserve_disk_space(run_dir)
 
 
 def ensure_no_new_run(run_dir: Path, job: JobSpec) -> None:
@@ -184,7 +217,7 @@ def _remove_previous_run(run_dir: Path) -> None:
         for name in _FILES:
             if (run_dir / name).exists():
                 (run_dir / name).unlink()
-        for name, patterns in _FOLDERS.items():
+        for name, patterns in (*_FOLDERS.items(), _EVALUATION):
             folder = run_dir / name
             for path in [path for pattern in patterns for path in folder.glob(pattern)]:
                 if path.is_dir() and not path.is_symlink():

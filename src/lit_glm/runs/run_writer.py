@@ -4,16 +4,31 @@ import csv
 import math
 import os
 import time
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 from lit_glm.atomic_files import atomic_write, write_json
+from lit_glm.errors import RunError
 from lit_glm.runs import result
 
 STEP_COLUMNS = ("step", "epoch", "samples", "loss", "lr", "grad_norm", "data_s", "compute_s", "step_s", "loss_scale")
 EVAL_COLUMNS = ("step", "samples", "acc", "seconds")
 MEMORY_COLUMNS = ("step", "seconds", "gib")
 """Columns of memory.csv: memory in use on rank 0's device, about once a second, in seconds since `train` started."""
+
+
+@contextmanager
+def reported_write(file: Path) -> Iterator[None]:
+    """Turn an error of writing a run's file, such as a full disk, into one for the user.
+
+    Raises:
+        RunError: names the file.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot write the run's files ({file.name}: {error.strerror})") from error
 
 
 def _to_csv_field(value: Any) -> str:
@@ -33,7 +48,7 @@ class AppendOnlyCSV:
             columns: header of the file.
             keep_steps: keep rows up to this step, drop later and incomplete ones; None: start a new file.
         """
-        self._columns = columns
+        self._path, self._columns = path, columns
         self.rows: List[Dict[str, str]] = []
         found: List[Dict[str, str]] = []
         if keep_steps is not None and path.is_file():
@@ -41,15 +56,17 @@ class AppendOnlyCSV:
             self.rows = [row for row in found if int(row["step"]) <= keep_steps]
         self.num_dropped_rows = len(found) - len(self.rows)
         """Number of rows of later steps that were dropped."""
-        with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-            file.write(",".join(columns) + "\n")
-            file.writelines(",".join(row[name] for name in columns) + "\n" for row in self.rows)
-        self._file = path.open("a", encoding="utf-8")
+        with reported_write(path):
+            with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+                file.write(",".join(columns) + "\n")
+                file.writelines(",".join(row[name] for name in columns) + "\n" for row in self.rows)
+            self._file = path.open("a", encoding="utf-8")
 
     def add(self, **values: Any) -> None:
         """Append a row; a missing value becomes an empty field."""
-        self._file.write(",".join(_to_csv_field(values.get(name)) for name in self._columns) + "\n")
-        self._file.flush()  # keeps this row if the run is killed
+        with reported_write(self._path):
+            self._file.write(",".join(_to_csv_field(values.get(name)) for name in self._columns) + "\n")
+            self._file.flush()  # keeps this row if the run is killed
 
     def flush_to_disk(self) -> None:
         """Wait until all rows are on the disk."""
@@ -122,11 +139,12 @@ class RunWriter:
 
     def write(self, row: Dict[str, Any], durable: bool = False) -> None:
         """Write result.json; `durable` waits until it and the tables are on the disk."""
-        self._written = time.monotonic()
-        if durable:
-            self.steps.flush_to_disk()
-            self.evals.flush_to_disk()
-        write_json(self.path / result.RESULT_FILE, {**row, "schema_version": result.SCHEMA_VERSION}, durable)
+        self._written, file = time.monotonic(), self.path / result.RESULT_FILE
+        with reported_write(file):
+            if durable:
+                self.steps.flush_to_disk()
+                self.evals.flush_to_disk()
+            write_json(file, {**row, "schema_version": result.SCHEMA_VERSION}, durable)
 
     def step_column(self, column: str) -> List[float]:
         """Return a column of steps.csv, including the steps before an interruption."""

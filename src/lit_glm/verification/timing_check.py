@@ -10,6 +10,7 @@ import torch
 
 from lit_glm.check_result import CheckResult
 from lit_glm.config.schema import TrainConfig
+from lit_glm.hardware.env import hardware_file
 from lit_glm.hardware.runtimes.base import Runtime
 
 _UNWAITED = 0.2
@@ -120,8 +121,7 @@ def check_speed(
     share = fastest / peak
     message = f"{fastest:.3g} TFLOP/s ({size}), {share:.0%} of {key}={peak:g}"
     if share > _ABOVE_PEAK:
-        file = f"conf/hardware/{config.hardware.name}.yaml"
-        advice = f"the peak in {file} is not this device's, or the clock is wrong"
+        advice = f"the peak in {hardware_file(config.hardware.name)} is not this device's, or the clock is wrong"
         return [CheckResult(name, "fail", message, advice, fastest, peak)]
     if share < _FAR_BELOW:
         advice = "is the device shared, throttled, or the precision emulated?"

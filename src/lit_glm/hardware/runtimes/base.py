@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lit_glm.config.schema import LossScaleConfig
+from lit_glm.hardware.device_monitor import MonitoredMemory, monitor_of_name
 from lit_glm.model.runtime_ops import RuntimeOps
 
 
@@ -34,6 +35,7 @@ class Runtime:
     """How to install the software that it needs."""
     monitor = ""
     """package.module.NAME of a `lit_glm.hardware.monitors.Monitor`, in a module without torch imports; "": none."""
+    _monitored: Optional[MonitoredMemory] = None
 
     @staticmethod
     def unavailable_reason() -> Optional[str]:
@@ -47,11 +49,11 @@ class Runtime:
 
     def device_count(self) -> int:
         """Return the number of devices visible to this process."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no method device_count (docs/new_chip.md)")
 
     def device(self, index: int) -> torch.device:
         """Return the torch device of an index."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no method device (docs/new_chip.md)")
 
     def set_device(self, index: int) -> None:
         """Make a device the current one of this process."""
@@ -133,8 +135,11 @@ class Runtime:
         return None
 
     def memory_in_use(self, index: int) -> Optional[float]:
-        """Return the bytes in use on a device now, or at the monitor's last reading; None if unknown."""
-        return None
+        """Return the bytes in use on a device now; by default the last reading of `monitor`; None if unknown."""
+        if self._monitored is None:
+            return None
+        self._monitored.update()
+        return self._monitored.last
 
     def memory_snapshot(self) -> Optional[Any]:
         """Return the segments of the device's allocator; None if not available."""
@@ -147,10 +152,13 @@ class Runtime:
             index: index of the device.
             file: table written by the node's device monitor (`lit_glm.hardware.device_monitor`).
         """
+        if self.monitor:
+            monitor, self._monitored = monitor_of_name(self.monitor), MonitoredMemory()
+            self._monitored.start(file, index, monitor.visible_devices_variable, monitor.resolve)
 
     def peak_memory(self, index: int) -> Optional[float]:
-        """Return the highest memory in use on a device so far, bytes; None if unknown."""
-        return None
+        """Return the highest memory in use on a device so far, bytes; by default that of `monitor`; None if unknown."""
+        return None if self._monitored is None else self._monitored.peak()
 
     def total_memory(self, index: int) -> Optional[float]:
         """Return the total memory of a device, bytes; None if unknown."""

@@ -11,8 +11,9 @@ from omegaconf import OmegaConf
 
 from lit_glm.config.key_aliases import find_old_methods
 from lit_glm.config.schema import HardwareConfig, TopologyConfig
-from lit_glm.errors import InputError
-from lit_glm.hardware.env import set_hardware_env
+from lit_glm.errors import InputError, first_line
+from lit_glm.hardware.device_monitor import monitor_of_name
+from lit_glm.hardware.env import hardware_file, set_hardware_env
 from lit_glm.hardware.monitors import is_mig_slice
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.hardware.runtimes.cpu import CPURuntime
@@ -73,8 +74,10 @@ def import_runtime_class(target: str) -> "type[Runtime]":
         InputError: if there is no such class, or if it is not a Runtime.
     """
     module, _, name = target.rpartition(".")
+    if not module:
+        raise InputError(f"hardware._target_={target}: give package.module.Class, with the module (docs/new_chip.md)")
     try:
-        found = getattr(importlib.import_module(module), name) if module else None
+        found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise InputError(
             f"hardware._target_={target}: cannot be imported ({error}); give package.module.Class of a package that "
@@ -84,6 +87,8 @@ def import_runtime_class(target: str) -> "type[Runtime]":
         raise InputError(
             f"hardware._target_={target}: not a subclass of lit_glm.hardware.runtimes.base.Runtime (docs/new_chip.md)"
         )
+    if found.monitor:
+        monitor_of_name(found.monitor)
     renamed = find_old_methods(found)
     if renamed:
         raise InputError(
@@ -111,7 +116,7 @@ def _candidate_runtimes(hardware: HardwareConfig) -> List[str]:
     unknown = sorted(set(hardware.runtimes) - set(BUILT_IN_RUNTIMES))
     if unknown or not (hardware.runtimes or hardware.runtime == "simulated"):
         raise InputError(
-            f"hardware.runtimes=[{', '.join(hardware.runtimes)}] (conf/hardware/{hardware.name}.yaml): must be one or "
+            f"hardware.runtimes=[{', '.join(hardware.runtimes)}] ({hardware_file(hardware.name)}): must be one or "
             f"more of {', '.join(BUILT_IN_RUNTIMES)}"
         )
     if hardware.product_name and "cpu" in hardware.runtimes:
@@ -174,8 +179,9 @@ def make_runtime(hardware: HardwareConfig, topology: TopologyConfig) -> Runtime:
         if reason is None:
             try:
                 return classes[name]()
-            except (RuntimeError, ImportError, OSError) as error:
-                reason = str(error)
+            except Exception as error:  # whatever a vendor's package raises
+                kind = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
+                reason = f"{kind}{first_line(error)}"
         reasons.append(f"  {name}: {reason}")
     raise InputError(_unavailable_message(hardware, reasons))
 
@@ -198,7 +204,7 @@ def _pattern_matches(file: str, pattern: str, name: str) -> bool:
         return re.search(pattern, name) is not None
     except re.error as error:
         raise InputError(
-            f"conf/hardware/{file}.yaml: device_name_pattern={pattern}: not a regular expression ({error}); "
+            f"{hardware_file(file)}: device_name_pattern={pattern}: not a regular expression ({error}); "
             "escape special characters with a backslash"
         ) from error
 
@@ -233,10 +239,11 @@ def validate_devices(hardware: HardwareConfig, runtime: Runtime, devices: int, f
             )
         better = [file for file, pattern in patterns.items() if pattern and _pattern_matches(file, pattern, name)]
         if hardware.device_name_pattern and not _pattern_matches(hardware.name, hardware.device_name_pattern, name):
-            raise InputError(
-                f"hardware={hardware.name}, but device {index} is {name!r}; "
-                f"use hardware={better[0] if better else 'cuda (any device, no peak)'}"
-            )
+            if hardware._target_ is not None:
+                advice = "correct its device_name_pattern, or Runtime.device_name"
+            else:
+                advice = f"use hardware={better[0] if better else 'cuda (any device, no peak)'}"
+            raise InputError(f"hardware={hardware.name}, but device {index} is {name!r}; {advice}")
         others = [vendor for vendor in vendors - {hardware.vendor} if vendor.lower() in name.lower()]
         if (
             not hardware.device_name_pattern
@@ -252,8 +259,8 @@ def validate_devices(hardware: HardwareConfig, runtime: Runtime, devices: int, f
         total = runtime.total_memory(index)
         if hardware.memory_gib and total and abs(total / 2**30 / hardware.memory_gib - 1) > 0.1:
             warnings.append(
-                f"device {index} has {total / 2**30:.1f} GiB, conf/hardware/{hardware.name}.yaml has "
-                f"{hardware.memory_gib:g}; using the device's value"
+                f"device {index} has {total / 2**30:.1f} GiB ({total:.0f} bytes by its runtime), "
+                f"{hardware_file(hardware.name)} has {hardware.memory_gib:g}; using the device's value"
             )
         if not hardware.device_name_pattern and better and index == 0:
             warnings.append(f"{name}: hardware={better[0]} has its peak; hardware={hardware.name} gives no mfu")
