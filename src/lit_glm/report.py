@@ -196,7 +196,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
         "--check", action="store_true", help="list what is missing for a complete document; exit with 1 if anything is"
     )
     parser.add_argument("--best", action="store_true", help="print only the best run, by --sort (default: acc)")
-    parser.add_argument("--sort", metavar="KEY", help="sort rows by a metric of result.json, best first")
+    parser.add_argument("--sort", metavar="KEY", help="sort rows by a metric, best first; a wrong name lists all")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="compare two runs side by side instead")
     parser.add_argument("--max-loss-diff", type=float, help="with --compare: exit with 1 above it")
     given = parser.parse_intermixed_args(arguments)

@@ -137,3 +137,99 @@ def test_a_profile_of_tensors_without_storage(own: Path, monkeypatch: pytest.Mon
     assert lit_glm_here("train", *how, "hydra.run.dir=run") == 0
     assert "memory by kind is not available" in capfd.readouterr().out
     assert (own / "run" / "profile" / "kernels.md").is_file()
+
+
+MISTAKES = """
+from lit_glm.hardware.runtimes.base import Runtime
+from lit_glm.hardware.runtimes.cpu import CPURuntime
+import torch
+
+class NoCount(Runtime):
+    name = "nocount"
+    def device(self, index):
+        return torch.device("cpu")
+
+class Raises(CPURuntime):
+    def __init__(self):
+        raise ValueError("firmware 3 is too old")
+
+class WrongMonitor(CPURuntime):
+    monitor = "no_such_module.MONITOR"
+
+class NoMonitor(CPURuntime):
+    monitor = "json.dumps"
+
+class Memory(CPURuntime):
+    shares_memory = False
+    def total_memory(self, index):
+        return 2.0**20
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("NoCount", "NoCount has no method device_count (docs/new_chip.md)"),
+        ("Raises", "ValueError: firmware 3 is too old"),
+        ("WrongMonitor", "monitor no_such_module.MONITOR of the runtime: cannot be imported"),
+        ("NoMonitor", "monitor json.dumps of the runtime: is no lit_glm.hardware.monitors.Monitor"),
+    ],
+)
+def test_mistakes_of_a_class_are_found_before_a_run(kind: str, said: str, own: Path, capfd: Any) -> None:
+    (own / "lib" / "mistakes.py").write_text(MISTAKES)
+    how = ["--config-dir", "own", "experiment=debug", "hardware=mini", f"hardware._target_=mistakes.{kind}"]
+    assert lit_glm_here("doctor", *how) == 1
+    assert said in capfd.readouterr().out
+    if kind != "NoCount":
+        assert lit_glm_here("train", *how, "run.max_steps=1", "hydra.run.dir=run") == 2
+        assert said in capfd.readouterr().err
+        assert (own / "run" / "result.json").exists() == (kind == "Raises")  # only a rank creates the runtime
+
+
+def test_memory_above_the_devices_is_no_figure(own: Path) -> None:
+    (own / "lib" / "mistakes.py").write_text(MISTAKES)
+    how = ["--config-dir", "own", "experiment=debug", "hardware=mini", "hardware._target_=mistakes.Memory"]
+    assert lit_glm_here("train", *how, "run.max_steps=1", "hydra.run.dir=run") == 0
+    result = json.loads((own / "run" / "result.json").read_text())
+    assert result["mem_actual_gib"] is None
+    assert "is above the device's 0.0" in result["missing_data"][0]
+
+
+RAISING = """
+from lit_glm.hardware.monitors import DeviceReading, Monitor
+
+readings = iter([[DeviceReading(0, 40.0, 25.0, 1024.0, 4096.0, 50.0)]])
+
+MONITOR = Monitor(lambda wanted: next(readings))
+"""
+
+
+def test_a_monitor_that_raises_is_said(own: Path, capfd: Any) -> None:
+    (own / "lib" / "minimonitor.py").write_text(RAISING)
+    how = ["--config-dir", "own", "experiment=debug", "hardware=mini", "run.max_steps=2", "hydra.run.dir=run"]
+    assert lit_glm_here("train", *how) == 0
+    assert "device monitor minimonitor.MONITOR: a reading failed (StopIteration" in capfd.readouterr().err
+    assert len((own / "run" / "devices.csv").read_text().splitlines()) == 2
+
+
+BARE = """
+import torch
+from lit_glm.hardware.runtimes.base import Runtime
+
+class Bare(Runtime):
+    name = "bare"
+    monitor = "minimonitor.MONITOR"
+    def device_count(self):
+        return 1
+    def device(self, index):
+        return torch.device("cpu")
+"""
+
+
+def test_memory_is_that_of_the_monitor(own: Path) -> None:
+    """A class that says nothing of memory, with a monitor that does."""
+    (own / "lib" / "bare.py").write_text(BARE)
+    how = ["--config-dir", "own", "experiment=debug", "hardware=mini", "hardware._target_=bare.Bare"]
+    assert lit_glm_here("train", *how, "run.max_steps=2", "hardware.memory_gib=4", "hydra.run.dir=run") == 0
+    result = json.loads((own / "run" / "result.json").read_text())
+    assert (result["mem_actual_gib"], result["mem_total_gib"]) == (1.0, 4.0)

@@ -160,6 +160,8 @@ def test_under_a_torchrun_of_the_users(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     check_trajectory(tmp_path / "run", "tanh", 2)
     assert not (tmp_path / "outputs").exists()
+    again = torchrun(*GOLDEN_RUN, "topology=1x2", "run.resume=run", ranks=2, cwd=tmp_path)
+    assert (again.returncode, again.stdout.count("the run is complete; nothing to do")) == (0, 1), again.stderr
 
 
 @pytest.mark.slow

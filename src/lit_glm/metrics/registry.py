@@ -219,7 +219,7 @@ METRICS: Dict[str, Metric] = {
     )
 }  # fmt: skip
 TABLE_METRICS = tuple(metric for metric in METRICS.values() if metric.column)
-"""Columns of report tables, in order."""
+"""Metrics with a column in report tables; the order of columns is that of `TABLE_COLUMNS`."""
 PUBLISHED_METRICS = tuple(metric for metric in TABLE_METRICS if metric.is_published)
 """Columns that the published table also has."""
 _USUAL = ("acc", "p_core")
