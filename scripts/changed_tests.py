@@ -75,6 +75,8 @@ def main(revision: str = "HEAD") -> int:
         if "src/lit_glm/" in file
     }
     found = tests_of(dependents(modules)) if modules else set()
+    if modules:  # what pages say of the code
+        found |= {f"tests/documents/test_{page}.py" for page in ("architecture", "schema")}
     for file in files:
         if file.startswith("tests/") and file.endswith(".py"):
             found.add(file if Path(file).name.startswith("test_") else str(Path(file).parent))

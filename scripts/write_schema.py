@@ -28,6 +28,8 @@ RESULT: Dict[str, str] = {
     "environment_changes": "in what the machines or software of the parts differ",
     "external_device_processes": "largest number of other processes seen on the devices; null: unknown",
     "mem_total_source": "device, or hardware file where the device does not report it; null with mem_total_gib",
+    "data_fingerprint": "hash of counts and largest values of training and evaluation data; reports keep runs on "
+    "different data apart",
     "runtime": "what computed: cpu, cuda, xmlir, xpytorch, simulated, _target_",
     "simulated": "whether the device was simulated on the CPU: no value was measured on the device",
     "computed_on_cpu": "whether a class given by hardware._target_ computes on the CPU",

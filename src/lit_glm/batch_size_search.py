@@ -283,7 +283,7 @@ class Search:
     def _run(self, bs: int, trial_dir: Path, limit_s: Optional[float]) -> Dict[str, Any]:
         """Run this node's part of a trial; its output goes to a file next to its folder."""
         trial_dir.parent.mkdir(parents=True, exist_ok=True)
-        job = JobSpec(self._trial_config(bs), time.monotonic(), self._command)
+        job = JobSpec(self._trial_config(bs), time.monotonic(), self._command, is_trial=True)
         output = trial_dir.with_suffix(".txt" if self.node.rank == 0 else f".node{self.node.rank}.txt")
         return run_job(job, trial_dir, {}, self.node, in_process=False, output=output, limit_s=limit_s)
 
@@ -386,7 +386,7 @@ class Search:
         lines = [table, ""]
         if not complete:
             lines.append("INCOMPLETE: the search ended early; larger or faster values may exist")
-        if not order and self.trials:
+        if not order and any(trial.status in (MEMORY, LIMIT) for trial in self.trials):
             lines.append("no batch size fits: use a smaller model, activation checkpointing, or more memory")
         elif order:
             fits, fastest = ("that fits", "fastest") if complete else ("tried", "fastest so far")

@@ -71,28 +71,23 @@ def _validate_combination(overrides: List[str]) -> Any:
         raise InputError(explain_hydra_error(error, PlanConfig, CONF_DIR)) from error
 
 
-def _with_common_limit(configs: List[Any], combinations: List[List[str]]) -> Tuple[List[Any], int, str]:
-    """Return the combinations with the same number of samples for all, that number, and its description.
+def _with_limits(configs: List[Any], combinations: List[List[str]]) -> Tuple[List[Any], List[int], str]:
+    """Return the combinations, the number of samples that each prediction is for, and a description.
 
-    The fix_hp files have different limits, from 4,000 to millions of samples; rows with different limits mislead.
+    The fix_hp files have different limits, from 4,000 to millions of samples, and rows with different limits mislead:
+    only limits of the command line may differ.
     """
     from lit_glm.reporting.published_rows import load_published_run_length
 
     given = {text.partition("=")[0] for overrides in combinations for text in overrides}
-    limits = {min(own.run.max_samples, (own.run.max_steps or math.inf) * own.global_batch) for own in configs}
-    if len(limits) == 1 and {"run.max_samples", "run.max_steps", "experiment"} & given:
-        samples = int(min(limits))
-        return configs, samples, f"a run of {samples:,} samples, the configured limit"
+    own = [int(min(one.run.max_samples, (one.run.max_steps or math.inf) * one.global_batch)) for one in configs]
+    if {"run.max_samples", "run.max_steps"} & given or (len(set(own)) == 1 and "experiment" in given):
+        same = f"a run of {own[0]:,} samples, the configured limit"
+        return configs, own, same if len(set(own)) == 1 else "the limit of each row (run.max_samples, run.max_steps)"
     samples, run = load_published_run_length()
-    reason = f"as in {run}; set run.max_samples= for another"
-    if "run.max_samples" in given:
-        samples, reason = max(own.run.max_samples for own in configs), "the largest run.max_samples"
-    runs = [replace(own.run, max_samples=samples, max_steps=None) for own in configs]
-    return (
-        [replace(own, run=run) for own, run in zip(configs, runs)],
-        samples,
-        f"a run of {samples:,} samples, {reason}",
-    )
+    configs = [replace(one, run=replace(one.run, max_samples=samples, max_steps=None)) for one in configs]
+    reason = f"a run of {samples:,} samples, as in {run}; set run.max_samples= for another"
+    return configs, [samples] * len(configs), reason
 
 
 def _make_task(combinations: List[List[str]], as_json: bool) -> Any:
@@ -107,24 +102,27 @@ def _make_task(combinations: List[List[str]], as_json: bool) -> Any:
         from lit_glm.reporting.published_rows import load_published_rows
 
         configs = [_validate_combination(overrides) for overrides in combinations]
-        configs, samples, reason = _with_common_limit(configs, combinations)
+        configs, limits, reason = _with_limits(configs, combinations)
         if min(config.plan.device_counts, default=1) < 1:
             raise InputError(f"plan.device_counts={config.plan.device_counts}: must be at least 1")
         folder = Path(str(HydraConfig.get().run.dir)).resolve()
         measured = [MeasuredRun.read(path) for path in _parse_run_dirs(config.plan.runs)]
         published = load_published_rows()
         predictions, left_out = [], ignored_runs(measured, configs)
-        for own in configs:
+        for own, limit in zip(configs, limits):
             train, held, data = load_examples(own)
             work = Workload(own, train, held)
-            if work.enough:
-                predictions.append(predict(own, rank_speed(own, measured, published, work), work, data, samples))
+            if not work.enough:
+                shortage = f"{own.global_batch} examples per step, {len(train)} available"
+                left_out.append(f"{own.topology.name}, bs={own.bs}: {shortage}")
                 continue
-            shortage = f"{own.global_batch} examples per step, {len(train)} available"
-            left_out.append(f"{own.topology.name}, bs={own.bs}: {shortage}")
+            try:
+                predictions.append(predict(own, rank_speed(own, measured, published, work), work, data, limit))
+            except InputError as error:  # no speed is known; other rows may be predicted
+                left_out.append(str(error))
         if not predictions:
-            raise InputError("nothing to predict: " + "; ".join(left_out))
-        shown = write_plan(folder, predictions, measured, published, configs, (samples, reason), left_out)
+            raise InputError("nothing to predict: " + "; ".join(dict.fromkeys(left_out)))
+        shown = write_plan(folder, predictions, measured, published, configs, (max(limits), reason), left_out)
         print(json.dumps([prediction.row() for prediction in predictions], indent=1) if as_json else shown)
         return 0
 

@@ -174,6 +174,7 @@ def _best_run_text(runs: "List[ReportRun]", key: str) -> str:
     lines = [
         results_table([best.result]),
         f"best of {len(known)} by {key} ({METRICS[key].form(best.number(key) or 0.0)}): {best.path}",
+        f"scoring={best.result.get('scoring')}",
     ]
     return "\n".join([*lines, *([f"command: {command}"] if command else [])])
 

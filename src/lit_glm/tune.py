@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_glm.config.hydra_main import run_command
-from lit_glm.config.schema import POSITIVE, TrainConfig, at_least, key
+from lit_glm.config.schema import COUNT, POSITIVE, TrainConfig, at_least, key
 
 
 @dataclass
@@ -15,7 +15,7 @@ class TuneOptions:
 
     max_minutes: float = key(60.0, POSITIVE)
     steps: int = key(10, at_least(4))
-    repeats: int = 5
+    repeats: int = key(5, COUNT)
 
 
 @dataclass

@@ -14,6 +14,7 @@ from lit_glm.atomic_files import make_folder
 from lit_glm.config.command_line import CommandLine
 from lit_glm.config.hydra_main import CONF_DIR, compose_config, run_command, validate_config
 from lit_glm.config.schema import POSITIVE, TrainConfig, key
+from lit_glm.errors import InputError
 from lit_glm.hardware.env import set_hardware_env
 from lit_glm.process_utils import fast_imports
 
@@ -63,6 +64,8 @@ def main() -> int:
         check_device_count(runtime, config.topology)
         folder = Path(str(HydraConfig.get().run.dir)).resolve()
         make_folder(folder)
+        if (folder / environment.VERIFY_FILE).exists() and not environment.is_verification(folder):
+            raise InputError(f"{folder}: its {environment.VERIFY_FILE} is not verify's; give another hydra.run.dir=")
         kept = validate_devices(config.hardware, runtime, config.topology.devices_per_node, CONF_DIR / "hardware")
         keys = [override.key_or_group for override in CommandLine.read(sys.argv[1:]).parse()]
         whole = any(key.split(".")[0] in ("model", "experiment") for key in keys)

@@ -81,6 +81,12 @@ class MemmapDataset:
     def __len__(self) -> int:
         return len(self.example_rows)
 
+    @property
+    def fingerprint(self) -> str:
+        """Short hash of what differs between data sets: numbers of examples, candidates and tokens, largest values."""
+        content = {key: value for key, value in self.meta.items() if key != "source"}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
     def answers_of(self, example: int) -> Tuple[int, ...]:
         """Return the correct candidates of an example."""
         start, stop = self.example_answer_end[example], self.example_answer_end[example + 1]

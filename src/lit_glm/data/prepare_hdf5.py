@@ -6,13 +6,13 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 import lit_glm
-from lit_glm.atomic_files import write_json
+from lit_glm.atomic_files import read_json, write_json
 from lit_glm.data.cloze import EncodedExamples, WordPieceTokenizer, encode_questions
 from lit_glm.data.h5sparse import SparseWriter
 from lit_glm.data.superglue_jsonl import Question, SkippedRecords, read_questions
@@ -167,23 +167,43 @@ def prepare_files(
     ]
     if not jobs:
         raise InputError(f"data.raw_dir={raw_dir}: contains neither train.jsonl nor val.jsonl")
-    _check_not_foreign(out_dir, [out for _, out, _ in jobs])
+    written = _files_written(out_dir, [place for _, out, train in jobs for place in _outputs(out, train)])
     built = []
     for raw, out, train in jobs:
         built.append(prepare_file(raw, out, train, vocab_file, max_seq_length, workers))
-        write_json(out_dir / PREPARED_MARKER, {"lit_glm": lit_glm.__version__, "max_seq_length": max_seq_length})
+        written.update({str(place.relative_to(out_dir)): place.stat().st_size for place in _outputs(out, train)})
+        marker = {"lit_glm": lit_glm.__version__, "max_seq_length": max_seq_length, "files": written}
+        write_json(out_dir / PREPARED_MARKER, marker)
     return built
 
 
-def _check_not_foreign(out_dir: Path, files: List[Path]) -> None:
-    """Check that only files written by `prepare` will be overwritten.
+def _outputs(out: Path, train: bool) -> List[Path]:
+    return [out] if train else [out, out.parent / EXAMPLE_METADATA_FILE]
+
+
+def _files_written(out_dir: Path, files: List[Path]) -> Dict[str, int]:
+    """Return the files that `prepare` has written to a folder, with their sizes in bytes.
+
+    Args:
+        out_dir: the folder.
+        files: files that will be written.
 
     Raises:
-        InputError: if there are files that it has not written.
+        InputError: if one of them exists and was not written by `prepare`.
     """
-    foreign = [str(file) for file in files if file.exists()]
-    if foreign and not (out_dir / PREPARED_MARKER).is_file():
+    marker = out_dir / PREPARED_MARKER
+    content = read_json(marker) or {}
+    recorded = content.get("files")
+    if not isinstance(recorded, dict):  # markers of earlier versions name no files
+        recorded = {str(file.relative_to(out_dir)): None for file in files} if "lit_glm" in content else {}
+    foreign = [marker] if marker.exists() and "lit_glm" not in content else []
+    for file in filter(Path.exists, files):
+        size = recorded.get(str(file.relative_to(out_dir)), -1)
+        if size not in (None, file.stat().st_size):
+            foreign.append(file)
+    if foreign:
         raise InputError(
-            f"data.out_dir={out_dir}: contains {', '.join(foreign)}, which prepare did not create (no "
-            f"{PREPARED_MARKER}) and would overwrite; choose another data.out_dir="
+            f"data.out_dir={out_dir}: contains {', '.join(map(str, foreign))}, which prepare did not create and would "
+            "overwrite; choose another data.out_dir="
         )
+    return {name: size for name, size in recorded.items() if size is not None}

@@ -101,7 +101,7 @@ def record_run(job: JobSpec, run_dir: Path, composed: Dict[str, str], output: Op
         if job.is_resume:
             update_result(run_dir, status="running", error=None)
         try:
-            with write_failure_status(run_dir, before), write_energy_metrics(job, run_dir):
+            with write_failure_status(run_dir, before), write_energy_metrics(job, run_dir, output is None):
                 heartbeat.clear_heartbeats(run_dir)
                 yield lock
         finally:
@@ -141,7 +141,7 @@ def monitor_node_devices(job: JobSpec, run_dir: Path, node: int) -> Iterator[Non
 
 
 @contextmanager
-def write_energy_metrics(job: JobSpec, run_dir: Path) -> Iterator[None]:
+def write_energy_metrics(job: JobSpec, run_dir: Path, is_printed: bool = True) -> Iterator[None]:
     """Monitor the devices of node 0 inside the block; afterwards write the energy of all nodes into the result."""
     try:
         with monitor_node_devices(job, run_dir, 0):
@@ -153,7 +153,7 @@ def write_energy_metrics(job: JobSpec, run_dir: Path) -> Iterator[None]:
             sliced = any(map(is_mig_slice, read_environment(run_dir).get("devices") or []))
             took = energy_metrics(run_dir, job.config, spans, result.get("num_trained_samples"), sliced)
             update_result(run_dir, **took)
-            if None not in (took["energy_j"], took["power_mean_w"], took["samples_per_joule"]):
+            if is_printed and None not in (took["energy_j"], took["power_mean_w"], took["samples_per_joule"]):
                 rate = METRICS["samples_per_joule"].form(took["samples_per_joule"])
                 energy, power = in_kilojoules(took["energy_j"]), took["power_mean_w"]
                 log.info(f"{energy} kJ, {rate} samples/J, {power:.0f} W on average")

@@ -124,6 +124,7 @@ def build_components(context: RankContext, beat: Callable[[], None]) -> Training
         beat,
         lambda: data.data_wait_s,
         (len(train_split), len(eval_split)),
+        f"{train_split.fingerprint}-{eval_split.fingerprint}",
         hyperparameters(config),
     )
     recorder = BenchmarkCallback(config, runtime, context.job.start_time, data.sampler(0, 0), dependencies)
@@ -221,11 +222,9 @@ def _announce_run(context: RankContext, runtime: Runtime) -> None:
 
 
 def _is_verified(context: RankContext) -> bool:
-    config = context.config
-    driver = read_environment(context.run_dir).get("driver")
-    found = environment.latest_verification(
-        [context.run_dir, Path.cwd()], config.hardware.name, driver, config.precision.name
-    )
+    config, machine = context.config, read_environment(context.run_dir)
+    places, driver, runtime = [context.run_dir, Path.cwd()], machine.get("driver"), machine.get("runtime")
+    found = environment.latest_verification(places, config.hardware.name, driver, config.precision.name, runtime)
     return found is not None and bool(found["passed"])
 
 

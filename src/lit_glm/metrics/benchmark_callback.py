@@ -93,6 +93,8 @@ class CallbackDependencies:
     """Returns the seconds that training has waited for data so far."""
     examples: Tuple[int, int]
     """Numbers of training and evaluation examples."""
+    data_fingerprint: str
+    """Hash of the data, by which a report keeps runs on different data apart."""
     hyperparameters: Dict[str, Any]
     """Hyperparameters that are sent to loggers."""
 
@@ -119,7 +121,7 @@ class BenchmarkCallback(pl.Callback):
         """
         self.config, self.runtime, self._order, self._dependencies = config, runtime, order, dependencies
         self.timer = PhaseTimer(dependencies.data_wait_s)
-        self.run_metrics = RunMetrics(config, runtime, self.timer, order, entry)
+        self.run_metrics = RunMetrics(config, runtime, self.timer, order, entry, dependencies.data_fingerprint)
         self.events = PerfEvents(config, self.run_metrics)
         self.metric_logging = MetricLogging(self.run_metrics, dependencies.hyperparameters)
         self.divergence_guard = DivergenceGuard(config.run.max_skipped_steps)

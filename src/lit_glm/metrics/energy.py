@@ -11,8 +11,8 @@ from lit_glm.hardware.device_monitor import load_readings, monitor_for, readings
 
 Reading = Dict[str, Optional[float]]
 Span = Sequence[float]
-_MOST_INTERVALS = 5.0
-"""Gaps of up to this many intervals are interpolated linearly; a longer gap makes the energy unknown."""
+_MOST_MISSING = 5
+"""Consecutive readings that may be missing: power is interpolated linearly; with more the energy is unknown."""
 _LATE = 0.5
 """Fraction of an interval by which a reading may be late without counting as missing."""
 
@@ -53,7 +53,7 @@ def integrate_power(readings: List[Reading], spans: List[Span], interval_s: floa
         nearby = times[max(0, first - 1) : last + 1]
         moments = np.concatenate([[min(begin, nearby[0])], nearby, [max(end, nearby[-1])]])
         gaps = np.diff(moments)
-        if gaps.max() > (_MOST_INTERVALS + _LATE) * interval_s:
+        if gaps.max() > (_MOST_MISSING + 1 + _LATE) * interval_s:
             return None
         path = np.concatenate([[begin], times[first:last], [end]])
         power = np.interp(path, times, powers)

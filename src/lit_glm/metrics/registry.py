@@ -85,7 +85,7 @@ def as_number(value: Any) -> Optional[float]:
 _NO_STEP = "no training step was measured, or rows of steps.csv are lost"
 _NO_RESULT = "the run has not reached this point, or the times of an earlier part are lost"
 _NO_PEAK = "the peak of the arithmetic in use is unknown"
-_NO_POWER = "the power of a device is unknown, or its readings have a gap of more than five intervals"
+_NO_POWER = "the power of a device is unknown, or more than five consecutive readings are missing"
 
 METRICS: Dict[str, Metric] = {
     metric.name: metric

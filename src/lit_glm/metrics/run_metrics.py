@@ -35,6 +35,7 @@ class RunMetrics:
         clock: PhaseTimer,
         order: InfiniteDistributedBatchSampler,
         entry: float,
+        data_fingerprint: str = "",
     ):
         """Initialise the totals.
 
@@ -44,7 +45,9 @@ class RunMetrics:
             clock: phase timer.
             order: sampler of the training examples; gives the number of samples per step.
             entry: `time.monotonic()` at the entry of `train`.
+            data_fingerprint: hash of the data.
         """
+        self._data_fingerprint = data_fingerprint
         self.config, self._runtime, self._clock, self._order, self._entry = config, runtime, clock, order, entry
         self.init_seconds = 0.0
         self.accuracy: Optional[float] = None
@@ -188,6 +191,7 @@ class RunMetrics:
             "skipped_steps": module.steps_skipped,
             "repeated_steps": files.repeated_steps,
             "interruptions": files.interruptions,
+            "data_fingerprint": self._data_fingerprint,
             "runtime": self._runtime.name,
             "simulated": self._runtime.simulated,
             "computed_on_cpu": config.hardware._target_ is not None and self._runtime.device(0).type == "cpu",

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure as Canvas
 
 from lit_glm.atomic_files import make_folder, write_text
 from lit_glm.config.schema import ScoringConfig, TopologyConfig
+from lit_glm.errors import InputError
 from lit_glm.metrics.registry import METRICS
 from lit_glm.planning.prediction import Interval, MeasuredRun, Prediction, predict, rank_speed, same_chip
 from lit_glm.planning.workload import Workload, load_examples
@@ -147,7 +148,11 @@ def write_plan(
 
     Returns:
         Text for the console.
+
+    Raises:
+        InputError: if the folder has files of these names that `plan` has not written.
     """
+    _check_not_foreign(folder)
     basis: Dict[str, int] = {}
     for one in predictions:
         basis.setdefault(one.evidence, len(basis) + 1)
@@ -171,6 +176,17 @@ def write_plan(
     shown = "\n".join(lines)
     write_text(folder / "plan.md", shown + ("\n\n![throughput and cost](plan.svg)\n" if picture else "\n"))
     return f"{shown}\nlit_glm: {folder}/plan.md, plan.json" + (", plan.svg" if picture else "")
+
+
+def _check_not_foreign(folder: Path) -> None:
+    there = [name for name in ("plan.json", "plan.md", "plan.svg") if (folder / name).exists()]
+    try:
+        earlier: Any = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+        is_ours = isinstance(earlier, list) and all(row["predicted"] for row in earlier)
+    except (OSError, ValueError, TypeError, KeyError):
+        is_ours = False
+    if there and not is_ours:
+        raise InputError(f"{folder}: contains {', '.join(there)}, not written by plan; give another hydra.run.dir=")
 
 
 def _scaling_curve(

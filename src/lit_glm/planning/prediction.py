@@ -6,14 +6,15 @@ from typing import Any, Dict, List, Optional
 
 import numpy as np
 
-from lit_glm.config.schema import TrainConfig
+from lit_glm.config.schema import DataConfig, ModelConfig, TrainConfig
 from lit_glm.data.memmap_dataset import open_dataset
 from lit_glm.errors import InputError
 from lit_glm.hardware.env import hardware_file
+from lit_glm.metrics.flops import published_flops
 from lit_glm.metrics.memory_estimate import count_parameters, estimate_memory
 from lit_glm.planning.workload import Workload
 from lit_glm.runs.job_spec import JOB_FILE, JobSpec
-from lit_glm.runs.result import read_result
+from lit_glm.runs.result import read_result, was_contended
 from lit_glm.runs.run_writer import STEP_COLUMNS, read_csv_rows
 
 
@@ -61,6 +62,10 @@ _UNKNOWN_WAITING = Interval(0.0, 0.05)
 """Waiting time relative to compute time: an assumption."""
 _OTHER_SCORING = Interval(0.5, 2.0)
 """Ratio between the efficiencies of the two scorings on the same device: an assumption."""
+_SMALL_MODEL = 0.02
+"""Least share of that efficiency with a small model, whose kernels may take less time than a launch: an assumption."""
+_PUBLISHED_CANDIDATES = 10.0
+"""Candidate slots per example of the published training: a batch is padded to its most candidates, at most ten."""
 _DAY_TO_DAY = 0.05
 """Variation between two devices and between two days: an assumption."""
 _GIB = 2.0**30
@@ -214,7 +219,8 @@ def rank_speed(
     if rows:
         fewest = min(_num_ranks(row) for row in rows)
         rows = [row for row in rows if _num_ranks(row) == fewest]
-        per_sample = _published_flops_a_sample(config, work)
+        # That of the published rows, whatever is predicted.
+        per_sample = float(published_flops(ModelConfig(), _PUBLISHED_CANDIDATES, DataConfig().max_seq_length))
         rate = hull([per_sample * row["p_core"] / fewest for row in rows])
         basis = f"published p_core of {config.hardware.name} {rows[0]['topology']} ({rows[0]['fix_hp']})"
         if rows[0]["tf32"] and not config.precision.tf32:
@@ -224,6 +230,9 @@ def rank_speed(
         if config.scoring.name != "published":
             rate = Interval(rate.low * _OTHER_SCORING.low, rate.high * _OTHER_SCORING.high)
             basis += ", with the other scoring"
+        if count_parameters(config.model) < 0.5 * count_parameters(ModelConfig()):
+            rate = Interval(rate.low * _SMALL_MODEL, rate.high)
+            basis += ", of a larger model"
         return RankSpeed(_bounding_models(rate), _UNKNOWN_WAITING, basis, power, base)
     if not peak:
         name = config.hardware.name
@@ -259,6 +268,8 @@ def _speed_from_runs(config: TrainConfig, runs: List[MeasuredRun]) -> RankSpeed:
     basis = f"{len(chosen)} run{'s' * (len(chosen) > 1)} on {config.hardware.name}: {listed}"
     if not alike:
         basis += ", with the other scoring"
+    if any(was_contended(run.result) for run in chosen):
+        basis += ", measured beside other processes"
     power = [
         float(run.result["power_mean_w"]) / run.config.topology.world_size
         for run in chosen
@@ -294,14 +305,6 @@ def _is_published_row_of(row: Dict[str, Any], config: TrainConfig) -> bool:
 def _num_ranks(row: Dict[str, Any]) -> int:
     nodes, devices = str(row["topology"]).split("x")
     return int(nodes) * int(devices)
-
-
-def _published_flops_a_sample(config: TrainConfig, work: Workload) -> float:
-    """Return the FLOPs per sample of the published workload, with the data's largest number of candidates."""
-    from lit_glm.metrics.flops import published_flops
-
-    most = float(work.lengths.candidates.max())
-    return float(published_flops(config.model, most, config.data.max_seq_length))
 
 
 @dataclass

@@ -205,7 +205,8 @@ def _make_panels(columns: int = 1, height: float = 3.2) -> Tuple[List[Canvas], L
 
 def _start_at_zero(axes: Any) -> None:
     """Let the y axis start at zero, with some space above the highest value."""
-    axes.set_ylim(0, 1.06 * axes.dataLim.y1 or 1.0)
+    highest = axes.dataLim.y1
+    axes.set_ylim(0, 1.06 * highest if np.isfinite(highest) and highest > 0 else 1.0)
 
 
 def _scale_time(seconds: Any, longest: float, axes: Any, words: Translations) -> Any:

@@ -113,10 +113,10 @@ def note_texts(notes: Iterable[Note], words: Translations) -> List[str]:
 
 
 def _latest_verification(row: ReportRow) -> Optional[Dict[str, Any]]:
-    """Return the latest verification of the same hardware, driver and precision."""
+    """Return the latest verification of the same hardware, driver, precision and runtime."""
     run = row.typical
-    driver = run.environment.get("driver")
-    return latest_verification([run.path, Path.cwd()], str(row["hardware"]), driver, str(row["precision"]))
+    driver, runtime = (run.environment.get(key) for key in ("driver", "runtime"))
+    return latest_verification([run.path, Path.cwd()], str(row["hardware"]), driver, str(row["precision"]), runtime)
 
 
 def _verification_note(row: ReportRow, name: str) -> Note:

@@ -25,7 +25,6 @@ from lit_glm.config.tuned_values import TRIALS_FOLDER, TUNE_FILE
 from lit_glm.metrics.registry import METRICS, as_number
 from lit_glm.runs.environment import (
     comparable_environment,
-    environment_differences,
     environment_parts,
     read_environment,
 )
@@ -162,6 +161,8 @@ def find_runs(patterns: List[str]) -> Tuple[List[ReportRun], List[str]]:
 def _is_trial(folder: Path) -> bool:
     """Return whether a run folder is a trial of `tune`: too short, and with the longest examples first."""
     search = folder.resolve().parent
+    if (read_json(folder / "job.json") or {}).get("is_trial"):
+        return True
     return search.name == TRIALS_FOLDER and (search.parent / TUNE_FILE).is_file()
 
 
@@ -270,13 +271,20 @@ def group_into_rows(runs: List[ReportRun]) -> List[ReportRow]:
             for name in sorted({*own, *theirs}):
                 if own.get(name) != theirs.get(name):
                     row.differs[name] = own.get(name)
-            machines = environment_differences(row.runs[0].environment, other.runs[0].environment)
-            row.machine_differs.update({name: here for name, here, _ in machines})
+            row.machine_differs.update(_machine_differences(row.runs[0].environment, other.runs[0].environment))
     found.sort(key=_row_order)
     for row in found:
         namesakes = [other for other in found if _row_name_fields(other.runs[0]) == _row_name_fields(row.runs[0])]
         row.number = namesakes.index(row) + 1 if len(namesakes) > 1 else 0
     return found
+
+
+def _machine_differences(environment: Dict[str, Any], other: Dict[str, Any]) -> Dict[str, str]:
+    """Return the entries of machine and software that differ from another run's; an entry may be known of one only."""
+    here, there = comparable_environment(environment), comparable_environment(other)
+    if not here or not there:
+        return {"environment.json": "missing"} if there else {}
+    return {name: here.get(name, "unknown") for name in {**here, **there} if here.get(name) != there.get(name)}
 
 
 def _row_order(row: ReportRow) -> Tuple[Any, ...]:
@@ -303,13 +311,15 @@ def _compared_settings(run: ReportRun) -> Dict[str, Any]:
     A variable of the hardware file counts with the value that it had.
     """
     variables = run.environment.get("variables") or {}
+    data = {"data": run.result["data_fingerprint"]} if run.result.get("data_fingerprint") else {}
     shown_elsewhere = ("hardware.", "topology.", "logger.", "callbacks.", "hydra.")
     measured = ("hardware.env.", "hardware.runtime")
-    return {
+    settings = {
         key: variables.get(key[len(measured[0]) :], value) if key.startswith(measured[0]) else value
         for key, value in run.settings.items()
         if key.startswith(measured) or (key not in _MAY_DIFFER and not key.startswith(shown_elsewhere))
     }
+    return {**settings, **data}
 
 
 def config_differences(one: ReportRun, other: ReportRun) -> List[Tuple[str, Any, Any]]:

@@ -124,6 +124,11 @@ def write_verification(
     return content
 
 
+def is_verification(folder: Path) -> bool:
+    """Return whether verify.json of a folder is the result of a verification."""
+    return {"schema_version", "precisions", "checks"} <= set(read_json(folder / VERIFY_FILE) or {})
+
+
 def _search_dirs(starts: Iterable[Path]) -> Iterator[Path]:
     for start in starts:
         for folder in [start, *list(start.resolve().parents)[:_ABOVE]]:
@@ -132,9 +137,9 @@ def _search_dirs(starts: Iterable[Path]) -> Iterator[Path]:
 
 
 def latest_verification(
-    starts: Iterable[Path], hardware: str, driver: Optional[str], precision: str
+    starts: Iterable[Path], hardware: str, driver: Optional[str], precision: str, runtime: Optional[str] = None
 ) -> Optional[Dict[str, Any]]:
-    """Return the newest verification, passed or failed, of a hardware, driver and precision; None without one.
+    """Return the newest verification, passed or failed, of a hardware, driver, precision and runtime; None without one.
 
     Verifications of simulated devices do not count.
 
@@ -143,12 +148,14 @@ def latest_verification(
         hardware: name of the hardware file.
         driver: version of the device driver; None if there is none.
         precision: name of the precision.
+        runtime: name of the runtime; None: any.
     """
     found = []
     for place in dict.fromkeys(_search_dirs(starts)):
         for file in (file for depth in _DEPTHS for file in place.glob(f"{depth}{VERIFY_FILE}")):
             content = read_json(file) or {}
             fits = (content.get("hardware"), content.get("driver")) == (hardware, driver)
+            fits = fits and runtime in (None, content.get("runtime"))
             if fits and not content.get("simulated") and precision in (content.get("precisions") or {}):
                 found.append({**content, "file": str(file), "passed": bool(content["precisions"][precision])})
     return max(found, key=lambda content: str(content.get("finished")), default=None)

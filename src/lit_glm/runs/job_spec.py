@@ -35,6 +35,8 @@ class JobSpec:
     is_resume: bool = False
     sweep_dir: Optional[str] = None
     """Folder of the sweep that the job belongs to."""
+    is_trial: bool = False
+    """Whether it is a trial of `tune`, which is no measurement of its own."""
 
     def write(self, folder: Path) -> None:
         """Write job.json for the ranks, for resuming, and for the discovery of runs."""

@@ -295,8 +295,12 @@ def table_cells(result: Dict[str, Any]) -> List[str]:
 
 
 def results_table(results: List[Dict[str, Any]]) -> str:
-    """Format results as a Markdown table, with columns and order as published."""
-    return markdown_table([list(PUBLISHED_COLUMNS), *(table_cells(result) for result in results)])
+    """Format results as a Markdown table, with columns and order as published; several scorings are named."""
+    rows, scorings = [table_cells(result) for result in results], {str(result.get("scoring")) for result in results}
+    for row, result in zip(rows, results):
+        row[0] += f" scoring={result.get('scoring')}" if len(scorings) > 1 else ""
+        row[0] = row[0].replace("|", "\\|")  # of a folder's name
+    return markdown_table([list(PUBLISHED_COLUMNS), *rows])
 
 
 def markdown_table(rows: List[List[str]]) -> str:
