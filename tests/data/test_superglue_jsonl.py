@@ -85,3 +85,30 @@ def test_wrong_folders(overrides: "list[str]", said: str, capfd: Any) -> None:
     output = capfd.readouterr()
     assert said in output.err
     assert "Traceback" not in output.err
+
+
+@pytest.mark.parametrize(
+    ("mine", "said"),
+    [
+        ("eval_hdf5/eval_sparse.hdf5", "eval_sparse.hdf5"),
+        ("eval_hdf5/eval_examples.jsonl", "eval_examples.jsonl"),
+        ("prepared.json", "prepared.json"),
+    ],
+)
+def test_files_that_prepare_has_not_written_stay(mine: str, said: str, tmp_path: Path, capfd: Any) -> None:
+    """Also where it has written the training file there before: somebody's evaluation file may lie beside it."""
+    out, raw = tmp_path / "out", tmp_path / "raw"
+    how = [f"data.vocab_file={VOCAB}", f"data.out_dir={out}"]
+    for name in ("train", "val"):
+        (raw / name).mkdir(parents=True)
+        (raw / name / f"{name}.jsonl").write_text(record() + "\n")
+    if mine != "prepared.json":
+        assert lit_glm_here("prepare", *how, f"data.raw_dir={raw}/train") == 0
+    (out / mine).parent.mkdir(parents=True, exist_ok=True)
+    (out / mine).write_text("mine")
+    assert lit_glm_here("prepare", *how, f"data.raw_dir={raw}/val") == 2
+    assert said in capfd.readouterr().err
+    assert (out / mine).read_text() == "mine"
+    (out / mine).unlink()
+    for _ in range(2):  # its own files may be replaced
+        assert lit_glm_here("prepare", *how, f"data.raw_dir={raw}/val") == 0

@@ -156,6 +156,7 @@ def test_missing_readings_are_bridged_and_longer_gaps_are_not(tmp_path: Path) ->
         assert bridged["energy_j"] == pytest.approx(99_000)
         assert bridged["energy_bridged_share"] == pytest.approx(10 / 990)
     assert took([time_s for time_s in seconds if not 480 < time_s < 505])["energy_j"] == pytest.approx(99_000)
+    assert took([time_s for time_s in seconds if not 475 < time_s < 505])["energy_j"] == pytest.approx(99_000)  # five
     assert took([time_s for time_s in seconds if not 475 < time_s < 510])["energy_j"] is None
 
 

@@ -94,3 +94,12 @@ def test_published_formats() -> None:
 )
 def test_what_is_no_measurement_is_marked(change: "dict[str, object]", mark: str) -> None:
     assert f"({mark})" in table_cells({**RESULT, **change})[0]
+
+
+def test_a_table_of_both_scorings_names_them_and_a_name_adds_no_cell() -> None:
+    one, other = {**RESULT, "reused_from": "/a|b"}, {**RESULT, "scoring": "published"}
+    rows = results_table([one, other]).splitlines()
+    assert len({len(row) for row in rows}) == 1
+    assert "reused from /a\\|b) scoring=" in rows[2]
+    assert "scoring=published" in rows[3]
+    assert "scoring" not in results_table([RESULT])

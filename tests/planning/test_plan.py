@@ -183,3 +183,30 @@ def test_as_many_evaluations_are_planned_as_a_run_makes(
     work: Any = object.__new__(Workload)
     work._config = TrainConfig(run=run, bs=batch)
     assert (work.steps(), work.evaluations(steps)) == (steps, made)
+
+
+def test_published_speed_is_that_of_the_published_work() -> None:
+    """Half the tokens take about half the time, and a small model does not take that of a large one."""
+    published = ["hardware=r300", "topology=1x8", "scoring=published", "bs=5"]
+    rows = load_published_rows()
+    whole, half = (planned(*published, f"data.max_seq_length={length}", rows=rows) for length in (512, 256))
+    assert middle(half.step_s) == pytest.approx(0.5 * middle(whole.step_s), rel=0.15)
+    tiny = planned(*published, "model=glm_tiny", rows=rows)
+    assert tiny.step_s.low < 0.01 * whole.step_s.low
+    assert "of a larger model" in tiny.evidence
+
+
+def test_a_limit_in_steps_holds_for_each_row_and_foreign_files_stay(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    how = ["hardware=r300,cpu", "bs=3,5", "run.max_steps=7", "plan.device_counts=[1]"]
+    assert lit_glm_here("plan", *how, "hydra.run.dir=plan", "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [(row["bs"], row["samples"], row["steps"]) for row in shown] == [(3, 21, 7), (5, 35, 7)]  # cpu: no peak
+    assert "hardware=cpu: its speed cannot be predicted" in (tmp_path / "plan" / "plan.md").read_text()
+    assert lit_glm_here("plan", *how, "hydra.run.dir=plan") == 0  # its own files may be replaced
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "plan.md").write_text("mine")
+    assert lit_glm_here("plan", *how, "hydra.run.dir=foreign") == 2
+    assert (tmp_path / "foreign" / "plan.md").read_text() == "mine"

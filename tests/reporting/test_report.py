@@ -7,7 +7,7 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
 import pytest
 
@@ -350,3 +350,109 @@ def test_the_command_of_a_sweeps_run_is_its_own_combination(tmp_path: Path) -> N
     command = ["/somewhere/train.py", "bs=4,8", "lr=1e-3,2e-3", "--config-dir=/own", "-m"]
     run = ReportRun(tmp_path, {}, {"command": command}, {})
     assert run_command_line(run) == "python -m lit_glm.train bs=8 lr=1e-3 --config-dir=/own"
+
+
+def one_row(capfd: Any, *runs: Path) -> Any:
+    """The row and the notes of runs that are repetitions of one measurement; None if they are several rows."""
+    text = report(capfd, *map(str, runs))[1]
+    rows = performance(text)
+    return rows[0] if len(rows) == 1 else None
+
+
+def with_settings(run: Path, **changes: Any) -> Path:
+    """Change keys of the configuration in job.json; None removes one."""
+    job = json.loads((run / "job.json").read_text())
+    for key, value in changes.items():
+        group, _, name = key.partition("__")
+        if value is None:
+            del job["config"][group][name]
+        else:
+            job["config"][group][name] = value
+    (run / "job.json").write_text(json.dumps(job))
+    return run
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"run__shutdown_timeout_s": 60.0},
+        {"run__overwrite": True},
+        {"run__stall_timeout_s": 5.0},
+        {"model__compile": None},
+    ],
+)
+def test_keys_that_decide_nothing_of_a_measurement_part_no_rows(
+    changes: Dict[str, Any], tmp_path: Path, capfd: Any
+) -> None:
+    """Nor does a key that the version of a run did not have yet."""
+    one = make_run(tmp_path / "one", PUBLISHED)
+    other = with_settings(make_run(tmp_path / "other", PUBLISHED), **changes)
+    assert "2 runs" in one_row(capfd, one, other)[0]
+
+
+def test_other_data_and_other_variables_are_other_rows(tmp_path: Path, capfd: Any) -> None:
+    one = make_run(tmp_path / "one", PUBLISHED, data_fingerprint="a-b")
+    assert one_row(capfd, one, make_run(tmp_path / "same", PUBLISHED, data_fingerprint="a-b"))
+    data = make_run(tmp_path / "data", PUBLISHED, data_fingerprint="c-d")
+    text = report(capfd, str(one), str(data))[1]
+    assert len(performance(text)) == 2
+    assert "with data=a-b" in text
+    name = next(iter(json.loads((one / "job.json").read_text())["config"]["hardware"]["env"]))
+    kept = {"variables": {name: "mine"}}
+    variable = make_run(tmp_path / "kept", PUBLISHED, environment=kept, data_fingerprint="a-b")
+    text = report(capfd, str(one), str(variable))[1]
+    assert len(performance(text)) == 2
+    assert f"with hardware.env.{name}=mine" in text
+
+
+def test_a_machine_that_is_unknown_is_named(tmp_path: Path, capfd: Any) -> None:
+    one, other = (make_run(tmp_path / name, PUBLISHED) for name in ("one", "other"))
+    environment = json.loads((other / "environment.json").read_text())
+    del environment["driver"]
+    (other / "environment.json").write_text(json.dumps(environment))
+    labels = [row[0] for row in performance(report(capfd, str(one), str(other))[1])]
+    assert any("driver: 4.0.25" in label for label in labels)
+    assert any("driver: unknown" in label for label in labels)
+
+
+def test_figures_that_only_some_runs_have_are_counted(tmp_path: Path, capfd: Any) -> None:
+    runs = [make_run(tmp_path / "one", PUBLISHED), make_run(tmp_path / "other", PUBLISHED, p_train=None)]
+    text = report(capfd, *map(str, runs))[1]
+    assert "p_train is known of 1 of 2 runs" in text
+
+
+def test_lost_rows_are_the_reason_and_not_that_there_was_no_step(tmp_path: Path, capfd: Any) -> None:
+    run = make_run(tmp_path / "run", PUBLISHED, status="failed", p_train=None, p_core=None)
+    text = report(capfd, str(run))[1]
+    assert "no training step was measured" not in text
+    assert re.search(r"p_train, p_core.* is empty: result.json has no such value", text)
+
+
+@pytest.mark.parametrize("steps", [None, "", "1e999"])
+def test_a_page_of_runs_without_a_step(steps: Optional[str], tmp_path: Path, capfd: Any) -> None:
+    run = make_run(tmp_path / "run", PUBLISHED)
+    head = (run / "steps.csv").read_text().splitlines()[0]
+    (run / "steps.csv").write_text(f"{head}\n" + (f"1,0,4,{steps},0,1,0,0,{steps},\n" if steps else ""))
+    if steps is None:
+        (run / "steps.csv").unlink()
+    assert report(capfd, str(run), "--format", "html")[0] == 0
+
+
+def test_a_trial_of_a_search_is_no_row_wherever_it_lies(tmp_path: Path, capfd: Any) -> None:
+    run = make_run(tmp_path / "copied", PUBLISHED)
+    job = json.loads((run / "job.json").read_text())
+    (run / "job.json").write_text(json.dumps({**job, "is_trial": True}))
+    status, _, said = report(capfd, str(run))
+    assert (status, "is a trial of tune" in said) == (2, True)
+
+
+def test_a_file_that_report_has_not_written_stays(tmp_path: Path, capfd: Any) -> None:
+    make_run(tmp_path / "run", PUBLISHED)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "report.en.md").write_text("mine")
+    status, _, said = report(capfd, str(tmp_path / "run"), "--out", str(tmp_path / "out"))
+    assert (status, "was not written by report" in said) == (2, True)
+    assert (tmp_path / "out" / "report.en.md").read_text() == "mine"
+    for _ in range(2):
+        everything = ["--format", "md,csv,html", "--lang", "en,zh", "--out", str(tmp_path / "new")]
+        assert report(capfd, str(tmp_path / "run"), *everything)[0] == 0

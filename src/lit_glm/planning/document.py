@@ -142,7 +142,7 @@ def write_plan(
         predictions: rows of the table.
         measured: measured runs, for the plot.
         published: rows of conf/published.yaml, for the plot.
-        configs: configurations of all combinations; the plot shows their device types.
+        configs: configurations of the predictions; the plot shows their device types.
         samples: number of samples of all rows, and its explanation.
         left_out: what could not be predicted, and why.
 
