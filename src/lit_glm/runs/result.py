@@ -203,9 +203,12 @@ def read_result_bytes(run_dir: Path) -> Optional[bytes]:
 
 
 def restore_result(run_dir: Path, content: bytes) -> None:
-    """Write what `read_result_bytes` has read."""
-    with atomic_write(run_dir / RESULT_FILE) as temporary:
-        temporary.write_bytes(content)
+    """Write what `read_result_bytes` has read; a failed write is ignored, so that it does not hide the error."""
+    try:
+        with atomic_write(run_dir / RESULT_FILE) as temporary:
+            temporary.write_bytes(content)
+    except OSError:
+        pass
 
 
 def _replace_result(run_dir: Path, result: Dict[str, Any]) -> None:
