@@ -67,3 +67,10 @@ def test_the_launcher_alone_writes_how_a_run_ended(tmp_path: Path, monkeypatch: 
     assert settled["status"] == "finished"
     del raw["outcome"]
     assert settled == {**raw, "status": "finished"}
+
+
+def test_a_target_of_zero_is_not_reached_without_an_evaluation(tmp_path: Path) -> None:
+    run = ["experiment=debug", "run.max_steps=1", "run.evaluate=false", "run.target_accuracy=0"]
+    assert lit_glm_here("train", *run, f"hydra.run.dir={tmp_path}/run") == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["status"], result["converged"], result["acc"]) == ("finished", False, None)

@@ -15,7 +15,7 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 from lit_glm.compat import has_fused_adamw, keep_own_signals
 from lit_glm.config.command_line import suggest_command
 from lit_glm.config.hydra_main import CONF_DIR
-from lit_glm.config.schema import TrainConfig
+from lit_glm.config.schema import RunConfig, TrainConfig
 from lit_glm.config.tuned_values import nearest_pair_hint
 from lit_glm.data.datamodule import RecordDataModule, evaluation_batches
 from lit_glm.data.memmap_dataset import MemmapDataset, SequenceLengths, open_datasets
@@ -44,6 +44,7 @@ from lit_glm.runs import checkpoints, environment
 from lit_glm.runs.environment import environment_changes, read_environment, write_environment
 from lit_glm.runs.job_spec import JobSpec, config_hash
 from lit_glm.runs.run_writer import RunWriter
+from lit_glm.training.evaluation import has_converged
 from lit_glm.training.module import AtomicCheckpointIO, RecordModule
 from lit_glm.training.optimizer import fused_unavailable_reason
 
@@ -367,7 +368,7 @@ def _write_final_result(
         steps = built.module.steps_done
         counter = FlopCounter(config, built.split, built.data.sampler(0, 0))
         result = recorder.run_metrics.finish(
-            _outcome(built, config.run.target_accuracy),
+            _outcome(built, config.run),
             built.module,
             slowest_rank(durations),
             e2e,
@@ -392,10 +393,10 @@ def _write_final_result(
     return result, next(filter(None, signals), None)
 
 
-def _outcome(built: TrainingComponents, target: float) -> str:
+def _outcome(built: TrainingComponents, run: RunConfig) -> str:
     if built.recorder.interrupted:
         return "interrupted"
-    return "success" if (built.recorder.run_metrics.accuracy or 0.0) >= target else "finished"
+    return "success" if has_converged(built.recorder.run_metrics.accuracy, run) else "finished"
 
 
 def _peak_memory(peaks: List[float], built: TrainingComponents, per_node: int) -> Optional[float]:
