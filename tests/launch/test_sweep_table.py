@@ -49,3 +49,14 @@ def test_each_job_has_a_row_of_its_own(tmp_path: Path) -> None:
     assert text.count("cpu 1x2 (failed)") == 4
     assert "failed: n=" not in text  # these jobs wrote no reason
     assert (tmp_path / "sweep.md").read_text() == text + "\n"
+
+
+def test_a_run_that_a_search_asks_for_again_is_one_row(tmp_path: Path) -> None:
+    again = left(tmp_path / "0")
+    note(tmp_path, 0, again, 0, "bs=9,lr=1")
+    note(tmp_path, 1, again, 0, "bs=9,lr=1")
+    note(tmp_path, 2, again, 3, "bs=9,lr=1")  # a job that failed in this folder keeps its row
+    status = summarise_sweep(tmp_path)[1]
+    with (tmp_path / "sweep.csv").open() as file:
+        assert [row["overrides"] for row in csv.DictReader(file)] == ["bs=1,n=0", "bs=1,n=2"]
+    assert status == 3

@@ -58,7 +58,12 @@ def summarise_sweep(sweep_dir: Path) -> Tuple[str, int]:
         json.loads(path.read_text(encoding="utf-8")) for path in sorted((sweep_dir / JOB_RECORDS_DIR).glob("*.json"))
     ]
     objective = next((str(note["objective"]) for note in notes if note.get("objective")), "")
-    pairs = [(note, _job_result(note, sweep_dir)) for note in notes]
+    status = max([int(note["exit_status"]) for note in notes], default=0)
+    # A search may ask for a combination again, whose run is then reused: one row per run.
+    by_run: Dict[Any, Dict[str, Any]] = {}
+    for number, note in enumerate(notes):
+        by_run.setdefault(note["run_dir"] if note["run_dir"] and not note["exit_status"] else number, note)
+    pairs = [(note, _job_result(note, sweep_dir)) for note in by_run.values()]
     if objective in METRICS:
         pairs.sort(key=lambda pair: METRICS[objective].sort_key(_ranked_value(pair[1], objective)))
     notes, results = [note for note, _ in pairs], [result for _, result in pairs]
@@ -85,7 +90,6 @@ def summarise_sweep(sweep_dir: Path) -> Tuple[str, int]:
         for note, result in pairs
         if result.get("error") and result.get("status") not in COMPLETE
     ]
-    status = max([int(note["exit_status"]) for note in notes], default=0)
     return "\n".join(lines), status
 
 
