@@ -53,10 +53,10 @@ def measure(overrides: List[str]) -> None:
 
     from lit_glm.training import module
 
-    clocked(module, "score_table", seconds, begins=True)
-    clocked(module, "choice_loss", seconds)
+    clocked(module, "candidate_scores", seconds, begins=True)
+    clocked(module, "candidate_loss", seconds)
     clocked(torch.Tensor, "backward", seconds)
-    clocked(torch.nn.utils, "clip_grad_norm_", seconds)
+    clocked(module, "clip_gradients", seconds)
     clocked(torch.optim.AdamW, "step", seconds)
     clocked(torch.optim.AdamW, "zero_grad", seconds)
     status = train.main()

@@ -256,6 +256,8 @@ def _write_results(
             **report,
             "checkpoint": config.model.init_checkpoint,
             "eval_file": config.data.eval_file,
+            "precision": config.precision.name,
+            "scoring": config.scoring.name,
             "hardware": config.hardware.name,
             "runtime": runtime.name,
             "device": runtime.device_name(0) or None,
@@ -267,6 +269,7 @@ def _write_results(
 def _scores_text(out: Path, report: Dict[str, Any], config: TrainConfig, runtime: Any, named: bool) -> str:
     lines = [f"SIMULATED on the CPU, not measured on {config.hardware.name}"] if runtime.simulated else []
     lines.append(f"device  {runtime.device_name(0) or config.hardware.name} (hardware={config.hardware.name})")
+    lines.append(f"computed with  precision={config.precision.name} scoring={config.scoring.name}")
     scores = {key: value for key, value in report.items() if key != "num_examples" and value is not None}
     lines += [f"{key}  {100 * value:.2f}%" for key, value in scores.items()]
     lines.append(f"examples  {report['num_examples']}")

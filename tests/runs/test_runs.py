@@ -208,6 +208,9 @@ def test_reaching_the_target_ends_the_run(folder: Path, monkeypatch: pytest.Monk
     assert lit_glm_here("train", *DEBUG, "run.target_accuracy=0.05", f"hydra.run.dir={run}") == 0
     final = result(run)
     assert (final["status"], final["converged"], final["global_steps"]) == ("success", True, 1)
+    # Reached before training; the weights that training leaves are evaluated too.
+    assert [row["step"] for row in rows(run / "evals.csv")] == ["0", "1"]
+    assert final["acc"] == pytest.approx(float(rows(run / "evals.csv")[1]["acc"]), abs=1e-9)
 
 
 def test_a_stop_in_the_first_evaluation_loses_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

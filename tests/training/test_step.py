@@ -4,7 +4,7 @@ import json
 import math
 import signal
 from pathlib import Path
-from typing import Any, List
+from typing import Any, Dict, List
 
 import pytest
 import torch
@@ -13,13 +13,20 @@ from conftest import GOLDEN, GOLDEN_RUN, lit_glm_here, rows
 from lit_glm.compat import dispatch_mode
 from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import ModelConfig, OptimizerConfig, TrainConfig
+from lit_glm.data.datamodule import evaluation_batches
+from lit_glm.data.memmap_dataset import open_dataset
 from lit_glm.hardware.runtimes.cpu import CPURuntime
 from lit_glm.model.checkpoint import build_glm
 from lit_glm.model.glm import GLM
 from lit_glm.training import module as module_file
-from lit_glm.training.evaluation import ExactMatch, em_and_f1, normalise_answer
+from lit_glm.training.evaluation import ExactMatch, em_and_f1, evaluate, normalise_answer
 from lit_glm.training.module import RecordModule
-from lit_glm.training.optimizer import fused_unavailable_reason, make_optimizer, parameter_groups
+from lit_glm.training.optimizer import (
+    clip_gradients,
+    fused_unavailable_reason,
+    make_optimizer,
+    parameter_groups,
+)
 from lit_glm.verification.operator_check import operator_name
 
 
@@ -122,6 +129,55 @@ def test_a_fused_update_that_is_wrong_is_not_taken(monkeypatch: pytest.MonkeyPat
     with dispatch_mode(forgets_decay):
         assert ", the default implementation " in str(fused_unavailable_reason(device))
         assert not make_optimizer(torch.nn.Linear(2, 2), OptimizerConfig()).defaults["fused"]
+
+
+@pytest.mark.parametrize("highest", [1.0, 1e9])
+def test_the_norm_of_many_gradients_is_exact(highest: float) -> None:
+    """As large as the word embedding of a small model: torch's own norm is 8e-5 too low here."""
+    weights = [torch.nn.Parameter(torch.empty(size)) for size in ((30592, 128), (128,))]
+    for number, weight in enumerate(weights):
+        weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(number))
+    before = [weight.grad.clone() for weight in weights if weight.grad is not None]
+    exact = torch.cat([gradient.double().flatten() for gradient in before]).norm()
+    norm = clip_gradients(list(weights), highest)
+    assert float(norm) == pytest.approx(float(exact), rel=1e-6)
+    factor = min(1.0, highest / (float(exact) + 1e-6))
+    for weight, gradient in zip(weights, before):
+        torch.testing.assert_close(weight.grad, gradient * factor, rtol=2e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("scoring", ["shared_context", "published"])
+def test_of_candidates_with_the_same_tokens_the_first_is_chosen(scoring: str, tmp_path: Path) -> None:
+    """The vocabulary is uncased: Royal Navy and Royal navy are one, whatever the last bit of their scores says."""
+    vocab = GOLDEN / "bert-large-uncased-vocab.txt"
+    arguments = [f"data.raw_dir={GOLDEN / 'record_jsonl'}", f"data.vocab_file={vocab}", f"data.out_dir={tmp_path}"]
+    assert lit_glm_here("prepare", *arguments, "data.num_workers=0") == 0
+    overrides = [f"data.out_dir={tmp_path}", f"scoring={scoring}", "eval_bs=3"]
+    config = validate_config(compose_config("train", overrides), TrainConfig)
+    split = open_dataset(config.data.eval_file, True, None)
+    lines = (tmp_path / "eval_hdf5" / "eval_examples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    texts = [[text.lower() for text in json.loads(line)["candidates"]] for line in lines]
+
+    repeated = [[word in own[:slot] for slot, word in enumerate(own)] for own in texts]
+
+    class LastBit(torch.nn.Module):
+        """Scores a candidate whose tokens came before a little higher than all others."""
+
+        device = torch.device("cpu")
+
+        def forward(self, batch: Any) -> torch.Tensor:
+            table = torch.full(batch.score_shape, -1e9)
+            for row, index in zip(table, batch.indices):
+                row[: len(repeated[index])] = torch.tensor(repeated[index]).float()
+            return table
+
+    scores: Dict[int, List[float]] = {}
+    _, chosen = evaluate(LastBit(), evaluation_batches(split, config), CPURuntime(), scores=scores)
+    for index, choice in chosen:
+        own = texts[index]
+        assert choice == (own.index(own[repeated[index].index(True)]) if any(repeated[index]) else 0)
+        assert scores[index] == [0.0] * len(own)
+    assert any(map(any, repeated))
 
 
 def test_exact_match_counts_examples() -> None:

@@ -7,7 +7,7 @@ B examples, C candidate slots, S tokens, G groups, N candidates, T rows, R candi
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any, List, Optional, Sequence, Tuple, TypeVar
+from typing import Any, Dict, List, Optional, Sequence, Tuple, TypeVar
 
 import numpy as np
 import torch
@@ -90,6 +90,8 @@ class PackedBatch(TensorDataclass):
     """C: the largest number of candidates of an example."""
     answers: Optional[List[Tuple[int, ...]]] = None
     """Correct candidates of each example in evaluation; None in training, where candidate 0 is correct."""
+    first_equal: Optional[List[List[int]]] = None
+    """In evaluation: for each candidate of each example, the first one with the same tokens (see `_first_equal`)."""
     indices: Tuple[int, ...] = ()
     """Indices of the examples in the dataset."""
     has_padding: bool = False
@@ -118,6 +120,7 @@ class PaddedBatch(TensorDataclass):
     loss_mask: Tensor
     """[B, C] 1 real candidate, 0 padding slot (a copy of candidate 0)."""
     answers: Optional[List[Tuple[int, ...]]] = None
+    first_equal: Optional[List[List[int]]] = None
     indices: Tuple[int, ...] = ()
 
     @property
@@ -143,6 +146,34 @@ def _to_int64_tensor(array: Any) -> Tensor:
 
 def _correct_candidates(split: MemmapDataset, indices: Sequence[int]) -> Optional[List[Tuple[int, ...]]]:
     return [split.answers_of(index) for index in indices] if len(split.answers) else None
+
+
+def _first_equal(split: MemmapDataset, indices: Sequence[int]) -> Optional[List[List[int]]]:
+    """Find candidates with the same tokens in the same context, as two spellings of a name that differ in case.
+
+    Their scores are equal in exact arithmetic, but on a device they may differ in the last bit; which of them is chosen
+    must not depend on that.
+
+    Returns:
+        For each candidate of each example, the first candidate that equals it, itself if there is none; None in
+        training.
+    """
+    if not len(split.answers):
+        return None
+    found = []
+    for index in indices:
+        groups = np.arange(split.example_group_end[index], split.example_group_end[index + 1])
+        own = slice(split.example_candidate_end[index], split.example_candidate_end[index + 1])
+        ends = split.candidate_token_end[own.start : own.stop + 1].tolist()
+        # Candidates of a group are stored in the order of their slots, so that `seen` has the first of equal ones.
+        contexts = zip(np.repeat(groups, split.group_candidates[groups]).tolist(), split.candidate_blank[own].tolist())
+        seen: Dict[Any, int] = {}
+        first_equal = [0] * (own.stop - own.start)
+        for slot, context, start, end in zip(split.candidate_slot[own].tolist(), contexts, ends, ends[1:]):
+            tokens = split.candidate_targets[start:end].tobytes()
+            first_equal[slot] = seen.setdefault((context, tokens), slot)
+        found.append(first_equal)
+    return found
 
 
 def collate_packed(split: MemmapDataset, indices: Sequence[int]) -> PackedBatch:
@@ -190,6 +221,7 @@ def collate_packed(split: MemmapDataset, indices: Sequence[int]) -> PackedBatch:
         num_examples=len(index),
         num_candidates=num_candidates,
         answers=_correct_candidates(split, indices),
+        first_equal=_first_equal(split, indices),
         indices=tuple(index.tolist()),
     )
 
@@ -331,5 +363,6 @@ def collate_padded(split: MemmapDataset, indices: Sequence[int], num_tokens: int
         logit_mask=_to_int64_tensor(logit_mask),
         loss_mask=_to_int64_tensor(loss_mask),
         answers=_correct_candidates(split, indices),
+        first_equal=_first_equal(split, indices),
         indices=tuple(int(i) for i in indices),
     )

@@ -233,11 +233,13 @@ def meet(config: TrainConfig, run: Optional[RunFolder]) -> "tuple[Any, Optional[
     end = time.monotonic() + limit_s
     try:
         if rank > 0:
+            log.debug(f"rank {rank} connects to {address}:{port}")
             _wait_for_store(address, port, end)
         store = torch.distributed.TCPStore(
             address, port, world, rank == 0, timedelta(seconds=max(1.0, limit_s)), wait_for_workers=False
         )
         if rank == 0:
+            log.debug(f"rank 0 listens on port {port}")
             _write(store, _RUN, json.dumps(None if run is None else [str(run.path), run.is_resume]))
         _write(store, _joined(rank))
         _wait(store, [_RUN], end)

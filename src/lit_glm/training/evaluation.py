@@ -12,7 +12,6 @@ from torchmetrics import Metric
 
 from lit_glm.config.schema import RunConfig
 from lit_glm.hardware.runtimes.base import Runtime
-from lit_glm.model.scoring import EVAL_MASK
 
 
 class ExactMatch(Metric):
@@ -97,13 +96,12 @@ def evaluate(
     stopped = False
 
     def count(batch: Any, read: Callable[[], List[int]], read_table: Callable[[], List[float]]) -> None:
-        best = read()
+        best = [own[choice] for own, choice in zip(batch.first_equal, read())]
         metric.update(best, batch.answers)
         if scores is not None:
             table, width = read_table(), batch.score_shape[1]
-            for number, index in enumerate(batch.indices):
-                row = table[number * width : (number + 1) * width]
-                scores[index] = [score for score in row if not score <= EVAL_MASK / 2]  # keeps NaN
+            for number, (index, own) in enumerate(zip(batch.indices, batch.first_equal)):
+                scores[index] = [table[number * width + first] for first in own]
         chosen.extend(zip(batch.indices, best))
 
     waiting: Optional[Tuple[Any, Callable[[], List[int]], Callable[[], List[float]]]] = None

@@ -19,7 +19,7 @@ from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.model.glm import GLM
 from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, candidate_loss, candidate_scores
 from lit_glm.runs import checkpoints
-from lit_glm.training.optimizer import LearningRateSchedule, make_optimizer
+from lit_glm.training.optimizer import LearningRateSchedule, clip_gradients, make_optimizer
 
 
 @dataclass
@@ -117,9 +117,7 @@ class RecordModule(pl.LightningModule):
         if math.isfinite(mean):
             if scaled is not None:
                 scaled.unscale_(optimizer)
-            clipped = torch.nn.utils.clip_grad_norm_(
-                self._optimizer_parameters(optimizer), self._config.optimizer.clip_grad
-            )
+            clipped = clip_gradients(self._optimizer_parameters(optimizer), self._config.optimizer.clip_grad)
             if scaled is None or scaled.update_scale(clipped):
                 norm, lr = clipped, schedule.rate
                 if updates:

@@ -21,7 +21,7 @@ from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.model.checkpoint import build_glm
 from lit_glm.model.glm import GLM
 from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, candidate_loss, candidate_scores
-from lit_glm.training.optimizer import make_optimizer
+from lit_glm.training.optimizer import clip_gradients, make_optimizer
 
 _WEIGHTS_SEED = 20231
 _FIRST = 0x100  # first character; each character stands for one token
@@ -152,7 +152,7 @@ class TrainStepper:
         if scaled is not None:
             scaled.unscale_(self.optimizer)
         trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(trained, self._clip)
+        norm = clip_gradients(trained, self._clip)
         if scaled is None or scaled.update_scale(norm):
             self.optimizer.step()
             if isinstance(self._plugin, FP16Precision):
