@@ -411,13 +411,7 @@ class Search:
 
 
 def run_search(config: Any, folder: Path, command: List[str]) -> int:
-    """Run a search, or this node's part of it; return the exit status.
-
-    Args:
-        config: see `Search`.
-        folder: see `Search`.
-        command: see `Search`.
-    """
+    """Run a search, or this node's part of it; return the exit status."""
     check_runtime_available(config.hardware, config.topology)
     search = Search(config, folder, command)
     if search.node.rank > 0:

@@ -32,12 +32,7 @@ _ADVICE = {
 
 
 def run_check(name: str, check: Callable[[], CheckResult]) -> CheckResult:
-    """Run a check; an exception becomes a failed result.
-
-    Args:
-        name: name of the check.
-        check: returns a result without a name.
-    """
+    """Run a check; an exception becomes a failed result."""
     try:
         found = check()
     except (InputError, RunError) as error:

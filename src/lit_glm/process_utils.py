@@ -69,13 +69,7 @@ def kill_session(pid: int) -> None:
 
 
 def terminate_tree(process: psutil.Process, grace_s: float, number: Optional[int] = signal.SIGTERM) -> None:
-    """Terminate a process and its descendants: with a signal first, with SIGKILL after a grace period.
-
-    Args:
-        process: root of the tree, which gets the signal and passes it on.
-        grace_s: grace period in seconds.
-        number: the signal; None: it has been sent already.
-    """
+    """Terminate a process and its descendants: with a signal first, with SIGKILL after a grace period."""
     tree = [process, *_children(process)]
     try:
         if number is not None:

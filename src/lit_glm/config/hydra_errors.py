@@ -30,11 +30,6 @@ def closest_names(name: str, known: Sequence[str]) -> List[str]:
 def explain_hydra_error(error: BaseException, schema: Any, conf: Path) -> str:
     """Turn an error of Hydra or OmegaConf into one message.
 
-    Args:
-        error: the exception.
-        schema: the dataclass of the configuration, for the names of its keys.
-        conf: the folder of the configuration files, for the names of its groups.
-
     Returns:
         The message: what is wrong, and the closest valid names.
     """

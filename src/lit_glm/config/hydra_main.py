@@ -38,11 +38,7 @@ _NOT_KEYS = ("defaults:", "hydra:")
 
 
 def key_help(config_name: str) -> str:
-    """Return the keys of a command's files in conf/ with their comments.
-
-    Args:
-        config_name: name of the primary file.
-    """
+    """Return the keys of a command's files in conf/ with their comments."""
     files: List[Path] = [CONF_DIR / f"{config_name}.yaml"]
     groups: Dict[str, Path] = {}
     defaults = _defaults_list(files[0])
@@ -97,10 +93,6 @@ BeforeSweep = Callable[[DictConfig, CommandLine], List[str]]
 
 def validate_config(cfg: DictConfig, schema: "type[Config]") -> Config:
     """Check names, types and ranges of a composed configuration.
-
-    Args:
-        cfg: the composed configuration.
-        schema: the dataclass it must match, such as `TrainConfig`.
 
     Returns:
         The configuration as that dataclass, all interpolations resolved.

@@ -55,11 +55,6 @@ def _normalise_key(key: str) -> str:
 def suggest_key(key: str, value: Any, known: Sequence[str]) -> Optional[str]:
     """Suggest the correct form of a key that does not exist.
 
-    Args:
-        key: key as typed.
-        value: value as typed.
-        known: existing keys and groups.
-
     Returns:
         The message; None if there is no suggestion.
     """

@@ -217,12 +217,6 @@ _ROWS_AT_ONCE = 4096
 def build_cache(path: Path, needs_answers: bool, folder: Path, progress: Optional[ReportProgress] = None) -> None:
     """Build the cache of an HDF5 file.
 
-    Args:
-        path: path of the HDF5 file.
-        needs_answers: whether it is an evaluation file, which has answers.
-        folder: folder for the arrays.
-        progress: called with the progress.
-
     Raises:
         InputError: if the file violates the layout; names file and location.
     """
@@ -432,10 +426,6 @@ def _read_lengths(path: Path, _progress: ReportProgress) -> Any:
 
 def summarise_hdf5(path: Path, needs_answers: bool, _progress: ReportProgress) -> Dict[str, Any]:
     """Summarise an HDF5 file: counts, longest sequence, highest token id, first and last example.
-
-    Args:
-        path: path of the file.
-        needs_answers: whether it is an evaluation file, which has answers.
 
     Raises:
         InputError: if it is damaged, or not a file of this kind.

@@ -184,10 +184,6 @@ def _outputs(out: Path, train: bool) -> List[Path]:
 def _files_written(out_dir: Path, files: List[Path]) -> Dict[str, int]:
     """Return the files that `prepare` has written to a folder, with their sizes in bytes.
 
-    Args:
-        out_dir: the folder.
-        files: files that will be written.
-
     Raises:
         InputError: if one of them exists and was not written by `prepare`.
     """

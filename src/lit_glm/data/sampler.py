@@ -102,14 +102,7 @@ class InfiniteDistributedBatchSampler(Sampler):
 def build_train_sampler(
     config: TrainConfig, split: Any, rank: int = 0, start: int = 0
 ) -> InfiniteDistributedBatchSampler:
-    """Build the sampler of a run's training batches.
-
-    Args:
-        config: configuration of the run.
-        split: training examples.
-        rank: rank of the batches.
-        start: steps that are done already.
-    """
+    """Build the sampler of a run's training batches."""
     data = config.data
     rows = split.example_rows
     if data.longest_first and config.scoring.name == "published":

@@ -104,13 +104,7 @@ class ChipDDPStrategy(_OptimizerWrappingMixin, DDPStrategy):
 
 
 def make_strategy(runtime: Runtime, topology: TopologyConfig, timeout_s: float) -> Strategy:
-    """Create the strategy of a topology.
-
-    Args:
-        runtime: runtime of the devices.
-        topology: number of devices.
-        timeout_s: timeout of collectives, which ends the job.
-    """
+    """Create the strategy of a topology."""
     if topology.world_size == 1:
         return ChipSingleDeviceStrategy(device=runtime.device(0))
     return ChipDDPStrategy(

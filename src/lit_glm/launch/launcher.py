@@ -218,14 +218,7 @@ def exit_interrupted(run_dir: Path) -> Callable[[int, str], None]:
 
 
 def watch_for_stalls(config: TrainConfig, run_dir: Path, ranks: Sequence[int], margin_s: float) -> ContextManager[None]:
-    """Exit this process if none of some ranks of this node has sent a heartbeat in time.
-
-    Args:
-        config: configuration of the job.
-        run_dir: the run folder.
-        ranks: the ranks.
-        margin_s: seconds beyond `run.stall_timeout_s`.
-    """
+    """Exit this process if none of some ranks of this node has sent a heartbeat in time."""
 
     def end(where: List[str]) -> None:
         message = stall_message(config, run_dir, where)

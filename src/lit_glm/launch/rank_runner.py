@@ -94,10 +94,6 @@ def rank_context_from_env(job: JobSpec, run_dir: Path) -> RankContext:
 def build_components(context: RankContext, beat: Callable[[], None]) -> TrainingComponents:
     """Build what a rank needs, and print what will run.
 
-    Args:
-        context: context of this rank.
-        beat: heartbeat of this rank.
-
     Raises:
         InputError: if the configuration does not fit the machine, the data or the weights.
     """
@@ -346,11 +342,6 @@ def _write_final_result(
     context: RankContext, built: TrainingComponents, received: Optional[int]
 ) -> Tuple[Dict[str, Any], Optional[int]]:
     """Gather the measurements of all ranks and write the result (rank 0).
-
-    Args:
-        context: context of this rank.
-        built: its components.
-        received: stop signal that this rank has received.
 
     Returns:
         The result on rank 0, else {}; and the stop signal that any rank has received.

@@ -337,14 +337,7 @@ def is_known_to_all(error: BaseException) -> bool:
 
 
 def announce_end(config: TrainConfig, node: Node, status: int, reason: str) -> None:
-    """Notify the other nodes that this one exits before the rendezvous; waits for them up to `_ANNOUNCE_S` seconds.
-
-    Args:
-        config: configuration of the job.
-        node: this node.
-        status: exit status.
-        reason: reason in one sentence.
-    """
+    """Notify the other nodes that this one exits before the rendezvous; waits for them up to `_ANNOUNCE_S` seconds."""
     others = [other for other in range(config.topology.num_nodes) if other != node.rank]
     if config.topology.num_nodes == node.num_nodes_here:
         return

@@ -388,10 +388,6 @@ def _search_direction(whole: Any, line: CommandLine) -> List[str]:
 def prepare_sweep(whole: Any, line: CommandLine) -> List[str]:
     """Lock the folder of a sweep, and print for which combinations a run exists.
 
-    Args:
-        whole: configuration of one combination, including the `hydra` node.
-        line: the command line.
-
     Returns:
         Further overrides for the sweep.
 

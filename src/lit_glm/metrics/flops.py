@@ -70,13 +70,7 @@ class FlopCounter:
     """Counter of the work of a run's first k steps, and of its balance between ranks."""
 
     def __init__(self, config: TrainConfig, split: MemmapDataset, sampler: InfiniteDistributedBatchSampler) -> None:
-        """Compute the work per example; takes one pass over the lengths.
-
-        Args:
-            config: run configuration.
-            split: training examples.
-            sampler: sampler of the training examples.
-        """
+        """Compute the work per example; takes one pass over the lengths."""
         self._config, self._sampler = config, sampler
         self._candidates = np.diff(split.example_candidate_end).astype(float)
         self._epochs: List[Any] = []

@@ -137,11 +137,6 @@ def make_callbacks(config: TrainConfig) -> List[Any]:
 def make_loggers(job: JobSpec, run_dir: Path, steps_done: int) -> List[Any]:
     """Create the loggers of the config group `logger`; a resumed run continues their data.
 
-    Args:
-        job: job specification.
-        run_dir: folder for their files.
-        steps_done: number of completed steps.
-
     Raises:
         InputError: if one cannot be created.
     """

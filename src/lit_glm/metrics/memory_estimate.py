@@ -216,16 +216,7 @@ def memory_message(
 def oom_message(
     config: TrainConfig, lengths: SequenceLengths, runtime: Runtime, index: int, base: Optional[float], doing: str
 ) -> str:
-    """Format the out-of-memory message.
-
-    Args:
-        config: run configuration.
-        lengths: lengths of the training examples.
-        runtime: runtime of the device.
-        index: index of the device.
-        base: bytes in use before the model was created.
-        doing: current activity, such as `in step 3`.
-    """
+    """Format the out-of-memory message."""
     found = check_memory(config, lengths, runtime, index, base)
     peak, total = runtime.peak_memory(index), runtime.total_memory(index)
 

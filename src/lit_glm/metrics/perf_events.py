@@ -89,16 +89,7 @@ class PerfEvents:
     def step_ended(
         self, step: int, epoch: int, values: StepMetrics, next_lr: float, seconds: float, ends: bool
     ) -> None:
-        """Emit STEP_END, after the evaluation of the step if one was due.
-
-        Args:
-            step: counted from 1.
-            epoch: counted from 0.
-            values: metrics of the step.
-            next_lr: learning rate after the scheduler's step.
-            seconds: duration of the whole step.
-            ends: whether training ends with this step.
-        """
+        """Emit STEP_END, after the evaluation of the step if one was due."""
         if self.log is None:
             return
         config, so_far = self._config, self._account.total_durations()

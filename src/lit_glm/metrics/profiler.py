@@ -56,13 +56,7 @@ class ProfileSummary:
 
     @classmethod
     def of(cls, profiler: Any, first: int, last: int) -> "ProfileSummary":
-        """Summarise a profiler that has stopped.
-
-        Args:
-            profiler: torch's profiler.
-            first: first profiled step.
-            last: last profiled step.
-        """
+        """Summarise a profiler that has stopped."""
         averages = [average for average in profiler.key_averages() if not average.key.startswith("ProfilerStep")]
         operators = [
             ProfileEntry(a.key, a.count, a.self_cpu_time_total / 1e6) for a in averages if a.self_cpu_time_total > 0

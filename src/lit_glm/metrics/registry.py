@@ -232,13 +232,7 @@ TABLE_COLUMNS = (*PUBLISHED_COLUMNS, *(metric.column for metric in TABLE_METRICS
 
 
 def cell_text(metric: Metric, value: Optional[float], total: Optional[float] = None) -> str:
-    """Format a value for tables; "" if it is unknown.
-
-    Args:
-        metric: the metric.
-        value: its value.
-        total: total that it is a part of, if any.
-    """
+    """Format a value for tables; "" if it is unknown."""
     if value is None:
         return ""
     return metric.form(value) + ("" if total is None else f"/{metric.form(total)}")

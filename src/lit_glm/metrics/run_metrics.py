@@ -255,20 +255,12 @@ class RunMetrics:
         return [*(self.writer.previous_result.get("training_spans") or []), self.training_span(e2e)]
 
     def training_span(self, e2e: float) -> List[float]:
-        """Return this node's training span in this part of the run, in the time base of its devices.csv.
-
-        Args:
-            e2e: seconds from this node's entry to the end of training.
-        """
+        """Return this node's training span in this part of the run, in the time base of its devices.csv."""
         begin = self.earlier_e2e + self.init_seconds
         return [begin, max(begin, e2e + self.earlier_e2e)]
 
     def spans_by_node(self, spans: List[List[float]]) -> Optional[List[List[List[float]]]]:
-        """Return the training spans of each node, this part appended to the earlier ones; None if those are unknown.
-
-        Args:
-            spans: span of each node in this part.
-        """
+        """Return the training spans of each node, this part appended to the earlier ones; None if those are unknown."""
         assert self.writer is not None
         if not self.writer.resumes:
             return [[span] for span in spans]

@@ -88,13 +88,7 @@ def source_commit(folder: Path) -> Tuple[Optional[str], Optional[bool]]:
 
 
 def describe_system(config: TrainConfig, runtime: Runtime, command: List[str]) -> Dict[str, Any]:
-    """Describe the system; `report.*` takes precedence, the hardware file fills in what cannot be detected.
-
-    Args:
-        config: run configuration.
-        runtime: queried for devices and driver.
-        command: the command line of the run.
-    """
+    """Describe the system; `report.*` takes precedence, the hardware file fills in what cannot be detected."""
     hardware, overrides = config.hardware, config.report
     commit, is_changed = source_commit(Path(lit_glm.__file__).resolve().parent)
     cards = [runtime.device_name(index) for index in range(config.topology.devices_per_node)]

@@ -301,11 +301,6 @@ def choose_attention_layout(batch: PackedBatch, width: int, attend: DotProductAt
 
     A call costs some tens of microseconds whatever it computes; padding costs arithmetic. On CPU one padded call is
     faster while groups are small (measured by `benchmarks/attention.py`), on other devices nearly always.
-
-    Args:
-        batch: packed batch.
-        width: D.
-        attend: attention of one call.
     """
     index = batch.padding_index
     if batch.has_padding or index.gather.shape[1] * width <= attend.ops.padded_group:

@@ -316,10 +316,6 @@ def describe_wrong_file(path: Path) -> Optional[str]:
 def build_glm(config: ModelConfig, ops: RuntimeOps = TORCH_OPS) -> Tuple[GLM, List[str]]:
     """Build a model and load its checkpoint, if one is given.
 
-    Args:
-        config: shape and `init_checkpoint`.
-        ops: operations of the runtime.
-
     Returns:
         The model, and messages about what loading did besides copying.
     """

@@ -114,12 +114,7 @@ class GLM(nn.Module):
     """GLM with its language-model head; `lit_glm.model.scoring` defines batches and candidate scores."""
 
     def __init__(self, config: ModelConfig, ops: RuntimeOps = TORCH_OPS) -> None:
-        """Build a freshly initialised model.
-
-        Args:
-            config: layers, width, vocabulary, dropout, activation.
-            ops: operations of the device's runtime.
-        """
+        """Build a freshly initialised model."""
         super().__init__()
         self.ops = traceable(ops) if config.compile else ops
         self.config = config

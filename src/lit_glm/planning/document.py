@@ -33,12 +33,7 @@ class ScalingCurve:
 
 
 def draw_scaling(curves: List[ScalingCurve], samples: str) -> Optional[str]:
-    """Draw the curves as SVG; None without curves.
-
-    Args:
-        curves: curves to draw, one colour each.
-        samples: number of samples that the cost refers to, as text.
-    """
+    """Draw the curves as SVG; None without curves."""
     if not curves:
         return None
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "lit_glm"}):

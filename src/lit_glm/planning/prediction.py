@@ -201,14 +201,7 @@ def ignored_runs(runs: List[MeasuredRun], configs: List[Any]) -> List[str]:
 def rank_speed(
     config: TrainConfig, runs: List[MeasuredRun], published: List[Dict[str, Any]], work: Workload
 ) -> RankSpeed:
-    """Build the cost model of a rank for a configuration.
-
-    Args:
-        config: configuration of the predicted run.
-        runs: measured runs to learn from.
-        published: rows of conf/published.yaml.
-        work: workload of the configuration.
-    """
+    """Build the cost model of a rank for a configuration."""
     own = [run for run in runs if run.plain and same_chip(run.config, config)]
     if own:
         return _speed_from_runs(config, own)
@@ -369,15 +362,7 @@ def all_reduce_time(config: TrainConfig) -> Interval:
 
 
 def predict(config: TrainConfig, speed: RankSpeed, work: Workload, data: str, samples: int) -> Prediction:
-    """Predict a run.
-
-    Args:
-        config: run configuration.
-        speed: cost model of one of its ranks.
-        work: workload of its steps.
-        data: evidence for the lengths of its examples.
-        samples: maximum number of training samples.
-    """
+    """Predict a run."""
     ranks = config.topology.world_size
     computing = speed.seconds(work.slowest)
     exchange = all_reduce_time(config)

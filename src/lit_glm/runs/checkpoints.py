@@ -35,10 +35,6 @@ class _ErrorCapturingWriter:
 def save(content: Dict[str, Any], target: Path) -> None:
     """Write a checkpoint under a temporary name, flush it to the disk, rename it.
 
-    Args:
-        content: object for torch.save, with its tensors on the CPU.
-        target: path of the checkpoint.
-
     Raises:
         RunError: if it cannot be written; the partial file is deleted.
     """

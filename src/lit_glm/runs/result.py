@@ -64,11 +64,6 @@ def _write_note(folder: Path, name: str, text: str) -> None:
 def report_killed_rank(folder: Path, rank: int, number: int) -> int:
     """Report a rank that a signal has killed: on stderr, and in the error file that the rank could not write.
 
-    Args:
-        folder: folder of the job's errors.
-        rank: the rank.
-        number: number of the signal.
-
     Returns:
         The exit status of such a job.
     """
@@ -319,13 +314,7 @@ _SLOW = 1.5
 
 
 def final_summary(result: Dict[str, Any], config: TrainConfig, run_dir: Path) -> str:
-    """Return the final message of a run.
-
-    Args:
-        result: content of result.json.
-        config: configuration of the run.
-        run_dir: the run folder.
-    """
+    """Return the final message of a run."""
     run, step, samples = config.run, result["global_steps"], result["num_trained_samples"]
     took = result.get("raw_train_time")
     when = f"at step {step} ({samples:,} samples, {'unknown' if took is None else f'{took:.1f} s'} of training)"

@@ -151,11 +151,6 @@ def ensure_available(run_dir: Path, overwrite: bool) -> None:
 def acquire_run_dir(job: JobSpec, run_dir: Path, composed: Dict[str, str]) -> Iterator[int]:
     """Lock a run folder for the duration of a job, and write job.json there.
 
-    Args:
-        job: the job that starts or resumes there.
-        run_dir: the folder.
-        composed: names and contents of the files in .hydra/, written by a new run.
-
     Yields:
         The descriptor of the lock; processes that inherit it hold the lock too.
 
@@ -231,13 +226,7 @@ def _remove_previous_run(run_dir: Path) -> None:
 
 
 def hydra_files(config: Any, hydra: Any, overrides: List[str]) -> Dict[str, str]:
-    """Return the files of .hydra/ by name, as Hydra itself writes them, with secrets masked.
-
-    Args:
-        config: the composed configuration.
-        hydra: its `hydra` node.
-        overrides: overrides of the command line.
-    """
+    """Return the files of .hydra/ by name, as Hydra itself writes them, with secrets masked."""
     lines = "".join(f"- {mask_override(override)}\n" for override in overrides)
     return {"config.yaml": masked_yaml(config), "hydra.yaml": masked_yaml(hydra), "overrides.yaml": lines or "[]\n"}
 

@@ -27,12 +27,7 @@ class ExactMatch(Metric):
         self.add_state("total", default=torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, chosen: Sequence[int], answers: List[Tuple[int, ...]]) -> None:
-        """Add a batch.
-
-        Args:
-            chosen: index of the best candidate of each example.
-            answers: correct candidates of each example.
-        """
+        """Add a batch."""
         self.correct += sum(int(choice) in right for choice, right in zip(chosen, answers))
         self.total += len(answers)
 
@@ -126,13 +121,7 @@ def evaluate(
 
 
 def is_evaluation_due(step: int, global_batch: int, run: RunConfig) -> bool:
-    """Return whether an evaluation follows this step by the interval rule.
-
-    Args:
-        step: step, counted from 1.
-        global_batch: examples per step over all ranks; samples = step x global_batch.
-        run: interval, start and limit.
-    """
+    """Return whether an evaluation follows this step by the interval rule."""
     samples = step * global_batch
     if samples >= run.max_samples:
         return True
@@ -141,14 +130,7 @@ def is_evaluation_due(step: int, global_batch: int, run: RunConfig) -> bool:
 
 
 def next_evaluation_step(step: int, global_batch: int, run: RunConfig, last: int) -> int:
-    """Return the next step after this one that is followed by an evaluation.
-
-    Args:
-        step: steps done.
-        global_batch: examples per step over all ranks.
-        run: interval, start and limit.
-        last: the last step of the run, which is always followed by an evaluation.
-    """
+    """Return the next step after this one that is followed by an evaluation."""
     every = math.ceil(run.eval_interval_samples / global_batch)
     due = max(2, step + 1, math.ceil(run.eval_start_samples / global_batch))
     return min(last, -(-due // every) * every)

@@ -60,13 +60,7 @@ class RecordModule(pl.LightningModule):
     """LightningModule of GLM with the published training step. It counts all steps, including skipped ones."""
 
     def __init__(self, glm: GLM, config: TrainConfig, runtime: Runtime) -> None:
-        """Wrap a model.
-
-        Args:
-            glm: the model.
-            config: configuration of the run.
-            runtime: seeds the generator of dropout, and copies values to the host.
-        """
+        """Wrap a model."""
         super().__init__()
         self.automatic_optimization = False  # clipping after every backward, and skipped steps, as published
         self.glm = glm

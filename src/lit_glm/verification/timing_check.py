@@ -103,15 +103,7 @@ def check_clock(runtime: Runtime) -> CheckResult:
 def check_speed(
     config: TrainConfig, runtime: Runtime, dtype: torch.dtype, peak: Optional[float], which: str
 ) -> List[CheckResult]:
-    """Compare the largest matmul with the peak in the hardware file, in TFLOP/s.
-
-    Args:
-        config: configuration with device and precision.
-        runtime: runtime of the device.
-        dtype: dtype of the products.
-        peak: peak in the hardware file; None: unknown.
-        which: key of the peak in the file.
-    """
+    """Compare the largest matmul with the peak in the hardware file, in TFLOP/s."""
     name = f"speed {config.precision.name}"
     fastest, edge = measure_matmul(runtime, dtype)
     key, size = f"hardware.peak_tflops.{which}", f"{edge} x {edge}"
