@@ -63,6 +63,20 @@ def test_lightning_is_imported_without_packages_for_plots() -> None:
     assert done.stdout == "[] True\n"
 
 
+@pytest.mark.process
+@pytest.mark.parametrize("first", ["matplotlib", "matplotlib.figure"])
+def test_a_program_that_plots_can_train(first: str) -> None:
+    """Half of matplotlib is imported already: torchmetrics, which looks for it, finds the other half."""
+    lines = (
+        f"import {first}",
+        "from lit_glm.compat import without_plotting",
+        "with without_plotting():",
+        "    import torchmetrics",
+    )
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_hydras_sweeper_leaves_out_jobs() -> None:
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser

@@ -6,7 +6,6 @@ which trial node 0 starts.
 """
 
 import datetime
-import io
 import logging
 import statistics
 import time
@@ -14,14 +13,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-import matplotlib
 import torch
-from matplotlib.figure import Figure
 
 import lit_glm
 from lit_glm.atomic_files import write_json, write_text
 from lit_glm.config.schema import TrainConfig, train_config
-from lit_glm.config.tuned_values import TRIALS_FOLDER, TUNE_FILE, read_search, search_key
+from lit_glm.config.tuned_values import TRIALS_FOLDER, TUNE_FILE, read_search, search_key, searches
 from lit_glm.errors import InputError, RunError
 from lit_glm.hardware.runtimes.selection import check_runtime_available, make_runtime
 from lit_glm.launch.launcher import run_job
@@ -29,10 +26,9 @@ from lit_glm.launch.rendezvous import RendezvousError, this_node
 from lit_glm.launch.signals import Interrupted
 from lit_glm.launch.supervisor import TimeLimitExceeded
 from lit_glm.metrics.memory_estimate import check_memory, estimate_memory
-from lit_glm.metrics.registry import METRICS
 from lit_glm.planning.prediction import saves_attention_probs
 from lit_glm.planning.workload import Workload, load_examples
-from lit_glm.reporting.plots import STYLE, use_plain_numbers
+from lit_glm.reporting.plots import plot_trials
 from lit_glm.runs.job_spec import JobSpec, config_hash
 from lit_glm.runs.result import is_complete, markdown_table, read_result
 from lit_glm.runs.run_folder import lock_directory
@@ -78,11 +74,6 @@ def rates_by_bs(trials: List[Trial]) -> Dict[int, List[float]]:
     return found
 
 
-def largest_bs(trials: List[Trial]) -> Optional[int]:
-    """Return the largest batch size that fits; None if none does."""
-    return max(rates_by_bs(trials), default=None)
-
-
 def ranking(trials: List[Trial]) -> List[int]:
     """Return the batch sizes that fit, fastest first: by the median, the smaller one of equals."""
     rates = rates_by_bs(trials)
@@ -90,62 +81,29 @@ def ranking(trials: List[Trial]) -> List[int]:
 
 
 def next_bs(trials: List[Trial], most: int, repeats: int) -> Optional[int]:
-    """Return the batch size to try next.
-
-    Args:
-        trials: the trials so far.
-        most: the largest batch size that the data allows.
-        repeats: maximum number of trials per batch size.
-
-    Returns:
-        The batch size; None if the search is complete.
-    """
+    """Return the batch size to try next, at most `most` and `repeats` times each; None if the search is complete."""
     rates = rates_by_bs(trials)
-    too_large = [trial.bs for trial in trials if trial.status != FITS]
-    low, high = max(rates, default=0), min(too_large, default=most + 1)
-    if low == 0:
-        return None if too_large else 1
+    low = max(rates, default=0)
+    high = min((trial.bs for trial in trials if trial.status in (MEMORY, LIMIT)), default=most + 1)
     if high > most and low < most:
-        return min(2 * low, most)  # double until one does not fit
+        return max(1, min(2 * low, most))  # double until one does not fit
+    if low == 0:
+        return None
     if high - low > max(1, low // 16):
         return (low + high) // 2
     # Between the fastest and a neighbour that is more than a quarter away.
-    best, *others = ranking(trials)
-    known = list(rates)
-    best_index = known.index(best)
-    neighbours = [known[left : left + 2] for left in (best_index, best_index - 1) if 0 <= left < len(known) - 1]
-    for smaller, larger in neighbours:
-        if larger - smaller > max(1, smaller // 4):
-            return (smaller + larger) // 2
+    fastest, known = ranking(trials)[:2], list(rates)
+    best = known.index(fastest[0])
+    for left in (best, best - 1):
+        if 0 <= left < len(known) - 1 and known[left + 1] - known[left] > max(1, known[left] // 4):
+            return (known[left] + known[left + 1]) // 2
     # The two fastest: each at least twice, then while their ranges overlap.
-    for bs in [best, *others[:1]]:
-        if len(rates[bs]) < min(2, repeats):
-            return bs
-    if not others or min(rates[best]) > max(rates[others[0]]):
+    fewer = min(fastest, key=lambda bs: len(rates[bs]))
+    if len(rates[fewer]) >= min(2, repeats) and min(rates[fastest[0]]) > max(rates[fastest[-1]]):
         return None
-    fewer = min((best, others[0]), key=lambda bs: len(rates[bs]))
-    return None if len(rates[fewer]) >= repeats else fewer
-
-
-def plot_trials(trials: List[Trial], config: TrainConfig) -> str:
-    """Plot throughput by batch size; return the SVG."""
-    rates = rates_by_bs(trials)
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": "lit_glm"}):
-        canvas = Figure(figsize=(6.0, 3.4))
-        axes = canvas.subplots()
-        axes.plot(*zip(*((bs, rate) for bs, own in rates.items() for rate in own)), "o", alpha=0.6, label="trials")
-        axes.plot(list(rates), [statistics.median(own) for own in rates.values()], linewidth=1, label="median")
-        for bs in sorted({trial.bs for trial in trials if trial.status in (MEMORY, LIMIT)} - set(rates)):
-            axes.axvline(bs, color="tab:red", linestyle=":", linewidth=1)
-        axes.set_xscale("log", base=2)
-        use_plain_numbers(axes.xaxis)
-        axes.set_xlabel("bs (dotted: did not fit)")
-        axes.set_ylabel(METRICS["p_core"].axis_label())
-        axes.set_title(f"{config.hardware.name} {config.topology.name} {config.precision.name} {config.scoring.name}")
-        axes.legend()
-        out = io.StringIO()
-        canvas.savefig(out, format="svg", metadata={"Date": None})
-    return out.getvalue()
+    if len(fastest) == 1 and len(rates[fewer]) >= 2:
+        return None
+    return fewer if len(rates[fewer]) < repeats else None
 
 
 class Search:
@@ -162,12 +120,25 @@ class Search:
         Raises:
             InputError: if the folder contains something else, or no search to resume.
         """
-        self.config, self.folder, self._command = config, folder, command
+        self.config, self._command, self._start = config, command, time.time_ns()
         self._hash = config_hash(train_config(config, bs=1, eval_bs=1))
-        self._start = time.time_ns()
         self.node = this_node(config.topology, config.hardware.runtime == "simulated")
-        self._find_folder()
-        before = read_search(self.folder)
+        resume = config.run.resume
+        if resume == "auto":
+            same = [(place, found) for place, found in searches() if found.get("config_hash") == self._hash]
+            unfinished = [place for place, found in same if not found["complete"]]
+            if not unfinished:
+                log.info("run.resume=auto: no unfinished search of this configuration; starting a new one")
+            folder = next(iter(unfinished), folder)
+        elif resume is not None:
+            folder = Path(resume)
+        before, self.folder = read_search(folder), folder.resolve()
+        if resume not in (None, "auto") and not before:
+            raise InputError(f"run.resume={resume}: is not a search folder (no {TUNE_FILE})")
+        if before and before.get("config_hash") != self._hash:
+            raise InputError(f"{self.folder}: contains a search of another configuration; give another hydra.run.dir=")
+        if not before and self.node.rank == 0 and self.folder.is_dir() and any(self.folder.iterdir()):
+            raise InputError(f"{self.folder}: contains files that are not a search; give another hydra.run.dir=")
         names = {entry.name for entry in fields(Trial)}
         known = [Trial(**{name: one[name] for name in names & set(one)}) for one in before.get("trials", [])]
         self.trials = [trial for trial in known if trial.status != TIME]  # this part may have more time
@@ -175,33 +146,9 @@ class Search:
         """Seconds spent so far, including interrupted parts."""
         self.examples = load_examples(config)[0]
 
-    def _find_folder(self) -> None:
-        resume = self.config.run.resume
-        if resume == "auto":
-            found = {file.parent: read_search(file.parent) for file in Path("outputs/tune").glob(f"*/*/{TUNE_FILE}")}
-            unfinished_searches = [
-                place for place, own in found.items() if own.get("config_hash") == self._hash and not own["complete"]
-            ]
-            if not unfinished_searches:
-                log.info("run.resume=auto: no unfinished search of this configuration; starting a new one")
-            newest = max(
-                unfinished_searches, key=lambda found: (found / TUNE_FILE).stat().st_mtime, default=self.folder
-            )
-            self.folder = newest
-        elif resume is not None:
-            self.folder = Path(resume)
-        before, self.folder = read_search(self.folder), self.folder.resolve()
-        if resume not in (None, "auto") and not before:
-            raise InputError(f"run.resume={resume}: is not a search folder (no {TUNE_FILE})")
-        if before and before.get("config_hash") != self._hash:
-            raise InputError(f"{self.folder}: contains a search of another configuration; give another hydra.run.dir=")
-        if not before and self.node.rank == 0 and self.folder.is_dir() and any(self.folder.iterdir()):
-            raise InputError(f"{self.folder}: contains files that are not a search; give another hydra.run.dir=")
-
     def _next_bs(self) -> Optional[int]:
-        answered = [trial for trial in self.trials if trial.status != TIME]
         most = len(self.examples) // self.config.topology.world_size
-        return next_bs(answered, most, self.config.tune.repeats)
+        return next_bs(self.trials, most, self.config.tune.repeats)
 
     def lead(self) -> int:
         """Search on node 0 until the result is known or the time is over; return the exit status."""
@@ -212,11 +159,11 @@ class Search:
             log.info(f"resuming after {len(self.trials)} trials")
         self._write()  # marks the folder as this search's
         try:
-            bs = self._next_bs()
-            while bs is not None and self.seconds < limit_s:
+            while (bs := self._next_bs()) is not None and self.seconds < limit_s:
                 self.trials.append(self._try(bs, limit_s - self.seconds))
                 log.info(self.trials[-1].describe())
-                bs = None if self.trials[-1].status == TIME else self._next_bs()
+                if self.trials[-1].status == TIME:
+                    break
         except Interrupted as stop:
             log.error(f"{stop}; resume with run.resume={self.folder}")
             status = stop.exit_status
@@ -224,12 +171,10 @@ class Search:
             complete = self._next_bs() is None
             self._write(complete)  # without a next trial: the other nodes end
         if not complete and not status:
-            log.info(
-                f"tune.max_minutes={minutes:g} is over: results so far; resume with a larger value and "
-                f"run.resume={self.folder}"
-            )
+            over = f"tune.max_minutes={minutes:g} is over: results so far"
+            log.info(f"{over}; resume with a larger value and run.resume={self.folder}")
         print(self._conclude(complete), flush=True)
-        return status or int(largest_bs(self.trials) is None)
+        return status or int(not ranking(self.trials))
 
     def follow(self) -> int:
         """Run this node's part of each trial that node 0 starts; return the exit status.
@@ -249,49 +194,33 @@ class Search:
                 continue
             done = trial
             try:
-                self._run(int(trial["bs"]), self.folder / TRIALS_FOLDER / str(trial["folder"]), None)
+                self._run(int(trial["bs"]), self.folder / TRIALS_FOLDER / str(trial["folder"]))
             except RendezvousError:
                 done = None  # node 0 may have been late
             except (InputError, RunError) as error:
                 log.info(f"bs={trial['bs']}: {error}")  # node 0 decides what it means
             end = time.monotonic() + patience_s
-        raise RunError(
-            f"node 0 started no trial for {patience_s:.0f} s (searched in {self.folder}: do all nodes share it?)"
-        )
+        raise RunError(f"node 0 started no trial for {patience_s:.0f} s in {self.folder}: do all nodes share it?")
 
     def _trial_config(self, bs: int) -> TrainConfig:
         """Return the configuration of a short run: longest examples first, no evaluation, checkpoint or logger."""
-        own = self.config
-        return train_config(
-            own,
-            bs=bs,
-            run=replace(
-                own.run,
-                max_steps=_WARM_UP_STEPS + own.tune.steps,
-                max_samples=10**12,
-                evaluate=False,
-                checkpoint_interval_steps=None,
-                resume=None,
-                overwrite=True,
-            ),
-            model=replace(own.model, init_checkpoint=None),
-            data=replace(own.data, longest_first=True),
-            logger={},
-            callbacks={},
-        )
+        steps, own = _WARM_UP_STEPS + self.config.tune.steps, self.config
+        run = replace(own.run, max_steps=steps, max_samples=10**12, evaluate=False, resume=None, overwrite=True)
+        run.checkpoint_interval_steps = None
+        model, data = replace(own.model, init_checkpoint=None), replace(own.data, longest_first=True)
+        return train_config(own, bs=bs, run=run, model=model, data=data, logger={}, callbacks={})
 
-    def _run(self, bs: int, trial_dir: Path, limit_s: Optional[float]) -> Dict[str, Any]:
+    def _run(self, bs: int, trial_dir: Path, limit_s: Optional[float] = None) -> None:
         """Run this node's part of a trial; its output goes to a file next to its folder."""
         trial_dir.parent.mkdir(parents=True, exist_ok=True)
         job = JobSpec(self._trial_config(bs), time.monotonic(), self._command, is_trial=True)
         output = trial_dir.with_suffix(".txt" if self.node.rank == 0 else f".node{self.node.rank}.txt")
-        return run_job(job, trial_dir, {}, self.node, in_process=False, output=output, limit_s=limit_s)
+        run_job(job, trial_dir, {}, self.node, in_process=False, output=output, limit_s=limit_s)
 
     def _try(self, bs: int, seconds: float) -> Trial:
-        """Run a trial of a batch size.
+        """Run a trial; a lack of memory or time is an outcome, any other failure is raised.
 
-        Raises:
-            RunError: if it failed for another reason than a lack of memory or time.
+        p_core follows from the FLOPs of the timed steps, so that their lengths do not bias it.
         """
         work, begun = Workload(self._trial_config(bs), self.examples, None), time.monotonic()
         message = self._exceeds_memory(work, bs)
@@ -300,27 +229,23 @@ class Search:
         trial_dir = self.folder / TRIALS_FOLDER / f"bs{bs}_{sum(trial.bs == bs for trial in self.trials)}"
         self._write(next_trial={"bs": bs, "folder": trial_dir.name, "start": self._start})
         try:
-            return self._measure(bs, trial_dir, work, self._run(bs, trial_dir, seconds))
-        except TimeLimitExceeded:
-            if is_complete(trial_dir):  # the limit came while its processes ended
-                return self._measure(bs, trial_dir, work, read_result(trial_dir) or {})
-            return Trial(bs, TIME, message=f"exceeded the remaining {seconds:.0f} s")
+            self._run(bs, trial_dir, seconds)
         except RunError as error:
             reason = str((read_result(trial_dir) or {}).get("error") or error)
-            if "out of memory" not in reason and "was killed by SIGKILL" not in reason:
+            if "out of memory" in reason or "was killed by SIGKILL" in reason:
+                return Trial(bs, MEMORY, message=reason)
+            if not isinstance(error, TimeLimitExceeded):
                 raise RunError(f"bs={bs}: {reason} (full output: {trial_dir.with_suffix('.txt')})") from error
-            return Trial(bs, MEMORY, message=reason)
+            if not is_complete(trial_dir):  # else the limit came while its processes ended
+                return Trial(bs, TIME, message=f"exceeded the remaining {seconds:.0f} s")
         finally:
             self.seconds += time.monotonic() - begun
-
-    @staticmethod
-    def _measure(bs: int, trial_dir: Path, work: Workload, result: Dict[str, Any]) -> Trial:
-        """Return a trial whose p_core follows from the FLOPs of the timed steps: their lengths do not bias it."""
-        rows = read_csv_rows(trial_dir / "steps.csv", STEP_COLUMNS)[_WARM_UP_STEPS:]
+        result, rows = read_result(trial_dir) or {}, read_csv_rows(trial_dir / "steps.csv", STEP_COLUMNS)
+        rows = rows[_WARM_UP_STEPS:]
         flops = sum(float(work.counter.flops_by_rank(int(row["step"])).mean()) for row in rows)
-        seconds = sum(float(row["compute_s"]) for row in rows)
-        p_core = flops / (work.mean / bs) / seconds * work.ranks if seconds else None
-        mfu, memory, efficiency = (result.get(name) for name in ("mfu", "mem_actual_gib", "samples_per_joule"))
+        compute_s = sum(float(row["compute_s"]) for row in rows)
+        p_core = flops / (work.mean / bs) / compute_s * work.ranks if compute_s else None
+        mfu, memory, efficiency = map(result.get, ("mfu", "mem_actual_gib", "samples_per_joule"))
         return Trial(bs, FITS, p_core, mfu, memory, efficiency)
 
     def _exceeds_memory(self, work: Workload, bs: int) -> str:
@@ -340,7 +265,7 @@ class Search:
             "config_hash": self._hash,
             "complete": complete,
             "seconds": self.seconds,
-            "largest_bs": largest_bs(self.trials),
+            "largest_bs": max(rates_by_bs(self.trials), default=None),
             "fastest_bs": next(iter(ranking(self.trials)), None),
             "next": next_trial,
             "trials": [asdict(trial) for trial in self.trials],
@@ -358,26 +283,16 @@ class Search:
         columns = "bs|p_core|[lowest, highest]|trials|mfu|memory GiB|estimated GiB without base|samples/J|"
         rows = [columns.split("|")]
         for bs in order:
-            p_cores, last = rates[bs], [trial for trial in self.trials if trial.bs == bs][-1]
+            own, last = rates[bs], [trial for trial in self.trials if trial.bs == bs][-1]
             lengths = Workload(self._trial_config(bs), self.examples, None).lengths
             estimate = estimate_memory(self.config, lengths, 0.0, saves_attention_probs(self.config), bs).total / 2**30
             marks = ", ".join(name for name, is_so in zip(names, (bs == order[0], bs == max(order))) if is_so)
-            rows.append(
-                [
-                    str(bs),
-                    f"{statistics.median(p_cores):.4g}",
-                    f"[{min(p_cores):.4g}, {max(p_cores):.4g}]" if len(p_cores) > 1 else "",
-                    str(len(p_cores)),
-                    text(last.mfu, ".3g"),
-                    text(last.memory_gib, ".2f"),
-                    f"{estimate:.2f}",
-                    text(last.samples_per_joule, ".3g"),
-                    marks,
-                ]
-            )
+            spread = f"[{min(own):.4g}, {max(own):.4g}]" if len(own) > 1 else ""
+            row = [str(bs), f"{statistics.median(own):.4g}", spread, str(len(own)), text(last.mfu, ".3g")]
+            row += [text(last.memory_gib, ".2f"), f"{estimate:.2f}", text(last.samples_per_joule, ".3g"), marks]
+            rows.append(row)
         others = {trial.bs: trial.status for trial in self.trials if trial.bs not in rates}
-        rows += [[str(bs), *[""] * 7, status] for bs, status in sorted(others.items())]
-        return markdown_table(rows)
+        return markdown_table([*rows, *([str(bs), *[""] * 7, status] for bs, status in sorted(others.items()))])
 
     def _conclude(self, complete: bool) -> str:
         """Write tune.md, tune.svg and the fix_hp file; return the summary."""
@@ -403,11 +318,12 @@ class Search:
             comments = "".join(f"# {line}\n" for line in (source, found, *table.splitlines()))
             values = f"fix_hp_source: {pair}\nbs: {order[0]}\neval_bs: {order[0]}\n"
             write_text(self.folder / f"{pair}.yaml", f"# @package _global_\n{comments}{values}")
-            write_text(self.folder / "tune.svg", plot_trials(self.trials, config))
+            title = f"{config.hardware.name} {config.topology.name} {config.precision.name} {config.scoring.name}"
+            too_large = {trial.bs for trial in self.trials if trial.status in (MEMORY, LIMIT)} - set(order)
+            write_text(self.folder / "tune.svg", plot_trials(rates_by_bs(self.trials), too_large, title))
             figure = "\n\n![samples per second by bs](tune.svg)"
-        summary = "\n".join(lines)
-        write_text(self.folder / "tune.md", f"{summary}{figure}\n")
-        return summary
+        write_text(self.folder / "tune.md", "\n".join(lines) + figure + "\n")
+        return "\n".join(lines)
 
 
 def run_search(config: Any, folder: Path, command: List[str]) -> int:

@@ -48,7 +48,11 @@ def without_plotting() -> Iterator[None]:
     torchmetrics imports matplotlib, Pillow and scipy wherever they are installed, for plots and audio metrics that
     nothing here uses: up to a third of the time in which a rank starts (benchmarks/startup.py). It has no option for
     that. Afterwards everybody can import these packages; only `Metric.plot` of torchmetrics says that they are missing.
+    Nothing is hidden from a program that has imported one of them: torchmetrics would then find half of it.
     """
+    if any(name in sys.modules for name in _HidingFinder.hidden):
+        yield
+        return
     finder: Any = _HidingFinder()
     sys.meta_path.insert(0, finder)
     try:

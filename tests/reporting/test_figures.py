@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from conftest import lit_glm_here
-from lit_glm.batch_size_search import FITS, MEMORY, Trial, plot_trials
 from lit_glm.hardware.device_monitor import COLUMNS
 from lit_glm.report import main as report
+from lit_glm.reporting.plots import plot_trials
 from reporting.folders import make_run
 
 _TOUCH = 1.0  # pixels
@@ -90,10 +90,6 @@ def test_figures_of_plan(drawn: Dict[str, List[str]], tmp_path: Path, monkeypatc
 
 
 def test_figure_of_tune(drawn: Dict[str, List[str]]) -> None:
-    from lit_glm.config.schema import HardwareConfig, TrainConfig
-
-    trials = [Trial(2**power, FITS, 20.0 * (power + 1)) for power in range(8)] + [Trial(256, MEMORY)]
-    config = TrainConfig(hardware=HardwareConfig(name="cpu"))
-    config.scoring.name = "shared_context"
-    plot_trials(trials, config)
+    rates = {2**power: [20.0 * (power + 1)] for power in range(8)}
+    plot_trials(rates, [256], "cpu 1x1 fp32 shared_context")
     assert drawn == {"0": []}

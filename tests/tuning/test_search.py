@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from conftest import start_command
 from lit_glm import batch_size_search
-from lit_glm.batch_size_search import FITS, MEMORY, TIME, Search, Trial, largest_bs, next_bs, ranking, rates_by_bs
+from lit_glm.batch_size_search import FITS, MEMORY, TIME, Search, Trial, next_bs, ranking, rates_by_bs
 from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.errors import RunError
 from lit_glm.launch.supervisor import TimeLimitExceeded
@@ -40,9 +40,9 @@ def test_the_largest_that_fits_is_found_to_a_sixteenth(capacity: int, most: int,
     tries = searched(capacity, most, lambda bs, _: bs / (bs + knee))
     fitting = min(capacity, most)
     if fitting == 0:
-        assert largest_bs(tries) is None
+        assert not rates_by_bs(tries)
         return
-    found = largest_bs(tries) or 0
+    found = max(rates_by_bs(tries))
     assert found <= fitting <= found + max(1, found // 16)
     assert fastest_bs(tries) == found  # the larger, the faster
     assert len(rates_by_bs(tries)[found]) >= 2

@@ -1,7 +1,7 @@
 """Values for a pair of hardware and topology: the files of conf/fix_hp/, and the results of `tune`."""
 
 from pathlib import Path
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, Iterator, Tuple
 
 from lit_glm.atomic_files import read_json
 from lit_glm.config.key_aliases import migrate_names
@@ -54,6 +54,13 @@ def read_search(folder: Path) -> Dict[str, Any]:
     return migrate_names(read_json(folder / TUNE_FILE) or {}, "tune.json")
 
 
+def searches() -> Iterator[Tuple[Path, Dict[str, Any]]]:
+    """Return folder and content of the searches below outputs/tune/, the newest first."""
+    files = [(file.stat().st_mtime, str(file)) for file in Path("outputs/tune").glob(f"*/*/{TUNE_FILE}")]
+    for _, name in sorted(files, reverse=True):
+        yield Path(name).parent, read_search(Path(name).parent)
+
+
 def resolve_auto_bs(composed: Any, pair_bs: Any) -> Tuple[int, str]:
     """Resolve `bs=auto`: the result of the newest matching search, else the value of the fix_hp file.
 
@@ -67,13 +74,10 @@ def resolve_auto_bs(composed: Any, pair_bs: Any) -> Tuple[int, str]:
     Raises:
         InputError: if no batch size is known; no search is started.
     """
-    required, found = search_key(composed), []
-    for file in Path("outputs/tune").glob(f"*/*/{TUNE_FILE}"):
-        content = read_search(file.parent)
-        if content.get("fastest_bs") and all(content.get(key) == value for key, value in required.items()):
-            found.append((file.stat().st_mtime, str(file.parent), content))
-    if found:
-        _, place, content = max(found, key=lambda search: search[:2])
+    required = search_key(composed)
+    for place, content in searches():
+        if not content.get("fastest_bs") or any(content.get(key) != value for key, value in required.items()):
+            continue
         bs = int(content["fastest_bs"])
         if not content.get("complete"):
             largest = content.get("largest_bs")

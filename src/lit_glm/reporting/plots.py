@@ -3,7 +3,7 @@
 import io
 import re
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import matplotlib
 import numpy as np
@@ -385,6 +385,26 @@ def _plot_memory(shown: Sequence[Series], words: Translations) -> Panels:
     axes.set_ylabel(words("mem_gib"))
     _start_at_zero(axes)
     return panels if lines else None
+
+
+def plot_trials(rates: Dict[int, List[float]], too_large: Iterable[int], title: str) -> str:
+    """Plot the throughput of the trials of `tune` by batch size, dotted lines where one did not fit; return the SVG."""
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": "lit_glm"}):
+        canvas = Canvas(figsize=(6.0, 3.4))
+        axes = canvas.subplots()
+        axes.plot(*zip(*((bs, rate) for bs, own in rates.items() for rate in own)), "o", alpha=0.6, label="trials")
+        axes.plot(list(rates), [np.median(own) for own in rates.values()], linewidth=1, label="median")
+        for bs in too_large:
+            axes.axvline(bs, color="tab:red", linestyle=":", linewidth=1)
+        axes.set_xscale("log", base=2)
+        use_plain_numbers(axes.xaxis)
+        axes.set_xlabel("bs (dotted: did not fit)")
+        axes.set_ylabel(METRICS["p_core"].axis_label())
+        axes.set_title(title)
+        axes.legend()
+        out = io.StringIO()
+        canvas.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()
 
 
 def _grid_rows(rows: List[ReportRow]) -> List[ReportRow]:
