@@ -7,17 +7,15 @@ import re
 import resource
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Iterator, List, Optional
+from typing import Iterator
 
 import psutil
 
 from lit_glm.compat import without_plotting
 from lit_glm.errors import RunError
 
-GRACE_S = 40.0
-"""Grace period in seconds for a process that saves before it exits."""
 _MOST_OPEN_FILES = 65536
 _LOADER_OPEN_FILES = 256
 """Minimum number of open files for loader workers and their rank; with fewer they deadlock silently."""
@@ -68,37 +66,12 @@ def kill_session(pid: int) -> None:
         pass
 
 
-def terminate_tree(process: psutil.Process, grace_s: float, number: Optional[int] = signal.SIGTERM) -> None:
-    """Terminate a process and its descendants: with a signal first, with SIGKILL after a grace period."""
-    tree = [process, *_children(process)]
-    try:
-        if number is not None:
-            process.send_signal(number)
-        process.wait(timeout=grace_s)
-    except psutil.Error:
-        pass
-    kill_processes([*tree, *_children(process)])
-
-
-def kill_processes(processes: List[psutil.Process]) -> None:
-    """Kill processes with SIGKILL."""
-    for process in processes:
-        try:
-            process.kill()
-        except psutil.Error:
-            pass
-
-
 def kill_children() -> None:
     """Kill all descendants of this process."""
-    kill_processes(_children(psutil.Process()))
-
-
-def _children(process: psutil.Process) -> List[psutil.Process]:
-    try:
-        return list(process.children(recursive=True))
-    except psutil.Error:
-        return []
+    with suppress(psutil.Error):
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                process.kill()
 
 
 def exit_now(status: int) -> None:

@@ -4,7 +4,6 @@ import logging
 import os
 import socket
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
@@ -13,7 +12,7 @@ from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
 from lit_glm.hardware.runtimes.selection import check_device_count, make_runtime
 from lit_glm.launch.heartbeat import STALL_MARGIN_S
-from lit_glm.launch.peer_monitor import PeerMonitor, connect_peers, name_lost_peer
+from lit_glm.launch.peer_monitor import connect_peers, name_lost_peer
 from lit_glm.launch.rendezvous import RunFolder, meet
 
 log = logging.getLogger(__name__)
@@ -29,20 +28,10 @@ def collective_timeout_s(config: TrainConfig) -> float:
     return config.run.stall_timeout_s + STALL_MARGIN_S + _LATER_S
 
 
-@dataclass
-class JoinedGroup:
-    """Peer monitor and run folder of a rank that has joined the others."""
-
-    peers: Optional[PeerMonitor]
-    """Monitor of the other ranks; None if there are none, or if one supervisor watches all of them."""
-    run: Optional[RunFolder]
-    """Run folder that rank 0 chose; None for a job without a run folder."""
-
-
 @contextmanager
 def process_group(
     config: TrainConfig, choose_run: Callable[[], Optional[RunFolder]] = lambda: None
-) -> Iterator[JoinedGroup]:
+) -> Iterator[Optional[RunFolder]]:
     """Open the process group that torchrun's environment variables describe; a single device opens none.
 
     An error inside the block also ends the other ranks, on all nodes.
@@ -53,28 +42,21 @@ def process_group(
             called after all ranks have joined, so that an error in it also ends the ranks of other nodes.
 
     Yields:
-        The monitor of the other ranks, and the run folder.
+        The run folder that rank 0 chose; None for a job without one.
 
     Raises:
-        InputError: if the number of ranks or devices differs from the topology, or the backend is not registered.
+        InputError: if the number of devices differs from the topology, or the backend is not registered.
         RunError: if the nodes cannot reach each other, or a rank is lost.
         NothingToDo: if node 0 has found the run to be complete.
     """
     import torch
 
-    _assign_simulated_node(config)
     runtime = make_runtime(config.hardware, config.topology)
     check_device_count(runtime, config.topology)
     local_rank = int(os.environ["LOCAL_RANK"])
     runtime.set_device(local_rank)
-    world_size = int(os.environ.get("WORLD_SIZE", config.topology.world_size))
-    if world_size != config.topology.world_size:
-        raise InputError(
-            f"topology={config.topology.name} is {config.topology.world_size} ranks, but {world_size} were found; "
-            "is the same command running on every node?"
-        )
     if config.topology.world_size == 1:
-        yield JoinedGroup(None, choose_run())
+        yield choose_run()
         return
     _check_backend(runtime.backend, config.hardware.name)
     timeout = timedelta(seconds=collective_timeout_s(config))
@@ -83,10 +65,10 @@ def process_group(
     store_kwargs: Any = {}
     if not external:
         store, run = meet(config, choose_run() if rank == 0 else None)
-        store_kwargs = {"store": store, "rank": rank, "world_size": world_size}
+        store_kwargs = {"store": store, "rank": rank, "world_size": config.topology.world_size}
     torch.distributed.init_process_group(runtime.backend, timeout=timeout, **store_kwargs)
     if config.topology.num_nodes == 1 and not external:  # its supervisor watches all ranks
-        yield JoinedGroup(None, run)
+        yield run
         return
     from lit_glm.hardware import object_collectives
 
@@ -99,7 +81,7 @@ def process_group(
         with name_lost_peer(monitor):
             if external:
                 run = object_collectives.broadcast_object(choose_run() if rank == 0 else None, device)
-            yield JoinedGroup(monitor, run)
+            yield run
     except BaseException as error:
         monitor.announce_exit(getattr(error, "exit_status", 1))
         raise
@@ -117,20 +99,6 @@ def _check_backend(backend: str, hardware: str) -> None:
             f"hardware={hardware}: its collective backend {backend} is registered by neither torch nor the runtime; "
             "correct Runtime.backend, or import the package that registers it in the runtime"
         )
-
-
-def _assign_simulated_node(config: TrainConfig) -> None:
-    """Rewrite LOCAL_RANK and related variables if this machine simulates all nodes."""
-    topology, rank = config.topology, int(os.environ.get("RANK", 0))
-    if topology.num_nodes == 1 or os.environ.get("LOCAL_WORLD_SIZE") != str(topology.world_size):
-        return
-    node, local = divmod(rank, topology.devices_per_node)
-    os.environ.update(
-        LOCAL_RANK=str(local),
-        LOCAL_WORLD_SIZE=str(topology.devices_per_node),
-        GROUP_RANK=str(node),
-        GROUP_WORLD_SIZE=str(topology.num_nodes),
-    )
 
 
 def assert_same_job_on_all_ranks(config_hash: str, step: int, device: Any) -> None:

@@ -6,7 +6,7 @@ import signal
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional
 
 import pytorch_lightning as pl
 import torch
@@ -15,9 +15,9 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 from lit_glm.compat import has_fused_adamw, keep_own_signals
 from lit_glm.config.command_line import suggest_command
 from lit_glm.config.hydra_main import CONF_DIR
-from lit_glm.config.schema import RunConfig, TrainConfig
+from lit_glm.config.schema import TrainConfig
 from lit_glm.config.tuned_values import nearest_pair_hint
-from lit_glm.data.datamodule import RecordDataModule, evaluation_batches
+from lit_glm.data.datamodule import RecordDataModule
 from lit_glm.data.memmap_dataset import MemmapDataset, SequenceLengths, open_datasets
 from lit_glm.errors import InputError, RunError, first_line
 from lit_glm.hardware import device_monitor, object_collectives
@@ -30,9 +30,9 @@ from lit_glm.launch.heartbeat import Heartbeat
 from lit_glm.launch.process_group import assert_same_job_on_all_ranks, collective_timeout_s
 from lit_glm.launch.signals import Interrupted, StopRequest
 from lit_glm.metrics import memory_estimate
-from lit_glm.metrics.benchmark_callback import BenchmarkCallback, CallbackDependencies
+from lit_glm.metrics.benchmark_callback import BenchmarkCallback
 from lit_glm.metrics.flops import FlopCounter, peak_key
-from lit_glm.metrics.loggers import close_loggers, hyperparameters, make_callbacks, make_loggers
+from lit_glm.metrics.loggers import close_loggers, make_callbacks, make_loggers
 from lit_glm.metrics.system_info import describe_system
 from lit_glm.metrics.timing import slowest_rank
 from lit_glm.model.attention import check_attention_available
@@ -43,7 +43,6 @@ from lit_glm.process_utils import check_open_files_limit, is_oom_error
 from lit_glm.runs import checkpoints, environment
 from lit_glm.runs.environment import environment_changes, read_environment, write_environment
 from lit_glm.runs.job_spec import JobSpec, config_hash
-from lit_glm.runs.run_writer import RunWriter
 from lit_glm.training.evaluation import has_converged
 from lit_glm.training.module import AtomicCheckpointIO, RecordModule
 from lit_glm.training.optimizer import fused_unavailable_reason
@@ -86,11 +85,6 @@ class TrainingComponents:
     resume_from: Optional[Path]
 
 
-def rank_context_from_env(job: JobSpec, run_dir: Path) -> RankContext:
-    """Read this process's rank from torchrun's environment variables."""
-    return RankContext(job, run_dir, int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0)))
-
-
 def build_components(context: RankContext, beat: Callable[[], None]) -> TrainingComponents:
     """Build what a rank needs, and print what will run.
 
@@ -114,17 +108,7 @@ def build_components(context: RankContext, beat: Callable[[], None]) -> Training
     context.print_once(memory_estimate.memory_message(config, lengths, runtime, context.local_rank, memory_base))
     module = _make_module(context, runtime)
     data = RecordDataModule(config, train_split, lambda: module.steps_done, runtime.pins_memory, runtime.synchronize)
-    dependencies = CallbackDependencies(
-        lambda steps_done: RunWriter(context.run_dir, steps_done, context.job.is_resume),
-        lambda rank, world: evaluation_batches(eval_split, config, rank, world, runtime.pins_memory),
-        lambda trainer, step: _save_checkpoint(trainer, context.run_dir, step),
-        beat,
-        lambda: data.data_wait_s,
-        (len(train_split), len(eval_split)),
-        f"{train_split.fingerprint}-{eval_split.fingerprint}",
-        hyperparameters(config),
-    )
-    recorder = BenchmarkCallback(config, runtime, context.job.start_time, data.sampler(0, 0), dependencies)
+    recorder = BenchmarkCallback(context.job, context.run_dir, runtime, data, eval_split, beat)
     recorder.memory_base = memory_base
     loggers = make_loggers(context.job, context.run_dir, checkpoints.checkpoint_step(resume_from))
     # The supervisor has set the rank's variables; inside a Slurm allocation Lightning would read Slurm's instead.
@@ -267,12 +251,6 @@ def _find_resume_checkpoint(
     return path, content if path is not None else None
 
 
-def _save_checkpoint(trainer: pl.Trainer, run_dir: Path, step: int) -> None:
-    trainer.save_checkpoint(checkpoints.checkpoint_path(run_dir, step), weights_only=False)
-    if trainer.is_global_zero:
-        checkpoints.prune(run_dir)
-
-
 def _silence_third_party() -> None:
     """Silence hints of Lightning and torch: users of this project see only its own messages."""
     for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators"):
@@ -282,7 +260,7 @@ def _silence_third_party() -> None:
     warnings.filterwarnings("ignore", message=".*barrier\\(\\).*|.*pkg_resources.*|.*isinstance.treespec.*")
 
 
-def run_rank(job: JobSpec, run_dir: Path, stop: StopRequest, beat: Optional[Heartbeat] = None) -> Dict[str, Any]:
+def run_rank(job: JobSpec, run_dir: Path, stop: StopRequest, beat: Optional[Heartbeat] = None) -> None:
     """Run this rank's part of a job.
 
     Args:
@@ -291,30 +269,22 @@ def run_rank(job: JobSpec, run_dir: Path, stop: StopRequest, beat: Optional[Hear
         stop: handler of the stop signals of this process.
         beat: this rank's heartbeat; None: one in the run folder.
 
-    Returns:
-        The result on rank 0, else an empty dict.
-
     Raises:
         InputError, RunError: with a message for the user.
         Interrupted: after a stop signal; completed steps are saved.
     """
-    context = rank_context_from_env(job, run_dir)
-    built = _build_components(context, beat or Heartbeat(run_dir, context.rank))
-    _fit(context, built, stop)
-    result, received = _write_final_result(context, built, stop.received)
-    if built.recorder.interrupted:
-        raise Interrupted(received or signal.SIGTERM)
-    return result
-
-
-def _build_components(context: RankContext, beat: Heartbeat) -> TrainingComponents:
+    context = RankContext(job, run_dir, int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0)))
     try:
-        return build_components(context, beat)
+        built = build_components(context, beat or Heartbeat(run_dir, context.rank))
     except Exception as error:
         if not is_oom_error(error):
             raise
         message = f"out of memory while building model and data ({first_line(error)})"
         raise RunError(f"{message}; use a smaller model, or a machine with more memory", "out of memory") from error
+    _fit(context, built, stop)
+    received = _write_final_result(context, built, stop.received)
+    if built.recorder.interrupted:
+        raise Interrupted(received or signal.SIGTERM)
 
 
 def _fit(context: RankContext, built: TrainingComponents, stop: StopRequest) -> None:
@@ -338,14 +308,8 @@ def _fit(context: RankContext, built: TrainingComponents, stop: StopRequest) -> 
         raise RunError(message, summary="out of memory") from error
 
 
-def _write_final_result(
-    context: RankContext, built: TrainingComponents, received: Optional[int]
-) -> Tuple[Dict[str, Any], Optional[int]]:
-    """Gather the measurements of all ranks and write the result (rank 0).
-
-    Returns:
-        The result on rank 0, else {}; and the stop signal that any rank has received.
-    """
+def _write_final_result(context: RankContext, built: TrainingComponents, received: Optional[int]) -> Optional[int]:
+    """Gather the measurements of all ranks and write the result (rank 0); return the stop signal that any received."""
     config, recorder, runtime = context.config, built.recorder, built.runtime
     assert recorder.final_durations is not None
     seconds, e2e = recorder.final_durations
@@ -356,10 +320,10 @@ def _write_final_result(
     durations, peaks, spans, signals = zip(*per_rank)
     result: Dict[str, Any] = {}
     if context.rank == 0:
-        steps = built.module.steps_done
+        steps, accuracy = built.module.steps_done, recorder.run_metrics.accuracy
         counter = FlopCounter(config, built.split, built.data.sampler(0, 0))
         result = recorder.run_metrics.finish(
-            _outcome(built, config.run),
+            "interrupted" if recorder.interrupted else "success" if has_converged(accuracy, config.run) else "finished",
             built.module,
             slowest_rank(durations),
             e2e,
@@ -381,13 +345,7 @@ def _write_final_result(
             f"{config.hardware.peak_tflops[name]:g} is not the peak of this device; the run itself is "
             f"complete ({context.run_dir})"
         )
-    return result, next(filter(None, signals), None)
-
-
-def _outcome(built: TrainingComponents, run: RunConfig) -> str:
-    if built.recorder.interrupted:
-        return "interrupted"
-    return "success" if has_converged(built.recorder.run_metrics.accuracy, run) else "finished"
+    return next(filter(None, signals), None)
 
 
 def _peak_memory(peaks: List[float], built: TrainingComponents, per_node: int) -> Optional[float]:

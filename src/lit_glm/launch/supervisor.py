@@ -1,7 +1,5 @@
 """Supervisor of one node's ranks: starts them, shuts them down in order, and determines how the job ended.
 
-    starting -> running -> stopping -> ended
-
 Every event enters one queue: a signal to this process, the exit of a rank, or missing heartbeats. The first event that
 is not the success of a rank is the cause of the end; a killed rank takes precedence over the errors of its peers. Then
 the other ranks receive SIGTERM, and SIGKILL after a grace period.
@@ -15,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,14 +38,8 @@ _FAILURE_GRACE_S = 30.0
 _STALL_GRACE_S = 5.0
 _JOB_VARIABLES = (
     *"MASTER_ADDR MASTER_PORT RANK LOCAL_RANK NODE_RANK GROUP_RANK WORLD_SIZE LOCAL_WORLD_SIZE".split(),
-    *(
-        "GROUP_WORLD_SIZE",
-        "TORCHELASTIC_RUN_ID",
-        "PL_GLOBAL_SEED",
-        "PL_SEED_WORKERS",
-        LAUNCHER_THREADS_VARIABLE,
-        "LIT_GLM_SECRETS",
-    ),
+    *"GROUP_WORLD_SIZE TORCHELASTIC_RUN_ID PL_GLOBAL_SEED PL_SEED_WORKERS LIT_GLM_SECRETS".split(),
+    LAUNCHER_THREADS_VARIABLE,
 )
 """Variables of one job that must not reach another."""
 
@@ -73,7 +65,6 @@ class Supervisor(StopSignals):
 
     def __init__(self) -> None:
         super().__init__()
-        self.state = "starting"
         self.has_met = False
         """Whether a rank of this node has completed the rendezvous."""
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -137,7 +128,6 @@ class Supervisor(StopSignals):
             for process in self._ranks.values():
                 process.wait()
             self.has_met = last_heartbeat(spec_dir, range(first, first + count)) > 0
-        self.state = "ended"
         self._raise_for_cause(oom_kill_count() > oom_kills)
 
     def _start_ranks(
@@ -150,11 +140,11 @@ class Supervisor(StopSignals):
         output: Optional[Path],
     ) -> None:
         with nullcontext() if output is None else output.open("w", encoding="utf-8") as file:
-            for local_rank in range(count):
-                rank = first + local_rank
+            for rank in range(first, first + count):
+                place, local_rank = divmod(rank, self._job.config.topology.devices_per_node)
                 process = subprocess.Popen(
                     [sys.executable, "-m", *arguments],
-                    env={**env, "RANK": str(rank), "LOCAL_RANK": str(local_rank)},
+                    env={**env, "RANK": str(rank), "LOCAL_RANK": str(local_rank), "GROUP_RANK": str(place)},
                     stdout=file,
                     stderr=None if file is None else subprocess.STDOUT,
                     start_new_session=True,  # Ctrl-C reaches only this process, which signals the ranks
@@ -163,7 +153,6 @@ class Supervisor(StopSignals):
                 )
                 self._ranks[rank] = self._alive[rank] = process
                 threading.Thread(target=self._wait_for_exit, args=(rank, process), daemon=True).start()
-        self.state = "running"
 
     def _wait_for_exit(self, rank: int, process: "subprocess.Popen[bytes]") -> None:
         self._events.put(Event("exit", rank, process.wait()))
@@ -194,7 +183,7 @@ class Supervisor(StopSignals):
 
     def _on_failure(self, event: Event) -> None:
         killed_by_other = (
-            event.status < 0 and not self._killed and not (self.state == "stopping" and -event.status == signal.SIGTERM)
+            event.status < 0 and not self._killed and not (self._cause is not None and -event.status == signal.SIGTERM)
         )
         if killed_by_other:
             report_killed_rank(error_folder(self._spec_dir), event.rank, -event.status)
@@ -205,10 +194,10 @@ class Supervisor(StopSignals):
             self._cause = event  # the earlier error is that of a peer that lost its connection to this rank
 
     def _stop(self, cause: Event, grace_s: float) -> None:
-        self._cause, self.state = cause, "stopping"
-        self._deadline = time.monotonic() + grace_s
+        self._cause, self._deadline = cause, time.monotonic() + grace_s
         for process in self._alive.values():
-            _send_signal(process, signal.SIGTERM)
+            with suppress(ProcessLookupError):
+                process.terminate()
 
     def _print_late_ranks(self) -> None:
         assert self._cause is not None
@@ -226,7 +215,6 @@ class Supervisor(StopSignals):
         self._killed = True
         for process in self._alive.values():
             kill_session(process.pid)
-            _send_signal(process, signal.SIGKILL)
 
     def _raise_for_cause(self, out_of_memory: bool) -> None:
         """Raise the error that corresponds to the cause; return after a success."""
@@ -255,34 +243,19 @@ class Supervisor(StopSignals):
         raise RunError(message, summary=reason or message)
 
 
-def _send_signal(process: "subprocess.Popen[bytes]", number: int) -> None:
-    """Send a signal to a process, which may have exited meanwhile."""
-    try:
-        process.send_signal(number)
-    except ProcessLookupError:
-        pass
-
-
-def job_free_env() -> Dict[str, str]:
-    """Return the environment without the variables of another job."""
-    return {name: value for name, value in os.environ.items() if name not in _JOB_VARIABLES}
-
-
 def _job_env(job: JobSpec, node: Node) -> Dict[str, str]:
     """Return the environment of a node's ranks: hardware variables, rendezvous address and threads per rank."""
     topology = job.config.topology
-    count = topology.devices_per_node * node.num_nodes_here
     env = {
         **{name: value for name, value in job.config.hardware.env.items() if value != MASK},
-        **job_free_env(),
+        **{name: value for name, value in os.environ.items() if name not in _JOB_VARIABLES},
         **job.secrets_variable(),
         "WORLD_SIZE": str(topology.world_size),
-        "LOCAL_WORLD_SIZE": str(count),
-        "GROUP_RANK": str(node.rank),
-        "GROUP_WORLD_SIZE": str(topology.num_nodes // node.num_nodes_here),
+        "LOCAL_WORLD_SIZE": str(topology.devices_per_node),
+        "GROUP_WORLD_SIZE": str(topology.num_nodes),
         "MASTER_ADDR": node.address,
         "MASTER_PORT": str(node.port),
-        **omp_env_for_ranks(count),
+        **omp_env_for_ranks(topology.devices_per_node * node.num_nodes_here),
     }
     interface = network_interface_to(node.address) if topology.num_nodes > 1 else None
     if interface is not None:
@@ -298,9 +271,3 @@ def _print_rendezvous(job: JobSpec, node: Node) -> None:
     others = "node 1" if nodes == 2 else f"nodes 1 to {nodes - 1}"
     what = f"node {node.rank} joins node 0" if node.rank > 0 else f"node 0 is waiting for {others}"
     log.info(f"{what} at {node.address}:{node.port} ({limit})")
-
-
-def run_ranks(job: JobSpec, node: Node, folder: Path, module: str, margin_s: float) -> None:
-    """Run the ranks of `doctor` and `verify`, which have no run folder."""
-    with Supervisor() as supervisor:
-        supervisor.run(job, node, folder, module=module, margin_s=margin_s)

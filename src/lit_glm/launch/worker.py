@@ -34,7 +34,7 @@ from lit_glm.launch.rendezvous import (
     resolve_node,
 )
 from lit_glm.launch.signals import Interrupted, StopRequest, StopSignals
-from lit_glm.launch.supervisor import run_ranks
+from lit_glm.launch.supervisor import Supervisor
 from lit_glm.process_utils import exit_now, fast_imports, kill_children, raise_open_files_limit
 from lit_glm.runs.job_spec import JobSpec
 from lit_glm.runs.result import (
@@ -103,7 +103,7 @@ def _join_and_run(
         with fast_imports():
             from lit_glm.launch.rank_runner import run_rank
 
-        run = keep.enter_context(process_group(job.config, choose_run)).run
+        run = keep.enter_context(process_group(job.config, choose_run))
         assert run is not None
         if run.is_complete:
             raise NothingToDo(f"{run.path}: the run is complete; nothing to do")
@@ -241,7 +241,8 @@ def run_on_all_ranks(config: TrainConfig, module: str, limit_s: float) -> Option
         job = JobSpec(train_config(config), time.monotonic(), [])
         job.write(folder)
         node = resolve_node(config.topology, config.hardware.runtime == "simulated")
-        run_ranks(job, node, folder, module, _MARGIN_S)
+        with Supervisor() as supervisor:
+            supervisor.run(job, node, folder, module=module, margin_s=_MARGIN_S)
         if node.rank > 0:
             return None
         result: Dict[str, Any] = json.loads((folder / _FILE).read_text(encoding="utf-8"))

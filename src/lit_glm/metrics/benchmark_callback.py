@@ -14,19 +14,21 @@
 
 import logging
 import time
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Tuple
 
 import pytorch_lightning as pl
 
-from lit_glm.config.schema import TrainConfig
-from lit_glm.data.sampler import InfiniteDistributedBatchSampler
+from lit_glm.data.datamodule import RecordDataModule, evaluation_batches
+from lit_glm.data.memmap_dataset import MemmapDataset
 from lit_glm.errors import RunError
 from lit_glm.hardware.runtimes.base import Runtime
-from lit_glm.metrics.loggers import MetricLogging
+from lit_glm.metrics.loggers import MetricLogging, hyperparameters
 from lit_glm.metrics.perf_events import PerfEvents, PerfLog
 from lit_glm.metrics.run_metrics import RunMetrics
 from lit_glm.metrics.timing import PhaseDurations, PhaseTimer, StepTimes
+from lit_glm.runs import checkpoints
+from lit_glm.runs.job_spec import JobSpec
 from lit_glm.runs.run_writer import RunWriter
 from lit_glm.training.evaluation import evaluate, has_converged, has_reached_limit, is_evaluation_due
 from lit_glm.training.module import RecordModule, StepMetrics
@@ -77,54 +79,28 @@ class DivergenceGuard:
             log.warning(f"step {step}: {what}")
 
 
-@dataclass
-class CallbackDependencies:
-    """Dependencies of `BenchmarkCallback` other than Lightning."""
-
-    open_writer: Callable[[int], RunWriter]
-    """Number of completed steps -> writer of the run folder; called on rank 0 only."""
-    eval_loader: Callable[[int, int], Any]
-    """(rank, world size) -> evaluation batches."""
-    save: Callable[[Any, int], None]
-    """(trainer, step) -> None; writes a checkpoint."""
-    heartbeat: Callable[[], None]
-    """Sends a heartbeat; called at every step and every evaluation batch."""
-    data_wait_s: Callable[[], float]
-    """Returns the seconds that training has waited for data so far."""
-    examples: Tuple[int, int]
-    """Numbers of training and evaluation examples."""
-    data_fingerprint: str
-    """Hash of the data, by which a report keeps runs on different data apart."""
-    hyperparameters: Dict[str, Any]
-    """Hyperparameters that are sent to loggers."""
-
-
 class BenchmarkCallback(pl.Callback):
     """Callback that measures phases and triggers evaluation, stopping and checkpoints; rank 0 also writes files."""
 
     def __init__(
         self,
-        config: TrainConfig,
+        job: JobSpec,
+        run_dir: Path,
         runtime: Runtime,
-        entry: float,
-        order: InfiniteDistributedBatchSampler,
-        dependencies: CallbackDependencies,
+        data: RecordDataModule,
+        eval_split: MemmapDataset,
+        heartbeat: Callable[[], None],
     ) -> None:
-        """Initialise timers and metrics.
-
-        Args:
-            config: run configuration.
-            runtime: runtime used to synchronise the device.
-            entry: `time.monotonic()` at the entry of `train`.
-            order: sampler of the training examples.
-            dependencies: functions and values of the other components.
-        """
-        self.config, self.runtime, self._order, self._dependencies = config, runtime, order, dependencies
-        self.timer = PhaseTimer(dependencies.data_wait_s)
-        self.run_metrics = RunMetrics(config, runtime, self.timer, order, entry, dependencies.data_fingerprint)
-        self.events = PerfEvents(config, self.run_metrics)
-        self.metric_logging = MetricLogging(self.run_metrics, dependencies.hyperparameters)
-        self.divergence_guard = DivergenceGuard(config.run.max_skipped_steps)
+        """Initialise timers and metrics; `heartbeat` is called at every step and every evaluation batch."""
+        self.config, self.runtime, self._data, self._eval_split = job.config, runtime, data, eval_split
+        self._job, self._run_dir, self._heartbeat = job, run_dir, heartbeat
+        self._order = data.sampler(0, 0)
+        self.timer = PhaseTimer(lambda: data.data_wait_s)
+        fingerprint = f"{data.split.fingerprint}-{eval_split.fingerprint}"
+        self.run_metrics = RunMetrics(job.config, runtime, self.timer, self._order, job.start_time, fingerprint)
+        self.events = PerfEvents(job.config, self.run_metrics)
+        self.metric_logging = MetricLogging(self.run_metrics, hyperparameters(job.config))
+        self.divergence_guard = DivergenceGuard(job.config.run.max_skipped_steps)
         self.step_metrics: Optional[StepMetrics] = None
         """Metrics of the latest step."""
         self.interrupted = False
@@ -144,7 +120,7 @@ class BenchmarkCallback(pl.Callback):
         module = self._module(pl_module)
         module.train()
         step, account = module.steps_done, self.run_metrics
-        files = self._dependencies.open_writer(step) if trainer.is_global_zero else None
+        files = RunWriter(self._run_dir, step, self._job.is_resume) if trainer.is_global_zero else None
         account.begin(files, step)
         if files is not None:
             self.events.log = PerfLog(files.path / "perf.log")
@@ -152,7 +128,7 @@ class BenchmarkCallback(pl.Callback):
         account.accuracy, account.evaluated_step, account.earlier_e2e = trainer.strategy.broadcast(state)
         is_new = step == 0 and self.run_metrics.evaluated_step < 0
         if is_new:
-            self.events.submitted(self._dependencies.examples)
+            self.events.submitted((len(self._data.split), len(self._eval_split)))
         self.events.emit("INIT_START", ago=account.e2e())
         if is_new and self.config.run.evaluate:
             # If stopped during this evaluation, train no step: a resumed run starts with the evaluation.
@@ -189,7 +165,7 @@ class BenchmarkCallback(pl.Callback):
         self.runtime.synchronize()
         times = self.timer.step_computed()
         module = self._module(pl_module)
-        self._dependencies.heartbeat()
+        self._heartbeat()
         assert module.pending_metrics is not None
         self.step_metrics = module.pending_metrics.read()  # the device is already synchronised: no extra wait
         self._write_step(module.steps_done, self.step_metrics, times)
@@ -251,7 +227,9 @@ class BenchmarkCallback(pl.Callback):
             self.current_activity = f"saving step {step}"
             with self.timer.pause():
                 self.run_metrics.write(module, durable=True)  # metrics must be on disk before the checkpoint
-                self._dependencies.save(trainer, step)
+                trainer.save_checkpoint(checkpoints.checkpoint_path(self._run_dir, step), weights_only=False)
+                if trainer.is_global_zero:
+                    checkpoints.prune(self._run_dir)
         if self.run_metrics.writer is not None and (self.run_metrics.writer.is_stale() or evaluated is not None):
             self.run_metrics.write(module)
 
@@ -259,10 +237,11 @@ class BenchmarkCallback(pl.Callback):
         """Evaluate; return None if any rank has received a stop signal during the evaluation."""
         start, step = time.perf_counter(), module.steps_done
         self.current_activity = f"in the evaluation after step {step}"
-        loader = self._dependencies.eval_loader(trainer.global_rank, trainer.world_size)
+        rank, world_size = trainer.global_rank, trainer.world_size
+        loader = evaluation_batches(self._eval_split, self.config, rank, world_size, self.runtime.pins_memory)
 
         def stops() -> bool:
-            self._dependencies.heartbeat()
+            self._heartbeat()
             return module.stop_requested
 
         def any_rank(stopped: bool) -> bool:
