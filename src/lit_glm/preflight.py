@@ -151,7 +151,8 @@ def check_memory(config: TrainConfig, runtime: Optional[Runtime]) -> CheckResult
     path = Path(config.data.train_file)
     if config.data.synthetic is not None and not path.exists():
         return CheckResult("", "skip", "not estimated: the data does not exist yet")
-    message, *advice = estimates.memory_message(config, SequenceLengths.from_hdf5(path), runtime).split("\n")
+    found = estimates.check_memory(config, SequenceLengths.from_hdf5(path), runtime)
+    message, *advice = estimates.memory_message(config, found).split("\n")
     unknown = runtime is None or runtime.total_memory(0) is None
     status = "fail" if advice else "warn" if unknown else "ok"
     return CheckResult("", status, message.replace("memory: ", ""), "; ".join(advice).replace("memory: ", ""))

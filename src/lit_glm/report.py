@@ -63,18 +63,18 @@ def _compare(given: argparse.Namespace) -> int:
         if len(runs) != 1:
             raise InputError("\n".join([f"--compare {place}: contains {len(runs)} runs, must be one", *trouble]))
         sides.append(runs[0])
-    found = compare_runs(*sides)
+    text, largest = compare_runs(*sides)
     if given.out is None:
-        print(found.text, end="")
+        print(text, end="")
     else:
-        _write_report(given.out / "compare.md", found.text, "## Configuration and environment")
+        _write_report(given.out / "compare.md", text, "## Configuration and environment")
     if limit is None:
         return 0
-    if found.largest is None:
+    if largest is None:
         log.warning(f"--max-loss-diff {limit:g}: no step in common, nothing was compared")
         return 1
-    if found.largest > limit:
-        log.warning(f"largest loss difference {found.largest:.3g} is above {limit:g}")
+    if largest > limit:
+        log.warning(f"largest loss difference {largest:.3g} is above {limit:g}")
         return 1
     return 0
 

@@ -138,8 +138,8 @@ def test_beyond_the_readings_the_nearest_one_holds() -> None:
     readings = [{"time_s": 4.0, "power_w": 10.0}, {"time_s": 6.0, "power_w": 20.0}]
     found = integrate_power(readings, [[0.0, 10.0]], 2.0)
     assert found is not None
-    assert found.joules == pytest.approx(4 * 10 + 2 * 15 + 4 * 20)
-    assert found.bridged_s == 8.0
+    assert found[0] == pytest.approx(4 * 10 + 2 * 15 + 4 * 20)
+    assert found[1] == 8.0
     assert integrate_power(readings, [[0.0, 10.0]], 0.5) is None
 
 

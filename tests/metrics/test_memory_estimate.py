@@ -16,7 +16,13 @@ from lit_glm.config.schema import HardwareConfig, TopologyConfig, TrainConfig
 from lit_glm.data.collate import PackedBatch, build_padding_index
 from lit_glm.data.memmap_dataset import SequenceLengths, open_dataset
 from lit_glm.hardware.runtimes.selection import make_runtime
-from lit_glm.metrics.memory_estimate import count_parameters, estimate_memory, largest_fitting_bs, memory_message
+from lit_glm.metrics.memory_estimate import (
+    check_memory,
+    count_parameters,
+    estimate_memory,
+    largest_fitting_bs,
+    memory_message,
+)
 from lit_glm.model.checkpoint import build_glm, meta_state_dict
 from lit_glm.model.scoring import TRAIN_MASK, candidate_loss, candidate_scores
 
@@ -134,9 +140,9 @@ def test_the_largest_bs_is_named_where_it_does_not_fit() -> None:
     assert largest_fitting_bs(config, lengths, 0.0, False, 1.0) == 0
     assert largest_fitting_bs(config, lengths, 0.0, False, 1e15) == len(lengths)
     runtime = make_runtime(HardwareConfig(runtime="simulated", memory_gib=0.001), TopologyConfig(1, 1))
-    assert "no bs fits" in memory_message(config, lengths, runtime)
-    line = memory_message(config, lengths, runtime).split("\n")[0]
+    assert "no bs fits" in memory_message(config, check_memory(config, lengths, runtime))
+    line = memory_message(config, check_memory(config, lengths, runtime)).split("\n")[0]
     total, *parts = [float(number) for number in re.findall(r" (\d+\.\d+)(?=,| GiB| of|$)", line)]
     assert sum(parts[1:] if " of " in line else parts) == pytest.approx(total, abs=1e-9)  # what is read adds up
     roomy = make_runtime(HardwareConfig(runtime="simulated", memory_gib=320.0), TopologyConfig(1, 1))
-    assert "\n" not in memory_message(config, lengths, roomy)
+    assert "\n" not in memory_message(config, check_memory(config, lengths, roomy))

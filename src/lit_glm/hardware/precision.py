@@ -93,8 +93,18 @@ def backward_context(loss: Tensor) -> ContextManager[Any]:
     return torch.autocast(loss.device.type, enabled=False) if loss.is_cuda else nullcontext()
 
 
-class _BackwardWithoutAutocast(Precision):
-    """Backward pass outside of autocast."""
+class _AutocastPrecision(Precision):
+    """Autocast of a step or an evaluation; the backward pass is outside of it."""
+
+    computes_in = torch.float16
+
+    def __init__(self, runtime: Runtime) -> None:
+        super().__init__()
+        self._runtime = runtime
+
+    def forward_context(self) -> ContextManager[Any]:
+        """Return the autocast context of a step or an evaluation."""
+        return self._runtime.autocast(self.computes_in)
 
     def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         """Propagate the gradients of the loss."""
@@ -102,21 +112,14 @@ class _BackwardWithoutAutocast(Precision):
             super().backward(tensor, model, optimizer, *args, **kwargs)
 
 
-class MixedPrecision(_BackwardWithoutAutocast):
-    """Mixed precision: fp32 weights, matrix products in a half precision."""
+class BF16Precision(_AutocastPrecision):
+    """Mixed precision in bf16: fp32 weights."""
 
-    def __init__(self, runtime: Runtime, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.precision = "bf16-mixed" if dtype is torch.bfloat16 else "16-mixed"
-        self.computes_in = dtype
-        self._runtime = runtime
-
-    def forward_context(self) -> ContextManager[Any]:
-        """Return the autocast context of a step or an evaluation."""
-        return self._runtime.autocast(self.computes_in)
+    precision: Any = "bf16-mixed"
+    computes_in = torch.bfloat16
 
 
-class LossScalingPrecision(_BackwardWithoutAutocast):
+class LossScalingPrecision(Precision):
     """Loss scaling shared by amp and fp16: scale the loss, unscale gradients, skip steps that overflow."""
 
     scaler: Any
@@ -162,20 +165,14 @@ class LossScalingPrecision(_BackwardWithoutAutocast):
         self.scaler.load_state_dict(state_dict)
 
 
-class AMPPrecision(LossScalingPrecision):
+class AMPPrecision(LossScalingPrecision, _AutocastPrecision):
     """Mixed precision in fp16 with fp32 weights; uses the runtime's own loss scaler if it has one."""
 
     precision: Any = "16-mixed"
-    computes_in = torch.float16
 
     def __init__(self, runtime: Runtime, config: LossScaleConfig) -> None:
-        super().__init__()
-        self._runtime = runtime
+        super().__init__(runtime)
         self.scaler = runtime.loss_scaler(config) or DynamicLossScale(config)
-
-    def forward_context(self) -> ContextManager[Any]:
-        """Return the autocast context of a step or an evaluation."""
-        return self._runtime.autocast(torch.float16)
 
     def _before_backward(self, module: Any) -> None:
         # Gradients of an earlier micro-batch are already unscaled.
@@ -274,7 +271,7 @@ def make_precision(config: TrainConfig, runtime: Runtime, index: int = 0, tried:
         "fp32": lambda: FP32Precision(),
         "amp": lambda: AMPPrecision(runtime, scaling),
         "fp16": lambda: FP16Precision(scaling),
-        "bf16": lambda: MixedPrecision(runtime, torch.bfloat16),
+        "bf16": lambda: BF16Precision(runtime),
     }[name]()
     if not tried:
         return plugin

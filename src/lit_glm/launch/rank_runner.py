@@ -82,6 +82,7 @@ class TrainingComponents:
     data: RecordDataModule
     recorder: BenchmarkCallback
     trainer: pl.Trainer
+    memory: memory_estimate.MemoryCheck
     resume_from: Optional[Path]
 
 
@@ -105,7 +106,8 @@ def build_components(context: RankContext, beat: Callable[[], None]) -> Training
     _announce_run(context, runtime)
     beat()
     memory_base = runtime.memory_in_use(context.local_rank)
-    context.print_once(memory_estimate.memory_message(config, lengths, runtime, context.local_rank, memory_base))
+    memory = memory_estimate.check_memory(config, lengths, runtime, context.local_rank, memory_base)
+    context.print_once(memory_estimate.memory_message(config, memory))
     module = _make_module(context, runtime)
     data = RecordDataModule(config, train_split, lambda: module.steps_done, runtime.pins_memory, runtime.synchronize)
     recorder = BenchmarkCallback(context.job, context.run_dir, runtime, data, eval_split, beat)
@@ -132,7 +134,7 @@ def build_components(context: RankContext, beat: Callable[[], None]) -> Training
         detect_anomaly=False,
     )
     keep_own_signals(trainer)
-    return TrainingComponents(runtime, train_split, module, data, recorder, trainer, resume_from)
+    return TrainingComponents(runtime, train_split, module, data, recorder, trainer, memory, resume_from)
 
 
 def _make_validated_runtime(context: RankContext) -> Runtime:
@@ -296,15 +298,8 @@ def _fit(context: RankContext, built: TrainingComponents, stop: StopRequest) -> 
     except Exception as error:
         if not is_oom_error(error):
             raise
-        lengths = SequenceLengths.from_dataset(built.split)
-        message = memory_estimate.oom_message(
-            context.config,
-            lengths,
-            built.runtime,
-            context.local_rank,
-            built.recorder.memory_base,
-            built.recorder.current_activity,
-        )
+        doing = built.recorder.current_activity
+        message = memory_estimate.oom_message(context.config, built.memory, built.runtime, context.local_rank, doing)
         raise RunError(message, summary="out of memory") from error
 
 
@@ -320,17 +315,14 @@ def _write_final_result(context: RankContext, built: TrainingComponents, receive
     durations, peaks, spans, signals = zip(*per_rank)
     result: Dict[str, Any] = {}
     if context.rank == 0:
-        steps, accuracy = built.module.steps_done, recorder.run_metrics.accuracy
-        counter = FlopCounter(config, built.split, built.data.sampler(0, 0))
+        accuracy = recorder.run_metrics.accuracy
         result = recorder.run_metrics.finish(
             "interrupted" if recorder.interrupted else "success" if has_converged(accuracy, config.run) else "finished",
             built.module,
             slowest_rank(durations),
             e2e,
             _peak_memory([peak for peak in peaks if peak is not None], built, config.topology.devices_per_node),
-            counter.totals_until(steps),
-            counter.flops_per_step(steps),
-            counter.rank_imbalance(steps),
+            FlopCounter(config, built.split, built.data.sampler(0, 0)),
             list(spans[:: config.topology.devices_per_node]),
         )
         recorder.events.finished(result)

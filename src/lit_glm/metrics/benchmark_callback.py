@@ -23,8 +23,8 @@ from lit_glm.data.datamodule import RecordDataModule, evaluation_batches
 from lit_glm.data.memmap_dataset import MemmapDataset
 from lit_glm.errors import RunError
 from lit_glm.hardware.runtimes.base import Runtime
-from lit_glm.metrics.loggers import MetricLogging, hyperparameters
-from lit_glm.metrics.perf_events import PerfEvents, PerfLog
+from lit_glm.metrics.loggers import MetricLogging
+from lit_glm.metrics.perf_events import PerfEvents
 from lit_glm.metrics.run_metrics import RunMetrics
 from lit_glm.metrics.timing import PhaseDurations, PhaseTimer, StepTimes
 from lit_glm.runs import checkpoints
@@ -99,7 +99,7 @@ class BenchmarkCallback(pl.Callback):
         fingerprint = f"{data.split.fingerprint}-{eval_split.fingerprint}"
         self.run_metrics = RunMetrics(job.config, runtime, self.timer, self._order, job.start_time, fingerprint)
         self.events = PerfEvents(job.config, self.run_metrics)
-        self.metric_logging = MetricLogging(self.run_metrics, hyperparameters(job.config))
+        self.metric_logging = MetricLogging(self.run_metrics)
         self.divergence_guard = DivergenceGuard(job.config.run.max_skipped_steps)
         self.step_metrics: Optional[StepMetrics] = None
         """Metrics of the latest step."""
@@ -123,7 +123,7 @@ class BenchmarkCallback(pl.Callback):
         files = RunWriter(self._run_dir, step, self._job.is_resume) if trainer.is_global_zero else None
         account.begin(files, step)
         if files is not None:
-            self.events.log = PerfLog(files.path / "perf.log")
+            self.events.open(files.path)
         state: Any = (files.accuracy, files.evaluated_step, account.earlier_e2e) if files is not None else None
         account.accuracy, account.evaluated_step, account.earlier_e2e = trainer.strategy.broadcast(state)
         is_new = step == 0 and self.run_metrics.evaluated_step < 0
@@ -143,7 +143,7 @@ class BenchmarkCallback(pl.Callback):
         if step > 0:
             # The run may have been stopped between a step and its evaluation or checkpoint.
             self._after_step(trainer, module, None)
-        self.metric_logging.evaluation(trainer.loggers, step, account.evaluated_step)
+        self.metric_logging.log(trainer.loggers, step, {})
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Record that the batch is on the device, and emit the start events."""
@@ -170,7 +170,7 @@ class BenchmarkCallback(pl.Callback):
         self.step_metrics = module.pending_metrics.read()  # the device is already synchronised: no extra wait
         self._write_step(module.steps_done, self.step_metrics, times)
         self._after_step(trainer, module, times)
-        self.metric_logging.step(trainer.loggers, module.steps_done, self.run_metrics.evaluated_step, self.step_metrics)
+        self.metric_logging.step(trainer.loggers, module.steps_done, self.step_metrics)
         self.divergence_guard.check_step(module.steps_done, self.step_metrics, trainer.is_global_zero)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:

@@ -1,8 +1,7 @@
 """Energy of a run: device power integrated over each node's training time, summed over all devices."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -22,16 +21,7 @@ def in_kilojoules(joules: float) -> str:
     return f"{joules / 1000:.1f}" if joules >= 1000 else f"{joules / 1000:.3g}"
 
 
-@dataclass
-class DeviceEnergy:
-    """Energy of one device over some time spans."""
-
-    joules: float
-    bridged_s: float
-    """Seconds in which readings are missing."""
-
-
-def integrate_power(readings: List[Reading], spans: List[Span], interval_s: float) -> Optional[DeviceEnergy]:
+def integrate_power(readings: List[Reading], spans: List[Span], interval_s: float) -> Optional[Tuple[float, float]]:
     """Integrate the power of one device over time spans, by the trapezoidal rule.
 
     Before the first and after the last reading, the power of that reading is assumed, for at most the longest gap.
@@ -42,12 +32,12 @@ def integrate_power(readings: List[Reading], spans: List[Span], interval_s: floa
         interval_s: seconds between readings.
 
     Returns:
-        Energy; None if more than five consecutive readings are missing or have no power.
+        Joules, and seconds without readings; None if more than five consecutive readings are missing or have no power.
     """
     known = [(reading["time_s"] or 0.0, reading["power_w"]) for reading in readings if reading["power_w"] is not None]
     if not known and spans:
         return None
-    found, (times, powers) = DeviceEnergy(0.0, 0.0), np.array(known, float).reshape(-1, 2).T
+    joules, bridged_s, (times, powers) = 0.0, 0.0, np.array(known, float).reshape(-1, 2).T
     for begin, end in spans:
         first, last = np.searchsorted(times, begin, side="right"), np.searchsorted(times, end)
         nearby = times[max(0, first - 1) : last + 1]
@@ -57,10 +47,10 @@ def integrate_power(readings: List[Reading], spans: List[Span], interval_s: floa
             return None
         path = np.concatenate([[begin], times[first:last], [end]])
         power = np.interp(path, times, powers)
-        found.joules += float((np.diff(path) * (power[1:] + power[:-1])).sum() / 2)
+        joules += float((np.diff(path) * (power[1:] + power[:-1])).sum() / 2)
         within = np.diff(np.clip(moments, begin, end))
-        found.bridged_s += float(within[gaps > (1.0 + _LATE) * interval_s].sum())
-    return found
+        bridged_s += float(within[gaps > (1.0 + _LATE) * interval_s].sum())
+    return joules, bridged_s
 
 
 def energy_metrics(
@@ -99,8 +89,8 @@ def energy_metrics(
             ]
     known = [energy for energy in energies if energy is not None]
     is_known = is_known and len(known) == len(energies)
-    total = sum(energy.joules for energy in known) if is_known else None
-    bridged = sum(energy.bridged_s for energy in known) / len(known) if is_known and known else None
+    total = sum(joules for joules, _ in known) if is_known else None
+    bridged = sum(bridged_s for _, bridged_s in known) / len(known) if is_known and known else None
     powers = [value for value in (reading["power_w"] for reading in during) if value is not None]
     temperatures = [value for value in (reading["temperature_c"] for reading in during) if value is not None]
     return {

@@ -1,5 +1,6 @@
 """Lightning loggers: created from the configuration, fed in the background; and the CSV logger of this project."""
 
+import hashlib
 import logging
 import os
 import queue
@@ -26,6 +27,7 @@ from lit_glm.training.module import StepMetrics
 
 log = logging.getLogger(__name__)
 
+_EVERY_STEPS = 10  # between points
 _TRIES = 3
 _PAUSE_S = 2.0
 _WAIT_S = 20.0
@@ -170,7 +172,8 @@ def _logger_arguments(target: str, job: JobSpec, run_dir: Path, steps_done: int)
         # Points after the checkpoint are written again; purge_step makes the viewer drop the earlier ones.
         return {**place, "purge_step": steps_done + 1} if job.is_resume else place
     if target.endswith("WandbLogger"):
-        return {**place, "name": run_name(job.config), "id": _wandb_id(run_dir), "resume": "allow"}
+        own_id = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12]
+        return {**place, "name": run_name(job.config), "id": own_id, "resume": "allow"}
     if target.endswith("MLFlowLogger"):
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # otherwise newer versions require a database server
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # default 7: 246 s per call
@@ -181,12 +184,6 @@ def _logger_arguments(target: str, job: JobSpec, run_dir: Path, steps_done: int)
         run_id = before.read_text(encoding="utf-8").strip() if goes_on else None
         return {"tracking_uri": store, "run_name": run_name(job.config), "run_id": run_id}
     return place
-
-
-def _wandb_id(run_dir: Path) -> str:
-    import hashlib
-
-    return hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12]
 
 
 def _instantiate(group: str, name: str, entry: Dict[str, Any]) -> Any:
@@ -215,35 +212,19 @@ def _instantiate(group: str, name: str, entry: Dict[str, Any]) -> Any:
 class MetricLogging:
     """Sender of metrics to Lightning's loggers: train/loss, train/lr, train/grad_norm, perf/p_*, val/acc, mem/gib."""
 
-    def __init__(self, account: RunMetrics, hyperparameters: Dict[str, Any], every_steps: int = 10) -> None:
-        """Set the logging interval.
-
-        Args:
-            account: source of the metrics.
-            hyperparameters: logged once.
-            every_steps: steps between points; an evaluation always adds a point.
-        """
-        self._account, self._hyperparameters, self._every = account, hyperparameters, every_steps
+    def __init__(self, account: RunMetrics) -> None:
+        self._account = account
         self._evaluated_step = -1
 
     def begin(self, loggers: List[Any], evaluated_step: int) -> None:
-        """Log the hyperparameters.
-
-        Args:
-            loggers: of the trainer.
-            evaluated_step: step of the last evaluation of an earlier part of the run, which has logged it; -1: none.
-        """
+        """Log the hyperparameters; `evaluated_step` is the last evaluation that an earlier part has logged, else -1."""
         for logger in loggers:
-            logger.log_hyperparams(self._hyperparameters)
+            logger.log_hyperparams(hyperparameters(self._account.config))
         self._evaluated_step = evaluated_step
 
-    def evaluation(self, loggers: List[Any], step: int, evaluated_step: int) -> None:
-        """Log the evaluation before the first step of this part of the run, if there was one."""
-        self._log(loggers, step, evaluated_step, {})
-
-    def step(self, loggers: List[Any], step: int, evaluated_step: int, values: StepMetrics) -> None:
+    def step(self, loggers: List[Any], step: int, values: StepMetrics) -> None:
         """Log a point every few steps, and after each evaluation."""
-        if not loggers or (step % self._every and evaluated_step == self._evaluated_step):
+        if not loggers or (step % _EVERY_STEPS and self._account.evaluated_step == self._evaluated_step):
             return
         seconds, samples = self._account.durations(), self._account.samples_here(step)
         memory = self._account.peak_memory()
@@ -256,11 +237,12 @@ class MetricLogging:
             METRICS["p_whole"].logged_as: samples_per_second(samples, seconds.raw_train),
             METRICS["mem_actual_gib"].logged_as: None if memory is None else memory / 2**30,
         }
-        self._log(loggers, step, evaluated_step, point)
+        self.log(loggers, step, point)
 
-    def _log(self, loggers: List[Any], step: int, evaluated_step: int, point: Dict[str, Optional[float]]) -> None:
-        if evaluated_step != self._evaluated_step:
-            self._evaluated_step = evaluated_step
+    def log(self, loggers: List[Any], step: int, point: Dict[str, Optional[float]]) -> None:
+        """Log a point, with the accuracy if there was an evaluation since the last one."""
+        if self._account.evaluated_step != self._evaluated_step:
+            self._evaluated_step = self._account.evaluated_step
             point[METRICS["acc"].logged_as] = self._account.accuracy
         known = {name: float(value) for name, value in point.items() if value is not None}
         for logger in loggers if known else []:

@@ -186,15 +186,8 @@ def check_memory(
     return MemoryCheck(estimate, available_bytes, fitting, host)
 
 
-def memory_message(
-    config: TrainConfig,
-    lengths: SequenceLengths,
-    runtime: Optional[Runtime],
-    index: int = 0,
-    base: Optional[float] = None,
-) -> str:
-    """Describe the estimate in one line, in further ones what exceeds the device; arguments as for `check_memory`."""
-    found = check_memory(config, lengths, runtime, index, base)
+def memory_message(config: TrainConfig, found: MemoryCheck) -> str:
+    """Describe the estimate in one line, in further ones what exceeds the device."""
     estimate, of = found.estimate, "" if found.available_bytes is None else f" of {found.available_bytes / _GIB:.1f}"
     digits = 1 if estimate.total >= 10 * _GIB else 2
     shown = [round(part / _GIB, digits) for part in (estimate.weights, estimate.training, estimate.activations)]
@@ -213,11 +206,8 @@ def memory_message(
     return f"{text}\nmemory: bs={config.bs} is estimated to exceed device memory; {advice}"
 
 
-def oom_message(
-    config: TrainConfig, lengths: SequenceLengths, runtime: Runtime, index: int, base: Optional[float], doing: str
-) -> str:
-    """Format the out-of-memory message."""
-    found = check_memory(config, lengths, runtime, index, base)
+def oom_message(config: TrainConfig, found: MemoryCheck, runtime: Runtime, index: int, doing: str) -> str:
+    """Format the out-of-memory message; `doing` is the current activity, such as `in step 3`."""
     peak, total = runtime.peak_memory(index), runtime.total_memory(index)
 
     def gib(value: Optional[float]) -> str:

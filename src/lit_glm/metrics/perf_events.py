@@ -5,12 +5,12 @@
 FlagPerf's conventions: loss of rank 0 only, learning rate after the scheduler's step, samples as steps x global batch.
 """
 
-import inspect
 import json
 import math
+import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, Optional, TextIO, Tuple
 
 from lit_glm.config.schema import TrainConfig
 from lit_glm.metrics.run_metrics import RunMetrics
@@ -18,42 +18,6 @@ from lit_glm.runs.run_writer import reported_write
 from lit_glm.training.module import StepMetrics
 
 _FLUSH_EVERY_S = 0.05
-
-
-class PerfLog:
-    """Writer of a run folder's perf.log, which appends one line per event."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._file = path, path.open("a", encoding="utf-8")
-        self._flushed = 0.0
-
-    def event(self, name: str, value: Optional[Any], time_ms: int, **keys: Any) -> None:
-        """Write one event.
-
-        Args:
-            name: STEP_END, EVALUATE, ...
-            value: a dict is written as "value", a string as "other"; None: neither.
-            time_ms: time of the event, in ms since the epoch.
-            keys: step, epoch or loss.
-        """
-        here = inspect.currentframe()
-        teller = here.f_back.f_back if here is not None and here.f_back is not None else None  # of `PerfEvents.emit`
-        line: Dict[str, Any] = {"event": name}
-        if value is not None:
-            line["other" if isinstance(value, str) else "value"] = value
-        line.update(keys)
-        line["metadata"] = {
-            "file": "" if teller is None else teller.f_code.co_filename,
-            "lineno": 0 if teller is None else teller.f_lineno,
-            "time_ms": time_ms,
-            "rank": 0,
-        }
-        with reported_write(self._path):
-            self._file.write(f"[PerfLog] {json.dumps(_replace_non_finite(line))}\n")
-            # steps.csv is flushed at every step; a second flush would take a large part of a short step.
-            if not name.startswith("STEP_") or time.monotonic() > self._flushed + _FLUSH_EVERY_S:
-                self._file.flush()
-                self._flushed = time.monotonic()
 
 
 def _replace_non_finite(value: Any) -> Any:
@@ -70,14 +34,28 @@ class PerfEvents:
 
     def __init__(self, config: TrainConfig, account: RunMetrics) -> None:
         self._config, self._account = config, account
-        self.log: Optional[PerfLog] = None
+        self._file: Optional[TextIO] = None
+        self._flushed = 0.0
 
-    def emit(self, name: str, value: Optional[Any] = None, ago: float = 0.0, **keys: Any) -> None:
-        """Emit an event that happened `ago` seconds ago."""
-        if self.log is None:
+    def open(self, run_dir: Path) -> None:
+        """Open perf.log of a run folder, to which each event adds a line."""
+        self._file = (run_dir / "perf.log").open("a", encoding="utf-8")
+
+    def emit(self, name: str, value: Optional[Dict[str, Any]] = None, ago: float = 0.0, **keys: Any) -> None:
+        """Emit an event that happened `ago` seconds ago; `keys` are step, epoch or loss."""
+        if self._file is None:
             return
-        time_ms = int(1e3 * (time.time() - ago))
-        self.log.event(name, value, time_ms, **keys)
+        caller = sys._getframe(1)
+        where = {"file": caller.f_code.co_filename, "lineno": caller.f_lineno}
+        values = {} if value is None else {"value": value}
+        metadata = {**where, "time_ms": int(1e3 * (time.time() - ago)), "rank": 0}
+        line = _replace_non_finite({"event": name, **values, **keys, "metadata": metadata})
+        with reported_write(Path(self._file.name)):
+            self._file.write(f"[PerfLog] {json.dumps(line)}\n")
+            # steps.csv is flushed at every step; a second flush would take a large part of a short step.
+            if not name.startswith("STEP_") or time.monotonic() > self._flushed + _FLUSH_EVERY_S:
+                self._file.flush()
+                self._flushed = time.monotonic()
 
     def submitted(self, examples: Tuple[int, int]) -> None:
         """Emit SUBMIT_INFO of a new run; `examples` are the numbers of training and evaluation examples."""
@@ -90,7 +68,7 @@ class PerfEvents:
         self, step: int, epoch: int, values: StepMetrics, next_lr: float, seconds: float, ends: bool
     ) -> None:
         """Emit STEP_END, after the evaluation of the step if one was due."""
-        if self.log is None:
+        if self._file is None:
             return
         config, so_far = self._config, self._account.total_durations()
         loss = values.local_loss / config.optimizer.gradient_accumulation_steps

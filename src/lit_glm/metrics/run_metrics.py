@@ -10,7 +10,7 @@ from lit_glm.data.sampler import InfiniteDistributedBatchSampler
 from lit_glm.hardware.monitors import is_mig_slice
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.metrics import timing
-from lit_glm.metrics.flops import WorkTotals, compute_mfu, peak_key
+from lit_glm.metrics.flops import FlopCounter, compute_mfu, peak_key
 from lit_glm.metrics.system_info import ContentionMonitor
 from lit_glm.metrics.timing import PhaseDurations, PhaseTimer, throughput_metrics
 from lit_glm.runs.environment import environment_changes, read_environment
@@ -180,11 +180,7 @@ class RunMetrics:
             "mem_actual_gib": used if used is None else max(used, before or 0.0),
             "mem_total_gib": total,
             "mem_total_source": None if total is None else "device" if measured is not None else "hardware file",
-            "mfu": None,
-            "mfu_flagperf": None,
-            "tokens_per_s": None,
-            "candidates_per_s": None,
-            "rank_imbalance": None,
+            **dict.fromkeys(("mfu", "mfu_flagperf", "tokens_per_s", "candidates_per_s", "rank_imbalance")),
             "converged": has_converged(self.accuracy, config.run),
             "num_trained_samples": self.samples(step),
             "global_steps": step,
@@ -195,7 +191,7 @@ class RunMetrics:
             "runtime": self._runtime.name,
             "simulated": self._runtime.simulated,
             "computed_on_cpu": config.hardware._target_ is not None and self._runtime.device(0).type == "cpu",
-            "tf32": self._tf32(),
+            "tf32": self._peak_name() == "tf32",
             "training_spans": self._training_spans(e2e),
             "missing_data": missing,
             "environment_changes": self.environment_changes,
@@ -212,9 +208,7 @@ class RunMetrics:
         seconds: PhaseDurations,
         e2e: float,
         peak: Optional[float],
-        work: WorkTotals,
-        flops: Any,
-        rank_imbalance: Optional[float],
+        counter: FlopCounter,
         node_spans: List[List[float]],
     ) -> Dict[str, Any]:
         """Write the final result (rank 0).
@@ -225,25 +219,24 @@ class RunMetrics:
             seconds: durations of the slowest rank in each phase.
             e2e: seconds from the entry of `train` to the end of training.
             peak: highest memory in use, bytes.
-            work: work of all steps.
-            flops: [steps] FLOPs of each step.
-            rank_imbalance: see `FlopCounter.rank_imbalance`.
+            counter: work of the steps.
             node_spans: training span of each node, in the time base of its devices.csv.
         """
         assert self.writer is not None
         assert self.contention is not None
         self.contention.sample()
         row = {**self.row(module, seconds, e2e, peak), "outcome": outcome}
+        steps, work = module.steps_done, counter.totals_until(module.steps_done)
         peak = None if self._is_slice() else self.config.hardware.peak_tflops.get(self._peak_name())
         rates = compute_mfu(self.config, work, row["pure_compute_time"], row["p_core"], peak)
         if rates["mfu"] is not None and rates["mfu"] > 1:
             rates["mfu_above_one"], rates["mfu"] = rates["mfu"], None  # no value rather than a wrong one
         row["training_spans_by_node"] = self.spans_by_node(node_spans)
-        row.update(rank_imbalance=rank_imbalance, model_flops=work.flops, **rates)
+        row.update(rank_imbalance=counter.rank_imbalance(steps), model_flops=work.flops, **rates)
         has_all_steps = row["no_eval_time"] is not None
         row["step_s"] = timing.step_time_summary(self.writer.step_column("step_s")) if has_all_steps else None
         computed = self.writer.step_column("compute_s") if has_all_steps else []
-        row["first_steps"] = timing.warmup_slowdown(computed, flops)
+        row["first_steps"] = timing.warmup_slowdown(computed, counter.flops_per_step(steps))
         self.writer.write(row)
         return row
 
@@ -283,9 +276,6 @@ class RunMetrics:
 
     def _is_slice(self) -> bool:
         return is_mig_slice(self._runtime.device_name(0))
-
-    def _tf32(self) -> bool:
-        return self._peak_name() == "tf32"
 
     def _peak_name(self) -> str:
         return peak_key(self.config, self._runtime.has_tf32)

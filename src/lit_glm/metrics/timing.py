@@ -1,8 +1,9 @@
 """Times of a run: the phase timer, throughput formulas, step-time percentiles and the warm-up slowdown."""
 
+import operator
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, Callable, Dict, Iterator, Optional, Sequence
 
 import numpy as np
@@ -22,12 +23,7 @@ class PhaseDurations:
     """Entry of `train` to the first training step, the first evaluation included."""
 
     def __add__(self, other: "PhaseDurations") -> "PhaseDurations":
-        return PhaseDurations(
-            self.pure_compute + other.pure_compute,
-            self.no_eval + other.no_eval,
-            self.raw_train + other.raw_train,
-            self.init + other.init,
-        )
+        return PhaseDurations(*map(operator.add, astuple(self), astuple(other)))
 
 
 def samples_per_second(samples: int, seconds: float) -> Optional[float]:
@@ -58,12 +54,7 @@ def throughput_metrics(samples: int, seconds: PhaseDurations) -> Dict[str, Optio
 
 def slowest_rank(ranks: Sequence[PhaseDurations]) -> PhaseDurations:
     """Return the longest duration of any rank per phase; the phases stay nested."""
-    return PhaseDurations(
-        max(rank.pure_compute for rank in ranks),
-        max(rank.no_eval for rank in ranks),
-        max(rank.raw_train for rank in ranks),
-        max(rank.init for rank in ranks),
-    )
+    return PhaseDurations(*map(max, zip(*map(astuple, ranks))))
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """Comparison of two runs: configuration, metrics, and losses per step."""
 
 import math
-from dataclasses import dataclass
 from typing import List, Optional, Tuple
 
 from lit_glm.metrics.registry import METRICS
@@ -13,22 +12,8 @@ _MOST_SHOWN = 20
 """Approximate number of rows in the table of losses, evenly spaced."""
 
 
-@dataclass
-class Comparison:
-    """Result of a comparison."""
-
-    text: str
-    largest: Optional[float]
-    """Largest difference of the loss at a common step; None without common steps."""
-
-
-def compare_runs(one: ReportRun, other: ReportRun) -> Comparison:
-    """Compare two runs.
-
-    Args:
-        one: run A.
-        other: run B; ratios are B / A.
-    """
+def compare_runs(one: ReportRun, other: ReportRun) -> Tuple[str, Optional[float]]:
+    """Compare runs A and B; return the text, and the largest difference of the loss (None without common steps)."""
     settings = ReportTable(
         ["key", "A", "B"], [[key, _to_text(a), _to_text(b)] for key, a, b in config_differences(one, other)]
     )
@@ -38,7 +23,7 @@ def compare_runs(one: ReportRun, other: ReportRun) -> Comparison:
     steps = _common_losses(one, other)
     lines += ["", "## Loss, step by step", ""]
     if not steps:
-        return Comparison("\n".join([*lines, "No common steps."]) + "\n", None)
+        return "\n".join([*lines, "No common steps."]) + "\n", None
     worst = max(steps, key=lambda step: _loss_difference(*step[1:]))
     largest = _loss_difference(*worst[1:])
     first = next((step for step in steps if _loss_difference(*step[1:])), None)
@@ -51,7 +36,7 @@ def compare_runs(one: ReportRun, other: ReportRun) -> Comparison:
     shown = steps[:: max(1, len(steps) // _MOST_SHOWN)]
     lines_of = [[str(step), f"{a:.6g}", f"{b:.6g}", f"{_loss_difference(a, b):.3g}"] for step, a, b in shown]
     lines += ["", *table_lines(ReportTable(["step", "loss A", "loss B", "difference"], lines_of))]
-    return Comparison("\n".join(lines) + "\n", largest)
+    return "\n".join(lines) + "\n", largest
 
 
 def _loss_difference(a: float, b: float) -> float:

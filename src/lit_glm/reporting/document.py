@@ -3,7 +3,7 @@
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import yaml
 
@@ -11,7 +11,7 @@ from lit_glm.hardware.env import COMPILERS, FRAMEWORKS
 from lit_glm.metrics.energy import in_kilojoules
 from lit_glm.metrics.registry import METRICS, PUBLISHED_COLUMNS, TABLE_COLUMNS, cell_text
 from lit_glm.reporting.definitions import ReportTable, Translations, distinct_texts, metric_definitions
-from lit_glm.reporting.published_rows import load_published_rows, published_tables
+from lit_glm.reporting.published_rows import load_published_rows, matching_rows, published_tables
 from lit_glm.reporting.row_format import (
     Note,
     format_cell,
@@ -36,11 +36,11 @@ _OVERRIDABLE = ("machine", "device_name", "network", "driver", "image")
 
 @dataclass
 class EnvironmentEntry:
-    """One line of the environment; `values` is empty if unknown."""
+    """One line of the environment; several values if runs differ, "" if unknown."""
 
     key: str
     label: str
-    values: List[str]
+    text: str
 
 
 @dataclass
@@ -117,8 +117,9 @@ def make_document(
 def _describe_environment(name: str, runs: List[ReportRun], given: Dict[str, str], words: Translations) -> Environment:
     known = [run.environment for run in runs if run.environment]
 
-    def entry(key: str, values: List[Any]) -> EnvironmentEntry:
-        return EnvironmentEntry(key, words(key), [given[key]] if given.get(key) else distinct_texts(values))
+    def entry(key: str, value: Optional[Callable[[Dict[str, Any]], Any]] = None) -> EnvironmentEntry:
+        values = [environment.get(key) if value is None else value(environment) for environment in known]
+        return EnvironmentEntry(key, words(key), given.get(key) or "; ".join(distinct_texts(values)))
 
     def packages(environment: Dict[str, Any], names: Tuple[str, ...]) -> str:
         versions = environment.get("packages") or {}
@@ -138,36 +139,13 @@ def _describe_environment(name: str, runs: List[ReportRun], given: Dict[str, str
     def image(environment: Dict[str, Any]) -> Optional[str]:
         return words("no_container") if environment.get("container_image") == "" else environment.get("container_image")
 
-    several = any(row_nodes > 1 for row_nodes in (_num_nodes(run) for run in runs))
-    networks = [environment.get("network") for environment in known]
-    return Environment(
-        name,
-        [
-            entry("machine", [environment.get("machine") for environment in known]),
-            entry(
-                "device_name",
-                [
-                    environment.get("device_name") or next(iter(environment.get("devices") or []), None)
-                    for environment in known
-                ],
-            ),
-            entry("network", networks if several or any(networks) else []),
-        ],
-        [
-            entry("os", [environment.get("os") for environment in known]),
-            entry("kernel", [environment.get("kernel") for environment in known]),
-            entry("driver", [driver(environment) for environment in known]),
-            entry("image", [image(environment) for environment in known]),
-            entry("framework", [framework(environment) for environment in known]),
-            entry("compiler", [compiler(environment) for environment in known]),
-            entry("dependencies", [packages(environment, _DEPENDENCIES) for environment in known]),
-        ],
-    )
+    def device(environment: Dict[str, Any]) -> Any:
+        return environment.get("device_name") or next(iter(environment.get("devices") or []), None)
 
-
-def _num_nodes(run: ReportRun) -> int:
-    nodes = str(run.result.get("topology")).partition("x")[0]
-    return int(nodes) if nodes.isdecimal() else 1
+    dependencies = entry("dependencies", lambda environment: packages(environment, _DEPENDENCIES))
+    software = [entry("os"), entry("kernel"), entry("driver", driver), entry("image", image)]
+    software += [entry("framework", framework), entry("compiler", compiler), dependencies]
+    return Environment(name, [entry("machine"), entry("device_name", device), entry("network")], software)
 
 
 # -- figures -------------------------------------------------------------------------------------------------------
@@ -257,7 +235,7 @@ def _list_missing(found: List[ReportRow], environments: List[Environment], words
             lines.append(words("missing_environment_file", environment.name, run.path))
         for entry in (*environment.hardware, *environment.software):
             alone = entry.key == "network" and all(row.nodes[0] <= 1 for row in own)
-            if entry.values or alone:
+            if entry.text or alone:
                 continue
             key = "missing_environment" if entry.key in _OVERRIDABLE else "missing_environment_plain"
             lines.append(words(key, environment.name, entry.label, entry.key))
@@ -320,7 +298,7 @@ def _make_tile(row: ReportRow, published: List[Dict[str, Any]], words: Translati
         *((METRICS[name].column, _with_unit(row, name)) for name in ("p_core", "p_train", "p_whole", "step_p99_s")),
         (METRICS["mem_actual_gib"].label(words.language), _with_unit(row, "mem_actual_gib")),
         ("mfu", "" if row["simulated"] else cell_text(METRICS["mfu"], row.median("mfu"))),
-        (words("card_ratio"), _published_ratio(row, published)),
+        (words("card_ratio"), _published_ratio(row, published, words)),
         (words("energy"), _format_energy(row)),
         (words("card_verified"), "" if row["simulated"] else verification_summary(row, words)),
     ]
@@ -371,20 +349,8 @@ def _format_energy(row: ReportRow) -> str:
     return "" if joules is None else f"{in_kilojoules(joules)} kJ" + ("" if rate is None else f", {rate:.3g} samples/J")
 
 
-def _published_ratio(row: ReportRow, published: List[Dict[str, Any]]) -> str:
+def _published_ratio(row: ReportRow, published: List[Dict[str, Any]], words: Translations) -> str:
     """Return p_core relative to the comparable published row; "" without one."""
-    own = row.median("p_core")
-    keys = ("hardware", "topology", "precision", "scoring")
-    same = [line for line in published if all(line.get(key) == row[key] for key in keys) and line.get("p_core")]
-    settings = row.runs[0].settings
-    whole = settings.get("model.name") == "glm_large" and settings.get("data.name") == "record"
-    if (
-        own is None
-        or row["simulated"]
-        or row["profiled"]
-        or not whole
-        or not same
-        or bool(row["tf32"]) != same[0]["tf32"]
-    ):
-        return ""
-    return f"{own / same[0]['p_core']:.2f}x ({same[0]['fix_hp']})"
+    own, (lines, _) = row.median("p_core"), matching_rows(row, published, words)
+    same = next((line for line in lines if line.get("p_core")), None)
+    return "" if own is None or same is None else f"{own / same['p_core']:.2f}x ({same['fix_hp']})"

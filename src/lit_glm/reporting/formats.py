@@ -8,7 +8,7 @@ from typing import Any, List
 
 from lit_glm.metrics.registry import TABLE_COLUMNS, TABLE_METRICS
 from lit_glm.reporting.definitions import ReportTable
-from lit_glm.reporting.document import Document, EnvironmentEntry
+from lit_glm.reporting.document import Document
 from lit_glm.reporting.row_format import format_cell, row_annotations, row_label
 from lit_glm.runs.result import markdown_table
 
@@ -67,7 +67,7 @@ def markdown(document: Document, generated: str) -> str:
             ("software_environment", environment.software),
         ):
             out += ["", f"{'####' if several else '###'} {words(heading)}", ""]
-            out += [f"- {entry.label}: {_escape_markdown(entry_text(entry))}".rstrip() for entry in entries]
+            out += [f"- {entry.label}: {_escape_markdown(entry.text)}".rstrip() for entry in entries]
     out += ["", f"## {words('runs')}", "", f"### {words('general')}"]
     for table in document.general:
         out += ["", f"#### {_escape_markdown(table.heading)}"] if several else []
@@ -88,11 +88,6 @@ def markdown(document: Document, generated: str) -> str:
         out += ["", f"## {words('left_out')}", *_note_lines(document.left_out)]
     out += ["", f"## {words('runs_behind')}", "", *table_lines(document.source_runs)]
     return "\n".join(out) + "\n"
-
-
-def entry_text(entry: EnvironmentEntry) -> str:
-    """Join the values of an environment entry; there are several if runs differ."""
-    return "; ".join(entry.values)
 
 
 def csv_text(document: Document) -> str:
@@ -153,7 +148,6 @@ def html(document: Document, generated: str) -> str:
         generated=generated,
         figures=figures,
         figure_notes=notes,
-        value_of=entry_text,
         cards=make_tiles(document.rows, document.words),
         sorting=Markup(_SORTING),
         sorting_hash=base64.b64encode(hashlib.sha256(_SORTING.encode()).digest()).decode(),

@@ -54,7 +54,7 @@ def published_tables(found: List[ReportRow], words: Translations) -> Tuple[Repor
     ratios: List[List[str]] = []
     notes: List[Note] = []
     for row in found:
-        matches, note = _matching_rows(row, published, words)
+        matches, note = matching_rows(row, published, words)
         if note:
             notes.append(note)
         ended = all(run.result.get("converged") for run in row.runs)
@@ -81,7 +81,7 @@ def _format_ratio(measured: Any, published: Any) -> str:
     return f"{measured / published:.2f}x" if measured and published else ""
 
 
-def _matching_rows(
+def matching_rows(
     row: ReportRow, published: List[Dict[str, Any]], words: Translations
 ) -> "Tuple[List[Dict[str, Any]], Optional[Note]]":
     """Return the published rows that are comparable to a row, or the reason why there are none."""

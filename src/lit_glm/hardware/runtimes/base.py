@@ -1,9 +1,11 @@
 """Interface of a runtime: the only interface between this project and any vendor's software."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, ContextManager, Dict, List, Optional
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 from lit_glm.config.schema import LossScaleConfig
@@ -92,12 +94,7 @@ class Runtime:
 
     def checkpoint(self) -> Callable[..., Any]:
         """Return `fn(f, *args)` that recomputes f in the backward pass."""
-        from torch.utils.checkpoint import checkpoint
-
-        def recompute(function: Callable[..., Any], *args: Any) -> Any:
-            return checkpoint(function, *args, use_reentrant=False)
-
-        return recompute
+        return partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 
     def model_ops(self) -> RuntimeOps:
         """Return the operations of the model that this runtime replaces."""

@@ -224,7 +224,7 @@ def validate_devices(hardware: HardwareConfig, runtime: Runtime, devices: int, f
     Raises:
         InputError: if a device does not match the file.
     """
-    warnings = []
+    warnings, pattern = [], hardware.device_name_pattern
     known: Dict[str, Any] = {entry.stem: OmegaConf.load(entry) for entry in sorted(folder.glob("*.yaml"))}
     vendors = {str(entry.get("vendor") or "") for entry in known.values()} - {""}
     patterns = {name: str(entry.get("device_name_pattern") or "") for name, entry in known.items()}
@@ -237,24 +237,18 @@ def validate_devices(hardware: HardwareConfig, runtime: Runtime, devices: int, f
                 f"hardware={hardware.name}, but device {index} is a MIG slice, {name!r}, with only a part of the "
                 "speed and memory; use hardware=cuda, or your own hardware file (no peak, hence no mfu)"
             )
-        better = [file for file, pattern in patterns.items() if pattern and _pattern_matches(file, pattern, name)]
-        if hardware.device_name_pattern and not _pattern_matches(hardware.name, hardware.device_name_pattern, name):
+        better = [file for file, one in patterns.items() if one and _pattern_matches(file, one, name)]
+        other_vendor = any(vendor.lower() in name.lower() for vendor in vendors - {hardware.vendor})
+        fits, advice = True, f"use hardware={better[0]}" if better else ""
+        if pattern:
+            fits = _pattern_matches(hardware.name, pattern, name)
+            advice = advice or "use hardware=cuda (any device, no peak)"
             if hardware._target_ is not None:
                 advice = "correct its device_name_pattern, or Runtime.device_name"
-            else:
-                advice = f"use hardware={better[0] if better else 'cuda (any device, no peak)'}"
-            raise InputError(f"hardware={hardware.name}, but device {index} is {name!r}; {advice}")
-        others = [vendor for vendor in vendors - {hardware.vendor} if vendor.lower() in name.lower()]
-        if (
-            not hardware.device_name_pattern
-            and hardware.product_name
-            and ((better and better[0] != hardware.name) or others)
-        ):
-            advice = (
-                f"use hardware={better[0]}"
-                if better
-                else "use the file of that device, or write one (docs/new_chip.md)"
-            )
+        elif hardware.product_name:
+            fits = not other_vendor and better[:1] in ([], [hardware.name])
+            advice = advice or "use the file of that device, or write one (docs/new_chip.md)"
+        if not fits:
             raise InputError(f"hardware={hardware.name}, but device {index} is {name!r}; {advice}")
         total = runtime.total_memory(index)
         if hardware.memory_gib and total and abs(total / 2**30 / hardware.memory_gib - 1) > 0.1:
@@ -262,14 +256,9 @@ def validate_devices(hardware: HardwareConfig, runtime: Runtime, devices: int, f
                 f"device {index} has {total / 2**30:.1f} GiB ({total:.0f} bytes by its runtime), "
                 f"{hardware_file(hardware.name)} has {hardware.memory_gib:g}; using the device's value"
             )
-        if not hardware.device_name_pattern and better and index == 0:
+        if not pattern and better and index == 0:
             warnings.append(f"{name}: hardware={better[0]} has its peak; hardware={hardware.name} gives no mfu")
-        elif (
-            not hardware.device_name_pattern
-            and hardware.product_name
-            and hardware.product_name not in name
-            and index == 0
-        ):
+        elif not pattern and hardware.product_name and hardware.product_name not in name and index == 0:
             warnings.append(
                 f"device 0 is {name!r}; hardware={hardware.name} has the specification of {hardware.product_name}"
             )
