@@ -214,7 +214,7 @@ class BenchmarkCallback(pl.Callback):
         ends = (limit or has_converged(self.run_metrics.accuracy, config.run)) and not unevaluated
         if times is not None and self.step_metrics is not None:
             schedule: Any = module.lr_schedulers()
-            self.events.step_ended(step, self._epoch, self.step_metrics, schedule.rate, times.step, ends)
+            self.events.step_ended(step, self._epoch, self.step_metrics, schedule.get_last_lr()[0], times.step, ends)
         if evaluated is not None:
             self.events.emit("EVALUATE", evaluated)
         if stop or ends:

@@ -61,18 +61,12 @@ def _write_note(folder: Path, name: str, text: str) -> None:
             release_reserved_disk_space(folder)  # a full disk
 
 
-def report_killed_rank(folder: Path, rank: int, number: int) -> int:
-    """Report a rank that a signal has killed: on stderr, and in the error file that the rank could not write.
-
-    Returns:
-        The exit status of such a job.
-    """
+def report_killed_rank(folder: Path, rank: int, number: int) -> None:
+    """Report a rank that a signal has killed: on stderr, and in the error file that the rank could not write."""
     name = signal.Signals(number).name
     log.error(f"rank {rank} was killed by {name}")
-    if number in (signal.SIGTERM, signal.SIGABRT):  # these are consequences of other ranks' errors
-        return 1
-    _write_note(folder, f"{_KILLED}{rank}.txt", f"rank {rank} was killed by {name}\n")
-    return 1
+    if number not in (signal.SIGTERM, signal.SIGABRT):  # these are consequences of other ranks' errors
+        _write_note(folder, f"{_KILLED}{rank}.txt", f"rank {rank} was killed by {name}\n")
 
 
 def clear_error_files(folder: Path) -> None:

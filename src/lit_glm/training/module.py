@@ -19,7 +19,7 @@ from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.model.glm import GLM
 from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, candidate_loss, candidate_scores
 from lit_glm.runs import checkpoints
-from lit_glm.training.optimizer import LearningRateSchedule, clip_gradients, make_optimizer
+from lit_glm.training.optimizer import clip_gradients, make_optimizer, make_schedule
 
 
 @dataclass
@@ -113,7 +113,7 @@ class RecordModule(pl.LightningModule):
                 scaled.unscale_(optimizer)
             clipped = clip_gradients(self._optimizer_parameters(optimizer), self._config.optimizer.clip_grad)
             if scaled is None or scaled.update_scale(clipped):
-                norm, lr = clipped, schedule.rate
+                norm, lr = clipped, schedule.get_last_lr()[0]
                 if updates:
                     optimizer.step()
                     schedule.step()
@@ -142,11 +142,7 @@ class RecordModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """Create AdamW and the learning-rate schedule."""
         optimizer = make_optimizer(self.glm, self._config.optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": LearningRateSchedule(optimizer, self._config.optimizer)}
-
-    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Advance the schedule. Required for a custom schedule, but not called under manual optimisation."""
-        scheduler.step()
+        return {"optimizer": optimizer, "lr_scheduler": make_schedule(optimizer, self._config.optimizer)}
 
     def on_save_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
         """Add the counters and the accumulated gradients to weights, optimizer and schedule."""

@@ -4,6 +4,7 @@ from typing import Any, Dict, List, Optional
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from lit_glm.compat import has_fused_adamw
 from lit_glm.config.schema import OptimizerConfig
@@ -27,45 +28,15 @@ def learning_rate_at_step(step: int, highest: float, warmup: float, decay_iters:
     return highest - highest * (1.0 - decay_ratio) * done
 
 
-class LearningRateSchedule:
-    """Schedule that sets the learning rate of an optimizer per update; Lightning saves and restores it."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> None:
-        self.optimizer = optimizer
-        self._config = config
-        self._updates = 0
-        self._apply()
-
-    def _apply(self) -> None:
-        config = self._config
-        rate = learning_rate_at_step(
-            self._updates,
-            config.lr,
-            config.warmup,
-            config.lr_decay_iters // config.gradient_accumulation_steps,
-            config.lr_decay_ratio,
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-
-    @property
-    def rate(self) -> float:
-        """Learning rate of the next update."""
-        return float(self.optimizer.param_groups[0]["lr"])
-
-    def step(self, metrics: Any = None) -> None:
-        """Advance by one update."""
-        self._updates += 1
-        self._apply()
-
-    def state_dict(self) -> Dict[str, int]:
-        """Return the state for a checkpoint."""
-        return {"updates": self._updates}
-
-    def load_state_dict(self, state: Dict[str, int]) -> None:
-        """Restore the state from a checkpoint."""
-        self._updates = state["updates"]
-        self._apply()
+def make_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> LambdaLR:
+    """Create the schedule of an optimizer; it advances by one per update."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] = 1.0  # which LambdaLR multiplies by the value of its function
+    decay_iters = config.lr_decay_iters // config.gradient_accumulation_steps
+    return LambdaLR(
+        optimizer,
+        lambda step: learning_rate_at_step(step, config.lr, config.warmup, decay_iters, config.lr_decay_ratio),
+    )
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> List[Dict[str, Any]]:
