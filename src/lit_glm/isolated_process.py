@@ -10,8 +10,8 @@ import resource
 import signal
 import subprocess
 import sys
-import threading
 from importlib import import_module
+from multiprocessing.connection import Connection
 from typing import Any, Callable, Optional
 
 from lit_glm.errors import InputError, first_line
@@ -41,51 +41,40 @@ def call_isolated(function: Callable[..., Any], *arguments: Any, progress: Optio
         OSError: if the output of the function cannot be written.
     """
     places = os.pathsep.join(filter(None, [*sys.path, os.environ.get("PYTHONPATH", "")]))
+    reading, writing = os.pipe()
+    answers = Connection(reading, writable=False)
     child = subprocess.Popen(
-        [sys.executable, "-m", "lit_glm.isolated_process"],
+        [sys.executable, "-m", "lit_glm.isolated_process", str(writing)],
         stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+        stdout=2,  # what libraries print
         env={**os.environ, "PYTHONPATH": places},
+        pass_fds=(writing,),
     )
-    silent = threading.Event()
+    os.close(writing)
+    how = ""
     try:
         assert child.stdin is not None
         pickle.dump((function.__module__, function.__qualname__, arguments), child.stdin)
         child.stdin.close()
-        return _wait_for_result(child, silent, progress)
+        while answers.poll(_TIMEOUT_S):
+            kind, value = answers.recv()
+            if kind == "returned":
+                return value
+            if kind == "refused":
+                raise InputError(value)
+            if kind == "failed":
+                raise OSError(value)
+            if progress is not None:
+                progress(*value)
+        how = f"did not respond for {_TIMEOUT_S:g} s"
     except (EOFError, pickle.UnpicklingError, BrokenPipeError):
         status = child.wait()
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
-        how = f"did not respond for {_TIMEOUT_S:g} s" if silent.is_set() else how
-        raise InputError(f"{arguments[0]}: the process that read it {how}: the file is damaged") from None
     finally:
-        if child.poll() is None:
-            child.kill()
-        child.wait()
-
-
-def _wait_for_result(child: Any, silent: threading.Event, progress: Optional[ReportProgress]) -> Any:
-    """Wait for the child's result; kill a child that sends nothing for `_TIMEOUT_S` seconds."""
-
-    def end() -> None:
-        silent.set()
         child.kill()
-
-    while True:
-        timer = threading.Timer(_TIMEOUT_S, end)
-        timer.start()
-        try:
-            kind, value = pickle.load(child.stdout)  # noqa: S301 (of our own child)
-        finally:
-            timer.cancel()
-        if kind == "returned":
-            return value
-        if kind == "refused":
-            raise InputError(value)
-        if kind == "failed":
-            raise OSError(value)
-        if progress is not None:
-            progress(*value)
+        child.wait()
+        answers.close()
+    raise InputError(f"{arguments[0]}: the process that read it {how}: the file is damaged")
 
 
 def main() -> None:
@@ -94,29 +83,25 @@ def main() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     if hard == resource.RLIM_INFINITY or hard > _MAX_ADDRESS_SPACE_BYTES:
         resource.setrlimit(resource.RLIMIT_AS, (_MAX_ADDRESS_SPACE_BYTES, hard))
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # keep the output of libraries out of the answers
+    answers = Connection(int(sys.argv[1]), readable=False)
     module, name, arguments = pickle.load(sys.stdin.buffer)  # noqa: S301 (of our own parent)
-
-    def answer(kind: str, value: Any) -> None:
-        pickle.dump((kind, value), answers)
-        answers.flush()
 
     try:
         function: Any = import_module(module)
         for part in name.split("."):
             function = getattr(function, part)
-        answer("returned", function(*arguments, lambda done, total: answer("progress", (done, total))))
+        answers.send(("returned", function(*arguments, lambda done, total: answers.send(("progress", (done, total))))))
     except InputError as error:
-        answer("refused", str(error))
+        answers.send(("refused", str(error)))
     except OSError as error:
         if error.errno in _WRITE_ERRNOS or "requested and" in str(error):  # numpy's message for a full disk
-            answer("failed", str(error))
+            answers.send(("failed", str(error)))
         else:
-            answer("refused", f"{arguments[0]}: cannot be read ({error})")
+            answers.send(("refused", f"{arguments[0]}: cannot be read ({error})"))
     except Exception as error:  # a damaged file fails in many ways inside its library
         reason = first_line(error)
-        answer("refused", f"{arguments[0]}: damaged, or not a file of this kind ({type(error).__name__}: {reason})")
+        what = f"{arguments[0]}: damaged, or not a file of this kind ({type(error).__name__}: {reason})"
+        answers.send(("refused", what))
 
 
 if __name__ == "__main__":
