@@ -45,18 +45,6 @@ def reference_result(name: str, operator: Any, args: Any, kwargs: Any) -> Any:
     return operator(*args, **kwargs)
 
 
-def _softmax(args: Any, kwargs: Any) -> Any:
-    return torch.softmax(args[0], args[1])  # the last argument requests conversion from half
-
-
-def _log_softmax(args: Any, kwargs: Any) -> Any:
-    return torch.log_softmax(args[0], args[1])
-
-
-def _linear(args: Any, kwargs: Any) -> Any:
-    return F.linear(*args)
-
-
 def _fused_linear(args: Any, kwargs: Any) -> Any:
     x, weight, bias, kind, _, algorithm = args
     out = F.linear(x, weight, bias)
@@ -109,10 +97,10 @@ def _attention(name: str, bound: Dict[str, Any]) -> Optional[List[Tensor]]:
 
 
 _OWN: Dict[str, Callable[[Any, Any], Any]] = {
-    "log_softmax": _log_softmax,
-    "softmax": _softmax,
+    "log_softmax": lambda args, kwargs: torch.log_softmax(args[0], args[1]),
+    "softmax": lambda args, kwargs: torch.softmax(args[0], args[1]),  # the last argument requests conversion from half
     "linear_pointwise": _fused_linear,
-    "mkldnn_linear": _linear,
+    "mkldnn_linear": lambda args, kwargs: F.linear(*args),
 }
 
 
