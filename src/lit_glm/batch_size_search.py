@@ -186,8 +186,9 @@ class Search:
         log.info(f"waiting for node 0 to start a trial in {self.folder}")
         end = time.monotonic() + patience_s
         while time.monotonic() < end:
-            trial = read_search(self.folder).get("next")
-            if trial is None and done is not None:
+            search = read_search(self.folder)
+            trial = search.get("next")
+            if trial is None and (done is not None or search.get("complete")):
                 return 0
             if trial is None or trial == done:
                 time.sleep(_POLL_S)

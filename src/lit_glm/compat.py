@@ -50,7 +50,8 @@ def without_plotting() -> Iterator[None]:
     that. Afterwards everybody can import these packages; only `Metric.plot` of torchmetrics says that they are missing.
     Nothing is hidden from a program that has imported one of them: torchmetrics would then find half of it.
     """
-    if any(name in sys.modules for name in _HidingFinder.hidden):
+    # Older versions of matplotlib put the empty package mpl_toolkits there at the start of every process (a .pth file).
+    if any(name in sys.modules for name in _HidingFinder.hidden if name != "mpl_toolkits"):
         yield
         return
     finder: Any = _HidingFinder()

@@ -3,13 +3,14 @@
 import logging
 import time
 
-_ENTRY = time.monotonic()  # e2e_time counts from here
+_ENTRY = time.monotonic()  # e2e_time counts from here if this is the program
 
 import os  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
+from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
-from typing import TYPE_CHECKING, Any, Callable, Dict, List  # noqa: E402
+from typing import TYPE_CHECKING, Any, Dict, List, Optional  # noqa: E402
 
 from lit_glm.config.command_line import CommandLine  # noqa: E402
 from lit_glm.config.hydra_main import TaskOutcome, run_command  # noqa: E402
@@ -24,13 +25,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("lit_glm.train")
 
 
-def train(config: TrainConfig, composed: Any) -> TaskOutcome:
-    """Run one job, or one combination of a sweep."""
+def train(config: TrainConfig, composed: Any, entry: float) -> TaskOutcome:
+    """Run one job, or one combination of a sweep; `entry` is `time.monotonic()` at the entry of `main`."""
     from hydra.core.hydra_config import HydraConfig
 
     from lit_glm.hardware.env import set_hardware_env
 
-    entry = time.monotonic()  # start of a sweep's job
+    started = time.monotonic()
     set_hardware_env(config.hardware)  # before anything imports torch
 
     with paused_gc():
@@ -49,14 +50,14 @@ def train(config: TrainConfig, composed: Any) -> TaskOutcome:
 
         if outer is not None:
             raise InputError("-m under torchrun: a sweep starts the ranks of its jobs itself; leave torchrun out")
-        return run_sweep_job(config, run_dir, files, sys.argv, lambda: prepare_data(config), entry)
+        return run_sweep_job(config, run_dir, files, sys.argv, lambda: prepare_data(config), started)
     if outer is not None:
         from lit_glm.launch.worker import run_under_torchrun
         from lit_glm.runs.job_spec import JobSpec
 
         find, prepare = (lambda: _resolve_run_dir(config, run_dir)), (lambda: prepare_data(config))
-        return TaskOutcome(run_under_torchrun(JobSpec(config, _ENTRY, sys.argv), outer, find, prepare, files))
-    return TaskOutcome(run(config, run_dir, files, lambda: prepare_data(config)))
+        return TaskOutcome(run_under_torchrun(JobSpec(config, entry, sys.argv), outer, find, prepare, files))
+    return TaskOutcome(run(config, run_dir, files, entry))
 
 
 def prepare_data(config: TrainConfig) -> None:
@@ -105,7 +106,7 @@ def _resolve_run_dir(config: TrainConfig, run_dir: Path) -> "RunFolder":
     return RunFolder(run_dir.resolve(), False)
 
 
-def run(config: TrainConfig, run_dir: Path, files: Dict[str, str], prepare: Callable[[], None]) -> int:
+def run(config: TrainConfig, run_dir: Path, files: Dict[str, str], entry: float) -> int:
     """Run one job unless it is complete; return the exit status."""
     from lit_glm.launch.launcher import announce_early_end, report_complete_run, run_job
     from lit_glm.launch.rendezvous import this_node
@@ -122,9 +123,9 @@ def run(config: TrainConfig, run_dir: Path, files: Dict[str, str], prepare: Call
         if result is not None:
             report_complete_run(config, node, run_dir, result)
             return 0
-        prepare()
+        prepare_data(config)
     try:
-        run_job(JobSpec(config, _ENTRY, sys.argv, resumes), run_dir, files, node)
+        run_job(JobSpec(config, entry, sys.argv, resumes), run_dir, files, node)
     except Interrupted as stop:
         hint = f"; {resume_hint(run_dir)}" if node.rank == 0 else ""
         log.error(f"{stop}{hint}")
@@ -138,13 +139,13 @@ def _before_sweep(whole: Any, line: CommandLine) -> List[str]:
     return prepare_sweep(whole, line)
 
 
-def main() -> int:
-    """Run the command and return the exit status."""
+def main(entry: Optional[float] = None) -> int:
+    """Run the command and return the exit status; e2e_time counts from `entry`, else from this call."""
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a killed torchrun does not notify its ranks
         from lit_glm.process_utils import set_parent_death_signal
 
         set_parent_death_signal(signal.SIGTERM)
-    status = run_command("train", TrainConfig, train, _before_sweep)
+    status = run_command("train", TrainConfig, partial(train, entry=entry or time.monotonic()), _before_sweep)
     sweep = sys.modules.get("lit_glm.launch.sweep")  # imported when a sweep starts
     if sweep is not None:
         # After Ctrl-C the records of the jobs contain which signal it was.
@@ -154,6 +155,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    outcome = main()
+    outcome = main(_ENTRY)
     ignore_stop_signals()
     sys.exit(outcome)

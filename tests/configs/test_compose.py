@@ -8,6 +8,7 @@ import pytest
 from conftest import lit_glm, lit_glm_here
 from lit_glm.config.hydra_main import CONF_DIR, compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
+from lit_glm.errors import InputError
 
 GROUPS = {
     "hardware": ["cpu", "r300", "cuda", "a100", "h100", "h200", "bi_v100", "k100", "c500"],
@@ -186,3 +187,11 @@ def test_an_error_that_is_its_own_cause_is_explained(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "typo" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_generated_data_does_not_pass_as_the_published() -> None:
+    """The experiment sets the size of generated data, whatever `data` is chosen."""
+    with pytest.raises(InputError, match="data.synthetic is set .* add data.synthetic=null"):
+        validate_config(compose_config("train", ["experiment=debug", "data=record"]), TrainConfig)
+    config = compose_config("train", ["experiment=debug", "data=record", "data.synthetic=null"])
+    assert validate_config(config, TrainConfig).data.synthetic is None

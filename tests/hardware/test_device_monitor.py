@@ -11,6 +11,7 @@ from typing import Any, List
 import pytest
 
 from lit_glm.config.schema import HardwareConfig, TopologyConfig, TrainConfig
+from lit_glm.hardware import device_monitor
 from lit_glm.hardware.device_monitor import COLUMNS, MonitoredMemory, load_readings, monitor_devices, monitor_for
 from lit_glm.launch import launcher
 from lit_glm.metrics.energy import energy_metrics, integrate_power
@@ -115,6 +116,25 @@ def test_energy_is_the_integral_over_the_training_time(tmp_path: Path) -> None:
     assert (took["power_max_w"], took["temperature_max_c"]) == (200, 60)
     resumed = energy_metrics(tmp_path, config(1, 2), [[[0.0, 5.0], [15.0, 20.0]]], 35.0)
     assert resumed["energy_j"] == pytest.approx(5 * 125 + 5 * 200 + 10 * 50)
+
+
+def test_without_a_variable_the_first_devices_are_the_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "own_monitor.py"
+    package.write_text(
+        "from lit_glm.hardware.monitors import DeviceReading, Monitor\n"
+        "MONITOR = Monitor(lambda _: [DeviceReading(index, 40.0, 100.0, None, None, None) for index in range(2)])\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(device_monitor, "_monitor_name", lambda _: "own_monitor.MONITOR")
+    for devices, seen in ((1, ["0"]), (2, ["0", "1"])):
+        folder = tmp_path / str(devices)
+        with monitor_devices(hardware(), folder / "devices.csv", 0, devices, time.monotonic()):
+            time.sleep(0.1)
+        assert sorted(index for _, index in load_readings(folder / "devices.csv")) == seen
+    table(tmp_path, ["0,0,0,1,100,40,", "20,0,0,1,100,40,"])
+    assert energy_metrics(tmp_path, config(1, 2), [[[5.0, 15.0]]], 1.0)["energy_j"] is None  # one has no reading
+    assert energy_metrics(tmp_path, config(1, 1), [[[5.0, 15.0]]], 1.0)["energy_j"] == 1000.0
 
 
 def test_energy_is_unknown_where_any_card_is_silent(tmp_path: Path) -> None:

@@ -1,12 +1,23 @@
 """Where a process stands among its nodes, and what it says when the environment does not fit the topology."""
 
 import socket
+import threading
+import time
 
 import pytest
 
-from lit_glm.config.schema import TopologyConfig
+from lit_glm.config.schema import TopologyConfig, TrainConfig
 from lit_glm.errors import InputError
-from lit_glm.launch.rendezvous import check_node_count, check_port, external_rank, network_interface_to, resolve_node
+from lit_glm.launch import rendezvous
+from lit_glm.launch.rendezvous import (
+    Node,
+    announce_end,
+    check_node_count,
+    check_port,
+    external_rank,
+    network_interface_to,
+    resolve_node,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -48,11 +59,13 @@ def test_a_host_name_that_cannot_be_resolved_is_not_waited_for(monkeypatch: pyte
         resolve_node(TopologyConfig(2, 8))
 
 
-@pytest.mark.parametrize(("name", "value"), [("NODE_RANK", "2"), ("NODE_RANK", "one"), ("MASTER_PORT", "70000")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("NODE_RANK", "2"), ("NODE_RANK", "one"), ("MASTER_PORT", "70000"), ("MASTER_PORT", "0")]
+)
 def test_a_variable_out_of_range(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for key, text in {"MASTER_ADDR": "h", "MASTER_PORT": "29500", "NODE_RANK": "0", name: value}.items():
         monkeypatch.setenv(key, text)
-    with pytest.raises(InputError, match=f"{name}={value}: must be a number from 0 to"):
+    with pytest.raises(InputError, match=f"{name}={value}: must be a number from [01] to"):
         resolve_node(TopologyConfig(2, 8))
 
 
@@ -99,6 +112,24 @@ def test_a_busy_port_is_said() -> None:
         port = busy.getsockname()[1]
         with pytest.raises(InputError, match=f"MASTER_PORT={port}: is in use on this machine"):
             check_port(port)
+    check_port(port)
+
+
+def test_nodes_that_both_end_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a sweep of which both reject a job: the next one must not read that announcement."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    config, begun = TrainConfig(topology=TopologyConfig(2, 1)), time.monotonic()
+    nodes = [
+        threading.Thread(target=announce_end, args=(config, Node(rank, "127.0.0.1", port), 2, "bs=64: too large"))
+        for rank in (0, 1)
+    ]
+    for node in nodes:
+        node.start()
+    for node in nodes:
+        node.join()
+    assert time.monotonic() - begun < rendezvous._ANNOUNCE_S / 2
     check_port(port)
 
 

@@ -167,6 +167,25 @@ def test_nodes_with_different_commands_do_not_train_together(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+def test_a_torchrun_whose_other_node_fails_says_where_it_waited(tmp_path: Path) -> None:
+    """The agents meet first, without end; then the command of one node is wrong."""
+    port = free_port()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max_restarts=0"]
+    launcher += ["--rdzv_backend=static", f"--rdzv_endpoint=127.0.0.1:{port}"]
+    command = ["-m", "lit_glm.train", *TWO, "run.rendezvous_timeout_s=4", f"hydra.run.dir={tmp_path}/run"]
+    first, second = (
+        subprocess.Popen(
+            [*launcher, f"--node_rank={rank}", *command, *wrong], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+        )
+        for rank, wrong in enumerate(([], ["run.foo=1"]))
+    )
+    said = first.communicate(timeout=240)[1]
+    second.communicate(timeout=240)
+    assert first.returncode == 1
+    assert f"2 nodes were expected at 127.0.0.1:{port} (run.rendezvous_timeout_s, 4 s)" in said
+
+
+@pytest.mark.slow
 def test_under_a_torchrun_of_the_users(tmp_path: Path) -> None:
     done = torchrun(*GOLDEN_RUN, "topology=1x2", "hydra.run.dir=run", ranks=2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

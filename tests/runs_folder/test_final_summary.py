@@ -35,6 +35,8 @@ def test_reached_or_not_and_why_it_stopped() -> None:
     )
     by_samples = said("finished", "run.max_steps=null", "run.max_samples=39", acc=None)
     assert "accuracy unknown, target 80%; stopped by run.max_samples=39" in by_samples
+    by_callback = said("finished", "run.max_steps=20", "run.max_samples=1000000")
+    assert "stopped by a callback at step 10" in by_callback
     assert "resume with run.resume=outputs/a" in said("interrupted")
     assert "no evaluation" in said("finished", "run.evaluate=false", acc=None)
     assert "3 steps without an update" in said("finished", skipped_steps=3)

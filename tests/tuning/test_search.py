@@ -1,6 +1,7 @@
 """The search itself, over chips that exist only as functions, and what it makes of a try that fails."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any, Callable, List
 
@@ -125,6 +126,17 @@ def test_two_nodes_search_together(tmp_path: Path) -> None:
     assert (found["complete"], found["topology"], found["next"]) == (True, "2x1", None)
     assert [trial["status"] for trial in found["trials"]] == ["fits"] * len(found["trials"])
     assert len(list((tmp_path / "search" / "tries").glob("*.node1.txt"))) == len(found["trials"])
+
+
+def test_a_further_node_of_a_complete_search_has_nothing_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    config: Any = validate_config(compose_config("tune", [*TINY, "run.stall_timeout_s=30"]), TuneConfig)
+    (tmp_path / "search").mkdir()
+    search = Search(config, tmp_path / "search", [])
+    search._write(complete=True)
+    begun = time.monotonic()
+    assert search.follow() == 0
+    assert time.monotonic() - begun < 10
 
 
 def test_of_equals_the_smaller_batch_is_the_fastest() -> None:

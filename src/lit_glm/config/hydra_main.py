@@ -117,6 +117,11 @@ def validate_config(cfg: DictConfig, schema: "type[Config]") -> Config:
     except OmegaConfBaseException as error:
         raise InputError(explain_hydra_error(error, schema, CONF_DIR)) from error
     complaints = range_errors(config)
+    if config.data.name == "record" and config.data.synthetic is not None:
+        complaints.append(
+            "data=record: is the published data, but data.synthetic is set (by the experiment, or on the command line) "
+            "and would generate other data under this name; add data.synthetic=null, or leave data=record out"
+        )
     if complaints:
         raise InputError("\n".join(complaints))
     return config

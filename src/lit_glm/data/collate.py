@@ -165,13 +165,12 @@ def _first_equal(split: MemmapDataset, indices: Sequence[int]) -> Optional[List[
         groups = np.arange(split.example_group_end[index], split.example_group_end[index + 1])
         own = slice(split.example_candidate_end[index], split.example_candidate_end[index + 1])
         ends = split.candidate_token_end[own.start : own.stop + 1].tolist()
-        # Candidates of a group are stored in the order of their slots, so that `seen` has the first of equal ones.
-        contexts = zip(np.repeat(groups, split.group_candidates[groups]).tolist(), split.candidate_blank[own].tolist())
-        seen: Dict[Any, int] = {}
+        # A group has one context, and its candidates are stored in the order of their slots: `seen` has the first.
+        group_of = np.repeat(groups, split.group_candidates[groups]).tolist()
+        seen: Dict[Tuple[int, bytes], int] = {}
         first_equal = [0] * (own.stop - own.start)
-        for slot, context, start, end in zip(split.candidate_slot[own].tolist(), contexts, ends, ends[1:]):
-            tokens = split.candidate_targets[start:end].tobytes()
-            first_equal[slot] = seen.setdefault((context, tokens), slot)
+        for slot, group, start, end in zip(split.candidate_slot[own].tolist(), group_of, ends, ends[1:]):
+            first_equal[slot] = seen.setdefault((group, split.candidate_targets[start:end].tobytes()), slot)
         found.append(first_equal)
     return found
 

@@ -46,7 +46,7 @@ def _monitor_name(hardware: HardwareConfig) -> Optional[str]:
         return import_runtime_class(hardware._target_).monitor or None
     names = hardware.runtimes if hardware.runtime == "auto" else [hardware.runtime]
     known = [name for name in names if name in MONITORS]
-    chosen = (name for name in known if MONITORS[name].visible_devices_variable in os.environ)
+    chosen = (name for name in known if (MONITORS[name].visible_devices_variable or "") in os.environ)
     return next(chosen, known[0] if known else None)
 
 
@@ -95,7 +95,7 @@ def monitor_devices(hardware: HardwareConfig, file: Path, node: int, devices: in
         return
     monitor = monitor_of_name(name)
     chosen = _ALL
-    if monitor.visible_devices_variable:
+    if monitor.visible_devices_variable is not None:
         visible = [visible_device(index, monitor.visible_devices_variable) for index in range(devices)]
         chosen = ",".join(card for card in map(monitor.resolve, visible) if card is not None)
     arguments = [name, str(file), str(node), repr(hardware.monitor_interval_s), repr(begun), chosen]

@@ -374,8 +374,8 @@ class Monitor:
 
     read: Callable[[Optional[Sequence[str]]], List[DeviceReading]]
     """Reads the given devices, named as by `resolve`; may return more."""
-    visible_devices_variable: str = ""
-    """Variable that selects the visible devices; "": all devices belong to the job."""
+    visible_devices_variable: Optional[str] = ""
+    """Variable that selects the visible devices; "": none, the job has the first ones; None: one reading for all."""
     device_names: Callable[[], Dict[int, str]] = dict
     """Names of the machine's devices by their index."""
     driver_version: Callable[[], Optional[str]] = lambda: None
@@ -388,6 +388,6 @@ MONITORS: Dict[str, Monitor] = {
     "xmlir": Monitor(lambda _: xpu_readings(), "XPU_VISIBLE_DEVICES", xpu_device_names, xpu_driver_version),
     "xpytorch": Monitor(lambda _: xpu_readings(), "CUDA_VISIBLE_DEVICES", xpu_device_names, xpu_driver_version),
     "cuda": Monitor(nvml_readings, "CUDA_VISIBLE_DEVICES", nvml_device_names, nvidia_driver_version, nvml_device),
-    "cpu": Monitor(lambda _: CPU_MONITOR.readings()),
+    "cpu": Monitor(lambda _: CPU_MONITOR.readings(), None),
 }
 """Monitors by runtime name."""

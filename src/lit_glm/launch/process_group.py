@@ -61,12 +61,11 @@ def process_group(
     _check_backend(runtime.backend, config.hardware.name)
     timeout = timedelta(seconds=collective_timeout_s(config))
     external = "TORCHELASTIC_RUN_ID" in os.environ  # the user's torchrun already has a store
-    rank, run = int(os.environ["RANK"]), None
-    store_kwargs: Any = {}
-    if not external:
-        store, run = meet(config, choose_run() if rank == 0 else None)
-        store_kwargs = {"store": store, "rank": rank, "world_size": config.topology.world_size}
-    torch.distributed.init_process_group(runtime.backend, timeout=timeout, **store_kwargs)
+    rank = int(os.environ["RANK"])
+    store, run = meet(config, choose_run() if rank == 0 and not external else None, external)
+    torch.distributed.init_process_group(
+        runtime.backend, timeout=timeout, store=store, rank=rank, world_size=config.topology.world_size
+    )
     if config.topology.num_nodes == 1 and not external:  # its supervisor watches all ranks
         yield run
         return

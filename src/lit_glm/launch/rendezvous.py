@@ -120,8 +120,9 @@ def check_node_count(topology: TopologyConfig) -> None:
 
 def _int_from_env(name: str, highest: int) -> int:
     text = os.environ[name]
-    if not text.isdigit() or int(text) > highest:
-        raise InputError(f"{name}={text}: must be a number from 0 to {highest}")
+    lowest = int(name == "MASTER_PORT")
+    if not text.isdigit() or not lowest <= int(text) <= highest:
+        raise InputError(f"{name}={text}: must be a number from {lowest} to {highest}")
     return int(text)
 
 
@@ -212,12 +213,13 @@ class RunFolder:
     is_complete: bool = False
 
 
-def meet(config: TrainConfig, run: Optional[RunFolder]) -> "tuple[Any, Optional[RunFolder]]":
+def meet(config: TrainConfig, run: Optional[RunFolder], external: bool = False) -> "tuple[Any, Optional[RunFolder]]":
     """Join the other ranks, as described by torchrun's environment variables.
 
     Args:
         config: configuration of the job.
         run: the run folder on rank 0; None on other ranks, and for a job without one.
+        external: whether the user's torchrun started the ranks, whose agent hosts the store.
 
     Returns:
         The store and the run folder.
@@ -227,6 +229,7 @@ def meet(config: TrainConfig, run: Optional[RunFolder]) -> "tuple[Any, Optional[
         InputError, RunError, Interrupted, NothingToDo: if another node exited, according to its status.
     """
     import torch
+    from torch.distributed.rendezvous import rendezvous
 
     address, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["RANK"])
     world, limit_s = config.topology.world_size, config.run.rendezvous_timeout_s
@@ -235,14 +238,15 @@ def meet(config: TrainConfig, run: Optional[RunFolder]) -> "tuple[Any, Optional[
         if rank > 0:
             log.debug(f"rank {rank} connects to {address}:{port}")
             _wait_for_store(address, port, end)
-        store = torch.distributed.TCPStore(
-            address, port, world, rank == 0, timedelta(seconds=max(1.0, limit_s)), wait_for_workers=False
-        )
+        limit = timedelta(seconds=max(1.0, limit_s))
+        if external:
+            store, _, _ = next(rendezvous("env://", timeout=limit))
+        else:
+            store = torch.distributed.TCPStore(address, port, world, rank == 0, limit, wait_for_workers=False)
         if rank == 0:
             log.debug(f"rank 0 listens on port {port}")
             _write(store, _RUN, json.dumps(None if run is None else [str(run.path), run.is_resume]))
         _write(store, _joined(rank))
-        _wait(store, [_RUN], end)
         _wait(store, [_joined(other) for other in range(world)] if rank == 0 else [_joined("all")], end)
         if rank == 0:
             _write(store, _joined("all"))
@@ -356,7 +360,9 @@ def announce_end(config: TrainConfig, node: Node, status: int, reason: str) -> N
             node.address, node.port, config.topology.world_size, node.rank == 0, limit, wait_for_workers=False
         )
         _write(store, _ENDED, text)
-        if node.rank == 0:
+        if node.rank > 0:  # it may announce its own end, and waits for no receipt from this node then
+            _write(store, _received(node.rank))
+        else:
             receipts = [_received(other) for other in others]
             while not _is_there(store, *receipts) and time.monotonic() < end:
                 time.sleep(_LOOK_S)

@@ -129,7 +129,7 @@ class SweepCallback(Callback):
 
     def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
         """Store the sweep folder, delete the job records of an earlier start, and write those of complete runs."""
-        if os.environ.get("NODE_RANK", "0") not in ("", "0"):
+        if not _is_first_node():
             return
         SweepCallback.started = Path(config.hydra.sweep.dir).resolve()
         for note in filter(_is_job_record, (SweepCallback.started / JOB_RECORDS_DIR).glob("*.json")):
@@ -141,12 +141,17 @@ class SweepCallback(Callback):
 
     def on_job_end(self, config: Any, job_return: Any, **kwargs: Any) -> None:
         """Write the record of a job that was rejected before it could write one itself."""
-        if config.hydra.mode is None or config.hydra.mode.name == "RUN":
+        if config.hydra.mode is None or config.hydra.mode.name == "RUN" or not _is_first_node():
             return
         sweep_dir, number = Path(config.hydra.sweep.dir), int(config.hydra.job.num)
         if not _job_record_file(sweep_dir, number).exists():
             overrides = list(config.hydra.overrides.task)  # its own process printed the error
             _write_job_record(sweep_dir, number, None, RunError.exit_status, _rejected_row(config), overrides)
+
+
+def _is_first_node() -> bool:
+    """Return whether this is node 0, which alone writes to the sweep's folder."""
+    return os.environ.get("NODE_RANK", "0") in ("", "0")
 
 
 def _job_record_file(sweep_dir: Path, number: int) -> Path:
@@ -339,16 +344,17 @@ def _mask_multirun_file(sweep_dir: Path) -> None:
 def finish_sweep() -> int:
     """Write the table of the sweep that this process started, if any; return the exit status."""
     sweep_dir, SweepCallback.started = SweepCallback.started, None
-    if sweep_dir is None:
-        return 0
-    _print_queued_jobs(sweep_dir)
-    if not any((sweep_dir / JOB_RECORDS_DIR).glob("*.json")):
-        return 0  # no job has started; the error was printed
-    text, status = summarise_sweep(sweep_dir)
-    _mask_multirun_file(sweep_dir)
-    print(text)
-    log.info(f"{sweep_dir}/sweep.md, sweep.csv")
-    return status
+    with _held_locks:
+        if sweep_dir is None:
+            return 0
+        _print_queued_jobs(sweep_dir)
+        if not any((sweep_dir / JOB_RECORDS_DIR).glob("*.json")):
+            return 0  # no job has started; the error was printed
+        text, status = summarise_sweep(sweep_dir)
+        _mask_multirun_file(sweep_dir)
+        print(text)
+        log.info(f"{sweep_dir}/sweep.md, sweep.csv")
+        return status
 
 
 def _print_queued_jobs(sweep_dir: Path) -> None:
@@ -368,7 +374,7 @@ def _print_queued_jobs(sweep_dir: Path) -> None:
 
 _WRITES = ("sweep.md", "sweep.csv", "multirun.yaml")
 _MAX_COMPARED = 300
-_held_locks = ExitStack()  # lock of the sweep folder, held until this process exits
+_held_locks = ExitStack()  # lock of the sweep folder, held until the sweep ends
 
 
 def _search_direction(whole: Any, line: CommandLine) -> List[str]:
@@ -398,8 +404,7 @@ def prepare_sweep(whole: Any, line: CommandLine) -> List[str]:
         raise InputError(f"sweep.objective={whole.sweep.objective}: must be one of {', '.join(OBJECTIVES)}")
     more = _search_direction(whole, line)
     given, sweep_dir = line.sets("hydra.sweep.dir"), Path(str(whole.hydra.sweep.dir))
-    is_first_node = os.environ.get("NODE_RANK", "0") in ("", "0")  # only node 0 locks the folder
-    if given and is_first_node:
+    if given and _is_first_node():
         foreign = [name for name in _WRITES if (sweep_dir / name).exists()]
         notes = sweep_dir / JOB_RECORDS_DIR
         if not notes.is_dir() and foreign:
@@ -423,7 +428,7 @@ def prepare_sweep(whole: Any, line: CommandLine) -> List[str]:
     if "BasicSweeper" in str(whole.hydra.sweeper.get("_target_")) and not searches:
         SweepCallback.total = len(line.combinations())
     complete: Dict[int, CompleteRun] = {}
-    if whole.sweep.skip_done and is_first_node:
+    if whole.sweep.skip_done and _is_first_node():
         complete = _find_complete_runs(discovery.runs_by_config_hash(search_paths(sweep_dir, given)), line, whole.hydra)
     if SweepCallback.total is not None:
         SweepCallback.complete = list(complete.values())

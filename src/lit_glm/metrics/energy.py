@@ -76,7 +76,8 @@ def energy_metrics(
         found = load_readings(readings_file(run_dir, node))
         if sliced:
             found = {key: readings for key, readings in found.items() if not key[1].isdigit()}
-        expected = topology.devices_per_node if monitor is not None and monitor.visible_devices_variable else len(found)
+        is_shared = monitor is None or monitor.visible_devices_variable is None
+        expected = len(found) if is_shared else topology.devices_per_node
         is_known = is_known and bool(found) and len(found) == expected
         spans = spans_by_node[node] if node < len(spans_by_node) else []
         seconds = max(seconds, sum(end - begin for begin, end in spans))

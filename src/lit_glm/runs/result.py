@@ -324,6 +324,8 @@ def final_summary(result: Dict[str, Any], config: TrainConfig, run_dir: Path) ->
         limit = f"run.max_samples={run.max_samples}"
         if run.max_steps is not None and step >= run.max_steps:
             limit = f"run.max_steps={run.max_steps}"
+        elif step * config.global_batch <= run.max_samples:
+            limit = "a callback"
         what = f"accuracy {has}, target {target}" if run.evaluate else "no evaluation (run.evaluate=false)"
         how = f"NOT REACHED: {what}; stopped by {limit} {when}"
     skipped = result.get("skipped_steps") or 0

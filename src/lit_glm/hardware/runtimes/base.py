@@ -151,7 +151,7 @@ class Runtime:
         """
         if self.monitor:
             monitor, self._monitored = monitor_of_name(self.monitor), MonitoredMemory()
-            self._monitored.start(file, index, monitor.visible_devices_variable, monitor.resolve)
+            self._monitored.start(file, index, monitor.visible_devices_variable or "", monitor.resolve)
 
     def peak_memory(self, index: int) -> Optional[float]:
         """Return the highest memory in use on a device so far, bytes; by default that of `monitor`; None if unknown."""
