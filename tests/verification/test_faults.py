@@ -17,6 +17,7 @@ from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
 from lit_glm.hardware.runtimes import cpu_ops
 from lit_glm.hardware.runtimes.cpu import CPURuntime, accumulates_bf16_in_fp32
+from lit_glm.model.attention import DotProductAttention
 from lit_glm.model.runtime_ops import RuntimeOps
 from lit_glm.verification import acceptance, collectives_check, model_check, timing_check
 from lit_glm.verification.operator_check import OperatorRecorder, operator_name, tensors_in
@@ -179,6 +180,29 @@ def test_dropout_ignores_its_seed() -> None:
     assert failed(Forgetful()) == [("dropout", "the same seed gives different masks")]
 
 
+def test_dropout_does_not_scale_what_it_keeps() -> None:
+    class Unscaled(CPURuntime):
+        def model_ops(self) -> RuntimeOps:
+            return RuntimeOps(dropout=lambda x, share: F.dropout(x, share) * (1 - share))
+
+    message = "elements that it keeps are multiplied by 1.0000 instead of 1 / (1 - 0.1)"
+    assert failed(Unscaled(), until="collectives") == [("dropout", message)]
+
+
+def test_a_wrong_softmax_is_not_taken_for_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = DotProductAttention.__call__
+    means = []
+
+    def scaled(*args: Any) -> torch.Tensor:
+        out: torch.Tensor = 1.1 * computed(*args)
+        means.append(float(out.float().mean()))
+        return out
+
+    monkeypatch.setattr(DotProductAttention, "__call__", scaled)
+    assert model_check.check_dropout(CPURuntime()).status == "ok"
+    assert means == pytest.approx([1.1] * 4, abs=0.01)
+
+
 def test_synchronize_returns_at_once() -> None:
     """An asynchronous device: a product is done some time after its call has come back; who reads waits for it."""
     done_at = [0.0]
@@ -220,30 +244,39 @@ def test_a_wrong_layer_is_named_where_each_operator_is_right() -> None:
     assert not [name for name, _ in found if name.startswith("operators")]
 
 
-@pytest.mark.parametrize("fault", ["none", "sum drops a rank", "broadcast does nothing", "gather swaps ranks"])
+_SUM_FAULTS = ["sum drops a rank", "sum rounds to bf16", "sum of many is wrong at its end"]
+
+
+@pytest.mark.parametrize("fault", ["none", *_SUM_FAULTS, "broadcast does nothing", "gather swaps ranks"])
 def test_a_collective_that_is_wrong_is_named(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = 3
-    given = [collectives_check.rank_contribution(torch.int64, of, ranks, "cpu") for of in range(ranks)]
+
+    def given(of: int, like: torch.Tensor) -> torch.Tensor:
+        return collectives_check.rank_contribution(like.dtype, of, ranks, "cpu", like.numel())
 
     def all_reduce(tensor: Any) -> None:
-        counted = given[:-1] if fault == "sum drops a rank" else given
-        tensor.copy_(torch.stack(counted).sum(0).to(tensor.dtype))
+        counted = ranks - 1 if fault == "sum drops a rank" else ranks
+        tensor.copy_(sum(given(of, tensor) for of in range(counted)))
+        if fault == "sum rounds to bf16" and tensor.is_floating_point():
+            tensor.copy_(tensor.bfloat16())
+        if fault == "sum of many is wrong at its end" and tensor.numel() > 200_000:
+            tensor[-1] = 0
 
     def broadcast(tensor: Any, source: int) -> None:
         if fault != "broadcast does nothing":
-            tensor.copy_(given[source].to(tensor.dtype))
+            tensor.copy_(given(source, tensor))
 
     def all_gather(out: Any, tensor: Any) -> None:
         order = [1, 0, 2] if fault == "gather swaps ranks" else [0, 1, 2]
         for place, of in zip(out, order):
-            place.copy_(given[of].to(tensor.dtype))
+            place.copy_(given(of, tensor))
 
     for name, double in (("all_reduce", all_reduce), ("broadcast", broadcast), ("all_gather", all_gather)):
         monkeypatch.setattr(torch.distributed, name, double)
     wrong = collectives_check.run_collectives(0, ranks, torch.device("cpu"), [torch.float32, torch.int64, torch.uint8])
     words = {
         "none": "",
-        "sum drops a rank": "all-reduce",
+        **dict.fromkeys(_SUM_FAULTS, "all-reduce"),
         "broadcast does nothing": "broadcast",
         "gather swaps ranks": "gather",
     }

@@ -20,8 +20,8 @@ from lit_glm.launch.worker import rank_main, run_on_all_ranks
 from lit_glm.process_utils import exit_now
 
 _LIMIT_S = 30.0
-_COUNT = 100_003
-"""Number of elements: a prime, so that the shorter last chunk of a library is tested too."""
+_COUNTS = (100_003, 7_000_003)
+"""Numbers of elements: primes, so that the shorter last chunk of a library is tested too. DDP sums 25 MiB at a time."""
 _MIB, _ROUNDS = 16, 5
 COLLECTIVES_MODULE = "lit_glm.verification.collectives_check"
 
@@ -52,24 +52,31 @@ def _dtype_name(dtype: Any) -> str:
     return str(dtype).replace("torch.", "")
 
 
-def rank_contribution(dtype: Any, rank: int, ranks: int, device: Any) -> Any:
+def _numbers(dtype: Any, count: int) -> Any:
+    """Return numbers that need all bits of a dtype's significand: rounding to fewer on the way changes them."""
+    bits = {torch.float32: 24, torch.float16: 11, torch.uint8: 8}.get(dtype, 40)
+    return (torch.arange(count) * 6_700_417 % (2**bits - 1) + 1).to(dtype)
+
+
+def rank_contribution(dtype: Any, rank: int, ranks: int, device: Any, count: int = _COUNTS[0]) -> Any:
     """Return a rank's input: numbers at its own positions, zeros elsewhere, so that sums are exact in any dtype.
 
     A rank that is missing, duplicated or out of order shows up at its positions.
     """
-    places = torch.arange(_COUNT, device=device)
-    return torch.where(places % ranks == rank, places % 13 + 1, torch.zeros_like(places)).to(dtype)
+    numbers = _numbers(dtype, count)
+    return numbers.masked_fill(torch.arange(count) % ranks != rank, 0).to(device)
 
 
 def run_collectives(rank: int, ranks: int, device: Any, kinds: List[Any]) -> List[str]:
     """Run every collective; return one message per wrong result."""
     wrong = []
     for dtype in kinds:
-        if dtype is not torch.uint8:  # training never sums bytes
-            summed = rank_contribution(dtype, rank, ranks, device)
+        for count in () if dtype is torch.uint8 else _COUNTS[: 1 + dtype.is_floating_point]:  # bytes are never summed
+            summed = rank_contribution(dtype, rank, ranks, device, count)
             torch.distributed.all_reduce(summed)
-            if not torch.equal(summed, (torch.arange(_COUNT, device=device) % 13 + 1).to(dtype)):
-                wrong.append(f"all-reduce of {_dtype_name(dtype)} over {ranks} ranks is wrong on rank {rank}")
+            if not torch.equal(summed.cpu(), _numbers(dtype, count)):
+                what = f"{count:,} {_dtype_name(dtype)}"
+                wrong.append(f"all-reduce of {what} over {ranks} ranks is wrong on rank {rank}")
         for source in sorted({0, ranks - 1}):
             sent = rank_contribution(dtype, rank, ranks, device)
             torch.distributed.broadcast(sent, source)

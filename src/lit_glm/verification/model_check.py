@@ -111,11 +111,11 @@ def check_dropout(runtime: Runtime) -> CheckResult:
         runtime.manual_seed(seed)
         return ops.dropout(ones, _SHARE).cpu(), zero_elements_(ones.clone(), ops.sample_zeros(ones, _SHARE)[0]).cpu()
 
-    def attention_mean(dtype: torch.dtype) -> float:
+    def attention_mean(dtype: torch.dtype, share: float) -> float:
         """Return the mean output of attention for equal scores and values of 1: about 1, whatever dropout draws."""
         shape = (8, 8, 64, 32)
         zeros, values = torch.zeros(shape, device=ones.device, dtype=dtype), torch.ones(shape, device=ones.device)
-        out = DotProductAttention(ops=ops)(zeros, zeros, values.to(dtype), None, _SHARE)
+        out = DotProductAttention(ops=ops)(zeros, zeros, values.to(dtype), None, share)
         return float(out.float().mean())
 
     first, again, other = masks(1), masks(1), masks(2)
@@ -125,6 +125,10 @@ def check_dropout(runtime: Runtime) -> CheckResult:
         return CheckResult(
             "dropout", "fail", f"drops {share:.4f} instead of {_SHARE}", "check its generator", off, bound
         )
+    kept = float(first[0].max())
+    if abs(kept * (1 - _SHARE) - 1.0) > 1e-5:
+        message = f"elements that it keeps are multiplied by {kept:.4f} instead of 1 / (1 - {_SHARE})"
+        return CheckResult("dropout", "fail", message, "check its kernel")
     if not all(torch.equal(one, two) for one, two in zip(first, again)):
         advice = "runtime.manual_seed does not reach the device's generator: no run can be repeated or resumed exactly"
         return CheckResult("dropout", "fail", "the same seed gives different masks", advice=advice)
@@ -139,11 +143,12 @@ def check_dropout(runtime: Runtime) -> CheckResult:
     limit = _SIGMAS * math.sqrt(_SHARE / (1 - _SHARE) / draws) + 2.0**-8  # 2 ** -8: rounding of the output to bf16
     for dtype in (torch.float32, torch.bfloat16):
         try:
-            mean = attention_mean(dtype)
+            without = attention_mean(dtype, 0.0)
+            mean = attention_mean(dtype, _SHARE) / without if without else math.nan  # a wrong softmax is not dropout's
         except (RuntimeError, NotImplementedError):  # a type that the device lacks: the operators say so
             continue
         if abs(mean - 1.0) > limit:
-            message = f"attention in {str(dtype)[6:]} with dropout {_SHARE}: mean of the output {mean:.4f} instead of 1"
+            message = f"attention in {str(dtype)[6:]}: its mean with dropout {_SHARE} is {mean:.4f} of that without"
             advice = "its kernel drops a different share than requested"
             return CheckResult("dropout", "fail", message, advice, abs(mean - 1.0), limit)
     return CheckResult(
