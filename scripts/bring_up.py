@@ -1,7 +1,7 @@
-"""A device's first day: one change at a time from bf16, shared_context, eager; see bring_up.sh.
+"""First tests of a new device: one change at a time from bf16, shared_context, eager; see bring_up.sh.
 
-Each step is a command of this project with a limit of its own. The page quotes what the commands have measured; a step
-that failed, or that the time did not allow, is listed as that.
+Each step is a command of this project with its own time limit. The page quotes what the commands measured; steps that
+failed, or for which no time was left, are listed.
 """
 
 import argparse
@@ -31,14 +31,14 @@ class Step:
     """train, verify, evaluate, or kit."""
     arguments: List[str] = field(default_factory=list)
     limit_s: float = 120.0
-    status: str = "not run: the time was over"
+    status: str = "not run: no time was left"
     seconds: float = 0.0
     run_dir: Optional[Path] = None
     lines: List[str] = field(default_factory=list)
 
     @property
     def result(self) -> Dict[str, Any]:
-        """Of a run; empty without one."""
+        """Content of the run's result.json; empty if there is none."""
         try:
             content = json.loads((self.run_dir / "result.json").read_text()) if self.run_dir is not None else {}
         except (OSError, ValueError):
@@ -46,20 +46,20 @@ class Step:
         return content if isinstance(content, dict) else {}
 
 
-def plan_steps(tiny: bool, own: List[str], precisions: List[str]) -> List[Step]:
-    """The steps in order of value.
+def plan_steps(tiny: bool, overrides: List[str], precisions: List[str]) -> List[Step]:
+    """Return the steps, the most valuable first.
 
     Args:
-        tiny: small shapes, for a device that is slow.
-        own: of the command line.
-        precisions: that the device has.
+        tiny: whether to use small shapes, for a slow device.
+        overrides: overrides of the command line.
+        precisions: precisions that the device supports.
     """
-    narrow = "bf16" if "bf16" in precisions else "fp32"
-    sizes, base = ((2, 4) if tiny else (4, 16, 32, 64, 128)), 4 if tiny else 32
+    default_precision = "bf16" if "bf16" in precisions else "fp32"
+    batch_sizes, bs_default = ((2, 4) if tiny else (4, 16, 32, 64, 128)), 4 if tiny else 32
 
-    def train(name: str, *changes: str, bs: int = base, limit_s: float = 150.0) -> Step:
+    def train(name: str, *changes: str, bs: int = bs_default, limit_s: float = 150.0) -> Step:
         shape = _TINY if tiny else []
-        given = [f"precision={narrow}", f"bs={bs}", *_SEQUENCES, *shape, *_SHORT, *changes]
+        given = [f"precision={default_precision}", f"bs={bs}", *_SEQUENCES, *shape, *_SHORT, *changes]
         return Step(name, "train", given, limit_s)
 
     debug = ["experiment=debug", "run.max_steps=10", "precision=fp32"]
@@ -67,9 +67,9 @@ def plan_steps(tiny: bool, own: List[str], precisions: List[str]) -> List[Step]:
     steps = [
         Step("debug run", "train", debug),
         Step("debug run on the CPU", "cpu", debug),
-        train(f"{narrow}, shared_context"),
+        train(f"{default_precision}, shared_context"),
     ]
-    steps += [train(f"bs {bs}", bs=bs) for bs in sizes if bs != base]
+    steps += [train(f"bs {bs}", bs=bs) for bs in batch_sizes if bs != bs_default]
     steps += [
         Step("verify", "verify", ["verify.max_minutes=3"], 240.0),
         train("published", "scoring=published", bs=2 if tiny else 4),
@@ -87,31 +87,31 @@ def plan_steps(tiny: bool, own: List[str], precisions: List[str]) -> List[Step]:
     ]
     steps = [step for step in steps if step.name.split(",")[0] not in ("amp", "fp16") or step.name in precisions]
     for step in steps:
-        step.arguments = [*step.arguments, *own] if step.command != "kit" else step.arguments
+        step.arguments = [*step.arguments, *overrides] if step.command != "kit" else step.arguments
     return steps
 
 
 class BringUp:
-    """Runs the steps in a folder."""
+    """Runs the steps, and writes their logs and runs to a folder."""
 
-    def __init__(self, folder: Path, own: List[str], minutes: float) -> None:
-        self.folder, self.own, self.end = folder, own, time.monotonic() + 60.0 * minutes
-        self.minutes = minutes
+    def __init__(self, folder: Path, overrides: List[str], minutes: float) -> None:
+        self.folder, self.overrides, self.minutes = folder, overrides, minutes
+        self.end = time.monotonic() + 60.0 * minutes
         self.root = Path(__file__).resolve().parent.parent
 
     def run(self, step: Step) -> None:
-        """Run a step within its limit and what is left of the time."""
+        """Run a step within its time limit and the remaining time."""
         left = self.end - time.monotonic()
         if left < 5.0:
             return
         name = step.name.replace(" ", "_").replace(",", "")
-        log, begun = self.folder / "logs" / f"{name}.txt", time.monotonic()
+        log, start = self.folder / "logs" / f"{name}.txt", time.monotonic()
         step.run_dir = self.folder / "runs" / name
-        module, place = step.command, [f"hydra.run.dir={step.run_dir}"]
-        arguments = [*step.arguments, *place]
+        module, run_dir = step.command, [f"hydra.run.dir={step.run_dir}"]
+        arguments = [*step.arguments, *run_dir]
         if step.command == "cpu":
-            chip = ("hardware=", "hardware.")
-            module, arguments = "train", ["hardware=cpu", *(a for a in arguments if not a.startswith(chip))]
+            hardware_keys = ("hardware=", "hardware.")
+            module, arguments = "train", ["hardware=cpu", *(a for a in arguments if not a.startswith(hardware_keys))]
         commands = [[sys.executable, "-m", f"lit_glm.{module}", *arguments]]
         if step.command == "kit":
             target = self._runtime_class()
@@ -122,7 +122,7 @@ class BringUp:
             commands = [[sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", kit, f"--runtime={target}"]]
         if step.command == "resume":
             train = [sys.executable, "-m", "lit_glm.train", *step.arguments]
-            commands = [[*train, *place], [*train, f"run.resume={step.run_dir}"]]
+            commands = [[*train, *run_dir], [*train, f"run.resume={step.run_dir}"]]
         with log.open("w", encoding="utf-8") as output:
             for number, command in enumerate(commands):
                 output.write(f"$ {shlex.join(command)}\n")
@@ -130,29 +130,29 @@ class BringUp:
                 limit = min(step.limit_s, self.end - time.monotonic())
                 stop = step.command == "resume" and number == 0
                 step.status = self._wait(command, output, max(5.0, limit), step.run_dir if stop else None)
-        step.seconds = time.monotonic() - begun
+        step.seconds = time.monotonic() - start
         step.lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
 
     def _wait(self, command: List[str], output: Any, limit_s: float, stop_in: Optional[Path]) -> str:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=self.folder)
-        begun = time.monotonic()
+        start = time.monotonic()
         while process.poll() is None:
             if stop_in is not None and len(_losses_in(stop_in)) > 6:
                 process.send_signal(signal.SIGTERM)
                 stop_in = None
-            if time.monotonic() - begun > limit_s:
+            if time.monotonic() - start > limit_s:
                 process.send_signal(signal.SIGTERM)
                 try:
                     process.wait(timeout=15)
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()
-                return f"ended after its limit of {limit_s:.0f} s"
+                return f"terminated after its limit of {limit_s:.0f} s"
             time.sleep(0.05)
         return "ok" if process.returncode == 0 else f"exit status {process.returncode}"
 
     def _runtime_class(self) -> Optional[str]:
-        hardware = hardware_of(self.own)
+        hardware = hardware_of(self.overrides)
         if hardware.runtime == "simulated":
             return None
         if hardware._target_ is not None:
@@ -164,10 +164,10 @@ class BringUp:
         return f"{kind.__module__}.{kind.__qualname__}"
 
     def page(self, steps: List[Step]) -> str:
-        """bring_up.md."""
+        """Return the content of bring_up.md."""
         environment = next((env for env in map(_environment, steps) if env), {})
         lines = [
-            f"# Bring-up: {' '.join(self.own) or 'hardware=cpu'}",
+            f"# Bring-up: {' '.join(self.overrides) or 'hardware=cpu'}",
             "",
             f"{time.strftime('%Y-%m-%d %H:%M')}, at most {self.minutes:g} minutes, `scripts/bring_up.sh`. Each figure "
             "was measured by the command of its row, listed below; logs and runs lie beside this page.",
@@ -200,17 +200,17 @@ class BringUp:
             if step.status.startswith("exit status"):
                 lines += [f"  - `{line[:200]}`" for line in step.lines if line.startswith("lit_glm: ")][-2:]
         lines += ["", "## Commands", ""]
-        lines += [f"- {step.name}: `{step.lines[0][2:]}`" for step in steps if step.lines]
+        lines += [f"- {step.name}: `{line[2:]}`" for step in steps for line in step.lines if line.startswith("$ ")]
         return "\n".join(lines) + "\n"
 
 
-def hardware_of(own: List[str]) -> Any:
-    """The device, as train would compose it."""
+def hardware_of(overrides: List[str]) -> Any:
+    """Return the configuration of the device, as `train` composes it."""
     from lit_glm.config.command_line import CommandLine
     from lit_glm.config.hydra_main import compose_config, validate_config
     from lit_glm.config.schema import TrainConfig
 
-    line = CommandLine.read(own)
+    line = CommandLine.read(overrides)
     composed = compose_config("train", ["experiment=debug", *line.overrides, *line.searchpath])
     return validate_config(composed, TrainConfig).hardware
 
@@ -247,13 +247,13 @@ def _last_loss(step: Step) -> str:
 
 
 def _compare_losses(steps: List[Step]) -> List[str]:
-    """The debug run against the CPU's: the first thing to know of a device."""
-    named = {step.name: _losses(step) for step in steps}
-    here, cpu = named.get("debug run", []), named.get("debug run on the CPU", [])
-    if not here or len(here) != len(cpu):
+    """Compare the losses of the debug run with the CPU's."""
+    losses = {step.name: _losses(step) for step in steps}
+    device, cpu = losses.get("debug run", []), losses.get("debug run on the CPU", [])
+    if not device or len(device) != len(cpu):
         return ["The losses of the debug run could not be compared with the CPU's."]
-    far = max(abs(one - other) for one, other in zip(here, cpu))
-    return [f"Losses of the debug run (fp32, {len(here)} steps): largest difference from the CPU's {far:.2g}."]
+    difference = max(abs(one - other) for one, other in zip(device, cpu))
+    return [f"Losses of the debug run (fp32, {len(device)} steps): largest difference from the CPU's {difference:.2g}."]
 
 
 def _verify_lines(steps: List[Step]) -> List[str]:
@@ -266,27 +266,27 @@ def _verify_lines(steps: List[Step]) -> List[str]:
 
 
 def main() -> int:
-    """Run all steps that the time allows; 0 if those that ran succeeded."""
-    parser = argparse.ArgumentParser("bring_up.sh", description="A device's first day in one command.")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="hardware=NAME and whatever else train takes")
+    """Run all steps for which there is time; return 0 if those that ran succeeded."""
+    parser = argparse.ArgumentParser("bring_up.sh", description="First tests of a new device in one command.")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="hardware=NAME and other overrides of train")
     parser.add_argument("--minutes", type=float, default=30.0, help="for all steps together (default: 30)")
     parser.add_argument("--out", type=Path, help="folder (default: bring-up/DATE-TIME)")
-    parser.add_argument("--config-dir", type=Path, help="folder with hardware/ of your own")
+    parser.add_argument("--config-dir", type=Path, help="folder with your own hardware/ files")
     given = parser.parse_intermixed_args()
     folder = (given.out or Path("bring-up") / time.strftime("%Y-%m-%d-%H-%M-%S")).resolve()
     if folder.exists() and any(folder.iterdir()):
-        print(f"lit_glm: {folder}: holds something already; give another --out", file=sys.stderr)
+        print(f"lit_glm: {folder}: is not empty; give another --out", file=sys.stderr)
         return 2
-    own = list(given.overrides)
-    own += [f"--config-dir={given.config_dir.resolve()}"] if given.config_dir is not None else []
-    tiny = any(word in ("hardware=cpu", "hardware.runtime=simulated") for word in own)
+    overrides = list(given.overrides)
+    overrides += [f"--config-dir={given.config_dir.resolve()}"] if given.config_dir is not None else []
+    tiny = any(word in ("hardware=cpu", "hardware.runtime=simulated") for word in overrides)
     try:
-        precisions = list(hardware_of(own).precisions)
-    except Exception as error:  # of a key or a name, in the words of train
+        precisions = list(hardware_of(overrides).precisions)
+    except Exception as error:  # the message of train
         print(f"lit_glm: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    steps, bring_up = plan_steps(tiny, own, precisions), BringUp(folder, own, given.minutes)
+    steps, bring_up = plan_steps(tiny, overrides, precisions), BringUp(folder, overrides, given.minutes)
     for step in steps:
         bring_up.run(step)
         rate = _number(step.result.get("p_core"), ", {:.1f} samples/s")
