@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from hydra.errors import HydraException
 
-from lit_glm.config.hydra_main import run_command
+from lit_glm.config.hydra_main import output_dir, run_command
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
 from lit_glm.process_utils import fast_imports
@@ -185,7 +185,7 @@ def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
 
 
 def _folder_for(config: TrainConfig, hydra: Any) -> Path:
-    """Return where results go: `hydra.run.dir` if given, else into the run folder, else a new one in outputs/."""
+    """Return where results go: `hydra.run.dir` or a sweep's folder, else the run folder, else a new one in outputs/."""
     from lit_glm.runs.job_spec import JOB_FILE
     from lit_glm.runs.result import SCHEMA_VERSION, read_result
 
@@ -194,8 +194,9 @@ def _folder_for(config: TrainConfig, hydra: Any) -> Path:
     given = any(override.startswith("hydra.run.dir=") for override in hydra.overrides.hydra)
     # A run of an earlier version is only read.
     is_ours = (run_dir / JOB_FILE).is_file() and (read_result(run_dir) or {}).get("schema_version") == SCHEMA_VERSION
-    inside = not given and is_ours and os.access(run_dir, os.W_OK)
-    return run_dir / "evaluation" if inside else Path(hydra.run.dir)
+    is_sweep = hydra.mode is not None and hydra.mode.name != "RUN"
+    inside = not given and not is_sweep and is_ours and os.access(run_dir, os.W_OK)
+    return run_dir / "evaluation" if inside else output_dir()
 
 
 def _check_not_foreign(out: Path) -> None:

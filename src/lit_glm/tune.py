@@ -2,10 +2,9 @@
 
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from lit_glm.config.hydra_main import run_command
+from lit_glm.config.hydra_main import output_dir, run_command
 from lit_glm.config.schema import COUNT, POSITIVE, TrainConfig, at_least, key
 
 
@@ -27,15 +26,13 @@ class TuneConfig(TrainConfig):
 
 def tune(config: Any, _composed: Any) -> int:
     """Run the search on this node; return the exit status."""
-    from hydra.core.hydra_config import HydraConfig
-
     from lit_glm.hardware.env import set_hardware_env
 
     set_hardware_env(config.hardware)  # before anything imports torch
 
     from lit_glm.batch_size_search import run_search
 
-    return run_search(config, Path(str(HydraConfig.get().run.dir)), sys.argv)
+    return run_search(config, output_dir(), sys.argv)
 
 
 def main() -> int:

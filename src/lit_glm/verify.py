@@ -5,14 +5,13 @@ import logging
 import os
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, List
 
 from hydra.core.hydra_config import HydraConfig
 
 from lit_glm.atomic_files import make_folder
 from lit_glm.config.command_line import CommandLine
-from lit_glm.config.hydra_main import CONF_DIR, compose_config, run_command, validate_config
+from lit_glm.config.hydra_main import CONF_DIR, compose_config, output_dir, run_command, validate_config
 from lit_glm.config.schema import POSITIVE, TrainConfig, key
 from lit_glm.errors import InputError
 from lit_glm.hardware.env import set_hardware_env
@@ -62,7 +61,7 @@ def main() -> int:
 
         runtime = make_runtime(config.hardware, config.topology)
         check_device_count(runtime, config.topology)
-        folder = Path(str(HydraConfig.get().run.dir)).resolve()
+        folder = output_dir()
         make_folder(folder)
         if (folder / environment.VERIFY_FILE).exists() and not environment.is_verification(folder):
             raise InputError(f"{folder}: its {environment.VERIFY_FILE} is not verify's; give another hydra.run.dir=")

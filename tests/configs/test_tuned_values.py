@@ -103,6 +103,9 @@ def test_auto_takes_the_newest_search(tmp_path: Path, monkeypatch: pytest.Monkey
     config = validate_config(compose_config("train", ["experiment=debug", "bs=auto"]), TrainConfig)
     assert config.bs == 16
     assert f"bs=auto: 16, fastest in {new}" in capfd.readouterr().err
+    a_search(Path("outputs/tune/a/sweep/0"), 5.0, fastest_bs=12)
+    assert validate_config(compose_config("train", ["experiment=debug", "bs=auto"]), TrainConfig).bs == 12
+    capfd.readouterr()
     part = a_search(Path("outputs/tune/a/part"), 1.0, fastest_bs=4, complete=False, largest_bs=8)
     assert validate_config(compose_config("train", ["experiment=debug", "bs=auto"]), TrainConfig).bs == 4
     said = capfd.readouterr().err

@@ -75,6 +75,9 @@ def test_a_run_folder_is_evaluated_as_it_was_trained(
     (tmp_path / "mine" / "predictions.jsonl").write_text("dear")
     assert lit_glm_here("evaluate", "model.init_checkpoint=run", "hydra.run.dir=mine") == 2
     assert (tmp_path / "mine" / "predictions.jsonl").read_text() == "dear"
+    assert lit_glm_here("evaluate", "-m", "run", "scoring=published,shared_context", "hydra.run.dir=both") == 0
+    for number, scoring in enumerate(("published", "shared_context")):
+        assert json.loads(Path(f"both/{number}/evaluation.json").read_text())["scoring"] == scoring
 
 
 def test_a_run_is_evaluated_on_its_own_device_where_that_is_present(

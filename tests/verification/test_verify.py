@@ -45,6 +45,14 @@ def test_a_wrong_peak_is_status_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [check["name"] for check in content["checks"] if check["status"] == "fail"] == ["speed fp32"]
 
 
+def test_a_sweep_keeps_the_file_of_each_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert lit_glm_here("verify", "-m", "precision=fp32,fp16", "verify.max_minutes=0.0001") == 0
+    tables = [json.loads(file.read_text())["checks"] for file in sorted(tmp_path.glob("outputs/verify/*/*/?/*.json"))]
+    assert [checks[-1]["name"] for checks in tables] == ["speed fp32", "speed fp16"]
+    assert not list(tmp_path.rglob("jobs"))  # only `train` keeps records of jobs
+
+
 @pytest.mark.parametrize(
     ("hardware", "driver", "precision", "found"),
     [("a", "1", "fp32", "new"), ("a", "2", "fp32", None), ("b", "1", "fp32", None), ("a", "1", "bf16", None)],

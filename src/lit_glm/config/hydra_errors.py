@@ -72,7 +72,7 @@ _FREE = ("hydra", "logger.", "callbacks.")
 """Prefixes of keys that the schema does not define one by one."""
 
 
-def check_overrides(line: CommandLine, schema: Any, conf: Path) -> None:
+def check_overrides(line: CommandLine, schema: Any, conf: Path, command: str = "train") -> None:
     """Reject malformed overrides, keys of other tools and older versions, and lists of values without -m.
 
     Raises:
@@ -111,7 +111,7 @@ def check_overrides(line: CommandLine, schema: Any, conf: Path) -> None:
         if override.is_add() or override.is_delete() or key in known or key.startswith(_FREE) or inside:
             if override.is_sweep_override() and not line.multirun and not key.startswith("hydra"):
                 at_once = f"; all of them in one run: {key}=[{value}]" if key in ("logger", "callbacks") else ""
-                errors.append(f"{text}: several values need a sweep (-m): train -m {text} ...{at_once}")
+                errors.append(f"{text}: several values need a sweep (-m): {command} -m {text} ...{at_once}")
             continue
         better = suggest_key(key, value, known)
         if better is not None:

@@ -263,7 +263,7 @@ def _run_command(
     try:
         line = CommandLine.read(sys.argv[1:])
         if not line.is_help:
-            check_overrides(line, schema, CONF_DIR)
+            check_overrides(line, schema, CONF_DIR, config_name)
             combinations = line.sample_combinations(is_group(line.config_dir)) if line.multirun else [line.overrides]
             for overrides in combinations:
                 whole, more = _compose_with_hydra(config_name, [*overrides, *line.searchpath])
@@ -285,6 +285,13 @@ def _run_command(
         return _run_task(task, config, composed).status
     finally:
         HydraConfig.instance().cfg = None
+
+
+def output_dir() -> Path:
+    """Return the folder of the command's files: `hydra.run.dir`, or that of the job in a sweep."""
+    hydra_config = HydraConfig.get()
+    is_sweep = hydra_config.mode is not None and hydra_config.mode.name != "RUN"
+    return Path(hydra_config.runtime.output_dir if is_sweep else hydra_config.run.dir).resolve()
 
 
 def is_group(config_dir: Optional[str]) -> Callable[[str], bool]:

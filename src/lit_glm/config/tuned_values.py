@@ -56,7 +56,9 @@ def read_search(folder: Path) -> Dict[str, Any]:
 
 def searches() -> Iterator[Tuple[Path, Dict[str, Any]]]:
     """Return folder and content of the searches below outputs/tune/, the newest first."""
-    files = [(file.stat().st_mtime, str(file)) for file in Path("outputs/tune").glob(f"*/*/{TUNE_FILE}")]
+    places = ("*/*", "*/*/*")  # DATE/TIME, with a number in a sweep
+    found = [file for place in places for file in Path("outputs/tune").glob(f"{place}/{TUNE_FILE}")]
+    files = [(file.stat().st_mtime, str(file)) for file in found]
     for _, name in sorted(files, reverse=True):
         yield Path(name).parent, read_search(Path(name).parent)
 

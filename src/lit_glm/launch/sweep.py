@@ -129,7 +129,7 @@ class SweepCallback(Callback):
 
     def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
         """Store the sweep folder, delete the job records of an earlier start, and write those of complete runs."""
-        if not _is_first_node():
+        if not _keeps_records(config):
             return
         SweepCallback.started = Path(config.hydra.sweep.dir).resolve()
         for note in filter(_is_job_record, (SweepCallback.started / JOB_RECORDS_DIR).glob("*.json")):
@@ -141,12 +141,17 @@ class SweepCallback(Callback):
 
     def on_job_end(self, config: Any, job_return: Any, **kwargs: Any) -> None:
         """Write the record of a job that was rejected before it could write one itself."""
-        if config.hydra.mode is None or config.hydra.mode.name == "RUN" or not _is_first_node():
+        if config.hydra.mode is None or config.hydra.mode.name == "RUN" or not _keeps_records(config):
             return
         sweep_dir, number = Path(config.hydra.sweep.dir), int(config.hydra.job.num)
         if not _job_record_file(sweep_dir, number).exists():
             overrides = list(config.hydra.overrides.task)  # its own process printed the error
             _write_job_record(sweep_dir, number, None, RunError.exit_status, _rejected_row(config), overrides)
+
+
+def _keeps_records(config: Any) -> bool:
+    """Return whether this process keeps records of jobs: those of `train` on node 0, not of `verify -m`."""
+    return config.hydra.job.config_name == "train" and _is_first_node()
 
 
 def _is_first_node() -> bool:

@@ -94,7 +94,8 @@ VERIFY_FILE = "verify.json"
 FOLDER = "verify"
 _SCHEMA_VERSION = 1
 _KEYS = ("name", "status", "message", "value", "bound", "advice")
-_DEPTHS = ("", "*/", "*/*/")  # outputs/verify/DATE/TIME, and shallower ones set with hydra.run.dir
+_DEPTHS = ("", "*/", "*/*/", "*/*/*/")
+"""Depths of verify.json below outputs/verify/: DATE/TIME, with a number in a sweep, and what hydra.run.dir may give."""
 _ABOVE = 6  # levels above a run at which outputs/ is searched
 
 
