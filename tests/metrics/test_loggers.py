@@ -84,3 +84,15 @@ def test_a_logger_whose_package_is_missing_is_said(tmp_path: Path, capfd: Any, m
     said = capfd.readouterr().err
     assert "logger.wandb: cannot be created" in said
     assert "pip install 'lit-glm[wandb]'" in said
+
+
+def test_a_callback_that_cannot_be_imported_is_said(
+    tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mine = ["+callbacks.mine._target_=nowhere.Mine", f"hydra.run.dir={tmp_path}/run"]
+    assert lit_glm_here("train", "experiment=debug", *mine) == 2
+    said = capfd.readouterr().err
+    assert "callbacks.mine: cannot be created (nowhere.Mine: ModuleNotFoundError: No module named 'nowhere')" in said
+    assert "add its folder to PYTHONPATH" in said
+    assert "pip install" not in said

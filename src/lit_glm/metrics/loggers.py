@@ -15,7 +15,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 import lit_glm
 from lit_glm.atomic_files import write_text
-from lit_glm.config.schema import TrainConfig
+from lit_glm.config.schema import CONF_DIR, TrainConfig
 from lit_glm.errors import InputError, exception_chain, first_line
 from lit_glm.metrics.registry import METRICS
 from lit_glm.metrics.run_metrics import RunMetrics
@@ -197,16 +197,14 @@ def _instantiate(group: str, name: str, entry: Dict[str, Any]) -> Any:
     except InputError:
         raise
     except Exception as error:  # missing package, invalid argument, unreachable server
-        cause = next((one for one in exception_chain(error) if isinstance(one, ImportError)), None)
-        reason = first_line(error.__cause__ or error)
-        if cause is not None:
-            raise InputError(
-                f"{group}.{name}: cannot be created ({reason}); if a package is missing: pip install 'lit-glm[{name}]'"
-            ) from error
-        given = ", ".join(key for key in entry if key != "_target_")
-        raise InputError(
-            f"{group}.{name}: {entry['_target_']} cannot be created ({reason}); arguments: {given}; see conf/{group}/"
-        ) from error
+        causes = exception_chain(error)
+        reason, target = f"{type(causes[-1]).__name__}: {first_line(causes[-1])}", entry["_target_"]
+        advice = f"arguments: {', '.join(key for key in entry if key != '_target_') or 'none'}; see conf/{group}/"
+        if any(isinstance(cause, (ImportError, AttributeError)) for cause in causes[1:]):
+            advice = "its module must be importable: install its package, or add its folder to PYTHONPATH"
+            if (CONF_DIR / "logger" / f"{name}.yaml").is_file():
+                advice = f"if a package is missing: pip install 'lit-glm[{name}]'"
+        raise InputError(f"{group}.{name}: cannot be created ({target}: {reason}); {advice}") from error
 
 
 class MetricLogging:
