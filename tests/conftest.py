@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ settings.register_profile("unhurried", deadline=None)  # tests run beside each o
 settings.load_profile("unhurried")
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two tests at a time: threads that spin take each other's cores
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in what a script starts in the background
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "parity" / "golden"
 HDF5 = GOLDEN / "ReCoRD" / "glm_train_eval_hdf5_sparse"
