@@ -99,6 +99,29 @@ def test_gradients_of_attention_to_similar_values(factor: float, status: str) ->
     assert [call.status for call in seen.seen.values() if call.name == name] == [status]
 
 
+@pytest.mark.parametrize(("factor", "status"), [(1.0, "ok"), (1.2, "differs")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_a_layer_norm_that_sums_row_after_row(dtype: torch.dtype, factor: float, status: str) -> None:
+    """One thread of torch's kernel adds the gradients of the weights in their dtype."""
+    threads = torch.get_num_threads()
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(2000, 64, generator=generator).to(dtype) for _ in range(2))
+    weight, bias = torch.ones(64, dtype=dtype, requires_grad=True), torch.zeros(64, dtype=dtype, requires_grad=True)
+    out = F.layer_norm(x.requires_grad_(), [64], weight, bias)
+
+    def wrong(operator: Any, args: Any, kwargs: Any) -> Any:
+        return tuple(None if result is None else result * factor for result in operator(*args, **kwargs))
+
+    name, seen = "native_layer_norm_backward", OperatorRecorder(torch.device("cpu"), tf32=False)
+    torch.set_num_threads(1)
+    try:
+        with with_fault(name, wrong), seen.recording():
+            out.backward(grad)
+    finally:
+        torch.set_num_threads(threads)
+    assert [call.status for call in seen.seen.values() if call.name == name] == [status]
+
+
 def test_a_product_in_a_librarys_own_layout_is_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("PREFERS_ONEDNN", True), ("_MIN_MULTIPLY_ADDS", 0), ("_ONEDNN_LINEAR", None)):
         monkeypatch.setattr(cpu_ops, name, value)  # what torch 1.12 does on a processor that is not Intel's
