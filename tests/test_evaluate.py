@@ -3,7 +3,7 @@
 import json
 import math
 
-from lit_glm.evaluate import describe_predictions
+from lit_glm.evaluate import describe_predictions, score_predictions
 
 
 def test_scores_that_are_not_finite_are_null_and_cost_no_evaluation() -> None:
@@ -13,4 +13,7 @@ def test_scores_that_are_not_finite_are_null_and_cost_no_evaluation() -> None:
     )
     assert (first["label"], first["score"], first["rank"]) == ("a", -1.0, 2)
     assert (second["label"], second["score"], second["rank"]) == ("a", None, None)
+    (none,) = describe_predictions([(0, -1)], {0: [-math.inf, -math.inf]}, lambda _: (1,), names)
+    assert (none["label"], none["prediction"], none["score"]) == (None, None, None)
+    assert score_predictions([{**names[0], "tokens_removed": [0, 0]}], [(0, -1)])["em"] == 0.0
     assert "NaN" not in json.dumps(second)

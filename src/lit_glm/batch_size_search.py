@@ -65,6 +65,13 @@ class Trial:
         return f"bs={self.bs}: {self.p_core or 0.0:.4g} samples/s{memory}"
 
 
+def _trials_of(search: Dict[str, Any]) -> List[Trial]:
+    """Return the trials in tune.json, without those that exceeded the time: the next part may have more."""
+    names = {entry.name for entry in fields(Trial)}
+    known = [Trial(**{name: one[name] for name in names & set(one)}) for one in search.get("trials", [])]
+    return [trial for trial in known if trial.status != TIME]
+
+
 def rates_by_bs(trials: List[Trial]) -> Dict[int, List[float]]:
     """Return p_core of the trials that fit, by batch size in ascending order."""
     found: Dict[int, List[float]] = {}
@@ -139,12 +146,13 @@ class Search:
             raise InputError(f"{self.folder}: contains a search of another configuration; give another hydra.run.dir=")
         if not before and self.node.rank == 0 and self.folder.is_dir() and any(self.folder.iterdir()):
             raise InputError(f"{self.folder}: contains files that are not a search; give another hydra.run.dir=")
-        names = {entry.name for entry in fields(Trial)}
-        known = [Trial(**{name: one[name] for name in names & set(one)}) for one in before.get("trials", [])]
-        self.trials = [trial for trial in known if trial.status != TIME]  # this part may have more time
+        self.trials = _trials_of(before)
         self.seconds = float(before.get("seconds", 0.0))
         """Seconds spent so far, including interrupted parts."""
         self.examples = load_examples(config)[0]
+        if len(self.examples) < config.topology.world_size:
+            few = f"{len(self.examples)} training examples"
+            raise InputError(f"{few}: a step of topology={config.topology.name} needs {config.topology.world_size}")
 
     def _next_bs(self) -> Optional[int]:
         most = len(self.examples) // self.config.topology.world_size
@@ -188,7 +196,9 @@ class Search:
         while time.monotonic() < end:
             search = read_search(self.folder)
             trial = search.get("next")
-            if trial is None and (done is not None or search.get("complete")):
+            if trial is None and done is None:
+                self.trials = _trials_of(search)
+            if trial is None and (done is not None or (search.get("complete") and self._next_bs() is None)):
                 return 0
             if trial is None or trial == done:
                 time.sleep(_POLL_S)

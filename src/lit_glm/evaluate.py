@@ -49,7 +49,7 @@ def describe_predictions(
     """Describe each prediction: `idx` and `label` as SuperGLUE's submission format has them, then what explains it.
 
     Args:
-        chosen: (example, candidate) of all examples.
+        chosen: (example, candidate) of all examples; -1: none, as no score is above that of padding.
         scores: of the candidates of each example.
         answers: example -> its right candidates.
         names: texts of all examples, in the order of the evaluation file; None: candidates are numbered instead.
@@ -66,9 +66,10 @@ def describe_predictions(
         best = max(own[index] for index in right)
         rank = 1 + sum(score > best for score in own) if all(map(math.isfinite, own)) else None
         known = [score if math.isfinite(score) else None for score in own]
-        entry = {"idx": name.get("idx", example), "label": texts[candidate], "query": name.get("query")}
+        text = texts[candidate] if candidate >= 0 else None
+        entry = {"idx": name.get("idx", example), "label": text, "query": name.get("query")}
         entry["answers"] = name.get("answers") or right
-        entry.update(prediction=texts[candidate], score=known[candidate], rank=rank)
+        entry.update(prediction=text, score=known[candidate] if candidate >= 0 else None, rank=rank)
         entry["scores"] = [{"candidate": text, "score": score} for text, score in zip(texts, known)]
         found.append(entry)
     return found
@@ -85,7 +86,8 @@ def score_predictions(names: List[Dict[str, Any]], chosen: List[Tuple[int, int]]
 
     exact, overlap = 0.0, 0.0
     for example, candidate in chosen:
-        em, f1 = em_and_f1(names[example]["candidates"][candidate], names[example]["answers"])
+        text = names[example]["candidates"][candidate] if candidate >= 0 else ""
+        em, f1 = em_and_f1(text, names[example]["answers"])
         exact, overlap = exact + em, overlap + f1
     removed = [name["tokens_removed"] for name in names]
     candidates = sum(map(len, removed))

@@ -10,12 +10,12 @@ from lit_glm.launch.sweep import summarise_sweep
 ROW = {"hardware": "cpu", "topology": "1x2", "precision": "fp32", "scoring": "published", "status": "failed"}
 
 
-def note(sweep: Path, number: int, run_dir: Optional[Path], status: int, fix_hp: str) -> None:
+def note(sweep: Path, number: int, run_dir: Optional[Path], status: int, fix_hp: str, n: Optional[int] = None) -> None:
     folder = None if run_dir is None else str(run_dir)
     content = {
         "run_dir": folder,
         "exit_status": status,
-        "overrides": ["bs=1", f"n={number}"],
+        "overrides": ["bs=1", f"n={number if n is None else n}"],
         "row": {**ROW, "fix_hp": fix_hp},
     }
     (sweep / "jobs").mkdir(exist_ok=True)
@@ -54,9 +54,18 @@ def test_each_job_has_a_row_of_its_own(tmp_path: Path) -> None:
 def test_a_run_that_a_search_asks_for_again_is_one_row(tmp_path: Path) -> None:
     again = left(tmp_path / "0")
     note(tmp_path, 0, again, 0, "bs=9,lr=1")
-    note(tmp_path, 1, again, 0, "bs=9,lr=1")
+    note(tmp_path, 1, again, 0, "bs=9,lr=1", n=0)
     note(tmp_path, 2, again, 3, "bs=9,lr=1")  # a job that failed in this folder keeps its row
     status = summarise_sweep(tmp_path)[1]
     with (tmp_path / "sweep.csv").open() as file:
         assert [row["overrides"] for row in csv.DictReader(file)] == ["bs=1,n=0", "bs=1,n=2"]
     assert status == 3
+
+
+def test_combinations_that_share_a_run_are_all_listed(tmp_path: Path) -> None:
+    """They differ in keys that change no result, as hardware.monitor_interval_s."""
+    for number in range(2):
+        note(tmp_path, number, left(tmp_path / "0") if number == 0 else tmp_path / "0", 0, "bs=9,lr=1")
+    summarise_sweep(tmp_path)
+    with (tmp_path / "sweep.csv").open() as file:
+        assert [row["overrides"] for row in csv.DictReader(file)] == ["bs=1,n=0", "bs=1,n=1"]

@@ -96,3 +96,9 @@ def test_a_callback_that_cannot_be_imported_is_said(
     assert "callbacks.mine: cannot be created (nowhere.Mine: ModuleNotFoundError: No module named 'nowhere')" in said
     assert "add its folder to PYTHONPATH" in said
     assert "pip install" not in said
+    (tmp_path / "broken.py").write_text("class Mine:\n    def __init__(self):\n        self.missing\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    mine = ["+callbacks.mine._target_=broken.Mine", f"hydra.run.dir={tmp_path}/other"]
+    assert lit_glm_here("train", "experiment=debug", *mine) == 2
+    said = capfd.readouterr().err
+    assert "(broken.Mine: AttributeError: 'Mine' object has no attribute 'missing'); arguments: none" in said

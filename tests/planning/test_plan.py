@@ -48,6 +48,8 @@ def test_an_unknown_chip_gets_a_wide_range_and_one_without_a_peak_none() -> None
     h100 = planned("hardware=h100")
     assert h100.p_core.high / h100.p_core.low > 5
     assert "no measurement of this device" in h100.evidence
+    tiny = planned("hardware=h100", "model=glm_tiny").p_core  # of which a step takes as long as it takes to launch
+    assert tiny.high / tiny.low > 10 * h100.p_core.high / h100.p_core.low
     with pytest.raises(Exception, match="hardware=cuda: its speed cannot be predicted.*plan.runs=RUN_DIR"):
         planned("hardware=cuda")
 

@@ -25,6 +25,7 @@ from lit_glm.training.optimizer import (
     clip_gradients,
     fused_unavailable_reason,
     make_optimizer,
+    make_schedule,
     parameter_groups,
 )
 from lit_glm.verification.operator_check import operator_name
@@ -146,6 +147,23 @@ def test_the_norm_of_many_gradients_is_exact(highest: float) -> None:
         torch.testing.assert_close(weight.grad, gradient * factor, rtol=2e-6, atol=0.0)
 
 
+def test_where_no_score_is_above_that_of_padding_no_candidate_is_chosen() -> None:
+    config = validate_config(compose_config("train", GOLDEN_RUN), TrainConfig)
+    split = open_dataset(config.data.eval_file, True, None)
+
+    class Overflow(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def forward(self, batch: Any) -> torch.Tensor:
+            table = torch.full(batch.score_shape, -torch.inf)
+            table[:, -1] = -1e4  # as padding, in the batch of the most candidates one of them
+            return table
+
+    accuracy, chosen = evaluate(Overflow(), evaluation_batches(split, config), CPURuntime())
+    assert accuracy is not None
+    assert -1 in {choice for _, choice in chosen}
+
+
 @pytest.mark.parametrize("scoring", ["shared_context", "published"])
 def test_of_candidates_with_the_same_tokens_the_first_is_chosen(scoring: str, tmp_path: Path) -> None:
     """The vocabulary is uncased: Royal Navy and Royal navy are one, whatever the last bit of their scores says."""
@@ -202,6 +220,26 @@ def test_official_scores(prediction: str, answers: List[str], em: float, f1: flo
 
 def test_normalisation() -> None:
     assert normalise_answer(" The  U.S. - an  Answer!") == "us answer"
+
+
+def test_the_schedule_of_an_older_checkpoint_goes_on() -> None:
+    config = validate_config(compose_config("train", ["experiment=debug"]), TrainConfig)
+    module = RecordModule(build_glm(config.model)[0], config, CPURuntime())
+    older: Dict[str, Any] = {"lit_glm": {"steps_done": 7, "steps_skipped": 0}, "lr_schedulers": [{"updates": 7}]}
+    module.on_load_checkpoint(older)
+    made = module.configure_optimizers()
+    schedule, optimizer = made["lr_scheduler"], made["optimizer"]
+    same = make_schedule(make_optimizer(module.glm, config.optimizer), config.optimizer)
+    for _ in range(7):
+        same.optimizer.step()
+        same.step()
+    schedule.load_state_dict(older["lr_schedulers"][0])
+    for _ in range(3):
+        assert schedule.get_last_lr() == same.get_last_lr()
+        optimizer.step()
+        schedule.step()
+        same.step()
+        assert [group["lr"] for group in optimizer.param_groups] == same.get_last_lr()
 
 
 def test_skipped_steps_are_counted_on_after_a_resume(tmp_path: Path) -> None:

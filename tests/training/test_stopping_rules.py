@@ -1,7 +1,11 @@
+from pathlib import Path
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import lit_glm_here, rows
 from lit_glm.config.schema import RunConfig
 from lit_glm.training.evaluation import has_converged, has_reached_limit, is_evaluation_due, next_evaluation_step
 
@@ -45,3 +49,15 @@ def test_the_next_evaluation_is_the_first_that_is_due(batch: int, interval: int,
     assert found > done
     assert is_evaluation_due(found, batch, run)
     assert not any(is_evaluation_due(step, batch, run) for step in range(done + 1, min(found, done + 50)))
+
+
+def test_a_target_that_training_leaves_again_does_not_end_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """Reached before training, missed after the first step: it goes on to its limit."""
+    accuracies = iter((0.5, 0.1, 0.2))
+    monkeypatch.setattr("lit_glm.metrics.benchmark_callback.evaluate", lambda *_: (next(accuracies), []))
+    own = ["run.target_accuracy=0.4", "run.max_steps=4", "run.eval_start_samples=1000"]
+    assert lit_glm_here("train", "experiment=debug", *own, f"hydra.run.dir={tmp_path}/run") == 0
+    assert [row["step"] for row in rows(tmp_path / "run" / "evals.csv")] == ["0", "1", "4"]
+    assert "NOT REACHED: accuracy 20.00%, target 40%; stopped by run.max_steps=4" in capfd.readouterr().out

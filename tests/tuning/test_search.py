@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import start_command
+from conftest import lit_glm_here, start_command
 from lit_glm import batch_size_search
 from lit_glm.batch_size_search import FITS, MEMORY, TIME, Search, Trial, next_bs, ranking, rates_by_bs
 from lit_glm.config.hydra_main import compose_config, validate_config
@@ -133,10 +133,31 @@ def test_a_further_node_of_a_complete_search_has_nothing_to_do(monkeypatch: pyte
     config: Any = validate_config(compose_config("tune", [*TINY, "run.stall_timeout_s=30"]), TuneConfig)
     (tmp_path / "search").mkdir()
     search = Search(config, tmp_path / "search", [])
+    search.trials = [Trial(1, MEMORY)]
     search._write(complete=True)
     begun = time.monotonic()
     assert search.follow() == 0
     assert time.monotonic() - begun < 10
+
+
+def test_a_further_node_of_a_search_that_is_extended_waits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Node 0 may not have begun to write when it reads that the search was complete, with fewer repeats."""
+    monkeypatch.chdir(tmp_path)
+    more = ["run.stall_timeout_s=2", "tune.repeats=2"]
+    config: Any = validate_config(compose_config("tune", [*TINY, *more]), TuneConfig)
+    (tmp_path / "search").mkdir()
+    search = Search(config, tmp_path / "search", [])
+    search.trials = [Trial(1, FITS, 2.0), Trial(2, MEMORY)]
+    search._write(complete=True)
+    with pytest.raises(RunError, match="node 0 started no trial for 2 s"):
+        search.follow()
+
+
+def test_fewer_examples_than_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    few = ["data.synthetic.num_train=4", "topology=1x8", "hardware.runtime=simulated"]
+    assert lit_glm_here("tune", "experiment=debug", *few) == 2
+    assert "4 training examples: a step of topology=1x8 needs 8" in capfd.readouterr().err
 
 
 def test_of_equals_the_smaller_batch_is_the_fastest() -> None:

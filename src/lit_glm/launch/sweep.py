@@ -59,10 +59,11 @@ def summarise_sweep(sweep_dir: Path) -> Tuple[str, int]:
     ]
     objective = next((str(note["objective"]) for note in notes if note.get("objective")), "")
     status = max([int(note["exit_status"]) for note in notes], default=0)
-    # A search may ask for a combination again, whose run is then reused: one row per run.
+    # A search may ask for a combination again, whose run is then reused: one row.
     by_run: Dict[Any, Dict[str, Any]] = {}
     for number, note in enumerate(notes):
-        by_run.setdefault(note["run_dir"] if note["run_dir"] and not note["exit_status"] else number, note)
+        is_done = note["run_dir"] and not note["exit_status"]
+        by_run.setdefault((note["run_dir"], *note["overrides"]) if is_done else number, note)
     pairs = [(note, _job_result(note, sweep_dir)) for note in by_run.values()]
     if objective in METRICS:
         pairs.sort(key=lambda pair: METRICS[objective].sort_key(_ranked_value(pair[1], objective)))

@@ -203,8 +203,8 @@ class BenchmarkCallback(pl.Callback):
         config, step = self.config, module.steps_done
         stop = bool(module.pending_metrics and module.pending_metrics.stop_requested)
         limit = has_reached_limit(step, config.global_batch, config.run)
-        limit |= has_converged(self.run_metrics.accuracy, config.run)  # by the evaluation before training
-        due = config.run.evaluate and (is_evaluation_due(step, config.global_batch, config.run) or limit)
+        reached = has_converged(self.run_metrics.accuracy, config.run)  # before training: now it counts
+        due = config.run.evaluate and (is_evaluation_due(step, config.global_batch, config.run) or limit or reached)
         evaluated = None
         if due and self.run_metrics.evaluated_step < step and not stop:
             with self.timer.pause():

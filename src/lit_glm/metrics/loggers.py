@@ -200,10 +200,10 @@ def _instantiate(group: str, name: str, entry: Dict[str, Any]) -> Any:
         causes = exception_chain(error)
         reason, target = f"{type(causes[-1]).__name__}: {first_line(causes[-1])}", entry["_target_"]
         advice = f"arguments: {', '.join(key for key in entry if key != '_target_') or 'none'}; see conf/{group}/"
-        if any(isinstance(cause, (ImportError, AttributeError)) for cause in causes[1:]):
+        if str(error).startswith("Error locating target"):
             advice = "its module must be importable: install its package, or add its folder to PYTHONPATH"
-            if (CONF_DIR / "logger" / f"{name}.yaml").is_file():
-                advice = f"if a package is missing: pip install 'lit-glm[{name}]'"
+        elif (CONF_DIR / "logger" / f"{name}.yaml").is_file() and any(isinstance(one, ImportError) for one in causes):
+            advice = f"if a package is missing: pip install 'lit-glm[{name}]'"
         raise InputError(f"{group}.{name}: cannot be created ({target}: {reason}); {advice}") from error
 
 

@@ -209,6 +209,7 @@ def rank_speed(
     rows = [row for row in published if _is_published_row_of(row, config) and row.get("p_core")]
     power = None if config.hardware.power_w is None else Interval(0.4, 1.0) * config.hardware.power_w
     base = _UNKNOWN_BASE.get(config.hardware.accelerator, _CARD_BASE)
+    is_small = count_parameters(config.model) < 0.5 * count_parameters(ModelConfig())
     if rows:
         fewest = min(_num_ranks(row) for row in rows)
         rows = [row for row in rows if _num_ranks(row) == fewest]
@@ -223,7 +224,7 @@ def rank_speed(
         if config.scoring.name != "published":
             rate = Interval(rate.low * _OTHER_SCORING.low, rate.high * _OTHER_SCORING.high)
             basis += ", with the other scoring"
-        if count_parameters(config.model) < 0.5 * count_parameters(ModelConfig()):
+        if is_small:
             rate = Interval(rate.low * _SMALL_MODEL, rate.high)
             basis += ", of a larger model"
         return RankSpeed(_bounding_models(rate), _UNKNOWN_WAITING, basis, power, base)
@@ -233,10 +234,12 @@ def rank_speed(
             f"hardware={name}: its speed cannot be predicted: no peak for {config.precision.name} in "
             f"{hardware_file(name)} and no published p_core; give a run on this device with plan.runs=RUN_DIR"
         )
-    basis = (
-        f"{_UNKNOWN_EFFICIENCY.low:.0%} to {_UNKNOWN_EFFICIENCY.high:.0%} of the peak (no measurement of this device)"
-    )
-    return RankSpeed(_bounding_models(_UNKNOWN_EFFICIENCY * (peak * 1e12)), _UNKNOWN_WAITING, basis, power, base)
+    share = _UNKNOWN_EFFICIENCY
+    basis = f"{share.low:.0%} to {share.high:.0%} of the peak (no measurement of this device)"
+    if is_small:
+        share = Interval(share.low * _SMALL_MODEL, share.high)
+        basis += ", of a larger model"
+    return RankSpeed(_bounding_models(share * (peak * 1e12)), _UNKNOWN_WAITING, basis, power, base)
 
 
 def _speed_from_runs(config: TrainConfig, runs: List[MeasuredRun]) -> RankSpeed:

@@ -82,7 +82,7 @@ def local_environment(config: TrainConfig) -> Dict[str, Any]:
     packages = installed_versions(_STACK)
     found = {"cpu": cpu_name(), "cpu_count": os.cpu_count(), "cores": available_cores(), "packages": packages}
     monitor = monitor_for(config.hardware)
-    if monitor is None or not monitor.visible_devices_variable:
+    if monitor is None or monitor.visible_devices_variable is None:
         return found
     names = {str(index): name for index, name in monitor.device_names().items()}
     visible = [visible_device(i, monitor.visible_devices_variable) for i in range(config.topology.devices_per_node)]

@@ -82,7 +82,7 @@ def evaluate(
         scores: gets the candidates' scores of each example, by its index; None: they are not read from the device.
 
     Returns:
-        Accuracy over all ranks (None if ended early), and (example, chosen candidate) of this rank's examples.
+        Accuracy over all ranks (None if ended early), and (example, chosen candidate or -1) of this rank's examples.
     """
     metric = ExactMatch().to(module.device)
     training = module.training
@@ -91,7 +91,8 @@ def evaluate(
     stopped = False
 
     def count(batch: Any, read: Callable[[], List[int]], read_table: Callable[[], List[float]]) -> None:
-        best = [own[choice] for own, choice in zip(batch.first_equal, read())]
+        # No candidate, -1, where no score is above that of padding: a device whose results overflow.
+        best = [own[choice] if choice < len(own) else -1 for own, choice in zip(batch.first_equal, read())]
         metric.update(best, batch.answers)
         if scores is not None:
             table, width = read_table(), batch.score_shape[1]

@@ -1,5 +1,6 @@
 """AdamW with two parameter groups, and the published learning-rate schedule."""
 
+from functools import partial
 from typing import Any, Dict, List, Optional
 
 import torch
@@ -32,11 +33,22 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> 
     """Create the schedule of an optimizer; it advances by one per update."""
     for group in optimizer.param_groups:
         group["initial_lr"] = 1.0  # which LambdaLR multiplies by the value of its function
+    return LambdaLR(optimizer, partial(_scheduled_rate, config))
+
+
+def _scheduled_rate(config: OptimizerConfig, updates: int) -> float:
     decay_iters = config.lr_decay_iters // config.gradient_accumulation_steps
-    return LambdaLR(
-        optimizer,
-        lambda step: learning_rate_at_step(step, config.lr, config.warmup, decay_iters, config.lr_decay_ratio),
-    )
+    return learning_rate_at_step(updates, config.lr, config.warmup, decay_iters, config.lr_decay_ratio)
+
+
+def schedule_state(saved: Dict[str, Any], config: OptimizerConfig) -> Dict[str, Any]:
+    """Return the state of a checkpoint's schedule; the first checkpoints of version 0.2 have only the updates done."""
+    if "updates" not in saved:
+        return saved
+    updates, groups = saved["updates"], 2
+    rate = _scheduled_rate(config, updates)
+    state: Dict[str, Any] = {"last_epoch": updates, "_step_count": updates + 1, "_last_lr": [rate] * groups}
+    return {**state, "lr_lambdas": [None] * groups}
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> List[Dict[str, Any]]:
