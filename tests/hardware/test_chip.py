@@ -3,6 +3,7 @@
 `tests/doubles/chip` is a device type that torch does not know. It is compiled here, in about ten seconds.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Dict, List
+from typing import Callable, Dict, List
 
 import pytest
 import torch
@@ -47,25 +48,38 @@ def losses(folder: Path) -> List[float]:
     return [float(row["loss"]) for row in rows(folder / "steps.csv")]
 
 
-@pytest.mark.parametrize("topology", ["1x1", "1x2"])
-def test_it_trains_as_the_cpu_does(topology: str, chip: Dict[str, str], tmp_path: Path) -> None:
-    for name in ("cpu", *RUNTIMES):
-        line = [*OWN, f"hardware={name}", *DEBUG, f"topology={topology}", f"hydra.run.dir={name}"]
-        done = lit_glm("train", *line, cwd=tmp_path, env=None if name == "cpu" else chip)
+@pytest.fixture(scope="session")
+def trained(chip: Dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """Hardware, topology -> folder of a finished run, made once."""
+    folder = tmp_path_factory.mktemp("trained")
+
+    @functools.lru_cache(maxsize=None)
+    def train(name: str, topology: str) -> Path:
+        run = folder / f"{name}_{topology}"
+        line = [*OWN, f"hardware={name}", *DEBUG, f"topology={topology}", f"hydra.run.dir={run}"]
+        done = lit_glm("train", *line, cwd=folder, env=None if name == "cpu" else chip, cold=True)
         assert done.returncode == 0, done.stderr
-    expected = losses(tmp_path / "cpu")
+        return run
+
+    return train
+
+
+@pytest.mark.parametrize("topology", ["1x1", "1x2"])
+def test_it_trains_as_the_cpu_does(topology: str, trained: Callable[[str, str], Path]) -> None:
+    expected = losses(trained("cpu", topology))
     for name in RUNTIMES:
-        assert losses(tmp_path / name) == pytest.approx(expected, rel=1e-5)
-        result = json.loads((tmp_path / name / "result.json").read_text())
+        run = trained(name, topology)
+        assert losses(run) == pytest.approx(expected, rel=1e-5)
+        result = json.loads((run / "result.json").read_text())
         assert (result["status"], result["hardware"], result["simulated"]) == ("finished", name, False)
         assert 0 < result["mem_actual_gib"] < result["mem_total_gib"] == 1.0
 
 
 @pytest.mark.parametrize("name", RUNTIMES)
-def test_a_stopped_run_continues_and_is_evaluated(name: str, chip: Dict[str, str], tmp_path: Path) -> None:
+def test_a_stopped_run_continues_and_is_evaluated(
+    name: str, chip: Dict[str, str], trained: Callable[[str, str], Path], tmp_path: Path
+) -> None:
     line = [*OWN, f"hardware={name}", *DEBUG]
-    whole = lit_glm("train", *line, "hydra.run.dir=whole", cwd=tmp_path, env=chip, cold=True)
-    assert whole.returncode == 0, whole.stderr
     process = start_command("train", *line, "hydra.run.dir=parts", cwd=tmp_path, env=chip, cold=True)
     steps, limit = tmp_path / "parts" / "steps.csv", time.monotonic() + 120
     while not (steps.is_file() and steps.read_bytes().count(b"\n") > 2) and time.monotonic() < limit:
@@ -75,7 +89,7 @@ def test_a_stopped_run_continues_and_is_evaluated(name: str, chip: Dict[str, str
     assert len(losses(tmp_path / "parts")) < 12
     again = lit_glm("train", *line, "run.resume=parts", cwd=tmp_path, env=chip, cold=True)
     assert again.returncode == 0, again.stderr
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "parts") == losses(trained(name, "1x1"))
 
     scores = []
     for hardware in (name, "cpu"):

@@ -117,7 +117,7 @@ def test_the_time_of_a_search_ends_a_trial(monkeypatch: pytest.MonkeyPatch, tmp_
 @pytest.mark.slow
 def test_two_nodes_search_together(tmp_path: Path) -> None:
     port = free_port()
-    line = [*TINY, "data.synthetic.num_train=12", "topology.num_nodes=2", "topology.devices_per_node=1", "tune.steps=4"]
+    line = [*TINY, "data.synthetic.num_train=6", "topology.num_nodes=2", "topology.devices_per_node=1", "tune.steps=4"]
     line += ["tune.repeats=1", f"hydra.run.dir={tmp_path}/search"]
     nodes = [start_command("tune", *line, cwd=tmp_path, env=on_node(rank, "127.0.0.1", port)) for rank in (1, 0)]
     ended = [node.communicate(timeout=240) for node in nodes]
