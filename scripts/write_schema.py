@@ -1,4 +1,4 @@
-"""Writes docs/schema.md, the fields of every JSON file: metrics from the registry, the others from here.
+"""Writes docs/schema.md, the fields of every file: metrics from the registry, the others from here.
 
 python scripts/write_schema.py            # tests/documents/test_schema.py compares it with the page
 """
@@ -30,7 +30,7 @@ RESULT: Dict[str, str] = {
     "mem_total_source": "device, or hardware file where the device does not report it; null with mem_total_gib",
     "data_fingerprint": "hash of counts and largest values of training and evaluation data; reports keep runs on "
     "different data apart",
-    "runtime": "what computed: cpu, cuda, xmlir, xpytorch, simulated, _target_",
+    "runtime": "what computed: cpu, cuda, xmlir, xpytorch, simulated, or the name of the class of hardware._target_",
     "simulated": "whether the device was simulated on the CPU: no value was measured on the device",
     "computed_on_cpu": "whether a class given by hardware._target_ computes on the CPU",
     "profiled": "whether callbacks=profile was on: such results are not comparable",
@@ -63,6 +63,74 @@ VERIFY: Dict[str, str] = {
 }
 
 
+STEPS: Dict[str, str] = {
+    "step": "number of the step, from 1; a step is a micro-step with optimizer.gradient_accumulation_steps",
+    "epoch": "from 0",
+    "samples": "step x global batch, the published counter",
+    "loss": "mean over the ranks, before the update",
+    "lr": "learning rate of the update, 0 in step 1",
+    "grad_norm": "global L2 norm before clipping, averaged over the ranks first",
+    "data_s": "seconds of waiting for data",
+    "compute_s": "seconds of forward and backward pass and update, the device synchronised at both ends",
+    "step_s": "seconds from the end of the step before to the end of this one, without evaluations and checkpoints",
+    "loss_scale": "of fp16 and amp",
+}
+EVALS: Dict[str, str] = {
+    "step, samples": "after which step, and how many samples; 0 before training",
+    "acc": "share of examples whose best candidate is a right answer",
+    "seconds": "of the evaluation",
+}
+DEVICES: Dict[str, str] = {
+    "time_s": "seconds since the node's entry",
+    "node, device": "number of the node, and of the device on it",
+    "mem_gib, power_w, temperature_c, utilisation": "GiB, watts, degrees Celsius, percent; empty where unknown",
+}
+MEMORY: Dict[str, str] = {
+    "step, seconds": "steps done, and seconds since the entry of train",
+    "gib": "memory in use on the device of rank 0",
+}
+SWEEP: Dict[str, str] = {
+    "config, precision, fix_hp, e2e_time, p_whole, p_train, p_core, acc, mem": "as in the published table",
+    "scoring, status": "of the run",
+    "run_dir": "folder of the run",
+    "overrides": "of the combination, with commas",
+    "reused_from": "folder of an earlier run whose result was taken",
+}
+TUNE: Dict[str, str] = {
+    "hardware, topology, precision, scoring, model, tf32, max_seq_length": "what the result holds for",
+    "num_layers, hidden_size, num_attention_heads, vocab_size, activation_checkpointing": "of the model",
+    "config_hash": "hash of the configuration of the trials",
+    "complete": "whether the search has ended by itself; false: larger or faster values may exist",
+    "seconds": "spent so far, all parts",
+    "largest_bs, fastest_bs": "among the batch sizes that fit; null: none yet",
+    "next": "the trial that runs, for the other nodes",
+    "trials": "a list: bs, status (fits, memory, limit, time), p_core, mfu, memory_gib, samples_per_joule, message",
+}
+EVALUATION: Dict[str, str] = {
+    "acc": "share of examples whose best candidate is a right answer",
+    "em, f1": "the official scores; null without the texts (eval_examples.jsonl)",
+    "num_examples": "number of examples",
+    "truncated_candidates, truncated_contexts": "shares that were cut to length; missing without the texts",
+    "checkpoint, eval_file, precision, scoring, hardware, runtime, device, simulated": "what was scored, and on what",
+}
+PREDICTIONS: Dict[str, str] = {
+    "idx, label": "as in SuperGLUE's submission format; without the texts, numbers of example and candidate",
+    "query, answers, prediction": "texts; prediction is null where no candidate has a score",
+    "score": "of the prediction: sum of log-probabilities; null where it is not finite",
+    "rank": "of the best right answer among all candidates, from 1",
+    "scores": "a list: candidate, score",
+}
+ENVIRONMENT: Dict[str, str] = {
+    "lit_glm, git_commit, git_dirty, command": "what ran",
+    "host, pid, os, kernel, cpu, cpu_count, cores, threads, memory_gib": "the machine; cores: usable by the job",
+    "machine, server, network, container_image": "detected, or given by report.*; null: unknown",
+    "python, executable, packages, libraries": "versions of the software",
+    "runtime, simulated, device_name, devices, driver, has_driver": "the devices",
+    "variables": "environment variables from a list of known names",
+    "parts": "the same for each part of a resumed run",
+}
+
+
 def _table(rows: Dict[str, str]) -> Iterator[str]:
     yield "| field | meaning |"
     yield "| --- | --- |"
@@ -74,10 +142,10 @@ def _table(rows: Dict[str, str]) -> Iterator[str]:
 def page() -> str:
     """The whole page."""
     lines = [
-        "# Fields of the JSON files",
+        "# Fields of the files",
         "",
-        "What `result.json`, the JSON of `plan` and `verify.json` hold. `python scripts/write_schema.py` writes this",
-        "page from the registry of metrics (`metrics/registry.py`).",
+        "What the files of runs, sweeps and commands contain. `python scripts/write_schema.py` writes this page from",
+        "the registry of metrics (`metrics/registry.py`).",
         "",
         "## Metrics of result.json",
         "",
@@ -92,8 +160,17 @@ def page() -> str:
         lines.append("| " + " | ".join(cells) + " |")
     for heading, rows in (
         ("Other fields of result.json", RESULT),
+        ("steps.csv", STEPS),
+        ("evals.csv", EVALS),
+        ("devices.csv", DEVICES),
+        ("memory.csv", MEMORY),
+        ("environment.json", ENVIRONMENT),
+        ("sweep.csv", SWEEP),
+        ("evaluation.json", EVALUATION),
+        ("predictions.jsonl: a line per example", PREDICTIONS),
         ("plan --json: a list of rows", PLAN),
         ("verify.json", VERIFY),
+        ("tune.json", TUNE),
     ):
         lines += ["", f"## {heading}", "", *_table(rows)]
     return "\n".join(lines) + "\n"

@@ -180,7 +180,7 @@ class Search:
             self._write(complete)  # without a next trial: the other nodes end
         if not complete and not status:
             over = f"tune.max_minutes={minutes:g} is over: results so far"
-            log.info(f"{over}; resume with a larger value and run.resume={self.folder}")
+            log.info(f"{over}; for as many minutes more, use the same command with run.resume={self.folder}")
         print(self._conclude(complete), flush=True)
         return status or int(not ranking(self.trials))
 

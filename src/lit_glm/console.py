@@ -4,6 +4,7 @@ Modules log to `logging.getLogger(__name__)`; results of a command (tables, JSON
 the package gets no handler: it configures the logger `lit_glm` as any other.
 """
 
+import argparse
 import logging
 import os
 import shutil
@@ -91,6 +92,18 @@ class SafeStream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Parser of a command; its help begins, as that of the other commands, with what it does and examples."""
+
+    def __init__(self, name: str, header: str, **options: Any) -> None:
+        super().__init__(name, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self._header = header
+
+    def format_help(self) -> str:
+        """Return the header, the usage and the options."""
+        return f"{self._header}\n\n{super().format_help()}"
 
 
 def set_up_console() -> None:

@@ -1,12 +1,11 @@
 """`python -m lit_glm.export RUN_DIR --to published|safetensors --out FILE`: write the fine-tuned weights of a run."""
 
-import argparse
 import logging
 import sys
 from pathlib import Path
 from typing import List, Optional
 
-from lit_glm.console import set_up_console
+from lit_glm.console import CommandParser, set_up_console
 from lit_glm.errors import InputError
 from lit_glm.launch.signals import run_interruptible
 
@@ -57,7 +56,10 @@ def export(run_dir: Path, layout: str, out: Path) -> str:
 
 def main(arguments: Optional[List[str]] = None) -> int:
     """Parse the arguments and export; return the exit status."""
-    parser = argparse.ArgumentParser("lit_glm.export", description="Write the fine-tuned weights of a run.")
+    parser = CommandParser(
+        "lit_glm.export",
+        "Write the fine-tuned weights of a run.\n\n  python -m lit_glm.export outputs/RUN --to published --out glm.pt",
+    )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run folder of train")
     parser.add_argument("--to", required=True, choices=("published", "safetensors"), help="layout of the file")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="file to write")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Dict, List, Optional, Sequence
 
 from lit_glm.config.key_aliases import old_key_message
-from lit_glm.console import output_error, set_up_console
+from lit_glm.console import CommandParser, output_error, set_up_console
 from lit_glm.errors import InputError
 from lit_glm.launch.signals import run_interruptible
 from lit_glm.metrics.registry import METRICS, OBJECTIVES
@@ -181,10 +181,12 @@ def _best_run_text(runs: "List[ReportRun]", key: str) -> str:
 
 def main(arguments: Optional[List[str]] = None) -> int:
     """Parse the arguments and report; return the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         "lit_glm.report",
-        description="Report results of runs in the published format: environment, general information, result table.",
-        epilog="report.machine=..., report.device_name=, report.network=, report.driver=, report.image= provide "
+        "Report results of runs in the published format: environment, general information, result table.\n\n"
+        "  python -m lit_glm.report outputs multirun --lang en,zh --format md,html --out result\n"
+        "  python -m lit_glm.report --compare RUN_DIR RUN_DIR",
+        epilog="report.machine=..., report.device_name=, report.network=, report.driver=,\nreport.image= provide "
         "information that cannot be detected.",
     )
     parser.add_argument("runs", nargs="*", metavar="RUN_DIR", help="run folders, sweep folders, patterns of them")

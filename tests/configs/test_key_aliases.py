@@ -81,3 +81,17 @@ def test_help_shows_them(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = capfd.readouterr().out
     assert "== What can be chosen" in shown
     assert "# training stops at the first evaluation that reaches it" in shown
+
+
+@pytest.mark.parametrize(
+    "command", ["train", "prepare", "evaluate", "export", "report", "doctor", "verify", "plan", "tune"]
+)
+def test_help_begins_with_what_the_command_does_and_an_example(command: str, capfd: Any) -> None:
+    try:
+        assert lit_glm_here(command, "--help") == 0
+    except SystemExit as ended:  # argparse
+        assert ended.code == 0
+    first, empty, example = capfd.readouterr().out.splitlines()[:3]
+    assert first.endswith((".", ":"))
+    assert empty == ""
+    assert example.startswith(f"  python -m lit_glm.{command} ")

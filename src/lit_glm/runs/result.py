@@ -280,7 +280,7 @@ def table_cells(result: Dict[str, Any]) -> List[str]:
     ]
     return [
         f"{result['hardware']} {result['topology']}{mark}",
-        str(result["precision"]),
+        f"{result['precision']}{' (TF32)' if result.get('tf32') and result['precision'] == 'fp32' else ''}",
         str(result["fix_hp"]),
         *figures,
     ]
