@@ -94,6 +94,10 @@ def report(given: argparse.Namespace) -> int:
         raise InputError(f"--sort {given.sort}: must be one of {', '.join(OBJECTIVES)}")
     if given.compare:
         return _compare(given)
+    if given.max_loss_diff is not None:
+        raise InputError(f"--max-loss-diff {given.max_loss_diff:g}: needs --compare A B")
+    if given.best and given.out is not None:
+        raise InputError(f"--best prints one run; leave out --out {given.out}")
     kinds = _parse_choices(given.format, FORMATS, "--format")
     languages = _parse_choices(given.lang, LANGUAGES, "--lang")
     environment = _environment_overrides(places)
@@ -149,6 +153,7 @@ def _write_report(path: Path, text: str, mark: str) -> None:
     """
     from lit_glm.atomic_files import write_text
 
+    text = text.encode("utf-8", "replace").decode("utf-8")  # file names may be invalid UTF-8
     try:
         if path.exists() and mark not in path.read_text(encoding="utf-8", errors="replace"):
             raise InputError(f"{path}: exists and was not written by report; give another --out")

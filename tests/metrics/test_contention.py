@@ -72,3 +72,5 @@ def test_a_row_is_marked() -> None:
     assert annotations(row) == ["contention: other processes used 42% of the CPUs"]
     assert annotations({**row, "external_cpu_load": 0.05}) == []
     assert annotations({**row, "external_cpu_load": None, "external_device_processes": 1}) != []
+    on_devices = annotations({**row, "external_cpu_load": 0.004, "external_device_processes": 1})
+    assert on_devices == ["contention: other processes used the devices"]

@@ -117,6 +117,61 @@ def test_the_slowest_of_thousands_of_ranks_in_seconds() -> None:
     assert work.slowest > work.mean
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_the_overhead_of_steps_of_any_size_is_found(scale: float) -> None:
+    run = a_run(0.5, 2e11)
+    run.flops, run.compute = scale * run.flops, run.compute
+    assert run.lines()[2].overhead == pytest.approx(0.5, rel=0.01)
+
+
+def test_a_run_whose_steps_have_equal_work_says_little_of_other_batch_sizes() -> None:
+    """Its steps may take their time for calls, as of a small model, or for their arithmetic."""
+    run = a_run(0.0, 2e11)
+    run.flops[:] = run.flops.mean()
+    run.compute[:] = 0.4
+    same, twice = (planned("hardware=cpu", f"bs={bs}", runs=[run]).step_s for bs in (4, 8))
+    assert same.high / same.low < 2.5  # the examples differ from those of the run
+    assert twice.low < 1.3 * same.low
+    assert twice.high > 1.8 * same.high
+
+
+def test_activation_checkpointing_is_converted() -> None:
+    plain, repeated = (
+        planned("hardware=cpu", "bs=4", f"model.activation_checkpointing={on}", runs=[a_run(0.1, 2e11)])
+        for on in ("false", "true")
+    )
+    assert middle(repeated.step_s) == pytest.approx(middle(plain.step_s) * 4 / 3, rel=0.01)
+    assert "converted to activation checkpointing" in repeated.evidence
+    assert "converted" not in plain.evidence
+
+
+def test_the_all_reduce_of_a_measured_run_is_not_added_again() -> None:
+    one, two = a_run(0.1, 2e11), a_run(0.1, 2e11)
+    two.config.topology.devices_per_node = 2
+    for run in (one, two):
+        run.config.hardware.link_gbytes_s = 0.01
+    alone, both = (
+        planned("hardware=cpu", "bs=4", "topology=1x2", "hardware.link_gbytes_s=0.01", runs=[run]) for run in (one, two)
+    )
+    assert alone.step_s.low > 50  # seconds that this link needs
+    assert both.step_s.high < 30
+
+
+def test_ranks_that_share_a_processor_share_its_power() -> None:
+    run = a_run(0.1, 2e11)
+    run.result["power_mean_w"] = 100.0
+    for topology in ("1x1", "1x4"):
+        found = planned("hardware=cpu", "bs=4", f"topology={topology}", runs=[run])
+        assert found.energy_j is not None
+        assert found.energy_j.high / found.total_s.high == pytest.approx(105.0, rel=0.01)
+
+
+def test_the_peak_is_that_of_the_arithmetic_in_use() -> None:
+    tf32, plain = (planned("hardware=a100", "precision=amp", f"precision.tf32={on}").p_core for on in ("true", "false"))
+    assert (tf32.low, tf32.high) == (plain.low, plain.high)
+    planned("hardware=r300", "precision.tf32=true", rows=())  # it lacks TF32
+
+
 @pytest.mark.slow
 def test_the_command_takes_lists_and_learns_from_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch

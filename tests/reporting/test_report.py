@@ -456,3 +456,53 @@ def test_a_file_that_report_has_not_written_stays(tmp_path: Path, capfd: Any) ->
     for _ in range(2):
         everything = ["--format", "md,csv,html", "--lang", "en,zh", "--out", str(tmp_path / "new")]
         assert report(capfd, str(tmp_path / "run"), *everything)[0] == 0
+
+
+def test_a_target_below_the_published_one_has_no_ratio_of_e2e_time(tmp_path: Path, capfd: Any) -> None:
+    workload = ["model=glm_large", "data=record"]
+    make_run(tmp_path / "easy", PUBLISHED, *workload, "run.target_accuracy=0.3", acc=0.31)
+    _, text, _ = report(capfd, tmp_path / "easy")
+    assert "no ratio of e2e_time: the run ends at run.target_accuracy=0.3, published runs at 0.8" in text
+    make_run(tmp_path / "whole", PUBLISHED, *workload)
+    _, text, _ = report(capfd, tmp_path / "whole")
+    assert "no ratio of" not in text  # of two published rows of this pair, one has figures
+
+
+def test_runs_that_save_at_other_intervals_are_rows_of_their_own(tmp_path: Path, capfd: Any) -> None:
+    """Throughput of the whole includes the time to save."""
+    for every in ("1", "null"):
+        make_run(tmp_path / every, PUBLISHED, f"run.checkpoint_interval_steps={every}")
+    _, text, _ = report(capfd, tmp_path)
+    assert len(performance(text)) == 2
+    assert "run.checkpoint_interval_steps=1" in text
+
+
+def test_a_pattern_names_no_run(tmp_path: Path, capfd: Any) -> None:
+    make_run(tmp_path / "runs" / "good", PUBLISHED)
+    make_run(tmp_path / "runs" / "bad", PUBLISHED, status="failed", bs=7)
+    by_folder, by_pattern = (report(capfd, tmp_path / place)[1] for place in ("runs", "runs/*"))
+    assert performance(by_folder) == performance(by_pattern)
+    by_file, named = (report(capfd, tmp_path / "runs" / place)[1] for place in ("bad/result.json", "bad"))
+    assert performance(by_file) == performance(named)
+
+
+def test_a_foreign_result_hides_no_run_and_a_partial_one_ends_nothing(tmp_path: Path, capfd: Any) -> None:
+    make_run(tmp_path / "top" / "run", PUBLISHED)
+    (tmp_path / "top" / "result.json").write_text('{"x": 1}')
+    status, text, said = report(capfd, tmp_path / "top")
+    assert (status, len(performance(text))) == (0, 1)
+    assert "not a result of train" in said
+    partial = make_run(tmp_path / "partial", PUBLISHED, acc=0.9)
+    content = json.loads((partial / "result.json").read_text())
+    del content["precision"]
+    (partial / "result.json").write_text(json.dumps({**content, "fix_hp": "a\nb|c"}))
+    status, text, _ = report(capfd, partial, "--best")
+    assert status == 0
+    assert "| R300 1x8" in text or "| r300 1x8" in text
+    assert "a b\\|c" in text
+
+
+def test_options_that_would_be_ignored_are_rejected(tmp_path: Path, capfd: Any) -> None:
+    make_run(tmp_path / "run", PUBLISHED)
+    assert report(capfd, tmp_path / "run", "--best", "--out", tmp_path / "out")[0] == 2
+    assert report(capfd, tmp_path / "run", "--max-loss-diff", "1")[0] == 2

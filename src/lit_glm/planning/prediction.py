@@ -10,7 +10,7 @@ from lit_glm.config.schema import DataConfig, ModelConfig, TrainConfig
 from lit_glm.data.memmap_dataset import open_dataset
 from lit_glm.errors import InputError
 from lit_glm.hardware.env import hardware_file
-from lit_glm.metrics.flops import published_flops
+from lit_glm.metrics.flops import peak_key, published_flops
 from lit_glm.metrics.memory_estimate import count_parameters, estimate_memory
 from lit_glm.planning.workload import Workload
 from lit_glm.runs.job_spec import JOB_FILE, JobSpec
@@ -69,6 +69,8 @@ _PUBLISHED_CANDIDATES = 10.0
 _DAY_TO_DAY = 0.05
 """Variation between two devices and between two days: an assumption."""
 _GIB = 2.0**30
+_LEAST_SPREAD = 0.02
+"""Least standard deviation of the work of steps, relative to its mean, from which overhead and rate are separated."""
 _UNKNOWN_BASE = {"cpu": Interval(0.35 * _GIB, 0.75 * _GIB)}
 _CARD_BASE = Interval(0.3 * _GIB, 2.5 * _GIB)
 """Memory in addition to weights, optimizer and activations: Python with torch; context and libraries of a device.
@@ -105,6 +107,8 @@ class RankSpeed:
     """Power of one device."""
     base: Interval = _CARD_BASE
     """Bytes in use in addition to the memory estimate."""
+    exchange: Interval = Interval(0.0, 0.0)
+    """All-reduce of a step that the cost models contain already, as that of the runs they were fitted to."""
 
     def seconds(self, flops: float) -> Interval:
         """Predict the seconds of a step from its FLOPs."""
@@ -170,12 +174,17 @@ class MeasuredRun:
             kept = np.abs(off - np.median(off)) <= 4.0 * np.median(np.abs(off - np.median(off))) + 1e-9
             flops, compute = flops[kept], compute[kept]
         whole = LinearCostModel(0.0, float(flops.sum() / compute.sum()))
-        design = np.stack([np.ones(len(flops)), flops], axis=1)
-        overhead, slope = np.linalg.lstsq(design, compute, rcond=None)[0]
-        # If lengths differ too little, overhead and rate cannot be separated.
-        if overhead <= 0 or slope <= 0.25 / whole.rate:
+        unit = float(flops.mean())  # so that both columns are of one magnitude
+        design = np.stack([np.ones(len(flops)), flops / unit], axis=1)
+        overhead, at_mean = np.linalg.lstsq(design, compute, rcond=None)[0]
+        if float(flops.std()) < _LEAST_SPREAD * unit or at_mean <= 0.25 * float(compute.mean()):
+            # All steps have the same work, or it decides little: the rate may be anything up to the peak.
+            peak = self.config.hardware.peak_tflops.get(peak_key(self.config, has_tf32=True))
+            fastest = 20.0 * whole.rate if peak is None else max(whole.rate, peak * 1e12)
+            return [everything, whole, LinearCostModel(float(compute.mean()) - unit / fastest, fastest)]
+        if overhead <= 1e-6 * float(compute.mean()):
             return [everything, whole]
-        return [everything, whole, LinearCostModel(float(overhead), float(1.0 / slope))]
+        return [everything, whole, LinearCostModel(float(overhead), unit / float(at_mean))]
 
 
 def saves_attention_probs(config: TrainConfig) -> bool:
@@ -205,7 +214,7 @@ def rank_speed(
     own = [run for run in runs if run.plain and same_chip(run.config, config)]
     if own:
         return _speed_from_runs(config, own)
-    peak = config.hardware.peak_tflops.get("tf32" if config.precision.tf32 else config.precision.name)
+    peak = config.hardware.peak_tflops.get(peak_key(config, has_tf32=True))
     rows = [row for row in published if _is_published_row_of(row, config) and row.get("p_core")]
     power = None if config.hardware.power_w is None else Interval(0.4, 1.0) * config.hardware.power_w
     base = _UNKNOWN_BASE.get(config.hardware.accelerator, _CARD_BASE)
@@ -256,22 +265,28 @@ def _speed_from_runs(config: TrainConfig, runs: List[MeasuredRun]) -> RankSpeed:
             count_parameters(config.model) / count_parameters(run.config.model),
             (config.model.num_layers + 1) / (run.config.model.num_layers + 1),
         )
+        factor = share / own * _recomputation(config) / _recomputation(run.config)
         for line in run.lines():
-            overheads = {line.overhead * share / own * scale for scale in scales}
-            lines += [LinearCostModel(overhead, line.rate * own / share * f) for overhead in overheads for f in factors]
+            overheads = {line.overhead * factor * scale for scale in scales}
+            lines += [LinearCostModel(overhead, line.rate / factor * f) for overhead in overheads for f in factors]
     names = [run.path.name for run in chosen]
     listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     basis = f"{len(chosen)} run{'s' * (len(chosen) > 1)} on {config.hardware.name}: {listed}"
     if not alike:
         basis += ", with the other scoring"
+    if any(_recomputation(run.config) != _recomputation(config) for run in chosen):
+        basis += (
+            ", converted to activation checkpointing"
+            if config.model.activation_checkpointing
+            else (", converted to no activation checkpointing")
+        )
     if any(was_contended(run.result) for run in chosen):
         basis += ", measured beside other processes"
     power = [
-        float(run.result["power_mean_w"]) / run.config.topology.world_size
-        for run in chosen
-        if run.result.get("power_mean_w")
+        float(run.result["power_mean_w"]) / _power_units(run.config) for run in chosen if run.result.get("power_mean_w")
     ]
     bases = [run.base for run in chosen if run.base is not None]
+    exchanges = [all_reduce_time(run.config) for run in chosen]
     unknown = _UNKNOWN_BASE.get(config.hardware.accelerator, _CARD_BASE)
     return RankSpeed(
         lines,
@@ -279,7 +294,18 @@ def _speed_from_runs(config: TrainConfig, runs: List[MeasuredRun]) -> RankSpeed:
         basis,
         hull(power).widened(_DAY_TO_DAY) if power else None,
         hull(bases).widened(_DAY_TO_DAY) if bases else unknown,
+        Interval(min(one.low for one in exchanges), min(one.high for one in exchanges)),
     )
+
+
+def _recomputation(config: TrainConfig) -> float:
+    """Return the time of a step relative to that without activation checkpointing, which repeats the forward pass."""
+    return 4.0 / 3.0 if config.model.activation_checkpointing else 1.0
+
+
+def _power_units(config: TrainConfig) -> int:
+    """Return how many devices draw the power: the ranks of a node share its CPUs."""
+    return config.topology.num_nodes if config.hardware.accelerator == "cpu" else config.topology.world_size
 
 
 def same_chip(one: TrainConfig, other: TrainConfig) -> bool:
@@ -370,13 +396,14 @@ def predict(config: TrainConfig, speed: RankSpeed, work: Workload, data: str, sa
     computing = speed.seconds(work.slowest)
     exchange = all_reduce_time(config)
     # At best it overlaps with the backward pass, at worst it follows it.
-    seen = Interval(max(0.0, exchange.low - _HIDDEN * computing.low), exchange.high)
+    more = Interval(max(0.0, exchange.low - speed.exchange.low), max(0.0, exchange.high - speed.exchange.high))
+    seen = Interval(max(0.0, more.low - _HIDDEN * computing.low), more.high)
     compute = computing + seen
     step = Interval(compute.low * (1.0 + speed.waiting.low), compute.high * (1.0 + speed.waiting.high))
     steps = work.steps()
     evaluations = speed.seconds(work.evaluation / ranks) * work.evaluations(steps)
     total = step * steps + evaluations
-    cards = None if speed.power_w is None else speed.power_w * ranks
+    cards = None if speed.power_w is None else speed.power_w * _power_units(config)
     estimate = estimate_memory(config, work.lengths, 0.0, saves_attention_probs(config)).total
     alike = config.topology.devices_per_node if config.hardware.accelerator == "cpu" else 1  # ranks share memory
     memory = (Interval(estimate, estimate).widened(_ESTIMATE) + speed.base) * (alike / _GIB)

@@ -102,7 +102,8 @@ def csv_text(document: Document) -> str:
     for row in document.rows:
         shown = [format_cell(row, column).partition(" [")[0] for column in TABLE_COLUMNS[1:]]
         converged = all(run.result.get("converged") for run in row.runs)
-        state = [row["scoring"], row["status"], converged, bool(row["simulated"]), len(row.runs)]
+        statuses = ", ".join(dict.fromkeys(str(run.result.get("status")) for run in row.runs))
+        state = [row["scoring"], statuses, converged, bool(row["simulated"]), len(row.runs)]
         folders = ";".join(str(run.path) for run in row.runs)
         numbers = [
             "" if value is None else value

@@ -7,7 +7,7 @@ from lit_glm.metrics.registry import TABLE_COLUMNS, TABLE_METRICS, cell_text
 from lit_glm.reporting.definitions import Translations
 from lit_glm.reporting.run_reader import ReportRow, ReportRun
 from lit_glm.runs.environment import latest_verification
-from lit_glm.runs.result import has_many_skipped_steps, was_contended
+from lit_glm.runs.result import contending_cpu_load, has_many_skipped_steps, has_shared_devices
 
 _BY_COLUMN = {metric.column: metric for metric in TABLE_METRICS}
 
@@ -59,8 +59,9 @@ def row_annotations(row: ReportRow, words: Translations) -> List[str]:
         notes.append(words("repeated", repeated))
     much = [run.result for run in row.runs if has_many_skipped_steps(run.result)]
     notes += [words("skipped", result["skipped_steps"], result["global_steps"]) for result in much]
-    loads = [run.number("external_cpu_load") or 0.0 for run in row.runs if was_contended(run.result)]
-    notes += [words("not_alone", f"{100 * max(loads):.0f} %")] if loads else []
+    load = max(contending_cpu_load(run.result) for run in row.runs)
+    notes += [words("not_alone", f"{100 * load:.0f} %")] if load else []
+    notes += [words("devices_shared")] if any(has_shared_devices(run.result) for run in row.runs) else []
     notes += [f"{name}: {value}" for name, value in row.machine_differs.items()]
     if any(run.result.get("environment_changes") for run in row.runs):
         notes.append(words("several_machines"))

@@ -41,7 +41,7 @@ _NEUTRAL = {key: entry.metadata["neutral"] for key, entry in _FIELDS.items() if 
 """Values by which runs of versions that lack a key were computed."""
 _MAY_DIFFER = {
     *(key for key, entry in _FIELDS.items() if not entry.metadata.get("hashed", True)),
-    *(*_REPETITION, *_PLACES, "run.checkpoint_interval_steps"),
+    *(*_REPETITION, *_PLACES),
 }
 """Keys in which the runs of a row may differ."""
 
@@ -56,7 +56,7 @@ class ReportRun:
     settings: Dict[str, Any] = field(default_factory=dict)
     """Flat configuration: dotted key -> value."""
     is_named: bool = False
-    """Whether this folder itself was given on the command line, rather than a parent folder."""
+    """Whether this folder itself was given on the command line, rather than a parent folder or a pattern."""
 
     @property
     def is_measurement(self) -> bool:
@@ -141,6 +141,7 @@ def find_runs(patterns: List[str]) -> Tuple[List[ReportRun], List[str]]:
     for pattern in patterns:
         places = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
         found = [folder for place in places for folder in _find_run_folders(Path(place))]
+        named = Path(pattern).parent if Path(pattern).name == "result.json" else Path(pattern)
         if not places:
             trouble.append(f"{pattern}: no such folder")
         elif not found:
@@ -152,7 +153,7 @@ def find_runs(patterns: List[str]) -> Tuple[List[ReportRun], List[str]]:
                 continue
             try:
                 run = runs.setdefault(folder.resolve(), _read_run(folder))
-                run.is_named = run.is_named or folder in map(Path, places)
+                run.is_named = run.is_named or folder == named
             except (OSError, ValueError, RecursionError) as error:
                 trouble.append(f"{folder}: result.json cannot be read ({error})")
     return list(runs.values()), trouble
@@ -172,7 +173,10 @@ def _find_run_folders(place: Path) -> Iterator[Path]:
     for root, folders, files in os.walk(str(place)):
         folders.sort(key=lambda name: (len(name), name) if name.isdigit() else (0, name))
         if "result.json" in files:
-            folders.clear()
+            # Another program's file of this name does not hide the runs below it.
+            content = {} if "job.json" in files or ".hydra" in folders else read_json(Path(root) / "result.json") or {}
+            if not content or "topology" in content:
+                folders.clear()
             yield Path(root)
         if "jobs" in folders:  # of a sweep: reused runs stay in the folder of the earlier sweep
             for note in sorted((Path(root) / "jobs").glob("*.json")):

@@ -235,9 +235,19 @@ def has_many_skipped_steps(result: Dict[str, Any]) -> bool:
 
 def was_contended(result: Dict[str, Any]) -> bool:
     """Return whether other processes used more than a tenth of the CPUs, or the same devices."""
-    load, on_cards = result.get("external_cpu_load"), result.get("external_device_processes")
-    much = isinstance(load, float) and load > CONTENTION_THRESHOLD
-    return much or (isinstance(on_cards, int) and on_cards > 0)
+    return contending_cpu_load(result) > 0 or has_shared_devices(result)
+
+
+def contending_cpu_load(result: Dict[str, Any]) -> float:
+    """Return the share of the CPUs that other processes used; 0 if it is at most a tenth, or unknown."""
+    load = result.get("external_cpu_load")
+    return load if isinstance(load, float) and load > CONTENTION_THRESHOLD else 0.0
+
+
+def has_shared_devices(result: Dict[str, Any]) -> bool:
+    """Return whether other processes used the same devices."""
+    on_devices = result.get("external_device_processes")
+    return isinstance(on_devices, int) and on_devices > 0
 
 
 def annotations(result: Dict[str, Any]) -> List[str]:
@@ -259,8 +269,10 @@ def annotations(result: Dict[str, Any]) -> List[str]:
         notes.append(f"resumed {result['interruptions']}x{again}")
     if has_many_skipped_steps(result):
         notes.append(f"{result['skipped_steps']} of {result['global_steps']} steps skipped")
-    if was_contended(result):
-        notes.append(f"contention: other processes used {result.get('external_cpu_load') or 0:.0%} of the CPUs")
+    if contending_cpu_load(result):
+        notes.append(f"contention: other processes used {contending_cpu_load(result):.0%} of the CPUs")
+    if has_shared_devices(result):
+        notes.append("contention: other processes used the devices")
     if result.get("environment_changes"):
         notes.append(f"on several machines: {'; '.join(map(str, result['environment_changes']))}")
     if result.get("missing_data"):
@@ -274,14 +286,15 @@ def table_cells(result: Dict[str, Any]) -> List[str]:
     """Format a result in the published formats, one text per column; empty if nothing was measured."""
     notes = annotations(result)
     mark = f" ({', '.join(notes)})" if notes else ""
+    precision = str(result.get("precision") or "")
     figures = [
         cell_text(metric, metric.value(result), METRICS[metric.of].value(result) if metric.of else None)
         for metric in PUBLISHED_METRICS
     ]
     return [
         f"{result['hardware']} {result['topology']}{mark}",
-        f"{result['precision']}{' (TF32)' if result.get('tf32') and result['precision'] == 'fp32' else ''}",
-        str(result["fix_hp"]),
+        f"{precision}{' (TF32)' if result.get('tf32') and precision == 'fp32' else ''}",
+        str(result.get("fix_hp") or ""),
         *figures,
     ]
 
@@ -291,7 +304,7 @@ def results_table(results: List[Dict[str, Any]]) -> str:
     rows, scorings = [table_cells(result) for result in results], {str(result.get("scoring")) for result in results}
     for row, result in zip(rows, results):
         row[0] += f" scoring={result.get('scoring')}" if len(scorings) > 1 else ""
-        row[0] = row[0].replace("|", "\\|")  # of a folder's name
+        row[:] = [" ".join(cell.replace("|", "\\|").split()) for cell in row]  # of a folder's name, or a foreign result
     return markdown_table([list(PUBLISHED_COLUMNS), *rows])
 
 
