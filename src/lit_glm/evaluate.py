@@ -12,7 +12,7 @@ from hydra.errors import HydraException
 
 from lit_glm.config.hydra_main import output_dir, run_command
 from lit_glm.config.schema import TrainConfig
-from lit_glm.errors import InputError
+from lit_glm.errors import InputError, RunError
 from lit_glm.process_utils import fast_imports
 
 log = logging.getLogger("lit_glm.evaluate")
@@ -27,14 +27,22 @@ def read_example_metadata(eval_file: Path, num_examples: int) -> Optional[List[D
         None if there is no such file (the published data has none).
 
     Raises:
-        InputError: if it belongs to another evaluation file.
+        InputError: if it is damaged, or belongs to another evaluation file.
     """
     from lit_glm.data.prepare_hdf5 import EXAMPLE_METADATA_FILE
 
     path = eval_file.parent / EXAMPLE_METADATA_FILE
     if not path.is_file():
         return None
-    names = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    names: List[Dict[str, Any]] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+        try:
+            names += [json.loads(line)] if line else []
+        except ValueError:
+            raise InputError(f"{path}: line {number} is not JSON; prepare the data again") from None
+    for number, name in enumerate(names, 1):
+        if not isinstance(name, dict) or not {"candidates", "answers", "tokens_removed"} <= set(name):
+            raise InputError(f"{path}: entry {number} lacks candidates, answers or tokens_removed; prepare again")
     if len(names) != num_examples:
         raise InputError(f"{path}: has {len(names)} lines, {eval_file} has {num_examples} examples; prepare both again")
     return names
@@ -181,8 +189,13 @@ def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
     predictions = describe_predictions(chosen, scores, split.answers_of, names)
     if names is not None:
         report.update(score_predictions(names, chosen))
-    _write_results(out, predictions, report, config, runtime)
-    print(_scores_text(out, report, config, runtime, names is not None))
+    text = _scores_text(out, report, config, runtime, names is not None)
+    try:
+        _write_results(out, predictions, report, config, runtime)
+    except OSError as error:
+        print(text)
+        raise RunError(f"{out}: the predictions cannot be written ({error})") from error
+    print(text)
     return 0
 
 
@@ -289,7 +302,7 @@ def main() -> int:
     arguments = sys.argv[1:]
     flagged = {place + 1 for place, word in enumerate(arguments) if word in ("--config-dir", "-cd")}
     for place, word in enumerate(arguments):
-        if place not in flagged and Path(word).exists():
+        if place not in flagged and os.path.exists(word):
             quoted = word.replace("\\", "\\\\").replace("'", "\\'")
             arguments[place] = f"model.init_checkpoint='{quoted}'"
             break

@@ -72,7 +72,8 @@ class CommandLine:
         """Override that adds `config_dir` to the search path of the compose API; empty without --config-dir."""
         if self.config_dir is None:
             return []
-        return [f"hydra.searchpath=['file://{Path(self.config_dir).absolute()}']"]
+        place = str(Path(self.config_dir).absolute()).replace("\\", "\\\\").replace("'", "\\'")
+        return [f"hydra.searchpath=['file://{place}']"]
 
     def parse(self) -> List[Override]:
         """Parse the overrides with Hydra's grammar.

@@ -5,6 +5,7 @@ composed here with Hydra's compose API, and the task is called with it. `hydra.m
 completion and sweeps.
 """
 
+import errno
 import logging
 import os
 import re
@@ -312,7 +313,10 @@ def _run_task(task: Task, config: Any, composed: DictConfig) -> TaskOutcome:
         returned = task(config, composed)
     except (InputError, RunError) as error:
         return TaskOutcome(_print_error(str(error), error.exit_status))
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
+            place = "" if error.filename is None else f"{error.filename}: "
+            return TaskOutcome(_print_error(f"{place}cannot be accessed ({error.strerror})", InputError.exit_status))
         traceback.print_exc()
         return TaskOutcome(
             _print_error("unexpected error (see traceback): a bug in lit_glm or a plugin, not in the command line", 1)

@@ -45,6 +45,7 @@ def at_least(low: float, high: float = math.inf) -> Range:
 
 
 FINITE = Range(lambda value: 0 <= value < math.inf, "a finite number, at least 0")
+SECONDS = Range(lambda value: 0 < value <= 1e8, "a number of seconds above 0, at most 1e8 (three years)")
 POSITIVE = Range(lambda value: 0 < value < math.inf, "a finite number above 0")
 SHARE = Range(lambda value: 0 <= value < 1, "at least 0 and below 1")
 COUNT = at_least(1)
@@ -206,9 +207,9 @@ class RunConfig:
     overwrite: bool = key(False, hashed=False)
     checkpoint_interval_steps: Optional[int] = key(1000, COUNT)
     max_skipped_steps: int = key(100, COUNT)
-    stall_timeout_s: float = key(1200.0, POSITIVE, hashed=False)
-    rendezvous_timeout_s: float = key(300.0, POSITIVE, hashed=False)
-    shutdown_timeout_s: float = key(120.0, POSITIVE, hashed=False)
+    stall_timeout_s: float = key(1200.0, SECONDS, hashed=False)
+    rendezvous_timeout_s: float = key(300.0, SECONDS, hashed=False)
+    shutdown_timeout_s: float = key(120.0, SECONDS, hashed=False)
 
 
 @dataclass

@@ -59,7 +59,8 @@ class Heartbeat:
 def clear_heartbeats(folder: Path) -> None:
     """Delete the heartbeat files of an earlier job."""
     for file in (folder / _FOLDER).glob("*"):
-        file.unlink()
+        if file.name.partition(".stack")[0].isdecimal() and file.is_file():  # others are not ours
+            file.unlink()
 
 
 def last_heartbeat(folder: Path, ranks: Sequence[int]) -> float:

@@ -4,7 +4,7 @@ import logging
 import os
 import signal
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
@@ -43,6 +43,7 @@ from lit_glm.process_utils import check_open_files_limit, is_oom_error
 from lit_glm.runs import checkpoints, environment
 from lit_glm.runs.environment import environment_changes, read_environment, write_environment
 from lit_glm.runs.job_spec import JobSpec, config_hash
+from lit_glm.runs.result import read_result
 from lit_glm.training.evaluation import has_converged
 from lit_glm.training.module import AtomicCheckpointIO, RecordModule
 from lit_glm.training.optimizer import fused_unavailable_reason
@@ -101,6 +102,13 @@ def build_components(context: RankContext, beat: Callable[[], None]) -> Training
     strategy = make_strategy(runtime, config.topology, collective_timeout_s(config))
     precision = make_precision(config, runtime, context.local_rank)
     train_split, eval_split = open_datasets(config.data, config.model)
+    fingerprint = f"{train_split.fingerprint}-{eval_split.fingerprint}"
+    before = (read_result(context.run_dir) or {}).get("data_fingerprint") if resume_from is not None else None
+    if before is not None and before != fingerprint:
+        raise InputError(
+            f"run.resume={context.run_dir}: the run was started with other data (data_fingerprint {before} there, "
+            f"{fingerprint} here): {config.data.train_file}, {config.data.eval_file}"
+        )
     lengths = SequenceLengths.from_dataset(train_split)
     _set_num_threads(context, lengths)
     _announce_run(context, runtime)
@@ -108,9 +116,9 @@ def build_components(context: RankContext, beat: Callable[[], None]) -> Training
     memory_base = runtime.memory_in_use(context.local_rank)
     memory = memory_estimate.check_memory(config, lengths, runtime, context.local_rank, memory_base)
     context.print_once(memory_estimate.memory_message(config, memory))
-    module = _make_module(context, runtime)
+    module = _make_module(context, runtime, is_trained=resume_from is not None)
     data = RecordDataModule(config, train_split, lambda: module.steps_done, runtime.pins_memory, runtime.synchronize)
-    recorder = BenchmarkCallback(context.job, context.run_dir, runtime, data, eval_split, beat)
+    recorder = BenchmarkCallback(context.job, context.run_dir, runtime, data, eval_split, beat, fingerprint)
     recorder.memory_base = memory_base
     loggers = make_loggers(context.job, context.run_dir, checkpoints.checkpoint_step(resume_from))
     # The supervisor has set the rank's variables; inside a Slurm allocation Lightning would read Slurm's instead.
@@ -211,7 +219,8 @@ def _is_verified(context: RankContext) -> bool:
     return found is not None and bool(found["passed"])
 
 
-def _make_module(context: RankContext, runtime: Runtime) -> RecordModule:
+def _make_module(context: RankContext, runtime: Runtime, is_trained: bool) -> RecordModule:
+    """Build the model; where a checkpoint of the run replaces its weights, without the initial ones."""
     config = context.config
     device = runtime.device(context.local_rank)
     check_attention_available(config.model.attention)
@@ -221,7 +230,8 @@ def _make_module(context: RankContext, runtime: Runtime) -> RecordModule:
     if reason:
         context.print_once(f"optimizer: torch's fused AdamW is unavailable here ({reason}); using the default")
     runtime.manual_seed(config.seed)
-    glm, done = build_glm(config.model, runtime.model_ops())
+    model = replace(config.model, init_checkpoint=None) if is_trained else config.model
+    glm, done = build_glm(model, runtime.model_ops())
     for line in done:
         context.print_once(f"{config.model.init_checkpoint}: {line}")
     module = RecordModule(glm, config, runtime)

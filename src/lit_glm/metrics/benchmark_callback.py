@@ -90,13 +90,13 @@ class BenchmarkCallback(pl.Callback):
         data: RecordDataModule,
         eval_split: MemmapDataset,
         heartbeat: Callable[[], None],
+        fingerprint: str = "",
     ) -> None:
         """Initialise timers and metrics; `heartbeat` is called at every step and every evaluation batch."""
         self.config, self.runtime, self._data, self._eval_split = job.config, runtime, data, eval_split
         self._job, self._run_dir, self._heartbeat = job, run_dir, heartbeat
         self._order = data.sampler(0, 0)
         self.timer = PhaseTimer(lambda: data.data_wait_s)
-        fingerprint = f"{data.split.fingerprint}-{eval_split.fingerprint}"
         self.run_metrics = RunMetrics(job.config, runtime, self.timer, self._order, job.start_time, fingerprint)
         self.events = PerfEvents(job.config, self.run_metrics)
         self.metric_logging = MetricLogging(self.run_metrics)

@@ -24,7 +24,7 @@ def resolve_resume(resume: str, config: TrainConfig, run_dir: Path, given: bool 
         given: whether the user gave that folder, in which case `auto` searches nowhere else.
 
     Returns:
-        The folder; None if `auto` finds none, and a new run should start.
+        The folder, complete only if it was given; None if `auto` finds none, and a new run should start.
 
     Raises:
         InputError: if the folder is not a run folder.
@@ -34,7 +34,11 @@ def resolve_resume(resume: str, config: TrainConfig, run_dir: Path, given: bool 
         if not (folder / JOB_FILE).is_file():
             raise InputError(f"run.resume={resume}: is not a run folder (no {JOB_FILE})")
         return folder
-    return newest_unfinished(runs_by_config_hash(default_search_paths(run_dir, given)).get(config_hash(config), []))
+    same = runs_by_config_hash(default_search_paths(run_dir, given)).get(config_hash(config), [])
+    complete = next(
+        (run for run in same if given and is_complete(run)), None
+    )  # nothing to do, as after a pod's restart
+    return newest_unfinished(same) or complete
 
 
 def find_requeued_run(config: TrainConfig, run_dir: Path, given: bool) -> Optional[Path]:

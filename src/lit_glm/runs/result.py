@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import traceback
 from pathlib import Path
@@ -86,7 +87,8 @@ def root_cause(folder: Path) -> Optional[str]:
 
 
 def _error_files(folder: Path) -> List[Path]:
-    return [*(folder / _FOLDER).glob("*-*.txt"), *folder.glob(f"nodes/*/{_FOLDER}/*-*.txt")]
+    found = [*(folder / _FOLDER).glob("*-*.txt"), *folder.glob(f"nodes/*/{_FOLDER}/*-*.txt")]
+    return [file for file in found if re.fullmatch(rf"(rank-|{_KILLED})\d+\.txt", file.name)]  # others are not ours
 
 
 RESULT_FILE = "result.json"
