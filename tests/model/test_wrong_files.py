@@ -113,3 +113,15 @@ def test_of_a_run_the_newest_checkpoint_is_read(tmp_path: Path) -> None:
     found = read_weights(run)
     assert all(torch.equal(found[name], new[name]) for name in new)
     assert not all(torch.equal(found[name], old[name]) for name in old)
+
+
+def test_weights_as_safetensors_are_recognised_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("safetensors")
+    monkeypatch.chdir(tmp_path)
+    assert lit_glm_here("train", "experiment=debug", "run.max_steps=1", "hydra.run.dir=run") == 0
+    monkeypatch.setattr("sys.argv", ["export"])
+    from lit_glm.export import main
+
+    for _ in range(2):  # the second replaces what the first has written
+        assert main(["run", "--to", "safetensors", "--out", "weights.bin"]) == 0
+    assert set(read_weights(tmp_path / "weights.bin")) == set(read_weights(tmp_path / "run"))

@@ -212,6 +212,64 @@ def test_dropout_does_not_scale_what_it_keeps() -> None:
     assert failed(Unscaled(), until="collectives") == [("dropout", message)]
 
 
+class _OtherMask(torch.autograd.Function):
+    """Dropout whose backward pass draws zeros of its own."""
+
+    @staticmethod
+    def forward(context: Any, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(x, 0.1)
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return F.dropout(gradients[0], 0.1)
+
+
+def test_dropout_in_the_backward_pass_has_other_zeros() -> None:
+    class Other(CPURuntime):
+        def model_ops(self) -> RuntimeOps:
+            return RuntimeOps(dropout=lambda x, share: _OtherMask.apply(x))
+
+    message = "dropout: the gradient has other zeros than the output"
+    assert failed(Other(), until="collectives") == [("dropout", message)]
+
+
+def test_a_checkpoint_that_draws_other_zeros_when_it_repeats() -> None:
+    class Other(CPURuntime):
+        def model_ops(self) -> RuntimeOps:
+            def checkpoint(function: Any, *args: Any) -> Any:
+                return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=True, preserve_rng_state=False)
+
+            return RuntimeOps(checkpoint=checkpoint)
+
+    message = (
+        "activation checkpointing: dropout in the repeated forward pass: the gradient has other zeros than the output"
+    )
+    assert failed(Other(), until="collectives") == [("dropout", message)]
+
+
+def test_attention_whose_backward_pass_has_other_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = DotProductAttention.__call__
+
+    def other(self: Any, q: Any, k: Any, v: Any, mask: Any, share: float) -> torch.Tensor:
+        with torch.no_grad():
+            value: torch.Tensor = computed(self, q, k, v, mask, share)
+        linear: torch.Tensor = computed(self, q, k, v, mask, share)
+        return value + linear - linear.detach()
+
+    monkeypatch.setattr(DotProductAttention, "__call__", other)
+    found = model_check.check_dropout(CPURuntime())
+    assert (found.status, found.message) == (
+        "fail",
+        "attention with dropout: the gradient has other zeros than the output",
+    )
+
+
+def test_the_choice_of_the_best_candidate_is_wrong() -> None:
+    with with_fault("argmax", lambda operator, args, kwargs: (operator(*args, **kwargs) + 1) % 3):
+        found = failed(until="model")
+    assert {name for name, _ in found} == {"operators fp32: argmax"}
+
+
 def test_a_wrong_softmax_is_not_taken_for_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
     computed = DotProductAttention.__call__
     means = []
@@ -223,7 +281,7 @@ def test_a_wrong_softmax_is_not_taken_for_dropout(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(DotProductAttention, "__call__", scaled)
     assert model_check.check_dropout(CPURuntime()).status == "ok"
-    assert means == pytest.approx([1.1] * 4, abs=0.01)
+    assert means[:4] == pytest.approx([1.1] * 4, abs=0.01)
 
 
 def test_synchronize_returns_at_once() -> None:

@@ -91,7 +91,8 @@ class SparseReader:
         try:
             bounds = np.asarray(group["indptr"][start : stop + 1], dtype=np.int64)
             columns = np.asarray(group["indices"][bounds[0] : bounds[-1]], dtype=np.int64)
-            values = np.asarray(group["data"][bounds[0] : bounds[-1]], dtype=np.int64)
+            stored = group["data"][bounds[0] : bounds[-1]]
+            values = np.asarray(stored, dtype=np.int64)
         except OSError as error:
             raise InputError(
                 f"{self.path}: group {name}, rows {start} to {stop - 1}: cannot be read ({error})"
@@ -101,6 +102,8 @@ class SparseReader:
         total = int(bounds[-1] - bounds[0])
         if (lengths < 0).any() or len(columns) != total or len(values) != total:
             raise InputError(f"{self.path}: group {name}: indptr does not fit indices and data")
+        if stored.dtype.kind == "f" and not np.array_equal(stored, values):
+            raise InputError(f"{self.path}: group {name}: contains numbers that are not whole")
         if total and (columns.min() < 0 or columns.max() >= width):
             raise InputError(f"{self.path}: group {name}: a column index outside 0..{width - 1}")
         dense = np.zeros((stop - start, width), dtype=np.int64)
@@ -143,6 +146,11 @@ class SparseReader:
             raise InputError(f"{self.path}: group {name} has sparse format {layout!r}; only csr can be read")
         if len(shape) != 2 or lengths[0] != lengths[1] or lengths[2] != shape[0] + 1:
             raise InputError(f"{self.path}: group {name}: shape {shape} does not fit its datasets of lengths {lengths}")
+        ends = int(group["indptr"][0]), int(group["indptr"][-1])
+        if ends != (0, lengths[0]):
+            raise InputError(
+                f"{self.path}: group {name}: indptr goes from {ends[0]} to {ends[1]}, data to {lengths[0]}"
+            )
         self._shapes[name] = shape
 
     def _check_sizes(self, needs_answers: bool) -> None:

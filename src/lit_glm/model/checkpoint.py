@@ -102,7 +102,7 @@ def read_weights(path: Path) -> Dict[str, Tensor]:
         raise InputError(f"model.init_checkpoint={path}: no such file or folder")
     if path.is_dir():
         path = _find_checkpoint_in(path)
-    if path.suffix == ".safetensors":
+    if _is_safetensors(path):
         return _read_safetensors(path)
     parts = [_read_module(file) for file in _model_parallel_set(path)]
     return parts[0] if len(parts) == 1 else _merge_model_parallel(parts, path)
@@ -119,10 +119,17 @@ def save_safetensors(weights: Dict[str, Tensor], path: Path) -> None:
     _import_safetensors().save_file(contiguous, str(path), metadata=_EXPORTED)
 
 
+def _is_safetensors(path: Path) -> bool:
+    """Return whether a file has that format: a header in JSON after its length in eight bytes, or that suffix."""
+    with path.open("rb") as file:
+        start = file.read(10)
+    return path.suffix == ".safetensors" or start[8:] in (b'{"', b"{}")
+
+
 def is_exported(path: Path) -> bool:
     """Return whether a file was written by one of the two functions above, so that it may be replaced."""
     try:
-        if path.suffix == ".safetensors":
+        if _is_safetensors(path):
             with _import_safetensors().safe_open(str(path), "pt") as file:
                 return bool(_EXPORTED.items() <= (file.metadata() or {}).items())
         content = load_torch_file(path, mmap=True)

@@ -1,6 +1,7 @@
 """Operations of the model that a runtime can replace, and torch's own, which are the default."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Callable, Optional, Tuple
 
 import torch
@@ -48,7 +49,7 @@ class RuntimeOps:
     """(x, share of zeros, tensor to add to or None) -> x with zeros, scaled and added."""
     sample_zeros: Callable[[Tensor, float], Tuple[Tensor, float]] = sample_zeros
     """Dropout of the probabilities in attention by matmuls."""
-    checkpoint: Callable[..., Any] = checkpoint
+    checkpoint: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
     """`fn(f, *args)` that recomputes f in the backward pass."""
     padded_group: int = 2**62
     """Rows x width of a group up to which groups are padded to equal size and computed by one call of attention."""

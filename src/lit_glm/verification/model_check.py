@@ -151,6 +151,43 @@ def check_dropout(runtime: Runtime) -> CheckResult:
             message = f"attention in {str(dtype)[6:]}: its mean with dropout {_SHARE} is {mean:.4f} of that without"
             advice = "its kernel drops a different share than requested"
             return CheckResult("dropout", "fail", message, advice, abs(mean - 1.0), limit)
+    wrong = _wrong_backward(runtime)
+    if wrong:
+        advice = "training computes wrong gradients: check how forward and backward pass share the mask"
+        return CheckResult("dropout", "fail", wrong, advice)
     return CheckResult(
         "dropout", "ok", f"drops {share:.4f}; reproducible by seed, different across seeds", value=off, bound=bound
     )
+
+
+def _wrong_backward(runtime: Runtime) -> str:
+    """Return what has a backward pass with other zeros than its forward pass; "" if nothing."""
+    ops, shape = runtime.model_ops(), (8, 8, 64, 32)
+
+    def on_device(step: float) -> torch.Tensor:
+        return torch.sin(step * torch.arange(math.prod(shape))).reshape(shape).to(runtime.device(0))
+
+    def dropped(x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = ops.dropout(x, _SHARE)
+        return out
+
+    for name, computed in (
+        ("dropout", dropped),
+        ("activation checkpointing: dropout in the repeated forward pass", lambda x: ops.checkpoint(dropped, x)),
+    ):
+        ones = torch.ones(256, 64, device=runtime.device(0), requires_grad=True)
+        runtime.manual_seed(4)
+        out = computed(ones)
+        out.sum().backward()
+        if ones.grad is None or not torch.allclose(ones.grad.cpu(), out.detach().cpu(), rtol=1e-5, atol=0.0):
+            return f"{name}: the gradient has other zeros than the output"
+    # Attention is linear in the values: with one mask, (out, g) equals (v, gradient of v) for any g.
+    values, weights = on_device(1.7).requires_grad_(), on_device(2.9)
+    zeros = torch.zeros(shape, device=runtime.device(0))
+    products = DotProductAttention(ops=ops)(zeros, zeros, values, None, _SHARE) * weights
+    products.sum().backward()
+    assert values.grad is not None
+    forward, backward = (part.detach().cpu().double() for part in (products, values.grad * values))
+    if float((forward.sum() - backward.sum()).abs()) > 0.05 * float(forward.square().sum().sqrt()):
+        return "attention with dropout: the gradient has other zeros than the output"
+    return ""

@@ -199,7 +199,9 @@ class OperatorRecorder:
         if key in self.seen and self.seen[key].status not in ("missing", "fails"):
             return operator(*args, **kwargs)
         shapes = ", ".join(f"{_dtype_name(tensor)}{list(tensor.shape)}" for tensor in tensors[:4])
-        if any(word in name for word in _RANDOM_OPS) or _draws_dropout(operator, args, kwargs):
+        if (any(word in name for word in _RANDOM_OPS) and "backward" not in name) or _draws_dropout(
+            operator, args, kwargs
+        ):
             self.seen[key] = OperatorResult(name, shapes, "drawn")
             return operator(*args, **kwargs)
         before = map_structure((args, kwargs), to_host)

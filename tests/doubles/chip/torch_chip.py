@@ -11,6 +11,7 @@ The device has its own generator. Its process group copies to the CPU and uses g
 """
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import ModuleType
@@ -191,6 +192,16 @@ class Engine:
             torch.ops.chip.copy(source, target)
         return target
 
+    def state(self) -> torch.Tensor:
+        """Return the state of the generator after all operations so far."""
+        self.barrier()
+        return self.generator.get_state()
+
+    def set_state(self, state: torch.Tensor) -> None:
+        """Set the state of the generator for the operations that follow."""
+        self.barrier()
+        self.generator.set_state(state)
+
     def barrier(self) -> None:
         """Run the recorded operations that are needed; drop those that write only to memory that nobody refers to."""
         recorded, self.pending = self.pending, []
@@ -279,8 +290,10 @@ def _module() -> ModuleType:
     found.current_device = torch.ops.chip.current_device
     found.set_device = torch.ops.chip.set_device
     found.manual_seed = found.manual_seed_all = ENGINE.generator.manual_seed
-    found.get_rng_state = lambda device=None: ENGINE.generator.get_state()
-    found.set_rng_state = lambda state, device=None: ENGINE.generator.set_state(state)
+    found._initialized = True  # else torch.utils.checkpoint restores no random state
+    found.device = lambda index: nullcontext()
+    found.get_rng_state = lambda device=None: ENGINE.state()
+    found.set_rng_state = lambda state, device=None: ENGINE.set_state(state)
     found.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
     return found
 
