@@ -213,6 +213,9 @@ def test_a_monitor_that_raises_is_said(own: Path, capfd: Any) -> None:
 
 
 BARE = """
+import time
+from pathlib import Path
+import pytorch_lightning as pl
 import torch
 from lit_glm.hardware.runtimes.base import Runtime
 
@@ -223,6 +226,13 @@ class Bare(Runtime):
         return 1
     def device(self, index):
         return torch.device("cpu")
+
+class WaitForReading(pl.Callback):
+    "Two steps may end before the monitor, a process of its own, has read anything."
+    def on_train_start(self, trainer, pl_module):
+        file, limit = Path(trainer.default_root_dir, "devices.csv"), time.monotonic() + 120
+        while not (file.is_file() and file.read_text().count("\\n") > 1) and time.monotonic() < limit:
+            time.sleep(0.02)
 """
 
 
@@ -230,6 +240,7 @@ def test_memory_is_that_of_the_monitor(own: Path) -> None:
     """A class that says nothing of memory, with a monitor that does."""
     (own / "lib" / "bare.py").write_text(BARE)
     how = ["--config-dir", "own", "experiment=debug", "hardware=mini", "hardware._target_=bare.Bare"]
+    how += ["+callbacks.wait._target_=bare.WaitForReading"]
     assert lit_glm_here("train", *how, "run.max_steps=2", "hardware.memory_gib=4", "hydra.run.dir=run") == 0
     result = json.loads((own / "run" / "result.json").read_text())
     assert (result["mem_actual_gib"], result["mem_total_gib"]) == (1.0, 4.0)
