@@ -66,7 +66,7 @@ class Trial:
 
 
 def _trials_of(search: Dict[str, Any]) -> List[Trial]:
-    """Return the trials in tune.json, without those that exceeded the time: the next part may have more."""
+    """Return the trials of a tune.json, without those that exceeded the time limit, which a resumed search repeats."""
     names = {entry.name for entry in fields(Trial)}
     known = [Trial(**{name: one[name] for name in names & set(one)}) for one in search.get("trials", [])]
     return [trial for trial in known if trial.status != TIME]

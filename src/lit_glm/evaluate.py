@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from hydra.errors import HydraException
 
-from lit_glm.config.hydra_main import output_dir, run_command
+from lit_glm.config.hydra_main import is_sweep_job, output_dir, run_command
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError, RunError
 from lit_glm.process_utils import fast_imports
@@ -209,8 +209,7 @@ def _folder_for(config: TrainConfig, hydra: Any) -> Path:
     given = any(override.startswith("hydra.run.dir=") for override in hydra.overrides.hydra)
     # A run of an earlier version is only read.
     is_ours = (run_dir / JOB_FILE).is_file() and (read_result(run_dir) or {}).get("schema_version") == SCHEMA_VERSION
-    is_sweep = hydra.mode is not None and hydra.mode.name != "RUN"
-    inside = not given and not is_sweep and is_ours and os.access(run_dir, os.W_OK)
+    inside = not given and not is_sweep_job() and is_ours and os.access(run_dir, os.W_OK)
     return run_dir / "evaluation" if inside else output_dir()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path  # noqa: E402
 from typing import TYPE_CHECKING, Any, Dict, List, Optional  # noqa: E402
 
 from lit_glm.config.command_line import CommandLine  # noqa: E402
-from lit_glm.config.hydra_main import TaskOutcome, run_command  # noqa: E402
+from lit_glm.config.hydra_main import TaskOutcome, is_sweep_job, run_command  # noqa: E402
 from lit_glm.config.schema import TrainConfig  # noqa: E402
 from lit_glm.errors import InputError  # noqa: E402
 from lit_glm.launch.signals import Interrupted, ignore_stop_signals  # noqa: E402
@@ -40,7 +40,7 @@ def train(config: TrainConfig, composed: Any, entry: float) -> TaskOutcome:
     from lit_glm.runs.run_folder import hydra_files
 
     hydra = HydraConfig.get()
-    sweeps = hydra.mode is not None and hydra.mode.name != "RUN"
+    sweeps = is_sweep_job()
     run_dir = Path(hydra.runtime.output_dir if sweeps else hydra.run.dir)
     files = hydra_files(composed, hydra, list(hydra.overrides.task))
     check_runtime_available(config.hardware, config.topology)

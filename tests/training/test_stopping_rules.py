@@ -54,7 +54,7 @@ def test_the_next_evaluation_is_the_first_that_is_due(batch: int, interval: int,
 def test_a_target_that_training_leaves_again_does_not_end_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
-    """Reached before training, missed after the first step: it goes on to its limit."""
+    """The target is reached before training, and not after the first step: training continues to its limit."""
     accuracies = iter((0.5, 0.1, 0.2))
     monkeypatch.setattr("lit_glm.metrics.benchmark_callback.evaluate", lambda *_: (next(accuracies), []))
     own = ["run.target_accuracy=0.4", "run.max_steps=4", "run.eval_start_samples=1000"]

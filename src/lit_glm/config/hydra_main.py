@@ -288,11 +288,16 @@ def _run_command(
         HydraConfig.instance().cfg = None
 
 
+def is_sweep_job() -> bool:
+    """Return whether this task is one job of a sweep (-m)."""
+    mode = HydraConfig.get().mode
+    return mode is not None and mode.name != "RUN"
+
+
 def output_dir() -> Path:
     """Return the folder of the command's files: `hydra.run.dir`, or that of the job in a sweep."""
     hydra_config = HydraConfig.get()
-    is_sweep = hydra_config.mode is not None and hydra_config.mode.name != "RUN"
-    return Path(hydra_config.runtime.output_dir if is_sweep else hydra_config.run.dir).resolve()
+    return Path(hydra_config.runtime.output_dir if is_sweep_job() else hydra_config.run.dir).resolve()
 
 
 def is_group(config_dir: Optional[str]) -> Callable[[str], bool]:

@@ -431,12 +431,13 @@ def prepare_sweep(whole: Any, line: CommandLine) -> List[str]:
         _held_locks.enter_context(lock_directory(notes, advice))
     searches = any(override.is_sweep_override() and not override.is_discrete_sweep() for override in line.parse())
     is_grid = "BasicSweeper" in str(whole.hydra.sweeper.get("_target_")) and not searches
-    is_on_the_line = not (is_grid and whole.hydra.sweeper.get("params"))  # else a file adds lists to those of the line
+    # A configuration file may add lists to those of the command line, so that the combinations are not known here.
+    adds_lists = is_grid and bool(whole.hydra.sweeper.get("params"))
     SweepCallback.total, SweepCallback.complete = None, []
-    if is_grid and is_on_the_line:
+    if is_grid and not adds_lists:
         SweepCallback.total = len(line.combinations())
     complete: Dict[int, CompleteRun] = {}
-    if whole.sweep.skip_done and is_on_the_line and _is_first_node():
+    if whole.sweep.skip_done and not adds_lists and _is_first_node():
         complete = _find_complete_runs(discovery.runs_by_config_hash(search_paths(sweep_dir, given)), line, whole.hydra)
     if SweepCallback.total is not None:
         SweepCallback.complete = list(complete.values())

@@ -90,9 +90,19 @@ class BenchmarkCallback(pl.Callback):
         data: RecordDataModule,
         eval_split: MemmapDataset,
         heartbeat: Callable[[], None],
-        fingerprint: str = "",
+        fingerprint: str,
     ) -> None:
-        """Initialise timers and metrics; `heartbeat` is called at every step and every evaluation batch."""
+        """Initialise timers and metrics.
+
+        Args:
+            job: the job.
+            run_dir: its run folder.
+            runtime: runtime of this rank's device.
+            data: training data.
+            eval_split: evaluation examples.
+            heartbeat: called at every step and every evaluation batch.
+            fingerprint: hash of training and evaluation data, for the result.
+        """
         self.config, self.runtime, self._data, self._eval_split = job.config, runtime, data, eval_split
         self._job, self._run_dir, self._heartbeat = job, run_dir, heartbeat
         self._order = data.sampler(0, 0)

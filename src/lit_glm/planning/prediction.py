@@ -178,7 +178,7 @@ class MeasuredRun:
         design = np.stack([np.ones(len(flops)), flops / unit], axis=1)
         overhead, at_mean = np.linalg.lstsq(design, compute, rcond=None)[0]
         if float(flops.std()) < _LEAST_SPREAD * unit or at_mean <= 0.25 * float(compute.mean()):
-            # All steps have the same work, or it decides little: the rate may be anything up to the peak.
+            # The FLOPs vary too little, or explain too little of the time: the rate may be anything up to the peak.
             peak = self.config.hardware.peak_tflops.get(peak_key(self.config, has_tf32=True))
             fastest = 20.0 * whole.rate if peak is None else max(whole.rate, peak * 1e12)
             return [everything, whole, LinearCostModel(float(compute.mean()) - unit / fastest, fastest)]
@@ -275,11 +275,8 @@ def _speed_from_runs(config: TrainConfig, runs: List[MeasuredRun]) -> RankSpeed:
     if not alike:
         basis += ", with the other scoring"
     if any(_recomputation(run.config) != _recomputation(config) for run in chosen):
-        basis += (
-            ", converted to activation checkpointing"
-            if config.model.activation_checkpointing
-            else (", converted to no activation checkpointing")
-        )
+        kind = "activation checkpointing" if config.model.activation_checkpointing else "no activation checkpointing"
+        basis += f", converted to {kind}"
     if any(was_contended(run.result) for run in chosen):
         basis += ", measured beside other processes"
     power = [
@@ -304,7 +301,7 @@ def _recomputation(config: TrainConfig) -> float:
 
 
 def _power_units(config: TrainConfig) -> int:
-    """Return how many devices draw the power: the ranks of a node share its CPUs."""
+    """Return the number of units whose power is measured: devices, but nodes on CPUs, which their ranks share."""
     return config.topology.num_nodes if config.hardware.accelerator == "cpu" else config.topology.world_size
 
 

@@ -35,9 +35,8 @@ def resolve_resume(resume: str, config: TrainConfig, run_dir: Path, given: bool 
             raise InputError(f"run.resume={resume}: is not a run folder (no {JOB_FILE})")
         return folder
     same = runs_by_config_hash(default_search_paths(run_dir, given)).get(config_hash(config), [])
-    complete = next(
-        (run for run in same if given and is_complete(run)), None
-    )  # nothing to do, as after a pod's restart
+    # A complete run in a folder that the user gave is no error: a restarted pod repeats the command.
+    complete = next((run for run in same if given and is_complete(run)), None)
     return newest_unfinished(same) or complete
 
 

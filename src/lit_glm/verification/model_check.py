@@ -161,7 +161,7 @@ def check_dropout(runtime: Runtime) -> CheckResult:
 
 
 def _wrong_backward(runtime: Runtime) -> str:
-    """Return what has a backward pass with other zeros than its forward pass; "" if nothing."""
+    """Check that dropout has the same mask in forward and backward pass; return which operation has not, else ""."""
     ops, shape = runtime.model_ops(), (8, 8, 64, 32)
 
     def on_device(step: float) -> torch.Tensor:
