@@ -30,8 +30,20 @@ TRAIN_FILE = HDF5 / "train_hdf5" / "train_sparse.hdf5"
 EVAL_FILE = HDF5 / "eval_hdf5" / "eval_sparse.hdf5"
 CHECKPOINT = GOLDEN / "blocklm-large-blank"
 
-MARKERS = {"runs": "process", "documents": "slow"}
-"""Folder -> marker of its tests; all others are `unit`. A test may be marked `process` or `slow` by itself."""
+MARKERS = {
+    "runs": "process",
+    "documents": "slow",
+    **dict.fromkeys(  # each of their tests runs a whole command
+        [
+            *("hardware/test_precision.py", "hardware/test_xpytorch.py", "parity/test_training.py"),
+            *("reporting/test_devices.py", "runs_folder/test_folder.py", "runs_folder/test_foreign_surroundings.py"),
+            *("runs_folder/test_lost_files.py", "test_doctor.py", "verification/test_faults.py"),
+            "verification/test_verify.py",
+        ],
+        "process",
+    ),
+}
+"""Folder or file -> marker of its tests; all others are `unit`. A test may have a marker of its own."""
 _LONG_S = 5.0
 """A test above this without a marker that explains it is named at the end."""
 _TAIL = 4000
@@ -52,10 +64,10 @@ def pytest_configure(config: Any) -> None:
 def pytest_collection_modifyitems(items: List[Any]) -> None:
     """Mark tests by their folder; those of processes come first, since one that came last would run alone."""
     for item in items:
-        folder = item.path.relative_to(TESTS).parts[0]
+        path = item.path.relative_to(TESTS)
         own = {mark.name for mark in item.iter_markers()} & {"process", "slow", "unit"}
         if not own:
-            item.add_marker(MARKERS.get(folder, "unit"))
+            item.add_marker(MARKERS.get(path.as_posix(), MARKERS.get(path.parts[0], "unit")))
     items.sort(key=lambda item: "unit" in item.keywords)
 
 

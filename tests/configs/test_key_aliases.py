@@ -83,6 +83,7 @@ def test_help_shows_them(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "# training stops at the first evaluation that reaches it" in shown
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "command", ["train", "prepare", "evaluate", "export", "report", "doctor", "verify", "plan", "tune"]
 )

@@ -48,6 +48,7 @@ def test_no_file_of_a_run_holds_a_secret(how: Any, tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr  # the same configuration, though its secret is not there to compare
 
 
+@pytest.mark.process
 def test_a_foreign_folder_is_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("REPORTERS_SECRET", SECRET)

@@ -31,6 +31,7 @@ def _own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own" / "experiment" / "mine.yaml").write_text(EXPERIMENT)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("resume", ["'a=b/run'", "auto"])
 def test_a_run_of_the_users_experiment_goes_on(resume: str, tmp_path: Path, capfd: Any) -> None:
     mine = ["--config-dir", "own", "experiment=mine", "hydra.run.dir='a=b/run'"]

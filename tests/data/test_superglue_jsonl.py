@@ -87,6 +87,7 @@ def test_wrong_folders(overrides: "list[str]", said: str, capfd: Any) -> None:
     assert "Traceback" not in output.err
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("mine", "said"),
     [

@@ -39,7 +39,7 @@ def test_the_page_is_written_from_the_registry() -> None:
     assert schema.PAGE.read_text(encoding="utf-8") == schema.page()
 
 
-@pytest.mark.unit
+@pytest.mark.process
 def test_every_field_that_is_written_is_documented(
     tmp_path: Path, finished_run: Any, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:

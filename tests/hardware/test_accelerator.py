@@ -48,6 +48,7 @@ def test_intels_names_are_never_asked_for_this_card(runtime: str, tmp_path: Path
     assert "Intel's xpu" not in done.stderr
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("allowed", "said"), [("true", "fp32 (TF32 on)"), ("false", "fp32 (TF32 off)")])
 def test_fp32_says_whether_tf32_is_on(
     allowed: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any

@@ -129,6 +129,7 @@ def test_keys_that_a_file_lacks_can_be_set(own: Path) -> None:
     assert (result["mem_total_gib"], result["mem_total_source"]) == (64.0, "hardware file")
 
 
+@pytest.mark.process
 def test_a_profile_of_tensors_without_storage(own: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     from lit_glm.metrics import profiler
 
@@ -166,6 +167,7 @@ class Memory(CPURuntime):
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("kind", "said"),
     [

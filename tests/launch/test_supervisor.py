@@ -130,6 +130,7 @@ def test_a_killed_rank_is_the_cause_of_its_peers_errors(tmp_path: Path) -> None:
     assert error.summary == "rank 1 was killed by SIGKILL"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_lets_ranks_save(number: int, tmp_path: Path) -> None:
     error = run(tmp_path, "works", "works", when=send(number))
@@ -139,6 +140,7 @@ def test_a_signal_lets_ranks_save(number: int, tmp_path: Path) -> None:
     assert (tmp_path / "asked-1").exists()
 
 
+@pytest.mark.process
 def test_a_signal_after_the_last_step_interrupts_nothing(tmp_path: Path) -> None:
     def when(_folder: Path) -> None:
         os.kill(os.getpid(), signal.SIGTERM)

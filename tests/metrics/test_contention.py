@@ -6,6 +6,8 @@ import sys
 import time
 from typing import Optional
 
+import pytest
+
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.metrics.system_info import ContentionMonitor
 from lit_glm.runs.result import annotations
@@ -27,6 +29,7 @@ def _spin(seconds: float) -> None:
         pass
 
 
+@pytest.mark.process
 def test_own_work_is_not_others_and_anothers_is() -> None:
     others = ContentionMonitor(Cards(None), 1)
     others.begin()

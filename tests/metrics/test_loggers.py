@@ -86,6 +86,7 @@ def test_a_logger_whose_package_is_missing_is_said(tmp_path: Path, capfd: Any, m
     assert "pip install 'lit-glm[wandb]'" in said
 
 
+@pytest.mark.process
 def test_a_callback_that_cannot_be_imported_is_said(
     tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ from lit_glm.runs.job_spec import JobSpec, config_hash, hashed_settings
 PROFILE = [*GOLDEN_RUN, "run.max_steps=8", "callbacks=profile", "callbacks.profile.from_step=3"]
 
 
+@pytest.mark.process
 def test_a_run_leaves_its_profile_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run = tmp_path / "run"
     assert lit_glm_here("train", *PROFILE, "callbacks.profile.steps=2", f"hydra.run.dir={run}") == 0
@@ -35,6 +36,7 @@ def test_a_run_leaves_its_profile_and_says_so(tmp_path: Path, capsys: pytest.Cap
     assert json.loads((run / "result.json").read_text())["profiled"] is True
 
 
+@pytest.mark.process
 def test_its_figures_are_not_mixed_with_others(tmp_path: Path) -> None:
     plain, profiled = tmp_path / "plain", tmp_path / "profiled"
     assert lit_glm_here("train", *GOLDEN_RUN, "run.max_steps=4", f"hydra.run.dir={plain}") == 0

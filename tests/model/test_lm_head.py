@@ -54,6 +54,7 @@ def test_the_whole_table_at_once_as_a_card_may_take_it(monkeypatch: pytest.Monke
         torch.testing.assert_close(ours, torchs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("scoring", ["shared_context", "published"])
 def test_training_by_slices_is_the_same(

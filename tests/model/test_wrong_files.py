@@ -56,6 +56,7 @@ def test_weights_that_stand_directly_are_listed_shortly(tmp_path: Path) -> None:
     assert len(str(raised.value)) < 600
 
 
+@pytest.mark.process
 def test_a_run_folder_is_evaluated_as_it_was_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
@@ -80,6 +81,7 @@ def test_a_run_folder_is_evaluated_as_it_was_trained(
         assert json.loads(Path(f"both/{number}/evaluation.json").read_text())["scoring"] == scoring
 
 
+@pytest.mark.process
 def test_a_run_is_evaluated_on_its_own_device_where_that_is_present(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:

@@ -253,6 +253,7 @@ def test_published_speed_is_that_of_the_published_work() -> None:
     assert "of a larger model" in tiny.evidence
 
 
+@pytest.mark.process
 def test_a_limit_in_steps_holds_for_each_row_and_foreign_files_stay(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,9 +1,10 @@
 """Run folders as `train` leaves them, with figures of a test's choice."""
 
+import functools
 import json
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
@@ -26,6 +27,11 @@ ENVIRONMENT = {
 }
 
 
+@functools.lru_cache(maxsize=None)
+def _compose(overrides: Tuple[str, ...]) -> TrainConfig:
+    return validate_config(compose_config("train", list(overrides)), TrainConfig)
+
+
 def make_run(
     path: Path,
     *overrides: str,
@@ -36,7 +42,7 @@ def make_run(
 ) -> Path:
     """A complete run of R300 1x8 unless told otherwise; a result of None is left out of the row."""
     chosen = ["hardware=r300", "topology=1x8", *overrides]
-    config = validate_config(compose_config("train", chosen), TrainConfig)
+    config = _compose(tuple(chosen))
     path.mkdir(parents=True)
     JobSpec(config, time.monotonic(), ["train", *chosen]).write(path)
     (path / "environment.json").write_text(json.dumps({**ENVIRONMENT, **(environment or {})}))

@@ -77,6 +77,7 @@ def test_figures_of_a_report(language: str, drawn: Dict[str, List[str]], tmp_pat
     assert [text for texts in drawn.values() for text in texts] == []
 
 
+@pytest.mark.process
 def test_figures_of_plan(drawn: Dict[str, List[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert lit_glm_here("plan", "hardware=r300,a100", "topology=1x1,2x8", "hydra.run.dir=plan") == 0

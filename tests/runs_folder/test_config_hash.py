@@ -55,6 +55,7 @@ def test_a_key_of_a_later_version_leaves_the_hash_as_it_was() -> None:
     assert "run.window" not in hashed_settings(later)
 
 
+@pytest.mark.process
 def test_a_run_without_a_usable_checkpoint_is_not_started_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:

@@ -36,6 +36,7 @@ with lock_directory(Path({str(tmp_path)!r})):
     assert not is_running(tmp_path)
 
 
+@pytest.mark.process
 def test_train_refuses_the_folder_of_a_live_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

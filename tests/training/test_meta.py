@@ -71,15 +71,20 @@ def a_norm_that_is_finite() -> Iterator[None]:
         LossScalingPrecision.update_scale = real  # type: ignore[method-assign]
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
 @pytest.mark.skipif(not NEW, reason="torch 1.12 has too few operators for meta")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "amp", "fp16"])
 @pytest.mark.parametrize("layout", ["published", "gathered", "flat"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_nothing_is_read_and_no_devices_are_mixed(
-    precision: str, layout: str, accumulate: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    precision: str, layout: str, accumulate: int, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scoring = "published" if layout == "published" else "shared_context"
-    how = [*SMALL, f"data.out_dir={tmp_path}", f"scoring={scoring}", f"precision={precision}"]
+    how = [*SMALL, f"data.out_dir={data}", f"scoring={scoring}", f"precision={precision}"]
     config: Any = validate_config(
         compose_config("train", [*how, f"optimizer.gradient_accumulation_steps={accumulate}"]), TrainConfig
     )

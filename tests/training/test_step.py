@@ -66,6 +66,7 @@ def test_accumulation_updates_every_nth_step(tmp_path: Path) -> None:
     assert rates[4] == rates[5] != rates[2]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "precision",
     [

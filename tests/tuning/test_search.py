@@ -77,6 +77,7 @@ def tried(monkeypatch: pytest.MonkeyPatch, folder: Path, run: Callable[[Path], A
     return Search(config, folder / "search", [])._try(1, 30.0)
 
 
+@pytest.mark.process
 def test_memory_that_runs_out_is_an_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fails(reason: str) -> Callable[[Path], Any]:
         def run(folder: Path) -> Any:

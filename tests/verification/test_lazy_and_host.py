@@ -67,6 +67,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing_check, "_BYTES", (2**20, 2**20))
 
 
+@pytest.mark.process
 def test_the_clock_of_a_lazy_device_is_checked_by_work_that_is_done() -> None:
     assert timing_check.check_clock(Lazy()).status in ("ok", "warn")  # warn: beside other work
     wrong = timing_check.check_clock(Dishonest())

@@ -1,5 +1,6 @@
 """Texts in both languages, and the table of metric definitions: what columns mean, what is not as published."""
 
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Iterable, List
@@ -91,17 +92,23 @@ def metric_definitions(name: str, found: List[ReportRow], words: Translations) -
     return ReportTable(columns, [*shown, *figures, changes], heading=name)
 
 
-def _changed_settings(runs: List[ReportRun]) -> List[str]:
-    """List settings that differ from the published case, with their values."""
+@functools.lru_cache(maxsize=None)
+def _published_settings() -> Dict[str, Any]:
+    """Return the settings of the published case; empty if its files cannot be read. A document asks once per table."""
     from lit_glm.config.hydra_main import compose_config, validate_config
     from lit_glm.config.schema import TrainConfig, iter_keys
     from lit_glm.errors import InputError
 
     try:
         flagperf = validate_config(compose_config("train", ["experiment=flagperf"]), TrainConfig)
-        published = {key: value for key, value, _ in iter_keys(flagperf)}
     except InputError:
-        return []
+        return {}
+    return {key: value for key, value, _ in iter_keys(flagperf)}
+
+
+def _changed_settings(runs: List[ReportRun]) -> List[str]:
+    """List settings that differ from the published case, with their values."""
+    published = _published_settings()
     judged = (
         "model.", "optimizer.", "scoring.name", "data.name", "data.max_seq_length", "precision.tf32",
         "run.target_accuracy", "run.max_steps", "seed",
@@ -110,7 +117,7 @@ def _changed_settings(runs: List[ReportRun]) -> List[str]:
     changed: Dict[str, List[str]] = {}
     for run in runs:
         for key, value in run.settings.items():
-            other_shape = run.settings.get("model.name") != published["model.name"]
+            other_shape = run.settings.get("model.name") != published.get("model.name")
             if key.startswith("model.") and key != "model.name" and other_shape:
                 continue  # another model has another shape
             if key.startswith(judged) and key not in pair and key in published and published[key] != value:
