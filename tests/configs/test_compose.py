@@ -139,6 +139,7 @@ def test_gelu_and_checkpointing_follow_hardware_and_scoring() -> None:
         ("precision.tf32=maybe", "precision.tf32=maybe"),
         ("bs==", "bs=="),
         ("-m bs=1,x hydra.sweep.dir=sweep", "bs=x: must be a whole number"),
+        ("hydra.sweeper.params={bs:1}", "Hydra cannot apply hydra.sweeper.params={bs:1}"),
     ],
 )
 def test_wrong_input_is_one_message_and_status_2(

@@ -241,3 +241,11 @@ def test_lengths_of_real_news_come_in_few_shapes(tmp_path: Path) -> None:
         padded = pad_packed(collate_packed(split, range(first, first + 4)), 16)
         shapes.add((len(padded.tokens), len(padded.targets), len(padded.slot), padded.padding_index.gather.shape))
     assert len(shapes) <= 10
+
+
+def test_many_candidates_add_no_groups(tmp_path: Path) -> None:
+    split = split_of([question("h" * 30, "a", "b", ["ab"] * 150), question("h" * 30, "a", "b", ["ab"] * 3)], tmp_path)
+    plain = collate_packed(split, [0, 1])
+    padded = pad_packed(plain, 16)
+    assert len(padded.context_lengths) == len(plain.context_lengths) == 2
+    assert padded.num_candidates == 256

@@ -192,6 +192,9 @@ def _compose_with_hydra(config_name: str, overrides: Sequence[str]) -> Tuple[Dic
     Returns:
         The configuration, and the override that selects the fix_hp file of the actual topology, if the chosen names
         select another one.
+
+    Raises:
+        InputError: if an override has a value for which Hydra has no message of its own.
     """
     sweep = GlobalHydra.instance().hydra  # set while `hydra.main` runs a job of a sweep
     GlobalHydra.instance().clear()
@@ -201,6 +204,11 @@ def _compose_with_hydra(config_name: str, overrides: Sequence[str]) -> Tuple[Dic
             better = _fix_hp_override(whole, overrides)
             if better is not None:
                 whole = hydra.compose(config_name, overrides=[*overrides, better], return_hydra_config=True)
+    except (AssertionError, AttributeError, TypeError) as error:  # Hydra and OmegaConf do not check every value
+        raise InputError(
+            f"Hydra cannot apply {' '.join(overrides)} ({first_line(error)}): set hydra.sweeper.params in a "
+            "configuration file, and give every other key a value of its type (see --cfg all)"
+        ) from error
     finally:
         GlobalHydra.instance().hydra = sweep
     return whole, [] if better is None else [better]

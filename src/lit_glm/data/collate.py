@@ -228,9 +228,9 @@ def collate_packed(split: MemmapDataset, indices: Sequence[int]) -> PackedBatch:
 def pad_packed(batch: PackedBatch, pad_to: int) -> PackedBatch:
     """Pad a batch so that few different shapes occur: for runtimes that compile anew for each shape.
 
-    Contexts get the smallest of `pad_to`, 2 `pad_to`, 4 `pad_to`, ... rows that holds the longest. The other sizes grow
-    together: at level l a group has 64 x 2^l candidate rows, an example 16 x 2^l candidates, a batch B x 2^l groups.
-    Padding is neither attended to nor scored.
+    Contexts get the smallest of `pad_to`, 2 `pad_to`, 4 `pad_to`, ... rows that holds the longest; a batch gets B,
+    2 B, 4 B, ... groups. Candidates grow together: at level l a group has 64 x 2^l candidate rows and an example
+    16 x 2^l candidates. Padding is neither attended to nor scored.
 
     Args:
         batch: without padding.
@@ -239,8 +239,8 @@ def pad_packed(batch: PackedBatch, pad_to: int) -> PackedBatch:
     groups, B, C = len(batch.context_lengths), batch.num_examples, batch.num_candidates
     n, m = np.asarray(batch.context_lengths), np.asarray(batch.candidate_rows)
     longest = pad_to * 2 ** _doublings(int(n.max()), pad_to)
-    level = max(_doublings(int(m.max()), 64), _doublings(C, 16), _doublings(groups, B))
-    most, slots, all_groups = 64 * 2**level, 16 * 2**level, B * 2**level
+    level = max(_doublings(int(m.max()), 64), _doublings(C, 16))
+    most, slots, all_groups = 64 * 2**level, 16 * 2**level, B * 2 ** _doublings(groups, B)
     dummy = B * slots  # candidate that all padding belongs to; its score is dropped
     starts = np.arange(groups)
     contexts = _ranges_to_indices(starts * longest, starts * longest + n)
