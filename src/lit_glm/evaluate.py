@@ -20,8 +20,12 @@ log = logging.getLogger("lit_glm.evaluate")
 _FILES = ("evaluation.json", "predictions.jsonl")
 
 
-def read_example_metadata(eval_file: Path, num_examples: int) -> Optional[List[Dict[str, Any]]]:
+def read_example_metadata(eval_file: Path, split: Any) -> Optional[List[Dict[str, Any]]]:
     """Read what `prepare` wrote next to an evaluation file: idx, candidates and answers of each example as text.
+
+    Args:
+        eval_file: the evaluation file.
+        split: its examples, a `MemmapDataset`.
 
     Returns:
         None if there is no such file (the published data has none).
@@ -43,8 +47,13 @@ def read_example_metadata(eval_file: Path, num_examples: int) -> Optional[List[D
     for number, name in enumerate(names, 1):
         if not isinstance(name, dict) or not {"candidates", "answers", "tokens_removed"} <= set(name):
             raise InputError(f"{path}: entry {number} lacks candidates, answers or tokens_removed; prepare again")
-    if len(names) != num_examples:
-        raise InputError(f"{path}: has {len(names)} lines, {eval_file} has {num_examples} examples; prepare both again")
+    if len(names) != len(split):
+        raise InputError(f"{path}: has {len(names)} lines, {eval_file} has {len(split)} examples; prepare both again")
+    for example, name in enumerate(names):
+        candidates, right = name["candidates"], split.answers_of(example)
+        named = tuple(place for place, text in enumerate(candidates) if text in name["answers"])
+        if len(candidates) != split.num_candidates_of(example) or named != right:
+            raise InputError(f"{path}: entry {example + 1} is of another evaluation file; prepare both again")
     return names
 
 
@@ -57,7 +66,7 @@ def describe_predictions(
     """Describe each prediction: `idx` and `label` as SuperGLUE's submission format has them, then what explains it.
 
     Args:
-        chosen: (example, candidate) of all examples; -1: none, as no score is above that of padding.
+        chosen: (example, candidate) of all examples; -1: none, as no score is above that of padding, or one is NaN.
         scores: of the candidates of each example.
         answers: example -> its right candidates.
         names: texts of all examples, in the order of the evaluation file; None: candidates are numbered instead.
@@ -184,11 +193,14 @@ def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
         log.warning(line)
     scores: Dict[int, List[float]] = {}
     accuracy, chosen, runtime, split = _score_checkpoint(config, scores)
-    names = read_example_metadata(Path(config.data.eval_file), len(chosen))
+    names = read_example_metadata(Path(config.data.eval_file), split)
     report: Dict[str, Any] = {"acc": accuracy, "em": None, "f1": None, "num_examples": len(chosen)}
     predictions = describe_predictions(chosen, scores, split.answers_of, names)
     if names is not None:
         report.update(score_predictions(names, chosen))
+    unusable = sum(any(map(math.isnan, own)) for own in scores.values())
+    if unusable:
+        log.warning(f"{unusable} of {len(chosen)} examples have a score that is not a number; they count as wrong")
     text = _scores_text(out, report, config, runtime, names is not None)
     try:
         _write_results(out, predictions, report, config, runtime)
@@ -244,7 +256,7 @@ def _score_checkpoint(
 
     split = open_dataset(config.data.eval_file, True, config.data.cache_dir)
     split.check_fits_model(config.model.vocab_size, config.model.max_sequence_length, config.data.max_seq_length)
-    read_example_metadata(Path(config.data.eval_file), len(split))  # fails before the work
+    read_example_metadata(Path(config.data.eval_file), split)  # fails before the work
     device = runtime.device(0)
     check_attention_available(config.model.attention)
     glm, done = build_glm(config.model, runtime.model_ops())

@@ -1,16 +1,25 @@
 """Lines that cannot be used are counted by reason, with their numbers, and left out."""
 
 import json
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator, List
 
+import psutil
 import pytest
 
 from conftest import GOLDEN, lit_glm_here
 from lit_glm.data.h5sparse import SparseReader
+from lit_glm.data.prepare_hdf5 import _encode_in_parallel
 from lit_glm.data.superglue_jsonl import SkippedRecords, read_questions
+from lit_glm.errors import RunError
 
 VOCAB = GOLDEN / "bert-large-uncased-vocab.txt"
+
+
+def write(folder: Path, lines: List[str]) -> Path:
+    (folder / "x.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "x.jsonl"
 
 
 def record(query: str = "Then @placeholder left.", answers: Any = ("Ann",), text: str = "Ann met Bob.") -> str:
@@ -70,6 +79,24 @@ def test_prepare_reports_them(workers: int, tmp_path: Path, capfd: Any) -> None:
     assert not (out / "train_hdf5").exists()
     with SparseReader(out / "eval_hdf5" / "eval_sparse.hdf5", needs_answers=True) as reader:
         assert reader.num_examples == 1
+
+
+@pytest.mark.process
+def test_a_worker_that_is_killed_ends_the_command(tmp_path: Path) -> None:
+    others = psutil.Process().children()
+    questions = [found for _, found in read_questions(write(tmp_path, LINES[:1]), False, SkippedRecords())]
+
+    def chunks() -> Iterator[Any]:
+        yield questions[0]
+        while not any(worker not in others for worker in psutil.Process().children()):
+            time.sleep(0.05)
+        for worker in psutil.Process().children():
+            if worker not in others and "spawn_main" in " ".join(worker.cmdline()):
+                worker.kill()
+        yield questions[0]
+
+    with pytest.raises(RunError, match="data.num_workers=1: a worker process was killed"):
+        list(_encode_in_parallel(chunks(), str(VOCAB), 64, 1))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any, Dict, List
@@ -20,6 +21,7 @@ from lit_glm.runs.job_spec import JobSpec
 from lit_glm.runs.run_folder import ensure_available, lock_directory
 
 DEBUG = ["experiment=debug", "run.max_steps=2", "logger={}"]
+SYNTHETIC = ["data=synthetic", "data.synthetic.num_train=8", "data.synthetic.num_eval=4"]
 
 
 def result(run: Path) -> Any:
@@ -157,6 +159,27 @@ def test_generated_data_leave_other_data_alone(tmp_path: Path, capfd: Any) -> No
     assert lit_glm_here("train", *DEBUG, "data.out_dir=more", "hydra.run.dir=a") == 0
     assert lit_glm_here("train", *DEBUG, "data.out_dir=more", "data.synthetic.seed=1", "hydra.run.dir=b") == 0
     assert (tmp_path / "more" / "notes.txt").read_text() == "dear"
+
+
+def test_files_of_the_users_between_generated_ones_stay(tmp_path: Path, capfd: Any) -> None:
+    (tmp_path / "mine" / "raw").mkdir(parents=True)
+    (tmp_path / "mine" / "raw" / "corpus.jsonl").write_text("dear")
+    (tmp_path / "mine" / "generated.json").write_text('{"model": "gpt"}')
+    assert lit_glm_here("prepare", *SYNTHETIC, "data.out_dir=mine") == 2
+    assert "contains generated.json, raw, which was not generated" in capfd.readouterr().err
+    assert (tmp_path / "mine" / "raw" / "corpus.jsonl").read_text() == "dear"
+    assert lit_glm_here("prepare", *SYNTHETIC, "data.out_dir=ours") == 0
+    (tmp_path / "ours" / "raw" / "notes.txt").write_text("dear")
+    assert lit_glm_here("prepare", *SYNTHETIC, "data.out_dir=ours", "data.synthetic.seed=1") == 0
+    assert (tmp_path / "ours" / "raw" / "notes.txt").read_text() == "dear"
+
+
+def test_generated_data_of_which_a_part_is_missing_are_generated_again(tmp_path: Path) -> None:
+    assert lit_glm_here("prepare", *SYNTHETIC, "data.out_dir=data") == 0
+    before = tree_digest(tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "eval_hdf5")
+    assert lit_glm_here("prepare", *SYNTHETIC, "data.out_dir=data") == 0
+    assert set(tree_digest(tmp_path / "data")) == set(before)
 
 
 def test_a_global_batch_above_the_examples_is_refused_and_short_batches_count_what_they_hold(

@@ -79,6 +79,7 @@ def test_damaged_texts_are_refused_before_the_work(run: Path, capfd: Any) -> Non
     for damaged, message in (
         (f"{whole}}}{{\n", "is not JSON"),
         (whole.replace("candidates", "choices"), "entry 1 lacks"),
+        ("\n".join(whole.splitlines()[::-1]) + "\n", "is of another evaluation file"),
     ):
         texts.write_text(damaged, encoding="utf-8")
         capfd.readouterr()

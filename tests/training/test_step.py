@@ -148,7 +148,8 @@ def test_the_norm_of_many_gradients_is_exact(highest: float) -> None:
         torch.testing.assert_close(weight.grad, gradient * factor, rtol=2e-6, atol=0.0)
 
 
-def test_where_no_score_is_above_that_of_padding_no_candidate_is_chosen() -> None:
+@pytest.mark.parametrize("score", [-torch.inf, torch.nan])
+def test_where_no_score_is_above_that_of_padding_or_one_is_none_no_candidate_is_chosen(score: float) -> None:
     config = validate_config(compose_config("train", GOLDEN_RUN), TrainConfig)
     split = open_dataset(config.data.eval_file, True, None)
 
@@ -156,7 +157,7 @@ def test_where_no_score_is_above_that_of_padding_no_candidate_is_chosen() -> Non
         device = torch.device("cpu")
 
         def forward(self, batch: Any) -> torch.Tensor:
-            table = torch.full(batch.score_shape, -torch.inf)
+            table = torch.full(batch.score_shape, score)
             table[:, -1] = -1e4  # as padding, in the batch of the most candidates one of them
             return table
 

@@ -87,6 +87,10 @@ class MemmapDataset:
         content = {key: value for key, value in self.meta.items() if key != "source"}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
+    def num_candidates_of(self, example: int) -> int:
+        """Return the number of candidates of an example."""
+        return int(self.example_candidate_end[example + 1] - self.example_candidate_end[example])
+
     def answers_of(self, example: int) -> Tuple[int, ...]:
         """Return the correct candidates of an example."""
         start, stop = self.example_answer_end[example], self.example_answer_end[example + 1]

@@ -3,7 +3,10 @@
 import json
 import multiprocessing
 import os
+import signal
 import sys
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
@@ -16,7 +19,8 @@ from lit_glm.atomic_files import read_json, write_json
 from lit_glm.data.cloze import EncodedExamples, WordPieceTokenizer, encode_questions
 from lit_glm.data.h5sparse import SparseWriter
 from lit_glm.data.superglue_jsonl import Question, SkippedRecords, read_questions
-from lit_glm.errors import InputError
+from lit_glm.errors import InputError, RunError
+from lit_glm.process_utils import set_parent_death_signal
 
 TRAIN_FILE = Path("train_hdf5/train_sparse.hdf5")
 EVAL_FILE = Path("eval_hdf5/eval_sparse.hdf5")
@@ -57,6 +61,12 @@ def _start_worker(vocab_file: str, max_seq_length: int) -> None:
     _worker = WordPieceTokenizer(vocab_file), max_seq_length
 
 
+def _start_worker_process(vocab_file: str, max_seq_length: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which ends its workers
+    set_parent_death_signal()
+    _start_worker(vocab_file, max_seq_length)
+
+
 def _encode_chunk(questions: List[Question]) -> EncodedExamples:
     assert _worker is not None
     return encode_questions(questions, *_worker)
@@ -83,15 +93,24 @@ def _encode_in_parallel(
         yield from map(_encode_chunk, chunks)
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with multiprocessing.get_context("spawn").Pool(workers, _start_worker, (vocab_file, max_seq_length)) as pool:
+    own = {"mp_context": multiprocessing.get_context("spawn"), "initializer": _start_worker_process}
+    with ProcessPoolExecutor(workers, initargs=(vocab_file, max_seq_length), **own) as pool:  # type: ignore[arg-type]
         # The number of pending chunks is bounded, so that a slow disk does not fill the memory.
-        pending: List[Any] = []
-        for chunk in chunks:
-            pending.append(pool.apply_async(_encode_chunk, (chunk,)))
-            if len(pending) > 3 * workers:
-                yield pending.pop(0).get()
-        for result in pending:
-            yield result.get()
+        pending: List["Future[EncodedExamples]"] = []
+        try:
+            for chunk in chunks:
+                pending.append(pool.submit(_encode_chunk, chunk))
+                if len(pending) > 3 * workers:
+                    yield pending.pop(0).result()
+            while pending:
+                yield pending.pop(0).result()
+        except BrokenProcessPool as error:
+            raise RunError(
+                f"data.num_workers={workers}: a worker process was killed, probably for lack of memory; use fewer workers"
+            ) from error
+        finally:
+            for result in pending:
+                result.cancel()
 
 
 def prepare_file(raw: Path, out: Path, train: bool, vocab_file: str, max_seq_length: int, workers: int) -> PreparedFile:

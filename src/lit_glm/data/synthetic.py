@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, List, Sequence
 
 from lit_glm.atomic_files import file_lock, make_folder, read_json, write_text
 from lit_glm.config.schema import DataConfig
-from lit_glm.data.prepare_hdf5 import prepare_files
+from lit_glm.data.prepare_hdf5 import EVAL_FILE, TRAIN_FILE, prepare_files
 from lit_glm.errors import InputError
 
 _NAMES = (  # few, so that each is seen often and none correlates with a place
@@ -132,7 +132,8 @@ def ensure_synthetic_data(data: DataConfig) -> None:
     marker = out / "generated.json"
 
     def is_there() -> bool:
-        return bool((read_json(marker) or {}).get("stamp") == stamp)
+        has_files = (out / TRAIN_FILE).is_file() and (out / EVAL_FILE).is_file()
+        return has_files and (read_json(marker) or {}).get("stamp") == stamp
 
     if is_there():
         return
@@ -167,21 +168,22 @@ def _generate_and_prepare(
 
 
 def _move_into_place(made: Path, out: Path, marker: Path) -> None:
-    """Move the generated files to their folder; other files there are kept.
+    """Move each generated file to its place; other files there are kept.
 
     Raises:
         InputError: if the folder contains data that was not generated.
     """
-    names = sorted(path.name for path in made.iterdir() if path.name != marker.name)
-    foreign = [name for name in names if (out / name).exists()] if not marker.is_file() else []
+    names = sorted(path.name for path in made.iterdir())
+    content = read_json(marker)
+    is_ours = content is not None and (not content or {"stamp", "settings"} <= set(content))
+    foreign = [] if is_ours else [name for name in names if (out / name).exists()]
     if foreign:
         raise InputError(
             f"data.out_dir={out}: contains {', '.join(foreign)}, which was not generated; choose another data.out_dir="
         )
-    ours = marker.is_file()
     out.mkdir(exist_ok=True)
     write_text(marker, "{}\n")  # marks the folder as generated but incomplete
-    for name in names if ours else []:
-        shutil.rmtree(str(out / name), ignore_errors=True)
-    for name in (*names, marker.name):
-        os.replace(str(made / name), str(out / name))
+    files = sorted(path.relative_to(made) for path in made.rglob("*") if path.is_file())
+    for file in sorted(files, key=lambda file: file.name == marker.name):  # the marker last
+        (out / file).parent.mkdir(exist_ok=True)
+        os.replace(str(made / file), str(out / file))

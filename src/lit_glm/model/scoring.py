@@ -80,6 +80,11 @@ def _slice_candidates(batch: PaddedBatch, start: int, stop: int) -> PaddedBatch:
     return PaddedBatch(**{name: getattr(batch, name)[:, start:stop] for name in names})
 
 
+def best_candidates(table: Tensor) -> Tensor:
+    """Return the candidate with the highest score, [B, C] -> [B]; C where a score is NaN: none is the best."""
+    return table.argmax(dim=1).masked_fill(table.isnan().any(dim=1), table.shape[1])
+
+
 def candidate_loss(table: Tensor) -> Tensor:
     """Compute the mean cross entropy of choosing candidate 0, the right one in training, [B, C] -> []."""
     return F.cross_entropy(table, torch.zeros(len(table), dtype=torch.long, device=table.device))

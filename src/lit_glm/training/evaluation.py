@@ -12,6 +12,7 @@ from torchmetrics import Metric
 
 from lit_glm.config.schema import RunConfig
 from lit_glm.hardware.runtimes.base import Runtime
+from lit_glm.model.scoring import best_candidates
 
 
 class ExactMatch(Metric):
@@ -91,7 +92,7 @@ def evaluate(
     stopped = False
 
     def count(batch: Any, read: Callable[[], List[int]], read_table: Callable[[], List[float]]) -> None:
-        # No candidate, -1, where no score is above that of padding: a device whose results overflow.
+        # No candidate, -1, where no score is above that of padding or one is NaN: a device whose results overflow.
         best = [own[choice] if choice < len(own) else -1 for own, choice in zip(batch.first_equal, read())]
         metric.update(best, batch.answers)
         if scores is not None:
@@ -105,7 +106,7 @@ def evaluate(
         with torch.no_grad():
             for batch in loader:
                 table = module(batch.to(module.device, non_blocking=runtime.pins_memory))
-                best = table.argmax(dim=1)
+                best = best_candidates(table)
                 # Read the previous batch's result while the device computes this one.
                 read_table = runtime.to_host_async(table.reshape(-1)) if scores is not None else list
                 before, waiting = waiting, (batch, runtime.to_host_async(best), read_table)

@@ -20,7 +20,7 @@ from lit_glm.hardware.precision import FP16Precision, LossScalingPrecision, back
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.model.checkpoint import build_glm
 from lit_glm.model.glm import GLM
-from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, candidate_loss, candidate_scores
+from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, best_candidates, candidate_loss, candidate_scores
 from lit_glm.training.optimizer import clip_gradients, make_optimizer
 
 _WEIGHTS_SEED = 20231
@@ -166,7 +166,7 @@ class TrainStepper:
         self.glm.eval()
         with torch.no_grad(), self._plugin.forward_context():
             table = candidate_scores(self.glm, batch.to(self.device), EVAL_MASK, slice_size=10)
-            table.argmax(dim=1)  # as an evaluation does: the operator is compared with the CPU's
+            best_candidates(table)  # as an evaluation does: its operators are compared with the CPU's
         self.glm.train()
         self._finish_step()
         return table
