@@ -116,6 +116,15 @@ def score_predictions(names: List[Dict[str, Any]], chosen: List[Tuple[int, int]]
     }
 
 
+def _scored_run(config: TrainConfig) -> Optional[Path]:
+    """Return the run folder whose checkpoint is scored; None for a checkpoint of its own."""
+    from lit_glm.runs.job_spec import JOB_FILE
+
+    path = Path(config.model.init_checkpoint or "")
+    run_dir = path.parent.parent if path.suffix == ".ckpt" else path
+    return run_dir if (run_dir / JOB_FILE).is_file() else None
+
+
 def inherit_run_config(config: TrainConfig, given: List[str], overrides: List[str]) -> TrainConfig:
     """Use model, data and device of the run whose checkpoint is scored; the command line takes precedence.
 
@@ -126,24 +135,37 @@ def inherit_run_config(config: TrainConfig, given: List[str], overrides: List[st
         given: keys and groups that the command line sets.
         overrides: overrides of the command line.
     """
-    from dataclasses import fields, replace
+    from lit_glm.runs.job_spec import read_run_config
 
-    from lit_glm.runs.job_spec import JOB_FILE, JobSpec
-
-    path = Path(config.model.init_checkpoint or "")
-    run_dir = path.parent.parent if path.suffix == ".ckpt" else path
-    if not (run_dir / JOB_FILE).is_file():
+    run_dir = _scored_run(config)
+    if run_dir is None:
         return config
-    run: Any = JobSpec.read(run_dir).config
+    run: Any = read_run_config(run_dir)
+    if any(key.startswith(("data.out_dir", "data.synthetic")) for key in given):  # these decide which files are meant
+        given = [*given, "data.out_dir", "data.synthetic", "data.train_file", "data.eval_file"]
     for group in ("model", "data"):
         if group in given:
             continue
-        own = {field.name for field in fields(getattr(config, group)) if f"{group}.{field.name}" in given}
-        changes = {name: getattr(getattr(config, group), name) for name in own}
-        setattr(config, group, replace(getattr(run, group), **changes))
+        for key in given:
+            if key.startswith(f"{group}."):
+                _copy_value(config, run, key)
+        setattr(config, group, getattr(run, group))
     if not any(key.split(".")[0] == "hardware" for key in given):
         config.hardware = _hardware_of_run(run, config, overrides)
     return config
+
+
+def _copy_value(source: Any, target: Any, key: str) -> None:
+    """Copy the value of a dotted key from one configuration to another."""
+    parent, _, name = key.rpartition(".")
+    for part in parent.split("."):
+        if getattr(target, part, None) is None:  # the target has no such group, as data.synthetic
+            setattr(target, part, getattr(source, part))
+        source, target = getattr(source, part), getattr(target, part)
+    if isinstance(target, dict):
+        target[name] = source[name]
+    else:
+        setattr(target, name, getattr(source, name))
 
 
 def _hardware_of_run(run: TrainConfig, config: TrainConfig, overrides: List[str]) -> Any:
@@ -188,11 +210,12 @@ def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
     _check_not_foreign(out)
     make_folder(out)
     overrides = [*hydra.overrides.task, *CommandLine.read(sys.argv[1:]).searchpath]
+    trained = None if any(key.split(".")[0] == "data" for key in given) else _scored_run(config)
     config = inherit_run_config(config, given, overrides)
     for line in set_hardware_env(config.hardware):
         log.warning(line)
     scores: Dict[int, List[float]] = {}
-    accuracy, chosen, runtime, split = _score_checkpoint(config, scores)
+    accuracy, chosen, runtime, split = _score_checkpoint(config, scores, trained)
     names = read_example_metadata(Path(config.data.eval_file), split)
     report: Dict[str, Any] = {"acc": accuracy, "em": None, "f1": None, "num_examples": len(chosen)}
     predictions = describe_predictions(chosen, scores, split.answers_of, names)
@@ -213,16 +236,15 @@ def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
 
 def _folder_for(config: TrainConfig, hydra: Any) -> Path:
     """Return where results go: `hydra.run.dir` or a sweep's folder, else the run folder, else a new one in outputs/."""
-    from lit_glm.runs.job_spec import JOB_FILE
     from lit_glm.runs.result import SCHEMA_VERSION, read_result
 
-    path = Path(config.model.init_checkpoint or "")
-    run_dir = path.parent.parent if path.suffix == ".ckpt" else path
+    run_dir = _scored_run(config)
     given = any(override.startswith("hydra.run.dir=") for override in hydra.overrides.hydra)
+    if run_dir is None or given or is_sweep_job() or not os.access(run_dir, os.W_OK):
+        return output_dir()
     # A run of an earlier version is only read.
-    is_ours = (run_dir / JOB_FILE).is_file() and (read_result(run_dir) or {}).get("schema_version") == SCHEMA_VERSION
-    inside = not given and not is_sweep_job() and is_ours and os.access(run_dir, os.W_OK)
-    return run_dir / "evaluation" if inside else output_dir()
+    is_ours = (read_result(run_dir) or {}).get("schema_version") == SCHEMA_VERSION
+    return run_dir / "evaluation" if is_ours else output_dir()
 
 
 def _check_not_foreign(out: Path) -> None:
@@ -234,10 +256,31 @@ def _check_not_foreign(out: Path) -> None:
         raise InputError(f"{out}: contains {', '.join(foreign)}, not written by evaluate; give another hydra.run.dir=")
 
 
+def _check_data_of_run(split: Any, run_dir: Path) -> None:
+    """Reject an evaluation file that is not the one of the run."""
+    from lit_glm.runs.result import read_result
+
+    _, _, before = str((read_result(run_dir) or {}).get("data_fingerprint") or "").partition("-")
+    if before and before != split.fingerprint:
+        raise InputError(
+            f"{split.source}: these are not the evaluation data of {run_dir} (data_fingerprint {split.fingerprint} "
+            f"here, {before} there); to score other data, give data.eval_file="
+        )
+
+
 def _score_checkpoint(
-    config: TrainConfig, scores: Dict[int, List[float]]
+    config: TrainConfig, scores: Dict[int, List[float]], trained: Optional[Path]
 ) -> Tuple[Optional[float], List[Tuple[int, int]], Any, Any]:
-    """Return accuracy, (example, chosen candidate) of all examples, runtime and data; fill in `scores`."""
+    """Score the evaluation file.
+
+    Args:
+        config: configuration.
+        scores: gets the scores of each example.
+        trained: run folder whose data must be those of the configuration.
+
+    Returns:
+        Accuracy, (example, chosen candidate) of all examples, runtime and data.
+    """
     from lit_glm.data.synthetic import ensure_synthetic_data
     from lit_glm.hardware.runtimes.selection import make_runtime
 
@@ -256,6 +299,8 @@ def _score_checkpoint(
 
     split = open_dataset(config.data.eval_file, True, config.data.cache_dir)
     split.check_fits_model(config.model.vocab_size, config.model.max_sequence_length, config.data.max_seq_length)
+    if trained is not None:
+        _check_data_of_run(split, trained)
     read_example_metadata(Path(config.data.eval_file), split)  # fails before the work
     device = runtime.device(0)
     check_attention_available(config.model.attention)

@@ -13,7 +13,7 @@ log = logging.getLogger("lit_glm.export")
 
 
 def export(run_dir: Path, layout: str, out: Path) -> str:
-    """Write the weights of a run's newest checkpoint.
+    """Write the weights of a run's newest checkpoint that can be read; others are named.
 
     Args:
         run_dir: a run folder.
@@ -31,12 +31,16 @@ def export(run_dir: Path, layout: str, out: Path) -> str:
     from lit_glm.runs import checkpoints
     from lit_glm.runs.job_spec import JOB_FILE, read_job_json
 
+    if layout == "published" and out.suffix == ".safetensors":  # torch reads a file of that name as safetensors
+        raise InputError(f"--out {out}: the published layout is a torch file; write --to safetensors, or FILE.pt")
     if not (run_dir / JOB_FILE).is_file():
         raise InputError(f"{run_dir}: is not a run folder (no {JOB_FILE})")
     stored_hash = str((read_job_json(run_dir) or {}).get("config_hash"))  # as computed by the version that wrote them
     path, content, passed_over = checkpoints.latest_valid(run_dir, stored_hash, whole=True)
     if path is None:
         raise InputError("\n".join([f"{run_dir}: contains no usable checkpoint", *passed_over]))
+    for line in passed_over:
+        log.warning(line)
     if out.exists() and not is_exported(out):
         raise InputError(f"--out {out}: exists and was not written by export; give another file, or remove it")
     weights = {name[len("glm.") :]: tensor for name, tensor in content["state_dict"].items()}

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,13 @@ def test_model_parallel_sets_are_merged(tmp_path: Path) -> None:
         torch.save({"module": part}, str(tmp_path / f"mp_rank_{rank:02d}_model_states.pt"))
     merged = read_weights(tmp_path / "mp_rank_00_model_states.pt")
     assert all(torch.equal(merged[name], weights[name]) for name in weights)
+    for rank in range(2):
+        shutil.copy(tmp_path / f"mp_rank_{rank:02d}_model_states.pt", tmp_path / f"mp_rank_{rank:02d}_copy[1].pt")
+    assert set(read_weights(tmp_path / "mp_rank_00_copy[1].pt")) == set(weights)
+    other = {name: torch.zeros([size + 1 for size in tensor.shape]) for name, tensor in weights.items()}
+    torch.save({"module": other}, str(tmp_path / "mp_rank_01_copy[1].pt"))
+    with pytest.raises(InputError, match="of different models: word_embeddings.weight has the shapes"):
+        read_weights(tmp_path / "mp_rank_00_copy[1].pt")
     (tmp_path / "mp_rank_00_model_states.pt").rename(tmp_path / "mp_rank_02_model_states.pt")
     with pytest.raises(InputError, match="mp_rank_00_model_states.pt is missing"):
         read_weights(tmp_path / "mp_rank_02_model_states.pt")

@@ -110,6 +110,10 @@ def test_a_checkpoint_that_is_damaged_in_its_middle_is_passed_over(tmp_path: Pat
     (run / "result.json").write_text(json.dumps({**result(run), "status": "interrupted"}))
     assert lit_glm_here("evaluate", str(newest), "hydra.run.dir=scored") == 2
     assert "is damaged" in capfd.readouterr().err
+    assert lit_glm_here("export", str(run), "--to", "published", "--out", "weights.pt") == 0
+    assert f"{newest}: skipped (it is damaged: " in capfd.readouterr().err
+    assert lit_glm_here("export", str(run), "--to", "published", "--out", "w.safetensors") == 2
+    assert "write --to safetensors" in capfd.readouterr().err
     assert lit_glm_here("train", *arguments, f"run.resume={run}") == 0
     said = capfd.readouterr()
     assert f"{newest}: skipped (it is damaged: " in said.err

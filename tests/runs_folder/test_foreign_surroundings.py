@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Tuple
 
 import pytest
 
@@ -85,6 +85,39 @@ def test_damaged_texts_are_refused_before_the_work(run: Path, capfd: Any) -> Non
         capfd.readouterr()
         assert lit_glm_here("evaluate", *scores) == 2
         assert message in capfd.readouterr().err
+
+
+def test_a_run_is_scored_on_its_own_data_from_any_folder(
+    run: Path, capfd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = ["data.synthetic.num_train=8", "data.synthetic.num_eval=5", "data.max_seq_length=128"]
+    for name in ("data/record", "small"):
+        where = tmp_path / "elsewhere" / name
+        assert lit_glm_here("prepare", "data=synthetic", *sizes, f"data.out_dir={where}") == 0
+    job = json.loads((run / "job.json").read_text())
+    file = job["config"]["data"]["eval_file"]
+    record = {"synthetic": None, "out_dir": "data/record", "eval_file": "data/record/eval_hdf5/eval_sparse.hdf5"}
+    (run / "job.json").write_text(
+        json.dumps({**job, "config": {**job["config"], "data": {**job["config"]["data"], **record}}})
+    )
+    (tmp_path / "data" / "record").mkdir(parents=True)
+    shutil.copytree(Path(file).parent, tmp_path / "data" / "record" / "eval_hdf5")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+
+    def scores(*overrides: str) -> Tuple[int, str, str]:
+        capfd.readouterr()
+        status = lit_glm_here("evaluate", str(run), f"hydra.run.dir={tmp_path / 'scores'}", *overrides)
+        return (status, *capfd.readouterr())
+
+    status, said, _ = scores()
+    assert (status, "examples  16" in said) == (0, True)
+    status, said, _ = scores("data.out_dir=small")
+    assert (status, "examples  5" in said) == (0, True)
+    shutil.rmtree(tmp_path / "data" / "record")  # then only other data are there
+    status, _, complaint = scores()
+    assert (status, "these are not the evaluation data of" in complaint) == (2, True)
+    status, said, _ = scores(f"data.eval_file={record['eval_file']}")
+    assert (status, "examples  5" in said) == (0, True)
 
 
 def test_scores_are_printed_although_their_files_cannot_be_written(

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Dict, Iterator, List, Optional, Tuple
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -93,10 +93,11 @@ def _encode_in_parallel(
         yield from map(_encode_chunk, chunks)
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    own = {"mp_context": multiprocessing.get_context("spawn"), "initializer": _start_worker_process}
-    with ProcessPoolExecutor(workers, initargs=(vocab_file, max_seq_length), **own) as pool:  # type: ignore[arg-type]
+    spawn = multiprocessing.get_context("spawn")
+    vocabulary = (vocab_file, max_seq_length)
+    with ProcessPoolExecutor(workers, spawn, initializer=_start_worker_process, initargs=vocabulary) as pool:
         # The number of pending chunks is bounded, so that a slow disk does not fill the memory.
-        pending: List["Future[EncodedExamples]"] = []
+        pending: List[Future[EncodedExamples]] = []
         try:
             for chunk in chunks:
                 pending.append(pool.submit(_encode_chunk, chunk))
@@ -106,7 +107,7 @@ def _encode_in_parallel(
                 yield pending.pop(0).result()
         except BrokenProcessPool as error:
             raise RunError(
-                f"data.num_workers={workers}: a worker process was killed, probably for lack of memory; use fewer workers"
+                f"data.num_workers={workers}: a worker process was killed, probably for lack of memory; use fewer"
             ) from error
         finally:
             for result in pending:

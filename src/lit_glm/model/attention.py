@@ -185,13 +185,10 @@ class PerGroupAttention:
             row_candidate: [R] which candidate each candidate row belongs to.
             attend: attention of one group.
         """
-        same_candidate = row_candidate[:, None] == row_candidate  # [R, R]
-        same_candidate &= _causal(len(row_candidate), row_candidate.device)
-        masks, start = [], 0
-        for n, m in zip(context_lengths, candidate_rows):
-            block = same_candidate[start : start + m, start : start + m]
-            masks.append(Mask(F.pad(block, (n, 0), value=True)))
-            start += m
+        masks = []
+        for n, own in zip(context_lengths, row_candidate.split(candidate_rows)):
+            same_candidate = (own[:, None] == own) & _causal(len(own), own.device)  # [m, m]
+            masks.append(Mask(F.pad(same_candidate, (n, 0), value=True)))
         return cls(context_lengths, candidate_rows, masks, attend)
 
     def __call__(self, qkv: Tensor, heads: int, dropout: float, candidates_only: bool) -> Tensor:

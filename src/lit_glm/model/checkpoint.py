@@ -4,6 +4,7 @@ The published layout (THUDM/GLM) is a torch file with the weights under "module"
 ITERATION/mp_rank_00_model_states.pt and names ITERATION in latest_checkpointed_iteration.txt. Only "module" is used.
 """
 
+import glob
 import pickle
 import re
 import zipfile
@@ -163,7 +164,7 @@ def _model_parallel_set(path: Path) -> List[Path]:
     match = re.fullmatch(r"mp_rank_(\d\d)(.*)", path.name)
     if match is None:
         return [path]
-    siblings = sorted(path.parent.glob(f"mp_rank_[0-9][0-9]{match.group(2)}"))
+    siblings = sorted(path.parent.glob(f"mp_rank_[0-9][0-9]{glob.escape(match.group(2))}"))
     for number, file in enumerate(siblings):
         if file.name != f"mp_rank_{number:02d}{match.group(2)}":
             raise InputError(f"{path.parent}: mp_rank_{number:02d}{match.group(2)} is missing from the set")
@@ -253,15 +254,21 @@ def _merge_model_parallel(parts: List[Dict[str, Tensor]], path: Path) -> Dict[st
             tensors = [part[name] for part in parts]
         except KeyError as error:
             raise InputError(f"{path}: tensor {name} is missing from some of the model-parallel files") from error
-        if "query_key_value" in name:
-            blocks = [tensor.chunk(3, dim=0) for tensor in tensors]
-            merged[name] = torch.cat([block[kind] for kind in range(3) for block in blocks], dim=0)
-        elif "dense_h_to_4h" in name or name == "word_embeddings.weight":
-            merged[name] = torch.cat(tensors, dim=0)
-        elif name.endswith(("attention.dense.weight", "dense_4h_to_h.weight")):
-            merged[name] = torch.cat(tensors, dim=1)
-        else:
-            merged[name] = first
+        try:
+            if "query_key_value" in name:
+                blocks = [tensor.chunk(3, dim=0) for tensor in tensors]
+                merged[name] = torch.cat([block[kind] for kind in range(3) for block in blocks], dim=0)
+            elif "dense_h_to_4h" in name or name == "word_embeddings.weight":
+                merged[name] = torch.cat(tensors, dim=0)
+            elif name.endswith(("attention.dense.weight", "dense_4h_to_h.weight")):
+                merged[name] = torch.cat(tensors, dim=1)
+            else:
+                merged[name] = first
+        except (RuntimeError, IndexError) as error:
+            shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors)
+            raise InputError(
+                f"{path}: the model-parallel files are of different models: {name} has the shapes {shapes}"
+            ) from error
     return merged
 
 

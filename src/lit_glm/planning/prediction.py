@@ -13,7 +13,7 @@ from lit_glm.hardware.env import hardware_file
 from lit_glm.metrics.flops import peak_key, published_flops
 from lit_glm.metrics.memory_estimate import count_parameters, estimate_memory
 from lit_glm.planning.workload import Workload
-from lit_glm.runs.job_spec import JOB_FILE, JobSpec
+from lit_glm.runs.job_spec import JOB_FILE, read_run_config
 from lit_glm.runs.result import read_result, was_contended
 from lit_glm.runs.run_writer import STEP_COLUMNS, read_csv_rows
 
@@ -142,7 +142,7 @@ class MeasuredRun:
         """
         if not (path / JOB_FILE).is_file():
             raise InputError(f"plan.runs={path}: not a run folder (no {JOB_FILE})")
-        config, result = JobSpec.read(path).config, read_result(path) or {}
+        config, result = read_run_config(path), read_result(path) or {}
         rows = read_csv_rows(path / "steps.csv", STEP_COLUMNS) if (path / "steps.csv").is_file() else []
         first = max(3, len(rows) // 10)  # the first steps touch memory and start kernels for the first time
         rows = rows[: first + _MOST_STEPS]

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -37,6 +37,8 @@ class JobSpec:
     """Folder of the sweep that the job belongs to."""
     is_trial: bool = False
     """Whether it is a trial of `tune`, which is no measurement of its own."""
+    working_dir: str = field(default_factory=os.getcwd)
+    """Folder in which the job was started, to which relative paths of its configuration refer."""
 
     def write(self, folder: Path) -> None:
         """Write job.json for the ranks, for resuming, and for the discovery of runs."""
@@ -76,6 +78,26 @@ class JobSpec:
                 f"{folder / JOB_FILE}: written by lit_glm {content.get('lit_glm', 'of an unknown version')}, cannot be "
                 f"read by {lit_glm.__version__} ({reason}); use the version that started the run, or start a new one"
             ) from error
+
+
+def read_run_config(folder: Path) -> TrainConfig:
+    """Read the configuration of a run for a command that works with the run's data, in whatever folder it is called.
+
+    Returns:
+        The configuration. Relative paths of the data refer to the folder in which the run was started, unless they
+        exist only in the current one: the run folder may have been copied from another machine.
+
+    Raises:
+        InputError: see `JobSpec.read`.
+    """
+    job = JobSpec.read(folder)
+    data = job.config.data
+    for name in ("out_dir", "train_file", "eval_file", "cache_dir"):
+        path = getattr(data, name)
+        if path:
+            there = Path(job.working_dir) / path
+            setattr(data, name, str(there) if there.exists() or not Path(path).exists() else path)
+    return job.config
 
 
 def _escape_interpolations(node: Any) -> Any:
