@@ -79,7 +79,7 @@ def _with_limits(configs: List[Any], combinations: List[List[str]]) -> Tuple[Lis
     """
     from lit_glm.reporting.published_rows import load_published_run_length
 
-    given = {text.partition("=")[0] for overrides in combinations for text in overrides}
+    given = {override.key_or_group for overrides in combinations for override in CommandLine(overrides).parse()}
     own = [int(min(one.run.max_samples, (one.run.max_steps or math.inf) * one.global_batch)) for one in configs]
     if {"run.max_samples", "run.max_steps"} & given or (len(set(own)) == 1 and "experiment" in given):
         same = f"a run of {own[0]:,} samples, the configured limit"

@@ -55,6 +55,8 @@ def _compare(given: argparse.Namespace) -> int:
     refused = [f"--format {given.format}"] if given.format != "md" else []
     refused += [f"--lang {given.lang}"] if given.lang != "en" else []
     refused += [f"a third run ({place})" for place in given.runs] + (["--check"] if given.check else [])
+    if limit is not None and not limit >= 0:
+        raise InputError(f"--max-loss-diff {limit:g}: must be at least 0")
     if refused:
         raise InputError(f"--compare takes two runs and writes Markdown in English; it does not take {refused[0]}")
     sides = []

@@ -1,6 +1,7 @@
 """Predictions: against published rows, against runs that hold to a line, and as the command says them."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any, List
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import GOLDEN_RUN, lit_glm_here
+from conftest import FINISHED_STEPS, GOLDEN_RUN, lit_glm_here
 from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import RunConfig, TrainConfig
 from lit_glm.plan import PlanConfig
@@ -264,7 +265,27 @@ def test_a_limit_in_steps_holds_for_each_row_and_foreign_files_stay(
     assert [(row["bs"], row["samples"], row["steps"]) for row in shown] == [(3, 21, 7), (5, 35, 7)]  # cpu: no peak
     assert "hardware=cpu: its speed cannot be predicted" in (tmp_path / "plan" / "plan.md").read_text()
     assert lit_glm_here("plan", *how, "hydra.run.dir=plan") == 0  # its own files may be replaced
+    capsys.readouterr()
+    assert lit_glm_here("plan", how[0], "bs=3", "++run.max_steps=7", how[3], "hydra.run.dir=more", "--json") == 0
+    assert json.loads(capsys.readouterr().out)[0]["samples"] == 21
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "plan.md").write_text("mine")
     assert lit_glm_here("plan", *how, "hydra.run.dir=foreign") == 2
     assert (tmp_path / "foreign" / "plan.md").read_text() == "mine"
+
+
+@pytest.mark.process
+def test_steps_of_lost_or_damaged_rows_are_left_out(finished_run: Any, tmp_path: Path) -> None:
+    whole = MeasuredRun.read(finished_run("1x1")[0])
+    shutil.copytree(finished_run("1x1")[0], tmp_path / "run")
+    head, *lines = (tmp_path / "run" / "steps.csv").read_text().splitlines()
+    damaged = lines[29].split(",")
+    damaged[head.split(",").index("compute_s")] = ""
+    lines[29] = ",".join(damaged)  # step 30
+    del lines[19]  # step 20
+    (tmp_path / "run" / "steps.csv").write_text("\n".join([head, *lines]) + "\n")
+    first = FINISHED_STEPS - len(whole.flops) + 1  # the first step that is learnt from
+    kept = np.delete(np.arange(first, FINISHED_STEPS + 1), [20 - first, 30 - first]) - first
+    read = MeasuredRun.read(tmp_path / "run")
+    assert read.flops[-40:].tolist() == whole.flops[kept][-40:].tolist()
+    assert read.compute[-40:].tolist() == whole.compute[kept][-40:].tolist()

@@ -41,6 +41,13 @@ def test_compare_refuses_what_it_does_not_use(more: List[str], tmp_path: Path, c
     assert "it does not take" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("limit", ["nan", "-1"])
+def test_a_limit_that_is_none_is_refused(limit: str, tmp_path: Path, capfd: Any) -> None:
+    sides = [str(make_run(tmp_path / name)) for name in "ab"]
+    assert main(["--compare", *sides, "--max-loss-diff", limit]) == 2
+    assert f"--max-loss-diff {limit}: must be at least 0" in capfd.readouterr().err
+
+
 def test_compare_writes_into_a_folder(tmp_path: Path, capfd: Any) -> None:
     sides = [str(make_run(tmp_path / name)) for name in "ab"]
     assert main(["--compare", *sides, "--out", str(tmp_path / "out")]) == 0

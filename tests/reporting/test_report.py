@@ -405,6 +405,16 @@ def test_other_data_and_other_variables_are_other_rows(tmp_path: Path, capfd: An
     assert f"with hardware.env.{name}=mine" in text
 
 
+def test_callbacks_and_peaks_of_the_users_are_other_rows(tmp_path: Path, capfd: Any) -> None:
+    one = make_run(tmp_path / "one", PUBLISHED)
+    slow = with_settings(make_run(tmp_path / "slow", PUBLISHED), callbacks__slow={"_target_": "mine.Slow"})
+    text = report(capfd, str(one), str(slow))[1]
+    assert len(performance(text)) == 2
+    assert "callbacks.slow._target_=mine.Slow" in text
+    peak = with_settings(make_run(tmp_path / "peak", PUBLISHED), hardware__peak_tflops={"fp32": 1.0})
+    assert "hardware.peak_tflops.fp32=1.0" in report(capfd, str(one), str(peak))[1]
+
+
 def test_a_machine_that_is_unknown_is_named(tmp_path: Path, capfd: Any) -> None:
     one, other = (make_run(tmp_path / name, PUBLISHED) for name in ("one", "other"))
     environment = json.loads((other / "environment.json").read_text())
@@ -506,3 +516,25 @@ def test_options_that_would_be_ignored_are_rejected(tmp_path: Path, capfd: Any) 
     make_run(tmp_path / "run", PUBLISHED)
     assert report(capfd, tmp_path / "run", "--best", "--out", tmp_path / "out")[0] == 2
     assert report(capfd, tmp_path / "run", "--max-loss-diff", "1")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "result", "reason"),
+    [
+        (["model.num_layers=2"], {}, "model.num_layers=2"),
+        ([], {"computed_on_cpu": True}, "no ratio: computed on the CPU"),
+    ],
+)
+def test_another_shape_and_another_device_have_no_ratio(
+    overrides: List[str], result: Dict[str, Any], reason: str, tmp_path: Path, capfd: Any
+) -> None:
+    make_run(tmp_path / "run", PUBLISHED, "model=glm_large", "data=record", *overrides, **result)
+    _, text, _ = report(capfd, tmp_path / "run")
+    assert reason in text
+    assert "x |" not in text.split("## Published rows")[1]
+
+
+def test_damaged_fields_cost_no_report(tmp_path: Path, capfd: Any) -> None:
+    make_run(tmp_path / "run", PUBLISHED, missing_data=5, environment_changes=7, e2e_time=0.0)
+    for more in (["--best"], ["--format", "html"], []):
+        assert report(capfd, tmp_path / "run", *more)[0] == 0

@@ -214,15 +214,12 @@ def _scaling_curve(
             rows.append(predict(own, rank_speed(own, measured, published, work), work, data, samples))
     if not rows:
         return None
-    points = [
-        ("measured", run.config.topology.world_size, float(run.result["p_core"]))
-        for run in measured
-        if run.plain
-        and same_chip(run.config, config)
-        and run.config.model.name == config.model.name
-        and run.config.scoring.name == scoring
-        and run.result.get("p_core")
-    ]
+    points = []
+    for run in measured:
+        p_core = METRICS["p_core"].value(run.result)
+        same_model = run.config.model.name == config.model.name and run.config.scoring.name == scoring
+        if p_core and run.plain and same_chip(run.config, config) and same_model:
+            points.append(("measured", run.config.topology.world_size, p_core))
     if scoring == "published":
         for line in published:
             nodes, devices = str(line["topology"]).split("x")

@@ -12,10 +12,11 @@ from lit_glm.errors import InputError
 from lit_glm.hardware.env import hardware_file
 from lit_glm.metrics.flops import peak_key, published_flops
 from lit_glm.metrics.memory_estimate import count_parameters, estimate_memory
+from lit_glm.metrics.registry import METRICS
 from lit_glm.planning.workload import Workload
 from lit_glm.runs.job_spec import JOB_FILE, read_run_config
 from lit_glm.runs.result import read_result, was_contended
-from lit_glm.runs.run_writer import STEP_COLUMNS, read_csv_rows
+from lit_glm.runs.run_writer import STEP_COLUMNS, is_intact, read_csv_rows
 
 
 @dataclass(frozen=True)
@@ -145,16 +146,17 @@ class MeasuredRun:
         config, result = read_run_config(path), read_result(path) or {}
         rows = read_csv_rows(path / "steps.csv", STEP_COLUMNS) if (path / "steps.csv").is_file() else []
         first = max(3, len(rows) // 10)  # the first steps touch memory and start kernels for the first time
-        rows = rows[: first + _MOST_STEPS]
-        if len(rows) - first < 5:
+        usable = [row for row in rows if is_intact(row) and int(row["step"]) > first and float(row["compute_s"]) > 0.0]
+        if len(usable) < 5:
             raise InputError(f"plan.runs={path}: has {len(rows)} steps, too few to learn from (minimum: {first + 5})")
+        usable = usable[:_MOST_STEPS]
         split = open_dataset(config.data.train_file, False, config.data.cache_dir)
         work = Workload(config, split, None)
-        flops = np.array([float(work.counter.flops_by_rank(step).max()) for step in range(first + 1, len(rows) + 1)])
-        compute, step = (np.array([float(row[name]) for row in rows])[first:] for name in ("compute_s", "step_s"))
-        actual, ranks = result.get("mem_actual_gib"), config.topology.world_size
+        flops = np.array([float(work.counter.flops_by_rank(int(row["step"])).max()) for row in usable])
+        compute, step = (np.array([float(row[name]) for row in usable]) for name in ("compute_s", "step_s"))
+        actual, ranks = METRICS["mem_actual_gib"].value(result), config.topology.world_size
         estimate = estimate_memory(config, work.lengths, 0.0, saves_attention_probs(config)).total
-        base = None if not actual or ranks > 1 else max(0.0, float(actual) * _GIB - estimate)
+        base = None if not actual or ranks > 1 else max(0.0, actual * _GIB - estimate)
         return cls(path, config, result, flops, compute, float(np.median(step) / np.median(compute)) - 1.0, base)
 
     @property

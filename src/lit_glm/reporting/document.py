@@ -19,12 +19,11 @@ from lit_glm.reporting.row_format import (
     note_texts,
     row_annotations,
     row_notes,
-    text_list,
     unique_row_label,
     verification_summary,
 )
 from lit_glm.reporting.run_reader import ReportRow, ReportRun, group_into_rows
-from lit_glm.runs.result import has_many_skipped_steps
+from lit_glm.runs.result import has_many_skipped_steps, text_list
 
 TOPOLOGIES = ("1x1", "1x8", "2x8")
 """Topologies of a complete report, as published."""

@@ -347,7 +347,7 @@ def _plot_time(shown: Sequence[Series], words: Translations) -> Panels:
     for name, run in shown:
         keys = ("e2e_time", "init_time", "no_eval_time", "pure_compute_time")
         e2e, init, no_eval, compute = (run.number(key) for key in keys)
-        if e2e is None or init is None or no_eval is None or compute is None:
+        if not e2e or init is None or no_eval is None or compute is None:
             continue
         evaluation = sum(_parse_float(row.get("seconds")) for row in run.table("evals.csv") if row.get("step") != "0")
         evaluation = evaluation if np.isfinite(evaluation) else 0.0

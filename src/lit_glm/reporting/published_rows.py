@@ -11,7 +11,15 @@ from lit_glm.reporting.row_format import Note, format_cell, label_with_annotatio
 from lit_glm.reporting.run_reader import ReportRow, ReportRun
 
 _RATIOS = ("e2e_time", "p_whole", "p_train", "p_core")
-_WORKLOAD = {"model.name": "glm_large", "data.name": "record", "data.max_seq_length": 512}
+_WORKLOAD = {
+    "model.name": "glm_large",
+    "model.num_layers": 24,
+    "model.hidden_size": 1024,
+    "model.num_attention_heads": 16,
+    "model.vocab_size": 30592,
+    "data.name": "record",
+    "data.max_seq_length": 512,
+}
 """Workload of the published rows, by our configuration keys."""
 _TARGET = 0.8
 """Accuracy at which the published runs end."""
@@ -97,6 +105,7 @@ def matching_rows(
     for key, applies in (
         ("no_ratio_simulated", row["simulated"]),
         ("no_ratio_profiled", row["profiled"]),
+        ("no_ratio_on_cpu", row["computed_on_cpu"]),
         ("no_ratio_incomplete", not row.runs[0].complete),
     ):
         if applies:

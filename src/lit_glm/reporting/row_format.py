@@ -7,7 +7,7 @@ from lit_glm.metrics.registry import TABLE_COLUMNS, TABLE_METRICS, cell_text
 from lit_glm.reporting.definitions import Translations
 from lit_glm.reporting.run_reader import ReportRow, ReportRun
 from lit_glm.runs.environment import latest_verification
-from lit_glm.runs.result import contending_cpu_load, has_many_skipped_steps, has_shared_devices
+from lit_glm.runs.result import contending_cpu_load, has_many_skipped_steps, has_shared_devices, text_list
 
 _BY_COLUMN = {metric.column: metric for metric in TABLE_METRICS}
 
@@ -74,11 +74,6 @@ def row_annotations(row: ReportRow, words: Translations) -> List[str]:
         lengths = row.runs[0].settings.get("data.synthetic.lengths")
         notes.append(words("data_with_real_lengths" if lengths == "record" else "not_default_data", data))
     return notes
-
-
-def text_list(value: Any) -> List[str]:
-    """Return a list of strings from a result; empty if the value is of another type."""
-    return [str(entry) for entry in value] if isinstance(value, list) else []
 
 
 def _num_interruptions(run: ReportRun) -> int:

@@ -262,33 +262,34 @@ def group_into_rows(runs: List[ReportRun]) -> List[ReportRow]:
             [_row_name_fields(run), _comparability_key(run), _compared_settings(run)], sort_keys=True, default=str
         )
         groups.setdefault(key, ReportRow([])).runs.append(run)
-    found = list(groups.values())
+    found = sorted(groups.values(), key=_row_order)
+    namesakes: Dict[str, List[ReportRow]] = {}
     for row in found:
-        others = [
-            other
-            for other in found
-            if other is not row and _row_name_fields(other.runs[0]) == _row_name_fields(row.runs[0])
-        ]
-        own = _compared_settings(row.runs[0])
-        for other in others:
-            theirs = _compared_settings(other.runs[0])
-            for name in sorted({*own, *theirs}):
-                if own.get(name) != theirs.get(name):
-                    row.differs[name] = own.get(name)
-            row.machine_differs.update(_machine_differences(row.runs[0].environment, other.runs[0].environment))
-    found.sort(key=_row_order)
-    for row in found:
-        namesakes = [other for other in found if _row_name_fields(other.runs[0]) == _row_name_fields(row.runs[0])]
-        row.number = namesakes.index(row) + 1 if len(namesakes) > 1 else 0
+        namesakes.setdefault(json.dumps(_row_name_fields(row.runs[0]), default=str), []).append(row)
+    for rows in namesakes.values():
+        _name_differences(rows)
     return found
 
 
-def _machine_differences(environment: Dict[str, Any], other: Dict[str, Any]) -> Dict[str, str]:
-    """Return the entries of machine and software that differ from another run's; an entry may be known of one only."""
-    here, there = comparable_environment(environment), comparable_environment(other)
-    if not here or not there:
-        return {"environment.json": "missing"} if there else {}
-    return {name: here.get(name, "unknown") for name in {**here, **there} if here.get(name) != there.get(name)}
+def _name_differences(rows: List[ReportRow]) -> None:
+    """Number rows of the same name, and note in each what differs between them."""
+    settings = [_compared_settings(row.runs[0]) for row in rows]
+    machines = [comparable_environment(row.runs[0].environment) for row in rows]
+    differing = _differing_names(settings)
+    known = [machine for machine in machines if machine]
+    differing_parts = _differing_names(known)
+    for number, (row, own, machine) in enumerate(zip(rows, settings, machines), 1):
+        row.number = number if len(rows) > 1 else 0
+        row.differs = {name: own.get(name) for name in differing}
+        # An entry may be known of one machine only.
+        row.machine_differs = {name: machine.get(name, "unknown") for name in differing_parts if machine}
+        if known and not machine:
+            row.machine_differs = {"environment.json": "missing"}
+
+
+def _differing_names(entries: List[Dict[str, Any]]) -> List[str]:
+    names = sorted({name for entry in entries for name in entry})
+    return [name for name in names if any(entry.get(name) != entries[0].get(name) for entry in entries)]
 
 
 def _row_order(row: ReportRow) -> Tuple[Any, ...]:
@@ -312,12 +313,14 @@ def _comparability_key(run: ReportRun) -> List[Any]:
 def _compared_settings(run: ReportRun) -> Dict[str, Any]:
     """Return the settings that must be equal within a row: those that decide what is computed and how fast.
 
-    A variable of the hardware file counts with the value that it had.
+    A variable of the hardware file counts with the value that it had. The callbacks of this package take no measured
+    time, or mark the run.
     """
     variables = run.environment.get("variables") or {}
     data = {"data": run.result["data_fingerprint"]} if run.result.get("data_fingerprint") else {}
-    shown_elsewhere = ("hardware.", "topology.", "logger.", "callbacks.", "hydra.")
-    measured = ("hardware.env.", "hardware.runtime")
+    shown_elsewhere = ("hardware.", "topology.", "logger.", "callbacks.progress.", "callbacks.profile.", "hydra.")
+    peak = f"hardware.peak_tflops.{'tf32' if run.result.get('tf32') else run.result.get('precision')}"  # of mfu
+    measured = ("hardware.env.", "hardware.runtime", peak)
     settings = {
         key: variables.get(key[len(measured[0]) :], value) if key.startswith(measured[0]) else value
         for key, value in run.settings.items()

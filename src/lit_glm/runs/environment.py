@@ -157,6 +157,7 @@ def latest_verification(
             content = read_json(file) or {}
             fits = (content.get("hardware"), content.get("driver")) == (hardware, driver)
             fits = fits and runtime in (None, content.get("runtime"))
-            if fits and not content.get("simulated") and precision in (content.get("precisions") or {}):
-                found.append({**content, "file": str(file), "passed": bool(content["precisions"][precision])})
+            verified = content.get("precisions")
+            if fits and not content.get("simulated") and isinstance(verified, dict) and precision in verified:
+                found.append({**content, "file": str(file), "passed": bool(verified[precision])})
     return max(found, key=lambda content: str(content.get("finished")), default=None)

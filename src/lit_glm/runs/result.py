@@ -252,6 +252,11 @@ def has_shared_devices(result: Dict[str, Any]) -> bool:
     return isinstance(on_devices, int) and on_devices > 0
 
 
+def text_list(value: Any) -> List[str]:
+    """Return a list of strings from a result; empty if the value is of another type."""
+    return [str(entry) for entry in value] if isinstance(value, list) else []
+
+
 def annotations(result: Dict[str, Any]) -> List[str]:
     """Return the annotations of a table row."""
     notes = []
@@ -275,10 +280,11 @@ def annotations(result: Dict[str, Any]) -> List[str]:
         notes.append(f"contention: other processes used {contending_cpu_load(result):.0%} of the CPUs")
     if has_shared_devices(result):
         notes.append("contention: other processes used the devices")
-    if result.get("environment_changes"):
-        notes.append(f"on several machines: {'; '.join(map(str, result['environment_changes']))}")
-    if result.get("missing_data"):
-        notes.append("; ".join(map(str, result["missing_data"])))
+    changes, missing = text_list(result.get("environment_changes")), text_list(result.get("missing_data"))
+    if changes:
+        notes.append(f"on several machines: {'; '.join(changes)}")
+    if missing:
+        notes.append("; ".join(missing))
     if result.get("reused_from"):
         notes.append(f"reused from {result['reused_from']}")
     return notes

@@ -52,7 +52,7 @@ class AppendOnlyCSV:
         self.rows: List[Dict[str, str]] = []
         found: List[Dict[str, str]] = []
         if keep_steps is not None and path.is_file():
-            found = [row for row in read_csv_rows(path, columns) if _is_intact(row)]
+            found = [row for row in read_csv_rows(path, columns) if is_intact(row)]
             self.rows = [row for row in found if int(row["step"]) <= keep_steps]
         self.num_dropped_rows = len(found) - len(self.rows)
         """Number of rows of later steps that were dropped."""
@@ -77,7 +77,7 @@ class AppendOnlyCSV:
         return sum(float(row[column]) for row in self.rows if int(row["step"]) > after_step)
 
 
-def _is_intact(row: Dict[str, str]) -> bool:
+def is_intact(row: Dict[str, str]) -> bool:
     """Return whether a row has a step and finite times, and all its other fields are numbers or empty."""
     try:
         numbers = {name: float(value or "nan") for name, value in row.items()}
