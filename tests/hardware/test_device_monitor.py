@@ -212,3 +212,14 @@ def test_a_run_that_was_stopped_before_it_trained_has_an_energy_but_no_mean(
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["power_mean_w"] is None or result["samples_per_joule"] is None
     assert "W on the average" not in capsys.readouterr().out
+
+
+def test_readings_after_the_last_record_of_a_killed_part_do_not_count(tmp_path: Path) -> None:
+    """The next part's times begin at that record: the readings of both would be mixed."""
+    table(tmp_path, [f"{time_s},0,0,1,{50 if time_s > 20 else 100},," for time_s in range(0, 61, 5)])
+    result = {"status": "failed", "e2e_time": 20.0, "training_spans": [[5.0, 20.0]]}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    with launcher.monitor_node_devices(JobSpec(config(1, 1), time.monotonic(), [], is_resume=True), tmp_path, 0):
+        pass
+    (readings,) = load_readings(tmp_path / "devices.csv").values()
+    assert [reading["time_s"] for reading in readings] == [0.0, 5.0, 10.0, 15.0, 20.0]

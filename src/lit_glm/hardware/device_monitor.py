@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
+from lit_glm.atomic_files import write_text
 from lit_glm.config.schema import HardwareConfig
 from lit_glm.errors import InputError, first_line
 from lit_glm.hardware.monitors import MONITORS, DeviceReading, Monitor, nvml_device, visible_device
@@ -76,6 +77,21 @@ def monitor_of_name(name: str) -> Monitor:
 def readings_file(run_dir: Path, node: int) -> Path:
     """Return the path of the readings of a node."""
     return run_dir / DEVICES_FILE if node == 0 else run_dir / "nodes" / str(node) / DEVICES_FILE
+
+
+def drop_readings_after(file: Path, seconds: float) -> None:
+    """Drop the readings that a part of a run took after its last record: the next part's times begin at that record."""
+    if not file.is_file():
+        return
+    head, *lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) or [""]
+    kept = []
+    for line in lines:
+        try:
+            kept += [line] if float(line.partition(",")[0]) <= seconds else []
+        except ValueError:  # cut off
+            continue
+    if len(kept) < len(lines):
+        write_text(file, "".join([head, *kept]))
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any, Callable, ContextManager, Dict, Iterator, List, Optional
 
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError, RunError
-from lit_glm.hardware.device_monitor import monitor_devices, readings_file
+from lit_glm.hardware.device_monitor import drop_readings_after, monitor_devices, readings_file
 from lit_glm.hardware.monitors import is_mig_slice
 from lit_glm.launch import heartbeat
 from lit_glm.launch.heartbeat import STALL_MARGIN_S, StallWatchdog, run_watchdog, stall_message
@@ -135,7 +135,12 @@ def monitor_node_devices(job: JobSpec, run_dir: Path, node: int) -> Iterator[Non
     file, before = readings_file(run_dir, node), (read_result(run_dir) or {}) if job.is_resume else {}
     if not job.is_resume and file.exists():
         file.unlink()  # of an overwritten run; node 0's was deleted with its run folder
-    begun = job.start_time - float(before.get("e2e_time") or 0.0)
+    earlier_e2e = METRICS["e2e_time"].value(before)
+    if earlier_e2e is not None:
+        spans = before.get("training_spans_by_node") or [before.get("training_spans")]
+        trained = spans[node] if node < len(spans) else None  # by the clock of that node
+        drop_readings_after(file, max(earlier_e2e, trained[-1][1] if trained else 0.0))
+    begun = job.start_time - (earlier_e2e or 0.0)
     with monitor_devices(job.config.hardware, file, node, job.config.topology.devices_per_node, begun):
         yield
 
