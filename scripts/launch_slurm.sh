@@ -24,8 +24,9 @@ if [ "${SLURM_NTASKS:-1}" != "${nodes:-${SLURM_NTASKS:-1}}" ]; then
   exit 2
 fi
 if [ "${nodes:-1}" -gt 1 ]; then
-  if [ -z "${MASTER_ADDR:-}" ] && ! MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" 2>/dev/null | head -n 1); then
-    echo "lit_glm: there is no scontrol here, as in some containers; set MASTER_ADDR to the first node of $SLURM_JOB_NODELIST" >&2
+  hosts=${SLURM_STEP_NODELIST:-$SLURM_JOB_NODELIST} # a step may have a part of the job's nodes
+  if [ -z "${MASTER_ADDR:-}" ] && ! MASTER_ADDR=$(scontrol show hostnames "$hosts" 2>/dev/null | head -n 1); then
+    echo "lit_glm: there is no scontrol here, as in some containers; set MASTER_ADDR to the first node of $hosts" >&2
     exit 2
   fi
   # Another one for each step of a job, below the ports that the kernel gives to connections (from 32768).

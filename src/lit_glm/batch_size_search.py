@@ -73,10 +73,11 @@ def _trials_of(search: Dict[str, Any]) -> List[Trial]:
 
 
 def rates_by_bs(trials: List[Trial]) -> Dict[int, List[float]]:
-    """Return p_core of the trials that fit, by batch size in ascending order."""
+    """Return p_core of the trials that fit, by ascending batch size; one that did not fit each time is left out."""
     found: Dict[int, List[float]] = {}
+    too_large = {trial.bs for trial in trials if trial.status in (MEMORY, LIMIT)}
     for trial in sorted(trials, key=lambda trial: trial.bs):
-        if trial.status == FITS and trial.p_core is not None:
+        if trial.status == FITS and trial.p_core is not None and trial.bs not in too_large:
             found.setdefault(trial.bs, []).append(trial.p_core)
     return found
 

@@ -13,8 +13,10 @@ import pytest
 from lit_glm.config.schema import HardwareConfig, TopologyConfig, TrainConfig
 from lit_glm.hardware import device_monitor
 from lit_glm.hardware.device_monitor import COLUMNS, MonitoredMemory, load_readings, monitor_devices, monitor_for
+from lit_glm.hardware.monitors import Monitor
 from lit_glm.launch import launcher
 from lit_glm.metrics.energy import energy_metrics, integrate_power
+from lit_glm.runs import environment
 from lit_glm.runs.job_spec import JobSpec
 
 TOOL = """#!/bin/sh
@@ -223,3 +225,13 @@ def test_readings_after_the_last_record_of_a_killed_part_do_not_count(tmp_path: 
         pass
     (readings,) = load_readings(tmp_path / "devices.csv").values()
     assert [reading["time_s"] for reading in readings] == [0.0, 5.0, 10.0, 15.0, 20.0]
+
+
+def test_a_driver_that_the_user_names_is_that_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep compares it with environment.json, where it stands too."""
+    double = Monitor(lambda _: [], "X_VISIBLE_DEVICES", lambda: {0: "card"}, lambda: "1.2")
+    monkeypatch.setattr(environment, "monitor_for", lambda _: double)
+    one = config(1, 1)
+    assert environment.local_environment(one)["driver"] == "1.2"
+    one.report.driver = "1.2 LTS"
+    assert environment.local_environment(one)["driver"] == "1.2 LTS"

@@ -64,6 +64,7 @@ def slurm(tmp_path: Path, node: int, tasks: int = 2) -> Dict[str, str]:
         "SLURM_JOB_ID": "7",
         "SLURM_STEP_ID": "3",
         "SLURM_JOB_NODELIST": "node[0-1]",
+        "SLURM_STEP_NODELIST": "",
         "SLURM_NODEID": str(node),
         "SLURM_NTASKS": str(tasks),
         "SLURM_STEP_NUM_NODES": "2",
@@ -76,6 +77,12 @@ def test_launch_slurm(node: int, tmp_path: Path) -> None:
     arguments, where = started("launch_slurm.sh", *ARGUMENTS, cwd=tmp_path, **slurm(tmp_path, node))
     assert arguments == ["-m", "lit_glm.train", *ARGUMENTS, "hydra.run.dir=outputs/slurm-7.3"]
     assert where == [str(node), "127.0.0.1", str(20000 + 16 * 7 + 3)]
+
+
+def test_a_step_with_a_part_of_the_jobs_nodes_meets_at_its_own_first_node(tmp_path: Path) -> None:
+    part = {**slurm(tmp_path, 0), "SLURM_JOB_NODELIST": "node[0-3]", "SLURM_STEP_NODELIST": "node[2-3]"}
+    (tmp_path / "bin" / "scontrol").write_text('#!/bin/sh\n[ "$3" = "node[2-3]" ] && printf "node2\\nnode3\\n"\n')
+    assert started("launch_slurm.sh", *ARGUMENTS, cwd=tmp_path, **part)[1][1] == "node2"
 
 
 def test_a_folder_of_the_users_is_taken_under_slurm(tmp_path: Path) -> None:

@@ -29,6 +29,19 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "run"
 
 
+def test_a_single_device_takes_no_rank_of_a_launcher_around_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a pod of a training operator, or a shell inside another launcher."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_PORT", "")
+    simulated = ["hardware=r300", "hardware.runtime=simulated"]
+    assert lit_glm_here("train", *simulated, *SHORT, "run.max_steps=2", "hydra.run.dir=run") == 0
+    assert (read_result(tmp_path / "run") or {})["status"] == "finished"
+    assert (tmp_path / "run" / "environment.json").is_file()
+
+
 def test_files_of_the_user_in_folders_of_a_run_stay(run: Path) -> None:
     for name in ("errors/my-notes.txt", "ranks/notes.txt", "ranks/0", "ranks/0.stack", "ranks/more/file"):
         (run / name).parent.mkdir(exist_ok=True)

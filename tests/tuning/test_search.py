@@ -4,7 +4,7 @@ import json
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, List
+from typing import Any, Callable, List, Optional
 
 import pytest
 from hypothesis import given
@@ -26,7 +26,10 @@ def fastest_bs(trials: List[Trial]) -> Any:
     return next(iter(ranking(trials)), None)
 
 
-def searched(capacity: int, most: int, speed: Callable[[int, int], float], repeats: int = 3) -> List[Trial]:
+def searched(
+    capacity: int, most: int, speed: Callable[[int, int], float], repeats: int = 3, again: Optional[int] = None
+) -> List[Trial]:
+    """Search on a device that holds `capacity` examples, or only `again` in the second trial of a batch size."""
     tries: List[Trial] = []
     while True:
         bs = next_bs(tries, most, repeats)
@@ -34,7 +37,8 @@ def searched(capacity: int, most: int, speed: Callable[[int, int], float], repea
             return tries
         assert 1 <= bs <= most
         assert len(tries) < 200
-        tries.append(Trial(bs, FITS, speed(bs, len(tries))) if bs <= capacity else Trial(bs, MEMORY))
+        holds = capacity if again is None or bs not in {trial.bs for trial in tries} else again
+        tries.append(Trial(bs, FITS, speed(bs, len(tries))) if bs <= holds else Trial(bs, MEMORY))
 
 
 @given(capacity=st.integers(0, 3000), most=st.integers(1, 3000), knee=st.integers(1, 500))
@@ -48,6 +52,14 @@ def test_the_largest_that_fits_is_found_to_a_sixteenth(capacity: int, most: int,
     assert found <= fitting <= found + max(1, found // 16)
     assert fastest_bs(tries) == found  # the larger, the faster
     assert len(rates_by_bs(tries)[found]) >= 2
+
+
+@given(capacity=st.integers(4, 3000), share=st.floats(0.3, 1.0))
+def test_a_batch_size_that_does_not_fit_each_time_does_not_fit(capacity: int, share: float) -> None:
+    again = int(capacity * share)
+    tries = searched(capacity, 10_000, lambda bs, _: bs / (bs + 50), again=again)
+    assert fastest_bs(tries) <= again
+    assert not set(rates_by_bs(tries)) & {trial.bs for trial in tries if trial.status == MEMORY}
 
 
 @given(peak=st.integers(1, 400))

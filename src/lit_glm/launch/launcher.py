@@ -235,7 +235,16 @@ def watch_for_stalls(config: TrainConfig, run_dir: Path, ranks: Sequence[int], m
     return run_watchdog(StallWatchdog(run_dir, ranks, config.run.stall_timeout_s + margin_s), end)
 
 
+_RANK_VARIABLES = (
+    *"RANK LOCAL_RANK GROUP_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_WORLD_SIZE".split(),
+    *"SLURM_PROCID SLURM_LOCALID JSM_NAMESPACE_RANK".split(),
+)
+"""Variables in which this package and Lightning look for a rank."""
+
+
 def _run_in_process(job: JobSpec, run_dir: Path, stop: StopRequest) -> None:
+    for name in _RANK_VARIABLES:  # of a launcher around this process, which is rank 0 of its own job
+        os.environ.pop(name, None)
     with stop.interruptible(), fast_imports():
         from lit_glm.launch.rank_runner import run_rank
     with stop.interruptible(), watch_for_stalls(job.config, run_dir, [0], STALL_MARGIN_S):

@@ -61,8 +61,7 @@ def resolve_node(topology: TopologyConfig, simulated: bool = False) -> Node:
     """
     check_node_count(topology)
     if topology.num_nodes == 1:
-        port = os.environ.get("MASTER_PORT")
-        if port is None:
+        if not os.environ.get("MASTER_PORT"):
             return Node(0, "127.0.0.1", _free_port())
         node = Node(0, "127.0.0.1", _int_from_env("MASTER_PORT", 65535))
         check_port(node.port)

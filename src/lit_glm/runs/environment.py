@@ -87,7 +87,8 @@ def local_environment(config: TrainConfig) -> Dict[str, Any]:
     names = {str(index): name for index, name in monitor.device_names().items()}
     visible = [visible_device(i, monitor.visible_devices_variable) for i in range(config.topology.devices_per_node)]
     devices: List[Optional[str]] = [names.get(monitor.resolve(card) or "") for card in visible]
-    return {**found, "driver": monitor.driver_version(), "devices": None if None in devices else devices}
+    driver = config.report.driver or monitor.driver_version()
+    return {**found, "driver": driver, "devices": None if None in devices else devices}
 
 
 VERIFY_FILE = "verify.json"
