@@ -3,6 +3,7 @@
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -148,3 +149,12 @@ def test_an_outer_torchrun_must_fit_the_topology(monkeypatch: pytest.MonkeyPatch
 def test_the_way_to_this_machine_is_its_loopback() -> None:
     assert network_interface_to("127.0.0.1") == "lo"
     assert network_interface_to("no such host.invalid") is None
+
+
+def test_a_host_whose_own_name_is_its_loopback_is_reached_by_its_default_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Debian and Ubuntu set a host up: 127.0.1.1 in /etc/hosts."""
+    eth = SimpleNamespace(family=socket.AF_INET, address="10.0.0.5")
+    lo = SimpleNamespace(family=socket.AF_INET, address="127.0.1.1")
+    monkeypatch.setattr("psutil.net_if_addrs", lambda: {"lo": [lo], "eth0": [eth]})
+    monkeypatch.setattr(rendezvous, "_own_address_to", {"node0": "127.0.1.1", "192.0.2.1": "10.0.0.5"}.get)
+    assert network_interface_to("node0") == "eth0"

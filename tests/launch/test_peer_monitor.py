@@ -158,4 +158,4 @@ def test_a_rank_that_cannot_reach_the_first_says_so(tmp_path: Path) -> None:
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]
     with pytest.raises(RunError, match=f"rank 1 cannot reach rank 0 at 127.0.0.1:{port}"):
-        connect_peers(1, ["host0", "host1"], "127.0.0.1", lambda _: (port, b"x" * 16))
+        connect_peers(1, ["host0", "host1"], "127.0.0.1", lambda _: (port, "00" * 16))

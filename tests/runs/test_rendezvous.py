@@ -69,9 +69,9 @@ TWO = ["experiment=debug", "topology.num_nodes=2", "topology.devices_per_node=1"
 CONNECTS, LISTENS = "rank 1 connects to", "rank 0 listens on"
 
 
-def start_node(rank: int, port: int, tmp_path: Path, *arguments: str) -> Process:
+def start_node(rank: int, port: int, tmp_path: Path, *arguments: str, **env: str) -> Process:
     """Start a node that says when its rank looks for the others: a node that ends tells them for 20 seconds only."""
-    return start([*TWO, *arguments], {**on_node(rank, "127.0.0.1", port), "LIT_GLM_LOG": "DEBUG"}, tmp_path)
+    return start([*TWO, *arguments], {**on_node(rank, "127.0.0.1", port), "LIT_GLM_LOG": "DEBUG", **env}, tmp_path)
 
 
 def wait_until_it_says(process: Process, text: str) -> None:
@@ -141,6 +141,16 @@ def test_a_node_does_not_wait_for_one_that_was_stopped(stopped: int, tmp_path: P
     # Either it hears of the signal, or the first had joined it before and both end with their connection.
     assert other.returncode in (1, 143), outputs
     assert "Traceback" not in outputs[1]
+
+
+@pytest.mark.slow
+def test_a_node_whose_collectives_cannot_start_ends_the_other(tmp_path: Path) -> None:
+    """The other waits for it inside the collective library, where it hears nothing."""
+    port, folder = free_port(), f"hydra.run.dir={tmp_path / 'run'}"
+    nodes = [start_node(0, port, tmp_path, folder), start_node(1, port, tmp_path, folder, GLOO_SOCKET_IFNAME="no-such")]
+    outputs = ["".join(node.communicate(timeout=600)) for node in nodes]  # less than run.stall_timeout_s
+    assert [node.returncode for node in nodes] == [1, 1], outputs
+    assert "rank 1 on " in outputs[0], outputs
 
 
 def test_a_busy_port_is_said_not_waited_for(tmp_path: Path) -> None:

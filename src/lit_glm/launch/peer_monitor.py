@@ -195,12 +195,12 @@ def connect_peers(rank: int, hosts: Sequence[str], address: str, agree: Callable
     if rank == 0:
         with _listener() as listener:
             token = secrets.token_bytes(_TOKEN_BYTES)
-            agree((listener.getsockname()[1], token))
+            agree((listener.getsockname()[1], token.hex()))
             return PeerMonitor(0, _accept_peers(listener, token, len(hosts) - 1), hosts)
     port, token = agree(None)
     try:
         connection = socket.create_connection((address, port), timeout=_CONNECT_S / 3)  # per address of the host
-        connection.sendall(_HELLO.pack(token, rank))
+        connection.sendall(_HELLO.pack(bytes.fromhex(token), rank))
     except OSError as error:
         raise RunError(
             f"rank {rank} cannot reach rank 0 at {address}:{port} ({error}): nodes must reach each other on any port"

@@ -13,7 +13,7 @@ from lit_glm.errors import InputError
 from lit_glm.hardware.runtimes.selection import check_device_count, make_runtime
 from lit_glm.launch.heartbeat import STALL_MARGIN_S
 from lit_glm.launch.peer_monitor import connect_peers, name_lost_peer
-from lit_glm.launch.rendezvous import RunFolder, meet
+from lit_glm.launch.rendezvous import RunFolder, meet, share
 
 log = logging.getLogger(__name__)
 
@@ -62,24 +62,26 @@ def process_group(
     timeout = timedelta(seconds=collective_timeout_s(config))
     external = "TORCHELASTIC_RUN_ID" in os.environ  # the user's torchrun already has a store
     rank = int(os.environ["RANK"])
-    store, run = meet(config, choose_run() if rank == 0 and not external else None, external)
-    torch.distributed.init_process_group(
-        runtime.backend, timeout=timeout, store=store, rank=rank, world_size=config.topology.world_size
-    )
+    store, run, hosts = meet(config, choose_run() if rank == 0 and not external else None, external)
+
+    def join() -> None:
+        world = config.topology.world_size
+        torch.distributed.init_process_group(runtime.backend, timeout=timeout, store=store, rank=rank, world_size=world)
+
     if config.topology.num_nodes == 1 and not external:  # its supervisor watches all ranks
+        join()
         yield run
         return
-    from lit_glm.hardware import object_collectives
-
-    device = runtime.device(local_rank)
-    hosts = object_collectives.all_gather_object(socket.gethostname(), device)
-    monitor = connect_peers(
-        rank, hosts, os.environ["MASTER_ADDR"], lambda content: object_collectives.broadcast_object(content, device)
-    )
+    # Before the process group: a node whose collective library fails to start ends the others, which wait for it there.
+    monitor = connect_peers(rank, hosts, os.environ["MASTER_ADDR"], lambda content: share(store, content))
     try:
         with name_lost_peer(monitor):
+            join()
             if external:
-                run = object_collectives.broadcast_object(choose_run() if rank == 0 else None, device)
+                from lit_glm.hardware import object_collectives
+
+                chosen = choose_run() if rank == 0 else None
+                run = object_collectives.broadcast_object(chosen, runtime.device(local_rank))
             yield run
     except BaseException as error:
         monitor.announce_exit(getattr(error, "exit_status", 1))

@@ -7,6 +7,7 @@ and the reason to the store, so that the other nodes do not wait for it.
 """
 
 import errno
+import ipaddress
 import json
 import logging
 import os
@@ -147,18 +148,45 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+_ELSEWHERE = "192.0.2.1"
+"""An address for documentation (RFC 5737): the route to it is the default route."""
+
+
 def network_interface_to(address: str) -> Optional[str]:
-    """Return the network interface by which this machine reaches an address; None if unknown."""
+    """Return the network interface by which this machine reaches node 0, and other nodes reach this one.
+
+    Many hosts resolve their own name to 127.0.1.1, where no other node reaches them: node 0 then takes the interface of
+    its default route.
+
+    Args:
+        address: address of node 0; an address of the loopback itself is taken as it is.
+
+    Returns:
+        Its name; None if unknown.
+    """
+    own = _own_address_to(address)
+    if own is not None and own.startswith("127.") and not _is_loopback(address):
+        own = _own_address_to(_ELSEWHERE)
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.family == socket.AF_INET and entry.address == own for entry in entries):
+            return str(name)
+    return None
+
+
+def _own_address_to(address: str) -> Optional[str]:
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((address, 9))  # sends nothing, only selects the route
-            own = probe.getsockname()[0]
-        for name, entries in psutil.net_if_addrs().items():
-            if any(entry.family == socket.AF_INET and entry.address == own for entry in entries):
-                return str(name)
+            return str(probe.getsockname()[0])
     except OSError:
-        pass
-    return None
+        return None
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
 
 
 @dataclass(frozen=True)
@@ -190,7 +218,7 @@ _LOOK_S = 0.05
 _OTHERS_LOOK_S = 1.0
 _ANNOUNCE_S = 20.0
 """Seconds for which a node that exits tries to notify the others, which may still be starting."""
-_RUN, _ENDED = "run folder", "ended"
+_RUN, _ENDED, _SHARED = "run folder", "ended", "shared"
 
 
 class RendezvousError(RunError):
@@ -212,7 +240,9 @@ class RunFolder:
     is_complete: bool = False
 
 
-def meet(config: TrainConfig, run: Optional[RunFolder], external: bool = False) -> "tuple[Any, Optional[RunFolder]]":
+def meet(
+    config: TrainConfig, run: Optional[RunFolder], external: bool = False
+) -> "tuple[Any, Optional[RunFolder], List[str]]":
     """Join the other ranks, as described by torchrun's environment variables.
 
     Args:
@@ -221,7 +251,7 @@ def meet(config: TrainConfig, run: Optional[RunFolder], external: bool = False) 
         external: whether the user's torchrun started the ranks, whose agent hosts the store.
 
     Returns:
-        The store and the run folder.
+        The store, the run folder, and the host names of all ranks.
 
     Raises:
         RendezvousError: if not all ranks joined in time.
@@ -245,11 +275,11 @@ def meet(config: TrainConfig, run: Optional[RunFolder], external: bool = False) 
         if rank == 0:
             log.debug(f"rank 0 listens on port {port}")
             _write(store, _RUN, json.dumps(None if run is None else [str(run.path), run.is_resume]))
-        _write(store, _joined(rank))
+        _write(store, _joined(rank), socket.gethostname())
         _wait(store, [_joined(other) for other in range(world)] if rank == 0 else [_joined("all")], end)
         if rank == 0:
-            _write(store, _joined("all"))
-        folder = json.loads(store.get(_RUN))
+            _write(store, _joined("all"), json.dumps([store.get(_joined(one)).decode() for one in range(world)]))
+        hosts, folder = json.loads(store.get(_joined("all"))), json.loads(store.get(_RUN))
     except (RuntimeError, ValueError) as error:
         reason = first_line(error)
         raise RendezvousError(
@@ -258,7 +288,21 @@ def meet(config: TrainConfig, run: Optional[RunFolder], external: bool = False) 
             "every node, and can this one reach that address and port?",
             "rendezvous failed",
         ) from error
-    return store, None if folder is None else RunFolder(Path(folder[0]), bool(folder[1]))
+    return store, None if folder is None else RunFolder(Path(folder[0]), bool(folder[1])), hosts
+
+
+def share(store: Any, content: Any) -> Any:
+    """Return what rank 0 passes, on all ranks that have met.
+
+    Raises:
+        RunError: if rank 0 has exited.
+    """
+    try:
+        if os.environ["RANK"] == "0":
+            _write(store, _SHARED, json.dumps(content))
+        return json.loads(store.get(_SHARED))
+    except (RuntimeError, ValueError) as error:
+        raise RunError(f"rank 0 exited right after the rendezvous ({first_line(error)})") from error
 
 
 def _wait_for_store(address: str, port: int, end: float) -> None:
