@@ -2,6 +2,7 @@
 
 import csv
 import json
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import List
 
 import pytest
 
-from conftest import command, lit_glm, lit_glm_here, rows
+from conftest import command, lit_glm, lit_glm_here, rows, start_command
 from runs.test_runs import _nothing_left
 from runs_folder.test_lost_files import edit_environment
 
@@ -155,6 +156,31 @@ def test_jobs_by_submitit(tmp_path: Path) -> None:
     done = lit_glm("train", *SWEEP, *plugin, "bs=2,4", "topology=1x1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert states(tmp_path) == [["bs=2,lr=0.001", "finished"], ["bs=4,lr=0.001", "finished"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("plugin", "arguments", "status"),
+    [
+        ("hydra_joblib_launcher", ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"], 143),
+        ("hydra_submitit_launcher", ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"], 130),
+    ],
+)
+def test_jobs_side_by_side_save_when_their_sweep_is_stopped(
+    plugin: str, arguments: List[str], status: int, tmp_path: Path
+) -> None:
+    pytest.importorskip(f"hydra_plugins.{plugin}")
+    endless = ["run.max_steps=1000000", "run.max_samples=100000000", "run.eval_interval_samples=100000000"]
+    sweep = start_command("train", *SWEEP, *endless, *arguments, "bs=2,4", "topology=1x1", cwd=tmp_path)
+    tables = [tmp_path / "sweep" / str(job) / "steps.csv" for job in range(2)]
+    while not all(table.is_file() and table.read_text().count("\n") > 2 for table in tables):
+        assert sweep.poll() is None
+        time.sleep(0.1)
+    sweep.send_signal(signal.SIGTERM)
+    out, err = sweep.communicate(timeout=200)
+    assert sweep.returncode == status, err
+    assert states(tmp_path) == [["bs=2,lr=0.001", "interrupted"], ["bs=4,lr=0.001", "interrupted"]], out
+    assert all(list(table.parent.glob("checkpoints/*.ckpt")) for table in tables)
 
 
 @pytest.mark.slow

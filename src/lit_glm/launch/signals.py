@@ -16,7 +16,7 @@ INTERRUPTED_STATUSES = tuple(128 + number for number in STOP_SIGNALS)
 """Exit statuses of a process that a stop signal interrupted."""
 _NOTHING_TO_SAVE_S = 5.0
 """Seconds for a process to stop before its first step, when a library may be waiting for other ranks."""
-_SECOND_S = 0.5
+SECOND_SIGINT_S = 0.5
 """Seconds after which a second SIGINT is a new Ctrl-C: a terminal and a launcher may both deliver the first."""
 
 
@@ -77,9 +77,21 @@ class StopSignals:
 class RaisingStopSignals(StopSignals):
     """Handler that raises `Interrupted` on a signal, for use before a run and between the jobs of a sweep."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.before_raising: Callable[[int], None] = lambda _number: None
+
     def on_signal(self, number: int) -> None:
         """Raise `Interrupted`."""
+        self.before_raising(number)
         raise Interrupted(number)
+
+
+def call_before_stop(call: Callable[[int], None]) -> None:
+    """Let a stop signal of this process call a function before it is raised as `Interrupted`."""
+    handler = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    if isinstance(handler, RaisingStopSignals):
+        handler.before_raising = call
 
 
 def run_interruptible(work: Callable[[], int]) -> int:
@@ -186,6 +198,6 @@ class StopRequest(StopSignals):
                     limit = self._limit_s
                     if self.module is None and self._interruptible:
                         limit = min(limit, _NOTHING_TO_SAVE_S)
-                elif number == signal.SIGINT and time.monotonic() - since > _SECOND_S:
+                elif number == signal.SIGINT and time.monotonic() - since > SECOND_SIGINT_S:
                     self._give_up(first, "was terminated by a second Ctrl-C")
                     return

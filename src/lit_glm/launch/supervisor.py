@@ -23,7 +23,7 @@ from lit_glm.config.secrets import MASK
 from lit_glm.errors import InputError, RunError
 from lit_glm.launch.heartbeat import STALL_MARGIN_S, StallWatchdog, last_heartbeat, run_watchdog, stall_message
 from lit_glm.launch.rendezvous import Node, network_interface_to
-from lit_glm.launch.signals import INTERRUPTED_STATUSES, STOP_SIGNALS, Interrupted, StopSignals
+from lit_glm.launch.signals import INTERRUPTED_STATUSES, SECOND_SIGINT_S, STOP_SIGNALS, Interrupted, StopSignals
 from lit_glm.openmp import LAUNCHER_THREADS_VARIABLE, omp_env_for_ranks
 from lit_glm.process_utils import kill_session, oom_kill_count, set_parent_death_signal
 from lit_glm.runs.job_spec import JobSpec
@@ -72,6 +72,7 @@ class Supervisor(StopSignals):
         self._alive: Dict[int, subprocess.Popen[bytes]] = {}
         self._cause: Optional[Event] = None
         self._deadline: Optional[float] = None
+        self._stopped_at = 0.0
         self._killed = False
 
     def on_signal(self, number: int) -> None:
@@ -176,8 +177,8 @@ class Supervisor(StopSignals):
         elif event.kind == "signal":
             if self._cause is None:
                 self._stop(event, self._job.config.run.shutdown_timeout_s)
-            elif event.status == signal.SIGINT:  # a second Ctrl-C
-                self._kill()
+            elif event.status == signal.SIGINT and time.monotonic() - self._stopped_at > SECOND_SIGINT_S:
+                self._kill()  # a second Ctrl-C
         elif self._cause is None:
             self._stop(event, _STALL_GRACE_S if event.kind == "stall" else _FAILURE_GRACE_S)
 
@@ -194,7 +195,8 @@ class Supervisor(StopSignals):
             self._cause = event  # the earlier error is that of a peer that lost its connection to this rank
 
     def _stop(self, cause: Event, grace_s: float) -> None:
-        self._cause, self._deadline = cause, time.monotonic() + grace_s
+        self._cause, self._stopped_at = cause, time.monotonic()
+        self._deadline = self._stopped_at + grace_s
         for process in self._alive.values():
             with suppress(ProcessLookupError):
                 process.terminate()
