@@ -136,19 +136,22 @@ class BringUp:
     def _wait(self, command: List[str], output: Any, limit_s: float, stop_in: Optional[Path]) -> str:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=self.folder)
         start = time.monotonic()
-        while process.poll() is None:
-            if stop_in is not None and len(_losses_in(stop_in)) > 6:
-                process.send_signal(signal.SIGTERM)
-                stop_in = None
-            if time.monotonic() - start > limit_s:
+        try:
+            while process.poll() is None:
+                if stop_in is not None and len(_losses_in(stop_in)) > 6:
+                    process.send_signal(signal.SIGTERM)
+                    stop_in = None
+                if time.monotonic() - start > limit_s:
+                    return f"terminated after its limit of {limit_s:.0f} s"
+                time.sleep(0.05)
+        finally:  # also when this program is stopped
+            if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
                 try:
                     process.wait(timeout=15)
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()
-                return f"terminated after its limit of {limit_s:.0f} s"
-            time.sleep(0.05)
         return "ok" if process.returncode == 0 else f"exit status {process.returncode}"
 
     def _runtime_class(self) -> Optional[str]:
@@ -265,6 +268,13 @@ def _verify_lines(steps: List[Step]) -> List[str]:
     return []
 
 
+def _with_absolute_path(override: str) -> str:
+    """Return an override that names an existing file of the user's as it is called from the folder of the steps."""
+    key, _, value = override.partition("=")
+    is_path = key.endswith(("_file", "_dir", ".init_checkpoint"))
+    return f"{key}='{Path(value).resolve()}'" if is_path and value and Path(value).exists() else override
+
+
 def main() -> int:
     """Run all steps for which there is time; return 0 if those that ran succeeded."""
     parser = argparse.ArgumentParser("bring_up.sh", description="First tests of a new device in one command.")
@@ -277,7 +287,8 @@ def main() -> int:
     if folder.exists() and any(folder.iterdir()):
         print(f"lit_glm: {folder}: is not empty; give another --out", file=sys.stderr)
         return 2
-    overrides = list(given.overrides)
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    overrides = [_with_absolute_path(override) for override in given.overrides]
     overrides += [f"--config-dir={given.config_dir.resolve()}"] if given.config_dir is not None else []
     tiny = any(word in ("hardware=cpu", "hardware.runtime=simulated") for word in overrides)
     try:

@@ -1,8 +1,13 @@
 """A device's first day: what the time allows is measured, the rest is listed."""
 
+import importlib
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "bring_up.sh"
@@ -28,3 +33,31 @@ def test_a_page_of_what_the_time_allows(chip: "list[str]", minutes: str, tmp_pat
         assert (out / "report" / "report.en.html").is_file()
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert again.returncode == 2  # what is there stays
+
+
+@pytest.mark.slow
+def test_a_stop_ends_the_step_that_runs(tmp_path: Path) -> None:
+    out = tmp_path / "page"
+    command = [sys.executable, str(SCRIPT.with_suffix(".py")), "hardware=cpu", "run.max_steps=1000000"]
+    page = subprocess.Popen([*command, "--out", str(out)], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    while not list(out.glob("runs/debug_run/steps.csv")):
+        assert page.poll() is None
+        time.sleep(0.1)
+    while not (steps := psutil.Process(page.pid).children(recursive=True)):
+        time.sleep(0.01)
+    page.send_signal(signal.SIGTERM)
+    page.communicate(timeout=100)
+    assert page.returncode == 143
+    assert not any(step.is_running() and step.status() != psutil.STATUS_ZOMBIE for step in steps)
+
+
+def test_files_of_the_users_are_found_from_the_folder_of_the_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    with_absolute_path = importlib.import_module("bring_up")._with_absolute_path
+    Path("w.pt").touch()
+    assert with_absolute_path("model.init_checkpoint=w.pt") == f"model.init_checkpoint='{tmp_path}/w.pt'"
+    for other in ("model.init_checkpoint=none.pt", "hardware=w.pt", "data.raw_dir="):
+        assert with_absolute_path(other) == other

@@ -20,7 +20,7 @@ from typing import Callable, Dict, Iterator, List, Optional, Tuple
 from lit_glm.atomic_files import write_text
 from lit_glm.config.schema import HardwareConfig
 from lit_glm.errors import InputError, first_line
-from lit_glm.hardware.monitors import MONITORS, DeviceReading, Monitor, nvml_device, visible_device
+from lit_glm.hardware.monitors import MONITORS, DeviceReading, Monitor, numbered_device, visible_device
 from lit_glm.process_utils import set_parent_death_signal
 
 log = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ class MonitoredMemory:
         self._peak: Optional[float] = None
 
     def start(
-        self, file: Path, index: int, visible: str, resolve: Callable[[str], Optional[str]] = nvml_device
+        self, file: Path, index: int, visible: str, resolve: Callable[[str], Optional[str]] = numbered_device
     ) -> None:
         """Set the file; readings from earlier parts of the run count for the peak.
 

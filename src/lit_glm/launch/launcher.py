@@ -215,7 +215,8 @@ def exit_interrupted(run_dir: Path) -> Callable[[int, str], None]:
         remove_partial(run_dir)
         mark_interrupted(run_dir)
         name = signal.Signals(number).name
-        log.error(f"interrupted by {name}; the run {reason}; {resume_hint(run_dir)}")
+        hint = f"; {resume_hint(run_dir)}" if run_dir.is_dir() else ""  # else the ranks have not met
+        log.error(f"interrupted by {name}; the run {reason}{hint}")
         kill_children()
         os._exit(128 + number)
 

@@ -6,7 +6,7 @@ from typing import Any, Callable, Dict, List, Optional
 import torch
 from torch import Tensor
 
-from lit_glm.hardware.device_monitor import MonitoredMemory
+from lit_glm.hardware.device_monitor import MonitoredMemory, monitor_of_name
 from lit_glm.hardware.monitors import nvidia_driver_version, nvml_processes
 from lit_glm.hardware.runtimes.base import Runtime
 
@@ -84,8 +84,9 @@ class CUDARuntime(Runtime):
         return str(torch.cuda.get_device_name(index))
 
     def attach_memory_monitor(self, index: int, file: Path) -> None:
-        """Use NVML's readings, which include memory outside the allocator: context, buffers of collectives."""
-        self._watch.start(file, index, "CUDA_VISIBLE_DEVICES")
+        """Use the monitor's readings, which include memory outside the allocator: context, buffers of collectives."""
+        monitor = monitor_of_name(self.monitor or "cuda")
+        self._watch.start(file, index, monitor.visible_devices_variable or "", monitor.resolve)
 
     def peak_memory(self, index: int) -> Optional[float]:
         """Return the larger of the monitor's largest reading and the peak reserved by torch's allocator.

@@ -13,7 +13,7 @@ from typing import Any, Callable, ContextManager, Dict, Optional
 import torch
 
 from lit_glm.config.schema import LossScaleConfig
-from lit_glm.hardware.device_monitor import MonitoredMemory
+from lit_glm.hardware.device_monitor import MonitoredMemory, monitor_of_name
 from lit_glm.hardware.monitors import physical_device_index, xpu_device_names, xpu_driver_version, xpu_total_memory
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.hardware.runtimes.cuda import CUDARuntime
@@ -135,7 +135,8 @@ class XMLIRRuntime(Runtime):
 
     def attach_memory_monitor(self, index: int, file: Path) -> None:
         """Use the readings of the vendor's command-line tool, as in the published runs."""
-        self._memory.start(file, index, _VISIBLE)
+        monitor = monitor_of_name(self.monitor or self.name)
+        self._memory.start(file, index, monitor.visible_devices_variable or "", monitor.resolve)
 
     def peak_memory(self, index: int) -> Optional[float]:
         """Return the larger of the monitor's largest reading and the runtime's peak, if any."""
