@@ -85,6 +85,15 @@ def test_a_busy_port(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"MASTER_PORT={port}: is in use on this machine" in found["port"]["message"]
 
 
+def test_a_folder_with_a_run_and_a_step_larger_than_generated_data(capfd: Any, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "steps.csv").touch()
+    status, found = doctor(capfd, "experiment=debug", "bs=100", "hydra.run.dir=run")
+    assert (status, failed(found)) == (1, ["disk", "data.train_file"])
+    assert "is not a run folder" in found["disk"]["message"]
+    assert "data.synthetic.num_train=64: fewer than the 100 examples of a step" in found["data.train_file"]["message"]
+
+
 def test_a_full_disk(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     real = shutil.disk_usage("/")
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: real._replace(free=1000))

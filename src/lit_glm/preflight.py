@@ -26,6 +26,7 @@ from lit_glm.hardware.runtimes.selection import check_device_count, make_runtime
 from lit_glm.isolated_process import call_isolated
 from lit_glm.metrics import memory_estimate as estimates
 from lit_glm.metrics.system_info import describe_machine
+from lit_glm.runs.run_folder import ensure_available
 
 _GIB = 2**30
 _CHECKPOINTS = 3  # two are kept while a third is written
@@ -51,7 +52,9 @@ def _format_size(count: float) -> str:
 
 
 def check_disk(config: TrainConfig, place: Path) -> CheckResult:
-    """Compare the free space with the size of the checkpoints, and measure the write speed."""
+    """Check that a run may begin there; compare the free space with the checkpoints, and measure the write speed."""
+    if config.run.resume is None:
+        ensure_available(place, config.run.overwrite)
     folder = _existing_parent(place)
     count = estimates.count_parameters(config.model)
     one = count * (2 + 12 if config.precision.name == "fp16" else 12)
@@ -102,6 +105,11 @@ def check_data(config: TrainConfig, key: str) -> CheckResult:
     """Check that an HDF5 file fits the configuration, and show its counts and its first and last example."""
     path = Path(getattr(config.data, key))
     if config.data.synthetic is not None and not path.exists():
+        if key == "train_file" and config.global_batch > config.data.synthetic.num_train:
+            raise InputError(
+                f"data.synthetic.num_train={config.data.synthetic.num_train}: fewer than the {config.global_batch} "
+                f"examples of a step (bs={config.bs}, topology={config.topology.name})"
+            )
         return CheckResult("", "ok", f"{path}: does not exist yet, train generates it on first use")
     decode, model = _make_decoder(config), config.model
     found = call_isolated(summarise_hdf5, path, key == "eval_file")
