@@ -8,16 +8,11 @@ import csv
 import json
 import logging
 import os
-import shutil
-import signal
-import threading
-import time
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 from typing import Any, Callable, ClassVar, Dict, List, NamedTuple, Optional, Tuple
 
-import psutil
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
@@ -32,7 +27,14 @@ from lit_glm.config.schema import TrainConfig
 from lit_glm.config.secrets import mask_override
 from lit_glm.errors import InputError, RunError
 from lit_glm.launch.rendezvous import Node
-from lit_glm.launch.signals import STOP_SIGNALS, Interrupted, call_before_stop
+from lit_glm.launch.signals import Interrupted, call_before_stop
+from lit_glm.launch.sweep_processes import (
+    JobProcesses,
+    is_joblib,
+    remember_stop,
+    remember_stops,
+    worker_stopped_by,
+)
 from lit_glm.metrics.registry import METRICS, OBJECTIVES, PUBLISHED_COLUMNS
 from lit_glm.runs import discovery
 from lit_glm.runs.environment import environment_differences, local_environment, read_environment
@@ -132,17 +134,17 @@ class SweepCallback(Callback):
     """Number of jobs of the sweep if known in advance; None for a search and in other processes."""
     complete: ClassVar[List["CompleteRun"]] = []
     """Runs of complete combinations, which need no job."""
-    launcher = ""
-    """Class of the launcher of the sweep that this process started."""
+    jobs = JobProcesses("", Path())
+    """Processes of the sweep that this process started."""
 
     def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
         """Store the sweep folder, delete the job records of an earlier start, and write those of complete runs."""
         if not _keeps_records(config):
             return
         SweepCallback.started = Path(config.hydra.sweep.dir).resolve()
-        SweepCallback.launcher = str(config.hydra.launcher.get("_target_"))
-        limit_s = _STOP_MARGIN_S + float(OmegaConf.select(config, "run.shutdown_timeout_s") or 0.0)
-        call_before_stop(lambda number: _stop_jobs(number, limit_s))
+        SweepCallback.jobs = JobProcesses(str(config.hydra.launcher.get("_target_")), SweepCallback.started)
+        shutdown_s = float(OmegaConf.select(config, "run.shutdown_timeout_s") or 0.0)
+        call_before_stop(lambda number: SweepCallback.jobs.stop(number, shutdown_s))
         for note in filter(_is_job_record, (SweepCallback.started / JOB_RECORDS_DIR).glob("*.json")):
             note.unlink()
         for number, run in enumerate(SweepCallback.complete, SweepCallback.total or 0):
@@ -155,48 +157,9 @@ class SweepCallback(Callback):
         if config.hydra.mode is None or config.hydra.mode.name == "RUN" or not _keeps_records(config):
             return
         sweep_dir, number = Path(config.hydra.sweep.dir), int(config.hydra.job.num)
-        if not _job_record_file(sweep_dir, number).exists() and _stopped_by is None:
+        if not _job_record_file(sweep_dir, number).exists() and worker_stopped_by() is None:
             overrides = list(config.hydra.overrides.task)  # its own process printed the error
             _write_job_record(sweep_dir, number, None, RunError.exit_status, _rejected_row(config), overrides)
-
-
-_STOP_MARGIN_S = 10.0
-_stopped_by: Optional[int] = None
-"""Stop signal that this worker process of joblib has received: it runs no further job."""
-
-
-def _remember_stop(number: int, _frame: Any = None) -> None:
-    global _stopped_by
-    _stopped_by = _stopped_by or number
-
-
-def _stop_jobs(number: int, limit_s: float) -> None:
-    """Signal the jobs that other processes of this machine run, and wait until they have saved: joblib kills them."""
-    end = time.monotonic() + limit_s
-    if "joblib" in SweepCallback.launcher:
-        workers = psutil.Process().children()
-        for worker in workers:
-            worker.send_signal(number)
-        while time.monotonic() < end and any(worker.is_running() and worker.children() for worker in workers):
-            time.sleep(0.2)
-        time.sleep(1.0)  # a worker writes the record of its job when that has ended
-    for job in _local_jobs():
-        for process in job.children() or [job]:  # a controller that is signalled kills its task after a second
-            process.send_signal(signal.SIGINT)  # submitit bypasses SIGTERM outside runs
-    while time.monotonic() < end and _local_jobs():
-        time.sleep(0.2)
-
-
-def _local_jobs() -> List[psutil.Process]:
-    """Return the running jobs of submitit's launcher for one machine, whose numbers are those of processes."""
-    if "submitit" not in SweepCallback.launcher or not SweepCallback.launcher.endswith("LocalLauncher"):
-        return []
-    return [
-        process
-        for name in _unfinished_submitit_jobs(SweepCallback.started)
-        for process in psutil.process_iter()
-        if str(process.pid) == name.partition("_")[0] and process.status() != psutil.STATUS_ZOMBIE
-    ]
 
 
 def _keeps_records(config: Any) -> bool:
@@ -282,12 +245,11 @@ def run_sweep_job(
     log.info(f"job {int(hydra.job.num) + 1}{of}: {changes}")
     _mask_multirun_file(sweep_dir)
     reason, reused_from, resumes, node = "", "", False, Node(0, "127.0.0.1", 0)
-    in_worker = "joblib" in str(hydra.launcher.get("_target_")) and SweepCallback.started is None
-    if in_worker and threading.current_thread() is threading.main_thread():
-        for number in STOP_SIGNALS:  # outside runs too: the end of one worker makes joblib kill all
-            signal.signal(number, _remember_stop)
-    if _stopped_by is not None:
-        return TaskOutcome(128 + _stopped_by)
+    in_worker = is_joblib(str(hydra.launcher.get("_target_"))) and SweepCallback.started is None
+    if in_worker:
+        remember_stops()
+    if worker_stopped_by() is not None:
+        return TaskOutcome(128 + (worker_stopped_by() or 0))
     try:
         node = this_node(config.topology, config.hardware.runtime == "simulated")
         with announce_early_end(config, node):
@@ -300,8 +262,9 @@ def run_sweep_job(
                 result = _reusable_result(config, folder, resumes, node)
             if result is None:
                 prepare_data()
-        if _stopped_by is not None:
-            raise Interrupted(_stopped_by)
+        stopped_by = worker_stopped_by()
+        if stopped_by is not None:
+            raise Interrupted(stopped_by)
         if result is None:
             job = JobSpec(config, entry, command, resumes, str(sweep_dir.resolve()))
             result = run_job(job, folder, files, node, in_process=False)
@@ -314,7 +277,7 @@ def run_sweep_job(
         status = stop.exit_status
         if not in_worker:
             raise KeyboardInterrupt from None
-        _remember_stop(status - 128)  # an exception would make joblib kill the runs of the other workers
+        remember_stop(status - 128)  # an exception would make joblib kill the runs of the other workers
     finally:
         if node.rank == 0:  # node 0 builds the table
             row = {**config_fields(config), "status": "failed", **({"error": reason} if reason else {})}
@@ -412,7 +375,7 @@ def finish_sweep() -> int:
         sweep_dir = SweepCallback.started
         if sweep_dir is None:
             return 0
-        _print_queued_jobs(sweep_dir)
+        SweepCallback.jobs.print_remaining()
         SweepCallback.started = None
         if not any((sweep_dir / JOB_RECORDS_DIR).glob("*.json")):
             return 0  # no job has started; the error was printed
@@ -421,29 +384,6 @@ def finish_sweep() -> int:
         print(text)
         log.info(f"{sweep_dir}/sweep.md, sweep.csv")
         return status
-
-
-def _unfinished_submitit_jobs(sweep_dir: Optional[Path]) -> List[str]:
-    """Return the names of submitit's jobs without a result: the number of a job, and its task."""
-    return [
-        file.name.replace("_submitted.pkl", "")
-        for file in sorted(((sweep_dir or Path()) / ".submitit").glob("*/*_submitted.pkl"))
-        if not list(file.parent.glob("*_result.pkl"))
-    ]
-
-
-def _print_queued_jobs(sweep_dir: Path) -> None:
-    """Print which jobs stay queued or running after this process, and how to cancel them."""
-    local = " ".join(str(job.pid) for job in _local_jobs())
-    if local:
-        log.warning(f"jobs of this sweep are still running (processes {local}); stop them with: kill -INT {local}")
-    left = _unfinished_submitit_jobs(sweep_dir)
-    if left and not SweepCallback.launcher.endswith("LocalLauncher") and shutil.which("scancel"):
-        jobs = " ".join(dict.fromkeys(name.partition("_")[0] for name in left))
-        log.warning(
-            f"{len(left)} job{'s' * (len(left) > 1)} of this sweep may still be queued or running in Slurm "
-            f"({', '.join(left)}); cancel with: scancel {jobs}"
-        )
 
 
 _WRITES = ("sweep.md", "sweep.csv", "multirun.yaml")
