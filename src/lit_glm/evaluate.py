@@ -50,8 +50,8 @@ def read_example_metadata(eval_file: Path, split: Any) -> Optional[List[Dict[str
     if len(names) != len(split):
         raise InputError(f"{path}: has {len(names)} lines, {eval_file} has {len(split)} examples; prepare both again")
     for example, name in enumerate(names):
-        candidates, right = name["candidates"], split.answers_of(example)
-        named = tuple(place for place, text in enumerate(candidates) if text in name["answers"])
+        candidates, right = name["candidates"], set(split.answers_of(example))
+        named = {place for place, text in enumerate(candidates) if text in name["answers"]}
         if len(candidates) != split.num_candidates_of(example) or named != right:
             raise InputError(f"{path}: entry {example + 1} is of another evaluation file; prepare both again")
     return names

@@ -86,13 +86,16 @@ def test_a_worker_that_is_killed_ends_the_command(tmp_path: Path) -> None:
     others = psutil.Process().children()
     questions = [found for _, found in read_questions(write(tmp_path, LINES[:1]), False, SkippedRecords())]
 
+    def workers() -> List[psutil.Process]:
+        mine = [process for process in psutil.Process().children() if process not in others]
+        return [process for process in mine if "spawn_main" in " ".join(process.cmdline())]
+
     def chunks() -> Iterator[Any]:
         yield questions[0]
-        while not any(worker not in others for worker in psutil.Process().children()):
-            time.sleep(0.05)
-        for worker in psutil.Process().children():
-            if worker not in others and "spawn_main" in " ".join(worker.cmdline()):
-                worker.kill()
+        while not workers():  # another process of multiprocessing starts first
+            time.sleep(0.01)
+        for worker in workers():
+            worker.kill()
         yield questions[0]
 
     with pytest.raises(RunError, match="data.num_workers=1: a worker process was killed"):
