@@ -269,7 +269,7 @@ def _verify_lines(steps: List[Step]) -> List[str]:
 
 
 def _with_absolute_path(override: str) -> str:
-    """Return an override that names an existing file of the user's as it is called from the folder of the steps."""
+    """Make the path of an existing file in an override absolute: the steps run in another directory."""
     key, _, value = override.partition("=")
     is_path = key.endswith(("_file", "_dir", ".init_checkpoint"))
     return f"{key}='{Path(value).resolve()}'" if is_path and value and Path(value).exists() else override

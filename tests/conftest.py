@@ -31,17 +31,18 @@ EVAL_FILE = HDF5 / "eval_hdf5" / "eval_sparse.hdf5"
 CHECKPOINT = GOLDEN / "blocklm-large-blank"
 
 MARKERS = {
-    "runs": "process",
     "documents": "slow",
-    **dict.fromkeys(  # each of their tests runs a whole command
-        [
-            *("hardware/test_precision.py", "hardware/test_xpytorch.py", "parity/test_training.py"),
-            *("reporting/test_devices.py", "runs_folder/test_folder.py", "runs_folder/test_foreign_surroundings.py"),
-            *("runs_folder/test_lost_files.py", "test_doctor.py", "verification/test_faults.py"),
-            "verification/test_verify.py",
-        ],
-        "process",
-    ),
+    "hardware/test_precision.py": "process",
+    "hardware/test_xpytorch.py": "process",
+    "parity/test_training.py": "process",
+    "reporting/test_devices.py": "process",
+    "runs": "process",
+    "runs_folder/test_folder.py": "process",
+    "runs_folder/test_foreign_surroundings.py": "process",
+    "runs_folder/test_lost_files.py": "process",
+    "test_doctor.py": "process",
+    "verification/test_faults.py": "process",
+    "verification/test_verify.py": "process",
 }
 """Folder or file -> marker of its tests; all others are `unit`. A test may have a marker of its own."""
 _LONG_S = 5.0

@@ -73,7 +73,7 @@ def _trials_of(search: Dict[str, Any]) -> List[Trial]:
 
 
 def rates_by_bs(trials: List[Trial]) -> Dict[int, List[float]]:
-    """Return p_core of the trials that fit, by ascending batch size; one that did not fit each time is left out."""
+    """Return p_core of the trials by ascending batch size, without sizes that did not fit in at least one trial."""
     found: Dict[int, List[float]] = {}
     too_large = {trial.bs for trial in trials if trial.status in (MEMORY, LIMIT)}
     for trial in sorted(trials, key=lambda trial: trial.bs):

@@ -215,8 +215,7 @@ def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
     for line in set_hardware_env(config.hardware):
         log.warning(line)
     scores: Dict[int, List[float]] = {}
-    accuracy, chosen, runtime, split = _score_checkpoint(config, scores, trained)
-    names = read_example_metadata(Path(config.data.eval_file), split)
+    accuracy, chosen, runtime, split, names = _score_checkpoint(config, scores, trained)
     report: Dict[str, Any] = {"acc": accuracy, "em": None, "f1": None, "num_examples": len(chosen)}
     predictions = describe_predictions(chosen, scores, split.answers_of, names)
     if names is not None:
@@ -270,7 +269,7 @@ def _check_data_of_run(split: Any, run_dir: Path) -> None:
 
 def _score_checkpoint(
     config: TrainConfig, scores: Dict[int, List[float]], trained: Optional[Path]
-) -> Tuple[Optional[float], List[Tuple[int, int]], Any, Any]:
+) -> Tuple[Optional[float], List[Tuple[int, int]], Any, Any, Optional[List[Dict[str, Any]]]]:
     """Score the evaluation file.
 
     Args:
@@ -279,7 +278,7 @@ def _score_checkpoint(
         trained: run folder whose data must be those of the configuration.
 
     Returns:
-        Accuracy, (example, chosen candidate) of all examples, runtime and data.
+        Accuracy, (example, chosen candidate) of all examples, runtime, data, and texts of the examples.
     """
     from lit_glm.data.synthetic import ensure_synthetic_data
     from lit_glm.hardware.runtimes.selection import make_runtime
@@ -301,7 +300,7 @@ def _score_checkpoint(
     split.check_fits_model(config.model.vocab_size, config.model.max_sequence_length, config.data.max_seq_length)
     if trained is not None:
         _check_data_of_run(split, trained)
-    read_example_metadata(Path(config.data.eval_file), split)  # fails before the work
+    names = read_example_metadata(Path(config.data.eval_file), split)  # an error costs no work yet
     device = runtime.device(0)
     check_attention_available(config.model.attention)
     glm, done = build_glm(config.model, runtime.model_ops())
@@ -312,7 +311,7 @@ def _score_checkpoint(
     with precision.forward_context():
         batches = evaluation_batches(split, config, pin_memory=runtime.pins_memory)
         accuracy, chosen = evaluate(module, batches, runtime, scores=scores)
-    return accuracy, chosen, runtime, split
+    return accuracy, chosen, runtime, split, names
 
 
 def _write_results(

@@ -13,7 +13,7 @@ log = logging.getLogger("lit_glm.export")
 
 
 def export(run_dir: Path, layout: str, out: Path) -> str:
-    """Write the weights of a run's newest checkpoint that can be read; others are named.
+    """Write the weights of a run's newest readable checkpoint; log newer ones that are skipped.
 
     Args:
         run_dir: a run folder.

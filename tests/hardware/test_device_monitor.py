@@ -13,7 +13,7 @@ import pytest
 from lit_glm.config.schema import HardwareConfig, TopologyConfig, TrainConfig
 from lit_glm.hardware import device_monitor
 from lit_glm.hardware.device_monitor import COLUMNS, MonitoredMemory, load_readings, monitor_devices, monitor_for
-from lit_glm.hardware.monitors import Monitor
+from lit_glm.hardware.monitors import MONITORS, Monitor
 from lit_glm.launch import launcher
 from lit_glm.metrics.energy import energy_metrics, integrate_power
 from lit_glm.runs import environment
@@ -47,7 +47,7 @@ def test_the_cards_of_the_job_are_read_until_the_end(
     monkeypatch.setenv("XPU_VISIBLE_DEVICES", "3,1,0")
     file, begun = tmp_path / "run" / "devices.csv", time.monotonic()
     memory = MonitoredMemory()
-    memory.start(file, 1, "XPU_VISIBLE_DEVICES")
+    memory.start(file, 1, MONITORS["xmlir"])
     with monitor_devices(hardware(), file, 0, 2, begun):
         limit = time.monotonic() + 20
         while len(load_readings(file).get(("0", "3"), [])) < 3 and time.monotonic() < limit:
@@ -95,7 +95,7 @@ def test_torn_and_foreign_lines_are_left_out(tmp_path: Path) -> None:
     file.write_text(",".join(COLUMNS) + "\n1,0,0,2,100,,\nx,0,0,2,1,1,1\n2,0,0,2\n3,0,0,2,110,,\n4,0,0,2,10")
     assert [reading["time_s"] for reading in load_readings(file)["0", "0"]] == [1, 3]
     memory = MonitoredMemory()
-    memory.start(file, 0, "NOTHING_VISIBLE")
+    memory.start(file, 0, Monitor(lambda _: [], "NOTHING_VISIBLE"))
     assert memory.peak() == 2 * 2**30
 
 

@@ -156,5 +156,5 @@ def test_a_host_whose_own_name_is_its_loopback_is_reached_by_its_default_route(m
     eth = SimpleNamespace(family=socket.AF_INET, address="10.0.0.5")
     lo = SimpleNamespace(family=socket.AF_INET, address="127.0.1.1")
     monkeypatch.setattr("psutil.net_if_addrs", lambda: {"lo": [lo], "eth0": [eth]})
-    monkeypatch.setattr(rendezvous, "_own_address_to", {"node0": "127.0.1.1", "192.0.2.1": "10.0.0.5"}.get)
+    monkeypatch.setattr(rendezvous, "_source_address_to", {"node0": "127.0.1.1", "192.0.2.1": "10.0.0.5"}.get)
     assert network_interface_to("node0") == "eth0"

@@ -229,8 +229,8 @@ def pad_packed(batch: PackedBatch, pad_to: int) -> PackedBatch:
     """Pad a batch so that few different shapes occur: for runtimes that compile anew for each shape.
 
     Contexts get the smallest of `pad_to`, 2 `pad_to`, 4 `pad_to`, ... rows that holds the longest; a batch gets B,
-    2 B, 4 B, ... groups. Candidates grow together: at level l a group has 64 x 2^l candidate rows and an example
-    16 x 2^l candidates. Padding is neither attended to nor scored.
+    2 B, 4 B, ... groups. A group gets 64 x 2^l candidate rows and an example 16 x 2^l candidates, with the smallest l
+    that suffices for both. Padding is neither attended to nor scored.
 
     Args:
         batch: without padding.

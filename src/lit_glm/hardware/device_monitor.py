@@ -15,12 +15,12 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Dict, Iterator, List, Optional, Tuple
 
 from lit_glm.atomic_files import write_text
 from lit_glm.config.schema import HardwareConfig
 from lit_glm.errors import InputError, first_line
-from lit_glm.hardware.monitors import MONITORS, DeviceReading, Monitor, numbered_device, visible_device
+from lit_glm.hardware.monitors import MONITORS, DeviceReading, Monitor, visible_device
 from lit_glm.process_utils import set_parent_death_signal
 
 log = logging.getLogger(__name__)
@@ -186,18 +186,16 @@ class MonitoredMemory:
         """Latest reading, bytes."""
         self._peak: Optional[float] = None
 
-    def start(
-        self, file: Path, index: int, visible: str, resolve: Callable[[str], Optional[str]] = numbered_device
-    ) -> None:
+    def start(self, file: Path, index: int, monitor: Monitor) -> None:
         """Set the file; readings from earlier parts of the run count for the peak.
 
         Args:
             file: devices.csv of the node.
             index: index of the device among the visible ones.
-            visible: variable that selects the visible devices.
-            resolve: see `Monitor.resolve`.
+            monitor: the monitor that writes the file.
         """
-        self._file, self._card = file, resolve(visible_device(index, visible))
+        name = visible_device(index, monitor.visible_devices_variable or "")
+        self._file, self._card = file, monitor.resolve(name)
 
     def update(self) -> None:
         """Read new rows of the file."""

@@ -180,14 +180,14 @@ def _accept_peers(listener: socket.socket, token: bytes, others: int) -> Dict[in
     return peers
 
 
-def connect_peers(rank: int, hosts: Sequence[str], address: str, agree: Callable[[Any], Any]) -> PeerMonitor:
+def connect_peers(rank: int, hosts: Sequence[str], address: str, broadcast: Callable[[Any], Any]) -> PeerMonitor:
     """Connect this rank with rank 0; called by all ranks.
 
     Args:
         rank: this rank.
         hosts: host names of all ranks, for messages.
         address: address of rank 0 as seen by the other ranks.
-        agree: broadcasts rank 0's argument to all ranks.
+        broadcast: broadcasts rank 0's argument to all ranks.
 
     Raises:
         RunError: if the ranks cannot reach each other.
@@ -195,9 +195,9 @@ def connect_peers(rank: int, hosts: Sequence[str], address: str, agree: Callable
     if rank == 0:
         with _listener() as listener:
             token = secrets.token_bytes(_TOKEN_BYTES)
-            agree((listener.getsockname()[1], token.hex()))
+            broadcast((listener.getsockname()[1], token.hex()))
             return PeerMonitor(0, _accept_peers(listener, token, len(hosts) - 1), hosts)
-    port, token = agree(None)
+    port, token = broadcast(None)
     try:
         connection = socket.create_connection((address, port), timeout=_CONNECT_S / 3)  # per address of the host
         connection.sendall(_HELLO.pack(bytes.fromhex(token), rank))

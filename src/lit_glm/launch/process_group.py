@@ -1,5 +1,6 @@
 """Process group of a job: rendezvous, agreement on the configuration, and exit of all ranks if one fails."""
 
+import functools
 import logging
 import os
 import socket
@@ -13,7 +14,7 @@ from lit_glm.errors import InputError
 from lit_glm.hardware.runtimes.selection import check_device_count, make_runtime
 from lit_glm.launch.heartbeat import STALL_MARGIN_S
 from lit_glm.launch.peer_monitor import connect_peers, name_lost_peer
-from lit_glm.launch.rendezvous import RunFolder, meet, share
+from lit_glm.launch.rendezvous import RunFolder, broadcast_through_store, meet
 
 log = logging.getLogger(__name__)
 
@@ -63,20 +64,18 @@ def process_group(
     external = "TORCHELASTIC_RUN_ID" in os.environ  # the user's torchrun already has a store
     rank = int(os.environ["RANK"])
     store, run, hosts = meet(config, choose_run() if rank == 0 and not external else None, external)
-
-    def join() -> None:
-        world = config.topology.world_size
-        torch.distributed.init_process_group(runtime.backend, timeout=timeout, store=store, rank=rank, world_size=world)
-
-    if config.topology.num_nodes == 1 and not external:  # its supervisor watches all ranks
-        join()
-        yield run
-        return
-    # Before the process group: a node whose collective library fails to start ends the others, which wait for it there.
-    monitor = connect_peers(rank, hosts, os.environ["MASTER_ADDR"], lambda content: share(store, content))
+    monitor = None
+    if config.topology.num_nodes > 1 or external:  # else the supervisor of the node watches all ranks
+        # Before the process group: if a node's collective library fails to start, the others would wait there for it.
+        broadcast = functools.partial(broadcast_through_store, store)
+        monitor = connect_peers(rank, hosts, os.environ["MASTER_ADDR"], broadcast)
+    status = 0
     try:
         with name_lost_peer(monitor):
-            join()
+            world = config.topology.world_size
+            torch.distributed.init_process_group(
+                runtime.backend, timeout=timeout, store=store, rank=rank, world_size=world
+            )
             if external:
                 from lit_glm.hardware import object_collectives
 
@@ -84,9 +83,11 @@ def process_group(
                 run = object_collectives.broadcast_object(chosen, runtime.device(local_rank))
             yield run
     except BaseException as error:
-        monitor.announce_exit(getattr(error, "exit_status", 1))
+        status = getattr(error, "exit_status", 1)
         raise
-    monitor.announce_exit(0)
+    finally:
+        if monitor is not None:
+            monitor.announce_exit(status)
 
 
 def _check_backend(backend: str, hardware: str) -> None:

@@ -148,32 +148,32 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-_ELSEWHERE = "192.0.2.1"
-"""An address for documentation (RFC 5737): the route to it is the default route."""
+_REMOTE_ADDRESS = "192.0.2.1"
+"""Address that no machine has (RFC 5737, for documentation): the route to it is the default route."""
 
 
 def network_interface_to(address: str) -> Optional[str]:
-    """Return the network interface by which this machine reaches node 0, and other nodes reach this one.
+    """Return the network interface by which this machine exchanges data with node 0 and the other nodes.
 
-    Many hosts resolve their own name to 127.0.1.1, where no other node reaches them: node 0 then takes the interface of
-    its default route.
+    Many hosts resolve their own name to 127.0.1.1, where other nodes cannot reach them. On node 0, such a name gives
+    the interface of the default route.
 
     Args:
-        address: address of node 0; an address of the loopback itself is taken as it is.
+        address: host name or address of node 0. "localhost" and loopback addresses give the loopback interface.
 
     Returns:
-        Its name; None if unknown.
+        The name of the interface; None if unknown.
     """
-    own = _own_address_to(address)
+    own = _source_address_to(address)
     if own is not None and own.startswith("127.") and not _is_loopback(address):
-        own = _own_address_to(_ELSEWHERE)
+        own = _source_address_to(_REMOTE_ADDRESS)
     for name, entries in psutil.net_if_addrs().items():
         if any(entry.family == socket.AF_INET and entry.address == own for entry in entries):
             return str(name)
     return None
 
 
-def _own_address_to(address: str) -> Optional[str]:
+def _source_address_to(address: str) -> Optional[str]:
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((address, 9))  # sends nothing, only selects the route
@@ -218,7 +218,7 @@ _LOOK_S = 0.05
 _OTHERS_LOOK_S = 1.0
 _ANNOUNCE_S = 20.0
 """Seconds for which a node that exits tries to notify the others, which may still be starting."""
-_RUN, _ENDED, _SHARED = "run folder", "ended", "shared"
+_RUN, _ENDED, _BROADCAST = "run folder", "ended", "broadcast"
 
 
 class RendezvousError(RunError):
@@ -291,16 +291,16 @@ def meet(
     return store, None if folder is None else RunFolder(Path(folder[0]), bool(folder[1])), hosts
 
 
-def share(store: Any, content: Any) -> Any:
-    """Return what rank 0 passes, on all ranks that have met.
+def broadcast_through_store(store: Any, content: Any) -> Any:
+    """Return rank 0's content, which JSON can represent, on all ranks that have met; called once per job.
 
     Raises:
         RunError: if rank 0 has exited.
     """
     try:
         if os.environ["RANK"] == "0":
-            _write(store, _SHARED, json.dumps(content))
-        return json.loads(store.get(_SHARED))
+            _write(store, _BROADCAST, json.dumps(content))
+        return json.loads(store.get(_BROADCAST))
     except (RuntimeError, ValueError) as error:
         raise RunError(f"rank 0 exited right after the rendezvous ({first_line(error)})") from error
 

@@ -30,10 +30,10 @@ from lit_glm.launch.rendezvous import Node
 from lit_glm.launch.signals import Interrupted, call_before_stop
 from lit_glm.launch.sweep_processes import (
     JobProcesses,
+    install_worker_handlers,
     is_joblib,
-    remember_stop,
-    remember_stops,
-    worker_stopped_by,
+    record_worker_stop,
+    worker_stop_signal,
 )
 from lit_glm.metrics.registry import METRICS, OBJECTIVES, PUBLISHED_COLUMNS
 from lit_glm.runs import discovery
@@ -134,17 +134,18 @@ class SweepCallback(Callback):
     """Number of jobs of the sweep if known in advance; None for a search and in other processes."""
     complete: ClassVar[List["CompleteRun"]] = []
     """Runs of complete combinations, which need no job."""
-    jobs = JobProcesses("", Path())
-    """Processes of the sweep that this process started."""
+    processes: Optional[JobProcesses] = None
+    """Processes of the jobs of the sweep that this process started."""
 
     def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
         """Store the sweep folder, delete the job records of an earlier start, and write those of complete runs."""
         if not _keeps_records(config):
             return
         SweepCallback.started = Path(config.hydra.sweep.dir).resolve()
-        SweepCallback.jobs = JobProcesses(str(config.hydra.launcher.get("_target_")), SweepCallback.started)
+        processes = JobProcesses(str(config.hydra.launcher.get("_target_")), SweepCallback.started)
         shutdown_s = float(OmegaConf.select(config, "run.shutdown_timeout_s") or 0.0)
-        call_before_stop(lambda number: SweepCallback.jobs.stop(number, shutdown_s))
+        call_before_stop(lambda number: processes.stop(number, shutdown_s))
+        SweepCallback.processes = processes
         for note in filter(_is_job_record, (SweepCallback.started / JOB_RECORDS_DIR).glob("*.json")):
             note.unlink()
         for number, run in enumerate(SweepCallback.complete, SweepCallback.total or 0):
@@ -157,7 +158,7 @@ class SweepCallback(Callback):
         if config.hydra.mode is None or config.hydra.mode.name == "RUN" or not _keeps_records(config):
             return
         sweep_dir, number = Path(config.hydra.sweep.dir), int(config.hydra.job.num)
-        if not _job_record_file(sweep_dir, number).exists() and worker_stopped_by() is None:
+        if not _job_record_file(sweep_dir, number).exists() and worker_stop_signal() is None:
             overrides = list(config.hydra.overrides.task)  # its own process printed the error
             _write_job_record(sweep_dir, number, None, RunError.exit_status, _rejected_row(config), overrides)
 
@@ -232,8 +233,8 @@ def run_sweep_job(
         entry: `time.monotonic()` when the job began; e2e_time counts from there, as that of a single run.
 
     Raises:
-        KeyboardInterrupt: if the job was interrupted, to stop the rest of the sweep too; not in a worker of joblib,
-            where the process that started the sweep does that.
+        KeyboardInterrupt: if the job was interrupted, to stop the rest of the sweep too. A joblib worker returns its
+            status instead: the process that started the sweep has received the signal too.
     """
     from lit_glm.launch.launcher import announce_early_end, run_job
     from lit_glm.launch.rendezvous import this_node
@@ -247,9 +248,10 @@ def run_sweep_job(
     reason, reused_from, resumes, node = "", "", False, Node(0, "127.0.0.1", 0)
     in_worker = is_joblib(str(hydra.launcher.get("_target_"))) and SweepCallback.started is None
     if in_worker:
-        remember_stops()
-    if worker_stopped_by() is not None:
-        return TaskOutcome(128 + (worker_stopped_by() or 0))
+        install_worker_handlers()
+    stopped = worker_stop_signal()
+    if stopped is not None:
+        return TaskOutcome(128 + stopped)
     try:
         node = this_node(config.topology, config.hardware.runtime == "simulated")
         with announce_early_end(config, node):
@@ -262,9 +264,9 @@ def run_sweep_job(
                 result = _reusable_result(config, folder, resumes, node)
             if result is None:
                 prepare_data()
-        stopped_by = worker_stopped_by()
-        if stopped_by is not None:
-            raise Interrupted(stopped_by)
+        stopped = worker_stop_signal()
+        if stopped is not None:
+            raise Interrupted(stopped)
         if result is None:
             job = JobSpec(config, entry, command, resumes, str(sweep_dir.resolve()))
             result = run_job(job, folder, files, node, in_process=False)
@@ -277,7 +279,7 @@ def run_sweep_job(
         status = stop.exit_status
         if not in_worker:
             raise KeyboardInterrupt from None
-        remember_stop(status - 128)  # an exception would make joblib kill the runs of the other workers
+        record_worker_stop(status - 128)  # an exception would make joblib kill the runs of the other workers
     finally:
         if node.rank == 0:  # node 0 builds the table
             row = {**config_fields(config), "status": "failed", **({"error": reason} if reason else {})}
@@ -375,7 +377,8 @@ def finish_sweep() -> int:
         sweep_dir = SweepCallback.started
         if sweep_dir is None:
             return 0
-        SweepCallback.jobs.print_remaining()
+        if SweepCallback.processes is not None:
+            SweepCallback.processes.print_remaining()
         SweepCallback.started = None
         if not any((sweep_dir / JOB_RECORDS_DIR).glob("*.json")):
             return 0  # no job has started; the error was printed

@@ -1,6 +1,6 @@
-"""Job processes of a sweep whose launcher is joblib or submitit: they save when the sweep is stopped.
+"""Processes of the jobs of a sweep whose launcher is joblib or submitit: stopping them so that their runs save.
 
-joblib kills its workers when the process that started the sweep raises an error, or when one of them exits.
+joblib kills all workers when the process that started the sweep raises an error, or when a worker exits.
 """
 
 import logging
@@ -24,22 +24,22 @@ _RECORD_S = 1.0  # for a worker to write the record of a job that has ended
 _stopped_by: Optional[int] = None
 
 
-def worker_stopped_by() -> Optional[int]:
-    """Return the stop signal that this worker of joblib has received, after which it runs no further job, or None."""
+def worker_stop_signal() -> Optional[int]:
+    """Return the stop signal that this joblib worker has received; it then runs no further job. None without one."""
     return _stopped_by
 
 
-def remember_stop(number: int, _frame: Any = None) -> None:
-    """Note that this worker was stopped."""
+def record_worker_stop(number: int, _frame: Any = None) -> None:
+    """Record the stop signal that this joblib worker has received; also its signal handler outside runs."""
     global _stopped_by
     _stopped_by = _stopped_by or number
 
 
-def remember_stops() -> None:
-    """Let this worker only note stop signals outside runs: its exit would make joblib kill all workers."""
+def install_worker_handlers() -> None:
+    """Make this joblib worker record stop signals instead of exiting, after which joblib would kill all workers."""
     if threading.current_thread() is threading.main_thread():
         for number in STOP_SIGNALS:
-            signal.signal(number, remember_stop)
+            signal.signal(number, record_worker_stop)
 
 
 def is_joblib(launcher: str) -> bool:
@@ -51,7 +51,7 @@ class JobProcesses:
     """Job processes of a sweep that this process started."""
 
     def __init__(self, launcher: str, sweep_dir: Path) -> None:
-        """Store where to look.
+        """Describe the sweep.
 
         Args:
             launcher: class of Hydra's launcher.

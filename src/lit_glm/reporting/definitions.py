@@ -93,8 +93,8 @@ def metric_definitions(name: str, found: List[ReportRow], words: Translations) -
 
 
 @functools.lru_cache(maxsize=None)
-def _published_settings() -> Dict[str, Any]:
-    """Return the settings of the published case; empty if its files cannot be read. A document asks once per table."""
+def published_settings() -> Dict[str, Any]:
+    """Return the flat configuration of the published case, experiment=flagperf; {} if its files cannot be read."""
     from lit_glm.config.hydra_main import compose_config, validate_config
     from lit_glm.config.schema import TrainConfig, iter_keys
     from lit_glm.errors import InputError
@@ -108,7 +108,7 @@ def _published_settings() -> Dict[str, Any]:
 
 def _changed_settings(runs: List[ReportRun]) -> List[str]:
     """List settings that differ from the published case, with their values."""
-    published = _published_settings()
+    published = published_settings()
     judged = (
         "model.", "optimizer.", "scoring.name", "data.name", "data.max_seq_length", "precision.tf32",
         "run.target_accuracy", "run.max_steps", "seed",

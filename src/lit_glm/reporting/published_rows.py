@@ -6,23 +6,16 @@ from omegaconf import OmegaConf
 
 from lit_glm.config.hydra_main import CONF_DIR
 from lit_glm.metrics.registry import PUBLISHED_COLUMNS
-from lit_glm.reporting.definitions import ReportTable, Translations
+from lit_glm.reporting.definitions import ReportTable, Translations, published_settings
 from lit_glm.reporting.row_format import Note, format_cell, label_with_annotations, note_texts, unique_row_label
 from lit_glm.reporting.run_reader import ReportRow, ReportRun
 
 _RATIOS = ("e2e_time", "p_whole", "p_train", "p_core")
-_WORKLOAD = {
-    "model.name": "glm_large",
-    "model.num_layers": 24,
-    "model.hidden_size": 1024,
-    "model.num_attention_heads": 16,
-    "model.vocab_size": 30592,
-    "data.name": "record",
-    "data.max_seq_length": 512,
-}
-"""Workload of the published rows, by our configuration keys."""
-_TARGET = 0.8
-"""Accuracy at which the published runs end."""
+_WORKLOAD = (
+    *(f"model.{key}" for key in ("name", "num_layers", "hidden_size", "num_attention_heads", "vocab_size")),
+    *("data.name", "data.max_seq_length"),
+)
+"""Keys of the workload, in which a run must agree with the published case."""
 _DOUBT = " †"
 """Mark after a precision that the case files of the row contradict."""
 
@@ -63,6 +56,7 @@ def published_tables(found: List[ReportRow], words: Translations) -> Tuple[Repor
     table = ReportTable([words("config"), *PUBLISHED_COLUMNS[1:], words("source")], lines, notes_below)
     ratios: List[List[str]] = []
     notes: List[Note] = []
+    published_target = published_settings().get("run.target_accuracy")
     for row in found:
         matches, note = matching_rows(row, published, words)
         if note:
@@ -71,9 +65,9 @@ def published_tables(found: List[ReportRow], words: Translations) -> Tuple[Repor
         target = row.runs[0].settings.get("run.target_accuracy")
         if matches and not ended:
             notes.append(Note("no_ratio_e2e", unique_row_label(row, words)))
-        elif matches and target != _TARGET:
+        elif matches and target != published_target:
             ended = False
-            notes.append(Note("no_ratio_target", unique_row_label(row, words), (str(target), str(_TARGET))))
+            notes.append(Note("no_ratio_target", unique_row_label(row, words), (str(target), str(published_target))))
         has_ratio = False
         for line in matches:
             measured = {key: None if key == "e2e_time" and not ended else row.median(key) for key in _RATIOS}
@@ -121,8 +115,8 @@ def matching_rows(
             return [], Note(key, name)
     if row["scoring"] != left[0]["scoring"]:
         return [], Note("no_ratio_scoring", name, (str(row["scoring"]),))
-    settings = row.runs[0].settings
-    other = [f"{key}={settings.get(key, '?')}" for key, value in _WORKLOAD.items() if settings.get(key) != value]
+    settings, case = row.runs[0].settings, published_settings()
+    other = [f"{key}={settings.get(key, '?')}" for key in _WORKLOAD if settings.get(key) != case.get(key)]
     if other:
         return [], Note("no_ratio_workload", name, (", ".join(other),))
     return left, None

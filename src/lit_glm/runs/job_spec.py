@@ -38,7 +38,7 @@ class JobSpec:
     is_trial: bool = False
     """Whether it is a trial of `tune`, which is no measurement of its own."""
     working_dir: str = field(default_factory=os.getcwd)
-    """Folder in which the job was started, to which relative paths of its configuration refer."""
+    """Working directory of the command, against which relative paths of the configuration are resolved."""
 
     def write(self, folder: Path) -> None:
         """Write job.json for the ranks, for resuming, and for the discovery of runs."""
@@ -81,11 +81,11 @@ class JobSpec:
 
 
 def read_run_config(folder: Path) -> TrainConfig:
-    """Read the configuration of a run for a command that works with the run's data, in whatever folder it is called.
+    """Read the configuration of a run for a command that uses the run's data from any working directory.
 
     Returns:
-        The configuration. Relative paths of the data refer to the folder in which the run was started, unless they
-        exist only in the current one: the run folder may have been copied from another machine.
+        The configuration. Relative paths of the data are resolved against the working directory of the run. A path
+        that exists only in the current directory is kept: the run folder may have been copied from another machine.
 
     Raises:
         InputError: see `JobSpec.read`.

@@ -150,8 +150,8 @@ class Runtime:
             file: table written by the node's device monitor (`lit_glm.hardware.device_monitor`).
         """
         if self.monitor:
-            monitor, self._monitored = monitor_of_name(self.monitor), MonitoredMemory()
-            self._monitored.start(file, index, monitor.visible_devices_variable or "", monitor.resolve)
+            self._monitored = MonitoredMemory()
+            self._monitored.start(file, index, monitor_of_name(self.monitor))
 
     def peak_memory(self, index: int) -> Optional[float]:
         """Return the highest memory in use on a device so far, bytes; by default that of `monitor`; None if unknown."""

@@ -85,8 +85,7 @@ class CUDARuntime(Runtime):
 
     def attach_memory_monitor(self, index: int, file: Path) -> None:
         """Use the monitor's readings, which include memory outside the allocator: context, buffers of collectives."""
-        monitor = monitor_of_name(self.monitor or "cuda")
-        self._watch.start(file, index, monitor.visible_devices_variable or "", monitor.resolve)
+        self._watch.start(file, index, monitor_of_name(self.monitor or "cuda"))
 
     def peak_memory(self, index: int) -> Optional[float]:
         """Return the larger of the monitor's largest reading and the peak reserved by torch's allocator.

@@ -135,8 +135,7 @@ class XMLIRRuntime(Runtime):
 
     def attach_memory_monitor(self, index: int, file: Path) -> None:
         """Use the readings of the vendor's command-line tool, as in the published runs."""
-        monitor = monitor_of_name(self.monitor or self.name)
-        self._memory.start(file, index, monitor.visible_devices_variable or "", monitor.resolve)
+        self._memory.start(file, index, monitor_of_name(self.monitor or "xmlir"))
 
     def peak_memory(self, index: int) -> Optional[float]:
         """Return the larger of the monitor's largest reading and the runtime's peak, if any."""
