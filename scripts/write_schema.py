@@ -22,13 +22,14 @@ RESULT: Dict[str, str] = {
     "model_flops": "model FLOPs of all steps, all ranks",
     "repeated_steps": "steps that were done again after an interruption, because no checkpoint had them",
     "interruptions": "how often the run was resumed",
+    "earlier_e2e_time": "the part of e2e_time before the latest interruption; null: unknown",
     "training_spans": "begin and end of training of each part, seconds since the entry of train; null: unknown",
     "training_spans_by_node": "the same of each node, in the time of its devices.csv",
     "missing_data": "what is lost of the parts before an interruption; metrics that depend on it are null",
     "environment_changes": "in what the machines or software of the parts differ",
     "external_device_processes": "largest number of other processes seen on the devices; null: unknown",
     "mem_total_source": "device, or hardware file where the device does not report it; null with mem_total_gib",
-    "data_fingerprint": "hash of counts and largest values of training and evaluation data; reports keep runs on "
+    "data_fingerprint": "hash of all tokens and answers of training and evaluation data; reports keep runs on "
     "different data apart",
     "runtime": "what computed: cpu, cuda, xmlir, xpytorch, simulated, or the name of the class of hardware._target_",
     "simulated": "whether the device was simulated on the CPU: no value was measured on the device",

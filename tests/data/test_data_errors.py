@@ -168,3 +168,31 @@ class TestCache:
     def test_a_place_that_cannot_be_written_is_no_obstacle(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         assert len(open_dataset(TRAIN_FILE, False, str(tmp_path / "file" / "cache"))) == 37
+
+
+def test_the_fingerprint_changes_with_every_token_and_answer(tmp_path: Path) -> None:
+    """And not with the name of the file, or how it is compressed."""
+
+    def fingerprint(name: str, source: Path, change: Callable[[Any], None]) -> str:
+        (tmp_path / name).mkdir()
+        return open_dataset(broken(tmp_path / name, source, change), source == EVAL_FILE, None).fingerprint
+
+    train, answers = (
+        fingerprint(f"as-it-is-{n}", file, lambda f: None) for n, file in enumerate((TRAIN_FILE, EVAL_FILE))
+    )
+    with h5py.File(TRAIN_FILE) as file:
+        token = int(file["text"]["data"][5])
+    assert fingerprint("token", TRAIN_FILE, set_value("text", 5, token + 1 if token < 100 else token - 1)) != train
+
+    def compress(file: Any) -> None:
+        values = file["text"]["data"][()]
+        del file["text"]["data"]
+        file["text"].create_dataset("data", data=values, compression="gzip")
+
+    assert fingerprint("compressed", TRAIN_FILE, compress) == train
+
+    def other_answer(file: Any) -> None:
+        entries = file["answer_idx"]["data"]  # the zeros are not stored
+        entries[0] = 2 if entries[0] == 1 else 1
+
+    assert fingerprint("answer", EVAL_FILE, other_answer) != answers

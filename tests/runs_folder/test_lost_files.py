@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 from pathlib import Path
 from typing import Any, Callable, Dict
 
@@ -44,6 +45,7 @@ def flip_a_time(folder: Path) -> None:
     (folder / "steps.csv").write_text("".join(lines).replace(lines[2], lines[2].replace("0.", "0.\x00", 9)))
 
 
+TIMES = ("e2e_time", "raw_train_time", "init_time", "training_spans")
 STEP_FIGURES = {"p_train", "p_core", "step_s"}
 RESULT_FIGURES = {"e2e_time", "p_whole", "init_time"}
 
@@ -126,3 +128,42 @@ def test_a_run_that_was_resumed_on_another_machine_is_marked(
     text = capfd.readouterr().out
     assert "resumed on another machine" in text
     assert "its parts were measured on different machines (cpu Another CPU" in text
+
+
+def test_the_time_from_the_last_record_to_a_failure_is_part_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that hangs and is resumed is no faster than one that does not hang."""
+    folder, hangs_s, recorded = tmp_path / "run", 0.3, {}
+    real = BenchmarkCallback._write_step
+
+    def hang_and_fail(self: Any, step: int, *values: Any) -> None:
+        real(self, step, *values)
+        if step == STOPPED_AFTER - 1:
+            recorded.update(json.loads((folder / "result.json").read_text()))
+            time.sleep(hangs_s)
+            raise RuntimeError("a device was lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BenchmarkCallback, "_write_step", hang_and_fail)
+        assert lit_glm_here("train", *DEBUG, f"hydra.run.dir={folder}") == 1
+    failed = json.loads((folder / "result.json").read_text())
+    added = failed["e2e_time"] - recorded["e2e_time"]
+    assert added >= hangs_s
+    assert failed["raw_train_time"] - recorded["raw_train_time"] == pytest.approx(added)
+    assert failed["p_whole"] == pytest.approx(failed["num_trained_samples"] / failed["raw_train_time"])
+    assert failed["training_spans"][0][1] - recorded["training_spans"][0][1] == pytest.approx(added)
+
+    def fail_before_training(self: Any, *arguments: Any) -> None:
+        raise RuntimeError("no device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BenchmarkCallback, "on_train_start", fail_before_training)
+        assert lit_glm_here("train", *DEBUG, f"run.resume={folder}") == 1
+    again = json.loads((folder / "result.json").read_text())
+    assert {name: again[name] for name in TIMES} == {name: failed[name] for name in TIMES}
+    assert lit_glm_here("train", *DEBUG, f"run.resume={folder}") == 0
+    finished = json.loads((folder / "result.json").read_text())
+    assert finished["earlier_e2e_time"] == failed["e2e_time"]
+    assert finished["raw_train_time"] > failed["raw_train_time"]
+    assert finished["training_spans"][0] == failed["training_spans"][0]

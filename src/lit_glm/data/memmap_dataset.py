@@ -26,7 +26,7 @@ from lit_glm.isolated_process import ReportProgress, call_isolated
 if TYPE_CHECKING:  # the isolated process that builds a cache imports no more than numpy and h5py
     from lit_glm.config.schema import DataConfig, ModelConfig
 
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 CACHE_ARRAYS = {
     "context_tokens": np.int32,  # contexts of all groups
     "group_context_end": np.int64,  # [G] end of each group's context in context_tokens
@@ -83,9 +83,8 @@ class MemmapDataset:
 
     @property
     def fingerprint(self) -> str:
-        """Short hash of what differs between data sets: numbers of examples, candidates and tokens, largest values."""
-        content = {key: value for key, value in self.meta.items() if key != "source"}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+        """Short hash of all tokens, positions and answers, which does not depend on the file's name or compression."""
+        return str(self.meta["fingerprint"])
 
     def num_candidates_of(self, example: int) -> int:
         """Return the number of candidates of an example."""
@@ -122,6 +121,11 @@ class MemmapDataset:
                 f"{self.source}: group text, row {row}: {length} tokens, more than "
                 f"data.max_seq_length={max_seq_length}; it was prepared with more: data.max_seq_length={length}"
             )
+
+
+def is_other_data(earlier: str, current: str) -> bool:
+    """Return whether two fingerprints are of different data; those of version 0.1.0 are shorter and cannot tell."""
+    return earlier != current and len(earlier) >= len(current)
 
 
 def open_datasets(data: "DataConfig", model: "ModelConfig") -> Tuple[MemmapDataset, MemmapDataset]:
@@ -257,7 +261,8 @@ def build_cache(path: Path, needs_answers: bool, folder: Path, progress: Optiona
         finally:
             for file in files.values():
                 file.close()
-        meta = {"source": str(path), "sizes": writer.sizes, "num_tokens": reader.num_tokens, **writer.maxima}
+        about = {"sizes": writer.sizes, "num_tokens": reader.num_tokens, **writer.maxima}
+        meta = {"source": str(path), "fingerprint": writer.fingerprint(), **about}
     (folder / "meta.json").write_text(json.dumps(meta, default=int))
 
 
@@ -329,12 +334,19 @@ class _CacheWriter:
     def __init__(self, files: Dict[str, Any]) -> None:
         self._files = files
         self.sizes = dict.fromkeys(CACHE_ARRAYS, 0)
+        self._hashes = {name: hashlib.blake2b(digest_size=8) for name in CACHE_ARRAYS}
         self.maxima: Dict[str, Tuple[int, int]] = {"max_token": (0, 0), "max_position": (0, 0), "max_length": (0, 0)}
 
     def put(self, name: str, values: Any) -> None:
         array = np.asarray(values, dtype=CACHE_ARRAYS[name])
         array.tofile(self._files[name])
+        self._hashes[name].update(array.tobytes())
         self.sizes[name] += len(array)
+
+    def fingerprint(self) -> str:
+        """Return the hash of all arrays written so far."""
+        digests = b"".join(self._hashes[name].digest() for name in CACHE_ARRAYS)
+        return hashlib.sha256(digests).hexdigest()[:12]
 
     def track_max(self, name: str, values: Any, first_row: int) -> None:
         """Record the largest value and its row, for error messages."""

@@ -25,6 +25,7 @@ from lit_glm.runs.environment import read_environment
 from lit_glm.runs.job_spec import JobSpec
 from lit_glm.runs.result import (
     error_reason,
+    extend_times_to_end,
     final_summary,
     mark_failed,
     mark_interrupted,
@@ -71,7 +72,7 @@ def run_job(
     topology = job.config.topology
     raise_open_files_limit()
     if topology.world_size == 1 and in_process:
-        with StopRequest(job.config.run.shutdown_timeout_s, exit_interrupted(run_dir)) as stop, record_run(
+        with StopRequest(job.config.run.shutdown_timeout_s, exit_interrupted(job, run_dir)) as stop, record_run(
             job, run_dir, composed
         ):
             _run_in_process(job, run_dir, stop)
@@ -99,11 +100,14 @@ def record_run(job: JobSpec, run_dir: Path, composed: Dict[str, str], output: Op
         settle_status(run_dir)  # of an earlier part whose launcher was killed
         before = read_result_bytes(run_dir) if job.is_resume else None
         if job.is_resume:
-            update_result(run_dir, status="running", error=None)
+            update_result(run_dir, status="running", error=None, earlier_e2e_time=None)
         try:
             with write_failure_status(run_dir, before), write_energy_metrics(job, run_dir, output is None):
                 heartbeat.clear_heartbeats(run_dir)
-                yield lock
+                try:
+                    yield lock
+                finally:
+                    extend_times_to_end(run_dir, job.start_time)
         finally:
             result = settle_status(run_dir)
             if result is not None:
@@ -208,11 +212,12 @@ def _run_secondary_node(job: JobSpec, node: Node, supervisor: Supervisor, output
         supervisor.run(job, node, Path(name), output=output)
 
 
-def exit_interrupted(run_dir: Path) -> Callable[[int, str], None]:
+def exit_interrupted(job: JobSpec, run_dir: Path) -> Callable[[int, str], None]:
     """Return the function that exits this process when its run does not stop in time."""
 
     def end(number: int, reason: str) -> None:
         remove_partial(run_dir)
+        extend_times_to_end(run_dir, job.start_time)
         mark_interrupted(run_dir)
         name = signal.Signals(number).name
         hint = f"; {resume_hint(run_dir)}" if run_dir.is_dir() else ""  # else the ranks have not met
@@ -223,17 +228,18 @@ def exit_interrupted(run_dir: Path) -> Callable[[int, str], None]:
     return end
 
 
-def watch_for_stalls(config: TrainConfig, run_dir: Path, ranks: Sequence[int], margin_s: float) -> ContextManager[None]:
+def watch_for_stalls(job: JobSpec, run_dir: Path, ranks: Sequence[int], margin_s: float) -> ContextManager[None]:
     """Exit this process if none of some ranks of this node has sent a heartbeat in time."""
 
     def end(where: List[str]) -> None:
-        message = stall_message(config, run_dir, where)
+        message = stall_message(job.config, run_dir, where)
+        extend_times_to_end(run_dir, job.start_time)
         mark_failed(run_dir, message)
         log.error(message)
         kill_children()
         os._exit(1)
 
-    return run_watchdog(StallWatchdog(run_dir, ranks, config.run.stall_timeout_s + margin_s), end)
+    return run_watchdog(StallWatchdog(run_dir, ranks, job.config.run.stall_timeout_s + margin_s), end)
 
 
 _RANK_VARIABLES = (
@@ -248,5 +254,5 @@ def _run_in_process(job: JobSpec, run_dir: Path, stop: StopRequest) -> None:
         os.environ.pop(name, None)
     with stop.interruptible(), fast_imports():
         from lit_glm.launch.rank_runner import run_rank
-    with stop.interruptible(), watch_for_stalls(job.config, run_dir, [0], STALL_MARGIN_S):
+    with stop.interruptible(), watch_for_stalls(job, run_dir, [0], STALL_MARGIN_S):
         run_rank(job, run_dir, stop)

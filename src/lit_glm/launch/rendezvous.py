@@ -13,10 +13,11 @@ import logging
 import os
 import socket
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 import psutil
 
@@ -276,7 +277,8 @@ def meet(
             log.debug(f"rank 0 listens on port {port}")
             _write(store, _RUN, json.dumps(None if run is None else [str(run.path), run.is_resume]))
         _write(store, _joined(rank), socket.gethostname())
-        _wait(store, [_joined(other) for other in range(world)] if rank == 0 else [_joined("all")], end)
+        with _announce_stop(store):
+            _wait(store, [_joined(other) for other in range(world)] if rank == 0 else [_joined("all")], end)
         if rank == 0:
             _write(store, _joined("all"), json.dumps([store.get(_joined(one)).decode() for one in range(world)]))
         hosts, folder = json.loads(store.get(_joined("all"))), json.loads(store.get(_RUN))
@@ -289,6 +291,18 @@ def meet(
             "rendezvous failed",
         ) from error
     return store, None if folder is None else RunFolder(Path(folder[0]), bool(folder[1])), hosts
+
+
+@contextmanager
+def _announce_stop(store: Any) -> Iterator[None]:
+    """Notify the ranks that have joined if a signal stops rank 0, whose store ends with it; re-raise the exception."""
+    try:
+        yield
+    except Interrupted as stop:
+        if os.environ["RANK"] == "0" and not is_known_to_all(stop):
+            _write(store, _ENDED, json.dumps({"node": 0, "status": stop.exit_status, "reason": str(stop)}))
+            time.sleep(_OTHERS_LOOK_S)
+        raise
 
 
 def broadcast_through_store(store: Any, content: Any) -> Any:

@@ -147,14 +147,14 @@ def run_under_torchrun(
             def joined(run: RunFolder) -> None:
                 nonlocal folder
                 folder = run.path
-                keep.enter_context(_run_watchdog(job.config, folder, outer))
+                keep.enter_context(_run_watchdog(job, folder, outer))
 
             with stop.interruptible():
                 if outer.local_rank == 0:
                     prepare_data()
             _join_and_run(job, stop, choose_run, joined)
 
-    with StopRequest(job.config.run.shutdown_timeout_s, lambda *late: exit_interrupted(folder)(*late)) as stop:
+    with StopRequest(job.config.run.shutdown_timeout_s, lambda *late: exit_interrupted(job, folder)(*late)) as stop:
         status = run_and_report_errors(work, lambda: folder, stop)
     unfinished = (read_result(folder) or {}).get("status") == "running"
     if status == 1 and outer.rank > 0 and unfinished and not is_running(folder):  # rank 0 was killed
@@ -164,14 +164,14 @@ def run_under_torchrun(
     return status
 
 
-def _run_watchdog(config: TrainConfig, folder: Path, outer: ExternalRank) -> Any:
+def _run_watchdog(job: JobSpec, folder: Path, outer: ExternalRank) -> Any:
     """Exit this rank when no rank of its node sends heartbeats, as our supervisor would; torchrun then ends the others.
 
     The other ranks of a node wait longer than its first one, so that it reports the stall if it can.
     """
     first = outer.rank - outer.local_rank
     margin_s = STALL_MARGIN_S + (_FIRST_RANK_REPORTS_S if outer.local_rank > 0 else 0)
-    return watch_for_stalls(config, folder, range(first, first + config.topology.devices_per_node), margin_s)
+    return watch_for_stalls(job, folder, range(first, first + job.config.topology.devices_per_node), margin_s)
 
 
 def exit_rank(number: int, reason: str) -> None:

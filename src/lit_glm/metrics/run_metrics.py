@@ -175,6 +175,7 @@ class RunMetrics:
             "status": "running",
             **config_fields(config),
             "e2e_time": e2e + self.earlier_e2e,
+            "earlier_e2e_time": self.earlier_e2e,
             **throughput_metrics(self.samples(step), seconds + self._earlier),
             "acc": self.accuracy if self.evaluated_step == step else None,
             "mem_actual_gib": used if used is None else max(used, before or 0.0),

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import signal
+import time
 import traceback
 from pathlib import Path
 from typing import Any, Dict, List, Optional
@@ -13,6 +14,7 @@ from lit_glm.config.key_aliases import migrate_names
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
 from lit_glm.metrics.registry import METRICS, PUBLISHED_COLUMNS, PUBLISHED_METRICS, TABLE_METRICS, cell_text
+from lit_glm.metrics.timing import samples_per_second
 
 log = logging.getLogger(__name__)
 
@@ -209,6 +211,33 @@ def _replace_result(run_dir: Path, result: Dict[str, Any]) -> None:
             return
         except OSError:
             release_reserved_disk_space(run_dir)
+
+
+def extend_times_to_end(run_dir: Path, start_time: float) -> None:
+    """Count the time since the last record of a part that ended without its final metrics: failed, killed or stuck.
+
+    A part that wrote no record had not begun to train; nothing of it counts.
+
+    Args:
+        run_dir: the run folder.
+        start_time: `time.monotonic()` at the start of this part.
+    """
+    result = _read_file(run_dir) or {}
+    times = [result.get(name) for name in ("earlier_e2e_time", "e2e_time", "raw_train_time")]
+    if "outcome" in result or not all(isinstance(seconds, float) for seconds in times):
+        return
+    earlier, recorded, trained = map(float, times)  # type: ignore[arg-type]
+    missing = time.monotonic() - start_time + earlier - recorded
+    if missing > 0:
+        trained += missing
+        spans = result.get("training_spans")
+        update_result(
+            run_dir,
+            e2e_time=recorded + missing,
+            raw_train_time=trained,
+            p_whole=samples_per_second(result["num_trained_samples"], trained),
+            training_spans=[*spans[:-1], [spans[-1][0], spans[-1][1] + missing]] if spans else spans,
+        )
 
 
 def mark_failed(run_dir: Path, reason: str) -> None:
