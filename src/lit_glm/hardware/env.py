@@ -1,7 +1,10 @@
 """Environment variables of a device type; names of vendors' packages. Imports no torch, which reads the variables."""
 
 import os
-from typing import List
+from pathlib import Path
+from typing import Any, Dict, List
+
+import yaml
 
 from lit_glm.config.schema import CONF_DIR, HardwareConfig
 from lit_glm.config.secrets import MASK
@@ -11,6 +14,13 @@ def hardware_file(name: str) -> str:
     """Return how messages call the file of a device type: one of conf/hardware/, or of the user's --config-dir."""
     is_shipped = (CONF_DIR / "hardware" / f"{name}.yaml").is_file()
     return f"conf/hardware/{name}.yaml" if is_shipped else f"--config-dir: hardware/{name}.yaml"
+
+
+def read_hardware_files(folder: Path) -> Dict[str, Dict[str, Any]]:
+    """Read the hardware files of a folder, by name; with libyaml where PyYAML has it, which is ten times as fast."""
+    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    files = sorted(folder.glob("*.yaml"))
+    return {file.stem: yaml.load(file.read_text(encoding="utf-8"), loader) or {} for file in files}  # noqa: S506
 
 
 def set_hardware_env(hardware: HardwareConfig) -> List[str]:

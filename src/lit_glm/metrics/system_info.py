@@ -13,13 +13,12 @@ from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 import psutil
 import torch
-from omegaconf import OmegaConf
 
 import lit_glm
 from lit_glm.config.hydra_main import CONF_DIR
 from lit_glm.config.schema import TrainConfig
 from lit_glm.config.secrets import is_secret, mask_override
-from lit_glm.hardware.env import PACKAGES, VARIABLES
+from lit_glm.hardware.env import PACKAGES, VARIABLES, read_hardware_files
 from lit_glm.hardware.monitors import command_output, cpu_name, read_system_file
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.openmp import SPIN_LIMITS, THREAD_COUNT_VARIABLES, available_cores
@@ -128,7 +127,7 @@ def describe_system(config: TrainConfig, runtime: Runtime, command: List[str]) -
 
 def _known_variables(own: Iterable[str]) -> List[str]:
     """List variable names from this module and the hardware files, `own` those of the chosen file; no secrets."""
-    files: List[Any] = [OmegaConf.load(path) for path in sorted((CONF_DIR / "hardware").glob("*.yaml"))]
+    files = read_hardware_files(CONF_DIR / "hardware").values()
     names = [*_VARIABLES, *(str(name) for content in files for name in content.get("env") or {}), *own]
     return [name for name in dict.fromkeys(names) if not is_secret(name)]
 

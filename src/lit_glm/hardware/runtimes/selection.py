@@ -4,16 +4,15 @@ import importlib
 import re
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Dict, List, Optional
 
 import torch
-from omegaconf import OmegaConf
 
 from lit_glm.config.key_aliases import find_old_methods
 from lit_glm.config.schema import HardwareConfig, TopologyConfig
 from lit_glm.errors import InputError, first_line
 from lit_glm.hardware.device_monitor import monitor_of_name
-from lit_glm.hardware.env import hardware_file, set_hardware_env
+from lit_glm.hardware.env import hardware_file, read_hardware_files, set_hardware_env
 from lit_glm.hardware.monitors import is_mig_slice
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.hardware.runtimes.cpu import CPURuntime
@@ -225,7 +224,7 @@ def validate_devices(hardware: HardwareConfig, runtime: Runtime, devices: int, f
         InputError: if a device does not match the file.
     """
     warnings, pattern = [], hardware.device_name_pattern
-    known: Dict[str, Any] = {entry.stem: OmegaConf.load(entry) for entry in sorted(folder.glob("*.yaml"))}
+    known = read_hardware_files(folder)
     vendors = {str(entry.get("vendor") or "") for entry in known.values()} - {""}
     patterns = {name: str(entry.get("device_name_pattern") or "") for name, entry in known.items()}
     for index in range(devices):
