@@ -17,10 +17,10 @@ from hypothesis import settings
 
 from fork_server import ForkedProcess, ForkServer, can_fork
 from lit_glm.console import install_message_handler
+from lit_glm.process_utils import fast_imports
 
 settings.register_profile("unhurried", deadline=None)  # tests run beside each other: none is judged by its time
 settings.load_profile("unhurried")
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two tests at a time: threads that spin take each other's cores
 signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in what a script starts in the background
 TESTS = Path(__file__).parent
@@ -57,7 +57,14 @@ def pytest_addoption(parser: Any) -> None:
 
 
 def pytest_configure(config: Any) -> None:
-    """With a runtime of somebody's own, one line for each promise."""
+    """Share cores and imports among the workers of pytest-xdist; print one line per promise of somebody's runtime."""
+    has_workers = bool(getattr(config.option, "numprocesses", None))
+    os.environ.setdefault("OMP_NUM_THREADS", "1" if has_workers else "2")  # which workers inherit
+    if has_workers:
+        _server.share()
+    else:
+        with fast_imports():  # as commands import them; the collection would also import what torchmetrics plots with
+            importlib.import_module("lit_glm.launch.rank_runner")
     if config.getoption("--runtime") is not None:
         config.option.verbose = max(1, config.option.verbose)
 
@@ -103,6 +110,11 @@ def pytest_runtest_logreport(report: Any) -> None:
 _long_tests: List[str] = []
 
 
+def pytest_unconfigure() -> None:
+    """End the fork server."""
+    _server.close()
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Name unit tests that should be marked, or made faster."""
     for line in _long_tests:
@@ -137,12 +149,10 @@ _server = ForkServer()
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
     install_message_handler()  # for tests that call what a command calls
     _server.env = dict(os.environ)
-    yield
-    _server.close()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,8 +1,9 @@
 """Runs one-rank commands in forks of a process that has already imported torch and Lightning.
 
 A command under test costs three seconds of imports otherwise. The server imports what `train` imports, starts no
-thread and computes nothing; a fork gets its arguments, environment, folder and standard streams from the test and runs
-the command's module as `python -m` does. Ranks are started by the command itself, as a user's are.
+thread and computes nothing; a fork gets its arguments, environment, folder, import path and standard streams from the
+test and runs the command's module as `python -m` does. Ranks are started by the command itself, as a user's are. The
+workers of pytest-xdist share one server, which their controller starts.
 
     python tests/fork_server.py lit_glm SOCKET     (the word lit_glm: `report` knows a running command by it)
 """
@@ -23,8 +24,13 @@ from typing import IO, Any, Dict, List, Optional, Tuple
 
 _MAX_REQUEST = 2**20
 _MODULES = ("lit_glm.launch.rank_runner", "lit_glm.launch.launcher", "lit_glm.launch.sweep", "lit_glm.evaluate")
-_SAFE = ("MASTER_", "NODE_RANK", "SLURM_", "MLFLOW_", "WANDB_", "LIT_GLM_CONTAINER", "LIT_GLM_LOG", "KEPT")
-"""Beginnings of variables that no library reads when it is imported: with any other a command starts cold."""
+_SAFE = (
+    *("MASTER_", "NODE_RANK", "SLURM_", "MLFLOW_", "WANDB_", "LIT_GLM_CONTAINER", "LIT_GLM_LOG", "KEPT", "PATH"),
+    *("PYTHONPATH", "CHIP_LIBRARY", "DOUBLE_", "XPU_VISIBLE_DEVICES"),
+)
+"""Beginnings of variables that no library of the server reads when it is imported: with any other a command starts
+cold."""
+_ADDRESS_VARIABLE = "LIT_GLM_FORK_SERVER"
 
 
 def can_fork(env: Optional[Dict[str, str]]) -> bool:
@@ -107,40 +113,55 @@ class ForkedProcess:
 
 
 class ForkServer:
-    """The server of one pytest process, started at its first use."""
+    """The server of a pytest process and its workers."""
 
     def __init__(self) -> None:
         self.env: Dict[str, str] = {}
         """Of the server itself, whatever the first test that needs it has changed."""
         self._process: Optional[subprocess.Popen[bytes]] = None
-        self._folder = tempfile.TemporaryDirectory(prefix="lit_glm-fork-")
-        self._address = str(Path(self._folder.name) / "socket")
-        self._log = Path(self._folder.name) / "stderr.txt"
+        self._own: Optional[tempfile.TemporaryDirectory[str]] = None
+
+    def share(self) -> None:
+        """Start the server, for the processes that this one starts from now on."""
+        self._start()
+        os.environ[_ADDRESS_VARIABLE] = str(self._folder)
+
+    def _start(self) -> None:
+        self._own = tempfile.TemporaryDirectory(prefix="lit_glm-fork-")
+        command = [sys.executable, __file__, "lit_glm", str(self._folder / "socket")]
+        with (self._folder / "stderr.txt").open("w") as log:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stderr=log, env=self.env or None, cwd=Path(__file__).parent
+            )
+
+    @property
+    def _folder(self) -> Path:
+        return Path(os.environ[_ADDRESS_VARIABLE] if self._own is None else self._own.name)
 
     def connect(self) -> socket.socket:
         """Connect to the server; starts it where none runs."""
-        if self._process is None:
-            command = [sys.executable, __file__, "lit_glm", self._address]
-            with self._log.open("w") as log:
-                folder = Path(__file__).parent
-                self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=log, env=self.env, cwd=folder)
+        if self._own is None and _ADDRESS_VARIABLE not in os.environ:
+            self._start()
         connection = socket.socket(socket.AF_UNIX)
+        limit = time.monotonic() + 120.0
         while True:
             try:
-                connection.connect(self._address)
+                connection.connect(str(self._folder / "socket"))
                 return connection
             except (FileNotFoundError, ConnectionRefusedError):
-                if self._process.poll() is not None:
-                    said = self._log.read_text(errors="replace")[-2000:]
-                    raise RuntimeError(f"the fork server has ended ({self._process.returncode}): {said}") from None
+                ended = self._process is not None and self._process.poll() is not None
+                if ended or time.monotonic() > limit:
+                    said = (self._folder / "stderr.txt").read_text(errors="replace")[-2000:]
+                    raise RuntimeError(f"the fork server does not answer: {said}") from None
                 time.sleep(0.02)
 
     def close(self) -> None:
-        """End the server."""
+        """End the server, if this process has started it."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-        self._folder.cleanup()
+        if self._own is not None:
+            self._own.cleanup()
 
 
 def _receive(connection: socket.socket) -> Tuple[Dict[str, Any], List[int]]:
@@ -175,12 +196,11 @@ def _become(request: Dict[str, Any], descriptors: List[int]) -> None:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
+    sys.path[:1] = [request["cwd"], *filter(None, request["env"].get("PYTHONPATH", "").split(os.pathsep))]
     sys.argv = [request["module"], *request["arguments"]]
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests under nohup
-    for number in request.get("ignored", ()):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def main(address: str) -> Optional[Dict[str, Any]]:

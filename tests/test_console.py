@@ -39,10 +39,10 @@ def test_each_message_says_which_program_it_is_of(words: List[str], tmp_path: Pa
 @pytest.mark.process
 def test_commands_in_messages_work_as_printed(tmp_path: Path) -> None:
     run = ["experiment=debug", "run.max_steps=1", "run.evaluate=false"]
-    done = lit_glm("train", *run, cwd=tmp_path, cold=True, env={"PATH": "/usr/bin:/bin"})
+    done = lit_glm("train", *run, cwd=tmp_path, env={"PATH": "/usr/bin:/bin"})
     assert f"report: {sys.executable} -m lit_glm.report" in done.stdout
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
-    done = lit_glm("train", *run, cwd=tmp_path, cold=True, env={"PATH": path})
+    done = lit_glm("train", *run, cwd=tmp_path, env={"PATH": path})
     assert "report: python -m lit_glm.report" in done.stdout
 
 

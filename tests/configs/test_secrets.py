@@ -44,8 +44,11 @@ def test_no_file_of_a_run_holds_a_secret(how: Any, tmp_path: Path) -> None:
     assert [str(path) for path in files if SECRET.encode() in path.read_bytes()] == []
     masked = [path.name for path in files if b"HF_TOKEN" in path.read_bytes()]
     assert {"job.json", "config.yaml", "overrides.yaml", "environment.json"} <= set(masked)
-    again = lit_glm("train", *DEBUG, *how, f"+hardware.env.HF_TOKEN={SECRET}", "run.resume=auto", cwd=tmp_path)
+    run = next(path.parent for path in files if path.name == "job.json")
+    resume = [] if "-m" in how else [f"run.resume={run}"]  # a sweep looks for its complete combinations by itself
+    again = lit_glm("train", *DEBUG, *how, f"+hardware.env.HF_TOKEN={SECRET}", *resume, cwd=tmp_path)
     assert again.returncode == 0, again.stderr  # the same configuration, though its secret is not there to compare
+    assert ("complete, reused from" if "-m" in how else "the run is complete; nothing to do") in again.stdout
 
 
 @pytest.mark.process

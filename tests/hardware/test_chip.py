@@ -57,7 +57,7 @@ def trained(chip: Dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> C
     def train(name: str, topology: str) -> Path:
         run = folder / f"{name}_{topology}"
         line = [*OWN, f"hardware={name}", *DEBUG, f"topology={topology}", f"hydra.run.dir={run}"]
-        done = lit_glm("train", *line, cwd=folder, env=None if name == "cpu" else chip, cold=True)
+        done = lit_glm("train", *line, cwd=folder, env=None if name == "cpu" else chip, cold=name == "chip")
         assert done.returncode == 0, done.stderr
         return run
 
@@ -80,14 +80,14 @@ def test_a_stopped_run_continues_and_is_evaluated(
     name: str, chip: Dict[str, str], trained: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
     line = [*OWN, f"hardware={name}", *DEBUG]
-    process = start_command("train", *line, "hydra.run.dir=parts", cwd=tmp_path, env=chip, cold=True)
+    process = start_command("train", *line, "hydra.run.dir=parts", cwd=tmp_path, env=chip)
     steps, limit = tmp_path / "parts" / "steps.csv", time.monotonic() + 120
     while not (steps.is_file() and steps.read_bytes().count(b"\n") > 2) and time.monotonic() < limit:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGTERM)
     process.communicate(timeout=120)
     assert len(losses(tmp_path / "parts")) < 12
-    again = lit_glm("train", *line, "run.resume=parts", cwd=tmp_path, env=chip, cold=True)
+    again = lit_glm("train", *line, "run.resume=parts", cwd=tmp_path, env=chip)
     assert again.returncode == 0, again.stderr
     assert losses(tmp_path / "parts") == losses(trained(name, "1x1"))
 
@@ -111,7 +111,7 @@ def test_verify_finds_it_correct(name: str, topology: str, chip: Dict[str, str],
         "model=glm_tiny",
         "hydra.run.dir=verify",
     ]
-    done = lit_glm("verify", *line, cwd=tmp_path, env=chip, cold=True)
+    done = lit_glm("verify", *line, cwd=tmp_path, env=chip)
     assert done.returncode == 0, done.stdout + done.stderr
     checks = json.loads((tmp_path / "verify" / "verify.json").read_text())["checks"]
     found = {check["name"]: check["status"] for check in checks}
@@ -130,7 +130,7 @@ def test_verify_finds_that_synchronize_does_not_wait(chip: Dict[str, str], tmp_p
     (tmp_path / "own" / "hardware" / "hasty.yaml").write_text("name: hasty\n_target_: hasty.Hasty\n")
     path = os.pathsep.join([str(tmp_path), chip["PYTHONPATH"]])
     line = ["--config-dir", "own", "hardware=hasty", "precision=fp32", "model=glm_tiny", "hydra.run.dir=verify"]
-    done = lit_glm("verify", *line, cwd=tmp_path, env={**chip, "PYTHONPATH": path}, cold=True)
+    done = lit_glm("verify", *line, cwd=tmp_path, env={**chip, "PYTHONPATH": path})
     assert done.returncode == 1
     assert "FAIL  clock: " in done.stdout
 

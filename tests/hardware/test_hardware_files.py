@@ -113,6 +113,7 @@ def test_a_chip_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         f"hydra.run.dir={run}",
         cwd=tmp_path,
         env={"PYTHONPATH": str(tmp_path / "src")},
+        cold=True,
     )
     assert done.returncode == 0, done.stderr
     assert "newchip 1x1" in done.stdout

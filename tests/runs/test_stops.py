@@ -78,7 +78,7 @@ def test_a_save_that_takes_too_long_is_given_up(topology: str, tmp_path: Path, m
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     more = ["+callbacks.slow._target_=slow.SlowSave", "run.checkpoint_interval_steps=5", "run.shutdown_timeout_s=2"]
     arguments = [*ENDLESS, *more, f"topology={topology}", "hydra.run.dir=run"]
-    process = start_command("train", *arguments, cwd=tmp_path, cold=True)
+    process = start_command("train", *arguments, cwd=tmp_path)
     _wait_for_steps(tmp_path / "run", process, 6)
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=100)[1]
