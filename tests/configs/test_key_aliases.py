@@ -2,6 +2,7 @@
 
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,3 +98,14 @@ def test_help_begins_with_what_the_command_does_and_an_example(command: str, cap
     assert first.endswith((".", ":"))
     assert empty == ""
     assert example.startswith(f"  python -m lit_glm.{command} ")
+
+
+def test_help_lists_a_users_groups_and_takes_lists(capfd: Any, tmp_path: Path) -> None:
+    (tmp_path / "hardware" / "lab").mkdir(parents=True)
+    (tmp_path / "hardware" / "abacus.yaml").write_text("name: abacus\n")
+    (tmp_path / "hardware" / "lab" / "rack.yaml").write_text("name: rack\n")
+    assert lit_glm_here("plan", "--config-dir", str(tmp_path), "-h", "bs=4,8") == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert any(line.startswith("hardware: a100, abacus, ") for line in lines)
+    assert "hardware/lab: rack" in lines
+    assert "bs: 4" in lines

@@ -23,7 +23,9 @@ class CommandLine:
     cfg: bool = False
     """Whether --cfg was given, which prints the configuration."""
     is_help: bool = False
-    """Whether Hydra's own output was requested (help, info, version, completion); nothing is run then."""
+    """Whether other output was requested (help, info, version, completion); nothing is run then."""
+    shows_help: bool = False
+    """Whether that is the help of this command (--help)."""
     config_dir: Optional[str] = None
     """Folder of the user's configuration files (--config-dir)."""
     flags: Tuple[str, ...] = ()
@@ -37,7 +39,8 @@ class CommandLine:
             InputError: on an unknown flag, a flag without its value, or a missing --config-dir.
         """
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        for flags in (("--help", "-h"), ("--hydra-help",), ("--version",), ("--shell-completion", "-sc")):
+        parser.add_argument("--help", "-h", action="store_true")
+        for flags in (("--hydra-help",), ("--version",), ("--shell-completion", "-sc")):
             parser.add_argument(*flags, dest="asks", action="store_true")
         parser.add_argument("--info", "-i", nargs="?", const="all")
         parser.add_argument("--cfg", "-c")
@@ -61,11 +64,12 @@ class CommandLine:
             raise InputError(_unknown_option_message(unknown[0]))
         if given.config_dir is not None and not Path(given.config_dir).is_dir():
             raise InputError(f"--config-dir {given.config_dir}: no such folder")
-        asks = given.asks or given.info is not None
+        asks = given.help or given.asks or given.info is not None
         others = list(arguments)
         for override in given.overrides:
             others.remove(override)
-        return cls(given.overrides, given.multirun, given.cfg is not None, asks, given.config_dir, tuple(others))
+        has_cfg = given.cfg is not None
+        return cls(given.overrides, given.multirun, has_cfg, asks, given.help, given.config_dir, tuple(others))
 
     @property
     def searchpath(self) -> List[str]:

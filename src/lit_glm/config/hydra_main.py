@@ -45,9 +45,9 @@ def command_help(config_name: str, whole: DictConfig, line: CommandLine) -> str:
     Hydra's own `--help` copies its whole repository of configurations for every group, which takes several seconds.
     """
     groups: Dict[str, List[str]] = {}
-    for place in (CONF_DIR, *([Path(line.config_dir)] if line.config_dir is not None else [])):
-        for file in place.glob("*/*.yaml"):
-            groups.setdefault(file.parent.name, []).append(file.stem)
+    for place in (CONF_DIR, *(Path(text[7:]) for text in whole.hydra.searchpath if text.startswith("file://"))):
+        for file in place.glob("*/**/*.yaml"):
+            groups.setdefault(file.parent.relative_to(place).as_posix(), []).append(file.stem)
     names = {group: ", ".join(sorted(set(options))) for group, options in sorted(groups.items())}
     text = string.Template(whole.hydra.help.template).safe_substitute(
         APP_CONFIG_GROUPS="".join(f"{group}: {options}\n" for group, options in names.items()),
@@ -290,15 +290,17 @@ def _run_command(
     more: List[str] = []
     try:
         line = CommandLine.read(sys.argv[1:])
-        shows_help = bool({"--help", "-h"} & set(line.flags))
-        if shows_help or not line.is_help:
+        if line.shows_help:
+            whole, _ = _compose_with_hydra(
+                config_name, [*line.sample_combinations(lambda _: False)[0], *line.searchpath]
+            )
+            print(command_help(config_name, whole, line))
+            return 0
+        if not line.is_help:
             check_overrides(line, schema, CONF_DIR, config_name)
             combinations = line.sample_combinations(is_group(line.config_dir)) if line.multirun else [line.overrides]
             for overrides in combinations:
                 whole, more = _compose_with_hydra(config_name, [*overrides, *line.searchpath])
-            if shows_help:
-                print(command_help(config_name, whole, line))
-                return 0
             if not line.multirun:
                 composed = _without_hydra(whole)
                 config = validate_config(composed, schema)  # sets the value of bs=auto in `composed` too
