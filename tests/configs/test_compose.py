@@ -136,6 +136,10 @@ def test_gelu_and_checkpointing_follow_hardware_and_scoring() -> None:
         ("optimizer.beta1=1", "below 1"),
         ("model.gelu=relu", "must be one of tanh, erf"),
         ("model.hidden_size=65", "multiple of model.num_attention_heads"),
+        (
+            "optimizer.lr_decay_iters=3 optimizer.gradient_accumulation_steps=4",
+            "optimizer.lr_decay_iters=3: must be at least optimizer.gradient_accumulation_steps=4",
+        ),
         ("precision.tf32=maybe", "precision.tf32=maybe"),
         ("bs==", "bs=="),
         ("-m bs=1,x hydra.sweep.dir=sweep", "bs=x: must be a whole number"),

@@ -330,6 +330,12 @@ def range_errors(config: Any) -> List[str]:
     heads, hidden = values.get("model.num_attention_heads"), values.get("model.hidden_size")
     if heads and hidden and hidden % heads:
         complaints.append(f"model.hidden_size={hidden}: must be a multiple of model.num_attention_heads={heads}")
+    updates, every = values.get("optimizer.lr_decay_iters"), values.get("optimizer.gradient_accumulation_steps")
+    if updates and every and updates < every:
+        complaints.append(
+            f"optimizer.lr_decay_iters={updates}: must be at least optimizer.gradient_accumulation_steps={every}, the "
+            "steps of one update: all steps would have the lowest learning rate"
+        )
     texts = [(f"hardware.env.{name}", value) for name, value in values.get("hardware.env", {}).items()]
     complaints += [f"{name}={value}: must be text" for name, value in texts if not isinstance(value, str)]
     for group in ("logger", "callbacks"):
