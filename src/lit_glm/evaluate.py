@@ -257,11 +257,10 @@ def _check_not_foreign(out: Path) -> None:
 
 def _check_data_of_run(split: Any, run_dir: Path) -> None:
     """Reject an evaluation file that is not the one of the run."""
-    from lit_glm.data.memmap_dataset import is_other_data
     from lit_glm.runs.result import read_result
 
     _, _, before = str((read_result(run_dir) or {}).get("data_fingerprint") or "").partition("-")
-    if before and is_other_data(before, split.fingerprint):
+    if before and not split.has_fingerprint(before):
         raise InputError(
             f"{split.source}: these are not the evaluation data of {run_dir} (data_fingerprint {split.fingerprint} "
             f"here, {before} there); to score other data, give data.eval_file="

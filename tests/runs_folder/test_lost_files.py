@@ -10,6 +10,7 @@ import pytest
 
 from conftest import lit_glm_here, rows
 from lit_glm.metrics.benchmark_callback import BenchmarkCallback
+from lit_glm.runs.result import extend_times_to_end
 
 DEBUG = ["experiment=debug", "run.max_steps=8", "run.checkpoint_interval_steps=3", "run.eval_interval_samples=12"]
 STOPPED_AFTER = 6  # asked to in the step before
@@ -167,3 +168,16 @@ def test_the_time_from_the_last_record_to_a_failure_is_part_of_the_run(
     assert finished["earlier_e2e_time"] == failed["e2e_time"]
     assert finished["raw_train_time"] > failed["raw_train_time"]
     assert finished["training_spans"][0] == failed["training_spans"][0]
+
+
+def test_what_happens_after_the_end_of_a_run_is_not_part_of_it(tmp_path: Path) -> None:
+    """Another rank of a torchrun may hang when rank 0 has written how the run ended."""
+    ended = {"status": "success", "earlier_e2e_time": 0.0, "e2e_time": 5.0, "raw_train_time": 4.0}
+    (tmp_path / "result.json").write_text(json.dumps(ended))
+    extend_times_to_end(tmp_path, time.monotonic() - 60.0)
+    assert json.loads((tmp_path / "result.json").read_text()) == ended
+    (tmp_path / "result.json").write_text(json.dumps({**ended, "status": "running", "raw_train_time": None}))
+    extend_times_to_end(tmp_path, time.monotonic() - 60.0)
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert found["e2e_time"] >= 60.0
+    assert found["raw_train_time"] is None

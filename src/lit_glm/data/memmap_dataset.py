@@ -86,6 +86,12 @@ class MemmapDataset:
         """Short hash of all tokens, positions and answers, which does not depend on the file's name or compression."""
         return str(self.meta["fingerprint"])
 
+    def has_fingerprint(self, fingerprint: str) -> bool:
+        """Return whether a fingerprint is of these data; that of an older run is a hash of counts and maxima only."""
+        counts = {key: value for key, value in self.meta.items() if key not in ("source", "fingerprint")}
+        older = hashlib.sha256(json.dumps(counts, sort_keys=True).encode()).hexdigest()[:8]
+        return fingerprint in (self.fingerprint, older)
+
     def num_candidates_of(self, example: int) -> int:
         """Return the number of candidates of an example."""
         return int(self.example_candidate_end[example + 1] - self.example_candidate_end[example])
@@ -121,11 +127,6 @@ class MemmapDataset:
                 f"{self.source}: group text, row {row}: {length} tokens, more than "
                 f"data.max_seq_length={max_seq_length}; it was prepared with more: data.max_seq_length={length}"
             )
-
-
-def is_other_data(earlier: str, current: str) -> bool:
-    """Return whether two fingerprints are of different data; those of version 0.1.0 are shorter and cannot tell."""
-    return earlier != current and len(earlier) >= len(current)
 
 
 def open_datasets(data: "DataConfig", model: "ModelConfig") -> Tuple[MemmapDataset, MemmapDataset]:

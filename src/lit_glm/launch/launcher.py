@@ -233,7 +233,8 @@ def watch_for_stalls(job: JobSpec, run_dir: Path, ranks: Sequence[int], margin_s
 
     def end(where: List[str]) -> None:
         message = stall_message(job.config, run_dir, where)
-        extend_times_to_end(run_dir, job.start_time)
+        if 0 in ranks:  # else this node has another start time
+            extend_times_to_end(run_dir, job.start_time)
         mark_failed(run_dir, message)
         log.error(message)
         kill_children()

@@ -18,7 +18,7 @@ from lit_glm.config.hydra_main import CONF_DIR
 from lit_glm.config.schema import TrainConfig
 from lit_glm.config.tuned_values import nearest_pair_hint
 from lit_glm.data.datamodule import RecordDataModule
-from lit_glm.data.memmap_dataset import MemmapDataset, SequenceLengths, is_other_data, open_datasets
+from lit_glm.data.memmap_dataset import MemmapDataset, SequenceLengths, open_datasets
 from lit_glm.errors import InputError, RunError, first_line
 from lit_glm.hardware import device_monitor, object_collectives
 from lit_glm.hardware.accelerator import make_accelerator, make_strategy
@@ -104,7 +104,8 @@ def build_components(context: RankContext, beat: Callable[[], None]) -> Training
     train_split, eval_split = open_datasets(config.data, config.model)
     fingerprint = f"{train_split.fingerprint}-{eval_split.fingerprint}"
     before = (read_result(context.run_dir) or {}).get("data_fingerprint") if resume_from is not None else None
-    if before is not None and is_other_data(before, fingerprint):
+    earlier = [] if before is None else str(before).split("-")
+    if not all(split.has_fingerprint(text) for split, text in zip((train_split, eval_split), earlier)):
         raise InputError(
             f"run.resume={context.run_dir}: the run was started with other data (data_fingerprint {before} there, "
             f"{fingerprint} here): {config.data.train_file}, {config.data.eval_file}"

@@ -13,7 +13,7 @@ import logging
 import os
 import socket
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -300,8 +300,9 @@ def _announce_stop(store: Any) -> Iterator[None]:
         yield
     except Interrupted as stop:
         if os.environ["RANK"] == "0" and not is_known_to_all(stop):
-            _write(store, _ENDED, json.dumps({"node": 0, "status": stop.exit_status, "reason": str(stop)}))
-            time.sleep(_OTHERS_LOOK_S)
+            with suppress(RuntimeError, ValueError):  # the store of a torchrun that was killed
+                _write(store, _ENDED, json.dumps({"node": 0, "status": stop.exit_status, "reason": str(stop)}))
+                time.sleep(_OTHERS_LOOK_S)
         raise
 
 

@@ -40,6 +40,7 @@ from lit_glm.runs.job_spec import JobSpec
 from lit_glm.runs.result import (
     error_folder,
     error_reason,
+    extend_times_to_end,
     mark_failed,
     read_result,
     root_cause,
@@ -158,6 +159,7 @@ def run_under_torchrun(
         status = run_and_report_errors(work, lambda: folder, stop)
     unfinished = (read_result(folder) or {}).get("status") == "running"
     if status == 1 and outer.rank > 0 and unfinished and not is_running(folder):  # rank 0 was killed
+        extend_times_to_end(folder, job.start_time)
         mark_failed(folder, root_cause(folder) or "rank 0 was killed")
     if job.config.topology.world_size > 1:
         exit_now(status)

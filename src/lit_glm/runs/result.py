@@ -223,21 +223,20 @@ def extend_times_to_end(run_dir: Path, start_time: float) -> None:
         start_time: `time.monotonic()` at the start of this part.
     """
     result = _read_file(run_dir) or {}
-    times = [result.get(name) for name in ("earlier_e2e_time", "e2e_time", "raw_train_time")]
-    if "outcome" in result or not all(isinstance(seconds, float) for seconds in times):
+    earlier, recorded, trained = (result.get(name) for name in ("earlier_e2e_time", "e2e_time", "raw_train_time"))
+    if result.get("status") != "running" or "outcome" in result or earlier is None or recorded is None:
         return
-    earlier, recorded, trained = map(float, times)  # type: ignore[arg-type]
     missing = time.monotonic() - start_time + earlier - recorded
-    if missing > 0:
-        trained += missing
-        spans = result.get("training_spans")
-        update_result(
-            run_dir,
-            e2e_time=recorded + missing,
-            raw_train_time=trained,
-            p_whole=samples_per_second(result["num_trained_samples"], trained),
-            training_spans=[*spans[:-1], [spans[-1][0], spans[-1][1] + missing]] if spans else spans,
-        )
+    if missing <= 0:
+        return
+    spans = result.get("training_spans")
+    changes = {"e2e_time": recorded + missing}
+    if spans:
+        changes["training_spans"] = [*spans[:-1], [spans[-1][0], spans[-1][1] + missing]]
+    if trained is not None:
+        changes["raw_train_time"] = trained + missing
+        changes["p_whole"] = samples_per_second(result["num_trained_samples"], trained + missing)
+    update_result(run_dir, **changes)
 
 
 def mark_failed(run_dir: Path, reason: str) -> None:
