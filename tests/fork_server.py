@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from typing import IO, Any, Dict, List, Optional, Tuple
 
+import psutil
+
 _MAX_REQUEST = 2**20
 _MODULES = ("lit_glm.launch.rank_runner", "lit_glm.launch.launcher", "lit_glm.launch.sweep", "lit_glm.evaluate")
 _SAFE = (
@@ -133,6 +135,7 @@ class ForkServer:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stderr=log, env=self.env or None, cwd=Path(__file__).parent
             )
+        (self._folder / "pid").write_text(str(self._process.pid))
 
     @property
     def _folder(self) -> Path:
@@ -142,17 +145,15 @@ class ForkServer:
         """Connect to the server; starts it where none runs."""
         if self._own is None and _ADDRESS_VARIABLE not in os.environ:
             self._start()
-        connection = socket.socket(socket.AF_UNIX)
-        limit = time.monotonic() + 120.0
+        connection, server = socket.socket(socket.AF_UNIX), psutil.Process(int((self._folder / "pid").read_text()))
         while True:
             try:
                 connection.connect(str(self._folder / "socket"))
                 return connection
             except (FileNotFoundError, ConnectionRefusedError):
-                ended = self._process is not None and self._process.poll() is not None
-                if ended or time.monotonic() > limit:
+                if server.status() == psutil.STATUS_ZOMBIE:
                     said = (self._folder / "stderr.txt").read_text(errors="replace")[-2000:]
-                    raise RuntimeError(f"the fork server does not answer: {said}") from None
+                    raise RuntimeError(f"the fork server has ended: {said}") from None
                 time.sleep(0.02)
 
     def close(self) -> None:

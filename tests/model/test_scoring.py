@@ -1,5 +1,6 @@
 """Both scorings give the same scores on any batch; the ways of attending are equal, gradients too."""
 
+import tempfile
 from pathlib import Path
 from typing import Any, List
 
@@ -13,7 +14,7 @@ from lit_glm.config.schema import ModelConfig
 from lit_glm.data.cloze import encode_questions
 from lit_glm.data.collate import build_padding_index, collate_packed, collate_padded, pad_packed
 from lit_glm.data.h5sparse import SparseWriter
-from lit_glm.data.memmap_dataset import MemmapDataset, open_dataset
+from lit_glm.data.memmap_dataset import MemmapDataset, build_cache
 from lit_glm.data.superglue_jsonl import Question
 from lit_glm.errors import InputError
 from lit_glm.model.attention import DotProductAttention, PaddedAttention, PerGroupAttention, check_attention_available
@@ -39,7 +40,9 @@ def split_of(questions: List[Question], tmp_path: Path) -> MemmapDataset:
     writer = SparseWriter(tmp_path / "some.hdf5", LIMIT)
     writer.add(encoded.columns, encoded.separators, encoded.counts, encoded.right)
     writer.close()
-    return open_dataset(tmp_path / "some.hdf5", True, None)
+    cache = Path(tempfile.mkdtemp(dir=tmp_path))
+    build_cache(tmp_path / "some.hdf5", True, cache)  # in this process: one for each of many files takes long
+    return MemmapDataset(cache, tmp_path / "some.hdf5")
 
 
 def question(passage: str, before: str, after: str, candidates: List[str]) -> Question:

@@ -60,19 +60,20 @@ TWO_NODES = [*FOUR_CARDS[:-1], "topology.num_nodes=2", "topology.devices_per_nod
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("victim", "number"), [(3, signal.SIGKILL), (2, signal.SIGSTOP)])
-def test_a_rank_that_ends_or_hangs_ends_both_nodes(victim: int, number: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("devices", "victim", "number"), [(2, 3, signal.SIGKILL), (1, 1, signal.SIGSTOP)])
+def test_a_rank_that_ends_or_hangs_ends_both_nodes(devices: int, victim: int, number: int, tmp_path: Path) -> None:
     port = free_port()
     more = ["run.eval_interval_samples=100000", "run.stall_timeout_s=8", f"hydra.run.dir={tmp_path / 'run'}"]
+    more += [f"topology.devices_per_node={devices}"]
     nodes = [start([*TWO_NODES, *more], on_node(rank, "127.0.0.1", port), tmp_path) for rank in (0, 1)]
     _wait_for_steps(tmp_path / "run", nodes[0], 5)
     began = time.monotonic()
-    ranks_of(nodes[victim // 2])[victim % 2].send_signal(number)
+    ranks_of(nodes[1])[victim % devices].send_signal(number)
     outputs = [process.communicate(timeout=75)[1] for process in nodes]
     assert time.monotonic() - began < (60 if number == signal.SIGKILL else 8 + 60)
     assert [process.returncode for process in nodes] == [1, 1], outputs
     said = f"rank {victim} was killed by SIGKILL" if number == signal.SIGKILL else f"rank {victim} (process"
-    assert said in outputs[victim // 2]
+    assert said in outputs[1]
     _nothing_left(tmp_path / "run")
     assert result(tmp_path / "run")["status"] == "failed"
     assert len(rows(tmp_path / "run" / "steps.csv")) >= 5

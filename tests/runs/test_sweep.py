@@ -3,14 +3,13 @@
 import csv
 import json
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import List
 
 import pytest
 
-from conftest import command, lit_glm, lit_glm_here, rows, start_command
+from conftest import lit_glm, lit_glm_here, rows, start_command
 from runs.test_runs import _nothing_left
 from runs_folder.test_lost_files import edit_environment
 
@@ -72,9 +71,7 @@ THREE = ["bs=2,3,4", "topology=1x1", "run.max_steps=40", "run.checkpoint_interva
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_and_started_again(tmp_path: Path) -> None:
     """The killed sweep leaves one run complete and one unfinished; the next start runs what is left, nothing twice."""
-    process = subprocess.Popen(
-        command("train", *SWEEP, *THREE), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = start_command("train", *SWEEP, *THREE, cwd=tmp_path)
     second = tmp_path / "sweep" / "1" / "steps.csv"
     limit = time.monotonic() + 120
     while not (second.is_file() and second.read_bytes().count(b"\n") > 8):
