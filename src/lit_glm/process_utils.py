@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import multiprocessing
 import os
 import re
 import resource
@@ -9,7 +10,7 @@ import signal
 import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, Optional
 
 import psutil
 
@@ -24,12 +25,22 @@ _LOADER_OPEN_FILES = 256
 _LIBC = ctypes.CDLL(None)  # opened here: a child between fork and exec must not load a library
 
 
-def set_parent_death_signal(number: int = signal.SIGKILL) -> None:
-    """Make the kernel send this process a signal when its parent exits (Linux: prctl PR_SET_PDEATHSIG)."""
+def set_parent_death_signal(number: int = signal.SIGKILL, parent: Optional[int] = None) -> None:
+    """Make the kernel send this process a signal when its parent exits (Linux: prctl PR_SET_PDEATHSIG).
+
+    Args:
+        number: the signal, which a parent that has exited already causes at once.
+        parent: PID of the parent; None: the process that started this one with multiprocessing, if any.
+    """
     try:
         _LIBC.prctl(1, int(number))
     except (AttributeError, OSError):  # not Linux
         pass
+    if parent is None:
+        starter = multiprocessing.parent_process()
+        parent = os.getppid() if starter is None else starter.pid
+    if os.getppid() != parent:
+        os.kill(os.getpid(), number)
 
 
 def raise_open_files_limit() -> None:

@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import queue
 import signal
+import sys
 import threading
 import time
 from functools import partial
@@ -232,6 +233,8 @@ def _load(
             sampler=batches_after(done),
             batch_size=None,
             num_workers=workers,
+            # Python 3.14 would start them from a server, as its children, which do not end with their rank.
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
             worker_init_fn=worker_init_fn,
             pin_memory=pin_memory,
             timeout=timeout_s,

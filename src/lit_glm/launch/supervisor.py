@@ -149,7 +149,7 @@ class Supervisor(StopSignals):
                     stdout=file,
                     stderr=None if file is None else subprocess.STDOUT,
                     start_new_session=True,  # Ctrl-C reaches only this process, which signals the ranks
-                    preexec_fn=partial(set_parent_death_signal, signal.SIGTERM),
+                    preexec_fn=partial(set_parent_death_signal, signal.SIGTERM, os.getpid()),
                     pass_fds=() if lock is None else (lock,),
                 )
                 self._ranks[rank] = self._alive[rank] = process

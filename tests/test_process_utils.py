@@ -1,0 +1,43 @@
+"""A process ends with the one that started it, also if that one has ended before it could be watched."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lit_glm.process_utils import set_parent_death_signal
+
+LATE = """
+import multiprocessing, os, sys, time
+from lit_glm.process_utils import set_parent_death_signal
+
+def begins_late(parent, file):
+    while os.getppid() == parent:
+        time.sleep(0.01)
+    set_parent_death_signal()
+    open(file, "w").close()
+
+multiprocessing.get_context("fork").Process(target=begins_late, args=(os.getpid(), sys.argv[1])).start()
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_worker_whose_rank_is_killed_while_it_starts_ends(tmp_path: Path) -> None:
+    """Torch's own watch of the parent begins later: it takes whoever adopted the worker for its parent."""
+    file = tmp_path / "outlived"
+    ended = subprocess.run([sys.executable, "-c", LATE, str(file)], stdout=subprocess.PIPE, timeout=120, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert not file.exists()  # the output closes when the worker has ended
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_parent_that_is_another_process_has_ended(number: int) -> None:
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        set_parent_death_signal(number, parent=1)
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == number
