@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # All tests on the seed stack (Python 3.8, torch 1.12.1): the software environment of the published R300 rows.
-# Builds it in .venv-seed once. Further arguments go to pytest. Exit status 3: no Python 3.8 here, nothing was run.
+# Builds it in .venv-seed once; with --install that is all. Other arguments go to pytest. Exit status 3: no Python 3.8
+# here, nothing was run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -35,4 +36,5 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
   .venv-seed/bin/pip install -q -c constraints/seed.txt -e '.[test]'
   echo "$wanted" > "$stamp"
 fi
+[ "${1:-}" != --install ] || exit 0
 exec .venv-seed/bin/python -m pytest "$@"
