@@ -3,7 +3,7 @@
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, List
 
 import pytest
 
@@ -109,3 +109,9 @@ def test_help_lists_a_users_groups_and_takes_lists(capfd: Any, tmp_path: Path) -
     assert any(line.startswith("hardware: a100, abacus, ") for line in lines)
     assert "hardware/lab: rack" in lines
     assert "bs: 4" in lines
+
+
+@pytest.mark.parametrize(("flags", "shown"), [([], "bs: ${bs}"), (["--resolve"], "bs: 7")])
+def test_help_resolves_values_where_that_is_asked_for(flags: List[str], shown: str, capfd: Any) -> None:
+    assert lit_glm_here("train", "--help", *flags, "bs=7", "eval_bs=${bs}") == 0
+    assert f"eval_{shown}" in capfd.readouterr().out.splitlines()

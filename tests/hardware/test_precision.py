@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from conftest import GOLDEN_RUN, lit_glm, lit_glm_here, rows
+from lit_glm.config.schema import LossScaleConfig
+from lit_glm.hardware.precision import FP16Precision
 from lit_glm.hardware.runtimes import cpu
 from lit_glm.model.glm import Linear
 from runs.test_runs import DEBUG, _same, _start, _wait_for_steps, result
@@ -112,3 +114,17 @@ def test_fp16_goes_on_as_if_it_had_not_been_stopped(tmp_path: Path) -> None:
         row["loss_scale"] for row in rows(whole / "steps.csv")
     ]
     _same(run, whole, tmp_path)
+
+
+@pytest.mark.unit
+def test_gradients_of_micro_batches_add_up_in_fp32() -> None:
+    """In fp16 the second one would be lost beside the first."""
+    plugin = FP16Precision(LossScaleConfig())
+    weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float16))
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    plugin.wrap_optimizers([optimizer])
+    for gradient in (1.0, 2.0**-12):
+        weight.grad = torch.full((1,), gradient, dtype=torch.float16)
+        plugin.unscale_(optimizer)
+    (master,) = optimizer.param_groups[0]["params"]
+    assert master.grad.item() * plugin.loss_scale == 1.0 + 2.0**-12
