@@ -29,7 +29,7 @@ def set_parent_death_signal(number: int = signal.SIGKILL, parent: Optional[int] 
     """Make the kernel send this process a signal when its parent exits (Linux: prctl PR_SET_PDEATHSIG).
 
     Args:
-        number: the signal, which a parent that has exited already causes at once.
+        number: the signal; sent at once if the parent has already exited.
         parent: PID of the parent; None: the process that started this one with multiprocessing, if any.
     """
     try:

@@ -233,7 +233,7 @@ def _load(
             sampler=batches_after(done),
             batch_size=None,
             num_workers=workers,
-            # Python 3.14 would start them from a server, as its children, which do not end with their rank.
+            # Python 3.14 would start workers from a server process; as its children they do not end with their rank.
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
             worker_init_fn=worker_init_fn,
             pin_memory=pin_memory,

@@ -214,9 +214,9 @@ def _replace_result(run_dir: Path, result: Dict[str, Any]) -> None:
 
 
 def extend_times_to_end(run_dir: Path, start_time: float) -> None:
-    """Count the time since the last record of a part that ended without its final metrics: failed, killed or stuck.
+    """Add the time since the last record of a run that ended without its final metrics: failed, killed or hanging.
 
-    A part that wrote no record had not begun to train; nothing of it counts.
+    A resumed run has several parts. A part that wrote no record had not started to train; its time is not added.
 
     Args:
         run_dir: the run folder.
