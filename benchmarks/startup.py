@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import List
 
 PLAIN = "import lit_glm.launch.rank_runner"
-FAST = f"from lit_glm.process_utils import fast_imports\nwith fast_imports():\n    {PLAIN}"
+FAST = (
+    "from lit_glm.config.schema import TrainConfig\nfrom lit_glm.process_utils import fast_imports\n"
+    f"with fast_imports(TrainConfig()):\n    {PLAIN}"
+)
 
 
 def until_exit(command: List[str]) -> float:

@@ -16,8 +16,9 @@ import pytest
 from hypothesis import settings
 
 from fork_server import ForkedProcess, ForkServer, can_fork
+from lit_glm.compat import without_plotting
 from lit_glm.console import install_message_handler
-from lit_glm.process_utils import fast_imports
+from lit_glm.process_utils import paused_gc
 
 settings.register_profile("unhurried", deadline=None)  # tests run beside each other: none is judged by its time
 settings.load_profile("unhurried")
@@ -63,7 +64,7 @@ def pytest_configure(config: Any) -> None:
     if has_workers:
         _server.share()
     else:
-        with fast_imports():  # as commands import them; the collection would also import what torchmetrics plots with
+        with paused_gc(), without_plotting():  # the collection would also import what torchmetrics plots with
             importlib.import_module("lit_glm.launch.rank_runner")
     if config.getoption("--runtime") is not None:
         config.option.verbose = max(1, config.option.verbose)

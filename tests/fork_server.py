@@ -208,15 +208,16 @@ def main(address: str) -> Optional[Dict[str, Any]]:
     """Serve until standard input closes; returns a request in the fork that is to run it."""
     from importlib import import_module
 
+    from lit_glm.compat import without_plotting
     from lit_glm.openmp import limit_spinning
-    from lit_glm.process_utils import fast_imports
+    from lit_glm.process_utils import paused_gc
 
     before = dict(os.environ)
     os.environ["OPENBLAS_NUM_THREADS"] = (
         "1"  # numpy's library starts its threads when it is imported; training uses none
     )
     limit_spinning()  # as a command does before it imports torch; the libraries read it when they are loaded
-    with fast_imports():
+    with paused_gc(), without_plotting():
         for module in _MODULES:
             import_module(module)
     os.environ.clear()

@@ -19,7 +19,7 @@ SRC = Path(compat.__file__).parent
 OLD = torch.__version__.startswith("1.")
 PRIVATE = (
     r"hydra\._internal|_signal_connector|_TrainingEpochLoop|_broadcast_sigterm|__class__ = |_save_loggers_on|"
-    r"_batches_that_stepped|_run_exitfuncs|torch\._C\b|_linear_pointwise|np\._core|_foreach_"
+    r"_batches_that_stepped|_run_exitfuncs|torch\._C\b|_dynamo|_linear_pointwise|np\._core|_foreach_"
 )
 
 
@@ -72,6 +72,66 @@ def test_a_program_that_plots_can_train(first: str) -> None:
         "from lit_glm.compat import without_plotting",
         "with without_plotting():",
         "    import torchmetrics",
+    )
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+DISTRIBUTED_STEP = """
+import sys
+import torch
+from lit_glm.config.schema import TrainConfig
+from lit_glm.process_utils import fast_imports
+
+config = TrainConfig()
+config.model.compile = sys.argv[1] == "compile"
+with fast_imports(config):
+    import lit_glm.launch.rank_runner
+
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+optimizer = torch.optim.AdamW(model.parameters())
+for _ in range(2):
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+torch.distributed.destroy_process_group()
+print("torch._dynamo.eval_frame" in sys.modules)
+"""
+
+
+@pytest.mark.process
+@pytest.mark.skipif(OLD, reason="torch 1.12 has no compiler")
+@pytest.mark.parametrize("how", ["eager", "compile"])
+def test_a_rank_on_the_cpu_imports_no_compiler_unless_it_compiles(how: str) -> None:
+    arguments = [sys.executable, "-c", DISTRIBUTED_STEP, how]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.stdout == f"{how == 'compile'}\n", done.stderr
+
+
+@pytest.mark.process
+@pytest.mark.skipif(OLD, reason="torch 1.12 has no compiler")
+@pytest.mark.parametrize(
+    "need",
+    [
+        "import torch._dynamo.eval_frame",
+        "from torch._dynamo.trace_rules import lookup",
+        "torch._dynamo.utils.counters",
+        "assert torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)) == 2",
+    ],
+)
+def test_a_compiler_that_was_postponed_is_imported_once_when_it_is_needed(need: str) -> None:
+    lines = (
+        "import sys, torch",
+        "from lit_glm.compat import postpone_compiler",
+        "postpone_compiler()",
+        need,
+        "compiler = sys.modules['torch._dynamo']",
+        "assert compiler is torch._dynamo and type(compiler).__name__ == 'module'",
+        "assert compiler.eval_frame is sys.modules['torch._dynamo.eval_frame']",
+        "assert compiler.eval_frame.OptimizedModule is compiler.OptimizedModule",
+        "assert compiler.eval_frame.__spec__.loader.__class__.__name__ == 'SourceFileLoader'",
+        "assert isinstance(torch.compile(torch.nn.Linear(1, 1), backend='eager'), compiler.OptimizedModule)",
     )
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -6,12 +6,14 @@ Each function gives the reason; `tests/test_compat.py` fails if a release of the
 import contextlib
 import functools
 import importlib
+import importlib.util
 import inspect
 import pickle
 import re
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Callable, ContextManager, Iterator, List, Optional, Sequence
 
 
@@ -60,6 +62,89 @@ def without_plotting() -> Iterator[None]:
         yield
     finally:
         sys.meta_path.remove(finder)
+
+
+_COMPILER = "torch._dynamo"
+
+
+class _CompilerStandIn(ModuleType):
+    """Module of torch's compiler that is imported when something needs more of it than the given attributes."""
+
+    __path__: List[str] = []
+
+    def __init__(self, name: str, **attributes: Any) -> None:
+        super().__init__(name)
+        vars(self).update(attributes)
+
+    def __getattr__(self, name: str) -> Any:
+        _import_compiler()
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+def _import_compiler() -> None:
+    """Import torch's compiler, which takes the place of its stand-in."""
+    import torch
+
+    if isinstance(sys.modules[_COMPILER], _CompilerStandIn):
+        del sys.modules[_COMPILER], torch._dynamo
+        importlib.import_module(_COMPILER)
+
+
+class _CompilerFinder:
+    """Import hook for modules of torch's compiler, which are imported with the whole package."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if not name.startswith(f"{_COMPILER}.") or not isinstance(sys.modules.get(_COMPILER), _CompilerStandIn):
+            return None
+        _import_compiler()
+        module = sys.modules.get(name)
+        if module is None:
+            return importlib.util.find_spec(name)
+        # With its own specification Python would execute the module a second time.
+        module.__spec__ = importlib.util.spec_from_loader(name, self, origin=module.__spec__)  # type: ignore[arg-type]
+        return module.__spec__
+
+    def create_module(self, spec: Any) -> ModuleType:
+        return sys.modules[spec.name]
+
+    def exec_module(self, module: Any) -> None:
+        module.__spec__ = module.__spec__.origin
+
+
+def _disable(function: Any = None, *_: Any, **__: Any) -> Any:
+    return (lambda decorated: decorated) if function is None else function
+
+
+def postpone_compiler() -> None:
+    """Import torch, and its compiler only when something needs it; nothing to do before torch 2.
+
+    Lightning, the first step of an optimizer and DistributedDataParallel import `torch._dynamo`, a third of the time in
+    which a rank starts (benchmarks/startup.py), for what is without effect where nothing is compiled. If a release
+    needs more of it, it is imported then.
+    """
+    import torch
+
+    if not hasattr(torch, "compile") or _COMPILER in sys.modules:
+        return
+    utils = _CompilerStandIn(f"{_COMPILER}.utils", get_optimize_ddp_mode=lambda: "no_optimization")
+    rules = _CompilerStandIn(
+        f"{_COMPILER}.trace_rules",
+        clear_lru_cache=lambda: None,
+        LEGACY_MOD_INLINELIST=set(),
+        get_legacy_mod_inlinelist=functools.lru_cache(lambda: set()),
+    )
+    stand_in: Any = _CompilerStandIn(
+        _COMPILER,
+        OptimizedModule=type("OptimizedModule", (), {}),
+        disable=_disable,
+        graph_break=lambda *_, **__: None,
+        utils=utils,
+        trace_rules=rules,
+    )
+    stand_in.__spec__ = importlib.util.find_spec(_COMPILER)
+    sys.modules[_COMPILER] = torch._dynamo = stand_in
+    finder: Any = _CompilerFinder()
+    sys.meta_path.insert(0, finder)
 
 
 def leave_out_jobs(numbers: Sequence[int], own_folders: bool) -> None:

@@ -14,6 +14,7 @@ from lit_glm.config.hydra_main import run_command
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError, RunError
 from lit_glm.hardware.env import set_hardware_env
+from lit_glm.launch.signals import keep_interruption
 from lit_glm.process_utils import fast_imports
 
 log = logging.getLogger("lit_glm.doctor")
@@ -34,7 +35,8 @@ _ADVICE = {
 def run_check(name: str, check: Callable[[], CheckResult]) -> CheckResult:
     """Run a check; an exception becomes a failed result."""
     try:
-        found = check()
+        with keep_interruption():
+            found = check()
     except (InputError, RunError) as error:
         first, *more = [line.strip() for line in str(error).splitlines()]
         return CheckResult(name, "fail", first, "; ".join(more) or _ADVICE.get(name, ""))
@@ -54,7 +56,7 @@ def run_checks(config: TrainConfig, output_dir: Path) -> Iterator[CheckResult]:
     """
     kept = set_hardware_env(config.hardware)  # before anything imports torch
 
-    with fast_imports():
+    with fast_imports(config):
         from lit_glm import preflight
         from lit_glm.hardware import precision  # noqa: F401 (imports Lightning, which a check needs)
 

@@ -287,7 +287,7 @@ def _score_checkpoint(
         ensure_synthetic_data(config.data)
     runtime = make_runtime(config.hardware, config.topology)
 
-    with fast_imports():
+    with fast_imports(config):
         from lit_glm.data.datamodule import evaluation_batches
         from lit_glm.data.memmap_dataset import open_dataset
         from lit_glm.hardware.precision import make_precision

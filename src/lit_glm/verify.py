@@ -54,7 +54,7 @@ def main() -> int:
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # Kineto otherwise logs every start and stop
         set_hardware_env(config.hardware)  # before anything imports torch
 
-        with fast_imports():
+        with fast_imports(config):
             from lit_glm.hardware.runtimes.selection import check_device_count, make_runtime, validate_devices
             from lit_glm.runs import environment
             from lit_glm.verification.acceptance import AcceptanceTest

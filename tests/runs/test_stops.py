@@ -133,6 +133,30 @@ def test_an_interrupt_passes_through_a_library_that_takes_errors_for_its_own() -
     assert done.stdout == "interrupted by SIGTERM 143\n", done.stderr
 
 
+CLEANUP_FAILS = """
+import os, signal, sys
+from lit_glm.config.hydra_main import run_command
+from lit_glm.config.schema import TrainConfig
+
+def task(config, composed):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        saved = "value"
+    finally:
+        print(saved)  # not reached: the signal came before
+
+sys.exit(run_command("train", TrainConfig, task))
+"""
+
+
+@pytest.mark.parametrize("arguments", [[], ["-m", "seed=1,2"]])
+def test_an_interrupt_passes_through_cleanup_that_fails(arguments: List[str], tmp_path: Path) -> None:
+    """As in argparse, which restores in a `finally` what a signal has kept it from storing."""
+    words = [sys.executable, "-c", CLEANUP_FAILS, "experiment=debug", f"hydra.sweep.dir={tmp_path}", *arguments]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (130, "lit_glm: interrupted by SIGINT\n"), done.stdout
+
+
 DEAF = """
 import hashlib, os, signal, sys, time
 from lit_glm.launch.signals import StopRequest

@@ -31,7 +31,7 @@ from lit_glm.config.schema import CONF_DIR, TrainConfig, range_errors
 from lit_glm.config.tuned_values import resolve_auto_bs
 from lit_glm.console import set_up_console
 from lit_glm.errors import InputError, RunError, first_line
-from lit_glm.launch.signals import run_interruptible
+from lit_glm.launch.signals import keep_interruption, run_interruptible
 from lit_glm.openmp import limit_spinning
 
 log = logging.getLogger(__name__)
@@ -205,6 +205,7 @@ def _without_hydra(whole: DictConfig) -> DictConfig:
     return OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
 
 
+@keep_interruption()
 def _compose_with_hydra(config_name: str, overrides: Sequence[str]) -> Tuple[DictConfig, List[str]]:
     """Compose a configuration including the `hydra` node.
 
@@ -348,7 +349,8 @@ def _run_task(task: Task, config: Any, composed: DictConfig) -> TaskOutcome:
     """Call the task; turn every exception into a message and an exit status."""
     environment = dict(os.environ)
     try:
-        returned = task(config, composed)
+        with keep_interruption():
+            returned = task(config, composed)
     except (InputError, RunError) as error:
         return TaskOutcome(_print_error(str(error), error.exit_status))
     except Exception as error:
@@ -388,7 +390,8 @@ def _delegate_to_hydra(config_name: str, schema: "type[Config]", task: Task, lin
         sys.argv = [arguments[0], *line.overrides, *more, *line.flags]  # Hydra requires flags after all overrides
         if line.multirun:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra raise errors of sweepers and launchers, not print them
-        hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(job)()
+        with keep_interruption():
+            hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(job)()
     except SystemExit as ended:  # Hydra has printed the error
         statuses.append(ended.code if isinstance(ended.code, int) else 1)
     except (HydraException, OmegaConfBaseException) as error:

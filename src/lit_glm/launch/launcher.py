@@ -15,7 +15,7 @@ from lit_glm.hardware.monitors import is_mig_slice
 from lit_glm.launch import heartbeat
 from lit_glm.launch.heartbeat import STALL_MARGIN_S, StallWatchdog, run_watchdog, stall_message
 from lit_glm.launch.rendezvous import Node, announce_end, resolve_node
-from lit_glm.launch.signals import Interrupted, StopRequest
+from lit_glm.launch.signals import Interrupted, StopRequest, keep_interruption
 from lit_glm.launch.supervisor import Supervisor
 from lit_glm.metrics.energy import energy_metrics, in_kilojoules
 from lit_glm.metrics.registry import METRICS
@@ -178,7 +178,8 @@ def write_failure_status(run_dir: Path, before: Optional[bytes]) -> Iterator[Non
             still be resumed as before.
     """
     try:
-        yield
+        with keep_interruption():
+            yield
     except Interrupted:
         remove_partial(run_dir)
         mark_interrupted(run_dir)
@@ -253,7 +254,7 @@ _RANK_VARIABLES = (
 def _run_in_process(job: JobSpec, run_dir: Path, stop: StopRequest) -> None:
     for name in _RANK_VARIABLES:  # of a launcher around this process, which is rank 0 of its own job
         os.environ.pop(name, None)
-    with stop.interruptible(), fast_imports():
+    with stop.interruptible(), fast_imports(job.config):
         from lit_glm.launch.rank_runner import run_rank
     with stop.interruptible(), watch_for_stalls(job, run_dir, [0], STALL_MARGIN_S):
         run_rank(job, run_dir, stop)

@@ -87,6 +87,20 @@ class RaisingStopSignals(StopSignals):
         raise Interrupted(number)
 
 
+@contextmanager
+def keep_interruption() -> Iterator[None]:
+    """Raise `Interrupted` again if an error has replaced it: cleanup code that a stop signal enters early may fail."""
+    try:
+        yield
+    except Exception as error:
+        earlier = error.__context__
+        while earlier is not None and not isinstance(earlier, Interrupted):
+            earlier = earlier.__context__
+        if earlier is None:
+            raise
+        raise earlier from None
+
+
 def call_before_stop(call: Callable[[int], None]) -> None:
     """Let a stop signal of this process call a function before it is raised as `Interrupted`."""
     handler = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
@@ -97,7 +111,7 @@ def call_before_stop(call: Callable[[int], None]) -> None:
 def run_interruptible(work: Callable[[], int]) -> int:
     """Call the work of a command and return its exit status; 128 + number, without a traceback, after a stop signal."""
     try:
-        with RaisingStopSignals():
+        with RaisingStopSignals(), keep_interruption():
             return work()
     except KeyboardInterrupt:  # a job of a sweep was stopped, which has been reported
         return 128 + signal.SIGINT

@@ -101,7 +101,7 @@ def _join_and_run(
     """
     with ExitStack() as keep:
         keep.enter_context(stop.interruptible())
-        with fast_imports():
+        with fast_imports(job.config):
             from lit_glm.launch.rank_runner import run_rank
 
         run = keep.enter_context(process_group(job.config, choose_run))
