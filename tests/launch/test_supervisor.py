@@ -40,6 +40,11 @@ def fails():
 def refuses(): ready(); note(InputError("no such file")); sys.exit(2)
 def is_killed():
     signal.signal(signal.SIGTERM, signal.SIG_IGN); ready(); time.sleep(0.3); os.kill(os.getpid(), signal.SIGKILL)
+def refuses_late():
+    while not (folder / "ready-1").exists(): time.sleep(0.02)
+    refuses()
+def is_killed_when_asked():
+    signal.signal(signal.SIGTERM, lambda number, frame: os.kill(os.getpid(), signal.SIGKILL)); ready(); time.sleep(60)
 def loses_its_peer():
     ready()
     while not (folder / "ready-1").exists(): time.sleep(0.02)
@@ -128,6 +133,17 @@ def test_a_killed_rank_is_the_cause_of_its_peers_errors(tmp_path: Path) -> None:
     error = run(tmp_path, "loses_its_peer", "is_killed")
     assert isinstance(error, RunError)
     assert error.summary == "rank 1 was killed by SIGKILL"
+
+
+def test_a_rank_that_is_killed_while_it_stops_is_not_the_cause(tmp_path: Path) -> None:
+    assert isinstance(run(tmp_path, "refuses_late", "is_killed_when_asked"), InputError)
+
+
+@pytest.mark.process
+def test_a_rank_that_is_killed_after_a_signal_is_not_the_cause(tmp_path: Path) -> None:
+    error = run(tmp_path, "works", "is_killed_when_asked", when=send(signal.SIGHUP))
+    assert isinstance(error, Interrupted)
+    assert error.exit_status == 128 + signal.SIGHUP
 
 
 @pytest.mark.process

@@ -158,6 +158,18 @@ def test_the_all_reduce_of_a_measured_run_is_not_added_again() -> None:
     assert both.step_s.high < 30
 
 
+def test_ranks_that_share_a_processor_share_its_speed() -> None:
+    """Each of two ranks had half of the cores in one run, and would have it in a job planned from the other."""
+    one, two = a_run(0.1, 2e11), a_run(0.1, 2e11)
+    two.config.topology.devices_per_node = 2
+    same, half, twice = (
+        middle(planned("hardware=cpu", "bs=4", f"topology={topology}", runs=[run]).p_core)
+        for topology, run in (("1x1", one), ("1x1", two), ("1x2", one))
+    )
+    assert half == pytest.approx(2 * same, rel=0.1)
+    assert twice == pytest.approx(same, rel=0.1)
+
+
 def test_ranks_that_share_a_processor_share_its_power() -> None:
     run = a_run(0.1, 2e11)
     run.result["power_mean_w"] = 100.0
