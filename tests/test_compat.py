@@ -190,3 +190,12 @@ def test_functions_for_lists_of_tensors() -> None:
     halves = [torch.zeros(3, dtype=torch.float16), torch.zeros(2, 2, dtype=torch.float16)]
     compat.copy_all_(halves, some)
     assert [part.flatten().tolist() for part in halves] == [[0.5] * 3, [1.5] * 4]
+
+
+def test_a_factor_keeps_large_products_in_range() -> None:
+    left, right = torch.full((1, 2, 3), 1e30), torch.full((1, 3, 2), 1e8)
+    found = compat.scaled_bmm(left, right, 2.0**-40)
+    expected = (left.double() @ right.double()) * 2.0**-40
+    assert torch.allclose(found.double(), expected, rtol=1e-6, atol=0.0)
+    if OLD:  # where the product comes in the type of its factors
+        assert torch.isfinite(compat.scaled_bmm(left, 1e6 * right, 2.0**-40)).all()

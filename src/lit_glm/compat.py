@@ -361,6 +361,6 @@ def scaled_bmm(left: Any, right: Any, factor: float) -> Any:
     if factor == 1.0:
         return torch.bmm(left, right)
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 1):
-        return torch.bmm(left, right).mul_(factor)
+        return torch.bmm(left, right * factor)  # the smaller one; before the product, which may overflow in fp16
     shape = (left.shape[0], left.shape[1], right.shape[2])
     return torch.baddbmm(left.new_empty(shape), left, right, beta=0.0, alpha=factor)

@@ -81,6 +81,39 @@ def test_variables_of_a_chip_never_replace_the_users(monkeypatch: pytest.MonkeyP
     assert "keeping LIT_GLM_A=mine (environment)" in said[0]
 
 
+ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+
+
+def test_a_variable_that_torch_reads_under_two_names_stays_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
+    said = set_hardware_env(HardwareConfig(name="chip", env=ALLOCATOR))
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
+    assert len(said) == 1
+    assert "keeping PYTORCH_ALLOC_CONF=max_split_size_mb:64 (environment)" in said[0]
+    assert said[0].endswith("PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True")
+
+
+@pytest.mark.parametrize(("version", "known"), [("1.12.1+cu113", False), ("2.0.1", False), ("2.1.0", True)])
+def test_an_option_that_an_older_torch_refuses_is_left_out(
+    version: str, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # so that the variable is as before in the end
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("importlib.metadata.version", lambda _: version)
+    said = set_hardware_env(HardwareConfig(name="chip", env=ALLOCATOR))
+    assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == ("expandable_segments:True" if known else None)
+    assert said == (
+        []
+        if known
+        else [
+            "leaving out PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True (--config-dir: hardware/chip.yaml): it needs "
+            "torch 2.1 or later"
+        ]
+    )
+
+
 @pytest.mark.parametrize("runtime", ["cpu", "cuda"])
 def test_no_other_runtimes_figures_under_a_chips_name(runtime: str, tmp_path: Path, capfd: Any) -> None:
     chip = ["hardware=r300", f"hardware.runtime={runtime}"]

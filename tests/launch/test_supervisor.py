@@ -6,6 +6,7 @@ import threading
 import time
 from pathlib import Path
 from typing import Any, Callable, Iterator, List, Optional, Tuple
+from unittest.mock import patch
 
 import psutil
 import pytest
@@ -69,7 +70,6 @@ def run(folder: Path, *fates: str, when: Optional[Callable[[Path], Any]] = None,
     (folder / "a_rank.py").write_text(RANK)
     overrides = ["experiment=debug", f"topology=1x{len(fates)}", f"run.shutdown_timeout_s={limit_s}"]
     config = validate_config(compose_config("train", overrides), TrainConfig)
-    config.hardware.env["PYTHONPATH"] = f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
 
     def call() -> None:
         while len(list(folder.glob("ready-*"))) < len(fates):
@@ -81,7 +81,7 @@ def run(folder: Path, *fates: str, when: Optional[Callable[[Path], Any]] = None,
     over, thread = threading.Event(), threading.Thread(target=call)
     thread.start()
     try:
-        with Supervisor() as supervisor:
+        with patch.dict(os.environ, PYTHONPATH=str(folder)), Supervisor() as supervisor:
             supervisor.run(JobSpec(config, time.monotonic(), []), Node(0, "127.0.0.1", 1), folder, module="a_rank")
     except BaseException as error:
         return error

@@ -15,6 +15,7 @@ from conftest import FINISHED_STEPS, GOLDEN_RUN, lit_glm_here
 from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import RunConfig, TrainConfig
 from lit_glm.plan import PlanConfig
+from lit_glm.planning.document import even_topology
 from lit_glm.planning.prediction import Interval, MeasuredRun, Prediction, all_reduce_time, hull, predict, rank_speed
 from lit_glm.planning.workload import TypicalExamples, Workload
 from lit_glm.reporting.published_rows import load_published_rows
@@ -224,6 +225,14 @@ def test_the_command_takes_lists_and_learns_from_runs(
     assert "plan.runs=nowhere: not a run folder" in capsys.readouterr().err
     assert lit_glm_here("plan", "hardware=none_such") == 2
     assert "none_such" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("devices", "nodes", "per_node"), [(1, 1, 1), (8, 1, 8), (12, 2, 6), (13, 13, 1), (16, 2, 8), (100, 20, 5)]
+)
+def test_a_plot_over_devices_has_each_number_that_was_asked_for(devices: int, nodes: int, per_node: int) -> None:
+    topology = even_topology(devices, 8)
+    assert (topology.num_nodes, topology.devices_per_node) == (nodes, per_node)
 
 
 def test_fit_and_energy_by_the_hardware_file() -> None:

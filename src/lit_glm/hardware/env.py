@@ -1,6 +1,7 @@
 """Environment variables of a device type; names of vendors' packages. Imports no torch, which reads the variables."""
 
 import os
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -27,16 +28,32 @@ def set_hardware_env(hardware: HardwareConfig) -> List[str]:
     """Set the variables of a hardware file before its runtime is imported; never overrides the user's variables.
 
     Returns:
-        A message for each variable that keeps another value.
+        A message for each variable that keeps another value, and for each that this torch does not accept.
     """
-    kept = []
+    messages = []
     for name, value in hardware.env.items():
         if value == MASK:  # from a run folder; ranks inherit the value in their environment
             continue
-        if os.environ.get(name, value) != value:
-            kept.append(f"keeping {name}={os.environ[name]} (environment); {hardware_file(hardware.name)}: {value}")
-        os.environ.setdefault(name, value)
-    return kept
+        own = next((other for other in (name, _NEW_NAMES.get(name, name)) if other in os.environ), None)
+        if own is None and _EXPANDABLE in value and not _has_expandable_segments():
+            messages.append(f"leaving out {name}={value} ({hardware_file(hardware.name)}): it needs torch 2.1 or later")
+        elif own is None:
+            os.environ[name] = value
+        elif own != name or os.environ[name] != value:
+            kept = f"keeping {own}={os.environ[own]} (environment)"
+            messages.append(f"{kept}; {hardware_file(hardware.name)}: {'' if own == name else f'{name}='}{value}")
+    return messages
+
+
+_NEW_NAMES = {"PYTORCH_CUDA_ALLOC_CONF": "PYTORCH_ALLOC_CONF"}
+"""Variables that torch reads under a second name, where the first is not set."""
+_EXPANDABLE = "expandable_segments"
+"""An option of torch's allocator; versions that do not know it raise an error at the first allocation."""
+
+
+def _has_expandable_segments() -> bool:
+    major, minor = metadata.version("torch").split(".")[:2]
+    return (int(major), int(minor)) >= (2, 1)
 
 
 PACKAGES = ("xmlir", "xacc", "torch-xmlir", "nvidia-ml-py")

@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Dict, List, Optional
 
-from lit_glm.config.secrets import MASK
 from lit_glm.errors import InputError, RunError
 from lit_glm.launch.heartbeat import STALL_MARGIN_S, StallWatchdog, last_heartbeat, run_watchdog, stall_message
 from lit_glm.launch.rendezvous import Node, network_interface_to
@@ -246,10 +245,9 @@ class Supervisor(StopSignals):
 
 
 def _job_env(job: JobSpec, node: Node) -> Dict[str, str]:
-    """Return the environment of a node's ranks: hardware variables, rendezvous address and threads per rank."""
+    """Return the environment of a node's ranks: that of this process, rendezvous address and threads per rank."""
     topology = job.config.topology
     env = {
-        **{name: value for name, value in job.config.hardware.env.items() if value != MASK},
         **{name: value for name, value in os.environ.items() if name not in _JOB_VARIABLES},
         **job.secrets_variable(),
         "WORLD_SIZE": str(topology.world_size),

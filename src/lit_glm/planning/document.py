@@ -3,6 +3,7 @@
 import io
 import json
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -184,6 +185,12 @@ def _check_not_foreign(folder: Path) -> None:
         raise InputError(f"{folder}: contains {', '.join(there)}, not written by plan; give another hydra.run.dir=")
 
 
+def even_topology(devices: int, most_per_node: int) -> TopologyConfig:
+    """Return the topology with the fewest nodes that holds exactly this number of devices, as many on each node."""
+    nodes = next(number for number in count(-(-devices // most_per_node)) if devices % number == 0)
+    return TopologyConfig(nodes, devices // nodes)
+
+
 def _scaling_curve(
     config: Any, scoring: str, measured: List[MeasuredRun], published: List[Dict[str, Any]], samples: int
 ) -> Optional[ScalingCurve]:
@@ -194,11 +201,10 @@ def _scaling_curve(
     own_scoring = config.scoring.name == scoring
     scorings = config.scoring if own_scoring else ScoringConfig(scoring, scoring == "published", scoring != "published")
     for cards in config.plan.device_counts:
-        topology = TopologyConfig(max(1, cards // per_node), min(cards, per_node))
         own = replace(
             config,
             run=replace(config.run, max_samples=samples, max_steps=None),
-            topology=topology,
+            topology=even_topology(cards, per_node),
             scoring=scorings,
             model=replace(
                 config.model,
