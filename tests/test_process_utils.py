@@ -1,14 +1,17 @@
-"""A process ends with the one that started it, also if that one has ended before it could be watched."""
+"""What processes do to others and to themselves: they end with the one that started them; what they import at first."""
 
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import List
 
 import pytest
 
-from lit_glm.process_utils import set_parent_death_signal
+from lit_glm.config.hydra_main import compose_config, validate_config
+from lit_glm.config.schema import TrainConfig
+from lit_glm.process_utils import fast_imports, set_parent_death_signal
 
 LATE = """
 import multiprocessing, os, sys, time
@@ -41,3 +44,24 @@ def test_a_parent_that_is_another_process_has_ended(number: int) -> None:
         set_parent_death_signal(number, parent=1)
         os._exit(0)
     assert os.waitpid(pid, 0)[1] == number
+
+
+@pytest.mark.parametrize(
+    ("overrides", "postponed"),
+    [
+        ([], True),
+        (["hardware=r300", "hardware.runtime=simulated", "model.activation_checkpointing=false"], True),
+        (["hardware=r300", "model.activation_checkpointing=false"], False),
+        (["hardware=cuda"], False),
+        (["model.compile=true"], False),
+        (["model.activation_checkpointing=true"], False),
+    ],
+)
+def test_the_compiler_is_postponed_where_nothing_needs_it(
+    overrides: List[str], postponed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: List[bool] = []
+    monkeypatch.setattr("lit_glm.process_utils.postpone_compiler", lambda: calls.append(True))
+    with fast_imports(validate_config(compose_config("train", overrides), TrainConfig)):
+        pass
+    assert bool(calls) == postponed
