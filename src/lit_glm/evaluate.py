@@ -10,6 +10,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from hydra.errors import HydraException
 
+from lit_glm.config.command_line import CommandLine, quote
 from lit_glm.config.hydra_main import is_sweep_job, output_dir, run_command
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError, RunError
@@ -197,7 +198,6 @@ def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
     from hydra.core.hydra_config import HydraConfig
 
     from lit_glm.atomic_files import make_folder
-    from lit_glm.config.command_line import CommandLine
     from lit_glm.hardware.env import set_hardware_env
 
     if config.topology.world_size > 1:
@@ -358,8 +358,7 @@ def main() -> int:
     flagged = {place + 1 for place, word in enumerate(arguments) if word in ("--config-dir", "-cd")}
     for place, word in enumerate(arguments):
         if place not in flagged and os.path.exists(word):
-            quoted = word.replace("\\", "\\\\").replace("'", "\\'")
-            arguments[place] = f"model.init_checkpoint='{quoted}'"
+            arguments[place] = f"model.init_checkpoint={quote(word)}"
             break
     return run_command("evaluate", TrainConfig, evaluate_checkpoint, arguments=arguments)
 

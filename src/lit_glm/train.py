@@ -13,7 +13,7 @@ from pathlib import Path  # noqa: E402
 from typing import TYPE_CHECKING, Any, Dict, List, Optional  # noqa: E402
 
 from lit_glm.config.command_line import CommandLine  # noqa: E402
-from lit_glm.config.hydra_main import TaskOutcome, is_sweep_job, run_command  # noqa: E402
+from lit_glm.config.hydra_main import TaskOutcome, is_sweep_job, output_dir, run_command  # noqa: E402
 from lit_glm.config.schema import TrainConfig  # noqa: E402
 from lit_glm.errors import InputError  # noqa: E402
 from lit_glm.launch.signals import Interrupted, ignore_stop_signals  # noqa: E402
@@ -41,7 +41,7 @@ def train(config: TrainConfig, composed: Any, entry: float) -> TaskOutcome:
 
     hydra = HydraConfig.get()
     sweeps = is_sweep_job()
-    run_dir = Path(hydra.runtime.output_dir if sweeps else hydra.run.dir)
+    run_dir = output_dir() if sweeps else Path(hydra.run.dir)
     files = hydra_files(composed, hydra, list(hydra.overrides.task))
     check_runtime_available(config.hardware, config.topology)
     outer = external_rank(config.topology)

@@ -5,9 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from conftest import lit_glm_here
-from lit_glm.config.command_line import CommandLine
+from lit_glm.config.command_line import CommandLine, quote
 from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
 
@@ -113,3 +117,9 @@ def test_a_device_is_of_a_kind_of_its_own_unless_it_runs_on_the_cpu(
     (tmp_path / "hardware" / "mine.yaml").write_text(f"name: mine\n{content}\n")
     composed = compose_config("train", ["hardware=mine", f"hydra.searchpath=['file://{tmp_path}']"])
     assert validate_config(composed, TrainConfig).hardware.accelerator == accelerator
+
+
+@given(st.text(alphabet="ab'\\\"$ {}=,[]#:", min_size=1))
+def test_a_quoted_text_stands_for_itself(text: str) -> None:
+    value = OverridesParser.create().parse_override(f"key={quote(text)}").value()
+    assert OmegaConf.create({"key": str(value)}).key == text

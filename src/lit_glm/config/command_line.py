@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
@@ -12,6 +13,17 @@ from hydra.errors import HydraException
 
 from lit_glm.config.key_aliases import suggest_key
 from lit_glm.errors import InputError
+
+
+def quote(text: str) -> str:
+    """Return a text as a value of an override that stands for just this text, whatever characters it contains.
+
+    OmegaConf reads `${` as an interpolation unless a backslash precedes it, and Hydra ends a value at a quote unless
+    one does; both take backslashes in front of these as pairs, and other backslashes as they are.
+    """
+    literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+    literal = re.sub(r"(\\*)'", r"\1\1\\'", literal)
+    return "'" + re.sub(r"(\\+)$", r"\1\1", literal) + "'"
 
 
 @dataclass
@@ -76,8 +88,7 @@ class CommandLine:
         """Override that adds `config_dir` to the search path of the compose API; empty without --config-dir."""
         if self.config_dir is None:
             return []
-        place = str(Path(self.config_dir).absolute()).replace("\\", "\\\\").replace("'", "\\'")
-        return [f"hydra.searchpath=['file://{place}']"]
+        return [f"hydra.searchpath=[{quote(f'file://{Path(self.config_dir).absolute()}')}]"]
 
     def parse(self) -> List[Override]:
         """Parse the overrides with Hydra's grammar.

@@ -330,8 +330,11 @@ def is_sweep_job() -> bool:
 
 def output_dir() -> Path:
     """Return the folder of the command's files: `hydra.run.dir`, or that of the job in a sweep."""
-    hydra_config = HydraConfig.get()
-    return Path(hydra_config.runtime.output_dir if is_sweep_job() else hydra_config.run.dir).resolve()
+    if not is_sweep_job():
+        return Path(HydraConfig.get().run.dir).resolve()
+    # Hydra has resolved it: what looks like an interpolation belongs to the name of a folder.
+    runtime: Any = OmegaConf.to_container(HydraConfig.get().runtime, resolve=False)
+    return Path(runtime["output_dir"]).resolve()
 
 
 def is_group(config_dir: Optional[str]) -> Callable[[str], bool]:

@@ -133,7 +133,7 @@ def make_callbacks(config: TrainConfig) -> List[Any]:
     Raises:
         InputError: if one cannot be created.
     """
-    return [_instantiate("callbacks", name, entry) for name, entry in config.callbacks.items()]
+    return [_instantiate("callbacks", name, entry, {}) for name, entry in config.callbacks.items()]
 
 
 def make_loggers(job: JobSpec, run_dir: Path, steps_done: int) -> List[Any]:
@@ -145,7 +145,7 @@ def make_loggers(job: JobSpec, run_dir: Path, steps_done: int) -> List[Any]:
     made = []
     for name, entry in job.config.logger.items():
         own = _logger_arguments(str(entry.get("_target_", "")), job, run_dir, steps_done)
-        logger = _instantiate("logger", name, {**own, **entry})
+        logger = _instantiate("logger", name, entry, {key: value for key, value in own.items() if key not in entry})
         made.append(logger if isinstance(logger, ResumableCSVLogger) else BackgroundLogger(logger))
         if "MLFlow" in type(logger).__name__ and os.environ.get("RANK", "0") == "0":
             write_text(_mlflow_id(run_dir), str(logger.run_id))
@@ -186,11 +186,12 @@ def _logger_arguments(target: str, job: JobSpec, run_dir: Path, steps_done: int)
     return place
 
 
-def _instantiate(group: str, name: str, entry: Dict[str, Any]) -> Any:
+def _instantiate(group: str, name: str, entry: Dict[str, Any], arguments: Dict[str, Any]) -> Any:
     from hydra.utils import instantiate
 
     try:
-        made = instantiate(entry)
+        # Not among the entries: OmegaConf takes `${` in the name of a folder for the beginning of an interpolation.
+        made = instantiate({**entry, "_partial_": True})(**arguments)
         if group == "logger":
             _ = made.experiment if hasattr(type(made), "experiment") else None  # fail now, not at first use
         return made
@@ -199,7 +200,8 @@ def _instantiate(group: str, name: str, entry: Dict[str, Any]) -> Any:
     except Exception as error:  # missing package, invalid argument, unreachable server
         causes = exception_chain(error)
         reason, target = f"{type(causes[-1]).__name__}: {first_line(causes[-1])}", entry["_target_"]
-        advice = f"arguments: {', '.join(key for key in entry if key != '_target_') or 'none'}; see conf/{group}/"
+        keys = ", ".join(key for key in {**arguments, **entry} if key != "_target_")
+        advice = f"arguments: {keys or 'none'}; see conf/{group}/"
         if str(error).startswith("Error locating target"):
             advice = "its module must be importable: install its package, or add its folder to PYTHONPATH"
         elif (CONF_DIR / "logger" / f"{name}.yaml").is_file() and any(isinstance(one, ImportError) for one in causes):
