@@ -65,7 +65,7 @@ for _ in range(2):
     optimizer.zero_grad(set_to_none=True)
 print(before, highest())
 """
-SHAPE = ["model.num_layers=8", "model.hidden_size=384", "model.num_attention_heads=6", "model.vocab_size=4000"]
+SHAPE = ["model.num_layers=6", "model.hidden_size=256", "model.num_attention_heads=4", "model.vocab_size=4000"]
 
 
 @pytest.mark.slow

