@@ -91,7 +91,7 @@ def _import_compiler() -> None:
 
 
 class _CompilerFinder:
-    """Import hook for modules of torch's compiler, which are imported with the whole package."""
+    """Import hook for submodules of `torch._dynamo`: replaces the stand-in by the package, which imports them."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if not name.startswith(f"{_COMPILER}.") or not isinstance(sys.modules.get(_COMPILER), _CompilerStandIn):
@@ -118,9 +118,9 @@ def _disable(function: Any = None, *_: Any, **__: Any) -> Any:
 def postpone_compiler() -> None:
     """Import torch, and its compiler only when something needs it; nothing to do before torch 2.
 
-    Lightning, the first step of an optimizer and DistributedDataParallel import `torch._dynamo`, a third of the time in
-    which a rank starts (benchmarks/startup.py), for what is without effect where nothing is compiled. If a release
-    needs more of it, it is imported then.
+    Lightning, the first step of an optimizer and DistributedDataParallel import `torch._dynamo`: a third of the time in
+    which a rank starts (benchmarks/startup.py). What they use of it has no effect where nothing is compiled, and the
+    stand-in has it. Anything else, also of a later release, imports the compiler.
     """
     import torch
 

@@ -14,7 +14,7 @@ from lit_glm.config.hydra_main import run_command
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError, RunError
 from lit_glm.hardware.env import set_hardware_env
-from lit_glm.launch.signals import keep_interruption
+from lit_glm.launch.signals import reraise_interruption
 from lit_glm.process_utils import fast_imports
 
 log = logging.getLogger("lit_glm.doctor")
@@ -35,7 +35,7 @@ _ADVICE = {
 def run_check(name: str, check: Callable[[], CheckResult]) -> CheckResult:
     """Run a check; an exception becomes a failed result."""
     try:
-        with keep_interruption():
+        with reraise_interruption():
             found = check()
     except (InputError, RunError) as error:
         first, *more = [line.strip() for line in str(error).splitlines()]

@@ -10,13 +10,15 @@ import signal
 import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Iterator, Optional
+from typing import TYPE_CHECKING, Iterator, Optional
 
 import psutil
 
 from lit_glm.compat import postpone_compiler, without_plotting
-from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import RunError
+
+if TYPE_CHECKING:
+    from lit_glm.config.schema import TrainConfig
 
 _MOST_OPEN_FILES = 65536
 _LOADER_OPEN_FILES = 256
@@ -116,11 +118,15 @@ def paused_gc() -> Iterator[None]:
 
 
 @contextmanager
-def fast_imports(config: TrainConfig) -> Iterator[None]:
-    """Import Lightning inside the block in half of the time: without the garbage collector and plotting.
+def fast_imports(config: "TrainConfig") -> Iterator[None]:
+    """Import Lightning inside the block in less time (benchmarks/startup.py): without garbage collection and plotting.
 
-    On the CPU also without torch's compiler, unless the run compiles or recomputes activations, which needs it too.
-    Elsewhere a vendor's package may extend the compiler, and no accelerator was there to see what else needs it.
+    On the CPU, torch's compiler is not imported either, unless the run uses `torch.compile` or activation
+    checkpointing, which both need it. On other devices it is, because this has not been tried on an accelerator, and a
+    vendor's package may extend the compiler.
+
+    Args:
+        config: configuration of the run.
     """
     compiles = config.model.compile or config.model.activation_checkpointing
     if not compiles and (config.hardware.accelerator == "cpu" or config.hardware.runtime == "simulated"):

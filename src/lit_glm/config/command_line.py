@@ -16,10 +16,10 @@ from lit_glm.errors import InputError
 
 
 def quote(text: str) -> str:
-    """Return a text as a value of an override that stands for just this text, whatever characters it contains.
+    """Quote a text as the value of an override, so that Hydra and OmegaConf read exactly this text.
 
-    OmegaConf reads `${` as an interpolation unless a backslash precedes it, and Hydra ends a value at a quote unless
-    one does; both take backslashes in front of these as pairs, and other backslashes as they are.
+    A backslash escapes a `${`, which otherwise starts an interpolation, and a quote, which otherwise ends the value.
+    Backslashes in front of these two are doubled; other backslashes stay as they are.
     """
     literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
     literal = re.sub(r"(\\*)'", r"\1\1\\'", literal)

@@ -31,7 +31,7 @@ from lit_glm.config.schema import CONF_DIR, TrainConfig, range_errors
 from lit_glm.config.tuned_values import resolve_auto_bs
 from lit_glm.console import set_up_console
 from lit_glm.errors import InputError, RunError, first_line
-from lit_glm.launch.signals import keep_interruption, run_interruptible
+from lit_glm.launch.signals import reraise_interruption, run_interruptible
 from lit_glm.openmp import limit_spinning
 
 log = logging.getLogger(__name__)
@@ -205,7 +205,7 @@ def _without_hydra(whole: DictConfig) -> DictConfig:
     return OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
 
 
-@keep_interruption()
+@reraise_interruption()
 def _compose_with_hydra(config_name: str, overrides: Sequence[str]) -> Tuple[DictConfig, List[str]]:
     """Compose a configuration including the `hydra` node.
 
@@ -332,7 +332,7 @@ def output_dir() -> Path:
     """Return the folder of the command's files: `hydra.run.dir`, or that of the job in a sweep."""
     if not is_sweep_job():
         return Path(HydraConfig.get().run.dir).resolve()
-    # Hydra has resolved it: what looks like an interpolation belongs to the name of a folder.
+    # Hydra has resolved this value; a `${` that is left in it is part of the name of a folder.
     runtime: Any = OmegaConf.to_container(HydraConfig.get().runtime, resolve=False)
     return Path(runtime["output_dir"]).resolve()
 
@@ -352,7 +352,7 @@ def _run_task(task: Task, config: Any, composed: DictConfig) -> TaskOutcome:
     """Call the task; turn every exception into a message and an exit status."""
     environment = dict(os.environ)
     try:
-        with keep_interruption():
+        with reraise_interruption():
             returned = task(config, composed)
     except (InputError, RunError) as error:
         return TaskOutcome(_print_error(str(error), error.exit_status))
@@ -393,7 +393,7 @@ def _delegate_to_hydra(config_name: str, schema: "type[Config]", task: Task, lin
         sys.argv = [arguments[0], *line.overrides, *more, *line.flags]  # Hydra requires flags after all overrides
         if line.multirun:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra raise errors of sweepers and launchers, not print them
-        with keep_interruption():
+        with reraise_interruption():
             hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(job)()
     except SystemExit as ended:  # Hydra has printed the error
         statuses.append(ended.code if isinstance(ended.code, int) else 1)

@@ -24,6 +24,12 @@ def read_hardware_files(folder: Path) -> Dict[str, Dict[str, Any]]:
     return {file.stem: yaml.load(file.read_text(encoding="utf-8"), loader) or {} for file in files}  # noqa: S506
 
 
+_ALTERNATIVE_NAMES = {"PYTORCH_CUDA_ALLOC_CONF": "PYTORCH_ALLOC_CONF"}
+"""Variables that torch also reads under a second name, if the first is not set."""
+_EXPANDABLE = "expandable_segments"
+"""Option of torch's allocator; before torch 2.1, the first allocation fails with it."""
+
+
 def set_hardware_env(hardware: HardwareConfig) -> List[str]:
     """Set the variables of a hardware file before its runtime is imported; never overrides the user's variables.
 
@@ -34,21 +40,16 @@ def set_hardware_env(hardware: HardwareConfig) -> List[str]:
     for name, value in hardware.env.items():
         if value == MASK:  # from a run folder; ranks inherit the value in their environment
             continue
-        own = next((other for other in (name, _NEW_NAMES.get(name, name)) if other in os.environ), None)
-        if own is None and _EXPANDABLE in value and not _has_expandable_segments():
+        names = (name, _ALTERNATIVE_NAMES.get(name, name))
+        given = next((variable for variable in names if variable in os.environ), None)
+        if given is None and _EXPANDABLE in value and not _has_expandable_segments():
             messages.append(f"leaving out {name}={value} ({hardware_file(hardware.name)}): it needs torch 2.1 or later")
-        elif own is None:
+        elif given is None:
             os.environ[name] = value
-        elif own != name or os.environ[name] != value:
-            kept = f"keeping {own}={os.environ[own]} (environment)"
-            messages.append(f"{kept}; {hardware_file(hardware.name)}: {'' if own == name else f'{name}='}{value}")
+        elif given != name or os.environ[name] != value:
+            kept = f"keeping {given}={os.environ[given]} (environment)"
+            messages.append(f"{kept}; {hardware_file(hardware.name)}: {'' if given == name else f'{name}='}{value}")
     return messages
-
-
-_NEW_NAMES = {"PYTORCH_CUDA_ALLOC_CONF": "PYTORCH_ALLOC_CONF"}
-"""Variables that torch reads under a second name, where the first is not set."""
-_EXPANDABLE = "expandable_segments"
-"""An option of torch's allocator; versions that do not know it raise an error at the first allocation."""
 
 
 def _has_expandable_segments() -> bool:

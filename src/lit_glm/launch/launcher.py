@@ -15,7 +15,7 @@ from lit_glm.hardware.monitors import is_mig_slice
 from lit_glm.launch import heartbeat
 from lit_glm.launch.heartbeat import STALL_MARGIN_S, StallWatchdog, run_watchdog, stall_message
 from lit_glm.launch.rendezvous import Node, announce_end, resolve_node
-from lit_glm.launch.signals import Interrupted, StopRequest, keep_interruption
+from lit_glm.launch.signals import Interrupted, StopRequest, reraise_interruption
 from lit_glm.launch.supervisor import Supervisor
 from lit_glm.metrics.energy import energy_metrics, in_kilojoules
 from lit_glm.metrics.registry import METRICS
@@ -178,7 +178,7 @@ def write_failure_status(run_dir: Path, before: Optional[bytes]) -> Iterator[Non
             still be resumed as before.
     """
     try:
-        with keep_interruption():
+        with reraise_interruption():
             yield
     except Interrupted:
         remove_partial(run_dir)

@@ -88,8 +88,11 @@ class RaisingStopSignals(StopSignals):
 
 
 @contextmanager
-def keep_interruption() -> Iterator[None]:
-    """Raise `Interrupted` again if an error has replaced it: cleanup code that a stop signal enters early may fail."""
+def reraise_interruption() -> Iterator[None]:
+    """Raise the `Interrupted` that an error of the block has replaced.
+
+    The cleanup code of a library can fail when a stop signal interrupts the code before it.
+    """
     try:
         yield
     except Exception as error:
@@ -111,7 +114,7 @@ def call_before_stop(call: Callable[[int], None]) -> None:
 def run_interruptible(work: Callable[[], int]) -> int:
     """Call the work of a command and return its exit status; 128 + number, without a traceback, after a stop signal."""
     try:
-        with RaisingStopSignals(), keep_interruption():
+        with RaisingStopSignals(), reraise_interruption():
             return work()
     except KeyboardInterrupt:  # a job of a sweep was stopped, which has been reported
         return 128 + signal.SIGINT

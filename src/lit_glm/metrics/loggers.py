@@ -190,7 +190,7 @@ def _instantiate(group: str, name: str, entry: Dict[str, Any], arguments: Dict[s
     from hydra.utils import instantiate
 
     try:
-        # Not among the entries: OmegaConf takes `${` in the name of a folder for the beginning of an interpolation.
+        # The arguments bypass OmegaConf, which would read `${` in the name of a folder as an interpolation.
         made = instantiate({**entry, "_partial_": True})(**arguments)
         if group == "logger":
             _ = made.experiment if hasattr(type(made), "experiment") else None  # fail now, not at first use

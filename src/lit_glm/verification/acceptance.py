@@ -13,7 +13,7 @@ from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
 from lit_glm.hardware.precision import make_precision
 from lit_glm.hardware.runtimes.base import Runtime
-from lit_glm.launch.signals import keep_interruption
+from lit_glm.launch.signals import reraise_interruption
 from lit_glm.metrics.flops import peak_key
 from lit_glm.verification import collectives_check, model_check, timing_check
 from lit_glm.verification.operator_check import OperatorRecorder, OperatorResult, find_cpu_fallbacks
@@ -158,7 +158,7 @@ def _is_out_of_time(check: CheckResult) -> bool:
 def _catch_errors(name: str, run: Callable[[], List[CheckResult]]) -> List[CheckResult]:
     """Run a check; an exception becomes a failure."""
     try:
-        with keep_interruption():
+        with reraise_interruption():
             return run()
     except Exception as error:
         text = " ".join(str(error).split())[:300]
