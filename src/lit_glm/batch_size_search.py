@@ -67,19 +67,19 @@ class Trial:
 
 def _trials_of(search: Dict[str, Any]) -> List[Trial]:
     """Return the trials of a tune.json, without those that exceeded the time limit, which a resumed search repeats."""
-    names = {entry.name for entry in fields(Trial)}
-    known = [Trial(**{name: one[name] for name in names & set(one)}) for one in search.get("trials", [])]
-    return [trial for trial in known if trial.status != TIME]
+    names = {field.name for field in fields(Trial)}
+    trials = [Trial(**{name: entry[name] for name in names & set(entry)}) for entry in search.get("trials", [])]
+    return [trial for trial in trials if trial.status != TIME]
 
 
 def rates_by_bs(trials: List[Trial]) -> Dict[int, List[float]]:
     """Return p_core of the trials by ascending batch size, without sizes that did not fit in at least one trial."""
-    found: Dict[int, List[float]] = {}
+    rates: Dict[int, List[float]] = {}
     too_large = {trial.bs for trial in trials if trial.status in (MEMORY, LIMIT)}
     for trial in sorted(trials, key=lambda trial: trial.bs):
         if trial.status == FITS and trial.p_core is not None and trial.bs not in too_large:
-            found.setdefault(trial.bs, []).append(trial.p_core)
-    return found
+            rates.setdefault(trial.bs, []).append(trial.p_core)
+    return rates
 
 
 def ranking(trials: List[Trial]) -> List[int]:
@@ -133,8 +133,8 @@ class Search:
         self.node = this_node(config.topology, config.hardware.runtime == "simulated")
         resume = config.run.resume
         if resume == "auto":
-            same = [(place, found) for place, found in searches() if found.get("config_hash") == self._hash]
-            unfinished = [place for place, found in same if not found["complete"]]
+            same = [(path, search) for path, search in searches() if search.get("config_hash") == self._hash]
+            unfinished = [path for path, search in same if not search["complete"]]
             if not unfinished:
                 log.info("run.resume=auto: no unfinished search of this configuration; starting a new one")
             folder = next(iter(unfinished), folder)
@@ -216,11 +216,11 @@ class Search:
 
     def _trial_config(self, bs: int) -> TrainConfig:
         """Return the configuration of a short run: longest examples first, no evaluation, checkpoint or logger."""
-        steps, own = _WARM_UP_STEPS + self.config.tune.steps, self.config
-        run = replace(own.run, max_steps=steps, max_samples=10**12, evaluate=False, resume=None, overwrite=True)
+        steps, config = _WARM_UP_STEPS + self.config.tune.steps, self.config
+        run = replace(config.run, max_steps=steps, max_samples=10**12, evaluate=False, resume=None, overwrite=True)
         run.checkpoint_interval_steps = None
-        model, data = replace(own.model, init_checkpoint=None), replace(own.data, longest_first=True)
-        return train_config(own, bs=bs, run=run, model=model, data=data, logger={}, callbacks={})
+        model, data = replace(config.model, init_checkpoint=None), replace(config.data, longest_first=True)
+        return train_config(config, bs=bs, run=run, model=model, data=data, logger={}, callbacks={})
 
     def _run(self, bs: int, trial_dir: Path, limit_s: Optional[float] = None) -> None:
         """Run this node's part of a trial; its output goes to a file next to its folder."""
@@ -234,7 +234,7 @@ class Search:
 
         p_core follows from the FLOPs of the timed steps, so that their lengths do not bias it.
         """
-        work, begun = Workload(self._trial_config(bs), self.examples, None), time.monotonic()
+        work, start = Workload(self._trial_config(bs), self.examples, None), time.monotonic()
         message = self._exceeds_memory(work, bs)
         if message:
             return Trial(bs, LIMIT, message=message)
@@ -251,7 +251,7 @@ class Search:
             if not is_complete(trial_dir):  # else the limit came while its processes ended
                 return Trial(bs, TIME, message=f"exceeded the remaining {seconds:.0f} s")
         finally:
-            self.seconds += time.monotonic() - begun
+            self.seconds += time.monotonic() - start
         result, rows = read_result(trial_dir) or {}, read_csv_rows(trial_dir / "steps.csv", STEP_COLUMNS)
         rows = rows[_WARM_UP_STEPS:]
         flops = sum(float(work.counter.flops_by_rank(int(row["step"])).mean()) for row in rows)
@@ -295,16 +295,22 @@ class Search:
         columns = "bs|p_core|[lowest, highest]|trials|mfu|memory GiB|estimated GiB without base|samples/J|"
         rows = [columns.split("|")]
         for bs in order:
-            own, last = rates[bs], [trial for trial in self.trials if trial.bs == bs][-1]
+            rates_of_bs, last = rates[bs], [trial for trial in self.trials if trial.bs == bs][-1]
             lengths = Workload(self._trial_config(bs), self.examples, None).lengths
             estimate = estimate_memory(self.config, lengths, 0.0, saves_attention_probs(self.config), bs).total / 2**30
             marks = ", ".join(name for name, is_so in zip(names, (bs == order[0], bs == max(order))) if is_so)
-            spread = f"[{min(own):.4g}, {max(own):.4g}]" if len(own) > 1 else ""
-            row = [str(bs), f"{statistics.median(own):.4g}", spread, str(len(own)), text(last.mfu, ".3g")]
+            spread = f"[{min(rates_of_bs):.4g}, {max(rates_of_bs):.4g}]" if len(rates_of_bs) > 1 else ""
+            row = [
+                str(bs),
+                f"{statistics.median(rates_of_bs):.4g}",
+                spread,
+                str(len(rates_of_bs)),
+                text(last.mfu, ".3g"),
+            ]
             row += [text(last.memory_gib, ".2f"), f"{estimate:.2f}", text(last.samples_per_joule, ".3g"), marks]
             rows.append(row)
-        others = {trial.bs: trial.status for trial in self.trials if trial.bs not in rates}
-        return markdown_table([*rows, *([str(bs), *[""] * 7, status] for bs, status in sorted(others.items()))])
+        statuses = {trial.bs: trial.status for trial in self.trials if trial.bs not in rates}
+        return markdown_table([*rows, *([str(bs), *[""] * 7, status] for bs, status in sorted(statuses.items()))])
 
     def _conclude(self, complete: bool) -> str:
         """Write tune.md, tune.svg and the fix_hp file; return the summary."""
@@ -317,17 +323,17 @@ class Search:
             lines.append("no batch size fits: use a smaller model, activation checkpointing, or more memory")
         elif order:
             fits, fastest = ("that fits", "fastest") if complete else ("tried", "fastest so far")
-            found = f"largest bs {fits}: {max(order)}; {fastest}: {order[0]}"
+            conclusion = f"largest bs {fits}: {max(order)}; {fastest}: {order[0]}"
             lines += [
-                found,
+                conclusion,
                 f"bs=auto uses the fastest bs found below outputs/tune/; to keep it, copy {self.folder / pair}.yaml",
                 "to the folder fix_hp/ of your own configuration (--config-dir)",
             ]
             about = f"{config.precision.name}, scoring={config.scoring.name}, model={config.model.name}"
             versions = f"lit_glm {lit_glm.__version__}, torch {torch.__version__}, {datetime.date.today()}"
             source = f"Found by `python -m lit_glm.tune` for {pair}: {about}; {versions}."
-            found = found if complete else f"INCOMPLETE search (complete: false): {found}"
-            comments = "".join(f"# {line}\n" for line in (source, found, *table.splitlines()))
+            conclusion = conclusion if complete else f"INCOMPLETE search (complete: false): {conclusion}"
+            comments = "".join(f"# {line}\n" for line in (source, conclusion, *table.splitlines()))
             values = f"fix_hp_source: {pair}\nbs: {order[0]}\neval_bs: {order[0]}\n"
             write_text(self.folder / f"{pair}.yaml", f"# @package _global_\n{comments}{values}")
             title = f"{config.hardware.name} {config.topology.name} {config.precision.name} {config.scoring.name}"

@@ -49,7 +49,7 @@ def without_plotting() -> Iterator[None]:
 
     torchmetrics imports matplotlib, Pillow and scipy wherever they are installed, for plots and audio metrics that
     nothing here uses: up to a third of the time in which a rank starts (benchmarks/startup.py). It has no option for
-    that. Afterwards everybody can import these packages; only `Metric.plot` of torchmetrics says that they are missing.
+    that. Afterwards all code can import these packages; only `Metric.plot` of torchmetrics reports them as missing.
     Nothing is hidden from a program that has imported one of them: torchmetrics would then find half of it.
     """
     # Older versions of matplotlib put the empty package mpl_toolkits there at the start of every process (a .pth file).
@@ -182,8 +182,8 @@ def onednn_linear() -> Optional[Callable[..., Any]]:
 
     if not hasattr(torch, "compile"):
         return None
-    found: Optional[Callable[..., Any]] = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    return found
+    linear: Optional[Callable[..., Any]] = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    return linear
 
 
 def has_fused_attention() -> bool:
@@ -319,12 +319,12 @@ def dispatch_mode(see: Callable[[Any, Any, Any], Any]) -> ContextManager[Any]:
     """
     from torch.utils import _python_dispatch
 
-    class Seeing(_python_dispatch.TorchDispatchMode):
+    class CallbackMode(_python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             return see(func, args, kwargs or {})
 
     push: Any = getattr(_python_dispatch, "push_torch_dispatch_mode", None)  # torch 1.12 creates the instance itself
-    return Seeing() if push is None else push(Seeing)
+    return CallbackMode() if push is None else push(CallbackMode)
 
 
 def multiply_all_(tensors: List[Any], factor: float) -> None:
@@ -342,9 +342,9 @@ def copy_all_(targets: List[Any], sources: List[Any]) -> None:
     """Copy tensors into others of any dtype with few kernels; one by one before torch 2.1."""
     import torch
 
-    each = getattr(torch, "_foreach_copy_", None)
-    if each is not None and targets:
-        each(targets, sources)
+    foreach_copy_ = getattr(torch, "_foreach_copy_", None)
+    if foreach_copy_ is not None and targets:
+        foreach_copy_(targets, sources)
         return
     for target, source in zip(targets, sources):
         target.copy_(source)

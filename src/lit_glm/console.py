@@ -18,8 +18,8 @@ _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 @lru_cache(maxsize=None)
 def python_to_type() -> str:
     """Return how this interpreter is called from here: `python` where that is the one, else its path."""
-    found = shutil.which("python")
-    if found is not None and os.path.dirname(os.path.abspath(found)) == os.path.dirname(sys.executable):
+    python = shutil.which("python")
+    if python is not None and os.path.dirname(os.path.abspath(python)) == os.path.dirname(sys.executable):
         return "python"
     try:
         inside = os.path.relpath(sys.executable)
@@ -70,7 +70,7 @@ class SafeStream:
             encoding = self._stream.encoding
             return int(self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding)))
         except OSError as error:
-            self._give_up(error)
+            self._stop_writing(error)
             return len(text)
 
     def flush(self) -> None:
@@ -78,9 +78,9 @@ class SafeStream:
         try:
             self._stream.flush()
         except OSError as error:
-            self._give_up(error)
+            self._stop_writing(error)
 
-    def _give_up(self, error: OSError) -> None:
+    def _stop_writing(self, error: OSError) -> None:
         # Redirect the descriptor, so that buffered text and the interpreter's last flush are discarded too.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())

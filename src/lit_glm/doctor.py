@@ -36,15 +36,15 @@ def run_check(name: str, check: Callable[[], CheckResult]) -> CheckResult:
     """Run a check; an exception becomes a failed result."""
     try:
         with reraise_interruption():
-            found = check()
+            result = check()
     except (InputError, RunError) as error:
         first, *more = [line.strip() for line in str(error).splitlines()]
         return CheckResult(name, "fail", first, "; ".join(more) or _ADVICE.get(name, ""))
     except Exception as error:  # a check must never hide the others
         return CheckResult(name, "fail", f"{type(error).__name__}: {' '.join(str(error).split())}")
-    found.name = name
-    found.message = " ".join(found.message.split())
-    return found
+    result.name = name
+    result.message = " ".join(result.message.split())
+    return result
 
 
 def run_checks(config: TrainConfig, output_dir: Path) -> Iterator[CheckResult]:

@@ -52,8 +52,8 @@ def read_example_metadata(eval_file: Path, split: Any) -> Optional[List[Dict[str
         raise InputError(f"{path}: has {len(names)} lines, {eval_file} has {len(split)} examples; prepare both again")
     for example, name in enumerate(names):
         candidates, right = name["candidates"], set(split.answers_of(example))
-        named = {place for place, text in enumerate(candidates) if text in name["answers"]}
-        if len(candidates) != split.num_candidates_of(example) or named != right:
+        matching = {place for place, text in enumerate(candidates) if text in name["answers"]}
+        if len(candidates) != split.num_candidates_of(example) or matching != right:
             raise InputError(f"{path}: entry {example + 1} is of another evaluation file; prepare both again")
     return names
 
@@ -76,21 +76,23 @@ def describe_predictions(
         An entry per example; `rank` is that of the best right candidate among all, from 1. Scores that are not finite,
         and ranks that depend on one, are None.
     """
-    found = []
+    entries = []
     for example, candidate in chosen:
         name = names[example] if names is not None else {}
         texts = name.get("candidates") or list(range(len(scores[example])))
-        own, right = scores[example], list(answers(example))
-        best = max(own[index] for index in right)
-        rank = 1 + sum(score > best for score in own) if all(map(math.isfinite, own)) else None
-        known = [score if math.isfinite(score) else None for score in own]
+        candidate_scores, right = scores[example], list(answers(example))
+        best = max(candidate_scores[index] for index in right)
+        rank = (
+            1 + sum(score > best for score in candidate_scores) if all(map(math.isfinite, candidate_scores)) else None
+        )
+        known = [score if math.isfinite(score) else None for score in candidate_scores]
         text = texts[candidate] if candidate >= 0 else None
         entry = {"idx": name.get("idx", example), "label": text, "query": name.get("query")}
         entry["answers"] = name.get("answers") or right
         entry.update(prediction=text, score=known[candidate] if candidate >= 0 else None, rank=rank)
         entry["scores"] = [{"candidate": text, "score": score} for text, score in zip(texts, known)]
-        found.append(entry)
-    return found
+        entries.append(entry)
+    return entries
 
 
 def score_predictions(names: List[Dict[str, Any]], chosen: List[Tuple[int, int]]) -> Dict[str, float]:
@@ -220,7 +222,7 @@ def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
     predictions = describe_predictions(chosen, scores, split.answers_of, names)
     if names is not None:
         report.update(score_predictions(names, chosen))
-    unusable = sum(any(map(math.isnan, own)) for own in scores.values())
+    unusable = sum(any(map(math.isnan, candidate_scores)) for candidate_scores in scores.values())
     if unusable:
         log.warning(f"{unusable} of {len(chosen)} examples have a score that is not a number; they count as wrong")
     text = _scores_text(out, report, config, runtime, names is not None)
@@ -337,14 +339,14 @@ def _write_results(
     )
 
 
-def _scores_text(out: Path, report: Dict[str, Any], config: TrainConfig, runtime: Any, named: bool) -> str:
+def _scores_text(out: Path, report: Dict[str, Any], config: TrainConfig, runtime: Any, has_predictions: bool) -> str:
     lines = [f"SIMULATED on the CPU, not measured on {config.hardware.name}"] if runtime.simulated else []
     lines.append(f"device  {runtime.device_name(0) or config.hardware.name} (hardware={config.hardware.name})")
     lines.append(f"computed with  precision={config.precision.name} scoring={config.scoring.name}")
     scores = {key: value for key, value in report.items() if key != "num_examples" and value is not None}
     lines += [f"{key}  {100 * value:.2f}%" for key, value in scores.items()]
     lines.append(f"examples  {report['num_examples']}")
-    if not named:
+    if not has_predictions:
         lines.append(
             "em, f1 and texts of the predictions need eval_examples.jsonl, which prepare writes next to the HDF5"
         )

@@ -36,7 +36,7 @@ def export(run_dir: Path, layout: str, out: Path) -> str:
     if not (run_dir / JOB_FILE).is_file():
         raise InputError(f"{run_dir}: is not a run folder (no {JOB_FILE})")
     stored_hash = str((read_job_json(run_dir) or {}).get("config_hash"))  # as computed by the version that wrote them
-    path, content, passed_over = checkpoints.latest_valid(run_dir, stored_hash, whole=True)
+    path, content, passed_over = checkpoints.latest_valid(run_dir, stored_hash, read_all=True)
     if path is None:
         raise InputError("\n".join([f"{run_dir}: contains no usable checkpoint", *passed_over]))
     for line in passed_over:

@@ -51,7 +51,7 @@ def call_isolated(function: Callable[..., Any], *arguments: Any, progress: Optio
         pass_fds=(writing,),
     )
     os.close(writing)
-    how = ""
+    failure = ""
     try:
         assert child.stdin is not None
         pickle.dump((function.__module__, function.__qualname__, arguments), child.stdin)
@@ -66,15 +66,15 @@ def call_isolated(function: Callable[..., Any], *arguments: Any, progress: Optio
                 raise OSError(value)
             if progress is not None:
                 progress(*value)
-        how = f"did not respond for {_TIMEOUT_S:g} s"
+        failure = f"did not respond for {_TIMEOUT_S:g} s"
     except (EOFError, pickle.UnpicklingError, BrokenPipeError):
         status = child.wait()
-        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
+        failure = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
     finally:
         child.kill()
         child.wait()
         answers.close()
-    raise InputError(f"{arguments[0]}: the process that read it {how}: the file is damaged")
+    raise InputError(f"{arguments[0]}: the process that read it {failure}: the file is damaged")
 
 
 def main() -> None:
@@ -100,8 +100,8 @@ def main() -> None:
             answers.send(("refused", f"{arguments[0]}: cannot be read ({error})"))
     except Exception as error:  # a damaged file fails in many ways inside its library
         reason = first_line(error)
-        what = f"{arguments[0]}: damaged, or not a file of this kind ({type(error).__name__}: {reason})"
-        answers.send(("refused", what))
+        message = f"{arguments[0]}: damaged, or not a file of this kind ({type(error).__name__}: {reason})"
+        answers.send(("refused", message))
 
 
 if __name__ == "__main__":

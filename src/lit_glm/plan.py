@@ -47,7 +47,7 @@ def _combinations(line: CommandLine) -> List[List[str]]:
     Raises:
         InputError: on a search instead of a list.
     """
-    own: List[str] = []
+    plan_overrides: List[str] = []
     rest: List[str] = []
     for text, override in zip(line.overrides, line.parse()):
         if override.is_sweep_override() and not override.is_discrete_sweep():
@@ -55,8 +55,8 @@ def _combinations(line: CommandLine) -> List[List[str]]:
         key, _, value = text.partition("=")
         if key == "plan.runs" and override.is_sweep_override():
             text = f"plan.runs=[{value}]"
-        (own if key.startswith("plan.") else rest).append(text)
-    return [[*whole, *own, *line.searchpath] for _, whole in CommandLine(rest).combinations()]
+        (plan_overrides if key.startswith("plan.") else rest).append(text)
+    return [[*overrides, *plan_overrides, *line.searchpath] for _, overrides in CommandLine(rest).combinations()]
 
 
 def _validate_combination(overrides: List[str]) -> Any:
@@ -80,12 +80,18 @@ def _with_limits(configs: List[Any], combinations: List[List[str]]) -> Tuple[Lis
     from lit_glm.reporting.published_rows import load_published_run_length
 
     given = {override.key_or_group for overrides in combinations for override in CommandLine(overrides).parse()}
-    own = [int(min(one.run.max_samples, (one.run.max_steps or math.inf) * one.global_batch)) for one in configs]
-    if {"run.max_samples", "run.max_steps"} & given or (len(set(own)) == 1 and "experiment" in given):
-        same = f"a run of {own[0]:,} samples, the configured limit"
-        return configs, own, same if len(set(own)) == 1 else "the limit of each row (run.max_samples, run.max_steps)"
+    limits = [
+        int(min(config.run.max_samples, (config.run.max_steps or math.inf) * config.global_batch)) for config in configs
+    ]
+    if {"run.max_samples", "run.max_steps"} & given or (len(set(limits)) == 1 and "experiment" in given):
+        same = f"a run of {limits[0]:,} samples, the configured limit"
+        return (
+            configs,
+            limits,
+            same if len(set(limits)) == 1 else "the limit of each row (run.max_samples, run.max_steps)",
+        )
     samples, run = load_published_run_length()
-    configs = [replace(one, run=replace(one.run, max_samples=samples, max_steps=None)) for one in configs]
+    configs = [replace(config, run=replace(config.run, max_samples=samples, max_steps=None)) for config in configs]
     reason = f"a run of {samples:,} samples, as in {run}; set run.max_samples= for another"
     return configs, [samples] * len(configs), reason
 
@@ -109,15 +115,17 @@ def _make_task(combinations: List[List[str]], as_json: bool) -> Any:
         measured = [MeasuredRun.read(path) for path in _parse_run_dirs(config.plan.runs)]
         published = load_published_rows()
         predictions, left_out = [], ignored_runs(measured, configs)
-        for own, limit in zip(configs, limits):
-            train, held, data = load_examples(own)
-            work = Workload(own, train, held)
-            if not work.enough:
-                shortage = f"{own.global_batch} examples per step, {len(train)} available"
-                left_out.append(f"{own.topology.name}, bs={own.bs}: {shortage}")
+        for row_config, limit in zip(configs, limits):
+            train, held, data = load_examples(row_config)
+            work = Workload(row_config, train, held)
+            if not work.has_enough_examples:
+                shortage = f"{row_config.global_batch} examples per step, {len(train)} available"
+                left_out.append(f"{row_config.topology.name}, bs={row_config.bs}: {shortage}")
                 continue
             try:
-                predictions.append(predict(own, rank_speed(own, measured, published, work), work, data, limit))
+                predictions.append(
+                    predict(row_config, rank_speed(row_config, measured, published, work), work, data, limit)
+                )
             except InputError as error:  # no speed is known; other rows may be predicted
                 left_out.append(str(error))
         if not predictions:

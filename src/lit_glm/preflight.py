@@ -57,8 +57,8 @@ def check_disk(config: TrainConfig, place: Path) -> CheckResult:
         ensure_available(place, config.run.overwrite)
     folder = _existing_parent(place)
     count = estimates.count_parameters(config.model)
-    one = count * (2 + 12 if config.precision.name == "fp16" else 12)
-    needed, free = _CHECKPOINTS * one, shutil.disk_usage(str(folder)).free
+    checkpoint_bytes = count * (2 + 12 if config.precision.name == "fp16" else 12)
+    needed, free = _CHECKPOINTS * checkpoint_bytes, shutil.disk_usage(str(folder)).free
     message = f"{folder}: {_format_size(free)} free, checkpoints take up to {_format_size(needed)}"
     if free < needed:
         return CheckResult("", "fail", message, "free disk space, or give hydra.run.dir= on another disk")
@@ -73,7 +73,7 @@ def check_disk(config: TrainConfig, place: Path) -> CheckResult:
             speed = _TRIED_MIB / (time.perf_counter() - start)
     except OSError as error:
         return CheckResult("", "fail", f"{message}; cannot be written ({error})", "give hydra.run.dir= on another disk")
-    message += f", written at {speed:.0f} MiB/s: {one / 2**20 / speed:.0f} s per checkpoint"
+    message += f", written at {speed:.0f} MiB/s: {checkpoint_bytes / 2**20 / speed:.0f} s per checkpoint"
     if speed < _SLOW_MIB_S:
         return CheckResult("", "warn", message, "a larger run.checkpoint_interval_steps saves time")
     return CheckResult("", "ok", message)
@@ -112,26 +112,26 @@ def check_data(config: TrainConfig, key: str) -> CheckResult:
             )
         return CheckResult("", "ok", f"{path}: does not exist yet, train generates it on first use")
     decode, model = _make_decoder(config), config.model
-    found = call_isolated(summarise_hdf5, path, key == "eval_file")
-    if found["highest"] >= model.vocab_size:
+    summary = call_isolated(summarise_hdf5, path, key == "eval_file")
+    if summary["highest"] >= model.vocab_size:
         raise InputError(
-            f"{path}: token id {found['highest']} is beyond model.vocab_size={model.vocab_size}; model=glm_small, "
+            f"{path}: token id {summary['highest']} is beyond model.vocab_size={model.vocab_size}; model=glm_small, "
             "glm_base and glm_large have BERT's vocabulary (30592)"
         )
-    if found["tokens"] > min(config.data.max_seq_length, model.max_sequence_length):
+    if summary["tokens"] > min(config.data.max_seq_length, model.max_sequence_length):
         raise InputError(
-            f"{path}: {found['tokens']} tokens in a sequence, more than "
+            f"{path}: {summary['tokens']} tokens in a sequence, more than "
             f"data.max_seq_length={config.data.max_seq_length} or model.max_sequence_length={model.max_sequence_length}"
         )
-    if key == "train_file" and config.global_batch > found["examples"]:
+    if key == "train_file" and config.global_batch > summary["examples"]:
         raise InputError(
-            f"{path}: {found['examples']} examples, fewer than the {config.global_batch} of a step (bs={config.bs}, "
+            f"{path}: {summary['examples']} examples, fewer than the {config.global_batch} of a step (bs={config.bs}, "
             f"topology={config.topology.name})"
         )
-    counts = f"{found['examples']} examples, {found['candidates']} candidates, at most {found['tokens']} tokens"
+    counts = f"{summary['examples']} examples, {summary['candidates']} candidates, at most {summary['tokens']} tokens"
     shown = [
         f'{which} "{decode(context)}" with {count} candidates: {" | ".join(map(decode, candidates))}'
-        for which, context, count, candidates in found["ends"]
+        for which, context, count, candidates in summary["ends"]
     ]
     return CheckResult("", "ok", f"{path}: {counts}; {'; '.join(shown)}")
 
@@ -159,8 +159,8 @@ def check_memory(config: TrainConfig, runtime: Optional[Runtime]) -> CheckResult
     path = Path(config.data.train_file)
     if config.data.synthetic is not None and not path.exists():
         return CheckResult("", "skip", "not estimated: the data does not exist yet")
-    found = estimates.check_memory(config, SequenceLengths.from_hdf5(path), runtime)
-    message, *advice = estimates.memory_message(config, found).split("\n")
+    check = estimates.check_memory(config, SequenceLengths.from_hdf5(path), runtime)
+    message, *advice = estimates.memory_message(config, check).split("\n")
     unknown = runtime is None or runtime.total_memory(0) is None
     status = "fail" if advice else "warn" if unknown else "ok"
     return CheckResult("", status, message.replace("memory: ", ""), "; ".join(advice).replace("memory: ", ""))
@@ -211,7 +211,7 @@ def _try_monitor(config: TrainConfig) -> List[str]:
         return []
     try:
         readings = monitor.read(None)
-    except Exception as error:  # a monitor of somebody's own
+    except Exception as error:  # a user's monitor
         return [f"the device monitor raises {type(error).__name__} ({first_line(error)}): no power, no energy"]
     return [] if readings else ["the device monitor gives no readings: power and energy will be unknown"]
 
@@ -252,16 +252,16 @@ def check_collectives(config: TrainConfig, made: Runtime) -> CheckResult:
     from lit_glm.verification.collectives_check import COLLECTIVES_MODULE
 
     limit_s = _OTHER_NODES_S if config.topology.num_nodes > 1 else _RENDEZVOUS_S
-    found = run_on_all_ranks(config, COLLECTIVES_MODULE, limit_s)
-    if found is None:
+    result = run_on_all_ranks(config, COLLECTIVES_MODULE, limit_s)
+    if result is None:
         return CheckResult("", "ok", "collectives with the other nodes passed; node 0 prints the timing")
-    speed = found["mib"] / 1024 / found["seconds"]
-    timing = f"{found['mib']} MiB in {1000 * found['seconds']:.1f} ms ({speed:.2f} GiB/s per rank)"
+    speed = result["mib"] / 1024 / result["seconds"]
+    timing = f"{result['mib']} MiB in {1000 * result['seconds']:.1f} ms ({speed:.2f} GiB/s per rank)"
     return CheckResult(
         "",
         "ok",
-        f"{found['ranks']} ranks over {found['backend']}: all-reduce, broadcast and all-gather correct; all-reduce of "
-        f"{timing}, latency {1e6 * found['latency_s']:.0f} us",
+        f"{result['ranks']} ranks over {result['backend']}: all-reduce, broadcast and all-gather correct; "
+        f"all-reduce of {timing}, latency {1e6 * result['latency_s']:.0f} us",
     )
 
 
@@ -290,8 +290,8 @@ def check_packages() -> CheckResult:
     except metadata.PackageNotFoundError:
         return CheckResult("", "warn", "lit-glm is not installed as a package", "pip install -e . in its checkout")
     wrong: List[str] = []
-    others: List[str] = []
-    there: List[str] = []
+    untested: List[str] = []
+    installed: List[str] = []
     for need in needs:
         if need.marker is not None and not need.marker.evaluate({"extra": ""}):
             continue
@@ -300,17 +300,17 @@ def check_packages() -> CheckResult:
         except metadata.PackageNotFoundError:
             wrong.append(f"{need.name} is missing")
             continue
-        there.append(f"{need.name} {version}")
+        installed.append(f"{need.name} {version}")
         if not need.specifier.contains(version, prereleases=True):
             wrong.append(f"{need.name} {version} is not {need.specifier}")
         elif version.split("+")[0] != tested.get(need.name, version):
-            others.append(f"{need.name} {version} (tested: {tested[need.name]})")
+            untested.append(f"{need.name} {version} (tested: {tested[need.name]})")
     python = f"Python {platform.python_version()}"
     if wrong:
         return CheckResult("", "fail", f"{python}: {', '.join(wrong)}", f"pip install -c constraints/{name} -e .")
-    if others:
-        return CheckResult("", "warn", f"{python}: {', '.join(others)}", f"other measurements are made with {name}")
-    return CheckResult("", "ok", f"{python}, {', '.join(there)}: as in constraints/{name}")
+    if untested:
+        return CheckResult("", "warn", f"{python}: {', '.join(untested)}", f"other measurements are made with {name}")
+    return CheckResult("", "ok", f"{python}, {', '.join(installed)}: as in constraints/{name}")
 
 
 def check_vocabulary(file: Path) -> Tuple[bool, str]:
@@ -339,11 +339,11 @@ def _compare_num_weights(path: Path) -> Tuple[bool, str]:
 
 def check_provenance(config: TrainConfig) -> CheckResult:
     """Check all files that exist, with one result for all of them."""
-    found: List[Tuple[bool, str]] = []
+    comparisons: List[Tuple[bool, str]] = []
 
-    def compare(what: Callable[[], Tuple[bool, str]]) -> None:
+    def compare(comparison: Callable[[], Tuple[bool, str]]) -> None:
         try:
-            found.append(what())
+            comparisons.append(comparison())
         except InputError:
             pass  # another check reports a file that cannot be read
 
@@ -356,8 +356,10 @@ def check_provenance(config: TrainConfig) -> CheckResult:
                 compare(lambda name=name, kind=kind: _compare_num_examples(Path(name), kind))  # type: ignore[misc]
     if weights is not None and Path(weights).exists():
         compare(lambda: _compare_num_weights(Path(weights)))
-    if not found:
+    if not comparisons:
         return CheckResult("", "skip", "no files to compare with the published ones (sources: docs/data.md)")
-    other: Optional[str] = None if all(same for same, _ in found) else "sources of the published files: docs/data.md"
-    message = "; ".join(text for _, text in found)
+    other: Optional[str] = (
+        None if all(same for same, _ in comparisons) else "sources of the published files: docs/data.md"
+    )
+    message = "; ".join(text for _, text in comparisons)
     return CheckResult("", "ok" if other is None else "warn", message, other or "")

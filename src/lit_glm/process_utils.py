@@ -154,8 +154,8 @@ def oom_kill_count() -> int:
     count = 0
     for file in ("/proc/vmstat", "/sys/fs/cgroup/memory.events"):
         try:
-            found = re.search(r"^oom_kill (\d+)$", Path(file).read_text(encoding="utf-8"), re.MULTILINE)
+            match = re.search(r"^oom_kill (\d+)$", Path(file).read_text(encoding="utf-8"), re.MULTILINE)
         except OSError:
             continue
-        count = max(count, int(found.group(1)) if found else 0)
+        count = max(count, int(match.group(1)) if match else 0)
     return count

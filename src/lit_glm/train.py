@@ -117,8 +117,8 @@ def run(config: TrainConfig, run_dir: Path, files: Dict[str, str], entry: float)
     node, resumes = this_node(config.topology, config.hardware.runtime == "simulated"), False
     with announce_early_end(config, node):
         if node.rank == 0:  # node 0 sends it to the others
-            found = _resolve_run_dir(config, run_dir)
-            run_dir, resumes = found.path, found.is_resume
+            resolved = _resolve_run_dir(config, run_dir)
+            run_dir, resumes = resolved.path, resolved.is_resume
         result = complete_result(run_dir) if resumes else None
         if result is not None:
             report_complete_run(config, node, run_dir, result)
@@ -133,10 +133,10 @@ def run(config: TrainConfig, run_dir: Path, files: Dict[str, str], entry: float)
     return 0
 
 
-def _before_sweep(whole: Any, line: CommandLine) -> List[str]:
+def _before_sweep(composed: Any, line: CommandLine) -> List[str]:
     from lit_glm.launch.sweep import prepare_sweep
 
-    return prepare_sweep(whole, line)
+    return prepare_sweep(composed, line)
 
 
 def main(entry: Optional[float] = None) -> int:

@@ -67,11 +67,13 @@ def main() -> int:
             raise InputError(f"{folder}: its {environment.VERIFY_FILE} is not verify's; give another hydra.run.dir=")
         kept = validate_devices(config.hardware, runtime, config.topology.devices_per_node, CONF_DIR / "hardware")
         keys = [override.key_or_group for override in CommandLine.read(sys.argv[1:]).parse()]
-        whole = any(key.split(".")[0] in ("model", "experiment") for key in keys)
+        full_model = any(key.split(".")[0] in ("model", "experiment") for key in keys)
         if not as_json:
             for line in (*kept, f"writing verify.json to {folder}"):
                 log.info(line)
-        acceptance = AcceptanceTest(_configs_per_precision(config), runtime, whole, 60.0 * config.verify.max_minutes)
+        acceptance = AcceptanceTest(
+            _configs_per_precision(config), runtime, full_model, 60.0 * config.verify.max_minutes
+        )
         if not as_json:
             log.info(f"{acceptance.title()}")
         device = acceptance.device()

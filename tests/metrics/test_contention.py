@@ -45,7 +45,7 @@ def test_own_work_is_not_others_and_anothers_is() -> None:
         child.wait()
     assert with_child is not None
     stranger = ContentionMonitor(Cards(None), 1)
-    stranger._own = lambda: 0.0  # type: ignore[method-assign]  # as if this process were somebody else's
+    stranger._tree_cpu_seconds = lambda: 0.0  # type: ignore[method-assign]  # as if this process were somebody else's
     stranger.begin()
     _spin(2.5)
     assert stranger.sample_if_due() is None  # not every moment

@@ -41,7 +41,7 @@ def failed(runtime: Any = None, *overrides: str, until: str = "") -> Failed:
     Checks are made one by one, as they are asked for.
     """
     config = validate_config(compose_config("train", ["precision=fp32", *overrides]), TrainConfig)
-    checks = acceptance.AcceptanceTest([config], runtime or CPURuntime(), whole=False).checks()
+    checks = acceptance.AcceptanceTest([config], runtime or CPURuntime(), full_model=False).checks()
     made = itertools.takewhile(lambda check: not until or not check.name.startswith(until), checks)
     return [(check.name, check.message) for check in made if check.status == "fail"]
 
@@ -86,7 +86,7 @@ def test_gradients_of_attention_to_similar_values(factor: float, status: str) ->
     generator = torch.Generator().manual_seed(0)
     q, k, noise = (torch.randn(2, 4, 200, 64, generator=generator).bfloat16() for _ in range(3))
     v = (1.0 + 0.1 * noise).requires_grad_()
-    seen = OperatorRecorder(torch.device("cpu"), tf32=False)
+    recorder = OperatorRecorder(torch.device("cpu"), tf32=False)
     q.requires_grad_()
     out = F.scaled_dot_product_attention(q, k, v)
 
@@ -94,9 +94,9 @@ def test_gradients_of_attention_to_similar_values(factor: float, status: str) ->
         return tuple(result * factor for result in operator(*args, **kwargs))
 
     name = "_scaled_dot_product_flash_attention_for_cpu_backward"
-    with with_fault(name, wrong), seen.recording():
+    with with_fault(name, wrong), recorder.recording():
         out.backward(torch.randn(out.shape, generator=generator).bfloat16())
-    assert [call.status for call in seen.seen.values() if call.name == name] == [status]
+    assert [call.status for call in recorder.results.values() if call.name == name] == [status]
 
 
 @pytest.mark.parametrize(("factor", "status"), [(1.0, "ok"), (1.2, "differs")])
@@ -112,26 +112,26 @@ def test_gradients_of_a_layer_norm_that_sums_row_after_row(dtype: torch.dtype, f
     def wrong(operator: Any, args: Any, kwargs: Any) -> Any:
         return tuple(None if result is None else result * factor for result in operator(*args, **kwargs))
 
-    name, seen = "native_layer_norm_backward", OperatorRecorder(torch.device("cpu"), tf32=False)
+    name, recorder = "native_layer_norm_backward", OperatorRecorder(torch.device("cpu"), tf32=False)
     torch.set_num_threads(1)
     try:
-        with with_fault(name, wrong), seen.recording():
+        with with_fault(name, wrong), recorder.recording():
             out.backward(grad)
     finally:
         torch.set_num_threads(threads)
-    assert [call.status for call in seen.seen.values() if call.name == name] == [status]
+    assert [call.status for call in recorder.results.values() if call.name == name] == [status]
 
 
 def test_a_product_in_a_librarys_own_layout_is_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("PREFERS_ONEDNN", True), ("_MIN_MULTIPLY_ADDS", 0), ("_ONEDNN_LINEAR", None)):
         monkeypatch.setattr(cpu_ops, name, value)  # what torch 1.12 does on a processor that is not Intel's
     x, weight, bias = torch.randn(12, 8, requires_grad=True), torch.randn(6, 8), torch.randn(6)
-    seen = OperatorRecorder(torch.device("cpu"), tf32=False)
-    with seen.recording():
+    recorder = OperatorRecorder(torch.device("cpu"), tf32=False)
+    with recorder.recording():
         cpu_ops.linear(x, weight, bias).sum().backward()
-    products = [call.status for call in seen.seen.values() if call.name == "mkldnn_linear"]
+    products = [call.status for call in recorder.results.values() if call.name == "mkldnn_linear"]
     assert products == ["ok", "ok"]  # forward, and the input's gradient
-    assert {call.status for call in seen.seen.values()} == {"ok"}
+    assert {call.status for call in recorder.results.values()} == {"ok"}
 
 
 @pytest.mark.slow

@@ -87,8 +87,8 @@ def test_the_speed_of_a_lazy_device_is_of_products_that_were_computed() -> None:
 
 def seen(operator: Any, *arguments: Any) -> List[str]:
     recorder = OperatorRecorder(torch.device("cpu"), False)
-    recorder._see(operator, arguments, {})
-    return [result.status for result in recorder.seen.values()]
+    recorder._check_call(operator, arguments, {})
+    return [result.status for result in recorder.results.values()]
 
 
 @pytest.mark.skipif(torch.__version__.startswith("1."), reason="torch 1.12 has no library of operators for this")
@@ -194,7 +194,7 @@ def test_reading_a_number_is_no_fall_back() -> None:
 
 def test_no_check_begins_when_the_time_is_over() -> None:
     config = validate_config(compose_config("train", ["precision=fp32"]), TrainConfig)
-    late = acceptance.AcceptanceTest([config], CPURuntime(), whole=False, limit_s=0.0)
+    late = acceptance.AcceptanceTest([config], CPURuntime(), full_model=False, limit_s=0.0)
     checks = list(late.checks())
     assert {check.status for check in checks} == {"skip"}
     assert "verify.max_minutes=0 exceeded" in checks[0].message

@@ -82,7 +82,7 @@ def test_a_precision_that_cannot_be_tried_is_not_recorded_as_verified(monkeypatc
     monkeypatch.setattr(acceptance, "make_precision", refuses)
     monkeypatch.setattr(timing_check, "_BYTES", (2**20, 2**20))
     config = validate_config(compose_config("train", ["precision=amp"]), TrainConfig)
-    tried = acceptance.AcceptanceTest([config], CPURuntime(), whole=False)
+    tried = acceptance.AcceptanceTest([config], CPURuntime(), full_model=False)
     assert [check.status for check in tried.checks() if check.name.startswith("precision")] == ["skip"]
     assert tried.passed == {}
 

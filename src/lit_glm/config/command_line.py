@@ -53,7 +53,7 @@ class CommandLine:
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         parser.add_argument("--help", "-h", action="store_true")
         for flags in (("--hydra-help",), ("--version",), ("--shell-completion", "-sc")):
-            parser.add_argument(*flags, dest="asks", action="store_true")
+            parser.add_argument(*flags, dest="prints", action="store_true")
         parser.add_argument("--info", "-i", nargs="?", const="all")
         parser.add_argument("--cfg", "-c")
         parser.add_argument("--resolve", action="store_true")
@@ -76,12 +76,12 @@ class CommandLine:
             raise InputError(_unknown_option_message(unknown[0]))
         if given.config_dir is not None and not Path(given.config_dir).is_dir():
             raise InputError(f"--config-dir {given.config_dir}: no such folder")
-        asks = given.help or given.asks or given.info is not None
+        is_help = given.help or given.prints or given.info is not None
         others = list(arguments)
         for override in given.overrides:
             others.remove(override)
         has_cfg = given.cfg is not None
-        return cls(given.overrides, given.multirun, has_cfg, asks, given.help, given.config_dir, tuple(others))
+        return cls(given.overrides, given.multirun, has_cfg, is_help, given.help, given.config_dir, tuple(others))
 
     @property
     def searchpath(self) -> List[str]:
@@ -100,13 +100,13 @@ class CommandLine:
 
     def parse_each(self) -> List[Optional[Override]]:
         """Parse each override separately; an invalid one gives None."""
-        found: List[Optional[Override]] = []
+        parsed: List[Optional[Override]] = []
         for text in self.overrides:
             try:
-                found.append(OverridesParser.create().parse_override(text))
+                parsed.append(OverridesParser.create().parse_override(text))
             except HydraException:
-                found.append(None)
-        return found
+                parsed.append(None)
+        return parsed
 
     def sets(self, key: str) -> bool:
         """Return whether an override sets or deletes a key or group."""
@@ -129,7 +129,7 @@ class CommandLine:
     def combinations(self) -> List[Tuple[List[str], List[str]]]:
         """Return (swept overrides, all overrides) of each combination of a sweep over lists (-m)."""
         plain, sweeps = self._split()
-        return [(list(own), [*plain, *own]) for own in itertools.product(*sweeps.values())]
+        return [(list(values), [*plain, *values]) for values in itertools.product(*sweeps.values())]
 
     def _split(self) -> Tuple[List[str], Dict[str, List[str]]]:
         """Return the plain overrides, and one override per value of each swept key; interval sweeps are left out."""
@@ -146,9 +146,9 @@ class CommandLine:
 
 def suggest_command(typed: Sequence[str], command: str, *overrides: str) -> str:
     """Return another command with the configuration files (--config-dir) of the one that was typed."""
-    own = [f"--config-dir {folder}" for flag, folder in zip(typed, typed[1:]) if flag in ("--config-dir", "-cd")]
-    own += [word for word in typed if word.startswith("--config-dir=")]
-    return " ".join([f"python -m lit_glm.{command}", *own, *overrides])
+    flags = [f"--config-dir {folder}" for flag, folder in zip(typed, typed[1:]) if flag in ("--config-dir", "-cd")]
+    flags += [word for word in typed if word.startswith("--config-dir=")]
+    return " ".join([f"python -m lit_glm.{command}", *flags, *overrides])
 
 
 def _unknown_option_message(flag: str) -> str:

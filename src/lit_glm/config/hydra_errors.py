@@ -41,8 +41,8 @@ def explain_hydra_error(error: BaseException, schema: Any, conf: Path) -> str:
         group, _, name = (cause.missing_cfg_file or "").rpartition("/")
         names = sorted(cause.options or (file.stem for file in (conf / group).glob("*.yaml")))
         nearest = f" (nearest: {', '.join(closest_names(name, names))})" if names else ""
-        own = f"; a file of your own: --config-dir FOLDER with {group}/{name}.yaml in it" if group else ""
-        return f"{group}={name}: unknown {group}; choose one of {', '.join(names)}{nearest}{own}"
+        hint = f"; a file of your own: --config-dir FOLDER with {group}/{name}.yaml in it" if group else ""
+        return f"{group}={name}: unknown {group}; choose one of {', '.join(names)}{nearest}{hint}"
     if isinstance(cause, OSError):
         return f"a configuration file cannot be read: {first_line(cause)}"
     if isinstance(cause, MissingMandatoryValue):
@@ -152,5 +152,5 @@ def _set_group_name(key: str, override: Override, conf: Path) -> Optional[str]:
 def _yaml_error_message(error: yaml.YAMLError) -> str:
     """Return the location and the cause of a YAML syntax error."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
-    where = f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}" if mark is not None else "a YAML file"
-    return f"{where}: {problem}; quote strings that contain ': ' or ' #', and indent with spaces only"
+    location = f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}" if mark is not None else "a YAML file"
+    return f"{location}: {problem}; quote strings that contain ': ' or ' #', and indent with spaces only"

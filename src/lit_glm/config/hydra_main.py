@@ -39,19 +39,19 @@ log = logging.getLogger(__name__)
 _NOT_KEYS = ("defaults:", "hydra:")
 
 
-def command_help(config_name: str, whole: DictConfig, line: CommandLine) -> str:
+def command_help(config_name: str, composed: DictConfig, line: CommandLine) -> str:
     """Return the help of a command: Hydra's template filled in, then the comments of the keys.
 
     Hydra's own `--help` copies its whole repository of configurations for every group, which takes several seconds.
     """
     groups: Dict[str, List[str]] = {}
-    for place in (CONF_DIR, *(Path(text[7:]) for text in whole.hydra.searchpath if text.startswith("file://"))):
+    for place in (CONF_DIR, *(Path(text[7:]) for text in composed.hydra.searchpath if text.startswith("file://"))):
         for file in place.glob("*/**/*.yaml"):
             groups.setdefault(file.parent.relative_to(place).as_posix(), []).append(file.stem)
     names = {group: ", ".join(sorted(set(options))) for group, options in sorted(groups.items())}
-    text = string.Template(whole.hydra.help.template).safe_substitute(
+    text = string.Template(composed.hydra.help.template).safe_substitute(
         APP_CONFIG_GROUPS="".join(f"{group}: {options}\n" for group, options in names.items()),
-        CONFIG=OmegaConf.to_yaml(_without_hydra(whole), resolve="--resolve" in line.flags),
+        CONFIG=OmegaConf.to_yaml(_without_hydra(composed), resolve="--resolve" in line.flags),
     )
     return f"{text}\n{key_help(config_name)}"
 
@@ -201,8 +201,8 @@ def compose_config(config_name: str, overrides: Sequence[str]) -> DictConfig:
     return _without_hydra(_compose_with_hydra(config_name, overrides)[0])
 
 
-def _without_hydra(whole: DictConfig) -> DictConfig:
-    return OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
+def _without_hydra(composed: DictConfig) -> DictConfig:
+    return OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
 
 
 @reraise_interruption()
@@ -220,10 +220,10 @@ def _compose_with_hydra(config_name: str, overrides: Sequence[str]) -> Tuple[Dic
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3", job_name=config_name):
-            whole = hydra.compose(config_name, overrides=list(overrides), return_hydra_config=True)
-            better = _fix_hp_override(whole, overrides)
+            composed = hydra.compose(config_name, overrides=list(overrides), return_hydra_config=True)
+            better = _fix_hp_override(composed, overrides)
             if better is not None:
-                whole = hydra.compose(config_name, overrides=[*overrides, better], return_hydra_config=True)
+                composed = hydra.compose(config_name, overrides=[*overrides, better], return_hydra_config=True)
     except (AssertionError, AttributeError, TypeError) as error:  # Hydra and OmegaConf do not check every value
         raise InputError(
             f"Hydra cannot apply {' '.join(overrides)} ({first_line(error)}): set hydra.sweeper.params in a "
@@ -231,19 +231,19 @@ def _compose_with_hydra(config_name: str, overrides: Sequence[str]) -> Tuple[Dic
         ) from error
     finally:
         GlobalHydra.instance().hydra = sweep
-    return whole, [] if better is None else [better]
+    return composed, [] if better is None else [better]
 
 
-def _fix_hp_override(whole: DictConfig, overrides: Sequence[str]) -> Optional[str]:
+def _fix_hp_override(composed: DictConfig, overrides: Sequence[str]) -> Optional[str]:
     """Return the override that replaces a fix_hp file of another topology; None if no override is needed.
 
     Hydra selects the file by the names of hardware and topology, but `topology.num_nodes=` changes the actual topology.
     """
-    if "topology" not in whole or CommandLine(list(overrides)).sets("fix_hp"):
+    if "topology" not in composed or CommandLine(list(overrides)).sets("fix_hp"):
         return None
-    choices = whole.hydra.runtime.choices
+    choices = composed.hydra.runtime.choices
     taken = f"{choices.hardware}_{choices.topology}"
-    runs = f"{choices.hardware}_{whole.topology.num_nodes}x{whole.topology.devices_per_node}"
+    runs = f"{choices.hardware}_{composed.topology.num_nodes}x{composed.topology.devices_per_node}"
     if runs == taken:
         return None
     available = GlobalHydra.instance().config_loader().get_group_options("fix_hp")

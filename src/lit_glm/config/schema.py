@@ -310,8 +310,8 @@ CONF_DIR = next(
 
 def train_config(config: Any, **changes: Any) -> "TrainConfig":
     """Return the part of a command's configuration that `train` has, with some values changed."""
-    own = {entry.name: getattr(config, entry.name) for entry in fields(TrainConfig)}
-    return TrainConfig(**{**own, **changes})
+    values = {entry.name: getattr(config, entry.name) for entry in fields(TrainConfig)}
+    return TrainConfig(**{**values, **changes})
 
 
 def range_errors(config: Any) -> List[str]:

@@ -22,9 +22,9 @@ def mask_text(text: str) -> str:
 
 def mask_override(argument: str) -> str:
     """Mask a command-line argument: all but the key if it mentions a secret, else credentials in URLs."""
-    key, found, _ = argument.partition("=")
+    key, separator, _ = argument.partition("=")
     if is_secret(argument):
-        return f"{key}={MASK}" if found else MASK
+        return f"{key}={MASK}" if separator else MASK
     return mask_text(argument)
 
 
@@ -46,17 +46,17 @@ def mask_config(node: Any, is_hidden: bool = False) -> Any:
 
 def find_secrets(config: Dict[str, Any]) -> "List[Tuple[List[Any], str]]":
     """Return the strings that `mask_config` masks, each with its place: keys of mappings and indices of lists."""
-    found: List[Tuple[List[Any], str]] = []
+    secrets: List[Tuple[List[Any], str]] = []
 
     def compare(plain: Any, masked: Any, key_path: List[Any]) -> None:
         if isinstance(plain, (dict, list)):
             for key in plain if isinstance(plain, dict) else range(len(plain)):
                 compare(plain[key], masked[key], [*key_path, key])
         elif plain != masked:
-            found.append((key_path, plain))
+            secrets.append((key_path, plain))
 
     compare(config, mask_config(config), [])
-    return found
+    return secrets
 
 
 def restore_secrets(config: Dict[str, Any], secrets: "List[Tuple[List[Any], str]]") -> None:

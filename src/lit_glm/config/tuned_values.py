@@ -18,12 +18,12 @@ _MODEL_KEYS = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size",
 
 def topologies_with_fix_hp(hardware: str) -> Dict[str, int]:
     """Return the topologies with a fix_hp file for a hardware name, with their numbers of ranks."""
-    found = {}
+    device_counts = {}
     for file in sorted((CONF_DIR / "fix_hp").glob(f"{hardware}_*.yaml")):
         nodes, _, devices = file.stem[len(hardware) + 1 :].partition("x")
         if nodes.isdigit() and devices.isdigit():  # one hardware name may be a prefix of another
-            found[f"{nodes}x{devices}"] = int(nodes) * int(devices)
-    return found
+            device_counts[f"{nodes}x{devices}"] = int(nodes) * int(devices)
+    return device_counts
 
 
 def nearest_pair_hint(hardware: str, ranks: int) -> str:
@@ -57,8 +57,8 @@ def read_search(folder: Path) -> Dict[str, Any]:
 def searches() -> Iterator[Tuple[Path, Dict[str, Any]]]:
     """Return folder and content of the searches below outputs/tune/, the newest first."""
     places = ("*/*", "*/*/*")  # DATE/TIME, with a number in a sweep
-    found = [file for place in places for file in Path("outputs/tune").glob(f"{place}/{TUNE_FILE}")]
-    files = [(file.stat().st_mtime, str(file)) for file in found]
+    paths = [file for place in places for file in Path("outputs/tune").glob(f"{place}/{TUNE_FILE}")]
+    files = [(file.stat().st_mtime, str(file)) for file in paths]
     for _, name in sorted(files, reverse=True):
         yield Path(name).parent, read_search(Path(name).parent)
 

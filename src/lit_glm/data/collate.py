@@ -30,13 +30,13 @@ class TensorDataclass:
         """Return the batch with all tensors in page-locked memory (called by torch's DataLoader)."""
         return self._map(lambda tensor: tensor.pin_memory())
 
-    def _map(self: Batch, change: Any) -> Batch:
-        def changed(value: Any) -> Any:
+    def _map(self: Batch, function: Any) -> Batch:
+        def apply(value: Any) -> Any:
             if isinstance(value, TensorDataclass):
-                return value._map(change)
-            return change(value) if isinstance(value, torch.Tensor) else value
+                return value._map(function)
+            return function(value) if isinstance(value, torch.Tensor) else value
 
-        return type(self)(**{entry.name: changed(getattr(self, entry.name)) for entry in fields(self)})
+        return type(self)(**{entry.name: apply(getattr(self, entry.name)) for entry in fields(self)})
 
 
 @dataclass
@@ -160,19 +160,19 @@ def _first_equal(split: MemmapDataset, indices: Sequence[int]) -> Optional[List[
     """
     if not len(split.answers):
         return None
-    found = []
+    first_equal_of_examples = []
     for index in indices:
         groups = np.arange(split.example_group_end[index], split.example_group_end[index + 1])
-        own = slice(split.example_candidate_end[index], split.example_candidate_end[index + 1])
-        ends = split.candidate_token_end[own.start : own.stop + 1].tolist()
+        candidates = slice(split.example_candidate_end[index], split.example_candidate_end[index + 1])
+        ends = split.candidate_token_end[candidates.start : candidates.stop + 1].tolist()
         # A group has one context, and its candidates are stored in the order of their slots: `seen` has the first.
         group_of = np.repeat(groups, split.group_candidates[groups]).tolist()
-        seen: Dict[Tuple[int, bytes], int] = {}
-        first_equal = [0] * (own.stop - own.start)
-        for slot, group, start, end in zip(split.candidate_slot[own].tolist(), group_of, ends, ends[1:]):
-            first_equal[slot] = seen.setdefault((group, split.candidate_targets[start:end].tobytes()), slot)
-        found.append(first_equal)
-    return found
+        first_slots: Dict[Tuple[int, bytes], int] = {}
+        first_equal = [0] * (candidates.stop - candidates.start)
+        for slot, group, start, end in zip(split.candidate_slot[candidates].tolist(), group_of, ends, ends[1:]):
+            first_equal[slot] = first_slots.setdefault((group, split.candidate_targets[start:end].tobytes()), slot)
+        first_equal_of_examples.append(first_equal)
+    return first_equal_of_examples
 
 
 def collate_packed(split: MemmapDataset, indices: Sequence[int]) -> PackedBatch:
@@ -197,11 +197,11 @@ def collate_packed(split: MemmapDataset, indices: Sequence[int]) -> PackedBatch:
     rows = _ranges_to_indices(start, end)
 
     tokens, positions, blocks = np.zeros((3, len(contexts) + len(rows)), dtype=np.int64)
-    own = slice(len(contexts), None)
-    tokens[: len(contexts)], tokens[own] = split.context_tokens[contexts], split.candidate_inputs[rows]
+    candidate_part = slice(len(contexts), None)
+    tokens[: len(contexts)], tokens[candidate_part] = split.context_tokens[contexts], split.candidate_inputs[rows]
     positions[: len(contexts)] = contexts - np.repeat(context_start, context_lengths)
-    positions[own] = np.repeat(split.candidate_blank[candidates], lengths)
-    blocks[own] = rows - np.repeat(start - 1, lengths)
+    positions[candidate_part] = np.repeat(split.candidate_blank[candidates], lengths)
+    blocks[candidate_part] = rows - np.repeat(start - 1, lengths)
     row_candidate = np.repeat(np.arange(len(candidates)), lengths)
     group_sizes = split.group_candidates[groups]
     candidate_rows = np.add.reduceat(lengths, np.cumsum(group_sizes) - group_sizes)  # every group has a candidate
@@ -238,9 +238,9 @@ def pad_packed(batch: PackedBatch, pad_to: int) -> PackedBatch:
     """
     groups, B, C = len(batch.context_lengths), batch.num_examples, batch.num_candidates
     n, m = np.asarray(batch.context_lengths), np.asarray(batch.candidate_rows)
-    longest = pad_to * 2 ** _doublings(int(n.max()), pad_to)
-    level = max(_doublings(int(m.max()), 64), _doublings(C, 16))
-    most, slots, all_groups = 64 * 2**level, 16 * 2**level, B * 2 ** _doublings(groups, B)
+    longest = pad_to * 2 ** _num_doublings(int(n.max()), pad_to)
+    level = max(_num_doublings(int(m.max()), 64), _num_doublings(C, 16))
+    most, slots, all_groups = 64 * 2**level, 16 * 2**level, B * 2 ** _num_doublings(groups, B)
     dummy = B * slots  # candidate that all padding belongs to; its score is dropped
     starts = np.arange(groups)
     contexts = _ranges_to_indices(starts * longest, starts * longest + n)
@@ -248,8 +248,8 @@ def pad_packed(batch: PackedBatch, pad_to: int) -> PackedBatch:
     first = all_groups * longest
     places = np.concatenate([contexts, first + rows])
 
-    def padded(tensor: Tensor, where: Any, size: int, fill: int = 0) -> Tensor:
-        return torch.full((size,), fill, dtype=tensor.dtype).index_copy_(0, torch.from_numpy(where), tensor)
+    def padded(tensor: Tensor, destination: Any, size: int, fill: int = 0) -> Tensor:
+        return torch.full((size,), fill, dtype=tensor.dtype).index_copy_(0, torch.from_numpy(destination), tensor)
 
     size, length = all_groups * (longest + most), longest + most
     row_candidate = padded(batch.row_candidate, rows, all_groups * most, dummy)
@@ -288,7 +288,7 @@ def pad_packed(batch: PackedBatch, pad_to: int) -> PackedBatch:
     )
 
 
-def _doublings(count: int, least: int) -> int:
+def _num_doublings(count: int, least: int) -> int:
     """Return how often `least` must be doubled to hold `count`."""
     return max(0, math.ceil(math.log2(count / least)))
 
@@ -341,12 +341,12 @@ def collate_padded(split: MemmapDataset, indices: Sequence[int], num_tokens: int
             context = split.context_tokens[split.group_context_end[group] : split.group_context_end[group + 1]]
             n = len(context)
             for _ in range(split.group_candidates[group]):
-                own = slice(split.candidate_token_end[candidate], split.candidate_token_end[candidate + 1])
-                inputs = split.candidate_inputs[own]
+                token_range = slice(split.candidate_token_end[candidate], split.candidate_token_end[candidate + 1])
+                inputs = split.candidate_inputs[token_range]
                 stop = n + len(inputs)
                 place = (b, int(split.candidate_slot[candidate]))
                 text[place][:n], text[place][n:stop] = context, inputs
-                target[place][n:stop] = split.candidate_targets[own]
+                target[place][n:stop] = split.candidate_targets[token_range]
                 logit_mask[place][n:stop] = 1
                 position[place][0, :n], position[place][0, n:stop] = np.arange(n), split.candidate_blank[candidate]
                 position[place][1, n:stop] = np.arange(1, stop - n + 1)

@@ -36,7 +36,7 @@ class PrefetchIterator:
         ready: queue.Queue[Any] = queue.Queue(self._depth)
         over = threading.Event()
 
-        def hand_over(kind: str, item: Any) -> None:
+        def put(kind: str, item: Any) -> None:
             while not over.is_set():
                 try:
                     ready.put((kind, item), timeout=_LOOK_S)
@@ -47,12 +47,12 @@ class PrefetchIterator:
         def work() -> None:
             try:
                 for item in self._source:
-                    hand_over("item", item)
+                    put("item", item)
                     if over.is_set():
                         return
-                hand_over("end", None)
+                put("end", None)
             except BaseException as error:  # raised again in the consumer
-                hand_over("error", error)
+                put("error", error)
 
         thread = threading.Thread(target=work, name="batches ahead", daemon=True)
 
@@ -123,10 +123,13 @@ class WorkerBatches:
     def _start(self, done: int, timeout_s: float) -> Tuple[Iterator[Any], Set[Any]]:
         # Until `worker_init_fn` has run, torch's own handler ends a new worker on a signal. Workers inherit the blocked
         # mask, so that no signal arrives in between. This rank's signals are only delayed.
-        before, others = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS), set(multiprocessing.active_children())
+        before, other_processes = (
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS),
+            set(multiprocessing.active_children()),
+        )
         try:
             batches = iter(self._make_loader(done, timeout_s))
-            return batches, set(multiprocessing.active_children()) - others
+            return batches, set(multiprocessing.active_children()) - other_processes
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -246,13 +249,13 @@ def _load(
 class _TimedIterator:
     """Iterable that reports how long the consumer waited for each item."""
 
-    def __init__(self, source: Iterable[Any], tell: Callable[[float], None]) -> None:
-        self._source, self._tell = source, tell
+    def __init__(self, source: Iterable[Any], add_wait: Callable[[float], None]) -> None:
+        self._source, self._add_wait = source, add_wait
 
     def __iter__(self) -> Iterator[Any]:
         start = time.perf_counter()
         for item in self._source:
-            self._tell(time.perf_counter() - start)
+            self._add_wait(time.perf_counter() - start)
             yield item
             start = time.perf_counter()
 

@@ -133,8 +133,8 @@ class SparseReader:
     def _check(self, name: str) -> None:
         group = self._file.get(name)
         if group is None:
-            there = ", ".join(sorted(self._file)) or "nothing"
-            raise InputError(f"{self.path}: group {name} is missing; the file contains {there}")
+            names = ", ".join(sorted(self._file)) or "nothing"
+            raise InputError(f"{self.path}: group {name} is missing; the file contains {names}")
         try:
             layout = group.attrs["h5sparse_format"]
             shape = tuple(int(n) for n in group.attrs["h5sparse_shape"])
@@ -189,7 +189,7 @@ class SparseWriter:
         make_folder(self.path.parent, "give another data.out_dir=")
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
         self._file = h5py.File(self._temporary, "w")
-        self._wide = {name: _GrowingCSR(self._file.create_group(name)) for name in TOKEN_MATRICES}
+        self._matrices = {name: _GrowingCSR(self._file.create_group(name)) for name in TOKEN_MATRICES}
         self._separators: List[Any] = []
         self._ranges: List[Tuple[int, int]] = []
         self._answers: List[int] = []
@@ -212,7 +212,7 @@ class SparseWriter:
             answers: correct candidates of each example.
         """
         for name, (lengths, indices, values) in columns.items():
-            self._wide[name].add(lengths, indices, values)
+            self._matrices[name].add(lengths, indices, values)
         self._separators.append(np.asarray(separators, dtype=np.int64))
         for count, right in zip(candidate_counts, answers):
             self._ranges.append((self._candidates, self._candidates + count))
@@ -222,7 +222,7 @@ class SparseWriter:
 
     def close(self) -> None:
         """Write the small matrices, and rename the file atomically."""
-        for name, growing in self._wide.items():
+        for name, growing in self._matrices.items():
             growing.finish((2 if name == "position" else 1) * self._candidates, self._num_tokens)
         separators = np.concatenate(self._separators) if self._separators else np.zeros(0, np.int64)
         for name, dense in (

@@ -47,7 +47,7 @@ class InfiniteDistributedBatchSampler(Sampler):
         self._start = start
         self._lengths = lengths if world_size > 1 else None
         self._longest = longest
-        self._ordered: Any = (-1, None)
+        self._epoch_order: Any = (-1, None)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -88,10 +88,10 @@ class InfiniteDistributedBatchSampler(Sampler):
     def rank_batches(self, step: int) -> List[List[int]]:
         """Return the examples of every rank in a step counted from 1."""
         epoch, k = divmod(step - 1, self.steps_per_epoch)
-        if epoch != self._ordered[0]:
-            self._ordered = (epoch, self.epoch_order(epoch))
+        if epoch != self._epoch_order[0]:
+            self._epoch_order = (epoch, self.epoch_order(epoch))
         width = self._batch_size * self._world_size
-        return self._split_over_ranks(self._ordered[1][k * width : (k + 1) * width])
+        return self._split_over_ranks(self._epoch_order[1][k * width : (k + 1) * width])
 
     def _split_over_ranks(self, batch: Any) -> List[List[int]]:
         if self._lengths is None:

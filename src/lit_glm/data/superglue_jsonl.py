@@ -138,7 +138,7 @@ def _likely_encoding(raw: bytes) -> str:
     return ""
 
 
-def _require_field(container: Any, key: str, kind: type, what: str) -> Any:
+def _require_field(container: Any, key: str, kind: type, problem: str) -> Any:
     """Return an entry of an object.
 
     Raises:
@@ -146,13 +146,13 @@ def _require_field(container: Any, key: str, kind: type, what: str) -> Any:
     """
     value = container.get(key) if isinstance(container, dict) else None
     if not isinstance(value, kind):
-        raise UnusableRecord(what)
+        raise UnusableRecord(problem)
     return value
 
 
 def _entity_texts(text: str, spans: List[Any]) -> List[str]:
     """Return the distinct texts of spans, sorted; the end of a span is inclusive."""
-    found = set()
+    texts = set()
     for span in spans:
         start, end = (_int_field(span, key) for key in ("start", "end"))
         if start < 0 or end < 0:
@@ -161,14 +161,14 @@ def _entity_texts(text: str, spans: List[Any]) -> List[str]:
             raise UnusableRecord("an entity that ends before it starts")
         if end >= len(text):
             raise UnusableRecord("an entity beyond the text")
-        found.add(text[start : end + 1])
-    return sorted(found)
+        texts.add(text[start : end + 1])
+    return sorted(texts)
 
 
 def _int_field(span: Any, key: str) -> int:
     value = span.get(key) if isinstance(span, dict) else None
-    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    if isinstance(value, bool) or not whole:
+    is_integer = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if isinstance(value, bool) or not is_integer:
         raise UnusableRecord("an entity whose offset is not an integer")
     return int(value)  # type: ignore[arg-type]
 
@@ -184,7 +184,7 @@ def _parse_questions(
         raise UnusableRecord("no questions")
     if "idx" not in record:
         raise UnusableRecord("no idx")
-    found: List[Question] = []
+    questions: List[Question] = []
     for query in queries:
         pieces = normalise_punctuation(_require_field(query, "query", str, "a question without text")).split(
             PLACEHOLDER
@@ -209,29 +209,29 @@ def _parse_questions(
                 "answers": answers,
             }
             ids = (record["idx"], query["idx"])
-            found += (
+            questions += (
                 _training_questions(ids, entities, generator, common)
                 if train
                 else _evaluation_questions(ids, entities, common)
             )
             if not train and not any(entity in answers for entity in entities):
                 skipped.add("no right answer among the entities", line)
-    return found
+    return questions
 
 
 def _training_questions(
     ids: Any, entities: List[str], generator: random.Random, common: Dict[str, Any]
 ) -> List[Question]:
     """Return one question per correct answer, each with at most nine wrong candidates."""
-    found = []
+    questions = []
     for number, answer in enumerate(common["answers"]):
-        others = [entity for entity in entities if entity not in common["answers"]]
-        if len(others) > _OTHERS:
-            generator.shuffle(others)
-            others = others[:_OTHERS]
+        wrong = [entity for entity in entities if entity not in common["answers"]]
+        if len(wrong) > _OTHERS:
+            generator.shuffle(wrong)
+            wrong = wrong[:_OTHERS]
         guid = f"train-p{ids[0]}-q{ids[1]}-a{number}"
-        found.append(Question(guid=guid, idx=[*ids, number], candidates=[answer, *others], right=[0], **common))
-    return found
+        questions.append(Question(guid=guid, idx=[*ids, number], candidates=[answer, *wrong], right=[0], **common))
+    return questions
 
 
 def _evaluation_questions(ids: Any, entities: List[str], common: Dict[str, Any]) -> List[Question]:

@@ -1,8 +1,8 @@
 """Device monitor: one process per node, started before torch, that writes devices.csv.
 
 Each query by a rank itself would fork a large process, so the ranks read the file instead. Does not import torch.
-Run as `python -m lit_glm.hardware.device_monitor MONITOR FILE NODE EVERY_S BEGUN CARDS`, it reads until its standard
-input is closed, and once more then.
+Run as `python -m lit_glm.hardware.device_monitor MONITOR FILE NODE EVERY_S START_TIME DEVICES`, it reads until its
+standard input is closed, and once more then.
 """
 
 import importlib
@@ -61,17 +61,17 @@ def monitor_of_name(name: str) -> Monitor:
         return MONITORS[name]
     module, _, attribute = name.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), attribute) if module else None
-    except Exception as error:  # whatever a package of somebody's own raises
+        monitor = getattr(importlib.import_module(module), attribute) if module else None
+    except Exception as error:  # whatever a user's package raises
         raise InputError(
             f"monitor {name} of the runtime: cannot be imported ({first_line(error)}); correct Runtime.monitor"
         ) from error
-    if not isinstance(found, Monitor):
+    if not isinstance(monitor, Monitor):
         raise InputError(
             f"monitor {name} of the runtime: is no lit_glm.hardware.monitors.Monitor; Runtime.monitor is "
             "package.module.NAME of one (docs/new_chip.md)"
         )
-    return found
+    return monitor
 
 
 def readings_file(run_dir: Path, node: int) -> Path:
@@ -95,7 +95,7 @@ def drop_readings_after(file: Path, seconds: float) -> None:
 
 
 @contextmanager
-def monitor_devices(hardware: HardwareConfig, file: Path, node: int, devices: int, begun: float) -> Iterator[None]:
+def monitor_devices(hardware: HardwareConfig, file: Path, node: int, devices: int, start_time: float) -> Iterator[None]:
     """Monitor the devices of a node for the duration of the context.
 
     Args:
@@ -103,7 +103,7 @@ def monitor_devices(hardware: HardwareConfig, file: Path, node: int, devices: in
         file: table to create or to continue.
         node: number of the node, from 0.
         devices: number of its devices in use; the first visible ones.
-        begun: `time.monotonic()` at which `time_s` is 0.
+        start_time: `time.monotonic()` at which `time_s` is 0.
     """
     name = _monitor_name(hardware)
     if name is None:
@@ -114,7 +114,7 @@ def monitor_devices(hardware: HardwareConfig, file: Path, node: int, devices: in
     if monitor.visible_devices_variable is not None:
         visible = [visible_device(index, monitor.visible_devices_variable) for index in range(devices)]
         chosen = ",".join(card for card in map(monitor.resolve, visible) if card is not None)
-    arguments = [name, str(file), str(node), repr(hardware.monitor_interval_s), repr(begun), chosen]
+    arguments = [name, str(file), str(node), repr(hardware.monitor_interval_s), repr(start_time), chosen]
     watch = subprocess.Popen(
         [sys.executable, "-m", "lit_glm.hardware.device_monitor", *arguments],
         stdin=subprocess.PIPE,
@@ -149,7 +149,7 @@ def format_reading(time_s: float, node: int, reading: DeviceReading) -> str:
 def main(arguments: List[str]) -> int:
     """Read the devices until standard input is closed."""
     set_parent_death_signal()
-    name, path, node, every, begun, chosen = arguments
+    name, path, node, every, start_time, chosen = arguments
     cards = None if chosen == _ALL else [card for card in chosen.split(",") if card]
     read, file = monitor_of_name(name).read, Path(path)
     begins = not file.exists() or file.stat().st_size == 0
@@ -162,8 +162,8 @@ def main(arguments: List[str]) -> int:
             try:
                 for reading in read(cards):
                     if cards is None or str(reading.index) in cards:
-                        table.write(format_reading(time.monotonic() - float(begun), int(node), reading))
-            except Exception as error:  # of a monitor of somebody's own; the next reading may succeed
+                        table.write(format_reading(time.monotonic() - float(start_time), int(node), reading))
+            except Exception as error:  # a user's monitor; the next reading may succeed
                 problem = problem or f"a reading failed ({type(error).__name__}: {first_line(error)})"
             table.flush()
             if ended:
@@ -180,7 +180,7 @@ class MonitoredMemory:
 
     def __init__(self) -> None:
         self._file: Optional[Path] = None
-        self._card: Optional[str] = None
+        self._device: Optional[str] = None
         self._read_to = 0
         self.last: Optional[float] = None
         """Latest reading, bytes."""
@@ -195,11 +195,11 @@ class MonitoredMemory:
             monitor: the monitor that writes the file.
         """
         name = visible_device(index, monitor.visible_devices_variable or "")
-        self._file, self._card = file, monitor.resolve(name)
+        self._file, self._device = file, monitor.resolve(name)
 
     def update(self) -> None:
         """Read new rows of the file."""
-        if self._file is None or self._card is None or not self._file.is_file():
+        if self._file is None or self._device is None or not self._file.is_file():
             return
         with self._file.open("rb") as file:
             file.seek(self._read_to)
@@ -208,7 +208,7 @@ class MonitoredMemory:
         self._read_to += len(complete)
         for line in complete.decode("utf-8", errors="replace").splitlines():
             fields = line.split(",")
-            if len(fields) == len(COLUMNS) and fields[2] == self._card and fields[3]:
+            if len(fields) == len(COLUMNS) and fields[2] == self._device and fields[3]:
                 self.last = float(fields[3]) * 2**30
                 self._peak = max(self._peak or 0.0, self.last)
 
@@ -220,11 +220,11 @@ class MonitoredMemory:
 
 def load_readings(file: Path) -> Dict[Tuple[str, str], List[Dict[str, Optional[float]]]]:
     """Load the readings of each (node, device), ordered by time; truncated rows are skipped."""
-    found: Dict[Tuple[str, str], List[Dict[str, Optional[float]]]] = {}
+    readings_of_device: Dict[Tuple[str, str], List[Dict[str, Optional[float]]]] = {}
     try:
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
     except OSError:
-        return found
+        return readings_of_device
     for line in lines:
         fields = line.split(",")
         if len(fields) != len(COLUMNS):
@@ -235,10 +235,10 @@ def load_readings(file: Path) -> Dict[Tuple[str, str], List[Dict[str, Optional[f
             continue
         if values[0] is None or not math.isfinite(values[0]):
             continue
-        found.setdefault((fields[1], fields[2]), []).append(dict(zip((COLUMNS[0], *COLUMNS[3:]), values)))
-    for readings in found.values():
+        readings_of_device.setdefault((fields[1], fields[2]), []).append(dict(zip((COLUMNS[0], *COLUMNS[3:]), values)))
+    for readings in readings_of_device.values():
         readings.sort(key=lambda reading: reading["time_s"] or 0.0)
-    return found
+    return readings_of_device
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def _parse_readings(
     lines: Sequence[str], fields: Tuple[int, ...], index_of: Callable[[List[str], int], int]
 ) -> List[DeviceReading]:
     """Parse lines by the field numbers of temperature, power, used, total, utilisation (from 1)."""
-    found: List[DeviceReading] = []
+    readings: List[DeviceReading] = []
     for number, line in enumerate(lines):
         words = line.split()
         try:
@@ -61,8 +61,8 @@ def _parse_readings(
         except (IndexError, ValueError):
             continue
         if 0 < (reading.total_mib or 0.0) >= (reading.used_mib or 0.0):
-            found.append(reading)
-    return found
+            readings.append(reading)
+    return readings
 
 
 def parse_xpu_smi_m(text: str) -> List[DeviceReading]:
@@ -133,12 +133,12 @@ def parse_names(text: str) -> Dict[int, str]:
     >>> parse_names("no device")
     {}
     """
-    found = {}
+    names = {}
     for line in text.splitlines():
         words, name = line.split(), re.search(r'"([^"]+)"', line)
         if name and len(words) > 1 and words[1].isdigit():
-            found[int(words[1])] = name.group(1)
-    return found
+            names[int(words[1])] = name.group(1)
+    return names
 
 
 def xpu_device_names() -> Dict[int, str]:
@@ -170,8 +170,8 @@ def parse_driver(text: str) -> Optional[str]:
     '4.0.25'
     >>> parse_driver("no driver")
     """
-    found = re.search(r"^\s*driver version\s*:\s*(\S+)", text, re.IGNORECASE | re.MULTILINE)
-    return found.group(1) if found else None
+    match = re.search(r"^\s*driver version\s*:\s*(\S+)", text, re.IGNORECASE | re.MULTILINE)
+    return match.group(1) if match else None
 
 
 def xpu_driver_version() -> Optional[str]:
@@ -204,20 +204,20 @@ def _nvml_handles(visible_devices: Optional[Sequence[str]] = None) -> Dict[Union
         return {}
     if visible_devices is None:
         return cards
-    found: Dict[Union[int, str], Any] = {}
+    handles: Dict[Union[int, str], Any] = {}
     for name in visible_devices:
         if name.isdigit():
-            found.update({key: handle for key, handle in cards.items() if key == int(name)})
+            handles.update({key: handle for key, handle in cards.items() if key == int(name)})
         elif name.startswith("MIG-"):
             try:
-                found[name] = pynvml.nvmlDeviceGetHandleByUUID(name)
+                handles[name] = pynvml.nvmlDeviceGetHandleByUUID(name)
             except Exception:  # no such slice
                 continue
         else:  # CUDA also accepts a unique prefix of a UUID
             uuids = {key: _decoded(pynvml.nvmlDeviceGetUUID(handle)) for key, handle in cards.items()}
             matching = [key for key, uuid in uuids.items() if uuid.startswith(name)]
-            found.update({matching[0]: cards[matching[0]]} if len(matching) == 1 else {})
-    return found
+            handles.update({matching[0]: cards[matching[0]]} if len(matching) == 1 else {})
+    return handles
 
 
 def _decoded(text: Any) -> str:
@@ -251,11 +251,11 @@ def nvml_readings(visible_devices: Optional[Sequence[str]] = None) -> List[Devic
         except Exception:  # not reported by this device
             return None
 
-    found = []
+    readings = []
     for index, handle in cards.items():
         # A process gets a slice of such a device: these would be the whole device's.
         if isinstance(index, int) and is_mig_enabled(handle):
-            found.append(DeviceReading(index, None, None, None, None, None))
+            readings.append(DeviceReading(index, None, None, None, None, None))
             continue
         # Version 2 excludes memory reserved by the driver, as nvidia-smi does.
         memory = value_or_none(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2))  # noqa: B023
@@ -263,7 +263,7 @@ def nvml_readings(visible_devices: Optional[Sequence[str]] = None) -> List[Devic
         warmth = value_or_none(lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))  # noqa: B023
         milliwatts = value_or_none(lambda: pynvml.nvmlDeviceGetPowerUsage(handle))  # noqa: B023
         rates = value_or_none(lambda: pynvml.nvmlDeviceGetUtilizationRates(handle))  # noqa: B023
-        found.append(
+        readings.append(
             DeviceReading(
                 index,
                 None if warmth is None else float(warmth),
@@ -273,7 +273,7 @@ def nvml_readings(visible_devices: Optional[Sequence[str]] = None) -> List[Devic
                 None if rates is None else float(rates.gpu),
             )
         )
-    return found
+    return readings
 
 
 def nvml_device_names() -> Dict[int, str]:

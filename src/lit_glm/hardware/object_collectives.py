@@ -21,14 +21,14 @@ def _unpickle_tensor(numbers: Tensor) -> Any:
 
 def broadcast_object(content: Any, device: torch.device, source: int = 0) -> Any:
     """Broadcast the object of rank `source` to every rank."""
-    own = torch.distributed.get_rank() == source
-    packed = _pickle_to_tensor(content, device) if own else torch.zeros(0, dtype=torch.long, device=device)
+    is_source = torch.distributed.get_rank() == source
+    packed = _pickle_to_tensor(content, device) if is_source else torch.zeros(0, dtype=torch.long, device=device)
     length = torch.tensor([len(packed)], dtype=torch.long).to(device)
     torch.distributed.broadcast(length, source)
-    if not own:
+    if not is_source:
         packed = torch.zeros(int(length), dtype=torch.long, device=device)
     torch.distributed.broadcast(packed, source)
-    return content if own else _unpickle_tensor(packed)
+    return content if is_source else _unpickle_tensor(packed)
 
 
 def all_gather_object(content: Any, device: torch.device) -> List[Any]:

@@ -1,7 +1,8 @@
 """Precision of a run, as Lightning plugins of our own, and dynamic loss scaling.
 
 Lightning's precision strings train in fp32 without an error on a device that Lightning does not know. These plugins
-say what they do, and `check_precision_on_device` computes a small product on the device before the run believes them.
+compute in the precision of their name, and `check_precision_on_device` tries it on the device before a run relies
+on it.
 """
 
 import math
@@ -33,7 +34,7 @@ class DynamicLossScale:
     def __init__(self, config: LossScaleConfig) -> None:
         self._config = config
         self._scale = float(config.initial)
-        self._forgiven_left = config.hysteresis - 1
+        self._overflows_left = config.hysteresis - 1
         self._good_steps = 0
 
     def get_scale(self) -> float:
@@ -57,24 +58,24 @@ class DynamicLossScale:
         """
         if overflow:
             self._good_steps = 0
-            if self._forgiven_left > 0:
-                self._forgiven_left -= 1
+            if self._overflows_left > 0:
+                self._overflows_left -= 1
             else:
                 self._scale = max(self._scale / _FACTOR, self._config.minimum)
             return
         self._good_steps += 1
         if self._good_steps % self._config.window == 0:
             self._scale *= _FACTOR
-            self._forgiven_left = self._config.hysteresis - 1
+            self._overflows_left = self._config.hysteresis - 1
 
     def state_dict(self) -> Dict[str, float]:
         """Return the state for a checkpoint."""
-        return {"scale": self._scale, "forgiven_left": self._forgiven_left, "good_steps": self._good_steps}
+        return {"scale": self._scale, "forgiven_left": self._overflows_left, "good_steps": self._good_steps}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Restore the state from a checkpoint."""
         self._scale = float(state["scale"])
-        self._forgiven_left = int(state["forgiven_left"])
+        self._overflows_left = int(state["forgiven_left"])
         self._good_steps = int(state["good_steps"])
 
 

@@ -97,8 +97,8 @@ def collect_stack_traces(folder: Path, ranks: Sequence[int]) -> List[str]:
     stacks: Dict[str, List[int]] = {}
     for rank, size in sizes.items():
         stacks.setdefault(_read_stack_dump(_stack_of(folder / _FOLDER / str(rank)), size, limit), []).append(rank)
-    for stack, where in stacks.items():
-        name = f"rank{'s' * (len(where) > 1)} {', '.join(map(str, where))}"
+    for stack, ranks_there in stacks.items():
+        name = f"rank{'s' * (len(ranks_there) > 1)} {', '.join(map(str, ranks_there))}"
         lines.append(f"{name}, innermost call first:\n{stack}" if stack else f"{name} does not respond")
     return lines
 
@@ -135,14 +135,14 @@ class StallWatchdog:
         """
         self._folder, self._ranks = folder, ranks
         self._limit, self._first = limit_s, max(limit_s, before_first_s)
-        self._since = self._asked = time.time()
+        self._since = self._last_check = time.time()
 
     def seconds_since_heartbeat(self) -> float:
         """Return the age of the newest heartbeat; restarts if not called for `_ASLEEP_S` seconds (Ctrl-Z, suspend)."""
         now = time.time()
-        if now - self._asked > _ASLEEP_S:
+        if now - self._last_check > _ASLEEP_S:
             self._since = now
-        self._asked = now
+        self._last_check = now
         return now - max(self._since, last_heartbeat(self._folder, self._ranks))
 
     def stalled_ranks(self) -> List[str]:
@@ -150,8 +150,8 @@ class StallWatchdog:
         limit = self._limit if last_heartbeat(self._folder, self._ranks) else self._first
         if self.seconds_since_heartbeat() <= limit:
             return []
-        where = collect_stack_traces(self._folder, self._ranks)
-        return where if self.seconds_since_heartbeat() > limit else []
+        traces = collect_stack_traces(self._folder, self._ranks)
+        return traces if self.seconds_since_heartbeat() > limit else []
 
 
 @contextmanager
@@ -164,21 +164,21 @@ def run_watchdog(watch: StallWatchdog, on_silence: Callable[[List[str]], None]) 
     """
     over = threading.Event()
 
-    def look() -> None:
+    def check() -> None:
         while not over.wait(1.0):
-            where = watch.stalled_ranks()
-            if where and not over.is_set():
-                on_silence(where)
+            stalled = watch.stalled_ranks()
+            if stalled and not over.is_set():
+                on_silence(stalled)
                 return
 
-    threading.Thread(target=look, name="stall watch", daemon=True).start()
+    threading.Thread(target=check, name="stall watch", daemon=True).start()
     try:
         yield
     finally:
         over.set()
 
 
-def stall_message(config: TrainConfig, run_dir: Path, where: Sequence[str]) -> str:
+def stall_message(config: TrainConfig, run_dir: Path, traces: Sequence[str]) -> str:
     """Return the error message of a job without progress, with the stack traces of its ranks."""
     limit = config.run.stall_timeout_s
-    return "\n".join([f"no progress for {limit:g} s (run.stall_timeout_s): job terminated ({run_dir})", *where])
+    return "\n".join([f"no progress for {limit:g} s (run.stall_timeout_s): job terminated ({run_dir})", *traces])

@@ -127,7 +127,7 @@ def _print_result(result: Dict[str, Any], job: JobSpec, run_dir: Path, output: O
 
 
 def report_complete_run(config: TrainConfig, node: Node, run_dir: Path, result: Dict[str, Any]) -> None:
-    """Print the result of a run that is complete and needs no job, and tell the other nodes."""
+    """Print the result of a run that is complete and needs no job, and notify the other nodes."""
     log.info(f"{run_dir}: the run is complete; nothing to do")
     print(results_table([result]), flush=True)
     announce_end(config, node, 0, "the run is complete; nothing to do")
@@ -144,8 +144,8 @@ def monitor_node_devices(job: JobSpec, run_dir: Path, node: int) -> Iterator[Non
         spans = before.get("training_spans_by_node") or [before.get("training_spans")]
         trained = spans[node] if node < len(spans) else None  # by the clock of that node
         drop_readings_after(file, max(earlier_e2e, trained[-1][1] if trained else 0.0))
-    begun = job.start_time - (earlier_e2e or 0.0)
-    with monitor_devices(job.config.hardware, file, node, job.config.topology.devices_per_node, begun):
+    start_time = job.start_time - (earlier_e2e or 0.0)
+    with monitor_devices(job.config.hardware, file, node, job.config.topology.devices_per_node, start_time):
         yield
 
 
@@ -160,11 +160,11 @@ def write_energy_metrics(job: JobSpec, run_dir: Path, is_printed: bool = True) -
         if result is not None and result.get("training_spans") and readings_file(run_dir, 0).is_file():
             spans = result.get("training_spans_by_node") or [result["training_spans"]]
             sliced = any(map(is_mig_slice, read_environment(run_dir).get("devices") or []))
-            took = energy_metrics(run_dir, job.config, spans, result.get("num_trained_samples"), sliced)
-            update_result(run_dir, **took)
-            if is_printed and None not in (took["energy_j"], took["power_mean_w"], took["samples_per_joule"]):
-                rate = METRICS["samples_per_joule"].form(took["samples_per_joule"])
-                energy, power = in_kilojoules(took["energy_j"]), took["power_mean_w"]
+            metrics = energy_metrics(run_dir, job.config, spans, result.get("num_trained_samples"), sliced)
+            update_result(run_dir, **metrics)
+            if is_printed and None not in (metrics["energy_j"], metrics["power_mean_w"], metrics["samples_per_joule"]):
+                rate = METRICS["samples_per_joule"].form(metrics["samples_per_joule"])
+                energy, power = in_kilojoules(metrics["energy_j"]), metrics["power_mean_w"]
                 log.info(f"{energy} kJ, {rate} samples/J, {power:.0f} W on average")
 
 
@@ -232,8 +232,8 @@ def exit_interrupted(job: JobSpec, run_dir: Path) -> Callable[[int, str], None]:
 def watch_for_stalls(job: JobSpec, run_dir: Path, ranks: Sequence[int], margin_s: float) -> ContextManager[None]:
     """Exit this process if none of some ranks of this node has sent a heartbeat in time."""
 
-    def end(where: List[str]) -> None:
-        message = stall_message(job.config, run_dir, where)
+    def end(traces: List[str]) -> None:
+        message = stall_message(job.config, run_dir, traces)
         if 0 in ranks:  # else this node has another start time
             extend_times_to_end(run_dir, job.start_time)
         mark_failed(run_dir, message)
@@ -248,7 +248,7 @@ _RANK_VARIABLES = (
     *"RANK LOCAL_RANK GROUP_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_WORLD_SIZE".split(),
     *"SLURM_PROCID SLURM_LOCALID JSM_NAMESPACE_RANK".split(),
 )
-"""Variables in which this package and Lightning look for a rank."""
+"""Variables from which this package and Lightning read a rank."""
 
 
 def _run_in_process(job: JobSpec, run_dir: Path, stop: StopRequest) -> None:

@@ -54,14 +54,14 @@ class PeerMonitor:
             hosts: host names of all ranks.
         """
         self._rank, self._peers, self._hosts = rank, peers, hosts
-        self._over, self._lost = threading.Event(), threading.Event()
+        self._closed, self._lost = threading.Event(), threading.Event()
         self._lost_rank, self._status = -1, 0
         self._lock = threading.Lock()
         threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
 
     def announce_exit(self, status: int) -> None:
         """Send this rank's exit status to its peers; they exit too unless it is 0."""
-        self._over.set()
+        self._closed.set()
         self._send_exit(self._rank, status)
 
     def error_of_lost_peer(self) -> Optional[BaseException]:
@@ -73,10 +73,10 @@ class PeerMonitor:
         return RunError(self._describe_loss())
 
     def _describe_loss(self) -> str:
-        where = f"rank {self._lost_rank} on {self._hosts[self._lost_rank]}"
+        peer = f"rank {self._lost_rank} on {self._hosts[self._lost_rank]}"
         if self._status in INTERRUPTED_STATUSES:
-            return f"{where} was interrupted"
-        return f"lost {where}: killed or unreachable" if self._status == _NO_MESSAGE else f"{where} failed"
+            return f"{peer} was interrupted"
+        return f"lost {peer}: killed or unreachable" if self._status == _NO_MESSAGE else f"{peer} failed"
 
     def _send_exit(self, rank: int, status: int) -> None:
         with self._lock:
@@ -109,12 +109,12 @@ class PeerMonitor:
     def _on_peer_exit(self, lost: int, status: int) -> None:
         self._lost_rank, self._status = lost, status
         self._lost.set()
-        if self._over.is_set():
+        if self._closed.is_set():
             return
         if self._rank == 0:
             self._send_exit(lost, status)
         time.sleep(_GRACE_S)
-        if not self._over.is_set():
+        if not self._closed.is_set():
             words = f"rank {self._rank} exits: {self._describe_loss()}"
             _exit_with_stack(words, status if status in INTERRUPTED_STATUSES else 1)
 
@@ -129,10 +129,10 @@ def name_lost_peer(monitor: Optional[PeerMonitor]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        found = None if monitor is None or hasattr(error, "exit_status") else monitor.error_of_lost_peer()
-        if found is None:
+        lost_peer = None if monitor is None or hasattr(error, "exit_status") else monitor.error_of_lost_peer()
+        if lost_peer is None:
             raise
-        raise found from error
+        raise lost_peer from error
 
 
 def _listener() -> socket.socket:
@@ -154,17 +154,17 @@ def _enable_keepalive(connection: socket.socket) -> socket.socket:
     return connection
 
 
-def _accept_peers(listener: socket.socket, token: bytes, others: int) -> Dict[int, socket.socket]:
+def _accept_peers(listener: socket.socket, token: bytes, count: int) -> Dict[int, socket.socket]:
     """Accept the connections of all other ranks; a connection without the token is closed."""
     peers: Dict[int, socket.socket] = {}
     limit = time.monotonic() + _CONNECT_S
-    while len(peers) < others:
+    while len(peers) < count:
         listener.settimeout(max(0.1, limit - time.monotonic()))
         try:
             connection, _ = listener.accept()
         except socket.timeout:
             raise RunError(
-                f"only {len(peers)} of {others} ranks have reached port {listener.getsockname()[1]} of rank 0 in "
+                f"only {len(peers)} of {count} ranks have reached port {listener.getsockname()[1]} of rank 0 in "
                 f"{_CONNECT_S:g} s: nodes must reach each other on any port"
             ) from None
         try:

@@ -182,7 +182,7 @@ def _announce_run(context: RankContext, runtime: Runtime) -> None:
     changes = environment_changes(read_environment(context.run_dir))
     if changes:
         context.print_once(f"not all parts of this run were measured on the same machine: {'; '.join(changes)}")
-    what = "SIMULATED, not measured on the device: " if runtime.simulated else ""
+    prefix = "SIMULATED, not measured on the device: " if runtime.simulated else ""
     precision = config.precision.name
     if precision == "fp32" and runtime.has_tf32:
         precision += " (TF32 on)" if config.precision.tf32 else " (TF32 off)"
@@ -192,7 +192,7 @@ def _announce_run(context: RankContext, runtime: Runtime) -> None:
         else f"none published{nearest_pair_hint(config.hardware.name, config.topology.world_size)}"
     )
     context.print_once(
-        f"{what}{config.model.name} on {config.hardware.name} {config.topology.name}, {precision}, {config.fix_hp}, "
+        f"{prefix}{config.model.name} on {config.hardware.name} {config.topology.name}, {precision}, {config.fix_hp}, "
         f"global batch {config.global_batch}, fix_hp values: {published}"
     )
     is_published = config.scoring.name == "published"
@@ -216,8 +216,8 @@ def _announce_run(context: RankContext, runtime: Runtime) -> None:
 def _is_verified(context: RankContext) -> bool:
     config, machine = context.config, read_environment(context.run_dir)
     places, driver, runtime = [context.run_dir, Path.cwd()], machine.get("driver"), machine.get("runtime")
-    found = environment.latest_verification(places, config.hardware.name, driver, config.precision.name, runtime)
-    return found is not None and bool(found["passed"])
+    verification = environment.latest_verification(places, config.hardware.name, driver, config.precision.name, runtime)
+    return verification is not None and bool(verification["passed"])
 
 
 def _make_module(context: RankContext, runtime: Runtime, is_trained: bool) -> RecordModule:
@@ -246,7 +246,9 @@ def _find_resume_checkpoint(
     """Find the checkpoint to resume from and read it; all ranks must find the same one."""
     path, content = None, None
     if context.job.is_resume:
-        path, content, passed_over = checkpoints.latest_valid(context.run_dir, config_hash(context.config), whole=True)
+        path, content, passed_over = checkpoints.latest_valid(
+            context.run_dir, config_hash(context.config), read_all=True
+        )
         if context.rank == 0:
             for line in passed_over:
                 log.warning(line)

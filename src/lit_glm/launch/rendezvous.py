@@ -101,21 +101,22 @@ def check_node_count(topology: TopologyConfig) -> None:
         InputError: if they differ.
     """
     nodes = topology.num_nodes
-    has = f"topology={topology.name} has {nodes} node{'s' * (nodes > 1)}"
-    found, tasks = (os.environ.get(f"SLURM_STEP_NUM_{what}", "") for what in ("NODES", "TASKS"))
+    expected = f"topology={topology.name} has {nodes} node{'s' * (nodes > 1)}"
+    started_nodes, started_tasks = (os.environ.get(f"SLURM_STEP_NUM_{unit}", "") for unit in ("NODES", "TASKS"))
     inside = (
         "this process runs in a step of srun (SLURM_STEP_NUM_NODES, SLURM_STEP_NUM_TASKS); start an interactive shell "
         "with `srun --nodes=1 --ntasks=1 --pty bash`, or unset these variables"
     )
-    if found.isdigit() and int(found) != nodes:  # an empty value carries no information
-        raise InputError(f"{has}, but Slurm started {found}: {inside}")
-    if tasks.isdigit() and int(tasks) != nodes:
+    if started_nodes.isdigit() and int(started_nodes) != nodes:  # an empty value carries no information
+        raise InputError(f"{expected}, but Slurm started {started_nodes}: {inside}")
+    if started_tasks.isdigit() and int(started_tasks) != nodes:
         raise InputError(
-            f"{has}, but Slurm started {tasks} tasks: use one task per node, train starts the ranks; {inside}"
+            f"{expected}, but Slurm started {started_tasks} tasks: use one task per node, train starts the ranks; "
+            f"{inside}"
         )
     if nodes == 1 and os.environ.get("NODE_RANK", "0") not in ("", "0"):
         raise InputError(
-            f"{has}, but NODE_RANK={os.environ['NODE_RANK']}: unset it, or choose the topology of all nodes"
+            f"{expected}, but NODE_RANK={os.environ['NODE_RANK']}: unset it, or choose the topology of all nodes"
         )
 
 
@@ -165,11 +166,11 @@ def network_interface_to(address: str) -> Optional[str]:
     Returns:
         The name of the interface; None if unknown.
     """
-    own = _source_address_to(address)
-    if own is not None and own.startswith("127.") and not _is_loopback(address):
-        own = _source_address_to(_REMOTE_ADDRESS)
+    source = _source_address_to(address)
+    if source is not None and source.startswith("127.") and not _is_loopback(address):
+        source = _source_address_to(_REMOTE_ADDRESS)
     for name, entries in psutil.net_if_addrs().items():
-        if any(entry.family == socket.AF_INET and entry.address == own for entry in entries):
+        if any(entry.family == socket.AF_INET and entry.address == source for entry in entries):
             return str(name)
     return None
 
@@ -276,12 +277,14 @@ def meet(
         if rank == 0:
             log.debug(f"rank 0 listens on port {port}")
             _write(store, _RUN, json.dumps(None if run is None else [str(run.path), run.is_resume]))
-        _write(store, _joined(rank), socket.gethostname())
+        _write(store, _joined_key(rank), socket.gethostname())
         with _announce_stop(store):
-            _wait(store, [_joined(other) for other in range(world)] if rank == 0 else [_joined("all")], end)
+            _wait(store, [_joined_key(other) for other in range(world)] if rank == 0 else [_joined_key("all")], end)
         if rank == 0:
-            _write(store, _joined("all"), json.dumps([store.get(_joined(one)).decode() for one in range(world)]))
-        hosts, folder = json.loads(store.get(_joined("all"))), json.loads(store.get(_RUN))
+            _write(
+                store, _joined_key("all"), json.dumps([store.get(_joined_key(one)).decode() for one in range(world)])
+            )
+        hosts, folder = json.loads(store.get(_joined_key("all"))), json.loads(store.get(_RUN))
     except (RuntimeError, ValueError) as error:
         reason = first_line(error)
         raise RendezvousError(
@@ -336,7 +339,7 @@ def _wait_for_store(address: str, port: int, end: float) -> None:
             time.sleep(5 * _LOOK_S)
 
 
-def _joined(rank: Any) -> str:
+def _joined_key(rank: Any) -> str:
     return f"joined {rank}"
 
 
@@ -350,7 +353,7 @@ def _counter(key: str) -> str:
     return f"number of {key}"
 
 
-def _is_there(store: Any, *keys: str) -> bool:
+def _is_set(store: Any, *keys: str) -> bool:
     return all(store.add(_counter(key), 0) > 0 for key in keys)
 
 
@@ -360,22 +363,22 @@ def _wait(store: Any, keys: List[str], end: float) -> None:
     Raises:
         RuntimeError: on timeout, or if the store is unreachable.
     """
-    while not _is_there(store, *keys):
-        if _is_there(store, _ENDED):
+    while not _is_set(store, *keys):
+        if _is_set(store, _ENDED):
             break
         if time.monotonic() > end:
-            missing = [key for key in keys if not _is_there(store, key)]
+            missing = [key for key in keys if not _is_set(store, key)]
             raise RuntimeError(f"missing: {', '.join(missing)}")
         time.sleep(_LOOK_S)
-    if _is_there(store, _ENDED):
+    if _is_set(store, _ENDED):
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            _write(store, _received(os.environ["GROUP_RANK"]))
+            _write(store, _receipt_key(os.environ["GROUP_RANK"]))
         if os.environ["RANK"] == "0":
             time.sleep(_OTHERS_LOOK_S)  # this process hosts the store
         raise _error_of(json.loads(store.get(_ENDED)))
 
 
-def _received(node: Any) -> str:
+def _receipt_key(node: Any) -> str:
     return f"received by node {node}"
 
 
@@ -400,7 +403,7 @@ def is_known_to_all(error: BaseException) -> bool:
 
 def announce_end(config: TrainConfig, node: Node, status: int, reason: str) -> None:
     """Notify the other nodes that this one exits before the rendezvous; waits for them up to `_ANNOUNCE_S` seconds."""
-    others = [other for other in range(config.topology.num_nodes) if other != node.rank]
+    peers = [other for other in range(config.topology.num_nodes) if other != node.rank]
     if config.topology.num_nodes == node.num_nodes_here:
         return
     reason = reason.partition("\n")[0]
@@ -419,10 +422,10 @@ def announce_end(config: TrainConfig, node: Node, status: int, reason: str) -> N
         )
         _write(store, _ENDED, text)
         if node.rank > 0:  # it may announce its own end, and waits for no receipt from this node then
-            _write(store, _received(node.rank))
+            _write(store, _receipt_key(node.rank))
         else:
-            receipts = [_received(other) for other in others]
-            while not _is_there(store, *receipts) and time.monotonic() < end:
+            receipts = [_receipt_key(other) for other in peers]
+            while not _is_set(store, *receipts) and time.monotonic() < end:
                 time.sleep(_LOOK_S)
             time.sleep(_OTHERS_LOOK_S)  # for the other ranks of these nodes
     except (RuntimeError, ValueError):

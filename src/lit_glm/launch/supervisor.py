@@ -157,8 +157,8 @@ class Supervisor(StopSignals):
     def _wait_for_exit(self, rank: int, process: "subprocess.Popen[bytes]") -> None:
         self._events.put(Event("exit", rank, process.wait()))
 
-    def _on_stall(self, where: List[str]) -> None:
-        self._events.put(Event("stall", reason=stall_message(self._job.config, error_folder(self._spec_dir), where)))
+    def _on_stall(self, traces: List[str]) -> None:
+        self._events.put(Event("stall", reason=stall_message(self._job.config, error_folder(self._spec_dir), traces)))
 
     def _wait_for_event(self) -> None:
         left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
@@ -269,5 +269,5 @@ def _print_rendezvous(job: JobSpec, node: Node) -> None:
     if nodes == node.num_nodes_here:
         return
     others = "node 1" if nodes == 2 else f"nodes 1 to {nodes - 1}"
-    what = f"node {node.rank} joins node 0" if node.rank > 0 else f"node 0 is waiting for {others}"
-    log.info(f"{what} at {node.address}:{node.port} ({limit})")
+    action = f"node {node.rank} joins node 0" if node.rank > 0 else f"node 0 is waiting for {others}"
+    log.info(f"{action} at {node.address}:{node.port} ({limit})")

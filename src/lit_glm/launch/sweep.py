@@ -66,7 +66,7 @@ def summarise_sweep(sweep_dir: Path) -> Tuple[str, int]:
     ]
     objective = next((str(note["objective"]) for note in notes if note.get("objective")), "")
     status = max([int(note["exit_status"]) for note in notes], default=0)
-    # A search may ask for a combination again, whose run is then reused: one row.
+    # A search may suggest a combination again, whose run is then reused: one row.
     by_run: Dict[Any, Dict[str, Any]] = {}
     for number, note in enumerate(notes):
         is_done = note["run_dir"] and not note["exit_status"]
@@ -114,10 +114,10 @@ def _ranking_line(number: int, note: Dict[str, Any], result: Dict[str, Any], obj
 
 
 def _job_result(note: Dict[str, Any], sweep_dir: Path) -> Dict[str, Any]:
-    own: Dict[str, Any] = note["row"]
+    row: Dict[str, Any] = note["row"]
     if note["run_dir"] is None or note["exit_status"] == InputError.exit_status:
-        return own  # the folder contains the result of an earlier run
-    result = read_result(Path(note["run_dir"])) or own
+        return row  # the folder contains the result of an earlier run
+    result = read_result(Path(note["run_dir"])) or row
     reused_from = note.get("reused_from")
     if not reused_from:
         return result
@@ -355,8 +355,8 @@ def _runs_of_this_machine(runs: List[Path], config: TrainConfig, elsewhere: bool
         if not differences:
             same.append(run)
             continue
-        what = "; ".join(f"{name} {there}, here {local}" for name, there, local in differences)
-        log.info(f"sweep: {run} is not reused: it was measured on another machine ({what})")
+        differing = "; ".join(f"{name} {there}, here {local}" for name, there, local in differences)
+        log.info(f"sweep: {run} is not reused: it was measured on another machine ({differing})")
     return same
 
 
@@ -365,9 +365,9 @@ def _mask_multirun_file(sweep_dir: Path) -> None:
     file = sweep_dir / "multirun.yaml"
     if not file.is_file():
         return
-    found = OmegaConf.load(file)
-    masked = masked_yaml(found)
-    if masked != OmegaConf.to_yaml(found):
+    content = OmegaConf.load(file)
+    masked = masked_yaml(content)
+    if masked != OmegaConf.to_yaml(content):
         write_text(file, masked)
 
 
@@ -394,9 +394,9 @@ _MAX_COMPARED = 300
 _held_locks = ExitStack()  # lock of the sweep folder, held until the sweep ends
 
 
-def _search_direction(whole: Any, line: CommandLine) -> List[str]:
+def _search_direction(composed: Any, line: CommandLine) -> List[str]:
     """Return the override with which a sweeper that has a direction, as Optuna's, finds the best of the objective."""
-    direction, objective = whole.hydra.sweeper.get("direction"), whole.sweep.objective
+    direction, objective = composed.hydra.sweeper.get("direction"), composed.sweep.objective
     if direction is None:
         return []
     better = "maximize" if METRICS[objective].better == "higher" else "minimize"
@@ -408,7 +408,7 @@ def _search_direction(whole: Any, line: CommandLine) -> List[str]:
     return [f"hydra.sweeper.direction={better}"]
 
 
-def prepare_sweep(whole: Any, line: CommandLine) -> List[str]:
+def prepare_sweep(composed: Any, line: CommandLine) -> List[str]:
     """Lock the folder of a sweep, and print for which combinations a run exists.
 
     Returns:
@@ -417,10 +417,10 @@ def prepare_sweep(whole: Any, line: CommandLine) -> List[str]:
     Raises:
         InputError: if the folder is not a sweep folder, or another process runs a sweep there.
     """
-    if whole.sweep.objective not in OBJECTIVES:
-        raise InputError(f"sweep.objective={whole.sweep.objective}: must be one of {', '.join(OBJECTIVES)}")
-    more = _search_direction(whole, line)
-    given, sweep_dir = line.sets("hydra.sweep.dir"), Path(str(whole.hydra.sweep.dir))
+    if composed.sweep.objective not in OBJECTIVES:
+        raise InputError(f"sweep.objective={composed.sweep.objective}: must be one of {', '.join(OBJECTIVES)}")
+    more = _search_direction(composed, line)
+    given, sweep_dir = line.sets("hydra.sweep.dir"), Path(str(composed.hydra.sweep.dir))
     if given and _is_first_node():
         foreign = [name for name in _WRITES if (sweep_dir / name).exists()]
         notes = sweep_dir / JOB_RECORDS_DIR
@@ -441,45 +441,47 @@ def prepare_sweep(whole: Any, line: CommandLine) -> List[str]:
         )
         _held_locks.enter_context(lock_directory(notes, advice))
     searches = any(override.is_sweep_override() and not override.is_discrete_sweep() for override in line.parse())
-    is_grid = "BasicSweeper" in str(whole.hydra.sweeper.get("_target_")) and not searches
+    is_grid = "BasicSweeper" in str(composed.hydra.sweeper.get("_target_")) and not searches
     # A configuration file may add lists to those of the command line, so that the combinations are not known here.
-    adds_lists = is_grid and bool(whole.hydra.sweeper.get("params"))
+    adds_lists = is_grid and bool(composed.hydra.sweeper.get("params"))
     SweepCallback.total, SweepCallback.complete = None, []
     if is_grid and not adds_lists:
         SweepCallback.total = len(line.combinations())
     complete: Dict[int, CompleteRun] = {}
-    if whole.sweep.skip_done and not adds_lists and _is_first_node():
-        complete = _find_complete_runs(discovery.runs_by_config_hash(search_paths(sweep_dir, given)), line, whole.hydra)
+    if composed.sweep.skip_done and not adds_lists and _is_first_node():
+        complete = _find_complete_runs(
+            discovery.runs_by_config_hash(search_paths(sweep_dir, given)), line, composed.hydra
+        )
     if SweepCallback.total is not None:
         SweepCallback.complete = list(complete.values())
         SweepCallback.total -= len(complete)
-        folders: Any = OmegaConf.to_container(whole.hydra.sweep, resolve=False)
+        folders: Any = OmegaConf.to_container(composed.hydra.sweep, resolve=False)
         leave_out_jobs(list(complete), bool(complete) and folders["subdir"] == "${hydra.job.num}")
     return more
 
 
-def _find_complete_runs(there: Dict[str, List[Path]], line: CommandLine, hydra: Any) -> Dict[int, "CompleteRun"]:
+def _find_complete_runs(runs_by_hash: Dict[str, List[Path]], line: CommandLine, hydra: Any) -> Dict[int, "CompleteRun"]:
     """Return the combinations for which a complete run exists, by their number; print what exists for each."""
-    found: Dict[int, CompleteRun] = {}
-    combinations = line.combinations() if there else []
+    complete: Dict[int, CompleteRun] = {}
+    combinations = line.combinations() if runs_by_hash else []
     if len(combinations) > _MAX_COMPARED:
-        log.info(f"sweep: {len(there)} earlier configurations are compared with each combination at its start")
-        return found
+        log.info(f"sweep: {len(runs_by_hash)} earlier configurations are compared with each combination at its start")
+        return complete
     for number, (changes, overrides) in enumerate(combinations):
         try:
             config = validate_config(compose_config("train", [*overrides, *line.searchpath]), TrainConfig)
         except (InputError, HydraException, OmegaConfBaseException):
             continue  # reported when its job starts
-        runs = _runs_of_this_machine(there.get(config_hash(config), []), config, _runs_elsewhere(hydra))
+        runs = _runs_of_this_machine(runs_by_hash.get(config_hash(config), []), config, _runs_elsewhere(hydra))
         run = discovery.best_run(runs)
         if run is None:
             continue
-        how = "complete, reused from" if is_complete(run) else "resumed in"
-        log.info(f"sweep: {' '.join(changes) or 'the only combination'}: {how} {run}")
+        action = "complete, reused from" if is_complete(run) else "resumed in"
+        log.info(f"sweep: {' '.join(changes) or 'the only combination'}: {action} {run}")
         if is_complete(run) and config.topology.num_nodes == 1:  # the nodes of a job agree on it when it starts
             task = [text for text in overrides if not text.startswith("hydra")]
-            found[number] = CompleteRun(run, task, config)
-    return found
+            complete[number] = CompleteRun(run, task, config)
+    return complete
 
 
 def _runs_elsewhere(hydra: Any) -> bool:

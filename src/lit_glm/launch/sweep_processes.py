@@ -105,5 +105,5 @@ class JobProcesses:
     def _local_jobs(self) -> List[psutil.Process]:
         """Return the running jobs of submitit's launcher for one machine, whose numbers are those of processes."""
         numbers = {name.partition("_")[0] for name in self._unfinished_jobs()} if self._is_local else set()
-        found = [process for process in psutil.process_iter() if str(process.pid) in numbers] if numbers else []
-        return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
+        processes = [process for process in psutil.process_iter() if str(process.pid) in numbers] if numbers else []
+        return [process for process in processes if process.status() != psutil.STATUS_ZOMBIE]

@@ -47,8 +47,8 @@ class DivergenceGuard:
         Args:
             max_skipped_steps: `run.max_skipped_steps`: number of consecutive skipped steps that ends the run.
         """
-        self._most = max_skipped_steps
-        self._row = 0
+        self._limit = max_skipped_steps
+        self._consecutive = 0
 
     def check_step(self, step: int, values: StepMetrics, log_warnings: bool) -> None:
         """Count a step, and check the limit.
@@ -61,22 +61,22 @@ class DivergenceGuard:
         Raises:
             RunError: if the limit is reached.
         """
-        self._row = 0 if values.grad_norm is not None else self._row + 1
-        if self._row < min(_FIRST, self._most):
+        self._consecutive = 0 if values.grad_norm is not None else self._consecutive + 1
+        if self._consecutive < min(_FIRST, self._limit):
             return
-        first = step - self._row + 1
-        what = (
-            f"{self._row} consecutive steps without an update (from step {first}): loss or gradient is not finite "
-            f"(loss {values.loss:g})"
+        first = step - self._consecutive + 1
+        message = (
+            f"{self._consecutive} consecutive steps without an update (from step {first}): loss or gradient is not "
+            f"finite (loss {values.loss:g})"
         )
-        if self._row >= self._most:
+        if self._consecutive >= self._limit:
             raise RunError(
-                f"diverged: {what}; limit: run.max_skipped_steps={self._most}; use a lower lr, or check the data and "
-                "precision.loss_scale",
-                summary=f"diverged: {self._row} consecutive steps without an update (from step {first})",
+                f"diverged: {message}; limit: run.max_skipped_steps={self._limit}; use a lower lr, or check the data "
+                "and precision.loss_scale",
+                summary=f"diverged: {self._consecutive} consecutive steps without an update (from step {first})",
             )
-        if log_warnings and (self._row & (self._row - 1) == 0 or self._row == _FIRST):
-            log.warning(f"step {step}: {what}")
+        if log_warnings and (self._consecutive & (self._consecutive - 1) == 0 or self._consecutive == _FIRST):
+            log.warning(f"step {step}: {message}")
 
 
 class BenchmarkCallback(pl.Callback):

@@ -73,15 +73,15 @@ def energy_metrics(
     is_known, energies, during = has_spans, [], []
     seconds = 0.0
     for node in range(topology.num_nodes):
-        found = load_readings(readings_file(run_dir, node))
+        readings_of_device = load_readings(readings_file(run_dir, node))
         if sliced:
-            found = {key: readings for key, readings in found.items() if not key[1].isdigit()}
+            readings_of_device = {key: readings for key, readings in readings_of_device.items() if not key[1].isdigit()}
         is_shared = monitor is None or monitor.visible_devices_variable is None
-        expected = len(found) if is_shared else topology.devices_per_node
-        is_known = is_known and bool(found) and len(found) == expected
+        expected = len(readings_of_device) if is_shared else topology.devices_per_node
+        is_known = is_known and bool(readings_of_device) and len(readings_of_device) == expected
         spans = spans_by_node[node] if node < len(spans_by_node) else []
         seconds = max(seconds, sum(end - begin for begin, end in spans))
-        for readings in found.values():
+        for readings in readings_of_device.values():
             energies.append(integrate_power(readings, spans, config.hardware.monitor_interval_s))
             during += [
                 reading

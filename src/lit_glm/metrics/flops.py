@@ -106,8 +106,8 @@ class FlopCounter:
     def flops_per_step(self, steps: int) -> Any:
         """Return the FLOPs of each of steps 1..steps, summed over all ranks, [steps]."""
         self.totals_until(steps)
-        each = [np.diff(cumulative[:, 0], prepend=0.0) for cumulative in self._epochs]
-        return np.concatenate([*each, np.zeros(0)])[:steps]
+        per_epoch = [np.diff(cumulative[:, 0], prepend=0.0) for cumulative in self._epochs]
+        return np.concatenate([*per_epoch, np.zeros(0)])[:steps]
 
     def _epoch(self, epoch: int) -> Any:
         """Return the work up to each step of an epoch, cumulative within the epoch, [steps of the epoch, 3]."""

@@ -144,8 +144,10 @@ def make_loggers(job: JobSpec, run_dir: Path, steps_done: int) -> List[Any]:
     """
     made = []
     for name, entry in job.config.logger.items():
-        own = _logger_arguments(str(entry.get("_target_", "")), job, run_dir, steps_done)
-        logger = _instantiate("logger", name, entry, {key: value for key, value in own.items() if key not in entry})
+        defaults = _logger_arguments(str(entry.get("_target_", "")), job, run_dir, steps_done)
+        logger = _instantiate(
+            "logger", name, entry, {key: value for key, value in defaults.items() if key not in entry}
+        )
         made.append(logger if isinstance(logger, ResumableCSVLogger) else BackgroundLogger(logger))
         if "MLFlow" in type(logger).__name__ and os.environ.get("RANK", "0") == "0":
             write_text(_mlflow_id(run_dir), str(logger.run_id))
@@ -204,7 +206,9 @@ def _instantiate(group: str, name: str, entry: Dict[str, Any], arguments: Dict[s
         advice = f"arguments: {keys or 'none'}; see conf/{group}/"
         if str(error).startswith("Error locating target"):
             advice = "its module must be importable: install its package, or add its folder to PYTHONPATH"
-        elif (CONF_DIR / "logger" / f"{name}.yaml").is_file() and any(isinstance(one, ImportError) for one in causes):
+        elif (CONF_DIR / "logger" / f"{name}.yaml").is_file() and any(
+            isinstance(cause, ImportError) for cause in causes
+        ):
             advice = f"if a package is missing: pip install 'lit-glm[{name}]'"
         raise InputError(f"{group}.{name}: cannot be created ({target}: {reason}); {advice}") from error
 
@@ -212,22 +216,22 @@ def _instantiate(group: str, name: str, entry: Dict[str, Any], arguments: Dict[s
 class MetricLogging:
     """Sender of metrics to Lightning's loggers: train/loss, train/lr, train/grad_norm, perf/p_*, val/acc, mem/gib."""
 
-    def __init__(self, account: RunMetrics) -> None:
-        self._account = account
+    def __init__(self, run_metrics: RunMetrics) -> None:
+        self._run_metrics = run_metrics
         self._evaluated_step = -1
 
     def begin(self, loggers: List[Any], evaluated_step: int) -> None:
         """Log the hyperparameters; `evaluated_step` is the last evaluation that an earlier part has logged, else -1."""
         for logger in loggers:
-            logger.log_hyperparams(hyperparameters(self._account.config))
+            logger.log_hyperparams(hyperparameters(self._run_metrics.config))
         self._evaluated_step = evaluated_step
 
     def step(self, loggers: List[Any], step: int, values: StepMetrics) -> None:
         """Log a point every few steps, and after each evaluation."""
-        if not loggers or (step % _EVERY_STEPS and self._account.evaluated_step == self._evaluated_step):
+        if not loggers or (step % _EVERY_STEPS and self._run_metrics.evaluated_step == self._evaluated_step):
             return
-        seconds, samples = self._account.durations(), self._account.samples_here(step)
-        memory = self._account.peak_memory()
+        seconds, samples = self._run_metrics.durations(), self._run_metrics.samples_here(step)
+        memory = self._run_metrics.peak_memory()
         point = {
             "train/loss": values.loss,
             "train/lr": values.lr,
@@ -241,9 +245,9 @@ class MetricLogging:
 
     def log(self, loggers: List[Any], step: int, point: Dict[str, Optional[float]]) -> None:
         """Log a point, with the accuracy if there was an evaluation since the last one."""
-        if self._account.evaluated_step != self._evaluated_step:
-            self._evaluated_step = self._account.evaluated_step
-            point[METRICS["acc"].logged_as] = self._account.accuracy
+        if self._run_metrics.evaluated_step != self._evaluated_step:
+            self._evaluated_step = self._run_metrics.evaluated_step
+            point[METRICS["acc"].logged_as] = self._run_metrics.accuracy
         known = {name: float(value) for name, value in point.items() if value is not None}
         for logger in loggers if known else []:
             logger.log_metrics(known, step=step)
@@ -266,7 +270,7 @@ class ResumableCSVLogger(Logger):
             keep_steps: rows up to this step are kept; None: start a new table.
         """
         super().__init__()
-        self._folder, self._keep = Path(save_dir) / "csv", keep_steps
+        self._folder, self._keep_steps = Path(save_dir) / "csv", keep_steps
         self._table: Optional[AppendOnlyCSV] = None
 
     @property
@@ -290,5 +294,5 @@ class ResumableCSVLogger(Logger):
         """Append a row to metrics.csv."""
         if self._table is None:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._table = AppendOnlyCSV(self._folder / "metrics.csv", CSV_COLUMNS, self._keep)
+            self._table = AppendOnlyCSV(self._folder / "metrics.csv", CSV_COLUMNS, self._keep_steps)
         self._table.add(step=step, **{name: value for name, value in metrics.items() if name in CSV_COLUMNS})

@@ -186,9 +186,9 @@ def check_memory(
     return MemoryCheck(estimate, available_bytes, fitting, host)
 
 
-def memory_message(config: TrainConfig, found: MemoryCheck) -> str:
+def memory_message(config: TrainConfig, check: MemoryCheck) -> str:
     """Describe the estimate in one line, in further ones what exceeds the device."""
-    estimate, of = found.estimate, "" if found.available_bytes is None else f" of {found.available_bytes / _GIB:.1f}"
+    estimate, of = check.estimate, "" if check.available_bytes is None else f" of {check.available_bytes / _GIB:.1f}"
     digits = 1 if estimate.total >= 10 * _GIB else 2
     shown = [round(part / _GIB, digits) for part in (estimate.weights, estimate.training, estimate.activations)]
     rest = round(estimate.total / _GIB, digits) - sum(shown)  # so that the rounded parts add up
@@ -197,16 +197,16 @@ def memory_message(config: TrainConfig, found: MemoryCheck) -> str:
         f"memory: about {estimate.total / _GIB:.{digits}f}{of} GiB per device: weights {parts[0]}, gradients and "
         f"optimizer {parts[1]}, activations of the largest batch {parts[2]}, already in use {parts[3]}"
     )
-    if found.host_message:
-        text += f"\nmemory: {found.host_message}"
-    if found.available_bytes is None or estimate.total <= found.available_bytes:
+    if check.host_message:
+        text += f"\nmemory: {check.host_message}"
+    if check.available_bytes is None or estimate.total <= check.available_bytes:
         return text
-    largest = f"largest fitting bs: {found.largest_bs}"
-    advice = largest if found.largest_bs else "no bs fits; use a smaller model or a device with more memory"
+    largest = f"largest fitting bs: {check.largest_bs}"
+    advice = largest if check.largest_bs else "no bs fits; use a smaller model or a device with more memory"
     return f"{text}\nmemory: bs={config.bs} is estimated to exceed device memory; {advice}"
 
 
-def oom_message(config: TrainConfig, found: MemoryCheck, runtime: Runtime, index: int, doing: str) -> str:
+def oom_message(config: TrainConfig, check: MemoryCheck, runtime: Runtime, index: int, doing: str) -> str:
     """Format the out-of-memory message; `doing` is the current activity, such as `in step 3`."""
     peak, total = runtime.peak_memory(index), runtime.total_memory(index)
 
@@ -214,11 +214,11 @@ def oom_message(config: TrainConfig, found: MemoryCheck, runtime: Runtime, index
         return "unknown" if value is None else f"{value / _GIB:.1f} GiB"
 
     size = f"eval_bs={config.eval_bs}" if "evaluation" in doing else f"bs={config.bs}"
-    largest = "unknown" if found.available_bytes is None else str(found.largest_bs)
+    largest = "unknown" if check.available_bytes is None else str(check.largest_bs)
     text = (
-        f"out of memory {doing} ({size}): estimated {gib(found.estimate.total)} per device in training, peak "
+        f"out of memory {doing} ({size}): estimated {gib(check.estimate.total)} per device in training, peak "
         f"{gib(peak)}, available {gib(total)}; largest bs estimated to fit: {largest}"
     )
-    if found.available_bytes is not None and found.largest_bs >= config.bs:
+    if check.available_bytes is not None and check.largest_bs >= config.bs:
         text += ", so other processes use memory or the estimate is too low"
     return f"{text}; use a smaller {size.partition('=')[0]}, or model.activation_checkpointing=true"

@@ -32,10 +32,10 @@ def _replace_non_finite(value: Any) -> Any:
 class PerfEvents:
     """Emitter of FlagPerf's events; does nothing without a log, which only rank 0 has."""
 
-    def __init__(self, config: TrainConfig, account: RunMetrics) -> None:
-        self._config, self._account = config, account
+    def __init__(self, config: TrainConfig, run_metrics: RunMetrics) -> None:
+        self._config, self._run_metrics = config, run_metrics
         self._file: Optional[TextIO] = None
-        self._flushed = 0.0
+        self._last_flush = 0.0
 
     def open(self, run_dir: Path) -> None:
         """Open perf.log of a run folder, to which each event adds a line."""
@@ -46,23 +46,23 @@ class PerfEvents:
         if self._file is None:
             return
         caller = sys._getframe(1)
-        where = {"file": caller.f_code.co_filename, "lineno": caller.f_lineno}
+        location = {"file": caller.f_code.co_filename, "lineno": caller.f_lineno}
         values = {} if value is None else {"value": value}
-        metadata = {**where, "time_ms": int(1e3 * (time.time() - ago)), "rank": 0}
+        metadata = {**location, "time_ms": int(1e3 * (time.time() - ago)), "rank": 0}
         line = _replace_non_finite({"event": name, **values, **keys, "metadata": metadata})
         with reported_write(Path(self._file.name)):
             self._file.write(f"[PerfLog] {json.dumps(line)}\n")
             # steps.csv is flushed at every step; a second flush would take a large part of a short step.
-            if not name.startswith("STEP_") or time.monotonic() > self._flushed + _FLUSH_EVERY_S:
+            if not name.startswith("STEP_") or time.monotonic() > self._last_flush + _FLUSH_EVERY_S:
                 self._file.flush()
-                self._flushed = time.monotonic()
+                self._last_flush = time.monotonic()
 
     def submitted(self, examples: Tuple[int, int]) -> None:
         """Emit SUBMIT_INFO of a new run; `examples` are the numbers of training and evaluation examples."""
         config = self._config
         names = {"model": config.model.name, "config": config.fix_hp}
         counts = {"train_examples": examples[0], "eval_examples": examples[1]}
-        self.emit("SUBMIT_INFO", {**names, **counts}, ago=self._account.e2e())
+        self.emit("SUBMIT_INFO", {**names, **counts}, ago=self._run_metrics.e2e())
 
     def step_ended(
         self, step: int, epoch: int, values: StepMetrics, next_lr: float, seconds: float, ends: bool
@@ -70,14 +70,14 @@ class PerfEvents:
         """Emit STEP_END, after the evaluation of the step if one was due."""
         if self._file is None:
             return
-        config, so_far = self._config, self._account.total_durations()
+        config, so_far = self._config, self._run_metrics.total_durations()
         loss = values.local_loss / config.optimizer.gradient_accumulation_steps
         value: Dict[str, Any] = {
             "global_steps": step,
             "num_trained_samples": step * config.global_batch,
             "epoch": epoch,
             "loss": loss,
-            "eval_accuracy": self._account.accuracy,
+            "eval_accuracy": self._run_metrics.accuracy,
             "no_eval_time": so_far.no_eval,
             "pure_compute_time": so_far.pure_compute,
             "learning_rate": next_lr,

@@ -93,7 +93,7 @@ def _is_wait(name: str) -> bool:
 
 def _outermost_waits(events: Any) -> List[ProfileEntry]:
     """Collect host waits that are not nested in another: an operator that reads a value calls a runtime's wait."""
-    found: Dict[str, ProfileEntry] = {}
+    waits: Dict[str, ProfileEntry] = {}
     for event in events:
         if not _is_wait(event.name) or not str(event.device_type).endswith("CPU"):
             continue
@@ -101,10 +101,10 @@ def _outermost_waits(events: Any) -> List[ProfileEntry]:
         while parent is not None and not _is_wait(parent.name):
             parent = parent.cpu_parent
         if parent is None:
-            entry = found.setdefault(event.name, ProfileEntry(event.name, 0, 0.0))
+            entry = waits.setdefault(event.name, ProfileEntry(event.name, 0, 0.0))
             entry.calls += 1
             entry.seconds += event.cpu_time_total / 1e6
-    return list(found.values())
+    return list(waits.values())
 
 
 def _covered_length(spans: List[Tuple[float, float]]) -> float:
@@ -117,12 +117,12 @@ def _covered_length(spans: List[Tuple[float, float]]) -> float:
 
 
 def _profile_table(title: str, entries: List[ProfileEntry], steps: int) -> List[str]:
-    whole = sum(entry.seconds for entry in entries)
+    total = sum(entry.seconds for entry in entries)
     rows = [["name", "share", "ms per step", "calls per step", "us per call"]]
     rows += [
         [
             f"`{entry.name[:80]}`",
-            f"{entry.seconds / whole:.1%}" if whole else "",
+            f"{entry.seconds / total:.1%}" if total else "",
             f"{1000 * entry.seconds / steps:.3f}",
             f"{entry.calls / steps:g}",
             f"{1e6 * entry.seconds / entry.calls:.1f}",
@@ -132,16 +132,16 @@ def _profile_table(title: str, entries: List[ProfileEntry], steps: int) -> List[
     rest = entries[_SHOWN:]
     if rest:
         seconds, calls = sum(entry.seconds for entry in rest), sum(entry.calls for entry in rest)
-        share = f"{seconds / whole:.1%}" if whole else ""
+        share = f"{seconds / total:.1%}" if total else ""
         rows.append([f"{len(rest)} others", share, f"{1000 * seconds / steps:.3f}", f"{calls / steps:g}", ""])
-    return [f"## {title}", "", f"{1000 * whole / steps:.2f} ms per step in total.", "", markdown_table(rows), ""]
+    return [f"## {title}", "", f"{1000 * total / steps:.2f} ms per step in total.", "", markdown_table(rows), ""]
 
 
 def _memory_table(kinds: Dict[str, float], estimate: MemoryEstimate, peak: Optional[float]) -> List[str]:
     if not kinds:
         return ["## Memory", "", "Not measured: the run ended before the step after the profiled ones.", ""]
-    whole = "gradients" in kinds  # a step without an update has none
-    training = kinds["gradients"] + kinds.get("optimizer", 0.0) if whole else None
+    has_update = "gradients" in kinds  # a step without an update has none
+    training = kinds["gradients"] + kinds.get("optimizer", 0.0) if has_update else None
     pairs = [
         ("weights", kinds.get("weights"), estimate.weights),
         ("gradients", kinds.get("gradients"), None),
@@ -152,7 +152,7 @@ def _memory_table(kinds: Dict[str, float], estimate: MemoryEstimate, peak: Optio
         ("peak of the device", peak, estimate.total),
     ]
     rows = [["kind", "measured GiB", "estimated GiB"]]
-    rows += [[name, _format_gib(own), _format_gib(other)] for name, own, other in pairs]
+    rows += [[name, _format_gib(counted), _format_gib(estimated)] for name, counted, estimated in pairs]
     note = "Measured in one step; the estimate is for the largest batch of the data."
     return ["## Memory by kind", "", note, "", markdown_table(rows), ""]
 
@@ -162,34 +162,35 @@ def _format_gib(value: Optional[float]) -> str:
 
 
 def profile_markdown(
-    found: ProfileSummary, kinds: Dict[str, float], estimate: MemoryEstimate, peak: Optional[float]
+    summary: ProfileSummary, kinds: Dict[str, float], estimate: MemoryEstimate, peak: Optional[float]
 ) -> str:
     """Format kernels.md.
 
     Args:
-        found: summary of the profiled steps.
+        summary: summary of the profiled steps.
         kinds: bytes of weights, gradients, optimizer, activations; empty: not measured.
         estimate: memory estimate made before the run.
         peak: highest memory in use on the device, bytes.
     """
-    share = found.busy / found.window if found.window else 0.0
-    who = "the device was busy" if found.kernels else "an operator was running (no separate device was seen)"
-    waits = sum(entry.calls for entry in found.waits)
+    share = summary.busy / summary.window if summary.window else 0.0
+    subject = "the device was busy" if summary.kernels else "an operator was running (no separate device was seen)"
+    waits = sum(entry.calls for entry in summary.waits)
     lines = [
-        f"# Profile of steps {found.first} to {found.last}",
+        f"# Profile of steps {summary.first} to {summary.last}",
         "",
         "The profiler adds overhead: shares are reliable, absolute times are longer than in a run without it.",
         "Times are self times, without callees. Open `trace.json` in chrome://tracing or ui.perfetto.dev.",
         "",
-        f"- {1000 * found.window / found.count:.2f} ms per step; {who} {share:.1%} of it, gaps are {1 - share:.1%}",
-        *([f"- {waits / found.count:g} host waits for the device per step"] if found.kernels else []),
+        f"- {1000 * summary.window / summary.count:.2f} ms per step; {subject} {share:.1%} of it, "
+        f"gaps are {1 - share:.1%}",
+        *([f"- {waits / summary.count:g} host waits for the device per step"] if summary.kernels else []),
         "",
-        *_profile_table("Operators on the host", found.operators, found.count),
+        *_profile_table("Operators on the host", summary.operators, summary.count),
     ]
-    if found.kernels:
-        lines += _profile_table("Kernels on the device", found.kernels, found.count)
-    if found.waits and found.kernels:
-        lines += _profile_table("Host waits (including callees)", found.waits, found.count)
+    if summary.kernels:
+        lines += _profile_table("Kernels on the device", summary.kernels, summary.count)
+    if summary.waits and summary.kernels:
+        lines += _profile_table("Host waits (including callees)", summary.waits, summary.count)
     return "\n".join([*lines, *_memory_table(kinds, estimate, peak)])
 
 
@@ -215,14 +216,14 @@ class ProfilerCallback(pl.Callback):
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"callbacks.profile.{name}={value}: must be an integer >= 1")
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its console output is for developers of profilers
-        self._from, self._count = from_step, steps
+        self._from_step, self._count = from_step, steps
         self._state = _DONE
         self._profiler: Any = None
         self._first = 0
-        self._found: Optional[ProfileSummary] = None
+        self._summary: Optional[ProfileSummary] = None
         self._hooks = ExitStack()
         self._storages: Dict[int, int] = {}
-        self._known: Set[int] = set()
+        self._known_storages: Set[int] = set()
         self._kinds: Dict[str, float] = {}
         self._folder = Path()
 
@@ -235,18 +236,18 @@ class ProfilerCallback(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Start the profiler, or the memory measurement."""
         step = pl_module.steps_done + 1
-        if self._state == _BETWEEN and self._found is None and step >= self._from:
+        if self._state == _BETWEEN and self._summary is None and step >= self._from_step:
             self._state, self._first = _PROFILING, step
             self._profiler = torch.profiler.profile(activities=torch.profiler.supported_activities())
             self._profiler.start()
-        elif self._state == _BETWEEN and self._found is not None:
+        elif self._state == _BETWEEN and self._summary is not None:
             self._state = _COUNTING
             known = [_storage_bytes(tensor) for tensor in pl_module.state_dict().values()]
             if None in known:
                 log.info("profile: memory by kind is not available: tensors of this device have no storage")
                 self._write(trainer)
                 return
-            self._known = {entry[0] for entry in known if entry is not None}
+            self._known_storages = {entry[0] for entry in known if entry is not None}
             self._hooks.enter_context(
                 torch.autograd.graph.saved_tensors_hooks(self._record_saved_tensor, lambda tensor: tensor)
             )
@@ -268,8 +269,8 @@ class ProfilerCallback(pl.Callback):
         if self._state == _COUNTING:
             updated = [p for group in optimizer.param_groups for p in group["params"]]
             weights = list(pl_module.parameters())
-            own = {id(parameter) for parameter in weights}
-            masters = [parameter for parameter in updated if id(parameter) not in own]
+            weight_ids = {id(parameter) for parameter in weights}
+            masters = [parameter for parameter in updated if id(parameter) not in weight_ids]
             self._kinds["weights"] = _total_bytes(weights)
             self._kinds["gradients"] = _total_bytes([p.grad for p in [*weights, *masters] if p.grad is not None])
             self._kinds["optimizer"] = _total_bytes(masters)
@@ -290,12 +291,12 @@ class ProfilerCallback(pl.Callback):
         """Write what was measured if the run ended early."""
         if self._state == _PROFILING:
             self._end_profile(pl_module.steps_done)
-        if self._state == _BETWEEN and self._found is not None:
+        if self._state == _BETWEEN and self._summary is not None:
             self._write(trainer)
         elif self._state == _BETWEEN:
             log.info(
                 f"callbacks=profile: no step was profiled: the run ended after step {pl_module.steps_done}, "
-                f"before callbacks.profile.from_step={self._from}"
+                f"before callbacks.profile.from_step={self._from_step}"
             )
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
@@ -312,7 +313,7 @@ class ProfilerCallback(pl.Callback):
         self._folder.mkdir(exist_ok=True)
         with atomic_write(self._folder / "trace.json") as temporary:
             self._profiler.export_chrome_trace(str(temporary))
-        self._found = ProfileSummary.of(self._profiler, self._first, step)
+        self._summary = ProfileSummary.of(self._profiler, self._first, step)
         self._profiler, self._state = None, _BETWEEN
 
     def _write(self, trainer: Any) -> None:
@@ -324,14 +325,14 @@ class ProfilerCallback(pl.Callback):
             recorder.runtime,
             base=recorder.memory_base,
         ).estimate
-        assert self._found is not None
-        text = profile_markdown(self._found, self._kinds, estimate, recorder.runtime.peak_memory(0))
+        assert self._summary is not None
+        text = profile_markdown(self._summary, self._kinds, estimate, recorder.runtime.peak_memory(0))
         write_text(self._folder / DOCUMENT, text)
-        log.info(f"profile of steps {self._found.first} to {self._found.last}: {self._folder}/{DOCUMENT}")
+        log.info(f"profile of steps {self._summary.first} to {self._summary.last}: {self._folder}/{DOCUMENT}")
 
     def _record_saved_tensor(self, tensor: Tensor) -> Tensor:
         known = _storage_bytes(tensor)
-        if known is not None and known[0] not in self._known:
+        if known is not None and known[0] not in self._known_storages:
             self._storages[known[0]] = known[1]
         return tensor
 

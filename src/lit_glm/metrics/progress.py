@@ -25,7 +25,7 @@ class ProgressCallback(pl.Callback):
             line_every_s: seconds between lines without a terminal.
         """
         self._terminal = sys.stdout.isatty()
-        self._every = every_s if self._terminal else line_every_s
+        self._interval_s = every_s if self._terminal else line_every_s
         self._next = 0.0
         self._bar: Optional[Any] = None
         self._task: Any = None
@@ -36,31 +36,31 @@ class ProgressCallback(pl.Callback):
         if not trainer.is_global_zero:
             return
         recorder = find_benchmark_callback(trainer)
-        account = recorder.run_metrics
-        self._accuracy = account.accuracy
+        run_metrics = recorder.run_metrics
+        self._accuracy = run_metrics.accuracy
         when = f"after step {pl_module.steps_done}" if pl_module.steps_done else "before training"
-        log.info(f"accuracy {when}: {_format_percent(account.accuracy)}")
+        log.info(f"accuracy {when}: {_format_percent(run_metrics.accuracy)}")
         if self._terminal:
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
             self._bar = Progress(BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
             self._bar.start()
-            self._task = self._bar.add_task("", total=account.total_steps(), completed=pl_module.steps_done)
-        self._next = time.monotonic() + self._every
+            self._task = self._bar.add_task("", total=run_metrics.total_steps(), completed=pl_module.steps_done)
+        self._next = time.monotonic() + self._interval_s
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Update the display if due."""
         if not trainer.is_global_zero:
             return
         recorder = find_benchmark_callback(trainer)
-        account, values = recorder.run_metrics, recorder.step_metrics
+        run_metrics, values = recorder.run_metrics, recorder.step_metrics
         assert values is not None
-        if time.monotonic() < self._next and account.accuracy == self._accuracy:
+        if time.monotonic() < self._next and run_metrics.accuracy == self._accuracy:
             return
-        self._next = time.monotonic() + self._every
-        self._accuracy = account.accuracy
+        self._next = time.monotonic() + self._interval_s
+        self._accuracy = run_metrics.accuracy
         step = pl_module.steps_done
-        text = _progress_line(account, step, values.loss)
+        text = _progress_line(run_metrics, step, values.loss)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
         else:
@@ -72,16 +72,16 @@ class ProgressCallback(pl.Callback):
             self._bar.stop()
 
 
-def _progress_line(account: RunMetrics, step: int, loss: float) -> str:
+def _progress_line(run_metrics: RunMetrics, step: int, loss: float) -> str:
     """Format position, speed and remaining time of a run."""
-    run, batch = account.config.run, account.config.global_batch
-    seconds, total = account.durations(), account.total_steps()
-    rate = account.samples_here(step) / seconds.no_eval if seconds.no_eval else 0.0
+    run, batch = run_metrics.config.run, run_metrics.config.global_batch
+    seconds, total = run_metrics.durations(), run_metrics.total_steps()
+    rate = run_metrics.samples_here(step) / seconds.no_eval if seconds.no_eval else 0.0
     parts = [
         f"step {step} of {total} ({step / total:.0%})",
-        f"{account.samples(step):,} samples",
+        f"{run_metrics.samples(step):,} samples",
         f"loss {loss:.4f}",
-        f"accuracy {_format_percent(account.accuracy)}",
+        f"accuracy {_format_percent(run_metrics.accuracy)}",
         f"{rate:.1f} samples/s",
     ]
     if rate and step < total:

@@ -60,10 +60,10 @@ class Metric:
 
     def value(self, result: Dict[str, Any]) -> Optional[float]:
         """Read the metric from a result; None if unknown or not a finite number."""
-        found: Any = result
+        entry: Any = result
         for key in (self.path or self.name).split("."):
-            found = found.get(key) if isinstance(found, dict) else None
-        return as_number(found)
+            entry = entry.get(key) if isinstance(entry, dict) else None
+        return as_number(entry)
 
     def sort_key(self, value: Optional[float]) -> Tuple[bool, float]:
         """Return a key that sorts values, best first and unknown ones last."""

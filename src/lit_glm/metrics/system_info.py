@@ -65,9 +65,9 @@ def describe_machine() -> str:
 
 def _container_image() -> Optional[str]:
     """Return the image in LIT_GLM_CONTAINER_IMAGE; without it, "" outside a container and None inside one."""
-    named = os.environ.get("LIT_GLM_CONTAINER_IMAGE")
-    if named:
-        return named
+    image = os.environ.get("LIT_GLM_CONTAINER_IMAGE")
+    if image:
+        return image
     marks = ("/.dockerenv", "/run/.containerenv", "/run/systemd/container", "/.singularity.d")
     inside = any(Path(mark).exists() for mark in marks) or "KUBERNETES_SERVICE_HOST" in os.environ
     inside = inside or any(word in read_system_file("/proc/1/cgroup") for word in ("docker", "kubepods", "containerd"))
@@ -125,10 +125,10 @@ def describe_system(config: TrainConfig, runtime: Runtime, command: List[str]) -
     }
 
 
-def _known_variables(own: Iterable[str]) -> List[str]:
-    """List variable names from this module and the hardware files, `own` those of the chosen file; no secrets."""
+def _known_variables(chosen: Iterable[str]) -> List[str]:
+    """List variable names from this module and the hardware files, `chosen` those of the chosen file; no secrets."""
     files = read_hardware_files(CONF_DIR / "hardware").values()
-    names = [*_VARIABLES, *(str(name) for content in files for name in content.get("env") or {}), *own]
+    names = [*_VARIABLES, *(str(name) for content in files for name in content.get("env") or {}), *chosen]
     return [name for name in dict.fromkeys(names) if not is_secret(name)]
 
 
@@ -156,8 +156,8 @@ class ContentionMonitor:
         self._runtime, self._devices = runtime, devices
         root = psutil.Process()
         self._root = root if devices == 1 else root.parent() or root
-        self._mark = (time.monotonic(), 0.0, 0.0)
-        self._said = False
+        self._last_sample = (time.monotonic(), 0.0, 0.0)
+        self._has_warned = False
         self._next = 0.0
         self.external_cpu_load: Optional[float] = None
         """Share of the machine's CPUs used by others during training, at the last sample; None: not yet known."""
@@ -166,7 +166,7 @@ class ContentionMonitor:
 
     def begin(self) -> None:
         """Start measuring, at the start of training."""
-        self._mark = (time.monotonic(), cpu_busy_seconds(), self._own())
+        self._last_sample = (time.monotonic(), cpu_busy_seconds(), self._tree_cpu_seconds())
         self._next = time.monotonic() + _EVERY_S
 
     def sample_if_due(self) -> Optional[str]:
@@ -176,25 +176,25 @@ class ContentionMonitor:
     def sample(self) -> Optional[str]:
         """Sample the load; return a warning, once, if it exceeds `CONTENTION_THRESHOLD` or devices are shared."""
         self._next = time.monotonic() + _EVERY_S
-        since, busy, own = self._mark
+        since, busy, own_before = self._last_sample
         elapsed = time.monotonic() - since
         if busy and elapsed >= _SHORT_S:
-            taken = (cpu_busy_seconds() - busy) - (self._own() - own)
+            taken = (cpu_busy_seconds() - busy) - (self._tree_cpu_seconds() - own_before)
             self.external_cpu_load = min(1.0, max(0.0, taken / (elapsed * (os.cpu_count() or 1))))
         for index in range(self._devices):
             num_processes = self._runtime.num_processes(index)
             if num_processes is not None:  # one of them is our rank, whose PID may differ in a container
                 self.external_device_processes = max(self.external_device_processes or 0, num_processes - 1)
-        much = self.external_cpu_load is not None and self.external_cpu_load > CONTENTION_THRESHOLD
-        if self._said or not (much or self.external_device_processes):
+        is_high = self.external_cpu_load is not None and self.external_cpu_load > CONTENTION_THRESHOLD
+        if self._has_warned or not (is_high or self.external_device_processes):
             return None
-        self._said = True
-        what = [f"other processes use {self.external_cpu_load:.0%} of the CPUs"] if much else []
+        self._has_warned = True
+        causes = [f"other processes use {self.external_cpu_load:.0%} of the CPUs"] if is_high else []
         if self.external_device_processes:
-            what.append(f"{self.external_device_processes} other processes are on the same device")
-        return f"contention: {', '.join(what)}; measurements are not comparable (rows are marked)"
+            causes.append(f"{self.external_device_processes} other processes are on the same device")
+        return f"contention: {', '.join(causes)}; measurements are not comparable (rows are marked)"
 
-    def _own(self) -> float:
+    def _tree_cpu_seconds(self) -> float:
         """Return the CPU seconds of this job's processes on the node so far."""
         total = 0.0
         for process in self._tree():

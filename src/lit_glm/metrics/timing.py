@@ -81,25 +81,25 @@ class PhaseTimer:
         """
         self._waited, self._now = waited, now
         self._seconds = PhaseDurations()
-        self._train_start = self._mark = self._ready = self._waited_before = 0.0
+        self._train_start = self._step_start = self._batch_ready = self._waited_before = 0.0
 
     def training_starts(self) -> None:
         """Mark the start of training, before the first batch is requested."""
-        self._train_start = self._mark = self._now()
+        self._train_start = self._step_start = self._now()
         self._waited_before = self._waited()
 
     def batch_ready(self) -> None:
         """Mark that the batch is on the device; the caller has synchronised."""
-        self._ready = self._now()
+        self._batch_ready = self._now()
 
     def step_computed(self) -> StepTimes:
         """Mark the end of a step and return its durations; the caller has synchronised."""
         now, waited = self._now(), self._waited()
-        times = StepTimes(waited - self._waited_before, now - self._ready, now - self._mark)
+        times = StepTimes(waited - self._waited_before, now - self._batch_ready, now - self._step_start)
         self._waited_before = waited
         self._seconds.pure_compute += times.compute
         self._seconds.no_eval += times.step
-        self._mark = now
+        self._step_start = now
         return times
 
     @contextmanager
@@ -107,7 +107,7 @@ class PhaseTimer:
         """Exclude an evaluation or a checkpoint from the step; it is part of raw_train only."""
         start = self._now()
         yield
-        self._mark += self._now() - start
+        self._step_start += self._now() - start
 
     def seconds(self) -> PhaseDurations:
         """Return the durations so far; raw_train up to now."""
@@ -137,8 +137,8 @@ def step_time_summary(seconds: Any) -> Optional[Dict[str, float]]:
     times = drop_warmup(seconds)
     if not len(times):
         return None
-    found: Dict[str, float] = {f"p{share}": float(np.percentile(times, share)) for share in PERCENTILES}
-    return {**found, "mean": float(times.mean()), "count": len(times)}
+    summary: Dict[str, float] = {f"p{share}": float(np.percentile(times, share)) for share in PERCENTILES}
+    return {**summary, "mean": float(times.mean()), "count": len(times)}
 
 
 def warmup_slowdown(compute: Any, flops: Any) -> Optional[Dict[str, float]]:
@@ -157,5 +157,5 @@ def warmup_slowdown(compute: Any, flops: Any) -> Optional[Dict[str, float]]:
     if len(seconds) != len(work) or len(seconds) - first < 4 or not (work > 0).all() or not (seconds > 0).all():
         return None
     later = float(np.median(seconds[first:] / work[first:]))
-    took = float(seconds[:first].sum())
-    return {"count": first, "seconds": took, "slowdown": took / float(work[:first].sum()) / later}
+    first_seconds = float(seconds[:first].sum())
+    return {"count": first, "seconds": first_seconds, "slowdown": first_seconds / float(work[:first].sum()) / later}

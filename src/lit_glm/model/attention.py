@@ -22,8 +22,8 @@ from lit_glm.model.runtime_ops import TORCH_OPS, RuntimeOps, zero_elements_
 class MatmulAttention(torch.autograd.Function):
     """Attention by matmuls and softmax; saves the probabilities and the zeros of dropout.
 
-    Where the runtime asks for it, a few sequences are computed at a time. Backward takes a row's sum of gradient x
-    probability from the output, which is shorter than the row (Dao et al. 2022, FlashAttention, appendix B.2), and
+    Where the runtime limits the scores, a few sequences are computed at a time. Backward takes a row's sum of gradient
+    x probability from the output, which is shorter than the row (Dao et al. 2022, FlashAttention, appendix B.2), and
     overwrites what it no longer needs. Factors are part of a product (`alpha`), which saves a kernel each.
     """
 
@@ -35,21 +35,21 @@ class MatmulAttention(torch.autograd.Function):
         N, H, queries, d = q.shape
         ctx.factor, ctx.scale, ctx.dropout = 1.0 / math.sqrt(d), 1.0, dropout
         ctx.sequences = max(1, ops.attention_scores // (H * queries * k.shape[2]))
-        q, k, v = (part.reshape(N * H, -1, d) for part in (q, k, v))
+        q, k, v = (tensor.reshape(N * H, -1, d) for tensor in (q, k, v))
         parts, kept = [], []
         for start in range(0, N, ctx.sequences):
-            some = slice(start * H, (start + ctx.sequences) * H)
-            scores = scaled_bmm(q[some], k[some].transpose(1, 2), ctx.factor)
+            part = slice(start * H, (start + ctx.sequences) * H)
+            scores = scaled_bmm(q[part], k[part].transpose(1, 2), ctx.factor)
             if forbidden is not None:
-                own = forbidden if len(forbidden) != N else forbidden[start : start + ctx.sequences]
-                scores.view(-1, H, queries, k.shape[1]).masked_fill_(own, torch.finfo(scores.dtype).min)
+                hidden = forbidden if len(forbidden) != N else forbidden[start : start + ctx.sequences]
+                scores.view(-1, H, queries, k.shape[1]).masked_fill_(hidden, torch.finfo(scores.dtype).min)
             probabilities = half_softmax(scores)
             kept.append(probabilities)
             if dropout:
                 zeros, ctx.scale = ops.sample_zeros(probabilities, dropout)
                 kept.append(zeros)
                 probabilities = _with_zeros(probabilities, zeros)
-            parts.append(scaled_bmm(probabilities, v[some], ctx.scale))
+            parts.append(scaled_bmm(probabilities, v[part], ctx.scale))
         out = parts[0] if len(parts) == 1 else torch.cat(parts)
         ctx.save_for_backward(q, k, v, out, *kept)
         return out.view(N, H, queries, d)
@@ -61,21 +61,21 @@ class MatmulAttention(torch.autograd.Function):
         N, H, queries, d = grads[0].shape
         grad = grads[0].reshape(N * H, queries, d)
         row_sum = (grad.float() * out.float()).sum(-1, keepdim=True).to(grad.dtype)
-        each = 2 if ctx.dropout else 1
+        saved_per_part = 2 if ctx.dropout else 1
         parts: List[List[Tensor]] = [[], [], []]
         for number, start in enumerate(range(0, N, ctx.sequences)):
-            some = slice(start * H, (start + ctx.sequences) * H)
-            probabilities, *zeros = kept[number * each : (number + 1) * each]
-            grad_scores, dropped = scaled_bmm(grad[some], v[some].transpose(1, 2), ctx.scale), probabilities
+            part = slice(start * H, (start + ctx.sequences) * H)
+            probabilities, *zeros = kept[number * saved_per_part : (number + 1) * saved_per_part]
+            grad_scores, dropped = scaled_bmm(grad[part], v[part].transpose(1, 2), ctx.scale), probabilities
             if zeros:
                 zero_elements_(grad_scores, *zeros)
                 dropped = _with_zeros(probabilities, *zeros)
-            parts[2].append(scaled_bmm(dropped.transpose(1, 2), grad[some], ctx.scale))
-            grad_scores.sub_(row_sum[some]).mul_(probabilities)
-            parts[0].append(scaled_bmm(grad_scores, k[some], ctx.factor))
-            parts[1].append(scaled_bmm(grad_scores.transpose(1, 2), q[some], ctx.factor))
-        joined = (own[0] if len(own) == 1 else torch.cat(own) for own in parts)
-        return (*(own.view(N, H, -1, d) for own in joined), None, None, None)
+            parts[2].append(scaled_bmm(dropped.transpose(1, 2), grad[part], ctx.scale))
+            grad_scores.sub_(row_sum[part]).mul_(probabilities)
+            parts[0].append(scaled_bmm(grad_scores, k[part], ctx.factor))
+            parts[1].append(scaled_bmm(grad_scores.transpose(1, 2), q[part], ctx.factor))
+        joined = (grad_parts[0] if len(grad_parts) == 1 else torch.cat(grad_parts) for grad_parts in parts)
+        return (*(grad_parts.view(N, H, -1, d) for grad_parts in joined), None, None, None)
 
 
 def _with_zeros(x: Tensor, zeros: Tensor) -> Tensor:
@@ -186,8 +186,8 @@ class PerGroupAttention:
             attend: attention of one group.
         """
         masks = []
-        for n, own in zip(context_lengths, row_candidate.split(candidate_rows)):
-            same_candidate = (own[:, None] == own) & _causal(len(own), own.device)  # [m, m]
+        for n, owner in zip(context_lengths, row_candidate.split(candidate_rows)):
+            same_candidate = (owner[:, None] == owner) & _causal(len(owner), owner.device)  # [m, m]
             masks.append(Mask(F.pad(same_candidate, (n, 0), value=True)))
         return cls(context_lengths, candidate_rows, masks, attend)
 

@@ -51,12 +51,12 @@ def load_checkpoint(glm: GLM, path: "str | Path") -> List[str]:
     return done
 
 
-def fit_to_model(weights: Dict[str, Tensor], own: Dict[str, Tensor], path: "str | Path") -> List[str]:
+def fit_to_model(weights: Dict[str, Tensor], expected: Dict[str, Tensor], path: "str | Path") -> List[str]:
     """Extend position tables that are too short, and check that all names and shapes are the model's.
 
     Args:
         weights: weights of a file; changed in place.
-        own: weights of the model, freshly initialised; on the device "meta" only shapes are compared.
+        expected: weights of the model, freshly initialised; on the device "meta" only shapes are compared.
         path: path of the file, for messages.
 
     Returns:
@@ -68,21 +68,21 @@ def fit_to_model(weights: Dict[str, Tensor], own: Dict[str, Tensor], path: "str 
     done = []
     if _BLOCK_POSITION in weights:
         for name in (_POSITION, _BLOCK_POSITION):
-            if name in weights and weights[name].dim() == 2 and len(weights[name]) < len(own[name]):
-                if weights[name].shape[1] != own[name].shape[1]:
+            if name in weights and weights[name].dim() == 2 and len(weights[name]) < len(expected[name]):
+                if weights[name].shape[1] != expected[name].shape[1]:
                     continue  # reported below, with all that does not fit
                 rows = len(weights[name])
-                extended = own[name].clone()
+                extended = expected[name].clone()
                 if not extended.is_meta:
                     extended[:rows] = weights[name].to(extended.dtype)
                 weights[name] = extended
                 done.append(f"{name}: {rows} rows from the file, {len(extended) - rows} freshly initialised")
-    wrong = [f"missing: {name} {list(own[name].shape)}" for name in own if name not in weights]
-    wrong += [f"unexpected: {name} {list(weights[name].shape)}" for name in weights if name not in own]
+    wrong = [f"missing: {name} {list(expected[name].shape)}" for name in expected if name not in weights]
+    wrong += [f"unexpected: {name} {list(weights[name].shape)}" for name in weights if name not in expected]
     wrong += [
-        f"{name}: the file has {list(weights[name].shape)}, the model {list(own[name].shape)}"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
+        f"{name}: the file has {list(weights[name].shape)}, the model {list(expected[name].shape)}"
+        for name in expected
+        if name in weights and weights[name].shape != expected[name].shape
     ]
     if wrong:
         shown = "\n  ".join(wrong[:12] + ([f"and {len(wrong) - 12} more"] if len(wrong) > 12 else []))
@@ -217,7 +217,7 @@ def _load_torch_file(path: Path) -> Any:
     """Load a torch file without executing any of it.
 
     Raises:
-        InputError: says what the file is instead, or what is wrong with it; never how to load it unsafely.
+        InputError: states what the file is instead, or what is wrong with it; never how to load it unsafely.
     """
     reason = describe_wrong_file(path)
     if reason is not None:
@@ -228,18 +228,18 @@ def _load_torch_file(path: Path) -> Any:
     try:
         return load_torch_file(path)
     except pickle.UnpicklingError as error:
-        found = re.search(r"(?:GLOBAL|global) `?([\w.]+)`?", str(error))
-        if found is None:
+        reference = re.search(r"(?:GLOBAL|global) `?([\w.]+)`?", str(error))
+        if reference is None:
             raise InputError(f"{path}: is not a torch file, or damaged; copy or download it again") from error
         raise InputError(
-            f"{path}: refused: it references {found.group(1)}; a checkpoint may contain only tensors and plain values; "
-            "nothing was executed"
+            f"{path}: refused: it references {reference.group(1)}; a checkpoint may contain only tensors and plain "
+            "values; nothing was executed"
         ) from error
     except Exception as error:  # a broken file fails in many ways inside torch
-        whole = "is not a torch file" if not zipfile.is_zipfile(path) else "is damaged"
+        state = "is not a torch file" if not zipfile.is_zipfile(path) else "is damaged"
         reason = first_line(error)
         reason = "not in its format" if "weights_only" in reason else reason  # torch suggests an unsafe load
-        raise InputError(f"{path}: {whole} or truncated ({reason})") from error
+        raise InputError(f"{path}: {state} or truncated ({reason})") from error
 
 
 def _merge_model_parallel(parts: List[Dict[str, Tensor]], path: Path) -> Dict[str, Tensor]:
@@ -276,8 +276,8 @@ def _import_safetensors(error_at: Optional[Path] = None) -> Any:
     try:
         import safetensors.torch
     except ImportError as error:
-        where = f"{error_at}: " if error_at else ""
-        raise InputError(f"{where}needs the package safetensors: pip install 'lit-glm[safetensors]'") from error
+        location = f"{error_at}: " if error_at else ""
+        raise InputError(f"{location}needs the package safetensors: pip install 'lit-glm[safetensors]'") from error
     return safetensors.torch
 
 

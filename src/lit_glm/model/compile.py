@@ -29,12 +29,12 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     made = torch.compile(function, dynamic=True, options={"fallback_random": True})
 
     def call(*arguments: Any) -> Tensor:
-        return made(*(_as_whole(part) if isinstance(part, Tensor) else part for part in arguments))
+        return made(*(_own_storage(part) if isinstance(part, Tensor) else part for part in arguments))
 
     return call
 
 
-def _as_whole(x: Tensor) -> Tensor:
+def _own_storage(x: Tensor) -> Tensor:
     """Copy a part of a larger tensor: its graph would depend on the size of the whole too."""
     return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
 
@@ -49,8 +49,8 @@ def check_compile_available(device: torch.device) -> None:
         version = torch.__version__
         raise InputError(f"model.compile=true: needs torch 2.5, this is torch {version}; use model.compile=false")
     try:
-        found = compiled(_probe)(torch.ones(4, device=device))
-        if not bool((found == 2.0).all()):
+        result = compiled(_probe)(torch.ones(4, device=device))
+        if not bool((result == 2.0).all()):
             raise RuntimeError("wrong result of a test function")
     except Exception as error:  # whatever a compiler or a vendor's backend raises
         raise InputError(
@@ -65,8 +65,8 @@ def _probe(x: Tensor) -> Tensor:
 
 def traceable(ops: RuntimeOps) -> RuntimeOps:
     """Replace what a compiler cannot look into, a runtime's own functions, by torch's."""
-    own = dropout if ops.sample_zeros is sample_zeros else _traceable_dropout(ops.sample_zeros)
-    return replace(ops, linear=F.linear, dropout=own)
+    traceable_dropout = dropout if ops.sample_zeros is sample_zeros else _traceable_dropout(ops.sample_zeros)
+    return replace(ops, linear=F.linear, dropout=traceable_dropout)
 
 
 @lru_cache(maxsize=None)

@@ -62,6 +62,6 @@ class _TargetLogProb(torch.autograd.Function):
         for start in range(0, len(logits), ctx.rows):
             rows = slice(start, start + ctx.rows)
             # d log p[t] / d logit[v] = (v == t) - p[v]
-            own = F.softmax(logits[rows], dim=1, dtype=torch.float32).mul_(-grad[rows])
-            logits[rows] = own.scatter_add_(1, targets[rows, None], grad[rows])
+            grad_logits = F.softmax(logits[rows], dim=1, dtype=torch.float32).mul_(-grad[rows])
+            logits[rows] = grad_logits.scatter_add_(1, targets[rows, None], grad[rows])
         return logits, None, None

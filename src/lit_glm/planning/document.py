@@ -47,17 +47,17 @@ def draw_scaling(curves: List[ScalingCurve], samples: str) -> Optional[str]:
             hours = [row.total_s * (row.config.topology.world_size / 3600.0) for row in curve.rows]
             _draw_band(right, devices, hours, colour)
             for kind, mark in _MARKS.items():
-                own = [(count, rate) for what, count, rate in curve.points if what == kind]
-                if own:
+                points = [(count, rate) for name, count, rate in curve.points if name == kind]
+                if points:
                     label = f"{curve.name}, {kind} run"
-                    left.plot(*zip(*own), mark, color=colour, markeredgecolor="black", label=label)
-        for axes, what in ((left, METRICS["p_core"].axis_label()), (right, f"device-hours to {samples}")):
+                    left.plot(*zip(*points), mark, color=colour, markeredgecolor="black", label=label)
+        for axes, axis_label in ((left, METRICS["p_core"].axis_label()), (right, f"device-hours to {samples}")):
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
             use_plain_numbers(axes.xaxis)
             use_plain_numbers(axes.yaxis)
             axes.set_xlabel("devices")
-            axes.set_ylabel(what)
+            axes.set_ylabel(axis_label)
         canvas.suptitle("Predicted range by number of devices")
         canvas.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
         out = io.StringIO()
@@ -99,9 +99,9 @@ def format_duration(span: Interval) -> str:
 def prediction_table(predictions: List[Prediction], basis: Dict[str, int]) -> str:
     """Format the predictions as a table, with their evidence by number."""
     rows = [list(_HEAD)]
-    for one in predictions:
-        config = one.config
-        memory = one.memory_gib.text()
+    for prediction in predictions:
+        config = prediction.config
+        memory = prediction.memory_gib.text()
         device_memory_gib = config.hardware.memory_gib
         rows.append(
             [
@@ -110,13 +110,13 @@ def prediction_table(predictions: List[Prediction], basis: Dict[str, int]) -> st
                 config.scoring.name,
                 str(config.bs),
                 memory if device_memory_gib is None else f"{memory} of {device_memory_gib:g}",
-                _FITS[one.fits],
-                one.step_s.text(),
-                one.p_core.text(),
-                f"{one.samples:,}",
-                format_duration(one.total_s),
-                "" if one.energy_j is None else (one.energy_j * 1e-6).text(),
-                f"[{basis[one.evidence]}]",
+                _FITS[prediction.fits],
+                prediction.step_s.text(),
+                prediction.p_core.text(),
+                f"{prediction.samples:,}",
+                format_duration(prediction.total_s),
+                "" if prediction.energy_j is None else (prediction.energy_j * 1e-6).text(),
+                f"[{basis[prediction.evidence]}]",
             ]
         )
     return markdown_table(rows)
@@ -150,14 +150,14 @@ def write_plan(
     """
     _check_not_foreign(folder)
     basis: Dict[str, int] = {}
-    for one in predictions:
-        basis.setdefault(one.evidence, len(basis) + 1)
+    for prediction in predictions:
+        basis.setdefault(prediction.evidence, len(basis) + 1)
     lines = ["PREDICTED, not measured: every number is an interval.", "", prediction_table(predictions, basis), ""]
     lines += [f"time and energy are for {samples[1]}"]
     lines += [f"[{number}] {text}" for text, number in basis.items()]
     lines += [f"left out: {text}" for text in left_out]
     make_folder(folder)
-    write_text(folder / "plan.json", json.dumps([one.row() for one in predictions], indent=1))
+    write_text(folder / "plan.json", json.dumps([prediction.row() for prediction in predictions], indent=1))
     chips = {config.hardware.name: config for config in reversed(configs)}
     curves = [
         curve
@@ -175,14 +175,14 @@ def write_plan(
 
 
 def _check_not_foreign(folder: Path) -> None:
-    there = [name for name in ("plan.json", "plan.md", "plan.svg") if (folder / name).exists()]
+    existing = [name for name in ("plan.json", "plan.md", "plan.svg") if (folder / name).exists()]
     try:
         earlier: Any = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
         is_ours = isinstance(earlier, list) and all(row["predicted"] for row in earlier)
     except (OSError, ValueError, TypeError, KeyError):
         is_ours = False
-    if there and not is_ours:
-        raise InputError(f"{folder}: contains {', '.join(there)}, not written by plan; give another hydra.run.dir=")
+    if existing and not is_ours:
+        raise InputError(f"{folder}: contains {', '.join(existing)}, not written by plan; give another hydra.run.dir=")
 
 
 def even_topology(devices: int, most_per_node: int) -> TopologyConfig:
@@ -201,7 +201,7 @@ def _scaling_curve(
     own_scoring = config.scoring.name == scoring
     scorings = config.scoring if own_scoring else ScoringConfig(scoring, scoring == "published", scoring != "published")
     for cards in config.plan.device_counts:
-        own = replace(
+        row_config = replace(
             config,
             run=replace(config.run, max_samples=samples, max_steps=None),
             topology=even_topology(cards, per_node),
@@ -214,10 +214,10 @@ def _scaling_curve(
             ),
             data=replace(config.data, balance_ranks=scorings.balance_ranks),
         )
-        train, held, data = load_examples(own)
-        work = Workload(own, train, held)
-        if work.enough:
-            rows.append(predict(own, rank_speed(own, measured, published, work), work, data, samples))
+        train, held, data = load_examples(row_config)
+        work = Workload(row_config, train, held)
+        if work.has_enough_examples:
+            rows.append(predict(row_config, rank_speed(row_config, measured, published, work), work, data, samples))
     if not rows:
         return None
     points = []

@@ -175,18 +175,18 @@ class MeasuredRun:
             off = compute - flops * (compute.sum() / flops.sum())
             kept = np.abs(off - np.median(off)) <= 4.0 * np.median(np.abs(off - np.median(off))) + 1e-9
             flops, compute = flops[kept], compute[kept]
-        whole = LinearCostModel(0.0, float(flops.sum() / compute.sum()))
+        proportional = LinearCostModel(0.0, float(flops.sum() / compute.sum()))
         unit = float(flops.mean())  # so that both columns are of one magnitude
         design = np.stack([np.ones(len(flops)), flops / unit], axis=1)
         overhead, at_mean = np.linalg.lstsq(design, compute, rcond=None)[0]
         if float(flops.std()) < _LEAST_SPREAD * unit or at_mean <= 0.25 * float(compute.mean()):
             # The FLOPs vary too little, or explain too little of the time: the rate may be anything up to the peak.
             peak = self.config.hardware.peak_tflops.get(peak_key(self.config, has_tf32=True))
-            fastest = 20.0 * whole.rate if peak is None else max(whole.rate, peak * 1e12)
-            return [everything, whole, LinearCostModel(float(compute.mean()) - unit / fastest, fastest)]
+            fastest = 20.0 * proportional.rate if peak is None else max(proportional.rate, peak * 1e12)
+            return [everything, proportional, LinearCostModel(float(compute.mean()) - unit / fastest, fastest)]
         if overhead <= 1e-6 * float(compute.mean()):
-            return [everything, whole]
-        return [everything, whole, LinearCostModel(float(overhead), unit / float(at_mean))]
+            return [everything, proportional]
+        return [everything, proportional, LinearCostModel(float(overhead), unit / float(at_mean))]
 
 
 def saves_attention_probs(config: TrainConfig) -> bool:
@@ -204,8 +204,8 @@ def ignored_runs(runs: List[MeasuredRun], configs: List[Any]) -> List[str]:
     messages = [f"{run.path}: ignored: simulated, profiled or computed on the CPU" for run in runs if not run.plain]
     for run in runs:
         if run.plain and not any(same_chip(run.config, config) for config in configs):
-            what = f"{run.config.hardware.name} in {run.config.precision.name}"
-            messages.append(f"{run.path}: ignored: measured on {what}{' (TF32)' * run.config.precision.tf32}")
+            setting = f"{run.config.hardware.name} in {run.config.precision.name}"
+            messages.append(f"{run.path}: ignored: measured on {setting}{' (TF32)' * run.config.precision.tf32}")
     return messages
 
 
@@ -213,9 +213,9 @@ def rank_speed(
     config: TrainConfig, runs: List[MeasuredRun], published: List[Dict[str, Any]], work: Workload
 ) -> RankSpeed:
     """Build the cost model of a rank for a configuration."""
-    own = [run for run in runs if run.plain and same_chip(run.config, config)]
-    if own:
-        return _speed_from_runs(config, own)
+    matching = [run for run in runs if run.plain and same_chip(run.config, config)]
+    if matching:
+        return _speed_from_runs(config, matching)
     peak = config.hardware.peak_tflops.get(peak_key(config, has_tf32=True))
     rows = [row for row in published if _is_published_row_of(row, config) and row.get("p_core")]
     power = None if config.hardware.power_w is None else Interval(0.4, 1.0) * config.hardware.power_w
@@ -255,19 +255,19 @@ def rank_speed(
 
 def _speed_from_runs(config: TrainConfig, runs: List[MeasuredRun]) -> RankSpeed:
     alike = [run for run in runs if run.config.scoring.name == config.scoring.name]
-    # A run of the same topology knows best what its ranks do to each other.
+    # A run of the same topology shows best how its ranks slow each other down.
     chosen = [run for run in alike if run.config.topology == config.topology] or alike or runs
     share = config.topology.devices_per_node if config.hardware.accelerator == "cpu" else 1  # ranks share the cores
     factors = (1.0,) if alike else (_OTHER_SCORING.low, _OTHER_SCORING.high)
     lines = []
     for run in chosen:
-        own = run.config.topology.devices_per_node if config.hardware.accelerator == "cpu" else 1
+        run_share = run.config.topology.devices_per_node if config.hardware.accelerator == "cpu" else 1
         # The overhead of a step scales with the parameters (update) or with the layers (calls).
         scales = (
             count_parameters(config.model) / count_parameters(run.config.model),
             (config.model.num_layers + 1) / (run.config.model.num_layers + 1),
         )
-        factor = share / own * _recomputation(config) / _recomputation(run.config)
+        factor = share / run_share * _recomputation(config) / _recomputation(run.config)
         for line in run.lines():
             overheads = {line.overhead * factor * scale for scale in scales}
             lines += [LinearCostModel(overhead, line.rate / factor * f) for overhead in overheads for f in factors]
@@ -293,7 +293,7 @@ def _speed_from_runs(config: TrainConfig, runs: List[MeasuredRun]) -> RankSpeed:
         basis,
         hull(power).widened(_DAY_TO_DAY) if power else None,
         hull(bases).widened(_DAY_TO_DAY) if bases else unknown,
-        Interval(min(one.low for one in exchanges), min(one.high for one in exchanges)),
+        Interval(min(exchange.low for exchange in exchanges), min(exchange.high for exchange in exchanges)),
     )
 
 
@@ -396,8 +396,8 @@ def predict(config: TrainConfig, speed: RankSpeed, work: Workload, data: str, sa
     exchange = all_reduce_time(config)
     # At best it overlaps with the backward pass, at worst it follows it.
     more = Interval(max(0.0, exchange.low - speed.exchange.low), max(0.0, exchange.high - speed.exchange.high))
-    seen = Interval(max(0.0, more.low - _HIDDEN * computing.low), more.high)
-    compute = computing + seen
+    exposed = Interval(max(0.0, more.low - _HIDDEN * computing.low), more.high)
+    compute = computing + exposed
     step = Interval(compute.low * (1.0 + speed.waiting.low), compute.high * (1.0 + speed.waiting.high))
     steps = work.steps()
     evaluations = speed.seconds(work.evaluation / ranks) * work.evaluations(steps)

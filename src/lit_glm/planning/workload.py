@@ -90,8 +90,8 @@ class Workload:
         self.ranks = config.topology.world_size
         self.counter = FlopCounter(config, train, self.sampler)
         self.lengths = SequenceLengths.from_dataset(train)
-        self.enough = len(train) >= config.global_batch
-        self.slowest, self.mean = self._average_flops() if self.enough else (0.0, 0.0)
+        self.has_enough_examples = len(train) >= config.global_batch
+        self.slowest, self.mean = self._average_flops() if self.has_enough_examples else (0.0, 0.0)
         self.evaluation = 0.0 if held is None else self._evaluation(held)
         """FLOPs of one evaluation, all ranks together."""
 

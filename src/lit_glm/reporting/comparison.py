@@ -58,8 +58,8 @@ def _metrics_table(one: ReportRun, other: ReportRun) -> ReportTable:
             continue
         ratio = f"{b / a:.3f}" if a and b is not None else ""
         lines.append([key, "" if a is None else f"{a:.6g}", "" if b is None else f"{b:.6g}", ratio])
-    named = ("status", "scoring", "simulated", "hardware", "topology", "precision")
-    lines += [[key, _to_text(one.result.get(key)), _to_text(other.result.get(key)), ""] for key in named]
+    settings = ("status", "scoring", "simulated", "hardware", "topology", "precision")
+    lines += [[key, _to_text(one.result.get(key)), _to_text(other.result.get(key)), ""] for key in settings]
     return ReportTable(["metric", "A", "B", "B / A"], lines)
 
 
@@ -67,14 +67,14 @@ def _common_losses(one: ReportRun, other: ReportRun) -> List[Tuple[int, float, f
     """Return (step, loss of A, loss of B) of all common steps."""
 
     def losses(run: ReportRun) -> "dict[int, float]":
-        found = {}
+        loss_of_step = {}
         for row in run.table("steps.csv"):
             try:
                 step, loss = int(row["step"]), float(row["loss"] or "nan")  # a skipped step may have none
             except (KeyError, ValueError):
                 continue
-            found[step] = loss
-        return found
+            loss_of_step[step] = loss
+        return loss_of_step
 
     left, right = losses(one), losses(other)
     return [(step, left[step], right[step]) for step in sorted({*left} & {*right})]

@@ -63,15 +63,15 @@ def distinct_texts(values: List[Any]) -> List[str]:
     return list(dict.fromkeys(str(value) for value in values if value not in (None, "")))
 
 
-def metric_definitions(name: str, found: List[ReportRow], words: Translations) -> ReportTable:
+def metric_definitions(name: str, rows: List[ReportRow], words: Translations) -> ReportTable:
     """Build the table of column definitions and changed settings for the rows of one device type."""
-    runs = [run for row in found for run in row.runs]
+    runs = [run for row in rows for run in row.runs]
 
     def setting_values(key: str, otherwise: str) -> str:
         return ", ".join(distinct_texts([run.settings.get(key) for run in runs])) or otherwise
 
     cards = distinct_texts([run.environment.get("device_name") for run in runs])
-    precisions = ", ".join(distinct_texts([row["precision"] for row in found]))
+    precisions = ", ".join(distinct_texts([row["precision"] for row in rows]))
     data = {"record": "ReCoRD", "synthetic": "synthetic"}
     sets = ", ".join(data.get(text, text) for text in distinct_texts([run.settings.get("data.name") for run in runs]))
     lines = [
@@ -85,7 +85,7 @@ def metric_definitions(name: str, found: List[ReportRow], words: Translations) -
     language = words.language
     # As published: memory comes first, unlike in the table of rows.
     ordered = sorted(TABLE_METRICS, key=lambda metric: metric.column != "mem")
-    figures = [[one.label(language), words("see", one.column), one.remark(language)] for one in ordered]
+    figures = [[column.label(language), words("see", column.column), column.remark(language)] for column in ordered]
     changes = [words("changes"), "; ".join(_changed_settings(runs)) or words("none"), words("changes_remark")]
     columns = [words("name"), words("value"), words("remark")]
     shown = [[words(key), value, remark] for key, value, remark in lines]

@@ -81,32 +81,32 @@ def make_document(
         words: texts in the report's language.
         sort: metric to sort rows by, best first; None: by device type and topology.
     """
-    found = group_into_rows(runs)
+    rows = group_into_rows(runs)
     if sort is not None:
-        found.sort(key=lambda row: METRICS[sort].sort_key(row.median(sort)))
-    found.sort(key=lambda row: not row.runs[0].is_measurement)
-    hardware = list(dict.fromkeys(str(row["hardware"]) for row in found))
+        rows.sort(key=lambda row: METRICS[sort].sort_key(row.median(sort)))
+    rows.sort(key=lambda row: not row.runs[0].is_measurement)
+    hardware = list(dict.fromkeys(str(row["hardware"]) for row in rows))
     environments = [
         _describe_environment(name, [run for run in runs if run.result["hardware"] == name], given, words)
         for name in hardware
     ]
-    published, ratios = published_tables(found, words)
+    published, ratios = published_tables(rows, words)
     count = sum(line["hardware"] in hardware for line in load_published_rows())
     own_rows = published.rows[:count]  # rows of the document's device types come first
     return Document(
         words=words,
         environments=environments,
         general=[
-            metric_definitions(name, [row for row in found if row["hardware"] == name], words) for name in hardware
+            metric_definitions(name, [row for row in rows if row["hardware"] == name], words) for name in hardware
         ],
-        performance=_performance_tables(found, words),
+        performance=_performance_tables(rows, words),
         published=ReportTable(published.columns, own_rows, published.notes if own_rows else []),
         other_chips=ReportTable(published.columns, published.rows[count:], [] if own_rows else published.notes),
         ratios=ratios,
-        missing=_list_missing(found, environments, words),
+        missing=_list_missing(rows, environments, words),
         left_out=left_out,
-        source_runs=_source_runs_table(found, words),
-        rows=found,
+        source_runs=_source_runs_table(rows, words),
+        rows=rows,
     )
 
 
@@ -150,17 +150,17 @@ def _describe_environment(name: str, runs: List[ReportRun], given: Dict[str, str
 # -- figures -------------------------------------------------------------------------------------------------------
 
 
-def _performance_tables(found: List[ReportRow], words: Translations) -> List[ReportTable]:
-    others = [row for row in found if not row.runs[0].is_measurement]
-    found = [row for row in found if row.runs[0].is_measurement]
+def _performance_tables(rows: List[ReportRow], words: Translations) -> List[ReportTable]:
+    other_rows = [row for row in rows if not row.runs[0].is_measurement]
+    rows = [row for row in rows if row.runs[0].is_measurement]
     tables = []
-    scorings = [name for name in _SCORINGS if any(row["scoring"] == name for row in found)]
-    scorings += sorted({str(row["scoring"]) for row in found} - set(_SCORINGS))
+    scorings = [name for name in _SCORINGS if any(row["scoring"] == name for row in rows)]
+    scorings += sorted({str(row["scoring"]) for row in rows} - set(_SCORINGS))
     for scoring in scorings:
-        own = [row for row in found if str(row["scoring"]) == scoring]
+        rows_of_scoring = [row for row in rows if str(row["scoring"]) == scoring]
         heading = words(f"scoring_{scoring}") if scoring in _SCORINGS else f"scoring={scoring}"
-        tables.append(_rows_table(own, heading, words))
-    return [*tables, *([_rows_table(others, words("other_runs"), words)] if others else [])]
+        tables.append(_rows_table(rows_of_scoring, heading, words))
+    return [*tables, *([_rows_table(other_rows, words("other_runs"), words)] if other_rows else [])]
 
 
 def _rows_table(rows: List[ReportRow], heading: str, words: Translations) -> ReportTable:
@@ -182,8 +182,8 @@ def _rows_table(rows: List[ReportRow], heading: str, words: Translations) -> Rep
     )
 
 
-def _source_runs_table(found: List[ReportRow], words: Translations) -> ReportTable:
-    known = any(run.number("energy_j") is not None for row in found for run in row.runs)
+def _source_runs_table(rows: List[ReportRow], words: Translations) -> ReportTable:
+    known = any(run.number("energy_j") is not None for row in rows for run in row.runs)
     lines = [
         [
             unique_row_label(row, words),
@@ -194,7 +194,7 @@ def _source_runs_table(found: List[ReportRow], words: Translations) -> ReportTab
             *_energy_cells(run, known),
             str(run.path),
         ]
-        for row in found
+        for row in rows
         for run in row.runs
     ]
     return ReportTable(
@@ -215,30 +215,30 @@ def _energy_cells(run: ReportRun, known: bool) -> List[str]:
 # -- what is missing -------------------------------------------------------------------------------------------------
 
 
-def _list_missing(found: List[ReportRow], environments: List[Environment], words: Translations) -> List[str]:
+def _list_missing(rows: List[ReportRow], environments: List[Environment], words: Translations) -> List[str]:
     lines: List[str] = []
     notes: List[Note] = []
     for environment in environments:
-        own = [row for row in found if row["hardware"] == environment.name]
-        real = [row for row in own if not row["simulated"]]
+        rows_of_hardware = [row for row in rows if row["hardware"] == environment.name]
+        real = [row for row in rows_of_hardware if not row["simulated"]]
         if not real:
             lines.append(words("missing_simulated", environment.name))
-        for scoring in dict.fromkeys(str(row["scoring"]) for row in own):
-            there = {str(row["topology"]) for row in real if row.runs[0].complete and str(row["scoring"]) == scoring}
+        for scoring in dict.fromkeys(str(row["scoring"]) for row in rows_of_hardware):
+            measured = {str(row["topology"]) for row in real if row.runs[0].complete and str(row["scoring"]) == scoring}
             lines += [
                 words("missing_topology", environment.name, topology, scoring)
                 for topology in TOPOLOGIES
-                if topology not in there
+                if topology not in measured
             ]
-        for run in (run for row in own for run in row.runs if not run.environment):
+        for run in (run for row in rows_of_hardware for run in row.runs if not run.environment):
             lines.append(words("missing_environment_file", environment.name, run.path))
         for entry in (*environment.hardware, *environment.software):
-            alone = entry.key == "network" and all(row.nodes[0] <= 1 for row in own)
+            alone = entry.key == "network" and all(row.nodes[0] <= 1 for row in rows_of_hardware)
             if entry.text or alone:
                 continue
             key = "missing_environment" if entry.key in _OVERRIDABLE else "missing_environment_plain"
             lines.append(words(key, environment.name, entry.label, entry.key))
-    for row in found:
+    for row in rows:
         empty = [column for column in PUBLISHED_COLUMNS[1:] if not format_cell(row, column)]
         if empty:
             notes.append(Note("missing_cell", unique_row_label(row, words), (", ".join(empty),)))
@@ -273,10 +273,10 @@ class SummaryTile:
     """Command, commit and machine."""
 
 
-def make_tiles(found: List[ReportRow], words: Translations) -> List[SummaryTile]:
+def make_tiles(rows: List[ReportRow], words: Translations) -> List[SummaryTile]:
     """Create one tile per row, in their order."""
     published = load_published_rows()
-    return [_make_tile(row, published, words) for row in found]
+    return [_make_tile(row, published, words) for row in rows]
 
 
 def _make_tile(row: ReportRow, published: List[Dict[str, Any]], words: Translations) -> SummaryTile:
@@ -332,10 +332,10 @@ def run_command_line(run: ReportRun) -> str:
 def _own_overrides(run: ReportRun) -> List[str]:
     """Return the overrides of a sweep's combination, as Hydra records them in the run folder."""
     try:
-        found: Any = yaml.safe_load((run.path / ".hydra" / "overrides.yaml").read_text(encoding="utf-8"))
+        overrides: Any = yaml.safe_load((run.path / ".hydra" / "overrides.yaml").read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
         return []
-    return [str(override) for override in found] if isinstance(found, list) else []
+    return [str(override) for override in overrides] if isinstance(overrides, list) else []
 
 
 def _with_unit(row: ReportRow, name: str) -> str:
@@ -350,6 +350,6 @@ def _format_energy(row: ReportRow) -> str:
 
 def _published_ratio(row: ReportRow, published: List[Dict[str, Any]], words: Translations) -> str:
     """Return p_core relative to the comparable published row; "" without one."""
-    own, (lines, _) = row.median("p_core"), matching_rows(row, published, words)
+    p_core, (lines, _) = row.median("p_core"), matching_rows(row, published, words)
     same = next((line for line in lines if line.get("p_core")), None)
-    return "" if own is None or same is None else f"{own / same['p_core']:.2f}x ({same['fix_hp']})"
+    return "" if p_core is None or same is None else f"{p_core / same['p_core']:.2f}x ({same['fix_hp']})"

@@ -262,7 +262,7 @@ def _escape_legend_name(name: str) -> str:
 def _plot_loss(shown: Sequence[Series], words: Translations) -> Panels:
     tables = [(name, _numeric_columns(run.table("steps.csv"), "step", "loss", "lr")) for name, run in shown]
     tables = [(name, columns) for name, columns in tables if len(columns[0])]
-    panels, axes = _make_panels(2 if _differ([rate for _, (_, _, rate) in tables]) else 1)
+    panels, axes = _make_panels(2 if _spread_widely([rate for _, (_, _, rate) in tables]) else 1)
     for name, (steps, loss, rate) in tables:
         smooth = _moving_average(loss, max(1, len(loss) // _SMOOTHED))
         (line,) = axes[0].plot(*_downsample(steps, smooth), lw=1.4, label=_escape_legend_name(name))
@@ -275,7 +275,7 @@ def _plot_loss(shown: Sequence[Series], words: Translations) -> Panels:
     return panels if tables else None
 
 
-def _differ(rates: List[Any]) -> bool:
+def _spread_widely(rates: List[Any]) -> bool:
     """Return whether learning rates differ by more than 2 % of the highest; skipped steps delay them a little."""
     common = min(map(len, rates), default=0)
     known = [np.nan_to_num(rate[:common]) for rate in rates]
@@ -292,10 +292,10 @@ def _plot_accuracy(shown: Sequence[Series], words: Translations) -> Panels:
             continue
         left.plot(samples, 100 * accuracy, marker="o", ms=3, lw=1.2, label=_escape_legend_name(name))
         done, seconds = _numeric_columns(run.table("steps.csv"), "step", "step_s")
-        (took,) = _numeric_columns(run.table("evals.csv"), "step", "seconds")[1:]
-        if len(done) and len(took) == len(step):
+        (eval_seconds,) = _numeric_columns(run.table("evals.csv"), "step", "seconds")[1:]
+        if len(done) and len(eval_seconds) == len(step):
             clock = np.concatenate([[0.0], np.cumsum(seconds)])[np.searchsorted(done, step, side="right")]
-            before = np.cumsum(np.where(step > 0, took, 0.0))  # an evaluation's point stands at its end
+            before = np.cumsum(np.where(step > 0, eval_seconds, 0.0))  # an evaluation's point stands at its end
             start = run.number("init_time") or 0.0
             times = _scale_time(start + clock + before, longest, right, words)
             right.plot(times, 100 * accuracy, marker="o", ms=3, lw=1.2)
@@ -331,9 +331,9 @@ def _plot_throughput(shown: Sequence[Series], words: Translations) -> Panels:
         text = words.with_note(name, words("slowness", f"{p50:.4g}", f"{p90:.4g}", f"{p99:.4g}"))
         parts = [part for part in np.array_split(np.arange(first, len(steps)), _SMOOTHED) if len(part)]
         low, middle, high = (np.array([np.percentile(rate[part], share) for part in parts]) for share in (10, 50, 90))
-        where = np.array([steps[part].mean() for part in parts])
-        (line,) = axes.plot(where, middle, lw=1.4, label=_escape_legend_name(text))
-        axes.fill_between(where, low, high, color=line.get_color(), alpha=0.18, lw=0)
+        centres = np.array([steps[part].mean() for part in parts])
+        (line,) = axes.plot(centres, middle, lw=1.4, label=_escape_legend_name(text))
+        axes.fill_between(centres, low, high, color=line.get_color(), alpha=0.18, lw=0)
         axes.plot(steps[:first], rate[:first], ".", ms=3, color="0.6")
         lines += 1
     axes.set(xlabel=words("step"), ylabel=words("rate"))
@@ -392,8 +392,10 @@ def plot_trials(rates: Dict[int, List[float]], too_large: Iterable[int], title: 
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "lit_glm"}):
         canvas = Canvas(figsize=(6.0, 3.4))
         axes = canvas.subplots()
-        axes.plot(*zip(*((bs, rate) for bs, own in rates.items() for rate in own)), "o", alpha=0.6, label="trials")
-        axes.plot(list(rates), [np.median(own) for own in rates.values()], linewidth=1, label="median")
+        axes.plot(
+            *zip(*((bs, rate) for bs, samples in rates.items() for rate in samples)), "o", alpha=0.6, label="trials"
+        )
+        axes.plot(list(rates), [np.median(samples) for samples in rates.values()], linewidth=1, label="median")
         for bs in too_large:
             axes.axvline(bs, color="tab:red", linestyle=":", linewidth=1)
         axes.set_xscale("log", base=2)
@@ -431,9 +433,9 @@ def _plot_grid(rows: List[ReportRow], words: Translations) -> Panels:
     for place, metric, title in zip(axes, (METRICS["p_core"], METRICS["acc"]), titles):
         values = np.full((len(sizes), len(rates)), np.nan)
         for row in group:
-            found = row.median(metric.name)
-            if found is not None:
-                values[sizes.index(row["bs"]), rates.index(row["lr"])] = found
+            median = row.median(metric.name)
+            if median is not None:
+                values[sizes.index(row["bs"]), rates.index(row["lr"])] = median
         place.imshow(values, cmap=_PALE, aspect="auto")
         for (y, x), value in np.ndenumerate(values):
             place.text(x, y, metric.form(value) if np.isfinite(value) else "–", ha="center", va="center")

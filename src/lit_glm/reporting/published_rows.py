@@ -32,11 +32,11 @@ def load_published_run_length() -> Tuple[int, str]:
     return int(content["run_length"]["samples"]), str(content["run_length"]["of"])
 
 
-def published_tables(found: List[ReportRow], words: Translations) -> Tuple[ReportTable, ReportTable]:
+def published_tables(rows: List[ReportRow], words: Translations) -> Tuple[ReportTable, ReportTable]:
     """Build the table of published rows, those of the report's hardware first, and the table of ratios."""
     published = load_published_rows()
-    own = {str(row["hardware"]) for row in found}
-    published.sort(key=lambda line: line["hardware"] not in own)
+    measured_hardware = {str(row["hardware"]) for row in rows}
+    published.sort(key=lambda line: line["hardware"] not in measured_hardware)
     wrapped = [
         ReportRow([ReportRun(CONF_DIR, line, settings={"hardware.product_name": line["hardware"].upper()})])
         for line in published
@@ -57,7 +57,7 @@ def published_tables(found: List[ReportRow], words: Translations) -> Tuple[Repor
     ratios: List[List[str]] = []
     notes: List[Note] = []
     published_target = published_settings().get("run.target_accuracy")
-    for row in found:
+    for row in rows:
         matches, note = matching_rows(row, published, words)
         if note:
             notes.append(note)
@@ -110,7 +110,7 @@ def matching_rows(
         ("no_ratio_precision", ("precision", "tf32")),
     ):
         # Results of earlier versions lack `tf32`.
-        left = [line for line in left if all(line[one] == (row[one] or False) for one in columns)]
+        left = [line for line in left if all(line[column] == (row[column] or False) for column in columns)]
         if not left:
             return [], Note(key, name)
     if row["scoring"] != left[0]["scoring"]:

@@ -57,8 +57,8 @@ def row_annotations(row: ReportRow, words: Translations) -> List[str]:
     repeated = sum(int(run.number("repeated_steps") or 0) for run in row.runs)
     if repeated:
         notes.append(words("repeated", repeated))
-    much = [run.result for run in row.runs if has_many_skipped_steps(run.result)]
-    notes += [words("skipped", result["skipped_steps"], result["global_steps"]) for result in much]
+    results = [run.result for run in row.runs if has_many_skipped_steps(run.result)]
+    notes += [words("skipped", result["skipped_steps"], result["global_steps"]) for result in results]
     load = max(contending_cpu_load(run.result) for run in row.runs)
     notes += [words("not_alone", f"{100 * load:.0f} %")] if load else []
     notes += [words("devices_shared")] if any(has_shared_devices(run.result) for run in row.runs) else []
@@ -116,19 +116,21 @@ def _latest_verification(row: ReportRow) -> Optional[Dict[str, Any]]:
 
 
 def _verification_note(row: ReportRow, name: str) -> Note:
-    found, precision = _latest_verification(row), str(row["precision"])
-    if found is None:
+    verification, precision = _latest_verification(row), str(row["precision"])
+    if verification is None:
         return Note("unverified", f"{name} {precision}")
-    key = "verified" if found["passed"] else "verify_failed"
-    return Note(key, name, (precision, str(found.get("finished")).replace("T", " ")))
+    key = "verified" if verification["passed"] else "verify_failed"
+    return Note(key, name, (precision, str(verification.get("finished")).replace("T", " ")))
 
 
 def verification_summary(row: ReportRow, words: Translations) -> str:
     """Summarise the latest verification of the device in one or two words."""
-    found = _latest_verification(row)
-    if found is None:
+    verification = _latest_verification(row)
+    if verification is None:
         return words("card_unverified")
-    return words("card_passed" if found["passed"] else "card_failed", str(found.get("finished")).partition("T")[0])
+    return words(
+        "card_passed" if verification["passed"] else "card_failed", str(verification.get("finished")).partition("T")[0]
+    )
 
 
 def row_notes(row: ReportRow, words: Translations) -> List[Note]:
@@ -141,10 +143,10 @@ def row_notes(row: ReportRow, words: Translations) -> List[Note]:
         empty.remove("mem")
         notes.append(Note("why_no_mem", name))
     if not row.runs[0].complete:
-        for column, why in (("e2e_time", "why_no_e2e"), ("acc", "why_no_acc")):
+        for column, reason in (("e2e_time", "why_no_e2e"), ("acc", "why_no_acc")):
             if column in empty:
                 empty.remove(column)
-                notes.append(Note(why, name, (state,)))
+                notes.append(Note(reason, name, (state,)))
         if "p_whole" in empty:  # no step has been measured: there are no rates and no step times
             of_steps = [column for column in empty if column.startswith(("p_", "step_"))]
             empty = [column for column in empty if column not in of_steps]

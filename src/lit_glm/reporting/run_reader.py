@@ -140,20 +140,20 @@ def find_runs(patterns: List[str]) -> Tuple[List[ReportRun], List[str]]:
     trouble: List[str] = []
     for pattern in patterns:
         places = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
-        found = [folder for place in places for folder in _find_run_folders(Path(place))]
-        named = Path(pattern).parent if Path(pattern).name == "result.json" else Path(pattern)
+        folders = [folder for place in places for folder in _find_run_folders(Path(place))]
+        named_folder = Path(pattern).parent if Path(pattern).name == "result.json" else Path(pattern)
         if not places:
             trouble.append(f"{pattern}: no such folder")
-        elif not found:
+        elif not folders:
             trouble.append(f"{pattern}: contains no run (no result.json)")
-        for folder in found:
+        for folder in folders:
             if _is_trial(folder):
                 if folder in map(Path, places):
                     trouble.append(f"{folder}: is a trial of tune; see tune.md of the search")
                 continue
             try:
                 run = runs.setdefault(folder.resolve(), _read_run(folder))
-                run.is_named = run.is_named or folder == named
+                run.is_named = run.is_named or folder == named_folder
             except (OSError, ValueError, RecursionError) as error:
                 trouble.append(f"{folder}: result.json cannot be read ({error})")
     return list(runs.values()), trouble
@@ -278,9 +278,9 @@ def _name_differences(rows: List[ReportRow]) -> None:
     differing = _differing_names(settings)
     known = [machine for machine in machines if machine]
     differing_parts = _differing_names(known)
-    for number, (row, own, machine) in enumerate(zip(rows, settings, machines), 1):
+    for number, (row, row_settings, machine) in enumerate(zip(rows, settings, machines), 1):
         row.number = number if len(rows) > 1 else 0
-        row.differs = {name: own.get(name) for name in differing}
+        row.differs = {name: row_settings.get(name) for name in differing}
         # An entry may be known of one machine only.
         row.machine_differs = {name: machine.get(name, "unknown") for name in differing_parts if machine}
         if known and not machine:
@@ -299,14 +299,14 @@ def _row_order(row: ReportRow) -> Tuple[Any, ...]:
 
 
 def _row_name_fields(run: ReportRun) -> List[Any]:
-    named = [run.result.get(key) for key in ("scoring", "hardware", "topology", "precision", "fix_hp")]
-    return named if run.settings else [*named, run.result.get("model")]
+    fields = [run.result.get(key) for key in ("scoring", "hardware", "topology", "precision", "fix_hp")]
+    return fields if run.settings else [*fields, run.result.get("model")]
 
 
 def _comparability_key(run: ReportRun) -> List[Any]:
     """Return what must be equal within a row in addition to settings: machine and state."""
-    own = [bool(run.result.get(key)) for key in ("simulated", "profiled")]
-    state = [*own, run.is_measurement, run.complete or str(run.path), run.result.get("environment_changes") or []]
+    kinds = [bool(run.result.get(key)) for key in ("simulated", "profiled")]
+    state = [*kinds, run.is_measurement, run.complete or str(run.path), run.result.get("environment_changes") or []]
     return [*state, run.result.get("tf32"), run.result.get("runtime"), comparable_environment(run.environment)]
 
 
@@ -335,9 +335,9 @@ def config_differences(one: ReportRun, other: ReportRun) -> List[Tuple[str, Any,
 
     def everything(run: ReportRun) -> Dict[str, Any]:
         packages = run.environment.get("packages") or {}
-        found = {f"package {name}": version for name, version in packages.items()}
-        found.update({f"environment {name}": run.environment.get(name) for name in names})
-        return {**found, **run.settings}
+        values = {f"package {name}": version for name, version in packages.items()}
+        values.update({f"environment {name}": run.environment.get(name) for name in names})
+        return {**values, **run.settings}
 
     left, right = everything(one), everything(other)
     return [(key, left.get(key), right.get(key)) for key in sorted({*left, *right}) if left.get(key) != right.get(key)]

@@ -61,18 +61,18 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 
 def list_checkpoints(run_dir: Path) -> List[Tuple[int, Path]]:
     """Return (step, path) of all checkpoints, newest first."""
-    found = []
+    checkpoints = []
     for path in (run_dir / "checkpoints").glob("step-*.ckpt"):
         match = _NAME.fullmatch(path.name)
         if match:
-            found.append((int(match.group(1)), path))
-    return sorted(found, reverse=True)
+            checkpoints.append((int(match.group(1)), path))
+    return sorted(checkpoints, reverse=True)
 
 
 def resume_hint(run_dir: Path) -> str:
     """Return which checkpoint an interrupted run can be resumed from, for messages."""
-    found = list_checkpoints(run_dir)
-    after = f"after step {found[0][0]}" if found else "from the start (no checkpoint was saved)"
+    checkpoints = list_checkpoints(run_dir)
+    after = f"after step {checkpoints[0][0]}" if checkpoints else "from the start (no checkpoint was saved)"
     return f"resume {after} with run.resume={run_dir}"
 
 
@@ -91,13 +91,13 @@ def prune(run_dir: Path) -> None:
         path.unlink()
 
 
-def latest_valid(run_dir: Path, config_hash: str, whole: bool) -> Tuple[Optional[Path], Dict[str, Any], List[str]]:
+def latest_valid(run_dir: Path, config_hash: str, read_all: bool) -> Tuple[Optional[Path], Dict[str, Any], List[str]]:
     """Find the newest checkpoint that can be read and belongs to this run.
 
     Args:
         run_dir: the run folder.
         config_hash: hash of the run's configuration.
-        whole: read all values now rather than on access.
+        read_all: read all values now rather than on access.
 
     Returns:
         Its path (None if there is none), its content, and a line for each checkpoint that was skipped.
@@ -108,13 +108,13 @@ def latest_valid(run_dir: Path, config_hash: str, whole: bool) -> Tuple[Optional
     for _, path in list_checkpoints(run_dir):
         try:
             content = load_torch_file(path, mmap=True)
-            own = content["lit_glm"]
-            if own.get("config_hash", own.get("identity")) != config_hash:  # `identity` before 0.2.0
+            metadata = content["lit_glm"]
+            if metadata.get("config_hash", metadata.get("identity")) != config_hash:  # `identity` before 0.2.0
                 raise ValueError("saved by a run with another configuration")
             damage = find_damage(path)
             if damage is not None:
                 raise ValueError(f"it is damaged: {damage} has a wrong checksum")
-            return path, load_torch_file(path) if whole else content, passed_over
+            return path, load_torch_file(path) if read_all else content, passed_over
         except Exception as error:  # damaged files fail in many ways
             reason = first_line(error)
             passed_over.append(f"{path}: skipped ({reason})")

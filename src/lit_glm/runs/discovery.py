@@ -45,8 +45,8 @@ def find_requeued_run(config: TrainConfig, run_dir: Path, given: bool) -> Option
     if os.environ.get("SLURM_RESTART_COUNT", "0") in ("", "0"):
         return None
     runs = runs_by_config_hash(default_search_paths(run_dir, given)).get(config_hash(config), [])
-    own = [run for run in runs if (read_job_json(run) or {}).get("slurm_job") == os.environ.get("SLURM_JOB_ID")]
-    return max(own, key=_job_mtime, default=None)
+    runs_of_job = [run for run in runs if (read_job_json(run) or {}).get("slurm_job") == os.environ.get("SLURM_JOB_ID")]
+    return max(runs_of_job, key=_job_mtime, default=None)
 
 
 def newest_unfinished(runs: List[Path]) -> Optional[Path]:
@@ -62,28 +62,28 @@ def best_run(runs: List[Path]) -> Optional[Path]:
 def default_search_paths(run_dir: Path, given: bool) -> SearchPaths:
     """Return where runs to resume are searched: a given folder alone, else also all of outputs/ and multirun/ here.
 
-    Folders next to a given folder may belong to somebody else.
+    Folders next to a given folder may belong to another user.
     """
     return [(run_dir, 0)] if given else [(run_dir, 0), (Path("outputs"), 3), (Path("multirun"), 3)]
 
 
 def runs_by_config_hash(places: SearchPaths) -> Dict[str, List[Path]]:
     """Group run folders by the hash of their configuration, as stored in job.json; no other file is read."""
-    found: Dict[str, List[Path]] = {}
+    runs: Dict[str, List[Path]] = {}
     for folder in find_run_dirs(places):
         name = (read_job_json(folder) or {}).get("config_hash")
         if isinstance(name, str):
-            found.setdefault(name, []).append(folder)
-    return found
+            runs.setdefault(name, []).append(folder)
+    return runs
 
 
 def find_run_dirs(places: SearchPaths) -> Iterator[Path]:
     """Yield each run folder below the search paths once."""
-    seen = set()
+    visited = set()
     for place, depth in places:
         for root, folders, files in os.walk(str(place)):
-            if JOB_FILE in files and os.path.realpath(root) not in seen:
-                seen.add(os.path.realpath(root))
+            if JOB_FILE in files and os.path.realpath(root) not in visited:
+                visited.add(os.path.realpath(root))
                 yield Path(root)
             folders[:] = [name for name in folders if name != "nodes"]  # jobs of a run's secondary nodes
             if len(Path(root).relative_to(place).parts) >= depth or JOB_FILE in files:

@@ -68,27 +68,27 @@ def environment_changes(environment: Dict[str, Any]) -> List[str]:
 
 def installed_versions(packages: Iterable[str]) -> Dict[str, str]:
     """Return the versions of those packages that are installed."""
-    found = {}
+    versions = {}
     for name in packages:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def local_environment(config: TrainConfig) -> Dict[str, Any]:
     """Return what is known of this machine and its software without importing torch, as in environment.json."""
     packages = installed_versions(_STACK)
-    found = {"cpu": cpu_name(), "cpu_count": os.cpu_count(), "cores": available_cores(), "packages": packages}
+    environment = {"cpu": cpu_name(), "cpu_count": os.cpu_count(), "cores": available_cores(), "packages": packages}
     monitor = monitor_for(config.hardware)
     if monitor is None or monitor.visible_devices_variable is None:
-        return found
+        return environment
     names = {str(index): name for index, name in monitor.device_names().items()}
     visible = [visible_device(i, monitor.visible_devices_variable) for i in range(config.topology.devices_per_node)]
     devices: List[Optional[str]] = [names.get(monitor.resolve(card) or "") for card in visible]
     driver = config.report.driver or monitor.driver_version()
-    return {**found, "driver": driver, "devices": None if None in devices else devices}
+    return {**environment, "driver": driver, "devices": None if None in devices else devices}
 
 
 VERIFY_FILE = "verify.json"
@@ -152,7 +152,7 @@ def latest_verification(
         precision: name of the precision.
         runtime: name of the runtime; None: any.
     """
-    found = []
+    verifications = []
     for place in dict.fromkeys(_search_dirs(starts)):
         for file in (file for depth in _DEPTHS for file in place.glob(f"{depth}{VERIFY_FILE}")):
             content = read_json(file) or {}
@@ -160,5 +160,5 @@ def latest_verification(
             fits = fits and runtime in (None, content.get("runtime"))
             verified = content.get("precisions")
             if fits and not content.get("simulated") and isinstance(verified, dict) and precision in verified:
-                found.append({**content, "file": str(file), "passed": bool(verified[precision])})
-    return max(found, key=lambda content: str(content.get("finished")), default=None)
+                verifications.append({**content, "file": str(file), "passed": bool(verified[precision])})
+    return max(verifications, key=lambda content: str(content.get("finished")), default=None)

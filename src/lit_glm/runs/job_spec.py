@@ -1,4 +1,4 @@
-"""job.json: the specification of a job for its ranks, and the hash that tells whether two jobs are the same."""
+"""job.json: the specification of a job for its ranks, and the hash that identifies equal jobs."""
 
 import dataclasses
 import hashlib
@@ -95,8 +95,8 @@ def read_run_config(folder: Path) -> TrainConfig:
     for name in ("out_dir", "train_file", "eval_file", "cache_dir"):
         path = getattr(data, name)
         if path:
-            there = Path(job.working_dir) / path
-            setattr(data, name, str(there) if there.exists() or not Path(path).exists() else path)
+            from_working_dir = Path(job.working_dir) / path
+            setattr(data, name, str(from_working_dir) if from_working_dir.exists() or not Path(path).exists() else path)
     return job.config
 
 
@@ -117,13 +117,13 @@ def read_job_json(folder: Path) -> Optional[Dict[str, Any]]:
 
 def hashed_settings(config: TrainConfig) -> Dict[str, Any]:
     """Return all keys and values that decide what a job computes, flat."""
-    found = {
+    settings = {
         key: mask_config({key: value})[key]
         for key, value, entry in iter_keys(config)
         if entry.metadata.get("hashed", True)
         and not ("neutral" in entry.metadata and value == entry.metadata["neutral"])
     }
-    return {**found, "profiled": True} if config.profiled else found
+    return {**settings, "profiled": True} if config.profiled else settings
 
 
 def config_hash(config: TrainConfig) -> str:

@@ -50,8 +50,8 @@ def error_folder(spec_dir: Path) -> Path:
 def write_error_file(folder: Path, rank: int, error: BaseException) -> None:
     """Write the error file of a rank; a failed write is ignored, so that it does not hide the error."""
     calls = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    who = f"rank {rank}: " if os.environ.get("WORLD_SIZE", "1") != "1" and not isinstance(error, InputError) else ""
-    _write_note(folder, f"rank-{rank}.txt", f"{who}{error_reason(error)}\n\n{calls}")
+    prefix = f"rank {rank}: " if os.environ.get("WORLD_SIZE", "1") != "1" and not isinstance(error, InputError) else ""
+    _write_note(folder, f"rank-{rank}.txt", f"{prefix}{error_reason(error)}\n\n{calls}")
 
 
 def _write_note(folder: Path, name: str, text: str) -> None:
@@ -89,8 +89,8 @@ def root_cause(folder: Path) -> Optional[str]:
 
 
 def _error_files(folder: Path) -> List[Path]:
-    found = [*(folder / _FOLDER).glob("*-*.txt"), *folder.glob(f"nodes/*/{_FOLDER}/*-*.txt")]
-    return [file for file in found if re.fullmatch(rf"(rank-|{_KILLED})\d+\.txt", file.name)]  # others are not ours
+    files = [*(folder / _FOLDER).glob("*-*.txt"), *folder.glob(f"nodes/*/{_FOLDER}/*-*.txt")]
+    return [file for file in files if re.fullmatch(rf"(rank-|{_KILLED})\d+\.txt", file.name)]  # others are not ours
 
 
 RESULT_FILE = "result.json"
@@ -359,28 +359,28 @@ _SLOW = 1.5
 def final_summary(result: Dict[str, Any], config: TrainConfig, run_dir: Path) -> str:
     """Return the final message of a run."""
     run, step, samples = config.run, result["global_steps"], result["num_trained_samples"]
-    took = result.get("raw_train_time")
-    when = f"at step {step} ({samples:,} samples, {'unknown' if took is None else f'{took:.1f} s'} of training)"
+    train_s = result.get("raw_train_time")
+    when = f"at step {step} ({samples:,} samples, {'unknown' if train_s is None else f'{train_s:.1f} s'} of training)"
     accuracy, target = result.get("acc"), f"{100 * run.target_accuracy:g}%"
-    has = _format_percent(accuracy)
+    accuracy_text = _format_percent(accuracy)
     if result["status"] == "success":
-        how = f"REACHED: accuracy {has}, target {target}, {when}"
+        summary = f"REACHED: accuracy {accuracy_text}, target {target}, {when}"
     elif result["status"] == "interrupted":
         saved = run.checkpoint_interval_steps is not None
         on = f"resume with run.resume={run_dir}" if saved else "no checkpoint (run.checkpoint_interval_steps=null)"
-        how = f"STOPPED {when}: accuracy {has}, target {target}; {on}"
+        summary = f"STOPPED {when}: accuracy {accuracy_text}, target {target}; {on}"
     else:
         limit = f"run.max_samples={run.max_samples}"
         if run.max_steps is not None and step >= run.max_steps:
             limit = f"run.max_steps={run.max_steps}"
         elif step * config.global_batch <= run.max_samples:
             limit = "a callback"
-        what = f"accuracy {has}, target {target}" if run.evaluate else "no evaluation (run.evaluate=false)"
-        how = f"NOT REACHED: {what}; stopped by {limit} {when}"
+        state = f"accuracy {accuracy_text}, target {target}" if run.evaluate else "no evaluation (run.evaluate=false)"
+        summary = f"NOT REACHED: {state}; stopped by {limit} {when}"
     skipped = result.get("skipped_steps") or 0
-    how += f"; {skipped} steps without an update" if skipped else ""
-    how += _warmup_message(result.get("first_steps"))
-    return f"{how}\nrun folder {run_dir}; report: python -m lit_glm.report {run_dir}"
+    summary += f"; {skipped} steps without an update" if skipped else ""
+    summary += _warmup_message(result.get("first_steps"))
+    return f"{summary}\nrun folder {run_dir}; report: python -m lit_glm.report {run_dir}"
 
 
 def _warmup_message(start: Optional[Dict[str, float]]) -> str:

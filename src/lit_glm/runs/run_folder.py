@@ -52,14 +52,16 @@ def lock_directory(folder: Path, advice: str = "wait until it exits, or give ano
     except OSError as error:
         raise InputError(f"{folder}: cannot be written to ({error.strerror}); give another hydra.run.dir=") from error
     try:
-        end, who = time.monotonic() + _PROBE_S, os.read(descriptor, 200).decode(errors="replace")
-        if who and not re.fullmatch(r"\d+ on .*\n", who):
+        end, holder = time.monotonic() + _PROBE_S, os.read(descriptor, 200).decode(errors="replace")
+        if holder and not re.fullmatch(r"\d+ on .*\n", holder):
             raise InputError(
                 f"{folder}: contains a file {LOCK_FILE} that is not lit_glm's; give another hydra.run.dir="
             )
         while not try_lock(descriptor):
             if time.monotonic() > end:
-                raise InputError(f"{folder}: in use by another process{f' ({who.strip()})' if who else ''}; {advice}")
+                raise InputError(
+                    f"{folder}: in use by another process{f' ({holder.strip()})' if holder else ''}; {advice}"
+                )
             time.sleep(0.05)
         try:
             os.ftruncate(descriptor, 0)
@@ -138,8 +140,8 @@ def ensure_available(run_dir: Path, overwrite: bool) -> None:
             )
         return
     foreign = [name for name in (*_FILES, *_FOLDERS, ROOM_FILE) if (run_dir / name).exists()]
-    others = [path for path in (run_dir / _NODES).glob("*") if not path.name.isdigit()]
-    foreign += [_NODES] if others else []
+    unknown = [path for path in (run_dir / _NODES).glob("*") if not path.name.isdigit()]
+    foreign += [_NODES] if unknown else []
     if foreign:
         raise InputError(
             f"{run_dir}: is not a run folder (no {jobs.JOB_FILE}) but contains {', '.join(foreign)}, which a run would "

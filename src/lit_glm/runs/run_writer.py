@@ -50,11 +50,11 @@ class AppendOnlyCSV:
         """
         self._path, self._columns = path, columns
         self.rows: List[Dict[str, str]] = []
-        found: List[Dict[str, str]] = []
+        rows: List[Dict[str, str]] = []
         if keep_steps is not None and path.is_file():
-            found = [row for row in read_csv_rows(path, columns) if is_intact(row)]
-            self.rows = [row for row in found if int(row["step"]) <= keep_steps]
-        self.num_dropped_rows = len(found) - len(self.rows)
+            rows = [row for row in read_csv_rows(path, columns) if is_intact(row)]
+            self.rows = [row for row in rows if int(row["step"]) <= keep_steps]
+        self.num_dropped_rows = len(rows) - len(self.rows)
         """Number of rows of later steps that were dropped."""
         with reported_write(path):
             with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:

@@ -93,12 +93,15 @@ def evaluate(
 
     def count(batch: Any, read: Callable[[], List[int]], read_table: Callable[[], List[float]]) -> None:
         # No candidate, -1, where no score is above that of padding or one is NaN: a device whose results overflow.
-        best = [own[choice] if choice < len(own) else -1 for own, choice in zip(batch.first_equal, read())]
+        best = [
+            first_equal[choice] if choice < len(first_equal) else -1
+            for first_equal, choice in zip(batch.first_equal, read())
+        ]
         metric.update(best, batch.answers)
         if scores is not None:
             table, width = read_table(), batch.score_shape[1]
-            for number, (index, own) in enumerate(zip(batch.indices, batch.first_equal)):
-                scores[index] = [table[number * width + first] for first in own]
+            for number, (index, first_equal) in enumerate(zip(batch.indices, batch.first_equal)):
+                scores[index] = [table[number * width + first] for first in first_equal]
         chosen.extend(zip(batch.indices, best))
 
     waiting: Optional[Tuple[Any, Callable[[], List[int]], Callable[[], List[float]]]] = None

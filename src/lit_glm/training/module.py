@@ -52,8 +52,10 @@ class PendingStepMetrics:
     def read(self) -> StepMetrics:
         """Wait for the device and copy all values in one transfer."""
         norm = self.local_loss if self.grad_norm is None else self.grad_norm
-        own, norm_value = torch.stack([self.local_loss.float(), norm.float()]).tolist()
-        return StepMetrics(self.loss, own, self.lr, None if self.grad_norm is None else norm_value, self.loss_scale)
+        local_loss, norm_value = torch.stack([self.local_loss.float(), norm.float()]).tolist()
+        return StepMetrics(
+            self.loss, local_loss, self.lr, None if self.grad_norm is None else norm_value, self.loss_scale
+        )
 
 
 class RecordModule(pl.LightningModule):

@@ -90,10 +90,10 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
 def fused_unavailable_reason(device: torch.device) -> Optional[str]:
     """Return why fused AdamW is unavailable on a device, as tested on four parameters; None if it works."""
 
-    def updated(**how: Any) -> torch.Tensor:
+    def updated(**options: Any) -> torch.Tensor:
         weight = nn.Parameter(torch.ones(4, device=device))
         weight.grad = torch.full_like(weight, 0.5)
-        torch.optim.AdamW([weight], lr=0.1, weight_decay=0.1, **how).step()
+        torch.optim.AdamW([weight], lr=0.1, weight_decay=0.1, **options).step()
         return weight.detach()
 
     try:

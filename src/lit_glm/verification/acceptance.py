@@ -40,24 +40,24 @@ class AcceptanceTest:
     """All verification checks of a device."""
 
     def __init__(
-        self, configurations: List[TrainConfig], runtime: Runtime, whole: bool, limit_s: float = math.inf
+        self, configurations: List[TrainConfig], runtime: Runtime, full_model: bool, limit_s: float = math.inf
     ) -> None:
         """Cut the model if the device is slow.
 
         Args:
             configurations: one per precision.
             runtime: runtime of the device.
-            whole: use the full model, even on a slow device.
+            full_model: use the full model, even on a slow device.
             limit_s: seconds after which no further check starts.
         """
         self.configurations, self._runtime = configurations, runtime
         self._end, self._limit_s = time.monotonic() + limit_s, limit_s
-        self._cut = not whole and timing_check.measure_matmul(runtime, torch.float32)[0] < _SLOW_TFLOPS
-        if self._cut:
+        self._is_reduced = not full_model and timing_check.measure_matmul(runtime, torch.float32)[0] < _SLOW_TFLOPS
+        if self._is_reduced:
             length = _NARROW["max_sequence_length"]
             self.configurations = [
-                replace(one, model=replace(one.model, **_NARROW), data=replace(one.data, max_seq_length=length))  # type: ignore[arg-type]
-                for one in configurations
+                replace(full, model=replace(full.model, **_NARROW), data=replace(full.data, max_seq_length=length))  # type: ignore[arg-type]
+                for full in configurations
             ]
         self.done: List[CheckResult] = []
         self.passed: Dict[str, bool] = {}
@@ -66,8 +66,8 @@ class AcceptanceTest:
     def title(self) -> str:
         """Describe what will be verified."""
         config, model = self.configurations[0], self.configurations[0].model
-        cut = "cut to " if self._cut else ""
-        precisions = ", ".join(one.precision.name for one in self.configurations)
+        cut = "cut to " if self._is_reduced else ""
+        precisions = ", ".join(configuration.precision.name for configuration in self.configurations)
         return (
             f"{self._runtime.name} for {config.hardware.name}, {precisions}; "
             f"{model.name} {cut}{model.num_layers} x {model.hidden_size}, {config.data.max_seq_length} tokens"
@@ -102,13 +102,15 @@ class AcceptanceTest:
                 general_failure = general_failure or check.status == "fail"
                 yield check
         for config in self.configurations:
-            own: List[CheckResult] = []
+            precision_checks: List[CheckResult] = []
             for check in self._check_precision(config):
-                own.append(check)
+                precision_checks.append(check)
                 self.done.append(check)
                 yield check
-            if any(check.status != "skip" for check in own) and not any(map(_is_out_of_time, own)):
-                fails = general_failure or any(check.status == "fail" for check in own)
+            if any(check.status != "skip" for check in precision_checks) and not any(
+                map(_is_out_of_time, precision_checks)
+            ):
+                fails = general_failure or any(check.status == "fail" for check in precision_checks)
                 self.passed[config.precision.name] = not fails
 
     def _run(self, name: str, run: Callable[[], List[CheckResult]]) -> List[CheckResult]:
@@ -130,10 +132,10 @@ class AcceptanceTest:
         which = peak_key(config, runtime.has_tf32)
         tf32 = which == "tf32"
         sample = make_fixture(config)
-        seen: List[OperatorResult] = []
-        yield from self._run(f"operators {name}", lambda: _check_operators(config, sample, runtime, tf32, seen))
-        wrong = sorted({one.name for one in seen if one.status in ("differs", "missing", "fails")})
-        if any(one.status in ("missing", "fails") for one in seen):
+        results: List[OperatorResult] = []
+        yield from self._run(f"operators {name}", lambda: _check_operators(config, sample, runtime, tf32, results))
+        wrong = sorted({result.name for result in results if result.status in ("differs", "missing", "fails")})
+        if any(result.status in ("missing", "fails") for result in results):
             yield CheckResult(f"model {name}", "skip", f"not checked: it needs {', '.join(wrong)}")
         else:
             for check in self._run(f"model {name}", lambda: model_check.check_layers(config, sample, runtime, tf32)):
@@ -175,7 +177,7 @@ def _downgrade_consequence(check: CheckResult, wrong: List[str]) -> CheckResult:
 
 
 def _check_operators(
-    config: TrainConfig, sample: VerifyFixture, runtime: Runtime, tf32: bool, seen: List[OperatorResult]
+    config: TrainConfig, sample: VerifyFixture, runtime: Runtime, tf32: bool, results: List[OperatorResult]
 ) -> List[CheckResult]:
     """Check the operators of a training step and an evaluation per scoring; one result per wrong operator."""
     model = replace(
@@ -185,34 +187,41 @@ def _check_operators(
     backs: List[Any] = []
     # Without dropout too: a fused attention that draws has no result to compare with.
     models = [sample.model] if model == sample.model else [model, sample.model]
-    for own, batch in [(own, batch) for own in models for batch in (sample.flat, sample.padded)]:
-        stepper = TrainStepper(config, replace(sample, model=own), runtime)
+    for scoring_model, batch in [
+        (scoring_model, batch) for scoring_model in models for batch in (sample.flat, sample.padded)
+    ]:
+        stepper = TrainStepper(config, replace(sample, model=scoring_model), runtime)
         with operators.recording():
             stepper.train(batch)
             stepper.evaluate(batch)
-        if not any(one.status in ("missing", "fails") for one in operators.seen.values()):
+        if not any(result.status in ("missing", "fails") for result in operators.results.values()):
             backs += find_cpu_fallbacks(lambda: (stepper.train(batch), stepper.evaluate(batch)))  # noqa: B023
-    seen += operators.seen.values()
+    results += operators.results.values()
     for name, text in dict(backs).items():
-        if not any(one.name == name and one.status == "falls back" for one in seen):
-            seen.append(OperatorResult(name, "", "falls back", message=text))
+        if not any(result.name == name and result.status == "falls back" for result in results):
+            results.append(OperatorResult(name, "", "falls back", message=text))
     label = f"operators {config.precision.name}"
     checks = []
-    for one in seen:
-        if one.status in _ADVICE:
-            reason, shapes = f": {one.message}" if one.message else "", f" ({one.shapes})" if one.shapes else ""
-            what = f"{one.status}{reason}{shapes}"
-            figure, bound = (one.error.typical, one.bound) if one.status == "differs" else (None, None)
-            checks.append(CheckResult(f"{label}: {one.name}", "fail", what, _ADVICE[one.status], figure, bound))
-    unknown = sorted({one.name for one in seen if one.status == "unknown"})
+    for result in results:
+        if result.status in _ADVICE:
+            reason, shapes = (
+                f": {result.message}" if result.message else "",
+                f" ({result.shapes})" if result.shapes else "",
+            )
+            message = f"{result.status}{reason}{shapes}"
+            figure, bound = (result.error.typical, result.bound) if result.status == "differs" else (None, None)
+            checks.append(
+                CheckResult(f"{label}: {result.name}", "fail", message, _ADVICE[result.status], figure, bound)
+            )
+    unknown = sorted({result.name for result in results if result.status == "unknown"})
     if unknown:
         text = f"{', '.join(unknown)}: no reference to compare with"
         checks.append(CheckResult(f"{label}: unknown", "warn", text, advice="covered by the model checks below"))
-    good = [one for one in seen if one.status == "ok"]
-    nearest = max(good, key=lambda one: one.error.typical / (one.bound or 1.0), default=None)
+    good = [result for result in results if result.status == "ok"]
+    nearest = max(good, key=lambda result: result.error.typical / (result.bound or 1.0), default=None)
     if nearest is not None:
-        drawn = sum(one.status == "drawn" for one in seen)
-        names = {one.name for one in good}
+        drawn = sum(result.status == "drawn" for result in results)
+        names = {result.name for result in good}
         text = f"{len(names)} operators ({len(good)} shapes) agree, {drawn} random; closest to bound: {nearest.name}"
         checks.append(CheckResult(label, "ok", text, value=nearest.error.typical, bound=nearest.bound))
     return checks

@@ -75,20 +75,20 @@ def run_collectives(rank: int, ranks: int, device: Any, kinds: List[Any], counts
             summed = rank_contribution(dtype, rank, ranks, device, count)
             torch.distributed.all_reduce(summed)
             if not torch.equal(summed.cpu(), _numbers(dtype, count)):
-                what = f"{count:,} {_dtype_name(dtype)}"
-                wrong.append(f"all-reduce of {what} over {ranks} ranks is wrong on rank {rank}")
+                tensor_text = f"{count:,} {_dtype_name(dtype)}"
+                wrong.append(f"all-reduce of {tensor_text} over {ranks} ranks is wrong on rank {rank}")
         for source in sorted({0, ranks - 1}):
             sent = rank_contribution(dtype, rank, ranks, device)
             torch.distributed.broadcast(sent, source)
             if not torch.equal(sent, rank_contribution(dtype, source, ranks, device)):
                 wrong.append(f"broadcast of {_dtype_name(dtype)} from rank {source} is wrong on rank {rank}")
-        own = rank_contribution(dtype, rank, ranks, device)
-        gathered = [torch.zeros_like(own) for _ in range(ranks)]
-        torch.distributed.all_gather(gathered, own)
+        contribution = rank_contribution(dtype, rank, ranks, device)
+        gathered = [torch.zeros_like(contribution) for _ in range(ranks)]
+        torch.distributed.all_gather(gathered, contribution)
         wrong += [
-            f"all-gather of {_dtype_name(dtype)} is wrong on rank {rank} for rank {one}'s part"
-            for one in range(ranks)
-            if not torch.equal(gathered[one], rank_contribution(dtype, one, ranks, device))
+            f"all-gather of {_dtype_name(dtype)} is wrong on rank {rank} for rank {other}'s part"
+            for other in range(ranks)
+            if not torch.equal(gathered[other], rank_contribution(dtype, other, ranks, device))
         ]
     return wrong
 

@@ -103,7 +103,7 @@ def relative_error(result: Tensor, exact: Tensor, least: float = 0.0) -> Relativ
 
 def largest_error(distances: List[RelativeError]) -> RelativeError:
     """Return the maximum of both error measures."""
-    return RelativeError(max(one.typical for one in distances), max(one.largest for one in distances))
+    return RelativeError(max(error.typical for error in distances), max(error.largest for error in distances))
 
 
 def reduction_length(inputs: List[Any], outputs: List[Any]) -> int:

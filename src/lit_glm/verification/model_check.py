@@ -26,18 +26,18 @@ _DRIFT = 8.0
 def check_layers(config: TrainConfig, sample: VerifyFixture, runtime: Runtime, tf32: bool) -> List[CheckResult]:
     """Check hidden states after every layer, scores and loss; then the gradient of every parameter."""
     exact_stages, exact_gradients = TrainStepper(config, sample, runtime, exact=True).capture(sample.flat)
-    own = TrainStepper(config, sample, runtime)
-    stages, gradients = own.capture(sample.flat)
+    stepper = TrainStepper(config, sample, runtime)
+    stages, gradients = stepper.capture(sample.flat)
     width = sample.model.hidden_size
     worst, first = 0.0, ""
-    bound = layer_bound(own.computes_in, sample.model.num_layers, width, tf32)
+    bound = layer_bound(stepper.computes_in, sample.model.num_layers, width, tf32)
     # The loss is a difference of scores, and as inexact as they are.
     scores = float(dict(exact_stages)["scores"].square().mean().sqrt())
     for number, ((name, actual), (_, expected)) in enumerate(zip(stages, exact_stages)):
-        limit = layer_bound(own.computes_in, min(number + 1, sample.model.num_layers), width, tf32)
-        far = relative_error(actual.float(), expected.double(), scores if name == "loss" else 0.0)
-        worst = max(worst, far.typical * bound / limit)
-        if not far.within(limit) and not first:
+        limit = layer_bound(stepper.computes_in, min(number + 1, sample.model.num_layers), width, tf32)
+        error = relative_error(actual.float(), expected.double(), scores if name == "loss" else 0.0)
+        worst = max(worst, error.typical * bound / limit)
+        if not error.within(limit) and not first:
             first = name
     checks = [
         CheckResult(
@@ -75,9 +75,9 @@ def check_training(config: TrainConfig, sample: VerifyFixture, runtime: Runtime,
     steppers = [TrainStepper(short, small, runtime, exact) for exact in (True, False, False)]
     exact, losses, again = ([stepper.train(small.flat) for _ in range(_STEPS)] for stepper in steppers)
     bound = _DRIFT * layer_bound(steppers[1].computes_in, small.model.num_layers, small.model.hidden_size, tf32)
-    far = max(abs(own - other) / max(1.0, abs(other)) for own, other in zip(losses, exact))
+    distance = max(abs(loss - other) / max(1.0, abs(other)) for loss, other in zip(losses, exact))
     name, falls = f"training {config.precision.name}", losses[-1] < losses[0]
-    well = far <= bound and falls
+    well = distance <= bound and falls
     message = f"{_STEPS} losses, {losses[0]:.4f} to {losses[-1]:.4f}, agree with the CPU reference"
     checks = [
         CheckResult(
@@ -87,7 +87,7 @@ def check_training(config: TrainConfig, sample: VerifyFixture, runtime: Runtime,
             if well
             else f"losses deviate from the CPU's (last loss {losses[-1]:.4f}, reference {exact[-1]:.4f})",
             "" if well else "check clipping and optimizer, whose operators are listed above too",
-            far,
+            distance,
             bound,
         )
     ]

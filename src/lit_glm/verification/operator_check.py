@@ -36,9 +36,9 @@ def reference_result(name: str, operator: Any, args: Any, kwargs: Any) -> Any:
         args: arguments on the CPU, in float64; the operator's in-place results are written to them.
         kwargs: likewise.
     """
-    own = next((compute for end, compute in _OWN.items() if name.endswith(end)), None)
-    if own is not None:
-        return own(args, kwargs)
+    reference = next((compute for end, compute in _OWN.items() if name.endswith(end)), None)
+    if reference is not None:
+        return reference(args, kwargs)
     if "scaled_dot_product" in name or name.startswith(("_efficient_attention", "_flash_attention")):
         return _attention(name, bind_arguments(operator, args, kwargs))
     kwargs = {key: value for key, value in kwargs.items() if key not in ("pin_memory", "non_blocking")}
@@ -181,28 +181,28 @@ class OperatorRecorder:
             tf32: whether float32 products may round their inputs.
         """
         self._device, self._tf32 = device, tf32
-        self.seen: Dict[Any, OperatorResult] = {}
+        self.results: Dict[Any, OperatorResult] = {}
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Check all operators that are called within the context."""
-        with dispatch_mode(self._see):
+        with dispatch_mode(self._check_call):
             yield
 
-    def _see(self, operator: Any, args: Any, kwargs: Any) -> Any:
+    def _check_call(self, operator: Any, args: Any, kwargs: Any) -> Any:
         name, tensors = operator_name(operator), tensors_in([args, kwargs])
-        here = not tensors or any(tensor.device.type == self._device.type for tensor in tensors)
+        on_device = not tensors or any(tensor.device.type == self._device.type for tensor in tensors)
         is_read = name == "copy_" and args[0].device.type == "cpu" != self._device.type  # may not have ended
-        if not here or name == "t" or name.startswith(_PLAIN) or is_read:
+        if not on_device or name == "t" or name.startswith(_PLAIN) or is_read:
             return operator(*args, **kwargs)
         key = (str(operator), str([_call_signature(entry) for entry in (args, kwargs)]))
-        if key in self.seen and self.seen[key].status not in ("missing", "fails"):
+        if key in self.results and self.results[key].status not in ("missing", "fails"):
             return operator(*args, **kwargs)
         shapes = ", ".join(f"{_dtype_name(tensor)}{list(tensor.shape)}" for tensor in tensors[:4])
         if (any(word in name for word in _RANDOM_OPS) and "backward" not in name) or _draws_dropout(
             operator, args, kwargs
         ):
-            self.seen[key] = OperatorResult(name, shapes, "drawn")
+            self.results[key] = OperatorResult(name, shapes, "drawn")
             return operator(*args, **kwargs)
         before = map_structure((args, kwargs), to_host)
         try:
@@ -216,16 +216,16 @@ class OperatorRecorder:
             is_missing = isinstance(error, NotImplementedError) or any(
                 word in text.lower() for word in _MISSING_PATTERNS
             )
-            self.seen[key] = OperatorResult(name, shapes, "missing" if is_missing else "fails", message=text)
+            self.results[key] = OperatorResult(name, shapes, "missing" if is_missing else "fails", message=text)
             return self._run_on_cpu(operator, args, before, error)
-        found = self._compare(operator, name, shapes, before, (args, kwargs), out)
+        result = self._compare(operator, name, shapes, before, (args, kwargs), out)
         backs = [str(entry.message) for entry in caught if "fall" in str(entry.message).lower()]
         elsewhere = [tensor for tensor in tensors_in(out) if _is_off_device(tensor, self._device)]
         if backs or (elsewhere and "to_copy" not in name and "copy_" not in name):
             message = (backs or [f"result is on {elsewhere[0].device}"])[0][:200]
             # In addition to the comparison: a result can be wrong and computed elsewhere.
-            self.seen[(*key, "falls back")] = OperatorResult(name, shapes, "falls back", message=message)
-        self.seen[key] = found
+            self.results[(*key, "falls back")] = OperatorResult(name, shapes, "falls back", message=message)
+        self.results[key] = result
         return out
 
     def _run_on_cpu(self, operator: Any, args: Any, before: Any, error: Exception) -> Any:
@@ -262,31 +262,31 @@ class OperatorRecorder:
         actual = tensors_in(list(after)) if writes else [_to_strided(tensor) for tensor in tensors_in(out)]
         expected = tensors_in(list(inputs)) if writes else tensors_in(exact)
         actual = actual[: _COMPARED_RESULTS.get(name)]
-        pairs = [(own, other) for own, other in zip(actual, expected) if own.numel()]
-        terms = reduction_length(tensors_in(list(before)), [own for own, _ in pairs])
-        far, bound, status = [RelativeError(0.0, 0.0)], 0.0, "ok"
+        pairs = [(result, reference) for result, reference in zip(actual, expected) if result.numel()]
+        terms = reduction_length(tensors_in(list(before)), [result for result, _ in pairs])
+        errors, bound, status = [RelativeError(0.0, 0.0)], 0.0, "ok"
         rounded: List[Tensor] = []
         if "attention" in name and "backward" in name:
             rounded = _attention(name, bind_arguments(operator, *inputs), rounded=True)
-        for place, (own, other) in enumerate(pairs):
-            if own.is_floating_point():
-                narrowest = _narrowest_dtype([own, *tensors_in(list(before))])
+        for place, (result, reference) in enumerate(pairs):
+            if result.is_floating_point():
+                narrowest = _narrowest_dtype([result, *tensors_in(list(before))])
                 in_type = any(word in name for word in _ADDS_IN_TYPE)
-                in_type |= name == "native_layer_norm_backward" and own.dim() == 1 and own.device.type == "cpu"
+                in_type |= name == "native_layer_norm_backward" and result.dim() == 1 and result.device.type == "cpu"
                 own_bound = operator_bound(narrowest, terms, self._tf32, "attention" in name, in_type)
                 # Near-cancellation: the error is relative to the magnitude of the inputs.
                 least = _input_magnitude(tensors_in(list(inputs))) if narrowest is torch.float32 else 0.0
                 if place < len(rounded):
                     least = max(least, float(rounded[place].square().mean().sqrt()))
-                distant = relative_error(own, other.double(), least)
+                deviation = relative_error(result, reference.double(), least)
                 bound = max(bound, own_bound)
-                status = status if distant.within(own_bound) else "differs"
+                status = status if deviation.within(own_bound) else "differs"
             else:
-                share = float((own.cpu() != other.to(own.dtype)).double().mean())
-                distant = RelativeError(share, share)
+                share = float((result.cpu() != reference.to(result.dtype)).double().mean())
+                deviation = RelativeError(share, share)
                 status = status if share <= _TIES else "differs"
-            far.append(distant)
-        return OperatorResult(name, shapes, status, largest_error(far), bound)
+            errors.append(deviation)
+        return OperatorResult(name, shapes, status, largest_error(errors), bound)
 
 
 def _draws_dropout(operator: Any, args: Any, kwargs: Any) -> bool:
@@ -348,7 +348,7 @@ def find_cpu_fallbacks(step: Callable[[], Any]) -> List[Tuple[str, str]]:
     """Find operators of a step that torch silently runs on the CPU, with torch's profiler."""
     with torch.autograd.profiler.profile() as profile:
         step()
-    found: Dict[str, str] = {}
+    fallbacks: Dict[str, str] = {}
     for event in profile.function_events:
         if event.name == "aten::_to_cpu":
             parent = event.cpu_parent
@@ -356,5 +356,5 @@ def find_cpu_fallbacks(step: Callable[[], Any]) -> List[Tuple[str, str]]:
                 parent = parent.cpu_parent
             if parent is not None and parent.name in _READS:
                 continue
-            found[parent.name if parent is not None else "unknown"] = "its inputs are copied to the CPU"
-    return [(name.replace("aten::", ""), text) for name, text in found.items()]
+            fallbacks[parent.name if parent is not None else "unknown"] = "its inputs are copied to the CPU"
+    return [(name.replace("aten::", ""), text) for name, text in fallbacks.items()]

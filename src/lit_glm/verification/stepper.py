@@ -173,11 +173,11 @@ class TrainStepper:
 
     def capture(self, batch: Any) -> Tuple[List[Tuple[str, Tensor]], Dict[str, Tensor]]:
         """Return the activations of each stage in order, and the gradients of all parameters."""
-        seen: List[Tuple[str, Tensor]] = []
+        outputs: List[Tuple[str, Tensor]] = []
         transformer = self.glm.transformer
         stages = [(f"layer {number}", layer) for number, layer in enumerate(transformer.layers)]
         hooks = [
-            stage.register_forward_hook(lambda _m, _i, out, name=name: seen.append((name, out.detach())))
+            stage.register_forward_hook(lambda _m, _i, out, name=name: outputs.append((name, out.detach())))
             for name, stage in [*stages, ("final norm", transformer.final_layernorm)]
         ]
         loss = self._backward(batch.to(self.device))
@@ -192,5 +192,5 @@ class TrainStepper:
         }
         self.glm.zero_grad(set_to_none=True)
         table = self.evaluate(batch)
-        there = table > EVAL_MASK / 2
-        return [*seen, ("scores", table[there]), ("loss", loss[None])], gradients
+        is_candidate = table > EVAL_MASK / 2
+        return [*outputs, ("scores", table[is_candidate]), ("loss", loss[None])], gradients

@@ -33,7 +33,7 @@ class ChainedMatmuls:
         self._runtime, self.size = runtime, size
         device = runtime.device(0)
         # Each product of ones with a matrix of 1 / size is ones again, exactly, in every dtype.
-        self._ones = torch.ones((size, size), dtype=dtype, device=device)
+        self._matrix = torch.ones((size, size), dtype=dtype, device=device)
         self._mean = torch.full((size, size), 1.0 / size, dtype=dtype, device=device)
         self._linear = runtime.model_ops().linear
         self.seconds(1)  # warm-up: whatever is created at first use
@@ -42,7 +42,7 @@ class ChainedMatmuls:
         """Return the seconds until synchronize returns, and from then until the last result has been read."""
         self._runtime.synchronize()
         start = time.perf_counter()
-        out: Any = self._ones
+        out: Any = self._matrix
         with torch.no_grad():
             for _ in range(count):
                 out = self._linear(out, self._mean, None)

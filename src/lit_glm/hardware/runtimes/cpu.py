@@ -28,7 +28,7 @@ class CPURuntime(Runtime):
 
     def __init__(self) -> None:
         self._children: List[psutil.Process] = []
-        self._childrens_peak, self._begun, self._next_look = 0.0, time.monotonic(), 0.0
+        self._childrens_peak, self._start_time, self._next_reading = 0.0, time.monotonic(), 0.0
         retain_freed_memory()
         # If one candidate is nearly certain, gradients are below 1e-38 (denormal), and their products take up to thirty
         # times as long. Threads that are started later inherit the setting.
@@ -74,25 +74,25 @@ class CPURuntime(Runtime):
         Pages that a data loader shares with this process are counted for both.
         """
         # getrusage is only the fallback: its maximum includes memory of the parent program before exec.
-        own = _peak_rss(os.getpid()) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+        own_peak = _peak_rss(os.getpid()) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
         theirs = sum(_peak_rss(process.pid) for process in self._child_processes() if process.is_running())
         self._childrens_peak = max(self._childrens_peak, theirs)
-        return own + self._childrens_peak
+        return own_peak + self._childrens_peak
 
     def _child_processes(self) -> List[psutil.Process]:
         """Return this process's children; rarely searched, because that reads all processes of the machine."""
         now = time.monotonic()
-        if now >= self._next_look:
-            self._next_look = now + min(max(_LOOK_S[0], now - self._begun), _LOOK_S[1])
+        if now >= self._next_reading:
+            self._next_reading = now + min(max(_LOOK_S[0], now - self._start_time), _LOOK_S[1])
             self._children = psutil.Process().children(recursive=True)
         return self._children
 
     def memory_in_use(self, index: int) -> Optional[float]:
         """Return the resident memory of this process and its children."""
         total = 0.0
-        for one in (psutil.Process(), *self._child_processes()):
+        for process in (psutil.Process(), *self._child_processes()):
             try:
-                total += one.memory_info().rss
+                total += process.memory_info().rss
             except psutil.Error:  # a data loader that has ended meanwhile
                 continue
         return total

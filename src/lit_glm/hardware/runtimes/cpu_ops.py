@@ -149,8 +149,8 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (zeros,) = ctx.saved_tensors
-        own = grads[0].to(ctx.dtype) * ctx.scale
-        return zero_elements_(own.contiguous(), zeros), None, grads[0] if ctx.needs_input_grad[2] else None
+        grad = grads[0].to(ctx.dtype) * ctx.scale
+        return zero_elements_(grad.contiguous(), zeros), None, grads[0] if ctx.needs_input_grad[2] else None
 
 
 def dropout(x: Tensor, p: float, onto: Optional[Tensor] = None) -> Tensor:

@@ -119,12 +119,12 @@ class CUDARuntime(Runtime):
     def library_versions(self) -> Dict[str, str]:
         """CUDA, cuDNN and NCCL that torch was built with."""
         nccl = torch.cuda.nccl.version() if torch.distributed.is_nccl_available() else None
-        found = {
+        versions = {
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
             "nccl": ".".join(map(str, nccl)) if isinstance(nccl, tuple) else nccl,
         }
-        return {name: str(version) for name, version in found.items() if version is not None}
+        return {name: str(version) for name, version in versions.items() if version is not None}
 
     def total_memory(self, index: int) -> Optional[float]:
         return float(torch.cuda.get_device_properties(index).total_memory)

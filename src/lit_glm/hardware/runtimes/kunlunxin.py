@@ -104,8 +104,8 @@ class XMLIRRuntime(Runtime):
 
     def autocast(self, dtype: torch.dtype) -> ContextManager[Any]:
         """Return the vendor's own context, if the package has one."""
-        own = getattr(_import_vendor_amp(), "autocast", None)
-        return own(dtype=dtype) if own is not None else super().autocast(dtype)
+        vendor_autocast = getattr(_import_vendor_amp(), "autocast", None)
+        return vendor_autocast(dtype=dtype) if vendor_autocast is not None else super().autocast(dtype)
 
     def loss_scaler(self, config: LossScaleConfig) -> Optional[Any]:
         """Return torch_xmlir.amp.GradScaler, which has no hysteresis and no minimum; None if there is none."""
@@ -139,8 +139,8 @@ class XMLIRRuntime(Runtime):
 
     def peak_memory(self, index: int) -> Optional[float]:
         """Return the larger of the monitor's largest reading and the runtime's peak, if any."""
-        found = (self._memory.peak(), self._statistic("max_memory_reserved", index))
-        return max((value for value in found if value is not None), default=None)
+        peaks = (self._memory.peak(), self._statistic("max_memory_reserved", index))
+        return max((value for value in peaks if value is not None), default=None)
 
     def _statistic(self, name: str, index: int) -> Optional[float]:
         """Return a statistic of the runtime's allocator; None in builds that lack it, or raise."""

@@ -40,16 +40,16 @@ class SimulatedRuntime(CPURuntime):
             memory_gib: memory of each.
         """
         super().__init__()
-        self._cards = cards
+        self._devices = cards
         self._memory_gib = memory_gib
 
     def device_count(self) -> int:
-        return self._cards
+        return self._devices
 
     def device(self, index: int) -> torch.device:
         """Return the CPU, for a valid index."""
-        if not 0 <= index < self._cards:
-            raise InputError(f"device {index} does not exist: {self._cards} devices are simulated")
+        if not 0 <= index < self._devices:
+            raise InputError(f"device {index} does not exist: {self._devices} devices are simulated")
         return torch.device("cpu")
 
     def precision_hint(self, name: str) -> str:
@@ -76,31 +76,31 @@ def import_runtime_class(target: str) -> "type[Runtime]":
     if not module:
         raise InputError(f"hardware._target_={target}: give package.module.Class, with the module (docs/new_chip.md)")
     try:
-        found = getattr(importlib.import_module(module), name)
+        runtime_class = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise InputError(
             f"hardware._target_={target}: cannot be imported ({error}); give package.module.Class of a package that "
             f"is installed in this environment ({sys.executable})"
         ) from error
-    if not (isinstance(found, type) and issubclass(found, Runtime)):
+    if not (isinstance(runtime_class, type) and issubclass(runtime_class, Runtime)):
         raise InputError(
             f"hardware._target_={target}: not a subclass of lit_glm.hardware.runtimes.base.Runtime (docs/new_chip.md)"
         )
-    if found.monitor:
-        monitor_of_name(found.monitor)
-    renamed = find_old_methods(found)
+    if runtime_class.monitor:
+        monitor_of_name(runtime_class.monitor)
+    renamed = find_old_methods(runtime_class)
     if renamed:
         raise InputError(
             f"hardware._target_={target}: uses names of an older lit_glm; rename them ({', '.join(renamed)}), see "
             "docs/new_chip.md"
         )
-    return found
+    return runtime_class
 
 
 def _runtime_classes(hardware: HardwareConfig) -> Dict[str, "type[Runtime]"]:
-    own = {} if hardware._target_ is None else {TARGET_KEY: import_runtime_class(hardware._target_)}
+    imported = {} if hardware._target_ is None else {TARGET_KEY: import_runtime_class(hardware._target_)}
     built_in = (CPURuntime, CUDARuntime, XMLIRRuntime, XPyTorchRuntime, SimulatedRuntime)
-    return {**own, **{runtime.name: runtime for runtime in built_in}}
+    return {**imported, **{runtime.name: runtime for runtime in built_in}}
 
 
 def _candidate_runtimes(hardware: HardwareConfig) -> List[str]:
@@ -167,7 +167,7 @@ def make_runtime(hardware: HardwareConfig, topology: TopologyConfig) -> Runtime:
     """Create the runtime of a hardware file.
 
     Raises:
-        InputError: if it is not available; says what is missing and how to do a dry run without it.
+        InputError: if it is not available; states what is missing and how to do a dry run without it.
     """
     set_hardware_env(hardware)
     classes, reasons = _runtime_classes(hardware), []
@@ -236,7 +236,11 @@ def validate_devices(hardware: HardwareConfig, runtime: Runtime, devices: int, f
                 f"hardware={hardware.name}, but device {index} is a MIG slice, {name!r}, with only a part of the "
                 "speed and memory; use hardware=cuda, or your own hardware file (no peak, hence no mfu)"
             )
-        better = [file for file, one in patterns.items() if one and _pattern_matches(file, one, name)]
+        better = [
+            file
+            for file, file_pattern in patterns.items()
+            if file_pattern and _pattern_matches(file, file_pattern, name)
+        ]
         other_vendor = any(vendor.lower() in name.lower() for vendor in vendors - {hardware.vendor})
         fits, advice = True, f"use hardware={better[0]}" if better else ""
         if pattern:
