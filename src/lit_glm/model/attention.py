@@ -257,7 +257,8 @@ class PaddedAttention:
             scatter = self.index.scatter_candidates if candidates_only else self.index.scatter
             gather = self.index.gather_candidates if candidates_only else self.index.gather
             qkv = _MoveRows.apply(qkv, self.index.gather.view(-1), self.index.scatter, None)
-        q, k, v = _SplitHeads.apply(qkv, groups, length, heads)
+        copies = choose_implementation(self.attend.kernel, qkv.device, dropout) == "matmul"
+        q, k, v = _SplitHeads.apply(qkv, groups, length, heads, copies)
         out = self.attend(q[:, :, first:], k, v, self.mask, dropout, first)
         out = out.transpose(1, 2).reshape(-1, width)
         return out if self.index is None else _MoveRows.apply(out, scatter, gather.view(-1), unused)
@@ -280,17 +281,18 @@ class _MoveRows(torch.autograd.Function):
 
 
 class _SplitHeads(torch.autograd.Function):
-    """Split into queries, keys and values per head as views; their gradients are joined by one copy instead of two."""
+    """Split into queries, keys and values per head; one copy joins their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, sequences: int, length: int, heads: int) -> Any:
-        """Split [N S, 3 D] into three views of [N, H, S, d]."""
-        return qkv.view(sequences, length, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    def forward(ctx: Any, qkv: Tensor, sequences: int, length: int, heads: int, copies: bool) -> Any:
+        """Split [N S, 3 D] into three of [N, H, S, d]: views, or contiguous by one copy, as matmuls need them."""
+        parts = qkv.view(sequences, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        return (parts.contiguous() if copies else parts).unbind(0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         joined = torch.stack([grad.transpose(1, 2) for grad in grads], dim=2)
-        return joined.view(joined.shape[0] * joined.shape[1], -1), None, None, None
+        return joined.view(joined.shape[0] * joined.shape[1], -1), None, None, None, None
 
 
 def choose_attention_layout(batch: PackedBatch, width: int, attend: DotProductAttention) -> AttentionLayout:
