@@ -31,8 +31,14 @@ BUSY = [sys.executable, "-c", "while True: pass"]
 def start(python: str, folder: Path, steps: int, variables: Dict[str, str], more: List[str]) -> "subprocess.Popen[str]":
     """A quickstart without evaluations, in a process of its own."""
     rare = ["run.eval_interval_samples=100000000", "run.eval_start_samples=100000000"]
-    own = [f"run.max_steps={steps}", f"hydra.run.dir={folder}", f"data.out_dir={folder.parent}/data", *rare, *more]
-    command = [python, "-m", "lit_glm.train", "experiment=quickstart", *own]
+    overrides = [
+        f"run.max_steps={steps}",
+        f"hydra.run.dir={folder}",
+        f"data.out_dir={folder.parent}/data",
+        *rare,
+        *more,
+    ]
+    command = [python, "-m", "lit_glm.train", "experiment=quickstart", *overrides]
     return subprocess.Popen(command, env={**os.environ, **variables}, stdout=subprocess.DEVNULL, text=True)
 
 
@@ -51,29 +57,29 @@ def main() -> None:
     parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--overrides", nargs="*", default=[])
     given = parser.parse_args()
-    found: Dict[str, Dict[str, List[List[float]]]] = {}
+    step_times: Dict[str, Dict[str, List[List[float]]]] = {}
     with tempfile.TemporaryDirectory() as place:
         for number in range(given.rounds):
             for way in given.ways.split(","):
-                for where in ("alone", "busy", "twin"):
-                    folder = Path(place) / f"{way.replace(' ', '')}-{where}-{number}"
+                for condition in ("alone", "busy", "twin"):
+                    folder = Path(place) / f"{way.replace(' ', '')}-{condition}-{number}"
                     arguments = (given.steps, WAYS[way], given.overrides)
-                    busy = subprocess.Popen(BUSY) if where == "busy" else None
+                    busy = subprocess.Popen(BUSY) if condition == "busy" else None
                     runs = [start(given.python, folder, *arguments)]
-                    if where == "twin":
+                    if condition == "twin":
                         runs.append(start(given.python, folder.with_name(folder.name + "-twin"), *arguments))
                     if any(run.wait() for run in runs):
-                        raise SystemExit(f"a run failed: {way}, {where}")
+                        raise SystemExit(f"a run failed: {way}, {condition}")
                     if busy is not None:
                         busy.kill()
-                    found.setdefault(way, {}).setdefault(where, []).append(steps_of(folder))
+                    step_times.setdefault(way, {}).setdefault(condition, []).append(steps_of(folder))
     print("| threads | alone ms: median, mean | beside a busy process | beside a twin | over alone: busy, twin |")
     print("|---|---|---|---|---|")
-    for way, places in found.items():
-        middle = {where: statistics.median(map(statistics.median, rounds)) for where, rounds in places.items()}
-        mean = {where: statistics.median(map(statistics.fmean, rounds)) for where, rounds in places.items()}
-        cells = [f"{middle[where]:.1f}, {mean[where]:.1f}" for where in ("alone", "busy", "twin")]
-        over = [f"{middle[where] / middle['alone']:.2f}" for where in ("busy", "twin")]
+    for way, places in step_times.items():
+        middle = {condition: statistics.median(map(statistics.median, rounds)) for condition, rounds in places.items()}
+        mean = {condition: statistics.median(map(statistics.fmean, rounds)) for condition, rounds in places.items()}
+        cells = [f"{middle[condition]:.1f}, {mean[condition]:.1f}" for condition in ("alone", "busy", "twin")]
+        over = [f"{middle[condition] / middle['alone']:.2f}" for condition in ("busy", "twin")]
         print(f"| {way} | {' | '.join(cells)} | {', '.join(over)} |", flush=True)
 
 

@@ -44,11 +44,11 @@ def write(path: Path, examples: int, context: int, candidates: int, tokens: int,
             counts.append(int(generator.integers(-(-candidates * 7 // 10), candidates * 13 // 10 + 1)))
             for _ in range(counts[-1]):
                 target = np.append(generator.integers(1000, 30000, generator.integers(1, 2 * tokens)), EOP)
-                own = full[: width - len(target)].copy()
-                blank = max(1, len(own) - blank_from_end)
-                own[blank] = MASK
-                n, m = len(own), len(target)
-                add("text", 0, np.concatenate([own, [SOP], target[:-1]]))
+                inputs = full[: width - len(target)].copy()
+                blank = max(1, len(inputs) - blank_from_end)
+                inputs[blank] = MASK
+                n, m = len(inputs), len(target)
+                add("text", 0, np.concatenate([inputs, [SOP], target[:-1]]))
                 add("target", n, target)
                 add("logit_mask", n, np.ones(m, np.int64))
                 add("position", 0, np.concatenate([np.arange(n), np.full(m, blank)]))

@@ -83,10 +83,10 @@ def main() -> None:
     path = given.file or corpus.cached(examples=given.examples, candidates=given.candidates)
     print(f"{path}: {os.path.getsize(path) / 2**20:.0f} MiB (written or found in {time.perf_counter() - start:.1f} s)")
     with tempfile.TemporaryDirectory() as cache:
-        for what in ("first use", "second use"):
-            print(f"{what}: ", end="", flush=True)
-            own = [sys.executable, __file__, "--file", str(path), "--convert", cache]
-            subprocess.run(own, check=True)
+        for use in ("first use", "second use"):
+            print(f"{use}: ", end="", flush=True)
+            command = [sys.executable, __file__, "--file", str(path), "--convert", cache]
+            subprocess.run(command, check=True)
         size = sum(entry.stat().st_size for entry in Path(cache).rglob("*") if entry.is_file())
         print(f"compact form: {size / 2**20:.0f} MiB")
         split, published = open_dataset(path, False, cache), PublishedReader(path)

@@ -116,8 +116,8 @@ def main() -> None:
     CPURuntime()  # as in `train`, before a thread starts: those that run already do not flush numbers below 1e-38
     if given.memory and len(names) > 1:
         for name in names:
-            own = [*sys.argv, "--engines", name, "--rounds", "1", "--parts", "train"]
-            subprocess.run([sys.executable, *own], check=True)
+            arguments = [*sys.argv, "--engines", name, "--rounds", "1", "--parts", "train"]
+            subprocess.run([sys.executable, *arguments], check=True)
         return
     dropout = [f"model.hidden_dropout={given.dropout}", f"model.attention_dropout={given.dropout}"]
     config = validate_config(compose_config("train", [*SHAPES[given.shape], *dropout, "lr=1e-5"]), TrainConfig)
@@ -132,8 +132,8 @@ def main() -> None:
         indices = range(given.bs)
         engines[0].step(collate_padded(split, indices, 512) if engines[0].padded else collate_packed(split, indices))
         highest = highest_memory()
-        what = f"{given.shape} bs={given.bs} {names[0]:>15}"
-        print(f"{what}: {before:.2f} GiB before, peak {highest:.2f} GiB", flush=True)
+        label = f"{given.shape} bs={given.bs} {names[0]:>15}"
+        print(f"{label}: {before:.2f} GiB before, peak {highest:.2f} GiB", flush=True)
         return
     print(f"{describe_machine()}; torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"bf16: {', '.join(bf16_instructions()) or 'no instructions for it'}; {given.shape}, bs={given.bs}, {file}")
@@ -164,23 +164,23 @@ def measure(given: argparse.Namespace, config: TrainConfig, split: Any, engines:
             for engine in engines:
                 batch = padded if engine.padded else flat
                 for _ in range(given.again):
-                    took, value = timed(lambda: (engine.step if part == "train" else engine.evaluate)(batch))  # noqa: B023
-                seconds.setdefault((part, engine.name), []).append(took)
+                    elapsed, value = timed(lambda: (engine.step if part == "train" else engine.evaluate)(batch))  # noqa: B023
+                seconds.setdefault((part, engine.name), []).append(elapsed)
                 work = flops[engine.padded] / (1 if part == "train" else 3)
-                shares.setdefault((part, engine.name), []).append(work / took / peaks[engine.half])
+                shares.setdefault((part, engine.name), []).append(work / elapsed / peaks[engine.half])
                 shown = f"loss {value:.6f}" if part == "train" else f"best {value.argmax(1).tolist()}"
                 share = shares[part, engine.name][-1]
-                print(f"  {part:5} {engine.name:>15} {took:9.3f} s  {share:6.1%}  {shown}", flush=True)
+                print(f"  {part:5} {engine.name:>15} {elapsed:9.3f} s  {share:6.1%}  {shown}", flush=True)
     print(f"\n| {given.shape}, bs {given.bs} | engine | median s | reference / this | share of the product's speed |")
     print("|---|---|---|---|---|")
     for (part, name), values in seconds.items():
-        own = "" if (part, "reference") not in seconds else f"{_ratio(seconds[part, 'reference'], values):.2f}x"
+        ratio = "" if (part, "reference") not in seconds else f"{_ratio(seconds[part, 'reference'], values):.2f}x"
         share = statistics.median(shares[part, name])
-        print(f"| {part} | {name} | {statistics.median(values):.3f} | {own} | {share:.0%} |")
+        print(f"| {part} | {name} | {statistics.median(values):.3f} | {ratio} | {share:.0%} |")
 
 
-def _ratio(reference: List[float], own: List[float]) -> float:
-    return statistics.median(r / o for r, o in zip(reference, own))
+def _ratio(reference: List[float], seconds: List[float]) -> float:
+    return statistics.median(r / o for r, o in zip(reference, seconds))
 
 
 if __name__ == "__main__":

@@ -60,13 +60,13 @@ class Count:
     def phase(self, name: str) -> Iterator[None]:
         """Inside, operators are this phase's."""
 
-        def see(operator: Any, args: Any, kwargs: Any) -> Any:
-            own = operator_name(operator)
-            if own not in ("t", "_unsafe_view") and not own.startswith(_PLAIN):
-                self.phases[name][own] += 1
+        def count_call(operator: Any, args: Any, kwargs: Any) -> Any:
+            base_name = operator_name(operator)
+            if base_name not in ("t", "_unsafe_view") and not base_name.startswith(_PLAIN):
+                self.phases[name][base_name] += 1
             return operator(*args, **kwargs)
 
-        with dispatch_mode(see):
+        with dispatch_mode(count_call):
             yield
 
 
@@ -97,10 +97,10 @@ def dispatch_as_cuda() -> Iterator[None]:
 
 
 def step(precision: str, layers: int, groups: int, attention: str = "auto") -> Count:
-    own = [f"precision={precision}", f"model.num_layers={layers}", "model.hidden_size=64"]
-    own.append(f"model.attention={attention}")
+    overrides = [f"precision={precision}", f"model.num_layers={layers}", "model.hidden_size=64"]
+    overrides.append(f"model.attention={attention}")
     config = validate_config(
-        compose_config("train", [*own, "model.num_attention_heads=4", "model.vocab_size=128"]), TrainConfig
+        compose_config("train", [*overrides, "model.num_attention_heads=4", "model.vocab_size=128"]), TrainConfig
     )
     runtime, count = Meta(), Count()
     plugin: Any = make_precision(config, runtime, tried=False)
@@ -144,8 +144,8 @@ def generated(layers: int, groups: int) -> "tuple[int, int, int]":
     from torch._inductor.utils import run_and_get_code
 
     model = ["model=glm_large", "model.num_layers=2", "model.hidden_size=64", "model.num_attention_heads=4"]
-    own = [*model, "model.vocab_size=128", "model.compile=true"]
-    glm = build_glm(validate_config(compose_config("train", own), TrainConfig).model)[0].train()
+    overrides = [*model, "model.vocab_size=128", "model.compile=true"]
+    glm = build_glm(validate_config(compose_config("train", overrides), TrainConfig).model)[0].train()
 
     def steps() -> None:
         for n in (230, 200):  # another length compiles nothing
@@ -166,13 +166,13 @@ def reads(precision: str, steps: int = 6) -> Counter:
     from lit_glm.training.module import RecordModule
 
     counts: Counter = Counter()
-    where = [""]
+    location = [""]
 
     def counted(name: str) -> Any:
         real = getattr(torch.Tensor, name)
 
         def read(self: Any, *args: Any, **kwargs: Any) -> Any:
-            counts[where[0]] += 1
+            counts[location[0]] += 1
             return real(self, *args, **kwargs)
 
         return read
@@ -181,11 +181,11 @@ def reads(precision: str, steps: int = 6) -> Counter:
         real = getattr(kind, name)
 
         def called(*args: Any, **kwargs: Any) -> Any:
-            where[0] = label
+            location[0] = label
             try:
                 return real(*args, **kwargs)
             finally:
-                where[0] = ""
+                location[0] = ""
 
         setattr(kind, name, called)
 
@@ -195,8 +195,8 @@ def reads(precision: str, steps: int = 6) -> Counter:
     inside(BenchmarkCallback, "on_train_batch_end", "behind it")
     with tempfile.TemporaryDirectory() as folder:
         limits = [f"run.max_steps={steps}", "run.eval_interval_samples=100000000", "run.eval_start_samples=100000000"]
-        own = [f"precision={precision}", f"hydra.run.dir={folder}/run", "run.checkpoint_interval_steps=1000"]
-        sys.argv = ["train", "experiment=debug", *limits, *own]
+        overrides = [f"precision={precision}", f"hydra.run.dir={folder}/run", "run.checkpoint_interval_steps=1000"]
+        sys.argv = ["train", "experiment=debug", *limits, *overrides]
         with contextlib.redirect_stdout(io.StringIO()):
             train.main()
     return Counter({label: counts[label] / steps for label in ("in the step", "behind it")})
@@ -213,8 +213,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.waits:  # the last step's evaluation is behind it
         for precision in given.precision.split(","):
-            found = reads(precision)
-            print(precision, {label: round(value, 2) for label, value in found.items()}, flush=True)
+            waits = reads(precision)
+            print(precision, {label: round(value, 2) for label, value in waits.items()}, flush=True)
         return
     if given.compile:
         kernels, graphs, variants = generated(given.layers, given.groups)

@@ -30,11 +30,11 @@ def clocked(owner: Any, name: str, seconds: List[float], begins: bool = False) -
     def timed(*arguments: Any, **more: Any) -> Any:
         start = time.perf_counter()
         out = function(*arguments, **more)
-        took = time.perf_counter() - start
+        elapsed = time.perf_counter() - start
         if begins:
-            seconds.append(took)
+            seconds.append(elapsed)
         elif seconds:  # what is tried before training, an update of four numbers say, is no step
-            seconds[-1] += took
+            seconds[-1] += elapsed
         return out
 
     setattr(owner, name, timed)
@@ -67,22 +67,22 @@ def measure(overrides: List[str]) -> None:
 def run(bs: str, steps: int, more: List[str]) -> Dict[str, List[float]]:
     """Milliseconds of each step behind the first fifth: whole, of a bare loop's calls, and what is added where."""
     with tempfile.TemporaryDirectory() as folder:
-        own = [f"bs={bs}", f"run.max_steps={steps}", f"hydra.run.dir={folder}/run", *more]
-        command = [sys.executable, __file__, "--measure", *OVERRIDES, *own]
+        overrides = [f"bs={bs}", f"run.max_steps={steps}", f"hydra.run.dir={folder}/run", *more]
+        command = [sys.executable, __file__, "--measure", *OVERRIDES, *overrides]
         shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         bare: List[float] = json.loads(shown.splitlines()[-1])
         with (Path(folder) / "run" / "steps.csv").open() as file:
             rows = list(csv.DictReader(file))
     assert len(bare) == len(rows) == steps
-    whole, compute, data = ([float(row[name]) for row in rows] for name in ("step_s", "compute_s", "data_s"))
-    found = {
-        "whole": whole,
+    step, compute, data = ([float(row[name]) for row in rows] for name in ("step_s", "compute_s", "data_s"))
+    times = {
+        "whole": step,
         "bare": bare,
-        "inside": [own - plain for own, plain in zip(compute, bare)],
-        "beside": [all_ - own - waited for all_, own, waited in zip(whole, compute, data)],
+        "inside": [computing - plain for computing, plain in zip(compute, bare)],
+        "beside": [total - computing - waited for total, computing, waited in zip(step, compute, data)],
     }
-    found["added"] = [a + b for a, b in zip(found["inside"], found["beside"])]
-    return {name: [1000 * value for value in values[steps // 5 :]] for name, values in found.items()}
+    times["added"] = [a + b for a, b in zip(times["inside"], times["beside"])]
+    return {name: [1000 * value for value in values[steps // 5 :]] for name, values in times.items()}
 
 
 def main() -> None:
@@ -99,15 +99,15 @@ def main() -> None:
     added: List[float] = []
     for bs in given.bs.split(","):
         rounds = [run(bs, given.steps, []) for _ in range(given.rounds)]
-        over = [statistics.median(one["added"]) for one in rounds]
+        over = [statistics.median(times["added"]) for times in rounds]
         added += over
-        whole, bare, inside, beside = (
-            statistics.median(statistics.median(one[name]) for one in rounds)
+        step_ms, bare, inside, beside = (
+            statistics.median(statistics.median(times[name]) for times in rounds)
             for name in ("whole", "bare", "inside", "beside")
         )
-        each, middle = ", ".join(f"{value:.2f}" for value in over), statistics.median(over)
+        all_rounds, middle = ", ".join(f"{value:.2f}" for value in over), statistics.median(over)
         print(
-            f"| {bs} | {whole:.2f} | {bare:.2f} | {middle:.2f} ({each}) | {inside:.2f} | {beside:.2f} |",
+            f"| {bs} | {step_ms:.2f} | {bare:.2f} | {middle:.2f} ({all_rounds}) | {inside:.2f} | {beside:.2f} |",
             flush=True,
         )
     if given.large:

@@ -70,10 +70,10 @@ def main() -> None:
         print(head + "\n" + "|---" * 8 + "|")
         for bs, layers in cases:
             steps = max(8, given.examples // bs)
-            own = [*common, f"bs={bs}", f"run.max_steps={steps}", f"model.num_layers={layers}"]
-            real = measured(base if (bs, layers) == (4, 4) else place / f"{bs}_{layers}", own)
-            how = [f"plan.runs={base}", "plan.device_counts=[1]", f"hydra.run.dir={place}/plan", "--json"]
-            guess: Any = json.loads(command("plan", [*own, *how]))[0]
+            overrides = [*common, f"bs={bs}", f"run.max_steps={steps}", f"model.num_layers={layers}"]
+            real = measured(base if (bs, layers) == (4, 4) else place / f"{bs}_{layers}", overrides)
+            plan_overrides = [f"plan.runs={base}", "plan.device_counts=[1]", f"hydra.run.dir={place}/plan", "--json"]
+            guess: Any = json.loads(command("plan", [*overrides, *plan_overrides]))[0]
             cells = []
             for key, digits in (("step_s", 3), ("memory_gib", 2)):
                 low, high = guess[key]

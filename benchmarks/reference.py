@@ -87,8 +87,8 @@ class Reference:
         parts = []
         with torch.no_grad():
             for start in range(0, batch.score_shape[1], 10):
-                own = slice(start, start + 10)
+                candidates = slice(start, start + 10)
                 fields = (batch.text, batch.position, batch.separator, batch.target, batch.logit_mask, batch.loss_mask)
-                parts.append(self.scores(PaddedBatch(*(field[:, own].contiguous() for field in fields))))
+                parts.append(self.scores(PaddedBatch(*(field[:, candidates].contiguous() for field in fields))))
         table = torch.cat(parts, dim=1)
         return table * batch.loss_mask - 1e9 * (1.0 - batch.loss_mask)

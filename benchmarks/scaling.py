@@ -74,9 +74,9 @@ def imbalance(balance: str) -> float:
     config = validate_config(compose_config("train", overrides), TrainConfig)
     split = open_dataset(corpus.cached(examples=2000), False, None)
     data = RecordDataModule(config, split, lambda: 0, False, lambda: None)
-    found = FlopCounter(config, split, data.sampler(0, 0)).rank_imbalance(2000 // 64)
-    assert found is not None
-    return found
+    ratio = FlopCounter(config, split, data.sampler(0, 0)).rank_imbalance(2000 // 64)
+    assert ratio is not None
+    return ratio
 
 
 def main() -> None:
@@ -84,15 +84,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--plot", type=Path)
     given = parser.parse_args()
-    found: Dict[str, Dict[str, List[float]]] = {}
+    throughput: Dict[str, Dict[str, List[float]]] = {}
     for name, values in VARIED.items():
         for scoring in ("shared_context", "published"):
             rounds = []
             for number in range(given.rounds):
                 seconds = [step_seconds(scoring, **{**USUAL, name: value}, number=number) for value in values]
                 rounds.append([value / seconds[0] for value in seconds])
-            found.setdefault(name, {})[scoring] = [statistics.median(column) for column in zip(*rounds)]
-            shown = "  ".join(f"{v}: {r:.2f}" for v, r in zip(values, found[name][scoring]))
+            throughput.setdefault(name, {})[scoring] = [statistics.median(column) for column in zip(*rounds)]
+            shown = "  ".join(f"{v}: {r:.2f}" for v, r in zip(values, throughput[name][scoring]))
             print(f"{name:11} {scoring:15} {shown}", flush=True)
     speeds = [(samples_per_second("1x1"), samples_per_second("1x2")) for _ in range(given.rounds)]
     print(
@@ -105,7 +105,7 @@ def main() -> None:
         from matplotlib.figure import Figure
 
         canvas = Figure(figsize=(11, 3), layout="constrained")
-        for axes, (name, lines) in zip(canvas.subplots(1, len(found)), found.items()):
+        for axes, (name, lines) in zip(canvas.subplots(1, len(throughput)), throughput.items()):
             for scoring, ratios in lines.items():
                 axes.plot(VARIED[name], ratios, marker="o", label=scoring)
             axes.set(xlabel=name, ylabel="step time / first", xscale="log", yscale="log")

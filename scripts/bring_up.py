@@ -262,9 +262,15 @@ def _compare_losses(steps: List[Step]) -> List[str]:
 def _verify_lines(steps: List[Step]) -> List[str]:
     for step in steps:
         if step.command == "verify" and step.lines:
-            found = [line for line in step.lines if line.startswith(("FAIL", "warn", "ok "))]
-            fails = [line for line in found if line.startswith(("FAIL", "warn"))]
-            return ["", "## verify", "", f"{len(found)} checks, {len(fails)} not ok.", *(f"- {line}" for line in fails)]
+            checks = [line for line in step.lines if line.startswith(("FAIL", "warn", "ok "))]
+            fails = [line for line in checks if line.startswith(("FAIL", "warn"))]
+            return [
+                "",
+                "## verify",
+                "",
+                f"{len(checks)} checks, {len(fails)} not ok.",
+                *(f"- {line}" for line in fails),
+            ]
     return []
 
 

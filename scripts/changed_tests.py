@@ -31,15 +31,15 @@ def changed_files(revision: str) -> List[str]:
 
 def imports() -> Dict[str, Set[str]]:
     """Return for each module of src/ the modules that it imports, by dotted names below lit_glm."""
-    found: Dict[str, Set[str]] = {}
+    names_of_module: Dict[str, Set[str]] = {}
     for file in SRC.rglob("*.py"):
         names: Set[str] = set()
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lit_glm"):
                 base = (node.module or "")[len("lit_glm.") :]
                 names |= {base, *(f"{base}.{alias.name}".lstrip(".") for alias in node.names)}
-        found[".".join(file.relative_to(SRC).with_suffix("").parts)] = names
-    return found
+        names_of_module[".".join(file.relative_to(SRC).with_suffix("").parts)] = names
+    return names_of_module
 
 
 def dependents(changed: Set[str]) -> Set[str]:
@@ -54,16 +54,16 @@ def dependents(changed: Set[str]) -> Set[str]:
 
 def tests_of(modules: Set[str]) -> Set[str]:
     """Return the test folders and files of modules."""
-    found: Set[str] = set()
+    tests: Set[str] = set()
     for module in modules:
         package = module.split(".")[0]
         folder = _FOLDER_OF.get(package, _COMMANDS.get(package, package))
-        found |= {f"tests/{name}" for name in (folder, f"test_{package}.py") if (TESTS / name).exists()}
+        tests |= {f"tests/{name}" for name in (folder, f"test_{package}.py") if (TESTS / name).exists()}
     if "train" in modules:
-        found |= {"tests/runs", "tests/parity"}
+        tests |= {"tests/runs", "tests/parity"}
     if "config.schema" in modules or "config.hydra_main" in modules:
-        found.add("tests/configs")
-    return found
+        tests.add("tests/configs")
+    return tests
 
 
 def main(revision: str = "HEAD") -> int:
@@ -74,17 +74,17 @@ def main(revision: str = "HEAD") -> int:
         for file in files
         if "src/lit_glm/" in file
     }
-    found = tests_of(dependents(modules)) if modules else set()
+    tests = tests_of(dependents(modules)) if modules else set()
     if modules:  # what pages say of the code
-        found |= {f"tests/documents/test_{page}.py" for page in ("architecture", "schema")}
+        tests |= {f"tests/documents/test_{page}.py" for page in ("architecture", "schema")}
     for file in files:
         if file.startswith("tests/") and file.endswith(".py"):
-            found.add(file if Path(file).name.startswith("test_") else str(Path(file).parent))
+            tests.add(file if Path(file).name.startswith("test_") else str(Path(file).parent))
         if file.startswith("conf/"):
-            found |= {"tests/configs", "tests/parity"}
+            tests |= {"tests/configs", "tests/parity"}
         if file.startswith(("docs/", "README")):
-            found.add("tests/documents")
-    for entry in sorted(entry for entry in found if (ROOT / entry).exists()):
+            tests.add("tests/documents")
+    for entry in sorted(entry for entry in tests if (ROOT / entry).exists()):
         print(entry)
     return 0
 

@@ -156,8 +156,8 @@ def page() -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for metric in METRICS.values():
-        where = f" (`{metric.path}`)" if metric.path else ""
-        cells = (f"`{metric.name}`{where}", metric.unit, metric.better, metric.meaning, metric.unknown)
+        json_path = f" (`{metric.path}`)" if metric.path else ""
+        cells = (f"`{metric.name}`{json_path}", metric.unit, metric.better, metric.meaning, metric.unknown)
         lines.append("| " + " | ".join(cells) + " |")
     for heading, rows in (
         ("Other fields of result.json", RESULT),
