@@ -37,4 +37,6 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
   echo "$wanted" > "$stamp"
 fi
 [ "${1:-}" != --install ] || exit 0
+# Where Python is told to write no bytecode, each process would compile src anew.
+.venv-seed/bin/python -m compileall -q src
 exec .venv-seed/bin/python -m pytest "$@"

@@ -15,13 +15,15 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import TYPE_CHECKING, Dict, Iterator, List, Optional, Tuple
 
 from lit_glm.atomic_files import write_text
-from lit_glm.config.schema import HardwareConfig
 from lit_glm.errors import InputError, first_line
 from lit_glm.hardware.monitors import MONITORS, DeviceReading, Monitor, visible_device
 from lit_glm.process_utils import set_parent_death_signal
+
+if TYPE_CHECKING:  # each run starts a process of this module, which reads no configuration
+    from lit_glm.config.schema import HardwareConfig
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +33,7 @@ _ALL = "-"
 _LAST_S = 15.0  # a hanging monitor must not delay the end of a run
 
 
-def monitor_for(hardware: HardwareConfig) -> Optional[Monitor]:
+def monitor_for(hardware: "HardwareConfig") -> Optional[Monitor]:
     """Return the monitor of a hardware configuration; None for simulated devices, or without a known monitor.
 
     With `auto`, the runtime is not known yet: prefer the one whose visible-devices variable is set, else the first.
@@ -40,7 +42,7 @@ def monitor_for(hardware: HardwareConfig) -> Optional[Monitor]:
     return None if name is None else monitor_of_name(name)
 
 
-def _monitor_name(hardware: HardwareConfig) -> Optional[str]:
+def _monitor_name(hardware: "HardwareConfig") -> Optional[str]:
     if hardware._target_ is not None and hardware.runtime != "simulated":
         from lit_glm.hardware.runtimes.selection import import_runtime_class
 
@@ -95,7 +97,9 @@ def drop_readings_after(file: Path, seconds: float) -> None:
 
 
 @contextmanager
-def monitor_devices(hardware: HardwareConfig, file: Path, node: int, devices: int, start_time: float) -> Iterator[None]:
+def monitor_devices(
+    hardware: "HardwareConfig", file: Path, node: int, devices: int, start_time: float
+) -> Iterator[None]:
     """Monitor the devices of a node for the duration of the context.
 
     Args:
