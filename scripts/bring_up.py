@@ -94,8 +94,8 @@ def plan_steps(tiny: bool, overrides: List[str], precisions: List[str]) -> List[
 class BringUp:
     """Runs the steps, and writes their logs and runs to a folder."""
 
-    def __init__(self, folder: Path, overrides: List[str], minutes: float) -> None:
-        self.folder, self.overrides, self.minutes = folder, overrides, minutes
+    def __init__(self, folder: Path, overrides: List[str], hardware: Any, minutes: float) -> None:
+        self.folder, self.overrides, self.hardware, self.minutes = folder, overrides, hardware, minutes
         self.end = time.monotonic() + 60.0 * minutes
         self.root = Path(__file__).resolve().parent.parent
 
@@ -155,22 +155,22 @@ class BringUp:
         return "ok" if process.returncode == 0 else f"exit status {process.returncode}"
 
     def _runtime_class(self) -> Optional[str]:
-        hardware = hardware_of(self.overrides)
-        if hardware.runtime == "simulated":
+        if self.hardware.runtime == "simulated":
             return None
-        if hardware._target_ is not None:
-            return str(hardware._target_)
+        if self.hardware._target_ is not None:
+            return str(self.hardware._target_)
         from lit_glm.config.schema import TopologyConfig
         from lit_glm.hardware.runtimes.selection import make_runtime
 
-        kind = type(make_runtime(hardware, TopologyConfig()))
+        kind = type(make_runtime(self.hardware, TopologyConfig()))
         return f"{kind.__module__}.{kind.__qualname__}"
 
     def page(self, steps: List[Step]) -> str:
         """Return the content of bring_up.md."""
         environment = next((env for env in map(_environment, steps) if env), {})
+        simulated = " (SIMULATED)" if self.hardware.runtime == "simulated" else ""
         lines = [
-            f"# Bring-up: {' '.join(self.overrides) or 'hardware=cpu'}",
+            f"# Bring-up: {' '.join(self.overrides) or 'hardware=cpu'}{simulated}",
             "",
             f"{time.strftime('%Y-%m-%d %H:%M')}, at most {self.minutes:g} minutes, `scripts/bring_up.sh`. Each figure "
             "was measured by the command of its row, listed below; logs and runs lie beside this page.",
@@ -298,12 +298,13 @@ def main() -> int:
     overrides += [f"--config-dir={given.config_dir.resolve()}"] if given.config_dir is not None else []
     tiny = any(word in ("hardware=cpu", "hardware.runtime=simulated") for word in overrides)
     try:
-        precisions = list(hardware_of(overrides).precisions)
+        hardware = hardware_of(overrides)
     except Exception as error:  # the message of train
         print(f"lit_glm: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    steps, bring_up = plan_steps(tiny, overrides, precisions), BringUp(folder, overrides, given.minutes)
+    steps = plan_steps(tiny, overrides, list(hardware.precisions))
+    bring_up = BringUp(folder, overrides, hardware, given.minutes)
     for step in steps:
         bring_up.run(step)
         rate = _number(step.result.get("p_core"), ", {:.1f} samples/s")

@@ -16,7 +16,7 @@ from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError, RunError
 from lit_glm.launch import supervisor as supervisors
 from lit_glm.launch.rendezvous import Node
-from lit_glm.launch.signals import STOP_SIGNALS, Interrupted
+from lit_glm.launch.signals import SECOND_SIGINT_S, STOP_SIGNALS, Interrupted
 from lit_glm.launch.supervisor import Supervisor
 from lit_glm.runs.job_spec import JobSpec
 
@@ -102,13 +102,8 @@ def _surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def send(*numbers: int, pause_s: float = 0.0) -> Callable[[Path], None]:
-    def call(_folder: Path) -> None:
-        for number in numbers:
-            os.kill(os.getpid(), number)
-            time.sleep(pause_s)
-
-    return call
+def send(number: int) -> Callable[[Path], None]:
+    return lambda _folder: os.kill(os.getpid(), number)
 
 
 def test_ranks_that_finish_are_a_success(tmp_path: Path) -> None:
@@ -176,7 +171,14 @@ def test_ranks_that_do_not_stop_in_time_are_killed(tmp_path: Path, capfd: pytest
 
 
 def test_a_second_ctrl_c_kills_at_once(tmp_path: Path) -> None:
-    error = run(tmp_path, "is_deaf", "is_deaf", when=send(signal.SIGINT, signal.SIGINT, pause_s=0.5))
+    def interrupt_twice(folder: Path) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        while not (folder / "asked-0").exists():
+            time.sleep(0.02)
+        time.sleep(SECOND_SIGINT_S + 0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    error = run(tmp_path, "is_deaf", "is_deaf", when=interrupt_twice)
     assert isinstance(error, Interrupted)  # long before run.shutdown_timeout_s
     assert error.exit_status == 130
 
