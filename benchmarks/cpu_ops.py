@@ -46,10 +46,10 @@ def variants(ops: RuntimeOps) -> Dict[str, RuntimeOps]:
         "all": ops,
         "linear": replace(ops, linear=TORCH_OPS.linear),
         "dropout": replace(ops, dropout=TORCH_OPS.dropout, sample_zeros=TORCH_OPS.sample_zeros),
-        "padded_group": replace(ops, padded_group=TORCH_OPS.padded_group),
-        "attention_scores": replace(ops, attention_scores=TORCH_OPS.attention_scores),
-        "training_logits": replace(ops, training_logits=TORCH_OPS.training_logits),
-        "read_logits": replace(ops, read_logits=TORCH_OPS.read_logits),
+        "max_padded_group": replace(ops, max_padded_group=TORCH_OPS.max_padded_group),
+        "max_scores_at_once": replace(ops, max_scores_at_once=TORCH_OPS.max_scores_at_once),
+        "max_training_logits": replace(ops, max_training_logits=TORCH_OPS.max_training_logits),
+        "max_read_logits": replace(ops, max_read_logits=TORCH_OPS.max_read_logits),
     }
 
 

@@ -33,7 +33,7 @@ from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.model.checkpoint import build_glm
 from lit_glm.model.scoring import TRAIN_MASK, candidate_loss, candidate_scores
 from lit_glm.training.optimizer import make_optimizer
-from lit_glm.verification.operator_check import _PLAIN, operator_name
+from lit_glm.verification.operator_check import NON_COMPUTING_OPS, operator_name
 
 PHASES = ("forward", "backward", "division by the scale", "clipping", "update", "rounding to fp16")
 
@@ -62,7 +62,7 @@ class Count:
 
         def count_call(operator: Any, args: Any, kwargs: Any) -> Any:
             base_name = operator_name(operator)
-            if base_name not in ("t", "_unsafe_view") and not base_name.startswith(_PLAIN):
+            if base_name not in ("t", "_unsafe_view") and not base_name.startswith(NON_COMPUTING_OPS):
                 self.phases[name][base_name] += 1
             return operator(*args, **kwargs)
 
@@ -103,7 +103,7 @@ def step(precision: str, layers: int, groups: int, attention: str = "auto") -> C
         compose_config("train", [*overrides, "model.num_attention_heads=4", "model.vocab_size=128"]), TrainConfig
     )
     runtime, count = Meta(), Count()
-    plugin: Any = make_precision(config, runtime, tried=False)
+    plugin: Any = make_precision(config, runtime, check_on_device=False)
     glm = plugin.convert_module(build_glm(config.model, runtime.model_ops())[0]).to("meta").train()
     optimizer = make_optimizer(glm, config.optimizer)
     if isinstance(plugin, FP16Precision):

@@ -40,7 +40,7 @@ _WARM_UP_STEPS = 3
 """Steps that are not timed: they touch memory and start kernels, and the first one has the longest examples."""
 _POLL_S = 0.2
 
-FITS, MEMORY, LIMIT, TIME = "fits", "out of memory", "not tried", "no time"
+FITS, MEMORY, NOT_TRIED, OUT_OF_TIME = "fits", "out of memory", "not tried", "no time"
 
 
 @dataclass
@@ -69,13 +69,13 @@ def _trials_of(search: Dict[str, Any]) -> List[Trial]:
     """Return the trials of a tune.json, without those that exceeded the time limit, which a resumed search repeats."""
     names = {field.name for field in fields(Trial)}
     trials = [Trial(**{name: entry[name] for name in names & set(entry)}) for entry in search.get("trials", [])]
-    return [trial for trial in trials if trial.status != TIME]
+    return [trial for trial in trials if trial.status != OUT_OF_TIME]
 
 
 def rates_by_bs(trials: List[Trial]) -> Dict[int, List[float]]:
     """Return p_core of the trials by ascending batch size, without sizes that did not fit in at least one trial."""
     rates: Dict[int, List[float]] = {}
-    too_large = {trial.bs for trial in trials if trial.status in (MEMORY, LIMIT)}
+    too_large = {trial.bs for trial in trials if trial.status in (MEMORY, NOT_TRIED)}
     for trial in sorted(trials, key=lambda trial: trial.bs):
         if trial.status == FITS and trial.p_core is not None and trial.bs not in too_large:
             rates.setdefault(trial.bs, []).append(trial.p_core)
@@ -88,13 +88,13 @@ def ranking(trials: List[Trial]) -> List[int]:
     return sorted(rates, key=lambda bs: (-statistics.median(rates[bs]), bs))
 
 
-def next_bs(trials: List[Trial], most: int, repeats: int) -> Optional[int]:
+def next_bs(trials: List[Trial], max_bs: int, repeats: int) -> Optional[int]:
     """Return the batch size to try next, at most `most` and `repeats` times each; None if the search is complete."""
     rates = rates_by_bs(trials)
     low = max(rates, default=0)
-    high = min((trial.bs for trial in trials if trial.status in (MEMORY, LIMIT)), default=most + 1)
-    if high > most and low < most:
-        return max(1, min(2 * low, most))  # double until one does not fit
+    high = min((trial.bs for trial in trials if trial.status in (MEMORY, NOT_TRIED)), default=max_bs + 1)
+    if high > max_bs and low < max_bs:
+        return max(1, min(2 * low, max_bs))  # double until one does not fit
     if low == 0:
         return None
     if high - low > max(1, low // 16):
@@ -156,10 +156,10 @@ class Search:
             raise InputError(f"{few}: a step of topology={config.topology.name} needs {config.topology.world_size}")
 
     def _next_bs(self) -> Optional[int]:
-        most = len(self.examples) // self.config.topology.world_size
-        return next_bs(self.trials, most, self.config.tune.repeats)
+        max_bs = len(self.examples) // self.config.topology.world_size
+        return next_bs(self.trials, max_bs, self.config.tune.repeats)
 
-    def lead(self) -> int:
+    def run_coordinator(self) -> int:
         """Search on node 0 until the result is known or the time is over; return the exit status."""
         minutes, status = self.config.tune.max_minutes, 0
         limit_s = self.seconds + 60.0 * minutes
@@ -169,9 +169,9 @@ class Search:
         self._write()  # marks the folder as this search's
         try:
             while (bs := self._next_bs()) is not None and self.seconds < limit_s:
-                self.trials.append(self._try(bs, limit_s - self.seconds))
+                self.trials.append(self._run_trial(bs, limit_s - self.seconds))
                 log.info(self.trials[-1].describe())
-                if self.trials[-1].status == TIME:
+                if self.trials[-1].status == OUT_OF_TIME:
                     break
         except Interrupted as stop:
             log.error(f"{stop}; resume with run.resume={self.folder}")
@@ -185,7 +185,7 @@ class Search:
         print(self._conclude(complete), flush=True)
         return status or int(not ranking(self.trials))
 
-    def follow(self) -> int:
+    def run_follower(self) -> int:
         """Run this node's part of each trial that node 0 starts; return the exit status.
 
         Raises:
@@ -229,7 +229,7 @@ class Search:
         output = trial_dir.with_suffix(".txt" if self.node.rank == 0 else f".node{self.node.rank}.txt")
         run_job(job, trial_dir, {}, self.node, in_process=False, output=output, limit_s=limit_s)
 
-    def _try(self, bs: int, seconds: float) -> Trial:
+    def _run_trial(self, bs: int, seconds: float) -> Trial:
         """Run a trial; a lack of memory or time is an outcome, any other failure is raised.
 
         p_core follows from the FLOPs of the timed steps, so that their lengths do not bias it.
@@ -237,7 +237,7 @@ class Search:
         work, start = Workload(self._trial_config(bs), self.examples, None), time.monotonic()
         message = self._exceeds_memory(work, bs)
         if message:
-            return Trial(bs, LIMIT, message=message)
+            return Trial(bs, NOT_TRIED, message=message)
         trial_dir = self.folder / TRIALS_FOLDER / f"bs{bs}_{sum(trial.bs == bs for trial in self.trials)}"
         self._write(next_trial={"bs": bs, "folder": trial_dir.name, "start": self._start})
         try:
@@ -248,15 +248,15 @@ class Search:
                 return Trial(bs, MEMORY, message=reason)
             if not isinstance(error, TimeLimitExceeded):
                 raise RunError(f"bs={bs}: {reason} (full output: {trial_dir.with_suffix('.txt')})") from error
-            if not is_complete(trial_dir):  # else the limit came while its processes ended
-                return Trial(bs, TIME, message=f"exceeded the remaining {seconds:.0f} s")
+            if not is_complete(trial_dir):  # a complete one reached the limit while its processes exited
+                return Trial(bs, OUT_OF_TIME, message=f"exceeded the remaining {seconds:.0f} s")
         finally:
             self.seconds += time.monotonic() - start
         result, rows = read_result(trial_dir) or {}, read_csv_rows(trial_dir / "steps.csv", STEP_COLUMNS)
         rows = rows[_WARM_UP_STEPS:]
         flops = sum(float(work.counter.flops_by_rank(int(row["step"])).mean()) for row in rows)
         compute_s = sum(float(row["compute_s"]) for row in rows)
-        p_core = flops / (work.mean / bs) / compute_s * work.ranks if compute_s else None
+        p_core = flops / (work.mean_rank_flops / bs) / compute_s * work.ranks if compute_s else None
         mfu, memory, efficiency = map(result.get, ("mfu", "mem_actual_gib", "samples_per_joule"))
         return Trial(bs, FITS, p_core, mfu, memory, efficiency)
 
@@ -319,7 +319,7 @@ class Search:
         lines = [table, ""]
         if not complete:
             lines.append("INCOMPLETE: the search ended early; larger or faster values may exist")
-        if not order and any(trial.status in (MEMORY, LIMIT) for trial in self.trials):
+        if not order and any(trial.status in (MEMORY, NOT_TRIED) for trial in self.trials):
             lines.append("no batch size fits: use a smaller model, activation checkpointing, or more memory")
         elif order:
             fits, fastest = ("that fits", "fastest") if complete else ("tried", "fastest so far")
@@ -337,7 +337,7 @@ class Search:
             values = f"fix_hp_source: {pair}\nbs: {order[0]}\neval_bs: {order[0]}\n"
             write_text(self.folder / f"{pair}.yaml", f"# @package _global_\n{comments}{values}")
             title = f"{config.hardware.name} {config.topology.name} {config.precision.name} {config.scoring.name}"
-            too_large = {trial.bs for trial in self.trials if trial.status in (MEMORY, LIMIT)} - set(order)
+            too_large = {trial.bs for trial in self.trials if trial.status in (MEMORY, NOT_TRIED)} - set(order)
             write_text(self.folder / "tune.svg", plot_trials(rates_by_bs(self.trials), too_large, title))
             figure = "\n\n![samples per second by bs](tune.svg)"
         write_text(self.folder / "tune.md", "\n".join(lines) + figure + "\n")
@@ -349,6 +349,6 @@ def run_search(config: Any, folder: Path, command: List[str]) -> int:
     check_runtime_available(config.hardware, config.topology)
     search = Search(config, folder, command)
     if search.node.rank > 0:
-        return search.follow()
+        return search.run_follower()
     with lock_directory(search.folder):
-        return search.lead()
+        return search.run_coordinator()

@@ -311,7 +311,7 @@ class _RestrictedPickle:
         return cls.Unpickler(file).load()
 
 
-def dispatch_mode(see: Callable[[Any, Any, Any], Any]) -> ContextManager[Any]:
+def dispatch_mode(handler: Callable[[Any, Any, Any], Any]) -> ContextManager[Any]:
     """Return a context that calls `see(operator, args, kwargs)`, which runs it, for each operator below autograd.
 
     The base class is in a private module of torch and has changed after 1.12; no public API reports the operators of a
@@ -321,7 +321,7 @@ def dispatch_mode(see: Callable[[Any, Any, Any], Any]) -> ContextManager[Any]:
 
     class CallbackMode(_python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            return see(func, args, kwargs or {})
+            return handler(func, args, kwargs or {})
 
     push: Any = getattr(_python_dispatch, "push_torch_dispatch_mode", None)  # torch 1.12 creates the instance itself
     return CallbackMode() if push is None else push(CallbackMode)

@@ -16,7 +16,7 @@ _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
 @lru_cache(maxsize=None)
-def python_to_type() -> str:
+def python_command() -> str:
     """Return how this interpreter is called from here: `python` where that is the one, else its path."""
     python = shutil.which("python")
     if python is not None and os.path.dirname(os.path.abspath(python)) == os.path.dirname(sys.executable):
@@ -37,7 +37,7 @@ class MessageHandler(logging.Handler):
             stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
             text = record.getMessage()
             if "python -m lit_glm" in text:
-                text = text.replace("python -m lit_glm", f"{python_to_type()} -m lit_glm")
+                text = text.replace("python -m lit_glm", f"{python_command()} -m lit_glm")
             print(f"lit_glm: {text}", file=stream, flush=True)
         except Exception:  # logging must not end a run
             self.handleError(record)

@@ -54,7 +54,7 @@ def run_checks(config: TrainConfig, output_dir: Path) -> Iterator[CheckResult]:
         config: configuration of the planned run.
         output_dir: folder in which its run folder would be created.
     """
-    kept = set_hardware_env(config.hardware)  # before anything imports torch
+    env_messages = set_hardware_env(config.hardware)  # before anything imports torch
 
     with fast_imports(config):
         from lit_glm import preflight
@@ -62,7 +62,7 @@ def run_checks(config: TrainConfig, output_dir: Path) -> Iterator[CheckResult]:
 
     yield run_check("machine", preflight.check_host)
     yield run_check("software", preflight.check_packages)
-    result = run_check("runtime", lambda: preflight.check_runtime(config, kept))
+    result = run_check("runtime", lambda: preflight.check_runtime(config, env_messages))
     yield result
     runtime = result.artifact
     missing = "there is no runtime" if runtime is None else ""
@@ -93,15 +93,15 @@ def main() -> int:
 
     def task(config: TrainConfig, _composed: Any) -> int:
         given = str(HydraConfig.get().run.dir)
-        findings = []
-        for finding in run_checks(config, Path("outputs" if given == "." else given)):
-            findings.append(finding)
+        results = []
+        for result in run_checks(config, Path("outputs" if given == "." else given)):
+            results.append(result)
             if not as_json:
-                print(finding.line(), flush=True)
-        failed = [finding.name for finding in findings if finding.status == "fail"]
+                print(result.line(), flush=True)
+        failed = [result.name for result in results if result.status == "fail"]
         if as_json:
             names = ("name", "status", "message", "advice")
-            rows = [{name: getattr(entry, name) for name in names} for entry in findings]
+            rows = [{name: getattr(entry, name) for name in names} for entry in results]
             print(json.dumps({"ok": not failed, "checks": rows}, indent=1, ensure_ascii=False))
         else:
             log.info(f"{len(failed)} failed: {', '.join(failed)}" if failed else "nothing failed")

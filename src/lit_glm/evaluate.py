@@ -39,30 +39,32 @@ def read_example_metadata(eval_file: Path, split: Any) -> Optional[List[Dict[str
     path = eval_file.parent / EXAMPLE_METADATA_FILE
     if not path.is_file():
         return None
-    names: List[Dict[str, Any]] = []
+    metadata: List[Dict[str, Any]] = []
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
         try:
-            names += [json.loads(line)] if line else []
+            metadata += [json.loads(line)] if line else []
         except ValueError:
             raise InputError(f"{path}: line {number} is not JSON; prepare the data again") from None
-    for number, name in enumerate(names, 1):
+    for number, name in enumerate(metadata, 1):
         if not isinstance(name, dict) or not {"candidates", "answers", "tokens_removed"} <= set(name):
             raise InputError(f"{path}: entry {number} lacks candidates, answers or tokens_removed; prepare again")
-    if len(names) != len(split):
-        raise InputError(f"{path}: has {len(names)} lines, {eval_file} has {len(split)} examples; prepare both again")
-    for example, name in enumerate(names):
+    if len(metadata) != len(split):
+        raise InputError(
+            f"{path}: has {len(metadata)} lines, {eval_file} has {len(split)} examples; prepare both again"
+        )
+    for example, name in enumerate(metadata):
         candidates, right = name["candidates"], set(split.answers_of(example))
         matching = {place for place, text in enumerate(candidates) if text in name["answers"]}
         if len(candidates) != split.num_candidates_of(example) or matching != right:
             raise InputError(f"{path}: entry {example + 1} is of another evaluation file; prepare both again")
-    return names
+    return metadata
 
 
 def describe_predictions(
     chosen: List[Tuple[int, int]],
     scores: Dict[int, List[float]],
     answers: Callable[[int], Sequence[int]],
-    names: Optional[List[Dict[str, Any]]],
+    metadata: Optional[List[Dict[str, Any]]],
 ) -> List[Dict[str, Any]]:
     """Describe each prediction: `idx` and `label` as SuperGLUE's submission format has them, then what explains it.
 
@@ -70,7 +72,7 @@ def describe_predictions(
         chosen: (example, candidate) of all examples; -1: none, as no score is above that of padding, or one is NaN.
         scores: of the candidates of each example.
         answers: example -> its right candidates.
-        names: texts of all examples, in the order of the evaluation file; None: candidates are numbered instead.
+        metadata: texts of all examples, in the order of the evaluation file; None: candidates are numbered instead.
 
     Returns:
         An entry per example; `rank` is that of the best right candidate among all, from 1. Scores that are not finite,
@@ -78,7 +80,7 @@ def describe_predictions(
     """
     entries = []
     for example, candidate in chosen:
-        name = names[example] if names is not None else {}
+        name = metadata[example] if metadata is not None else {}
         texts = name.get("candidates") or list(range(len(scores[example])))
         candidate_scores, right = scores[example], list(answers(example))
         best = max(candidate_scores[index] for index in right)
@@ -95,21 +97,21 @@ def describe_predictions(
     return entries
 
 
-def score_predictions(names: List[Dict[str, Any]], chosen: List[Tuple[int, int]]) -> Dict[str, float]:
+def score_predictions(metadata: List[Dict[str, Any]], chosen: List[Tuple[int, int]]) -> Dict[str, float]:
     """Compute the official scores, em and f1, and the shares of what was cut to length.
 
     Args:
-        names: texts of all examples, in the order of the evaluation file.
+        metadata: texts of all examples, in the order of the evaluation file.
         chosen: (example, candidate) of all examples.
     """
     from lit_glm.training.evaluation import em_and_f1
 
     exact, overlap = 0.0, 0.0
     for example, candidate in chosen:
-        text = names[example]["candidates"][candidate] if candidate >= 0 else ""
-        em, f1 = em_and_f1(text, names[example]["answers"])
+        text = metadata[example]["candidates"][candidate] if candidate >= 0 else ""
+        em, f1 = em_and_f1(text, metadata[example]["answers"])
         exact, overlap = exact + em, overlap + f1
-    removed = [name["tokens_removed"] for name in names]
+    removed = [name["tokens_removed"] for name in metadata]
     candidates = sum(map(len, removed))
     return {
         "em": exact / len(chosen),
@@ -212,20 +214,20 @@ def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
     _check_not_foreign(out)
     make_folder(out)
     overrides = [*hydra.overrides.task, *CommandLine.read(sys.argv[1:]).searchpath]
-    trained = None if any(key.split(".")[0] == "data" for key in given) else _scored_run(config)
+    run_with_same_data = None if any(key.split(".")[0] == "data" for key in given) else _scored_run(config)
     config = inherit_run_config(config, given, overrides)
     for line in set_hardware_env(config.hardware):
         log.warning(line)
     scores: Dict[int, List[float]] = {}
-    accuracy, chosen, runtime, split, names = _score_checkpoint(config, scores, trained)
+    accuracy, chosen, runtime, split, metadata = _score_checkpoint(config, scores, run_with_same_data)
     report: Dict[str, Any] = {"acc": accuracy, "em": None, "f1": None, "num_examples": len(chosen)}
-    predictions = describe_predictions(chosen, scores, split.answers_of, names)
-    if names is not None:
-        report.update(score_predictions(names, chosen))
+    predictions = describe_predictions(chosen, scores, split.answers_of, metadata)
+    if metadata is not None:
+        report.update(score_predictions(metadata, chosen))
     unusable = sum(any(map(math.isnan, candidate_scores)) for candidate_scores in scores.values())
     if unusable:
         log.warning(f"{unusable} of {len(chosen)} examples have a score that is not a number; they count as wrong")
-    text = _scores_text(out, report, config, runtime, names is not None)
+    text = _scores_text(out, report, config, runtime, metadata is not None)
     try:
         _write_results(out, predictions, report, config, runtime)
     except OSError as error:
@@ -240,8 +242,8 @@ def _folder_for(config: TrainConfig, hydra: Any) -> Path:
     from lit_glm.runs.result import SCHEMA_VERSION, read_result
 
     run_dir = _scored_run(config)
-    given = any(override.startswith("hydra.run.dir=") for override in hydra.overrides.hydra)
-    if run_dir is None or given or is_sweep_job() or not os.access(run_dir, os.W_OK):
+    is_dir_given = any(override.startswith("hydra.run.dir=") for override in hydra.overrides.hydra)
+    if run_dir is None or is_dir_given or is_sweep_job() or not os.access(run_dir, os.W_OK):
         return output_dir()
     # A run of an earlier version is only read.
     is_ours = (read_result(run_dir) or {}).get("schema_version") == SCHEMA_VERSION
@@ -270,14 +272,14 @@ def _check_data_of_run(split: Any, run_dir: Path) -> None:
 
 
 def _score_checkpoint(
-    config: TrainConfig, scores: Dict[int, List[float]], trained: Optional[Path]
+    config: TrainConfig, scores: Dict[int, List[float]], run_with_same_data: Optional[Path]
 ) -> Tuple[Optional[float], List[Tuple[int, int]], Any, Any, Optional[List[Dict[str, Any]]]]:
     """Score the evaluation file.
 
     Args:
         config: configuration.
         scores: gets the scores of each example.
-        trained: run folder whose data must be those of the configuration.
+        run_with_same_data: run folder whose data must be those of the configuration.
 
     Returns:
         Accuracy, (example, chosen candidate) of all examples, runtime, data, and texts of the examples.
@@ -300,20 +302,20 @@ def _score_checkpoint(
 
     split = open_dataset(config.data.eval_file, True, config.data.cache_dir)
     split.check_fits_model(config.model.vocab_size, config.model.max_sequence_length, config.data.max_seq_length)
-    if trained is not None:
-        _check_data_of_run(split, trained)
-    names = read_example_metadata(Path(config.data.eval_file), split)  # an error costs no work yet
+    if run_with_same_data is not None:
+        _check_data_of_run(split, run_with_same_data)
+    metadata = read_example_metadata(Path(config.data.eval_file), split)  # an error costs no work yet
     device = runtime.device(0)
     check_attention_available(config.model.attention)
-    glm, done = build_glm(config.model, runtime.model_ops())
-    for line in done:
+    glm, messages = build_glm(config.model, runtime.model_ops())
+    for line in messages:
         log.info(f"{config.model.init_checkpoint}: {line}")
     precision = make_precision(config, runtime)
     module = precision.convert_module(RecordModule(glm, config, runtime)).to(device).eval()
     with precision.forward_context():
         batches = evaluation_batches(split, config, pin_memory=runtime.pins_memory)
         accuracy, chosen = evaluate(module, batches, runtime, scores=scores)
-    return accuracy, chosen, runtime, split, names
+    return accuracy, chosen, runtime, split, metadata
 
 
 def _write_results(

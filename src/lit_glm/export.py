@@ -36,10 +36,10 @@ def export(run_dir: Path, layout: str, out: Path) -> str:
     if not (run_dir / JOB_FILE).is_file():
         raise InputError(f"{run_dir}: is not a run folder (no {JOB_FILE})")
     stored_hash = str((read_job_json(run_dir) or {}).get("config_hash"))  # as computed by the version that wrote them
-    path, content, passed_over = checkpoints.latest_valid(run_dir, stored_hash, read_all=True)
+    path, content, skipped = checkpoints.latest_valid(run_dir, stored_hash, read_all=True)
     if path is None:
-        raise InputError("\n".join([f"{run_dir}: contains no usable checkpoint", *passed_over]))
-    for line in passed_over:
+        raise InputError("\n".join([f"{run_dir}: contains no usable checkpoint", *skipped]))
+    for line in skipped:
         log.warning(line)
     if out.exists() and not is_exported(out):
         raise InputError(f"--out {out}: exists and was not written by export; give another file, or remove it")
@@ -67,12 +67,12 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run folder of train")
     parser.add_argument("--to", required=True, choices=("published", "safetensors"), help="layout of the file")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="file to write")
-    given = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     set_up_console()
 
     def write() -> int:
         try:
-            print(export(given.run_dir, given.to, given.out))
+            print(export(args.run_dir, args.to, args.out))
         except InputError as error:
             log.error(error)
             return error.exit_status

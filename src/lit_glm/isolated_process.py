@@ -40,14 +40,14 @@ def call_isolated(function: Callable[..., Any], *arguments: Any, progress: Optio
         InputError: if the function raised one, or the process died; gives the cause.
         OSError: if the output of the function cannot be written.
     """
-    places = os.pathsep.join(filter(None, [*sys.path, os.environ.get("PYTHONPATH", "")]))
+    python_path = os.pathsep.join(filter(None, [*sys.path, os.environ.get("PYTHONPATH", "")]))
     reading, writing = os.pipe()
     answers = Connection(reading, writable=False)
     child = subprocess.Popen(
         [sys.executable, "-m", "lit_glm.isolated_process", str(writing)],
         stdin=subprocess.PIPE,
         stdout=2,  # what libraries print
-        env={**os.environ, "PYTHONPATH": places},
+        env={**os.environ, "PYTHONPATH": python_path},
         pass_fds=(writing,),
     )
     os.close(writing)

@@ -58,14 +58,14 @@ def omp_env_for_ranks(devices: int) -> Dict[str, str]:
     return {"OMP_NUM_THREADS": share, LAUNCHER_THREADS_VARIABLE: share}
 
 
-def choose_num_threads(rows: float, width: int, devices: int, begun_with: Optional[int]) -> Optional[int]:
+def choose_num_threads(rows: float, width: int, devices: int, previous_threads: Optional[int]) -> Optional[int]:
     """Choose the number of threads of a rank.
 
     Args:
         rows: average number of rows of a step's batch.
         width: hidden size, D.
         devices: number of ranks on this machine.
-        begun_with: number of a resumed run's earlier part; another number changes the order of summation.
+        previous_threads: number of a resumed run's earlier part; another number changes the order of summation.
 
     Returns:
         The number to set; None if the user has set it.
@@ -73,6 +73,6 @@ def choose_num_threads(rows: float, width: int, devices: int, begun_with: Option
     if LAUNCHER_THREADS_VARIABLE not in os.environ and any(name in os.environ for name in THREAD_COUNT_VARIABLES):
         return None
     share = max(1, available_cores() // devices)
-    if begun_with is not None and begun_with <= share:
-        return begun_with
+    if previous_threads is not None and previous_threads <= share:
+        return previous_threads
     return max(1, min(share, int(rows * 12 * width * width) // _WORK_PER_THREAD))

@@ -32,7 +32,7 @@ _GIB = 2**30
 _CHECKPOINTS = 3  # two are kept while a third is written
 _TRIED_MIB = 64
 _SLOW_MIB_S = 50.0
-_SHOWN = 48  # characters of an example
+_MAX_EXAMPLE_CHARS = 48  # characters of an example
 _RENDEZVOUS_S, _OTHER_NODES_S = 6.0, 30.0
 _BUSY_PERCENT = 25.0
 _VOCABULARY = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
@@ -41,21 +41,21 @@ _QUESTIONS = {"train": 100_730, "eval": 10_000}
 """Questions of ReCoRD (Zhang et al. 2018, table 2); training has one example per distinct answer, so at least these."""
 
 
-def _existing_parent(place: Path) -> Path:
+def _existing_parent(path: Path) -> Path:
     """Return the folder itself, or its nearest existing parent."""
-    place = place.absolute()
-    return next(folder for folder in (place, *place.parents) if folder.is_dir())
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def _format_size(count: float) -> str:
     return f"{count / _GIB:.1f} GiB" if count >= _GIB else f"{count / 2**20:.1f} MiB"
 
 
-def check_disk(config: TrainConfig, place: Path) -> CheckResult:
+def check_disk(config: TrainConfig, run_dir: Path) -> CheckResult:
     """Check that a run may begin there; compare the free space with the checkpoints, and measure the write speed."""
     if config.run.resume is None:
-        ensure_available(place, config.run.overwrite)
-    folder = _existing_parent(place)
+        ensure_available(run_dir, config.run.overwrite)
+    folder = _existing_parent(run_dir)
     count = estimates.count_parameters(config.model)
     checkpoint_bytes = count * (2 + 12 if config.precision.name == "fp16" else 12)
     needed, free = _CHECKPOINTS * checkpoint_bytes, shutil.disk_usage(str(folder)).free
@@ -96,7 +96,7 @@ def _make_decoder(config: TrainConfig) -> Callable[[Any], str]:
     def decode(ids: Any) -> str:
         words = [pieces[i] if i < len(pieces) and pieces else str(i) for i in ids]
         text = " ".join(words).replace(" ##", "")
-        return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+        return text if len(text) <= _MAX_EXAMPLE_CHARS else text[: _MAX_EXAMPLE_CHARS - 3] + "..."
 
     return decode
 
@@ -113,14 +113,14 @@ def check_data(config: TrainConfig, key: str) -> CheckResult:
         return CheckResult("", "ok", f"{path}: does not exist yet, train generates it on first use")
     decode, model = _make_decoder(config), config.model
     summary = call_isolated(summarise_hdf5, path, key == "eval_file")
-    if summary["highest"] >= model.vocab_size:
+    if summary["max_token_id"] >= model.vocab_size:
         raise InputError(
-            f"{path}: token id {summary['highest']} is beyond model.vocab_size={model.vocab_size}; model=glm_small, "
-            "glm_base and glm_large have BERT's vocabulary (30592)"
+            f"{path}: token id {summary['max_token_id']} is beyond model.vocab_size={model.vocab_size}; "
+            "model=glm_small, glm_base and glm_large have BERT's vocabulary (30592)"
         )
-    if summary["tokens"] > min(config.data.max_seq_length, model.max_sequence_length):
+    if summary["max_tokens"] > min(config.data.max_seq_length, model.max_sequence_length):
         raise InputError(
-            f"{path}: {summary['tokens']} tokens in a sequence, more than "
+            f"{path}: {summary['max_tokens']} tokens in a sequence, more than "
             f"data.max_seq_length={config.data.max_seq_length} or model.max_sequence_length={model.max_sequence_length}"
         )
     if key == "train_file" and config.global_batch > summary["examples"]:
@@ -128,10 +128,12 @@ def check_data(config: TrainConfig, key: str) -> CheckResult:
             f"{path}: {summary['examples']} examples, fewer than the {config.global_batch} of a step (bs={config.bs}, "
             f"topology={config.topology.name})"
         )
-    counts = f"{summary['examples']} examples, {summary['candidates']} candidates, at most {summary['tokens']} tokens"
+    counts = (
+        f"{summary['examples']} examples, {summary['candidates']} candidates, at most {summary['max_tokens']} tokens"
+    )
     shown = [
         f'{which} "{decode(context)}" with {count} candidates: {" | ".join(map(decode, candidates))}'
-        for which, context, count, candidates in summary["ends"]
+        for which, context, count, candidates in summary["first_and_last"]
     ]
     return CheckResult("", "ok", f"{path}: {counts}; {'; '.join(shown)}")
 
@@ -148,9 +150,9 @@ def check_checkpoint(config: TrainConfig) -> CheckResult:
     weights = read_weights(Path(path))
     count = sum(weight.numel() for weight in weights.values())
     kinds = ", ".join(sorted({str(weight.dtype).replace("torch.", "") for weight in weights.values()}))
-    done = fit_to_model(weights, meta_state_dict(config.model), path)
+    messages = fit_to_model(weights, meta_state_dict(config.model), path)
     return CheckResult(
-        "", "ok", "; ".join([f"{path}: {len(weights)} tensors, {count} values in {kinds}: all fit", *done])
+        "", "ok", "; ".join([f"{path}: {len(weights)} tensors, {count} values in {kinds}: all fit", *messages])
     )
 
 
@@ -166,41 +168,41 @@ def check_memory(config: TrainConfig, runtime: Optional[Runtime]) -> CheckResult
     return CheckResult("", status, message.replace("memory: ", ""), "; ".join(advice).replace("memory: ", ""))
 
 
-def check_runtime(config: TrainConfig, kept: List[str]) -> CheckResult:
+def check_runtime(config: TrainConfig, env_messages: List[str]) -> CheckResult:
     """Create the runtime.
 
     Args:
         config: configuration of the run.
-        kept: messages about variables of the hardware file that the environment sets already.
+        env_messages: messages about variables of the hardware file that the environment sets already.
     """
-    made = make_runtime(config.hardware, config.topology)
-    version = f", driver {made.driver_version()}" if made.has_driver else ""
-    message = f"{made.name} for {config.hardware.name}{version}"
-    if made.simulated:
+    runtime = make_runtime(config.hardware, config.topology)
+    version = f", driver {runtime.driver_version()}" if runtime.has_driver else ""
+    message = f"{runtime.name} for {config.hardware.name}{version}"
+    if runtime.simulated:
         return CheckResult(
-            "", "warn", f"{message}: simulated on the CPU", "no measurement is that of the device", artifact=made
+            "", "warn", f"{message}: simulated on the CPU", "no measurement is that of the device", artifact=runtime
         )
-    if kept:
-        return CheckResult("", "warn", message, "; ".join(kept), artifact=made)
-    return CheckResult("", "ok", message, artifact=made)
+    if env_messages:
+        return CheckResult("", "warn", message, "; ".join(env_messages), artifact=runtime)
+    return CheckResult("", "ok", message, artifact=runtime)
 
 
-def check_devices(config: TrainConfig, made: Runtime) -> CheckResult:
+def check_devices(config: TrainConfig, runtime: Runtime) -> CheckResult:
     """Compare the devices with topology and hardware file."""
-    unable = made.multi_node_unsupported_reason(config.topology.num_nodes)
+    unable = runtime.multi_node_unsupported_reason(config.topology.num_nodes)
     if unable is not None:
         raise InputError(f"topology={config.topology.name}: {unable}")
-    check_device_count(made, config.topology)
+    check_device_count(runtime, config.topology)
     devices = config.topology.devices_per_node
-    hints = validate_devices(config.hardware, made, devices, CONF_DIR / "hardware")
+    hints = validate_devices(config.hardware, runtime, devices, CONF_DIR / "hardware")
     names: List[str] = []
     for index in range(devices):
-        total = made.total_memory(index)
+        total = runtime.total_memory(index)
         size = "memory unknown" if total is None else f"{total / 2**30:.1f} GiB"
-        names.append(f"{made.device_name(index) or config.hardware.product_name} ({size})")
+        names.append(f"{runtime.device_name(index) or config.hardware.product_name} ({size})")
     hints += _try_monitor(config)
     kinds = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
-    message = f"{made.device_count()} devices visible, {devices} required per node: {kinds}"
+    message = f"{runtime.device_count()} devices visible, {devices} required per node: {kinds}"
     return CheckResult("", "warn" if hints else "ok", message, "; ".join(hints))
 
 
@@ -216,18 +218,18 @@ def _try_monitor(config: TrainConfig) -> List[str]:
     return [] if readings else ["the device monitor gives no readings: power and energy will be unknown"]
 
 
-def check_precision(config: TrainConfig, made: Runtime) -> CheckResult:
+def check_precision(config: TrainConfig, runtime: Runtime) -> CheckResult:
     """Check the precision with a small matrix product."""
     from lit_glm.hardware.precision import make_precision
 
-    plugin = make_precision(config, made)
+    plugin = make_precision(config, runtime)
     dtype = str(plugin.computes_in).replace("torch.", "")  # type: ignore[attr-defined]
     message = f"{config.precision.name}: matrix products are computed in {dtype}"
-    hint = made.precision_hint(config.precision.name)
+    hint = runtime.precision_hint(config.precision.name)
     return CheckResult("", "warn" if hint else "ok", message, hint)
 
 
-def check_rendezvous_port(config: TrainConfig, made: Runtime) -> CheckResult:
+def check_rendezvous_port(config: TrainConfig, runtime: Runtime) -> CheckResult:
     """Check that the rendezvous port is available."""
     from lit_glm.launch.rendezvous import check_port, resolve_node
 
@@ -244,7 +246,7 @@ def check_rendezvous_port(config: TrainConfig, made: Runtime) -> CheckResult:
     return CheckResult("", "ok", f"node {node.rank} of {config.topology.num_nodes}, {node.address}:{node.port}{chosen}")
 
 
-def check_collectives(config: TrainConfig, made: Runtime) -> CheckResult:
+def check_collectives(config: TrainConfig, runtime: Runtime) -> CheckResult:
     """Start all ranks of this node and run the collectives over all ranks of the topology."""
     if config.topology.world_size == 1:
         return CheckResult("", "skip", "single device: no collectives")
@@ -338,7 +340,7 @@ def _compare_num_weights(path: Path) -> Tuple[bool, str]:
 
 
 def check_provenance(config: TrainConfig) -> CheckResult:
-    """Check all files that exist, with one result for all of them."""
+    """Compare vocabulary, data and initial weights with the published files; one result for all that exist."""
     comparisons: List[Tuple[bool, str]] = []
 
     def compare(comparison: Callable[[], Tuple[bool, str]]) -> None:

@@ -1,4 +1,4 @@
-"""Process control: parent-death signal, limits of files and memory, termination of process trees, garbage collector."""
+"""Process control: parent-death signal, limit of open files, termination, faster imports, out-of-memory errors."""
 
 import ctypes
 import gc
@@ -20,7 +20,7 @@ from lit_glm.errors import RunError
 if TYPE_CHECKING:
     from lit_glm.config.schema import TrainConfig
 
-_MOST_OPEN_FILES = 65536
+_MAX_OPEN_FILES = 65536
 _LOADER_OPEN_FILES = 256
 """Minimum number of open files for loader workers and their rank; with fewer they deadlock silently."""
 
@@ -49,7 +49,7 @@ def set_parent_death_signal(number: int = signal.SIGKILL, parent: Optional[int] 
 def raise_open_files_limit() -> None:
     """Raise the soft limit of open files to the hard one: loader workers send tensors as open files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = _MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_OPEN_FILES)
+    limit = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < limit:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
@@ -99,7 +99,7 @@ def exit_now(status: int) -> None:
     os._exit(status)
 
 
-_LARGE = 100
+_MIN_MODULES_TO_FREEZE = 100
 """Minimum number of modules that a large library imports."""
 
 
@@ -111,7 +111,7 @@ def paused_gc() -> Iterator[None]:
     try:
         yield
     finally:
-        if len(sys.modules) > before + _LARGE:
+        if len(sys.modules) > before + _MIN_MODULES_TO_FREEZE:
             gc.freeze()
         if was_on:
             gc.enable()
@@ -135,7 +135,7 @@ def fast_imports(config: "TrainConfig") -> Iterator[None]:
         yield
 
 
-_SAYS = re.compile(
+_OOM_PATTERN = re.compile(
     r"out of memory|can(?:'|no)t allocate memory|not enough memory|bad_alloc|bad allocation|ALLOC_FAILED|"
     r"Unable to allocate|failed to allocate",
     re.IGNORECASE,
@@ -146,7 +146,7 @@ def is_oom_error(error: BaseException) -> bool:
     """Return whether an error means that a device or the machine is out of memory."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, (RuntimeError, OSError)) and _SAYS.search(str(error)) is not None
+    return isinstance(error, (RuntimeError, OSError)) and _OOM_PATTERN.search(str(error)) is not None
 
 
 def oom_kill_count() -> int:

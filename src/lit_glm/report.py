@@ -46,30 +46,30 @@ def _environment_overrides(places: List[str]) -> Dict[str, str]:
     return environment
 
 
-def _compare(given: argparse.Namespace) -> int:
+def _compare(args: argparse.Namespace) -> int:
     """Compare two runs, in Markdown and English, on standard output or as compare.md in --out; return the status."""
     from lit_glm.reporting.comparison import compare_runs
     from lit_glm.reporting.run_reader import find_runs
 
-    places, limit = list(given.compare), given.max_loss_diff
-    refused = [f"--format {given.format}"] if given.format != "md" else []
-    refused += [f"--lang {given.lang}"] if given.lang != "en" else []
-    refused += [f"a third run ({place})" for place in given.runs] + (["--check"] if given.check else [])
+    paths, limit = list(args.compare), args.max_loss_diff
+    refused = [f"--format {args.format}"] if args.format != "md" else []
+    refused += [f"--lang {args.lang}"] if args.lang != "en" else []
+    refused += [f"a third run ({path})" for path in args.runs] + (["--check"] if args.check else [])
     if limit is not None and not limit >= 0:
         raise InputError(f"--max-loss-diff {limit:g}: must be at least 0")
     if refused:
         raise InputError(f"--compare takes two runs and writes Markdown in English; it does not take {refused[0]}")
     sides = []
-    for place in places:
-        runs, trouble = find_runs([place])
+    for path in paths:
+        runs, trouble = find_runs([path])
         if len(runs) != 1:
-            raise InputError("\n".join([f"--compare {place}: contains {len(runs)} runs, must be one", *trouble]))
+            raise InputError("\n".join([f"--compare {path}: contains {len(runs)} runs, must be one", *trouble]))
         sides.append(runs[0])
     text, largest = compare_runs(*sides)
-    if given.out is None:
+    if args.out is None:
         print(text, end="")
     else:
-        _write_report(given.out / "compare.md", text, "## Configuration and environment")
+        _write_report(args.out / "compare.md", text, "## Configuration and environment")
     if limit is None:
         return 0
     if largest is None:
@@ -81,7 +81,7 @@ def _compare(given: argparse.Namespace) -> int:
     return 0
 
 
-def report(given: argparse.Namespace) -> int:
+def report(args: argparse.Namespace) -> int:
     """Write the report that the arguments describe; return the exit status."""
     import datetime
 
@@ -91,29 +91,29 @@ def report(given: argparse.Namespace) -> int:
     from lit_glm.reporting.document import make_document
     from lit_glm.reporting.run_reader import find_runs
 
-    places = list(given.runs)
-    if given.sort is not None and given.sort not in OBJECTIVES:
-        raise InputError(f"--sort {given.sort}: must be one of {', '.join(OBJECTIVES)}")
-    if given.compare:
-        return _compare(given)
-    if given.max_loss_diff is not None:
-        raise InputError(f"--max-loss-diff {given.max_loss_diff:g}: needs --compare A B")
-    if given.best and given.out is not None:
-        raise InputError(f"--best prints one run; leave out --out {given.out}")
-    kinds = _parse_choices(given.format, FORMATS, "--format")
-    languages = _parse_choices(given.lang, LANGUAGES, "--lang")
+    places = list(args.runs)
+    if args.sort is not None and args.sort not in OBJECTIVES:
+        raise InputError(f"--sort {args.sort}: must be one of {', '.join(OBJECTIVES)}")
+    if args.compare:
+        return _compare(args)
+    if args.max_loss_diff is not None:
+        raise InputError(f"--max-loss-diff {args.max_loss_diff:g}: needs --compare A B")
+    if args.best and args.out is not None:
+        raise InputError(f"--best prints one run; leave out --out {args.out}")
+    kinds = _parse_choices(args.format, FORMATS, "--format")
+    languages = _parse_choices(args.lang, LANGUAGES, "--lang")
     environment = _environment_overrides(places)
     if not places:
         raise InputError("no runs given: give run folders, sweep folders or patterns of them")
-    if given.out is None and (len(kinds) > 1 or len(languages) > 1):
-        raise InputError(f"--format {given.format} --lang {given.lang}: several files need --out DIR")
+    if args.out is None and (len(kinds) > 1 or len(languages) > 1):
+        raise InputError(f"--format {args.format} --lang {args.lang}: several files need --out DIR")
     runs, left_out = find_runs(places)
     for line in left_out:
         log.warning(line)
     if not runs:
         raise InputError("no run was found")
-    key = given.sort or ("acc" if given.best else None)
-    if given.best:
+    key = args.sort or ("acc" if args.best else None)
+    if args.best:
         print(_best_run_text(runs, str(key)))
         return 0
     now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
@@ -122,7 +122,7 @@ def report(given: argparse.Namespace) -> int:
         words = Translations(language)
         document = make_document(runs, left_out, environment, words, key)
         missing = missing or document.missing
-        if given.check and given.out is None:
+        if args.check and args.out is None:
             break  # only the list is printed
         generated = words("generated", lit_glm.__version__, now, len(runs))
         for kind in kinds:
@@ -131,15 +131,15 @@ def report(given: argparse.Namespace) -> int:
             else:
                 text = (formats.html if kind == "html" else formats.markdown)(document, generated)
             text = text.encode("utf-8", "replace").decode("utf-8")  # file names may be invalid UTF-8
-            if given.out is None:
+            if args.out is None:
                 sys.stdout.write(text)
                 continue
-            path = given.out / f"report.{language}.{kind}"
+            path = args.out / f"report.{language}.{kind}"
             _write_report(path, text, "e2e_time,p_whole" if kind == "csv" else " lit_glm ")
-    if given.check:
+    if args.check:
         words = Translations(languages[0])
         print("\n".join([f"{words('missing')}:", *missing] if missing else [words("nothing_missing")]))
-    return 1 if given.check and missing else 0
+    return 1 if args.check and missing else 0
 
 
 def _write_report(path: Path, text: str, mark: str) -> None:
@@ -209,16 +209,16 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser.add_argument("--sort", metavar="KEY", help="sort rows by a metric, best first; a wrong name lists all")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="compare two runs side by side instead")
     parser.add_argument("--max-loss-diff", type=float, help="with --compare: exit with 1 above it")
-    given = parser.parse_intermixed_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     set_up_console()
-    return run_interruptible(lambda: _report_to_the_end(given))
+    return run_interruptible(lambda: _report_to_the_end(args))
 
 
-def _report_to_the_end(given: argparse.Namespace) -> int:
+def _report_to_the_end(args: argparse.Namespace) -> int:
     try:
-        status = report(given)
+        status = report(args)
         problem = output_error()
-        if problem is not None and given.out is None:
+        if problem is not None and args.out is None:
             raise InputError(f"the report cannot be written to standard output ({problem}); give --out DIR")
         return status
     except InputError as error:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("lit_glm.train")
 
 
-def train(config: TrainConfig, composed: Any, entry: float) -> TaskOutcome:
-    """Run one job, or one combination of a sweep; `entry` is `time.monotonic()` at the entry of `main`."""
+def train(config: TrainConfig, composed: Any, start_time: float) -> TaskOutcome:
+    """Run one job, or one combination of a sweep; `start_time` is `time.monotonic()` at its start."""
     from hydra.core.hydra_config import HydraConfig
 
     from lit_glm.hardware.env import set_hardware_env
@@ -40,24 +40,24 @@ def train(config: TrainConfig, composed: Any, entry: float) -> TaskOutcome:
     from lit_glm.runs.run_folder import hydra_files
 
     hydra = HydraConfig.get()
-    sweeps = is_sweep_job()
-    run_dir = output_dir() if sweeps else Path(hydra.run.dir)
+    is_sweep = is_sweep_job()
+    run_dir = output_dir() if is_sweep else Path(hydra.run.dir)
     files = hydra_files(composed, hydra, list(hydra.overrides.task))
     check_runtime_available(config.hardware, config.topology)
-    outer = external_rank(config.topology)
-    if sweeps:
+    external = external_rank(config.topology)
+    if is_sweep:
         from lit_glm.launch.sweep import run_sweep_job
 
-        if outer is not None:
+        if external is not None:
             raise InputError("-m under torchrun: a sweep starts the ranks of its jobs itself; leave torchrun out")
         return run_sweep_job(config, run_dir, files, sys.argv, lambda: prepare_data(config), started)
-    if outer is not None:
+    if external is not None:
         from lit_glm.launch.worker import run_under_torchrun
         from lit_glm.runs.job_spec import JobSpec
 
         find, prepare = (lambda: _resolve_run_dir(config, run_dir)), (lambda: prepare_data(config))
-        return TaskOutcome(run_under_torchrun(JobSpec(config, entry, sys.argv), outer, find, prepare, files))
-    return TaskOutcome(run(config, run_dir, files, entry))
+        return TaskOutcome(run_under_torchrun(JobSpec(config, start_time, sys.argv), external, find, prepare, files))
+    return TaskOutcome(run(config, run_dir, files, start_time))
 
 
 def prepare_data(config: TrainConfig) -> None:
@@ -94,11 +94,11 @@ def _resolve_run_dir(config: TrainConfig, run_dir: Path) -> "RunFolder":
     from lit_glm.runs.run_folder import ensure_available
 
     resume = config.run.resume
-    given = any(str(override).startswith("hydra.run.dir=") for override in HydraConfig.get().overrides.hydra)
+    is_dir_given = any(str(override).startswith("hydra.run.dir=") for override in HydraConfig.get().overrides.hydra)
     if resume is None:
-        folder = find_requeued_run(config, run_dir, given)
+        folder = find_requeued_run(config, run_dir, is_dir_given)
     else:
-        folder = resolve_resume(resume, config, run_dir, given)
+        folder = resolve_resume(resume, config, run_dir, is_dir_given)
     if folder is not None:
         ensure_same_config(config, folder)
         return RunFolder(folder.resolve(), True)
@@ -106,7 +106,7 @@ def _resolve_run_dir(config: TrainConfig, run_dir: Path) -> "RunFolder":
     return RunFolder(run_dir.resolve(), False)
 
 
-def run(config: TrainConfig, run_dir: Path, files: Dict[str, str], entry: float) -> int:
+def run(config: TrainConfig, run_dir: Path, files: Dict[str, str], start_time: float) -> int:
     """Run one job unless it is complete; return the exit status."""
     from lit_glm.launch.launcher import announce_early_end, report_complete_run, run_job
     from lit_glm.launch.rendezvous import this_node
@@ -114,18 +114,18 @@ def run(config: TrainConfig, run_dir: Path, files: Dict[str, str], entry: float)
     from lit_glm.runs.job_spec import JobSpec
     from lit_glm.runs.run_folder import complete_result
 
-    node, resumes = this_node(config.topology, config.hardware.runtime == "simulated"), False
+    node, is_resume = this_node(config.topology, config.hardware.runtime == "simulated"), False
     with announce_early_end(config, node):
         if node.rank == 0:  # node 0 sends it to the others
             resolved = _resolve_run_dir(config, run_dir)
-            run_dir, resumes = resolved.path, resolved.is_resume
-        result = complete_result(run_dir) if resumes else None
+            run_dir, is_resume = resolved.path, resolved.is_resume
+        result = complete_result(run_dir) if is_resume else None
         if result is not None:
             report_complete_run(config, node, run_dir, result)
             return 0
         prepare_data(config)
     try:
-        run_job(JobSpec(config, entry, sys.argv, resumes), run_dir, files, node)
+        run_job(JobSpec(config, start_time, sys.argv, is_resume), run_dir, files, node)
     except Interrupted as stop:
         hint = f"; {resume_hint(run_dir)}" if node.rank == 0 else ""
         log.error(f"{stop}{hint}")
@@ -139,13 +139,13 @@ def _before_sweep(composed: Any, line: CommandLine) -> List[str]:
     return prepare_sweep(composed, line)
 
 
-def main(entry: Optional[float] = None) -> int:
-    """Run the command and return the exit status; e2e_time counts from `entry`, else from this call."""
+def main(start_time: Optional[float] = None) -> int:
+    """Run the command and return the exit status; e2e_time counts from `start_time`, else from this call."""
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a killed torchrun does not notify its ranks
         from lit_glm.process_utils import set_parent_death_signal
 
         set_parent_death_signal(signal.SIGTERM)
-    status = run_command("train", TrainConfig, partial(train, entry=entry or time.monotonic()), _before_sweep)
+    status = run_command("train", TrainConfig, partial(train, start_time=start_time or time.monotonic()), _before_sweep)
     sweep = sys.modules.get("lit_glm.launch.sweep")  # imported when a sweep starts
     if sweep is not None:
         # After Ctrl-C the records of the jobs contain which signal it was.

@@ -65,11 +65,11 @@ def main() -> int:
         make_folder(folder)
         if (folder / environment.VERIFY_FILE).exists() and not environment.is_verification(folder):
             raise InputError(f"{folder}: its {environment.VERIFY_FILE} is not verify's; give another hydra.run.dir=")
-        kept = validate_devices(config.hardware, runtime, config.topology.devices_per_node, CONF_DIR / "hardware")
+        messages = validate_devices(config.hardware, runtime, config.topology.devices_per_node, CONF_DIR / "hardware")
         keys = [override.key_or_group for override in CommandLine.read(sys.argv[1:]).parse()]
         full_model = any(key.split(".")[0] in ("model", "experiment") for key in keys)
         if not as_json:
-            for line in (*kept, f"writing verify.json to {folder}"):
+            for line in (*messages, f"writing verify.json to {folder}"):
                 log.info(line)
         acceptance = AcceptanceTest(
             _configs_per_precision(config), runtime, full_model, 60.0 * config.verify.max_minutes

@@ -44,10 +44,10 @@ def test_ranks_that_have_joined_hear_of_a_signal_to_node_0(monkeypatch: pytest.M
         raise Interrupted(15)
 
     monkeypatch.setattr(rendezvous, "_wait", signal_comes)
-    monkeypatch.setattr(rendezvous, "_OTHERS_LOOK_S", 0.0)
+    monkeypatch.setattr(rendezvous, "_PEER_POLL_S", 0.0)
     monkeypatch.setattr(rendezvous.time, "sleep", lambda _: other.join(60))
     three = ["topology.num_nodes=3", "topology.devices_per_node=1"]
     config = validate_config(compose_config("train", ["experiment=debug", *three]), TrainConfig)
     with pytest.raises(Interrupted):
-        rendezvous.meet(config, None)
+        rendezvous.join_rendezvous(config, None)
     assert [(end["node"], end["status"]) for end in heard] == [(0, 143)]

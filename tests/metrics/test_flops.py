@@ -31,7 +31,7 @@ def split() -> MemmapDataset:
 def counted(config: TrainConfig, batch: Any) -> float:
     flop_counter = pytest.importorskip("torch.utils.flop_counter")
     # torch's own matmuls, which the counter sees; one call per group: padding of small groups costs more
-    glm, _ = build_glm(config.model, RuntimeOps(padded_group=0))
+    glm, _ = build_glm(config.model, RuntimeOps(max_padded_group=0))
     with flop_counter.FlopCounterMode(display=False) as counter:
         candidate_loss(candidate_scores(glm, batch, TRAIN_MASK)).backward()
     return float(counter.get_total_flops())

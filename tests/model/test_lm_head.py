@@ -34,7 +34,7 @@ def test_any_slices_give_torchs_numbers(elements: int, dtype: torch.dtype, monke
     table = (h @ embeddings.t()).float()
     expected = with_gradients(table.log_softmax(1).gather(1, targets[:, None])[:, 0], h, embeddings)
     monkeypatch.setattr(lm_head, "_BLOCK", elements)
-    ops = RuntimeOps(training_logits=2 * elements, read_logits=elements)
+    ops = RuntimeOps(max_training_logits=2 * elements, max_read_logits=elements)
     h, embeddings, targets = parts(dtype)
     found = with_gradients(log_probabilities(h, embeddings, targets, ops), h, embeddings)
     with torch.no_grad():

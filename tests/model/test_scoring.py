@@ -177,7 +177,7 @@ def test_products_a_few_sequences_at_a_time_are_the_same(dropout: float) -> None
     qkv, found = torch.randn(5 * 8, 3 * 16), []
     one_by_one = lambda like, p: (torch.rand(like.shape) >= p, 1.0 / (1.0 - p))  # noqa: E731 (parts draw as the whole)
     for scores in (2**20, 2 * 4 * 8 * 8, 1):
-        attend = DotProductAttention("matmul", RuntimeOps(sample_zeros=one_by_one, attention_scores=scores))
+        attend = DotProductAttention("matmul", RuntimeOps(sample_zeros=one_by_one, max_scores_at_once=scores))
         plan = PaddedAttention.from_sequences(torch.tensor([3, 7, 1, 8, 2]), 8, attend)
         x = qkv.clone().requires_grad_()
         torch.manual_seed(1)

@@ -87,17 +87,17 @@ def test_from_a_run_to_other_batch_sizes(bs: int, overhead: float) -> None:
     rate = 3e11
     found = planned("hardware=cpu", f"bs={bs}", runs=[a_run(overhead, rate, 0.05)]).step_s
     config: Any = validate_config(compose_config("plan", ["hardware=cpu", f"bs={bs}"]), PlanConfig)
-    truth = (overhead + Workload(config, TYPICAL, None).slowest / rate) * 1.025
+    truth = (overhead + Workload(config, TYPICAL, None).slowest_rank_flops / rate) * 1.025
     assert found.low <= truth <= found.high
 
 
 def test_lines_with_and_without_what_came_in_between() -> None:
-    everything, plain, line = a_run(0.5, 2e11).lines()
+    everything, plain, line = a_run(0.5, 2e11).fit_cost_models()
     assert (line.overhead, line.rate) == (pytest.approx(0.5, rel=0.01), pytest.approx(2e11, rel=0.01))
     assert plain.overhead == everything.overhead == 0.0
     assert everything.rate < plain.rate
-    assert [one.overhead for one in a_run(0.0, 2e11).lines()] == [0.0, 0.0]
-    assert a_run(0.0, 2e11).lines()[1].rate == pytest.approx(2e11, rel=0.01)
+    assert [one.overhead for one in a_run(0.0, 2e11).fit_cost_models()] == [0.0, 0.0]
+    assert a_run(0.0, 2e11).fit_cost_models()[1].rate == pytest.approx(2e11, rel=0.01)
 
 
 @given(st.lists(st.floats(0.1, 1e6), min_size=1), st.floats(0.1, 1e6))
@@ -116,14 +116,14 @@ def test_the_slowest_of_thousands_of_ranks_in_seconds() -> None:
     assert found.steps == 5553080 // (4096 * 4) + 1
     config: Any = validate_config(compose_config("plan", ["topology=4x8", "data.balance_ranks=false"]), PlanConfig)
     work = Workload(config, TYPICAL, None)
-    assert work.slowest > work.mean
+    assert work.slowest_rank_flops > work.mean_rank_flops
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e3])
 def test_the_overhead_of_steps_of_any_size_is_found(scale: float) -> None:
     run = a_run(0.5, 2e11)
     run.flops, run.compute = scale * run.flops, run.compute
-    assert run.lines()[2].overhead == pytest.approx(0.5, rel=0.01)
+    assert run.fit_cost_models()[2].overhead == pytest.approx(0.5, rel=0.01)
 
 
 def test_a_run_whose_steps_have_equal_work_says_little_of_other_batch_sizes() -> None:

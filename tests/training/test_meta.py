@@ -99,7 +99,7 @@ def test_nothing_is_read_and_no_devices_are_mixed(
     collate = collate_for(config)
     batches = [collate(split, [0, 1, 2]), collate(split, [3, 4])]
     assert (collate is collate_packed) == (layout != "published")
-    plugin = make_precision(config, runtime, tried=False)
+    plugin = make_precision(config, runtime, check_on_device=False)
     glm, _ = build_glm(config.model, runtime.model_ops())
     module = RecordModule(glm, config, runtime)
     trainer = pl.Trainer(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from conftest import lit_glm_here, start_command
 from lit_glm import batch_size_search
-from lit_glm.batch_size_search import FITS, MEMORY, TIME, Search, Trial, next_bs, ranking, rates_by_bs
+from lit_glm.batch_size_search import FITS, MEMORY, OUT_OF_TIME, Search, Trial, next_bs, ranking, rates_by_bs
 from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.errors import RunError
 from lit_glm.launch.supervisor import TimeLimitExceeded
@@ -87,7 +87,7 @@ def tried(monkeypatch: pytest.MonkeyPatch, folder: Path, run: Callable[[Path], A
 
     monkeypatch.setattr(batch_size_search, "run_job", run_job)
     (folder / "search").mkdir()
-    return Search(config, folder / "search", [])._try(1, 30.0)
+    return Search(config, folder / "search", [])._run_trial(1, 30.0)
 
 
 @pytest.mark.process
@@ -106,7 +106,7 @@ def test_memory_that_runs_out_is_an_answer(monkeypatch: pytest.MonkeyPatch, tmp_
         [
             (fails("out of memory in step 1 (bs=4)"), MEMORY),
             (fails("rank 0 was killed by SIGKILL"), MEMORY),
-            (takes_long, TIME),
+            (takes_long, OUT_OF_TIME),
         ]
     ):
         (tmp_path / str(number)).mkdir()
@@ -139,8 +139,8 @@ def test_the_time_of_a_search_ends_a_trial(monkeypatch: pytest.MonkeyPatch, tmp_
             pass
 
     monkeypatch.setattr(threading, "Timer", OnceItTrains)
-    trial = search._try(1, 12.0)
-    assert (trial.status, trial.message) == (TIME, "exceeded the remaining 12 s")
+    trial = search._run_trial(1, 12.0)
+    assert (trial.status, trial.message) == (OUT_OF_TIME, "exceeded the remaining 12 s")
     assert json.loads((tmp_path / "search" / "tries" / "bs1_0" / "result.json").read_text())["status"] != "running"
 
 
@@ -166,7 +166,7 @@ def test_a_further_node_of_a_complete_search_has_nothing_to_do(monkeypatch: pyte
     search.trials = [Trial(1, MEMORY)]
     search._write(complete=True)
     begun = time.monotonic()
-    assert search.follow() == 0
+    assert search.run_follower() == 0
     assert time.monotonic() - begun < 10
 
 
@@ -180,7 +180,7 @@ def test_a_further_node_of_a_search_that_is_extended_waits(monkeypatch: pytest.M
     search.trials = [Trial(1, FITS, 2.0), Trial(2, MEMORY)]
     search._write(complete=True)
     with pytest.raises(RunError, match="node 0 started no trial for 2 s"):
-        search.follow()
+        search.run_follower()
 
 
 def test_fewer_examples_than_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: Any) -> None:

@@ -121,9 +121,9 @@ class CommandLine:
         plain, sweeps = self._split()
         firsts = [values[0] for values in sweeps.values()]
         lines = [[*plain, *firsts]]
-        for place, (key, values) in enumerate(sweeps.items()):
+        for index, (key, values) in enumerate(sweeps.items()):
             more = values[1:] if is_group(key) else []
-            lines += [[*plain, *firsts[:place], value, *firsts[place + 1 :]] for value in more]
+            lines += [[*plain, *firsts[:index], value, *firsts[index + 1 :]] for value in more]
         return lines
 
     def combinations(self) -> List[Tuple[List[str], List[str]]]:

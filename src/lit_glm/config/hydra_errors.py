@@ -82,7 +82,7 @@ def check_overrides(line: CommandLine, schema: Any, conf: Path, command: str = "
     nodes = {".".join(key.split(".")[:n]) for key in keys for n in range(1, key.count(".") + 1)}
     known = [*keys, *nodes, *(entry.name for entry in conf.iterdir() if entry.is_dir())]
     errors = []
-    for place, (text, override) in enumerate(zip(line.overrides, line.parse_each())):
+    for index, (text, override) in enumerate(zip(line.overrides, line.parse_each())):
         if override is None:
             groups = [folder.name for folder in sorted(conf.iterdir()) if (folder / f"{text}.yaml").is_file()]
             meant = f"did you mean {groups[0]}={text}?" if groups else "`--help` lists the keys"
@@ -107,7 +107,7 @@ def check_overrides(line: CommandLine, schema: Any, conf: Path, command: str = "
         inside = any(key.startswith(f"{name}.") for name in keys)  # entry of a mapping such as hardware.peak_tflops
         is_change = not (override.is_add() or override.is_delete() or override.is_sweep_override())
         if is_change and (inside or (key in keys and isinstance(override.value(), dict))):
-            line.overrides[place] = f"++{text}"  # the chosen files may not define the entry
+            line.overrides[index] = f"++{text}"  # the chosen files may not define the entry
         if override.is_add() or override.is_delete() or key in known or key.startswith(_FREE) or inside:
             if override.is_sweep_override() and not line.multirun and not key.startswith("hydra"):
                 at_once = f"; all of them in one run: {key}=[{value}]" if key in ("logger", "callbacks") else ""

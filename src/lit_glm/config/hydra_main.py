@@ -242,14 +242,14 @@ def _fix_hp_override(composed: DictConfig, overrides: Sequence[str]) -> Optional
     if "topology" not in composed or CommandLine(list(overrides)).sets("fix_hp"):
         return None
     choices = composed.hydra.runtime.choices
-    taken = f"{choices.hardware}_{choices.topology}"
-    runs = f"{choices.hardware}_{composed.topology.num_nodes}x{composed.topology.devices_per_node}"
-    if runs == taken:
+    selected_pair = f"{choices.hardware}_{choices.topology}"
+    actual_pair = f"{choices.hardware}_{composed.topology.num_nodes}x{composed.topology.devices_per_node}"
+    if actual_pair == selected_pair:
         return None
     available = GlobalHydra.instance().config_loader().get_group_options("fix_hp")
-    if runs in available:
-        return f"fix_hp={runs}"
-    return "~fix_hp" if taken in available else None
+    if actual_pair in available:
+        return f"fix_hp={actual_pair}"
+    return "~fix_hp" if selected_pair in available else None
 
 
 def run_command(
@@ -274,12 +274,12 @@ def run_command(
     """
     set_up_console()
     limit_spinning()  # before anything loads torch
-    typed = sys.argv
-    sys.argv = typed if arguments is None else [typed[0], *arguments]  # which Hydra reads
+    argv = sys.argv
+    sys.argv = argv if arguments is None else [argv[0], *arguments]  # which Hydra reads
     try:
         return run_interruptible(lambda: _run_command(config_name, schema, task, before_sweep))
     finally:
-        sys.argv = typed
+        sys.argv = argv
 
 
 def _run_command(
@@ -288,25 +288,25 @@ def _run_command(
     task: Task,
     before_sweep: Optional[BeforeSweep],
 ) -> int:
-    more: List[str] = []
+    extra_overrides: List[str] = []
     try:
         line = CommandLine.read(sys.argv[1:])
         if line.shows_help:
-            whole, _ = _compose_with_hydra(
+            composed_with_hydra, _ = _compose_with_hydra(
                 config_name, [*line.sample_combinations(lambda _: False)[0], *line.searchpath]
             )
-            print(command_help(config_name, whole, line))
+            print(command_help(config_name, composed_with_hydra, line))
             return 0
         if not line.is_help:
             check_overrides(line, schema, CONF_DIR, config_name)
             combinations = line.sample_combinations(is_group(line.config_dir)) if line.multirun else [line.overrides]
             for overrides in combinations:
-                whole, more = _compose_with_hydra(config_name, [*overrides, *line.searchpath])
+                composed_with_hydra, extra_overrides = _compose_with_hydra(config_name, [*overrides, *line.searchpath])
             if not line.multirun:
-                composed = _without_hydra(whole)
+                composed = _without_hydra(composed_with_hydra)
                 config = validate_config(composed, schema)  # sets the value of bs=auto in `composed` too
             else:
-                more = [] if before_sweep is None or line.cfg else before_sweep(whole, line)
+                extra_overrides = [] if before_sweep is None or line.cfg else before_sweep(composed_with_hydra, line)
     except InputError as error:
         return _print_error(str(error), 2)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
@@ -314,8 +314,8 @@ def _run_command(
             explain_hydra_error(error, schema, CONF_DIR), 2
         )  # Hydra raises a bare ValueError for some invalid overrides
     if line.is_help or line.cfg or line.multirun:
-        return _delegate_to_hydra(config_name, schema, task, line, more)
-    HydraConfig.instance().set_config(whole)
+        return _delegate_to_hydra(config_name, schema, task, line, extra_overrides)
+    HydraConfig.instance().set_config(composed_with_hydra)
     try:
         return _run_task(task, config, composed).status
     finally:
@@ -370,7 +370,9 @@ def _run_task(task: Task, config: Any, composed: DictConfig) -> TaskOutcome:
     return returned if isinstance(returned, TaskOutcome) else TaskOutcome(returned)
 
 
-def _delegate_to_hydra(config_name: str, schema: "type[Config]", task: Task, line: CommandLine, more: List[str]) -> int:
+def _delegate_to_hydra(
+    config_name: str, schema: "type[Config]", task: Task, line: CommandLine, extra_overrides: List[str]
+) -> int:
     """Call `hydra.main`; in a sweep it runs the task for each combination, and a failed job does not stop the others.
 
     Args:
@@ -378,7 +380,7 @@ def _delegate_to_hydra(config_name: str, schema: "type[Config]", task: Task, lin
         schema: the dataclass that a combination must match.
         task: called for each combination.
         line: the command line.
-        more: further overrides that are not on the command line.
+        extra_overrides: further overrides that are not on the command line.
     """
     statuses: List[int] = []
 
@@ -390,7 +392,12 @@ def _delegate_to_hydra(config_name: str, schema: "type[Config]", task: Task, lin
 
     arguments, full_error = list(sys.argv), os.environ.get("HYDRA_FULL_ERROR")
     try:
-        sys.argv = [arguments[0], *line.overrides, *more, *line.flags]  # Hydra requires flags after all overrides
+        sys.argv = [
+            arguments[0],
+            *line.overrides,
+            *extra_overrides,
+            *line.flags,
+        ]  # Hydra requires flags after all overrides
         if line.multirun:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra raise errors of sweepers and launchers, not print them
         with reraise_interruption():
@@ -417,7 +424,7 @@ def _recompose_for_topology(config_name: str, cfg: DictConfig, searchpath: List[
     """Return a combination's configuration with the fix_hp file of its actual topology."""
     if "topology" not in cfg:
         return cfg
-    runs = f"{cfg.topology.num_nodes}x{cfg.topology.devices_per_node}"
-    if dict(HydraConfig.get().runtime.choices).get("topology") == runs:
+    actual_topology = f"{cfg.topology.num_nodes}x{cfg.topology.devices_per_node}"
+    if dict(HydraConfig.get().runtime.choices).get("topology") == actual_topology:
         return cfg
     return compose_config(config_name, [*HydraConfig.get().overrides.task, *searchpath])

@@ -24,7 +24,7 @@ def key(default: Any, allowed: Any = None, **metadata: Any) -> Any:
         default: the default value.
         allowed: values that are allowed: a `Range`, or a tuple of choices; None: any of the type.
         metadata: `hashed=False` for a key that decides how a run is executed or described and not what it computes.
-            `added=VERSION, neutral=VALUE` for a key that was added after version 0.2.0: with the neutral value a run
+            `added=VERSION, neutral=VALUE` for a key that version 0.1.0 did not have: with the neutral value a run
             computes the same as before the key existed, and the key is left out of the hash.
     """
     return field(default=default, metadata={"allowed": allowed, **metadata})

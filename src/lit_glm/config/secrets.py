@@ -7,7 +7,7 @@ MASK = "..."
 _SECRET = re.compile(
     r"(?<![a-z])token(?![a-z])|secret|passw|api_?key|credential|private_?key|access_?key", re.IGNORECASE
 )
-_IN_ADDRESS = re.compile(r"//[^/@\s]+@")
+_URL_CREDENTIALS = re.compile(r"//[^/@\s]+@")
 
 
 def is_secret(name: str) -> bool:
@@ -17,7 +17,7 @@ def is_secret(name: str) -> bool:
 
 def mask_text(text: str) -> str:
     """Mask user name and password of the URLs in a text."""
-    return _IN_ADDRESS.sub(f"//{MASK}@", text)
+    return _URL_CREDENTIALS.sub(f"//{MASK}@", text)
 
 
 def mask_override(argument: str) -> str:

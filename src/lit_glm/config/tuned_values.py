@@ -55,7 +55,7 @@ def read_search(folder: Path) -> Dict[str, Any]:
 
 
 def searches() -> Iterator[Tuple[Path, Dict[str, Any]]]:
-    """Return folder and content of the searches below outputs/tune/, the newest first."""
+    """Yield folder and content of the searches below outputs/tune/, the newest first."""
     places = ("*/*", "*/*/*")  # DATE/TIME, with a number in a sweep
     paths = [file for place in places for file in Path("outputs/tune").glob(f"{place}/{TUNE_FILE}")]
     files = [(file.stat().st_mtime, str(file)) for file in paths]

@@ -85,7 +85,7 @@ class EncodedExamples:
     separators: List[int]
     counts: List[int]
     right: List[List[int]]
-    names: List[Dict[str, Any]]
+    metadata: List[Dict[str, Any]]
     """Metadata with which `evaluate` labels its predictions: idx, candidates, answers, number of truncated tokens."""
     too_long: List[int]
     """Lines whose query and candidates exceed the limit even without the passage."""
@@ -109,12 +109,12 @@ class _SparseRows:
         return np.asarray(self.lengths), np.concatenate(self.indices or empty), np.concatenate(self.values or empty)
 
 
-def encode_questions(questions: List[Question], pieces: WordPieceTokenizer, max_seq_length: int) -> EncodedExamples:
+def encode_questions(questions: List[Question], tokenizer: WordPieceTokenizer, max_seq_length: int) -> EncodedExamples:
     """Tokenise questions and lay out one row per candidate.
 
     Args:
         questions: the questions.
-        pieces: the tokenizer.
+        tokenizer: the tokenizer.
         max_seq_length: maximum number of tokens of context and candidate together.
     """
     rows = {name: _SparseRows() for name in ("text", "target", "logit_mask", "position")}
@@ -123,23 +123,23 @@ def encode_questions(questions: List[Question], pieces: WordPieceTokenizer, max_
 
     def ids_of(text: str) -> Any:  # passages and candidates recur
         if text not in ids:
-            ids[text] = pieces.encode(text)
+            ids[text] = tokenizer.encode(text)
         return ids[text]
 
     for question in questions:
-        candidates = [[*ids_of(candidate), pieces.eop] for candidate in question.candidates]
+        candidates = [[*ids_of(candidate), tokenizer.eop] for candidate in question.candidates]
         cuts = _tokens_to_remove(question, candidates, ids_of, max_seq_length)
         if cuts is None:
             encoded.too_long.append(question.line)
             continue
         passage = ids_of(question.passage)
-        query = [*ids_of(question.before), pieces.mask, *ids_of(question.after), pieces.eos]
+        query = [*ids_of(question.before), tokenizer.mask, *ids_of(question.after), tokenizer.eos]
         for candidate, cut in zip(candidates, cuts):
-            context = np.asarray([pieces.cls, *passage[: len(passage) - cut], *query])
+            context = np.asarray([tokenizer.cls, *passage[: len(passage) - cut], *query])
             target = np.asarray(candidate)
             n, m = len(context), len(target)
-            blank = int(np.flatnonzero(context == pieces.mask)[-1])
-            rows["text"].add(0, np.concatenate([context, [pieces.sop], target[:-1]]))
+            blank = int(np.flatnonzero(context == tokenizer.mask)[-1])
+            rows["text"].add(0, np.concatenate([context, [tokenizer.sop], target[:-1]]))
             rows["target"].add(n, target)
             rows["logit_mask"].add(n, np.ones(m, np.int64))
             rows["position"].add(0, np.concatenate([np.arange(n), np.full(m, blank)]))
@@ -147,7 +147,7 @@ def encode_questions(questions: List[Question], pieces: WordPieceTokenizer, max_
             encoded.separators.append(n)
         encoded.counts.append(len(candidates))
         encoded.right.append(question.right)
-        encoded.names.append(
+        encoded.metadata.append(
             {
                 "idx": question.idx,
                 "guid": question.guid,

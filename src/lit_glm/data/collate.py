@@ -238,50 +238,52 @@ def pad_packed(batch: PackedBatch, pad_to: int) -> PackedBatch:
     """
     groups, B, C = len(batch.context_lengths), batch.num_examples, batch.num_candidates
     n, m = np.asarray(batch.context_lengths), np.asarray(batch.candidate_rows)
-    longest = pad_to * 2 ** _num_doublings(int(n.max()), pad_to)
+    max_context_rows = pad_to * 2 ** _num_doublings(int(n.max()), pad_to)
     level = max(_num_doublings(int(m.max()), 64), _num_doublings(C, 16))
-    most, slots, all_groups = 64 * 2**level, 16 * 2**level, B * 2 ** _num_doublings(groups, B)
+    max_candidate_rows, slots, all_groups = 64 * 2**level, 16 * 2**level, B * 2 ** _num_doublings(groups, B)
     dummy = B * slots  # candidate that all padding belongs to; its score is dropped
     starts = np.arange(groups)
-    contexts = _ranges_to_indices(starts * longest, starts * longest + n)
-    rows = _ranges_to_indices(starts * most, starts * most + m)
-    first = all_groups * longest
+    contexts = _ranges_to_indices(starts * max_context_rows, starts * max_context_rows + n)
+    rows = _ranges_to_indices(starts * max_candidate_rows, starts * max_candidate_rows + m)
+    first = all_groups * max_context_rows
     places = np.concatenate([contexts, first + rows])
 
     def padded(tensor: Tensor, destination: Any, size: int, fill: int = 0) -> Tensor:
         return torch.full((size,), fill, dtype=tensor.dtype).index_copy_(0, torch.from_numpy(destination), tensor)
 
-    size, length = all_groups * (longest + most), longest + most
-    row_candidate = padded(batch.row_candidate, rows, all_groups * most, dummy)
+    size, length = all_groups * (max_context_rows + max_candidate_rows), max_context_rows + max_candidate_rows
+    row_candidate = padded(batch.row_candidate, rows, all_groups * max_candidate_rows, dummy)
     owner = np.full((all_groups, length), -2)
-    owner[:groups, :longest][np.arange(longest) < n[:, None]] = -1
-    owner[:, longest:] = np.where(row_candidate == dummy, -2, row_candidate).reshape(all_groups, most)
+    owner[:groups, :max_context_rows][np.arange(max_context_rows) < n[:, None]] = -1
+    owner[:, max_context_rows:] = np.where(row_candidate == dummy, -2, row_candidate).reshape(
+        all_groups, max_candidate_rows
+    )
     gather = np.concatenate(
         [
-            np.arange(first).reshape(all_groups, longest),
-            first + np.arange(all_groups * most).reshape(all_groups, most),
+            np.arange(first).reshape(all_groups, max_context_rows),
+            first + np.arange(all_groups * max_candidate_rows).reshape(all_groups, max_candidate_rows),
         ],
         axis=1,
     )
-    own_rows = _to_int64_tensor(np.arange(all_groups * most))
+    own_rows = _to_int64_tensor(np.arange(all_groups * max_candidate_rows))
     slot = batch.slot // C * slots + batch.slot % C
     return replace(
         batch,
         tokens=padded(batch.tokens, places, size),
         positions=padded(batch.positions, places, size),
         blocks=padded(batch.blocks, places, size),
-        targets=padded(batch.targets, rows, all_groups * most),
+        targets=padded(batch.targets, rows, all_groups * max_candidate_rows),
         row_candidate=row_candidate,
         slot=torch.cat([slot, slot.new_full((dummy + 1 - len(slot),), dummy)]),
-        context_lengths=[longest] * all_groups,
-        candidate_rows=[most] * all_groups,
+        context_lengths=[max_context_rows] * all_groups,
+        candidate_rows=[max_candidate_rows] * all_groups,
         padding_index=PaddingIndex(
             gather=_to_int64_tensor(gather),
             scatter=_to_int64_tensor(np.argsort(gather.reshape(-1))),
-            gather_candidates=own_rows.view(all_groups, most),
+            gather_candidates=own_rows.view(all_groups, max_candidate_rows),
             scatter_candidates=own_rows,
             owner=_to_int64_tensor(owner),
-            first_candidate=longest,
+            first_candidate=max_context_rows,
         ),
         num_candidates=slots,
         has_padding=True,
@@ -301,24 +303,30 @@ def build_padding_index(context_lengths: Any, candidate_rows: Any, row_candidate
         candidate_rows: [G] rows of each group's candidates.
         row_candidate: [R] candidate of each candidate row.
     """
-    groups, longest, most = len(context_lengths), int(context_lengths.max()), int(candidate_rows.max())
-    most += -(longest + most) % _ALIGNED
-    first = np.arange(groups) * (longest + most)
+    groups, max_context_rows, max_candidate_rows = (
+        len(context_lengths),
+        int(context_lengths.max()),
+        int(candidate_rows.max()),
+    )
+    max_candidate_rows += -(max_context_rows + max_candidate_rows) % _ALIGNED
+    first = np.arange(groups) * (max_context_rows + max_candidate_rows)
     contexts = _ranges_to_indices(first, first + context_lengths)
-    candidates = _ranges_to_indices(first + longest, first + longest + candidate_rows)
+    candidates = _ranges_to_indices(first + max_context_rows, first + max_context_rows + candidate_rows)
     scatter = np.concatenate([contexts, candidates])
-    gather = np.zeros(groups * (longest + most), np.int64)
+    gather = np.zeros(groups * (max_context_rows + max_candidate_rows), np.int64)
     gather[scatter] = np.arange(len(scatter))
     owner = np.full(len(gather), -2)
     owner[contexts], owner[candidates] = -1, row_candidate
-    own_first = np.arange(groups) * most
+    own_first = np.arange(groups) * max_candidate_rows
     return PaddingIndex(
         gather=_to_int64_tensor(gather.reshape(groups, -1)),
         scatter=_to_int64_tensor(scatter),
-        gather_candidates=_to_int64_tensor(np.maximum(0, gather.reshape(groups, -1)[:, longest:] - len(contexts))),
+        gather_candidates=_to_int64_tensor(
+            np.maximum(0, gather.reshape(groups, -1)[:, max_context_rows:] - len(contexts))
+        ),
         scatter_candidates=_to_int64_tensor(_ranges_to_indices(own_first, own_first + candidate_rows)),
         owner=_to_int64_tensor(owner.reshape(groups, -1)),
-        first_candidate=longest,
+        first_candidate=max_context_rows,
     )
 
 

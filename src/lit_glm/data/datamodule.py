@@ -22,7 +22,7 @@ from lit_glm.process_utils import set_parent_death_signal
 
 log = logging.getLogger(__name__)
 
-_LOOK_S = 0.2  # how soon the thread notices that the consumer has stopped
+_POLL_S = 0.2  # how soon the thread notices that the consumer has stopped
 
 
 class PrefetchIterator:
@@ -39,7 +39,7 @@ class PrefetchIterator:
         def put(kind: str, item: Any) -> None:
             while not over.is_set():
                 try:
-                    ready.put((kind, item), timeout=_LOOK_S)
+                    ready.put((kind, item), timeout=_POLL_S)
                     return
                 except queue.Full:
                     continue
@@ -197,13 +197,13 @@ def evaluation_batches(
     return _load(lambda done: batches[done:], split, config, pin_memory)
 
 
-def batch_by_token_budget(examples: List[int], rows: Any, most: int) -> List[List[int]]:
+def batch_by_token_budget(examples: List[int], rows: Any, max_rows: int) -> List[List[int]]:
     """Split a list of examples, in order, into batches of at most `most` rows; a longer example gets its own batch.
 
     Args:
         examples: indices of the examples.
         rows: number of rows of every example of the dataset.
-        most: maximum number of rows per batch: that of `eval_bs` sequences of full length.
+        max_rows: maximum number of rows per batch: that of `eval_bs` sequences of full length.
     """
     batches: List[List[int]] = []
     room = 0
@@ -211,7 +211,7 @@ def batch_by_token_budget(examples: List[int], rows: Any, most: int) -> List[Lis
         need = int(rows[example])
         if not batches or need > room:
             batches.append([])
-            room = most
+            room = max_rows
         batches[-1].append(example)
         room -= need
     return batches

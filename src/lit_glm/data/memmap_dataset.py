@@ -464,7 +464,7 @@ def summarise_hdf5(path: Path, needs_answers: bool, _progress: ReportProgress) -
         return {
             "examples": reader.num_examples,
             "candidates": reader.num_candidates,
-            "tokens": tokens,
-            "ends": ends,
-            "highest": highest,
+            "max_tokens": tokens,
+            "first_and_last": ends,
+            "max_token_id": highest,
         }

@@ -72,13 +72,13 @@ def _encode_chunk(questions: List[Question]) -> EncodedExamples:
     return encode_questions(questions, *_worker)
 
 
-def _read_chunks(path: Path, train: bool, skipped: SkippedRecords, read: List[int]) -> Iterator[List[Question]]:
+def _read_chunks(path: Path, train: bool, skipped: SkippedRecords, bytes_read: List[int]) -> Iterator[List[Question]]:
     waiting: List[Question] = []
     lines = 0
     for position, questions in read_questions(path, train, skipped):
         waiting += questions
         lines += 1
-        read[0] = position
+        bytes_read[0] = position
         if lines == _CHUNK:
             yield waiting
             waiting, lines = [], 0
@@ -128,11 +128,11 @@ def prepare_file(raw: Path, out: Path, train: bool, vocab_file: str, max_seq_len
     Raises:
         InputError: if no line of the file can be used.
     """
-    skipped, read = SkippedRecords(), [0]
+    skipped, bytes_read = SkippedRecords(), [0]
     built = PreparedFile(out, 0, 0, 0, skipped)
     writer = SparseWriter(out, max_seq_length)
-    names = out.parent / EXAMPLE_METADATA_FILE
-    temporary = names.with_name(f".{names.name}.{os.getpid()}.part")
+    metadata_path = out.parent / EXAMPLE_METADATA_FILE
+    temporary = metadata_path.with_name(f".{metadata_path.name}.{os.getpid()}.part")
     bar = Progress(
         TextColumn(raw.name),
         BarColumn(),
@@ -142,26 +142,26 @@ def prepare_file(raw: Path, out: Path, train: bool, vocab_file: str, max_seq_len
         disable=not sys.stderr.isatty(),
     )
     try:
-        with bar, temporary.open("w", encoding="utf-8") as index:
+        with bar, temporary.open("w", encoding="utf-8") as metadata_file:
             task = bar.add_task("", total=raw.stat().st_size)
-            chunks = _read_chunks(raw, train, skipped, read)
+            chunks = _read_chunks(raw, train, skipped, bytes_read)
             for encoded in _encode_in_parallel(chunks, vocab_file, max_seq_length, workers):
                 writer.add(encoded.columns, encoded.separators, encoded.counts, encoded.right)
                 built.examples += len(encoded.counts)
                 built.candidates += len(encoded.separators)
                 for line in encoded.too_long:
                     skipped.add(f"query longer than data.max_seq_length={max_seq_length}", line)
-                for name in encoded.names:
+                for name in encoded.metadata:
                     built.num_truncated += sum(removed > 0 for removed in name["tokens_removed"])
                     if not train:
-                        index.write(json.dumps(name, ensure_ascii=False) + "\n")
-                bar.update(task, completed=read[0])
+                        metadata_file.write(json.dumps(name, ensure_ascii=False) + "\n")
+                bar.update(task, completed=bytes_read[0])
         if not built.examples:
             reasons = skipped.report() or "  the file is empty"
             raise InputError(f"{raw}: no usable line:\n{reasons}")
         writer.close()
         if not train:
-            os.replace(temporary, names)
+            os.replace(temporary, metadata_path)
     except BaseException:
         writer.abandon()
         raise

@@ -26,7 +26,7 @@ class InfiniteDistributedBatchSampler(Sampler):
         seed: int,
         start: int = 0,
         lengths: Optional[Any] = None,
-        longest: Optional[Any] = None,
+        longest_first_rows: Optional[Any] = None,
     ) -> None:
         """Configure the order.
 
@@ -38,7 +38,7 @@ class InfiniteDistributedBatchSampler(Sampler):
             seed: seed of the shuffles, to which the epoch is added.
             start: steps that are done already.
             lengths: [N] rows of each example, to give every rank of a global batch an equal share; None: as published.
-            longest: [N] rows by which the first step takes the longest examples; None: shuffled order.
+            longest_first_rows: [N] rows by which the first step takes the longest examples; None: shuffled order.
         """
         self._num_examples = num_examples
         self._batch_size = batch_size
@@ -46,7 +46,7 @@ class InfiniteDistributedBatchSampler(Sampler):
         self._seed = seed
         self._start = start
         self._lengths = lengths if world_size > 1 else None
-        self._longest = longest
+        self._longest_first_rows = longest_first_rows
         self._epoch_order: Any = (-1, None)
 
     @property
@@ -79,8 +79,8 @@ class InfiniteDistributedBatchSampler(Sampler):
         generator = torch.Generator()
         generator.manual_seed(self._seed + epoch)
         order = torch.randperm(self._num_examples, generator=generator).numpy()
-        if epoch == 0 and self._longest is not None:
-            most = np.argsort(-self._longest, kind="stable")[: self._batch_size * self._world_size]
+        if epoch == 0 and self._longest_first_rows is not None:
+            most = np.argsort(-self._longest_first_rows, kind="stable")[: self._batch_size * self._world_size]
             order = np.concatenate([most, order[~np.isin(order, most)]])
         total = -(-self._num_examples // self._world_size) * self._world_size
         return np.resize(order, total)  # wraps around to give every rank the same number

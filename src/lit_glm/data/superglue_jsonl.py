@@ -14,9 +14,9 @@ from typing import Any, Dict, Iterator, List, Tuple
 
 from lit_glm.errors import InputError
 
-_PLAIN = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "–": "-"})
+_PLAIN_PUNCTUATION = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "–": "-"})
 PLACEHOLDER = "@placeholder"
-_OTHERS = 9  # wrong candidates of a training example
+_MAX_WRONG_CANDIDATES = 9  # wrong candidates of a training example
 _SHUFFLE_SEED = 42
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -62,7 +62,7 @@ class SkippedRecords:
 
 def normalise_punctuation(text: str) -> str:
     """Replace curly quotes and en dashes by plain ones, character by character, so that offsets stay valid."""
-    return text.translate(_PLAIN)
+    return text.translate(_PLAIN_PUNCTUATION)
 
 
 def read_questions(path: Path, train: bool, skipped: SkippedRecords) -> Iterator[Tuple[int, List[Question]]]:
@@ -186,9 +186,7 @@ def _parse_questions(
         raise UnusableRecord("no idx")
     questions: List[Question] = []
     for query in queries:
-        pieces = normalise_punctuation(_require_field(query, "query", str, "a question without text")).split(
-            PLACEHOLDER
-        )
+        parts = normalise_punctuation(_require_field(query, "query", str, "a question without text")).split(PLACEHOLDER)
         given = query.get("answers") or []
         if not isinstance(given, list) or "idx" not in query:
             raise UnusableRecord("a question without idx, or with answers that are not a list")
@@ -196,16 +194,16 @@ def _parse_questions(
         answers = sorted(
             {normalise_punctuation(_require_field(answer, "text", str, "an answer without text")) for answer in given}
         )
-        if len(pieces) != 2:
-            skipped.add("no @placeholder" if len(pieces) < 2 else "more than one @placeholder", line)
+        if len(parts) != 2:
+            skipped.add("no @placeholder" if len(parts) < 2 else "more than one @placeholder", line)
         elif not answers:
             skipped.add("no right answer", line)
         else:
             common: Dict[str, Any] = {
                 "line": line,
                 "passage": text.replace("@highlight\n", "- "),
-                "before": pieces[0],
-                "after": pieces[1],
+                "before": parts[0],
+                "after": parts[1],
                 "answers": answers,
             }
             ids = (record["idx"], query["idx"])
@@ -226,9 +224,9 @@ def _training_questions(
     questions = []
     for number, answer in enumerate(common["answers"]):
         wrong = [entity for entity in entities if entity not in common["answers"]]
-        if len(wrong) > _OTHERS:
+        if len(wrong) > _MAX_WRONG_CANDIDATES:
             generator.shuffle(wrong)
-            wrong = wrong[:_OTHERS]
+            wrong = wrong[:_MAX_WRONG_CANDIDATES]
         guid = f"train-p{ids[0]}-q{ids[1]}-a{number}"
         questions.append(Question(guid=guid, idx=[*ids, number], candidates=[answer, *wrong], right=[0], **common))
     return questions

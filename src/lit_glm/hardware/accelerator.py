@@ -12,11 +12,11 @@ from lit_glm.hardware import object_collectives
 from lit_glm.hardware.runtimes.base import Runtime
 
 
-class ChipAccelerator(Accelerator):
+class RuntimeAccelerator(Accelerator):
     """Accelerator for any runtime; Lightning mostly calls class methods, so each runtime gets a subclass."""
 
     runtime: Runtime
-    chip = ""
+    accelerator_name = ""
 
     def setup_device(self, device: torch.device) -> None:
         """Make the device current; a simulated device has no index."""
@@ -53,13 +53,13 @@ class ChipAccelerator(Accelerator):
     @classmethod
     def name(cls) -> str:
         """Return the name in the hardware file."""
-        return cls.chip
+        return cls.accelerator_name
 
 
-def make_accelerator(runtime: Runtime, name: str) -> ChipAccelerator:
+def make_accelerator(runtime: Runtime, name: str) -> RuntimeAccelerator:
     """Create an accelerator for a runtime, under the name of its hardware file."""
-    subclass = type("ChipAccelerator", (ChipAccelerator,), {"runtime": runtime, "chip": name})
-    accelerator: ChipAccelerator = subclass()
+    subclass = type("RuntimeAccelerator", (RuntimeAccelerator,), {"runtime": runtime, "accelerator_name": name})
+    accelerator: RuntimeAccelerator = subclass()
     return accelerator
 
 
@@ -71,11 +71,11 @@ class _OptimizerWrappingMixin:
         getattr(self.precision_plugin, "wrap_optimizers", lambda _: None)(self.optimizers)  # type: ignore[attr-defined]
 
 
-class ChipSingleDeviceStrategy(_OptimizerWrappingMixin, SingleDeviceStrategy):
+class RuntimeSingleDeviceStrategy(_OptimizerWrappingMixin, SingleDeviceStrategy):
     """Strategy for one device, without a process group."""
 
 
-class ChipDDPStrategy(_OptimizerWrappingMixin, DDPStrategy):
+class RuntimeDDPStrategy(_OptimizerWrappingMixin, DDPStrategy):
     """Data-parallel strategy for any backend; does not assume CUDA."""
 
     def determine_ddp_device_ids(self) -> None:
@@ -106,8 +106,8 @@ class ChipDDPStrategy(_OptimizerWrappingMixin, DDPStrategy):
 def make_strategy(runtime: Runtime, topology: TopologyConfig, timeout_s: float) -> Strategy:
     """Create the strategy of a topology."""
     if topology.world_size == 1:
-        return ChipSingleDeviceStrategy(device=runtime.device(0))
-    return ChipDDPStrategy(
+        return RuntimeSingleDeviceStrategy(device=runtime.device(0))
+    return RuntimeDDPStrategy(
         process_group_backend=runtime.backend,
         timeout=timedelta(seconds=timeout_s),
         gradient_as_bucket_view=True,

@@ -1,8 +1,8 @@
 """Device monitor: one process per node, started before torch, that writes devices.csv.
 
 Each query by a rank itself would fork a large process, so the ranks read the file instead. Does not import torch.
-Run as `python -m lit_glm.hardware.device_monitor MONITOR FILE NODE EVERY_S START_TIME DEVICES`, it reads until its
-standard input is closed, and once more then.
+`python -m lit_glm.hardware.device_monitor MONITOR FILE NODE EVERY_S START_TIME DEVICES` reads the devices until its
+standard input is closed, and once more after that.
 """
 
 import importlib
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 DEVICES_FILE = "devices.csv"
 COLUMNS = ("time_s", "node", "device", "mem_gib", "power_w", "temperature_c", "utilisation")
 _ALL = "-"
-_LAST_S = 15.0  # a hanging monitor must not delay the end of a run
+_STOP_TIMEOUT_S = 15.0  # a hanging monitor must not delay the end of a run
 
 
 def monitor_for(hardware: "HardwareConfig") -> Optional[Monitor]:
@@ -117,9 +117,9 @@ def monitor_devices(
     chosen = _ALL
     if monitor.visible_devices_variable is not None:
         visible = [visible_device(index, monitor.visible_devices_variable) for index in range(devices)]
-        chosen = ",".join(card for card in map(monitor.resolve, visible) if card is not None)
+        chosen = ",".join(device_name for device_name in map(monitor.resolve, visible) if device_name is not None)
     arguments = [name, str(file), str(node), repr(hardware.monitor_interval_s), repr(start_time), chosen]
-    watch = subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "lit_glm.hardware.device_monitor", *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -131,10 +131,10 @@ def monitor_devices(
         yield
     finally:
         try:
-            problem, _ = watch.communicate(timeout=_LAST_S)  # closes its standard input
+            problem, _ = process.communicate(timeout=_STOP_TIMEOUT_S)  # closes its standard input
         except subprocess.TimeoutExpired:
-            watch.kill()
-            problem, _ = watch.communicate()
+            process.kill()
+            problem, _ = process.communicate()
         if problem:
             log.warning(f"device monitor {name}: {problem.strip()}; {file.name} lacks readings")
 
@@ -154,18 +154,18 @@ def main(arguments: List[str]) -> int:
     """Read the devices until standard input is closed."""
     set_parent_death_signal()
     name, path, node, every, start_time, chosen = arguments
-    cards = None if chosen == _ALL else [card for card in chosen.split(",") if card]
+    devices = None if chosen == _ALL else [device for device in chosen.split(",") if device]
     read, file = monitor_of_name(name).read, Path(path)
-    begins = not file.exists() or file.stat().st_size == 0
+    is_new_file = not file.exists() or file.stat().st_size == 0
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as table:
-        if begins:
+        if is_new_file:
             table.write(",".join(COLUMNS) + "\n")
         ended, due, problem = False, time.monotonic(), ""
         while True:
             try:
-                for reading in read(cards):
-                    if cards is None or str(reading.index) in cards:
+                for reading in read(devices):
+                    if devices is None or str(reading.index) in devices:
                         table.write(format_reading(time.monotonic() - float(start_time), int(node), reading))
             except Exception as error:  # a user's monitor; the next reading may succeed
                 problem = problem or f"a reading failed ({type(error).__name__}: {first_line(error)})"

@@ -118,10 +118,10 @@ def xpu_readings() -> List[DeviceReading]:
     return []
 
 
-def xpu_total_memory(card: Optional[int]) -> Optional[float]:
+def xpu_total_memory(device: Optional[int]) -> Optional[float]:
     """Return the memory of a device in bytes, from the vendor's tool; None if not reported."""
     totals = {entry.index: entry.total_mib for entry in xpu_readings()}
-    mib = None if card is None else totals.get(card)
+    mib = None if device is None else totals.get(device)
     return None if mib is None else mib * _MIB
 
 
@@ -148,14 +148,14 @@ def xpu_device_names() -> Dict[int, str]:
 
 def visible_device(index: int, visible: str) -> str:
     """Return the entry of a visible-devices variable for an index: a number, a UUID, or a MIG name."""
-    cards = os.environ.get(visible, "").split(",")
-    return (cards[index].strip() if index < len(cards) else "") or str(index)
+    names = os.environ.get(visible, "").split(",")
+    return (names[index].strip() if index < len(names) else "") or str(index)
 
 
 def physical_device_index(index: int, visible: str) -> Optional[int]:
     """Return the index of a visible device in the machine; None if the variable uses other names (UUIDs)."""
-    card = visible_device(index, visible)
-    return int(card) if card.isdigit() else None
+    name = visible_device(index, visible)
+    return int(name) if name.isdigit() else None
 
 
 def is_mig_slice(name: str) -> bool:
@@ -197,26 +197,26 @@ def _nvml_handles(visible_devices: Optional[Sequence[str]] = None) -> Dict[Union
         import pynvml
 
         pynvml.nvmlInit()
-        cards: Dict[Union[int, str], Any] = {
+        devices: Dict[Union[int, str], Any] = {
             index: pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())
         }
     except Exception:  # no package, no driver, or an incompatible driver
         return {}
     if visible_devices is None:
-        return cards
+        return devices
     handles: Dict[Union[int, str], Any] = {}
     for name in visible_devices:
         if name.isdigit():
-            handles.update({key: handle for key, handle in cards.items() if key == int(name)})
+            handles.update({key: handle for key, handle in devices.items() if key == int(name)})
         elif name.startswith("MIG-"):
             try:
                 handles[name] = pynvml.nvmlDeviceGetHandleByUUID(name)
             except Exception:  # no such slice
                 continue
         else:  # CUDA also accepts a unique prefix of a UUID
-            uuids = {key: _decoded(pynvml.nvmlDeviceGetUUID(handle)) for key, handle in cards.items()}
+            uuids = {key: _decoded(pynvml.nvmlDeviceGetUUID(handle)) for key, handle in devices.items()}
             matching = [key for key, uuid in uuids.items() if uuid.startswith(name)]
-            handles.update({matching[0]: cards[matching[0]]} if len(matching) == 1 else {})
+            handles.update({matching[0]: devices[matching[0]]} if len(matching) == 1 else {})
     return handles
 
 
@@ -240,8 +240,8 @@ def nvml_readings(visible_devices: Optional[Sequence[str]] = None) -> List[Devic
     Args:
         visible_devices: names as in CUDA_VISIBLE_DEVICES; None: all devices.
     """
-    cards = _nvml_handles(visible_devices)
-    if not cards:
+    devices = _nvml_handles(visible_devices)
+    if not devices:
         return []
     import pynvml
 
@@ -252,7 +252,7 @@ def nvml_readings(visible_devices: Optional[Sequence[str]] = None) -> List[Devic
             return None
 
     readings = []
-    for index, handle in cards.items():
+    for index, handle in devices.items():
         # A process gets a slice of such a device: these would be the whole device's.
         if isinstance(index, int) and is_mig_enabled(handle):
             readings.append(DeviceReading(index, None, None, None, None, None))
@@ -304,7 +304,7 @@ def nvml_processes(index: int, visible: str) -> Optional[int]:
         if not name.startswith("MIG-") and is_mig_enabled(handle):  # the device has the processes of all its slices
             return None
         return len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle))
-    except Exception:  # as above
+    except Exception:  # no package, no driver, or no permission to list processes
         return None
 
 
@@ -375,7 +375,7 @@ class Monitor:
     read: Callable[[Optional[Sequence[str]]], List[DeviceReading]]
     """Reads the given devices, named as by `resolve`; may return more."""
     visible_devices_variable: Optional[str] = ""
-    """Variable that selects the visible devices; "": none, the job has the first ones; None: one reading for all."""
+    """Variable that selects the visible devices; "": none, a job uses the first ones; None: ranks share one reading."""
     device_names: Callable[[], Dict[int, str]] = dict
     """Names of the machine's devices by their index."""
     driver_version: Callable[[], Optional[str]] = lambda: None

@@ -248,14 +248,14 @@ class FP16Precision(LossScalingPrecision):
         self._restored = None
 
 
-def make_precision(config: TrainConfig, runtime: Runtime, index: int = 0, tried: bool = True) -> Precision:
+def make_precision(config: TrainConfig, runtime: Runtime, index: int = 0, check_on_device: bool = True) -> Precision:
     """Create the plugin of a precision.
 
     Args:
         config: run configuration.
         runtime: runtime of the device.
         index: index of this rank's device, on which a small product is computed; no other device is touched.
-        tried: whether to compute it.
+        check_on_device: whether to compute that product.
 
     Raises:
         InputError: if the device or its runtime does not support the precision.
@@ -274,7 +274,7 @@ def make_precision(config: TrainConfig, runtime: Runtime, index: int = 0, tried:
         "fp16": lambda: FP16Precision(scaling),
         "bf16": lambda: BF16Precision(runtime),
     }[name]()
-    if not tried:
+    if not check_on_device:
         return plugin
     try:
         check_precision_on_device(plugin, runtime.device(index))

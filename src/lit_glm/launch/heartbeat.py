@@ -20,10 +20,10 @@ from lit_glm.config.schema import TrainConfig
 
 _FOLDER = "ranks"
 _EVERY_S = 1.0
-_ANSWER_S = 2.0
+_DUMP_TIMEOUT_S = 2.0
 _ROUNDING_S = 2.0  # start times of processes have a resolution of one second
 _FRAMES = 8
-_ASK = signal.SIGRTMIN + 2
+_DUMP_SIGNAL = signal.SIGRTMIN + 2
 """Signal that requests a stack dump; not a stop signal, nor one that a known library uses."""
 
 
@@ -42,8 +42,8 @@ class Heartbeat:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._stack = _stack_of(self._path).open("w")
         # faulthandler writes the stack inside the signal handler, so it works while a collective hangs.
-        faulthandler.unregister(_ASK)  # handler of an earlier run in this process
-        faulthandler.register(_ASK, self._stack, all_threads=False)
+        faulthandler.unregister(_DUMP_SIGNAL)  # handler of an earlier run in this process
+        faulthandler.register(_DUMP_SIGNAL, self._stack, all_threads=False)
         self._path.write_text(str(os.getpid()))
         os.utime(self._path, (0, 0))
         self._next = 0.0
@@ -65,13 +65,13 @@ def clear_heartbeats(folder: Path) -> None:
 
 def last_heartbeat(folder: Path, ranks: Sequence[int]) -> float:
     """Return the time of the newest heartbeat in seconds since the epoch; 0 if there is none."""
-    signs = [0.0]
+    mtimes = [0.0]
     for rank in ranks:
         try:
-            signs.append((folder / _FOLDER / str(rank)).stat().st_mtime)
+            mtimes.append((folder / _FOLDER / str(rank)).stat().st_mtime)
         except OSError:
             pass  # no heartbeat yet
-    return max(signs)
+    return max(mtimes)
 
 
 def collect_stack_traces(folder: Path, ranks: Sequence[int]) -> List[str]:
@@ -88,12 +88,12 @@ def collect_stack_traces(folder: Path, ranks: Sequence[int]) -> List[str]:
                 lines.append(f"rank {rank} (process {process.pid}) is stopped (SIGSTOP)")
                 continue
             sizes[rank] = _stack_of(file).stat().st_size
-            process.send_signal(_ASK)
+            process.send_signal(_DUMP_SIGNAL)
         except (OSError, ValueError):
             lines.append(f"rank {rank} has not started")
         except psutil.Error:
             lines.append(f"rank {rank} has exited")
-    limit = time.monotonic() + _ANSWER_S
+    limit = time.monotonic() + _DUMP_TIMEOUT_S
     stacks: Dict[str, List[int]] = {}
     for rank, size in sizes.items():
         stacks.setdefault(_read_stack_dump(_stack_of(folder / _FOLDER / str(rank)), size, limit), []).append(rank)
@@ -118,7 +118,7 @@ def _read_stack_dump(file: Path, size: int, limit: float) -> str:
 
 STALL_MARGIN_S = 10.0
 """Seconds beyond `run.stall_timeout_s` without a heartbeat until a job is terminated."""
-_ASLEEP_S = 10.0
+_SUSPENDED_S = 10.0
 
 
 class StallWatchdog:
@@ -138,9 +138,9 @@ class StallWatchdog:
         self._since = self._last_check = time.time()
 
     def seconds_since_heartbeat(self) -> float:
-        """Return the age of the newest heartbeat; restarts if not called for `_ASLEEP_S` seconds (Ctrl-Z, suspend)."""
+        """Return the age of the newest heartbeat; restarts if not called for `_SUSPENDED_S` seconds (Ctrl-Z)."""
         now = time.time()
-        if now - self._last_check > _ASLEEP_S:
+        if now - self._last_check > _SUSPENDED_S:
             self._since = now
         self._last_check = now
         return now - max(self._since, last_heartbeat(self._folder, self._ranks))
@@ -155,20 +155,20 @@ class StallWatchdog:
 
 
 @contextmanager
-def run_watchdog(watch: StallWatchdog, on_silence: Callable[[List[str]], None]) -> Iterator[None]:
+def run_watchdog(watchdog: StallWatchdog, on_stall: Callable[[List[str]], None]) -> Iterator[None]:
     """Check once a second for a stall of the work inside the block, in a thread that runs even if it hangs.
 
     Args:
-        watch: the stall detector.
-        on_silence: called once with the stack traces; decides how the work ends.
+        watchdog: the stall detector.
+        on_stall: called once with the stack traces; decides how the work ends.
     """
     over = threading.Event()
 
     def check() -> None:
         while not over.wait(1.0):
-            stalled = watch.stalled_ranks()
+            stalled = watchdog.stalled_ranks()
             if stalled and not over.is_set():
-                on_silence(stalled)
+                on_stall(stalled)
                 return
 
     threading.Thread(target=check, name="stall watch", daemon=True).start()

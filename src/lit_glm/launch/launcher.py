@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 def run_job(
     job: JobSpec,
     run_dir: Path,
-    composed: Dict[str, str],
+    config_files: Dict[str, str],
     node: Node,
     in_process: bool = True,
     output: Optional[Path] = None,
@@ -57,7 +57,7 @@ def run_job(
     Args:
         job: the job.
         run_dir: run folder.
-        composed: contents of the files in .hydra/.
+        config_files: contents of the files in .hydra/.
         node: this node.
         in_process: whether a single device runs in this process rather than in a child process.
         output: file for the output of the ranks and for the result; None: that of this process.
@@ -73,7 +73,7 @@ def run_job(
     raise_open_files_limit()
     if topology.world_size == 1 and in_process:
         with StopRequest(job.config.run.shutdown_timeout_s, exit_interrupted(job, run_dir)) as stop, record_run(
-            job, run_dir, composed
+            job, run_dir, config_files
         ):
             _run_in_process(job, run_dir, stop)
     else:
@@ -81,11 +81,11 @@ def run_job(
             node = resolve_node(topology)
         supervisor = Supervisor()
         # Announced after the supervisor restored the signal handlers, so that a second Ctrl-C interrupts it.
-        with announce_early_end(job.config, node, lambda: supervisor.has_met), supervisor:
+        with announce_early_end(job.config, node, lambda: supervisor.has_joined), supervisor:
             if node.rank > 0:
                 _run_secondary_node(job, node, supervisor, output)
                 return {}
-            with record_run(job, run_dir, composed, output) as lock:
+            with record_run(job, run_dir, config_files, output) as lock:
                 supervisor.run(job, node, run_dir, lock, output=output, limit_s=limit_s)
     result = read_result(run_dir)
     if result is None or result.get("status") == "running":
@@ -94,9 +94,11 @@ def run_job(
 
 
 @contextmanager
-def record_run(job: JobSpec, run_dir: Path, composed: Dict[str, str], output: Optional[Path] = None) -> Iterator[int]:
+def record_run(
+    job: JobSpec, run_dir: Path, config_files: Dict[str, str], output: Optional[Path] = None
+) -> Iterator[int]:
     """Lock the run folder during a job; write its final status, device readings and energy there; print the result."""
-    with acquire_run_dir(job, run_dir, composed) as lock:
+    with acquire_run_dir(job, run_dir, config_files) as lock:
         settle_status(run_dir)  # of an earlier part whose launcher was killed
         before = read_result_bytes(run_dir) if job.is_resume else None
         if job.is_resume:
@@ -188,20 +190,22 @@ def write_failure_status(run_dir: Path, before: Optional[bytes]) -> Iterator[Non
         if isinstance(error, InputError) and before is not None:
             restore_result(run_dir, before)
             raise
-        noted = root_cause(run_dir)
-        if noted is None:
+        cause = root_cause(run_dir)
+        if cause is None:
             write_error_file(run_dir, 0, error)
-        mark_failed(run_dir, getattr(error, "summary", "") or noted or error_reason(error))
+        mark_failed(run_dir, getattr(error, "summary", "") or cause or error_reason(error))
         raise
 
 
 @contextmanager
-def announce_early_end(config: TrainConfig, node: Node, has_met: Callable[[], bool] = lambda: False) -> Iterator[None]:
+def announce_early_end(
+    config: TrainConfig, node: Node, has_joined: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
     """Notify the other nodes if this one fails before the rendezvous is complete; re-raise the error."""
     try:
         yield
     except (InputError, RunError, Interrupted) as error:
-        if not has_met():
+        if not has_joined():
             announce_end(config, node, error.exit_status, error_reason(error))
         raise
 

@@ -25,7 +25,7 @@ _GRACE_S = 10.0
 """Seconds to wait for a collective's error or torchrun's signal, which shut a rank down more cleanly."""
 _CONNECT_S = 30.0
 _HELLO_S = 5.0
-_WORD_S = 2.0
+_EXIT_MESSAGE_TIMEOUT_S = 2.0
 log = logging.getLogger(__name__)
 _PROBES = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}  # detects a lost host after 30 s
 _HELLO = struct.Struct("!16si")
@@ -35,10 +35,10 @@ _NO_MESSAGE = -1
 _FRAMES = 8
 
 
-def _exit_with_stack(words: str, status: int) -> None:
+def _exit_with_stack(message: str, status: int) -> None:
     main = sys._current_frames().get(threading.main_thread().ident or 0)
     calls = "".join(traceback.format_stack(main)[-_FRAMES:])
-    log.error(f"{words}; its stack:\n{calls.rstrip()}")
+    log.error(f"{message}; its stack:\n{calls.rstrip()}")
     os._exit(status)
 
 
@@ -57,7 +57,7 @@ class PeerMonitor:
         self._closed, self._lost = threading.Event(), threading.Event()
         self._lost_rank, self._status = -1, 0
         self._lock = threading.Lock()
-        threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
+        threading.Thread(target=self._watch, name="peer monitor", daemon=True).start()
 
     def announce_exit(self, status: int) -> None:
         """Send this rank's exit status to its peers; they exit too unless it is 0."""
@@ -65,8 +65,8 @@ class PeerMonitor:
         self._send_exit(self._rank, status)
 
     def error_of_lost_peer(self) -> Optional[BaseException]:
-        """Return the error that names the lost peer behind an error of this rank; waits up to `_WORD_S` seconds."""
-        if not self._lost.wait(_WORD_S):
+        """Return the error that names the lost peer behind an error of this rank; waits for the peer's message."""
+        if not self._lost.wait(_EXIT_MESSAGE_TIMEOUT_S):
             return None
         if self._status in INTERRUPTED_STATUSES:
             return Interrupted(self._status - 128)
@@ -115,8 +115,8 @@ class PeerMonitor:
             self._send_exit(lost, status)
         time.sleep(_GRACE_S)
         if not self._closed.is_set():
-            words = f"rank {self._rank} exits: {self._describe_loss()}"
-            _exit_with_stack(words, status if status in INTERRUPTED_STATUSES else 1)
+            message = f"rank {self._rank} exits: {self._describe_loss()}"
+            _exit_with_stack(message, status if status in INTERRUPTED_STATUSES else 1)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from lit_glm.errors import InputError
 from lit_glm.hardware.runtimes.selection import check_device_count, make_runtime
 from lit_glm.launch.heartbeat import STALL_MARGIN_S
 from lit_glm.launch.peer_monitor import connect_peers, name_lost_peer
-from lit_glm.launch.rendezvous import RunFolder, broadcast_through_store, meet
+from lit_glm.launch.rendezvous import RunFolder, broadcast_through_store, join_rendezvous
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def process_group(
     timeout = timedelta(seconds=collective_timeout_s(config))
     external = "TORCHELASTIC_RUN_ID" in os.environ  # the user's torchrun already has a store
     rank = int(os.environ["RANK"])
-    store, run, hosts = meet(config, choose_run() if rank == 0 and not external else None, external)
+    store, run, hosts = join_rendezvous(config, choose_run() if rank == 0 and not external else None, external)
     monitor = None
     if config.topology.num_nodes > 1 or external:  # else the supervisor of the node watches all ranks
         # Before the process group: if a node's collective library fails to start, the others would wait there for it.

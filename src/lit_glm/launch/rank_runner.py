@@ -74,7 +74,7 @@ class RankContext:
 
 @dataclass
 class TrainingComponents:
-    """Result of `build_components`."""
+    """Runtime, data, module, callbacks and trainer of one rank."""
 
     runtime: Runtime
     split: MemmapDataset
@@ -87,7 +87,7 @@ class TrainingComponents:
     resume_from: Optional[Path]
 
 
-def build_components(context: RankContext, beat: Callable[[], None]) -> TrainingComponents:
+def build_components(context: RankContext, heartbeat: Callable[[], None]) -> TrainingComponents:
     """Build what a rank needs, and print what will run.
 
     Raises:
@@ -96,7 +96,7 @@ def build_components(context: RankContext, beat: Callable[[], None]) -> Training
     config = context.config
     _silence_third_party()
     check_open_files_limit(config.data.num_workers)
-    beat()
+    heartbeat()
     runtime = _make_validated_runtime(context)
     resume_from, content = _find_resume_checkpoint(context, runtime)  # before anything in the folder changes
     strategy = make_strategy(runtime, config.topology, collective_timeout_s(config))
@@ -113,14 +113,14 @@ def build_components(context: RankContext, beat: Callable[[], None]) -> Training
     lengths = SequenceLengths.from_dataset(train_split)
     _set_num_threads(context, lengths)
     _announce_run(context, runtime)
-    beat()
+    heartbeat()
     memory_base = runtime.memory_in_use(context.local_rank)
     memory = memory_estimate.check_memory(config, lengths, runtime, context.local_rank, memory_base)
     context.print_once(memory_estimate.memory_message(config, memory))
     module = _make_module(context, runtime, is_trained=resume_from is not None)
     data = RecordDataModule(config, train_split, lambda: module.steps_done, runtime.pins_memory, runtime.synchronize)
-    recorder = BenchmarkCallback(context.job, context.run_dir, runtime, data, eval_split, beat, fingerprint)
-    recorder.memory_base = memory_base
+    benchmark = BenchmarkCallback(context.job, context.run_dir, runtime, data, eval_split, heartbeat, fingerprint)
+    benchmark.memory_base = memory_base
     loggers = make_loggers(context.job, context.run_dir, checkpoints.checkpoint_step(resume_from))
     # The supervisor has set the rank's variables; inside a Slurm allocation Lightning would read Slurm's instead.
     environment = [] if "TORCHELASTIC_RUN_ID" in os.environ else [LightningEnvironment()]
@@ -130,7 +130,7 @@ def build_components(context: RankContext, beat: Callable[[], None]) -> Training
         devices=config.topology.devices_per_node,
         num_nodes=config.topology.num_nodes,
         plugins=[precision, AtomicCheckpointIO(content), *environment],
-        callbacks=[recorder, *make_callbacks(config)],
+        callbacks=[benchmark, *make_callbacks(config)],
         logger=loggers or False,
         max_epochs=-1,
         limit_val_batches=0,
@@ -143,18 +143,18 @@ def build_components(context: RankContext, beat: Callable[[], None]) -> Training
         detect_anomaly=False,
     )
     keep_own_signals(trainer)
-    return TrainingComponents(runtime, train_split, module, data, recorder, trainer, memory, resume_from)
+    return TrainingComponents(runtime, train_split, module, data, benchmark, trainer, memory, resume_from)
 
 
 def _make_validated_runtime(context: RankContext) -> Runtime:
     """Create the runtime and compare its devices with the hardware file."""
     config = context.config
-    kept = set_hardware_env(config.hardware)
+    messages = set_hardware_env(config.hardware)
     runtime = make_runtime(config.hardware, config.topology)
     check_device_count(runtime, config.topology)
-    kept += validate_devices(config.hardware, runtime, config.topology.devices_per_node, CONF_DIR / "hardware")
+    messages += validate_devices(config.hardware, runtime, config.topology.devices_per_node, CONF_DIR / "hardware")
     if context.rank == 0:
-        for line in kept:
+        for line in messages:
             log.warning(line)
     return runtime
 
@@ -232,8 +232,8 @@ def _make_module(context: RankContext, runtime: Runtime, is_trained: bool) -> Re
         context.print_once(f"optimizer: torch's fused AdamW is unavailable here ({reason}); using the default")
     runtime.manual_seed(config.seed)
     model = replace(config.model, init_checkpoint=None) if is_trained else config.model
-    glm, done = build_glm(model, runtime.model_ops())
-    for line in done:
+    glm, messages = build_glm(model, runtime.model_ops())
+    for line in messages:
         context.print_once(f"{config.model.init_checkpoint}: {line}")
     module = RecordModule(glm, config, runtime)
     module.config_hash = config_hash(config)
@@ -246,15 +246,13 @@ def _find_resume_checkpoint(
     """Find the checkpoint to resume from and read it; all ranks must find the same one."""
     path, content = None, None
     if context.job.is_resume:
-        path, content, passed_over = checkpoints.latest_valid(
-            context.run_dir, config_hash(context.config), read_all=True
-        )
+        path, content, skipped = checkpoints.latest_valid(context.run_dir, config_hash(context.config), read_all=True)
         if context.rank == 0:
-            for line in passed_over:
+            for line in skipped:
                 log.warning(line)
-        if path is None and passed_over:  # starting again from step 0 would discard the contents of the folder
+        if path is None and skipped:  # starting again from step 0 would discard the contents of the folder
             raise InputError(
-                f"run.resume={context.run_dir}: none of its {len(passed_over)} checkpoints can be used (see above); "
+                f"run.resume={context.run_dir}: none of its {len(skipped)} checkpoints can be used (see above); "
                 "restore one, or start a new run in another folder"
             )
         from_start = "from step 0: no checkpoint found"
@@ -275,14 +273,14 @@ def _silence_third_party() -> None:
     warnings.filterwarnings("ignore", message=".*barrier\\(\\).*|.*pkg_resources.*|.*isinstance.treespec.*")
 
 
-def run_rank(job: JobSpec, run_dir: Path, stop: StopRequest, beat: Optional[Heartbeat] = None) -> None:
+def run_rank(job: JobSpec, run_dir: Path, stop: StopRequest, heartbeat: Optional[Heartbeat] = None) -> None:
     """Run this rank's part of a job.
 
     Args:
         job: the job.
         run_dir: the run folder.
         stop: handler of the stop signals of this process.
-        beat: this rank's heartbeat; None: one in the run folder.
+        heartbeat: this rank's heartbeat; None: one in the run folder.
 
     Raises:
         InputError, RunError: with a message for the user.
@@ -290,56 +288,62 @@ def run_rank(job: JobSpec, run_dir: Path, stop: StopRequest, beat: Optional[Hear
     """
     context = RankContext(job, run_dir, int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0)))
     try:
-        built = build_components(context, beat or Heartbeat(run_dir, context.rank))
+        components = build_components(context, heartbeat or Heartbeat(run_dir, context.rank))
     except Exception as error:
         if not is_oom_error(error):
             raise
         message = f"out of memory while building model and data ({first_line(error)})"
         raise RunError(f"{message}; use a smaller model, or a machine with more memory", "out of memory") from error
-    _fit(context, built, stop)
-    received = _write_final_result(context, built, stop.received)
-    if built.recorder.interrupted:
+    _fit(context, components, stop)
+    received = _write_final_result(context, components, stop.received)
+    if components.recorder.interrupted:
         raise Interrupted(received or signal.SIGTERM)
 
 
-def _fit(context: RankContext, built: TrainingComponents, stop: StopRequest) -> None:
+def _fit(context: RankContext, components: TrainingComponents, stop: StopRequest) -> None:
     """Train until the run ends; convert out-of-memory errors to a `RunError` with the memory estimate."""
-    stop.save_first(built.module)
-    resume_from = str(built.resume_from) if built.resume_from else None
+    stop.save_first(components.module)
+    resume_from = str(components.resume_from) if components.resume_from else None
     try:
-        built.trainer.fit(built.module, datamodule=built.data, ckpt_path=resume_from)
+        components.trainer.fit(components.module, datamodule=components.data, ckpt_path=resume_from)
     except Exception as error:
         if not is_oom_error(error):
             raise
-        doing = built.recorder.current_activity
-        message = memory_estimate.oom_message(context.config, built.memory, built.runtime, context.local_rank, doing)
+        doing = components.recorder.current_activity
+        message = memory_estimate.oom_message(
+            context.config, components.memory, components.runtime, context.local_rank, doing
+        )
         raise RunError(message, summary="out of memory") from error
 
 
-def _write_final_result(context: RankContext, built: TrainingComponents, received: Optional[int]) -> Optional[int]:
+def _write_final_result(context: RankContext, components: TrainingComponents, received: Optional[int]) -> Optional[int]:
     """Gather the measurements of all ranks and write the result (rank 0); return the stop signal that any received."""
-    config, recorder, runtime = context.config, built.recorder, built.runtime
-    assert recorder.final_durations is not None
-    seconds, e2e = recorder.final_durations
-    span = recorder.run_metrics.training_span(e2e)
+    config, benchmark, runtime = context.config, components.recorder, components.runtime
+    assert benchmark.final_durations is not None
+    seconds, e2e = benchmark.final_durations
+    span = benchmark.run_metrics.training_span(e2e)
     per_rank: List[Any] = [(seconds, runtime.peak_memory(context.local_rank), span, received)]
     if config.topology.world_size > 1:
         per_rank = object_collectives.all_gather_object(per_rank[0], runtime.device(context.local_rank))
     durations, peaks, spans, signals = zip(*per_rank)
     result: Dict[str, Any] = {}
     if context.rank == 0:
-        accuracy = recorder.run_metrics.accuracy
-        result = recorder.run_metrics.finish(
-            "interrupted" if recorder.interrupted else "success" if has_converged(accuracy, config.run) else "finished",
-            built.module,
+        accuracy = benchmark.run_metrics.accuracy
+        result = benchmark.run_metrics.finish(
+            "interrupted"
+            if benchmark.interrupted
+            else "success"
+            if has_converged(accuracy, config.run)
+            else "finished",
+            components.module,
             slowest_rank(durations),
             e2e,
-            _peak_memory([peak for peak in peaks if peak is not None], built, config.topology.devices_per_node),
-            FlopCounter(config, built.split, built.data.sampler(0, 0)),
+            _peak_memory([peak for peak in peaks if peak is not None], components, config.topology.devices_per_node),
+            FlopCounter(config, components.split, components.data.sampler(0, 0)),
             list(spans[:: config.topology.devices_per_node]),
         )
-        recorder.events.finished(result)
-    close_loggers(built.trainer.loggers if context.rank == 0 else [])
+        benchmark.events.finished(result)
+    close_loggers(components.trainer.loggers if context.rank == 0 else [])
     if config.topology.world_size > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -353,7 +357,7 @@ def _write_final_result(context: RankContext, built: TrainingComponents, receive
     return next(filter(None, signals), None)
 
 
-def _peak_memory(peaks: List[float], built: TrainingComponents, per_node: int) -> Optional[float]:
+def _peak_memory(peaks: List[float], components: TrainingComponents, per_node: int) -> Optional[float]:
     """Return the peak of the node that uses most: the sum of ranks that share a memory, else the highest device."""
     nodes = [peaks[first : first + per_node] for first in range(0, len(peaks), per_node)]
-    return max(sum(node) if built.runtime.shares_memory else max(node) for node in nodes) if nodes else None
+    return max(sum(node) if components.runtime.shares_memory else max(node) for node in nodes) if nodes else None

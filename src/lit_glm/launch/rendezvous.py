@@ -216,8 +216,8 @@ def external_rank(topology: Optional[TopologyConfig] = None) -> Optional[Externa
     return ExternalRank(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]))
 
 
-_LOOK_S = 0.05
-_OTHERS_LOOK_S = 1.0
+_POLL_S = 0.05
+_PEER_POLL_S = 1.0
 _ANNOUNCE_S = 20.0
 """Seconds for which a node that exits tries to notify the others, which may still be starting."""
 _RUN, _ENDED, _BROADCAST = "run folder", "ended", "broadcast"
@@ -242,7 +242,7 @@ class RunFolder:
     is_complete: bool = False
 
 
-def meet(
+def join_rendezvous(
     config: TrainConfig, run: Optional[RunFolder], external: bool = False
 ) -> "tuple[Any, Optional[RunFolder], List[str]]":
     """Join the other ranks, as described by torchrun's environment variables.
@@ -264,11 +264,11 @@ def meet(
 
     address, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["RANK"])
     world, limit_s = config.topology.world_size, config.run.rendezvous_timeout_s
-    end = time.monotonic() + limit_s
+    deadline = time.monotonic() + limit_s
     try:
         if rank > 0:
             log.debug(f"rank {rank} connects to {address}:{port}")
-            _wait_for_store(address, port, end)
+            _wait_for_store(address, port, deadline)
         limit = timedelta(seconds=max(1.0, limit_s))
         if external:
             store, _, _ = next(rendezvous("env://", timeout=limit))
@@ -279,7 +279,9 @@ def meet(
             _write(store, _RUN, json.dumps(None if run is None else [str(run.path), run.is_resume]))
         _write(store, _joined_key(rank), socket.gethostname())
         with _announce_stop(store):
-            _wait(store, [_joined_key(other) for other in range(world)] if rank == 0 else [_joined_key("all")], end)
+            _wait(
+                store, [_joined_key(other) for other in range(world)] if rank == 0 else [_joined_key("all")], deadline
+            )
         if rank == 0:
             _write(
                 store, _joined_key("all"), json.dumps([store.get(_joined_key(one)).decode() for one in range(world)])
@@ -305,7 +307,7 @@ def _announce_stop(store: Any) -> Iterator[None]:
         if os.environ["RANK"] == "0" and not is_known_to_all(stop):
             with suppress(RuntimeError, ValueError):  # the store of a torchrun that was killed
                 _write(store, _ENDED, json.dumps({"node": 0, "status": stop.exit_status, "reason": str(stop)}))
-                time.sleep(_OTHERS_LOOK_S)
+                time.sleep(_PEER_POLL_S)
         raise
 
 
@@ -323,7 +325,7 @@ def broadcast_through_store(store: Any, content: Any) -> Any:
         raise RunError(f"rank 0 exited right after the rendezvous ({first_line(error)})") from error
 
 
-def _wait_for_store(address: str, port: int, end: float) -> None:
+def _wait_for_store(address: str, port: int, deadline: float) -> None:
     """Wait until node 0 listens; torch's own wait floods the terminal.
 
     Raises:
@@ -331,12 +333,12 @@ def _wait_for_store(address: str, port: int, end: float) -> None:
     """
     while True:
         try:
-            socket.create_connection((address, port), timeout=min(5.0, max(1.0, end - time.monotonic()))).close()
+            socket.create_connection((address, port), timeout=min(5.0, max(1.0, deadline - time.monotonic()))).close()
             return
         except OSError as error:
-            if time.monotonic() > end:
+            if time.monotonic() > deadline:
                 raise RuntimeError(str(error)) from error
-            time.sleep(5 * _LOOK_S)
+            time.sleep(5 * _POLL_S)
 
 
 def _joined_key(rank: Any) -> str:
@@ -357,7 +359,7 @@ def _is_set(store: Any, *keys: str) -> bool:
     return all(store.add(_counter(key), 0) > 0 for key in keys)
 
 
-def _wait(store: Any, keys: List[str], end: float) -> None:
+def _wait(store: Any, keys: List[str], deadline: float) -> None:
     """Wait until all keys are written; raise the error of a node that has exited.
 
     Raises:
@@ -366,15 +368,15 @@ def _wait(store: Any, keys: List[str], end: float) -> None:
     while not _is_set(store, *keys):
         if _is_set(store, _ENDED):
             break
-        if time.monotonic() > end:
+        if time.monotonic() > deadline:
             missing = [key for key in keys if not _is_set(store, key)]
             raise RuntimeError(f"missing: {', '.join(missing)}")
-        time.sleep(_LOOK_S)
+        time.sleep(_POLL_S)
     if _is_set(store, _ENDED):
         if os.environ.get("LOCAL_RANK", "0") == "0":
             _write(store, _receipt_key(os.environ["GROUP_RANK"]))
         if os.environ["RANK"] == "0":
-            time.sleep(_OTHERS_LOOK_S)  # this process hosts the store
+            time.sleep(_PEER_POLL_S)  # this process hosts the store
         raise _error_of(json.loads(store.get(_ENDED)))
 
 
@@ -397,7 +399,7 @@ def _error_of(end: Dict[str, Any]) -> Exception:
 
 
 def is_known_to_all(error: BaseException) -> bool:
-    """Return whether an error of `meet` needs no announcement: another node caused it, or none has joined."""
+    """Return whether an error of `join_rendezvous` needs no announcement: another node caused it, or none joined."""
     return isinstance(error, RendezvousError) or getattr(error, "is_known_to_all", False)
 
 
@@ -413,10 +415,10 @@ def announce_end(config: TrainConfig, node: Node, status: int, reason: str) -> N
     import torch
 
     text = json.dumps({"node": node.rank, "status": status, "reason": reason})
-    end, limit = time.monotonic() + _ANNOUNCE_S, timedelta(seconds=_ANNOUNCE_S)
+    deadline, limit = time.monotonic() + _ANNOUNCE_S, timedelta(seconds=_ANNOUNCE_S)
     try:
         if node.rank > 0:
-            _wait_for_store(node.address, node.port, end)
+            _wait_for_store(node.address, node.port, deadline)
         store = torch.distributed.TCPStore(
             node.address, node.port, config.topology.world_size, node.rank == 0, limit, wait_for_workers=False
         )
@@ -425,8 +427,8 @@ def announce_end(config: TrainConfig, node: Node, status: int, reason: str) -> N
             _write(store, _receipt_key(node.rank))
         else:
             receipts = [_receipt_key(other) for other in peers]
-            while not _is_set(store, *receipts) and time.monotonic() < end:
-                time.sleep(_LOOK_S)
-            time.sleep(_OTHERS_LOOK_S)  # for the other ranks of these nodes
+            while not _is_set(store, *receipts) and time.monotonic() < deadline:
+                time.sleep(_POLL_S)
+            time.sleep(_PEER_POLL_S)  # for the other ranks of these nodes
     except (RuntimeError, ValueError):
         return  # no other node is reachable

@@ -64,7 +64,7 @@ class Supervisor(StopSignals):
 
     def __init__(self) -> None:
         super().__init__()
-        self.has_met = False
+        self.has_joined = False
         """Whether a rank of this node has completed the rendezvous."""
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._ranks: Dict[int, subprocess.Popen[bytes]] = {}
@@ -127,7 +127,7 @@ class Supervisor(StopSignals):
             self._kill()
             for process in self._ranks.values():
                 process.wait()
-            self.has_met = last_heartbeat(spec_dir, range(first, first + count)) > 0
+            self.has_joined = last_heartbeat(spec_dir, range(first, first + count)) > 0
         self._raise_for_cause(oom_kill_count() > oom_kills)
 
     def _start_ranks(
@@ -141,10 +141,10 @@ class Supervisor(StopSignals):
     ) -> None:
         with nullcontext() if output is None else output.open("w", encoding="utf-8") as file:
             for rank in range(first, first + count):
-                place, local_rank = divmod(rank, self._job.config.topology.devices_per_node)
+                node_index, local_rank = divmod(rank, self._job.config.topology.devices_per_node)
                 process = subprocess.Popen(
                     [sys.executable, "-m", *arguments],
-                    env={**env, "RANK": str(rank), "LOCAL_RANK": str(local_rank), "GROUP_RANK": str(place)},
+                    env={**env, "RANK": str(rank), "LOCAL_RANK": str(local_rank), "GROUP_RANK": str(node_index)},
                     stdout=file,
                     stderr=None if file is None else subprocess.STDOUT,
                     start_new_session=True,  # Ctrl-C reaches only this process, which signals the ranks

@@ -61,41 +61,43 @@ def summarise_sweep(sweep_dir: Path) -> Tuple[str, int]:
     Returns:
         The table for the terminal with one line per run below it, and the highest exit status of any job.
     """
-    notes = [
+    records = [
         json.loads(path.read_text(encoding="utf-8")) for path in sorted((sweep_dir / JOB_RECORDS_DIR).glob("*.json"))
     ]
-    objective = next((str(note["objective"]) for note in notes if note.get("objective")), "")
-    status = max([int(note["exit_status"]) for note in notes], default=0)
+    objective = next((str(record["objective"]) for record in records if record.get("objective")), "")
+    status = max([int(record["exit_status"]) for record in records], default=0)
     # A search may suggest a combination again, whose run is then reused: one row.
     by_run: Dict[Any, Dict[str, Any]] = {}
-    for number, note in enumerate(notes):
-        is_done = note["run_dir"] and not note["exit_status"]
-        by_run.setdefault((note["run_dir"], *note["overrides"]) if is_done else number, note)
-    pairs = [(note, _job_result(note, sweep_dir)) for note in by_run.values()]
+    for number, record in enumerate(records):
+        is_done = record["run_dir"] and not record["exit_status"]
+        by_run.setdefault((record["run_dir"], *record["overrides"]) if is_done else number, record)
+    pairs = [(record, _job_result(record, sweep_dir)) for record in by_run.values()]
     if objective in METRICS:
         pairs.sort(key=lambda pair: METRICS[objective].sort_key(_ranked_value(pair[1], objective)))
-    notes, results = [note for note, _ in pairs], [result for _, result in pairs]
+    records, results = [record for record, _ in pairs], [result for _, result in pairs]
     text = results_table(results)
     sweep_dir.mkdir(parents=True, exist_ok=True)
     write_text(sweep_dir / "sweep.md", text + "\n")
     with atomic_write(sweep_dir / "sweep.csv") as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([*PUBLISHED_COLUMNS, "scoring", "status", "run_dir", "overrides", "reused_from"])
-        for note, result in pairs:
-            more = [note["run_dir"] or "", ",".join(note["overrides"]), note.get("reused_from", "")]
+        for record, result in pairs:
+            more = [record["run_dir"] or "", ",".join(record["overrides"]), record.get("reused_from", "")]
             writer.writerow([*table_cells(result), result["scoring"], result["status"], *more])
-    lines, common = [text], set(notes[0]["overrides"]).intersection(*(note["overrides"] for note in notes))
-    for note in notes:  # what all combinations have in common is not repeated
-        note["own"] = " ".join(text for text in note["overrides"] if text not in common) or "the only combination"
+    lines, common = [text], set(records[0]["overrides"]).intersection(*(record["overrides"] for record in records))
+    for record in records:  # what all combinations have in common is not repeated
+        record["own"] = " ".join(text for text in record["overrides"] if text not in common) or "the only combination"
     best = _ranked_value(results[0], objective)
     if best is not None:
         if len(results) > 1:
-            lines += [_ranking_line(number, note, result, objective) for number, (note, result) in enumerate(pairs, 1)]
+            lines += [
+                _ranking_line(number, record, result, objective) for number, (record, result) in enumerate(pairs, 1)
+            ]
         value = METRICS[objective].form(best)
-        lines.append(f"lit_glm: best by {objective} ({value}): {notes[0]['own']}, {notes[0]['run_dir']}")
+        lines.append(f"lit_glm: best by {objective} ({value}): {records[0]['own']}, {records[0]['run_dir']}")
     lines += [
-        f"lit_glm: failed: {note['own']}: {str(result['error']).splitlines()[0]}"
-        for note, result in pairs
+        f"lit_glm: failed: {record['own']}: {str(result['error']).splitlines()[0]}"
+        for record, result in pairs
         if result.get("error") and result.get("status") not in COMPLETE
     ]
     return "\n".join(lines), status
@@ -107,18 +109,18 @@ def _ranked_value(result: Dict[str, Any], objective: str) -> Optional[float]:
     return METRICS[objective].value(result) if is_ranked else None
 
 
-def _ranking_line(number: int, note: Dict[str, Any], result: Dict[str, Any], objective: str) -> str:
+def _ranking_line(number: int, record: Dict[str, Any], result: Dict[str, Any], objective: str) -> str:
     value = _ranked_value(result, objective)
     text = str(result.get("status")) if value is None else METRICS[objective].form(value)
-    return f"{number}. {text}  {note['own']}  {note['run_dir'] or ''}".rstrip()
+    return f"{number}. {text}  {record['own']}  {record['run_dir'] or ''}".rstrip()
 
 
-def _job_result(note: Dict[str, Any], sweep_dir: Path) -> Dict[str, Any]:
-    row: Dict[str, Any] = note["row"]
-    if note["run_dir"] is None or note["exit_status"] == InputError.exit_status:
+def _job_result(record: Dict[str, Any], sweep_dir: Path) -> Dict[str, Any]:
+    row: Dict[str, Any] = record["row"]
+    if record["run_dir"] is None or record["exit_status"] == InputError.exit_status:
         return row  # the folder contains the result of an earlier run
-    result = read_result(Path(note["run_dir"])) or row
-    reused_from = note.get("reused_from")
+    result = read_result(Path(record["run_dir"])) or row
+    reused_from = record.get("reused_from")
     if not reused_from:
         return result
     inside = str(reused_from).startswith(f"{sweep_dir}/")
@@ -146,8 +148,8 @@ class SweepCallback(Callback):
         shutdown_s = float(OmegaConf.select(config, "run.shutdown_timeout_s") or 0.0)
         call_before_stop(lambda number: processes.stop(number, shutdown_s))
         SweepCallback.processes = processes
-        for note in filter(_is_job_record, (SweepCallback.started / JOB_RECORDS_DIR).glob("*.json")):
-            note.unlink()
+        for record_file in filter(_is_job_record, (SweepCallback.started / JOB_RECORDS_DIR).glob("*.json")):
+            record_file.unlink()
         for number, run in enumerate(SweepCallback.complete, SweepCallback.total or 0):
             record_fields = {"reused_from": str(run.run_dir.resolve()), "objective": run.config.sweep.objective}
             row = config_fields(run.config)
@@ -220,7 +222,7 @@ def run_sweep_job(
     files: Dict[str, str],
     command: List[str],
     prepare_data: Callable[[], None],
-    entry: float,
+    start_time: float,
 ) -> TaskOutcome:
     """Run or resume one job of a sweep, or reuse its complete result.
 
@@ -230,7 +232,7 @@ def run_sweep_job(
         files: contents of the files in .hydra/.
         command: the command line.
         prepare_data: called before the job starts.
-        entry: `time.monotonic()` when the job began; e2e_time counts from there, as that of a single run.
+        start_time: `time.monotonic()` when the job began; e2e_time counts from there, as that of a single run.
 
     Raises:
         KeyboardInterrupt: if the job was interrupted, to stop the rest of the sweep too. A joblib worker returns its
@@ -245,7 +247,7 @@ def run_sweep_job(
     changes = hydra.job.override_dirname or "the only combination"
     log.info(f"job {int(hydra.job.num) + 1}{of}: {changes}")
     _mask_multirun_file(sweep_dir)
-    reason, reused_from, resumes, node = "", "", False, Node(0, "127.0.0.1", 0)
+    reason, reused_from, is_resume, node = "", "", False, Node(0, "127.0.0.1", 0)
     in_worker = is_joblib(str(hydra.launcher.get("_target_"))) and SweepCallback.started is None
     if in_worker:
         install_worker_handlers()
@@ -257,18 +259,18 @@ def run_sweep_job(
         with announce_early_end(config, node):
             if node.rank == 0:
                 earlier = _find_earlier_run(config, run_dir)
-                folder, resumes = run_dir.resolve() if earlier is None else earlier.resolve(), earlier is not None
+                folder, is_resume = run_dir.resolve() if earlier is None else earlier.resolve(), earlier is not None
                 if earlier is None and (run_dir / JOB_FILE).exists() and config.sweep.skip_done:
                     folder = _free_folder(run_dir.resolve(), config_hash(config))
-                reused_from = str(folder) if resumes else ""
-                result = _reusable_result(config, folder, resumes, node)
+                reused_from = str(folder) if is_resume else ""
+                result = _reusable_result(config, folder, is_resume, node)
             if result is None:
                 prepare_data()
         stopped = worker_stop_signal()
         if stopped is not None:
             raise Interrupted(stopped)
         if result is None:
-            job = JobSpec(config, entry, command, resumes, str(sweep_dir.resolve()))
+            job = JobSpec(config, start_time, command, is_resume, str(sweep_dir.resolve()))
             result = run_job(job, folder, files, node, in_process=False)
         status = 0
     except (InputError, RunError) as error:
@@ -294,7 +296,7 @@ def _free_folder(run_dir: Path, name: str) -> Path:
     return next(folder for folder in map(run_dir.with_name, numbers) if not (folder / JOB_FILE).exists())
 
 
-def _reusable_result(config: TrainConfig, folder: Path, resumes: bool, node: Node) -> Optional[Dict[str, Any]]:
+def _reusable_result(config: TrainConfig, folder: Path, is_resume: bool, node: Node) -> Optional[Dict[str, Any]]:
     """Return the result of a complete combination; None if it has to be run or resumed.
 
     Raises:
@@ -304,7 +306,7 @@ def _reusable_result(config: TrainConfig, folder: Path, resumes: bool, node: Nod
     from lit_glm.launch.launcher import report_complete_run
     from lit_glm.runs.run_folder import complete_result, ensure_available
 
-    if not resumes:
+    if not is_resume:
         ensure_available(folder, config.run.overwrite)
         return None
     result = complete_result(folder)
@@ -319,9 +321,9 @@ def _reusable_result(config: TrainConfig, folder: Path, resumes: bool, node: Nod
     return None
 
 
-def search_paths(sweep_dir: Path, given: bool) -> discovery.SearchPaths:
+def search_paths(sweep_dir: Path, is_dir_given: bool) -> discovery.SearchPaths:
     """Return where earlier runs of a sweep are searched: its own folder if the user gave one, else all of multirun/."""
-    return [(sweep_dir, 3)] if given else [(Path("multirun"), 4)]
+    return [(sweep_dir, 3)] if is_dir_given else [(Path("multirun"), 4)]
 
 
 def _find_earlier_run(config: TrainConfig, run_dir: Path) -> Optional[Path]:
@@ -330,8 +332,10 @@ def _find_earlier_run(config: TrainConfig, run_dir: Path) -> Optional[Path]:
         folder = discovery.resolve_resume(config.run.resume, config, run_dir)
     elif config.sweep.skip_done:
         hydra = HydraConfig.get()
-        given = any(str(override).startswith("hydra.sweep.dir=") for override in hydra.overrides.hydra)
-        runs = discovery.runs_by_config_hash(search_paths(Path(hydra.sweep.dir), given)).get(config_hash(config), [])
+        is_dir_given = any(str(override).startswith("hydra.sweep.dir=") for override in hydra.overrides.hydra)
+        runs = discovery.runs_by_config_hash(search_paths(Path(hydra.sweep.dir), is_dir_given)).get(
+            config_hash(config), []
+        )
         folder = discovery.best_run(_runs_of_this_machine(runs, config))
     else:
         folder = None
@@ -419,27 +423,27 @@ def prepare_sweep(composed: Any, line: CommandLine) -> List[str]:
     """
     if composed.sweep.objective not in OBJECTIVES:
         raise InputError(f"sweep.objective={composed.sweep.objective}: must be one of {', '.join(OBJECTIVES)}")
-    more = _search_direction(composed, line)
-    given, sweep_dir = line.sets("hydra.sweep.dir"), Path(str(composed.hydra.sweep.dir))
-    if given and _is_first_node():
+    extra_overrides = _search_direction(composed, line)
+    is_dir_given, sweep_dir = line.sets("hydra.sweep.dir"), Path(str(composed.hydra.sweep.dir))
+    if is_dir_given and _is_first_node():
         foreign = [name for name in _WRITES if (sweep_dir / name).exists()]
-        notes = sweep_dir / JOB_RECORDS_DIR
-        if not notes.is_dir() and foreign:
+        records_dir = sweep_dir / JOB_RECORDS_DIR
+        if not records_dir.is_dir() and foreign:
             raise InputError(
                 f"{sweep_dir}: is not a sweep folder (no {JOB_RECORDS_DIR}/) but contains {', '.join(foreign)}, which "
                 "a sweep would overwrite; give another hydra.sweep.dir="
             )
-        others = [path.name for path in notes.glob("*") if path.name != LOCK_FILE and not _is_job_record(path)]
+        others = [path.name for path in records_dir.glob("*") if path.name != LOCK_FILE and not _is_job_record(path)]
         if others:
             raise InputError(
-                f"{notes}: contains files that are not job records ({', '.join(sorted(others)[:3])}); give another "
-                "hydra.sweep.dir="
+                f"{records_dir}: contains files that are not job records ({', '.join(sorted(others)[:3])}); give "
+                "another hydra.sweep.dir="
             )
         advice = (
             "wait until that sweep has ended (this one, started again, then reuses complete runs), or give another "
             "hydra.sweep.dir="
         )
-        _held_locks.enter_context(lock_directory(notes, advice))
+        _held_locks.enter_context(lock_directory(records_dir, advice))
     searches = any(override.is_sweep_override() and not override.is_discrete_sweep() for override in line.parse())
     is_grid = "BasicSweeper" in str(composed.hydra.sweeper.get("_target_")) and not searches
     # A configuration file may add lists to those of the command line, so that the combinations are not known here.
@@ -450,14 +454,14 @@ def prepare_sweep(composed: Any, line: CommandLine) -> List[str]:
     complete: Dict[int, CompleteRun] = {}
     if composed.sweep.skip_done and not adds_lists and _is_first_node():
         complete = _find_complete_runs(
-            discovery.runs_by_config_hash(search_paths(sweep_dir, given)), line, composed.hydra
+            discovery.runs_by_config_hash(search_paths(sweep_dir, is_dir_given)), line, composed.hydra
         )
     if SweepCallback.total is not None:
         SweepCallback.complete = list(complete.values())
         SweepCallback.total -= len(complete)
         folders: Any = OmegaConf.to_container(composed.hydra.sweep, resolve=False)
         leave_out_jobs(list(complete), bool(complete) and folders["subdir"] == "${hydra.job.num}")
-    return more
+    return extra_overrides
 
 
 def _find_complete_runs(runs_by_hash: Dict[str, List[Path]], line: CommandLine, hydra: Any) -> Dict[int, "CompleteRun"]:

@@ -18,7 +18,7 @@ from lit_glm.launch.signals import STOP_SIGNALS
 log = logging.getLogger(__name__)
 
 _MARGIN_S = 10.0
-_LOOK_S = 0.2
+_POLL_S = 0.2
 _RECORD_S = 1.0  # for a worker to write the record of a job that has ended
 
 _stopped_by: Optional[int] = None
@@ -73,13 +73,13 @@ class JobProcesses:
             for worker in workers:
                 worker.send_signal(number)
             while time.monotonic() < end and any(worker.is_running() and worker.children() for worker in workers):
-                time.sleep(_LOOK_S)
+                time.sleep(_POLL_S)
             time.sleep(_RECORD_S)
         for job in self._local_jobs():
             for process in job.children() or [job]:  # a controller that is signalled kills its task after a second
                 process.send_signal(signal.SIGINT)  # submitit bypasses SIGTERM outside runs
         while time.monotonic() < end and self._local_jobs():
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
 
     def print_remaining(self) -> None:
         """Print which jobs stay queued or running after this process, and how to cancel them."""

@@ -64,19 +64,19 @@ def main(spec_dir: Path) -> int:
     job = JobSpec.read(spec_dir)
     rank, node = int(os.environ["RANK"]), int(os.environ["GROUP_RANK"])
 
-    beat = Heartbeat(spec_dir, rank)
+    heartbeat = Heartbeat(spec_dir, rank)
 
     def joined(run: RunFolder) -> None:
-        beat()
+        heartbeat()
         if spec_dir != run.path and os.environ["LOCAL_RANK"] == "0" and node > 0:
             set_error_folder(spec_dir, run.path / "nodes" / str(node))
 
     def work() -> None:
         try:
-            _join_and_run(job, stop, lambda: RunFolder(spec_dir, job.is_resume), joined, beat)
+            _join_and_run(job, stop, lambda: RunFolder(spec_dir, job.is_resume), joined, heartbeat)
         except BaseException as error:
             if is_known_to_all(error):
-                beat()  # so that the supervisor does not announce the error
+                heartbeat()  # so that the supervisor does not announce the error
             raise
 
     with StopRequest(job.config.run.shutdown_timeout_s, exit_rank) as stop:
@@ -87,8 +87,8 @@ def _join_and_run(
     job: JobSpec,
     stop: StopRequest,
     choose_run: Callable[[], RunFolder],
-    joined: Callable[[RunFolder], None],
-    beat: Optional[Heartbeat] = None,
+    on_joined: Callable[[RunFolder], None],
+    heartbeat: Optional[Heartbeat] = None,
 ) -> None:
     """Join the other ranks and run this rank's part of the job.
 
@@ -96,8 +96,8 @@ def _join_and_run(
         job: the job; whether it is resumed is decided by rank 0.
         stop: handler of the stop signals of this process.
         choose_run: see `process_group`.
-        joined: called with the run folder when all ranks have joined.
-        beat: this rank's heartbeat; None: one in the run folder.
+        on_joined: called with the run folder when all ranks have joined.
+        heartbeat: this rank's heartbeat; None: one in the run folder.
     """
     with ExitStack() as keep:
         keep.enter_context(stop.interruptible())
@@ -109,21 +109,25 @@ def _join_and_run(
         if run.is_complete:
             raise NothingToDo(f"{run.path}: the run is complete; nothing to do")
         job.is_resume = run.is_resume
-        joined(run)
+        on_joined(run)
         node = int(os.environ.get("GROUP_RANK", "0"))
         if os.environ["LOCAL_RANK"] == "0" and node > 0:
             keep.enter_context(monitor_node_devices(job, run.path, node))
-        run_rank(job, run.path, stop, beat)
+        run_rank(job, run.path, stop, heartbeat)
 
 
 def run_under_torchrun(
-    job: JobSpec, outer: ExternalRank, find: Callable[[], RunFolder], prepare_data: Callable[[], None], files: Any
+    job: JobSpec,
+    external_rank: ExternalRank,
+    find: Callable[[], RunFolder],
+    prepare_data: Callable[[], None],
+    files: Any,
 ) -> int:
     """Run this process as one rank of a torchrun that the user started.
 
     Args:
         job: the job.
-        outer: rank of this process.
+        external_rank: rank of this process.
         find: called on rank 0; returns the run folder.
         prepare_data: called on the first rank of each node, before any other rank reads data.
         files: contents of the files in .hydra/.
@@ -148,17 +152,17 @@ def run_under_torchrun(
             def joined(run: RunFolder) -> None:
                 nonlocal folder
                 folder = run.path
-                keep.enter_context(_run_watchdog(job, folder, outer))
+                keep.enter_context(_run_watchdog(job, folder, external_rank))
 
             with stop.interruptible():
-                if outer.local_rank == 0:
+                if external_rank.local_rank == 0:
                     prepare_data()
             _join_and_run(job, stop, choose_run, joined)
 
     with StopRequest(job.config.run.shutdown_timeout_s, lambda *late: exit_interrupted(job, folder)(*late)) as stop:
         status = run_and_report_errors(work, lambda: folder, stop)
     unfinished = (read_result(folder) or {}).get("status") == "running"
-    if status == 1 and outer.rank > 0 and unfinished and not is_running(folder):  # rank 0 was killed
+    if status == 1 and external_rank.rank > 0 and unfinished and not is_running(folder):  # rank 0 was killed
         extend_times_to_end(folder, job.start_time)
         mark_failed(folder, root_cause(folder) or "rank 0 was killed")
     if job.config.topology.world_size > 1:
@@ -166,13 +170,13 @@ def run_under_torchrun(
     return status
 
 
-def _run_watchdog(job: JobSpec, folder: Path, outer: ExternalRank) -> Any:
+def _run_watchdog(job: JobSpec, folder: Path, external_rank: ExternalRank) -> Any:
     """Exit this rank when no rank of its node sends heartbeats, as our supervisor would; torchrun then ends the others.
 
     The other ranks of a node wait longer than its first one, so that it reports the stall if it can.
     """
-    first = outer.rank - outer.local_rank
-    margin_s = STALL_MARGIN_S + (_FIRST_RANK_REPORTS_S if outer.local_rank > 0 else 0)
+    first = external_rank.rank - external_rank.local_rank
+    margin_s = STALL_MARGIN_S + (_FIRST_RANK_REPORTS_S if external_rank.local_rank > 0 else 0)
     return watch_for_stalls(job, folder, range(first, first + job.config.topology.devices_per_node), margin_s)
 
 
@@ -183,12 +187,12 @@ def exit_rank(number: int, reason: str) -> None:
     os._exit(128 + number)
 
 
-def run_and_report_errors(work: Callable[[], None], notes: Callable[[], Path], stop: StopSignals) -> int:
+def run_and_report_errors(work: Callable[[], None], error_dir: Callable[[], Path], stop: StopSignals) -> int:
     """Run a rank; print an error once and write it to the error file.
 
     Args:
         work: function that the rank runs.
-        notes: returns the folder of the error file, which may not be known at the start.
+        error_dir: returns the folder of the error file, which may not be known at the start.
         stop: handler of the stop signals of this process.
 
     Returns:
@@ -204,7 +208,7 @@ def run_and_report_errors(work: Callable[[], None], notes: Callable[[], Path], s
             log.info(reason)
         return 0
     except (InputError, RunError) as error:
-        write_error_file(notes(), rank, error)
+        write_error_file(error_dir(), rank, error)
         external = "TORCHELASTIC_RUN_ID" in os.environ
         if isinstance(error, InputError) and not external:
             return error.exit_status  # the supervisor reads it from the file
@@ -214,7 +218,7 @@ def run_and_report_errors(work: Callable[[], None], notes: Callable[[], Path], s
         log.warning(f"rank {rank}: {error}")
         return error.exit_status
     except BaseException as error:
-        write_error_file(notes(), rank, error)
+        write_error_file(error_dir(), rank, error)
         if stop.received is not None:  # a consequence: its peers have stopped already
             log.error(f"rank {rank} failed while stopping: {error_reason(error)}")
             return 128 + stop.received
@@ -259,11 +263,11 @@ def rank_main(folder: Path, work: Callable[[TrainConfig], Dict[str, Any]]) -> in
     """
     set_up_console()
     config = JobSpec.read(folder).config
-    beat = Heartbeat(folder, int(os.environ["RANK"]))
+    heartbeat = Heartbeat(folder, int(os.environ["RANK"]))
 
     def join_and_work() -> None:
         with stop.interruptible(), process_group(config):
-            beat()
+            heartbeat()
             import torch
 
             result = work(config)

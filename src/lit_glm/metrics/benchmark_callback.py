@@ -105,9 +105,9 @@ class BenchmarkCallback(pl.Callback):
         """
         self.config, self.runtime, self._data, self._eval_split = job.config, runtime, data, eval_split
         self._job, self._run_dir, self._heartbeat = job, run_dir, heartbeat
-        self._order = data.sampler(0, 0)
+        self._sampler = data.sampler(0, 0)
         self.timer = PhaseTimer(lambda: data.data_wait_s)
-        self.run_metrics = RunMetrics(job.config, runtime, self.timer, self._order, job.start_time, fingerprint)
+        self.run_metrics = RunMetrics(job.config, runtime, self.timer, self._sampler, job.start_time, fingerprint)
         self.events = PerfEvents(job.config, self.run_metrics)
         self.metric_logging = MetricLogging(self.run_metrics)
         self.divergence_guard = DivergenceGuard(job.config.run.max_skipped_steps)
@@ -129,23 +129,23 @@ class BenchmarkCallback(pl.Callback):
         """Finish initialisation: run the first evaluation, or continue an interrupted run."""
         module = self._module(pl_module)
         module.train()
-        step, account = module.steps_done, self.run_metrics
-        files = RunWriter(self._run_dir, step, self._job.is_resume) if trainer.is_global_zero else None
-        account.begin(files, step)
-        if files is not None:
-            self.events.open(files.path)
-        state: Any = (files.accuracy, files.evaluated_step, account.earlier_e2e) if files is not None else None
-        account.accuracy, account.evaluated_step, account.earlier_e2e = trainer.strategy.broadcast(state)
+        step, run_metrics = module.steps_done, self.run_metrics
+        writer = RunWriter(self._run_dir, step, self._job.is_resume) if trainer.is_global_zero else None
+        run_metrics.begin(writer, step)
+        if writer is not None:
+            self.events.open(writer.path)
+        state: Any = (writer.accuracy, writer.evaluated_step, run_metrics.earlier_e2e) if writer is not None else None
+        run_metrics.accuracy, run_metrics.evaluated_step, run_metrics.earlier_e2e = trainer.strategy.broadcast(state)
         is_new = step == 0 and self.run_metrics.evaluated_step < 0
         if is_new:
             self.events.submitted((len(self._data.split), len(self._eval_split)))
-        self.events.emit("INIT_START", ago=account.e2e())
+        self.events.emit("INIT_START", ago=run_metrics.e2e())
         if is_new and self.config.run.evaluate:
             # If stopped during this evaluation, train no step: a resumed run starts with the evaluation.
             self.interrupted = self._evaluate(trainer, module, "INIT_EVALUATION") is None
             trainer.should_stop = self.interrupted
-        account.init_seconds = account.e2e()
-        self.metric_logging.begin(trainer.loggers, -1 if is_new else account.evaluated_step)
+        run_metrics.init_seconds = run_metrics.e2e()
+        self.metric_logging.begin(trainer.loggers, -1 if is_new else run_metrics.evaluated_step)
         self.events.emit("INIT_END")
         self.events.emit("TRAIN_START")
         self.timer.training_starts()
@@ -159,7 +159,7 @@ class BenchmarkCallback(pl.Callback):
         """Record that the batch is on the device, and emit the start events."""
         step = self._module(pl_module).steps_done + 1
         self.current_activity = f"in step {step}"
-        epoch = self._order.epoch_of(step)
+        epoch = self._sampler.epoch_of(step)
         if epoch != self._epoch:
             if self._epoch >= 0:
                 self.events.emit("EPOCH_END", {"epoch": self._epoch})

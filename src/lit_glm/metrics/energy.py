@@ -10,7 +10,7 @@ from lit_glm.hardware.device_monitor import load_readings, monitor_for, readings
 
 Reading = Dict[str, Optional[float]]
 Span = Sequence[float]
-_MOST_MISSING = 5
+_MAX_MISSING = 5
 """Consecutive readings that may be missing: power is interpolated linearly; with more the energy is unknown."""
 _LATE = 0.5
 """Fraction of an interval by which a reading may be late without counting as missing."""
@@ -43,11 +43,11 @@ def integrate_power(readings: List[Reading], spans: List[Span], interval_s: floa
         nearby = times[max(0, first - 1) : last + 1]
         moments = np.concatenate([[min(begin, nearby[0])], nearby, [max(end, nearby[-1])]])
         gaps = np.diff(moments)
-        if gaps.max() > (_MOST_MISSING + 1 + _LATE) * interval_s:
+        if gaps.max() > (_MAX_MISSING + 1 + _LATE) * interval_s:
             return None
-        path = np.concatenate([[begin], times[first:last], [end]])
-        power = np.interp(path, times, powers)
-        joules += float((np.diff(path) * (power[1:] + power[:-1])).sum() / 2)
+        sample_times = np.concatenate([[begin], times[first:last], [end]])
+        power = np.interp(sample_times, times, powers)
+        joules += float((np.diff(sample_times) * (power[1:] + power[:-1])).sum() / 2)
         within = np.diff(np.clip(moments, begin, end))
         bridged_s += float(within[gaps > (1.0 + _LATE) * interval_s].sum())
     return joules, bridged_s

@@ -21,7 +21,7 @@ from lit_glm.data.sampler import InfiniteDistributedBatchSampler
 
 _FLAGPERF_FLOPS = 6 * 0.33e9 * 512
 """FLOPs per sample of GLM in FlagPerf's formula, whatever was computed (its glm-pytorch cases)."""
-_MOST_STEPS = 1000
+_MAX_STEPS = 1000
 
 
 @dataclass
@@ -131,7 +131,7 @@ class FlopCounter:
         """
         if self._config.topology.world_size == 1 or steps == 0:
             return None
-        sampled = np.unique(np.linspace(1, steps, min(steps, _MOST_STEPS)).astype(int))
+        sampled = np.unique(np.linspace(1, steps, min(steps, _MAX_STEPS)).astype(int))
         rows = np.stack([self._work_by_rank(int(step))[:, 1] for step in sampled])
         return float((rows.max(axis=1) / rows.mean(axis=1)).mean() - 1.0)
 
@@ -171,6 +171,6 @@ def peak_key(config: TrainConfig, has_tf32: bool) -> str:
             for TF32 is assumed to lack TF32, whatever the configuration requests.
     """
     peaks = config.hardware.peak_tflops
-    chip_has = peaks.get("tf32") is not None or peaks.get("fp32") is None
-    rounds = config.precision.name == "fp32" and config.precision.tf32 and has_tf32 and chip_has
+    device_has_tf32 = peaks.get("tf32") is not None or peaks.get("fp32") is None
+    rounds = config.precision.name == "fp32" and config.precision.tf32 and has_tf32 and device_has_tf32
     return "tf32" if rounds else config.precision.name

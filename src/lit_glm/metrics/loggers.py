@@ -181,9 +181,9 @@ def _logger_arguments(target: str, job: JobSpec, run_dir: Path, steps_done: int)
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # default 7: 246 s per call
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         before = _mlflow_id(run_dir)
-        goes_on = job.is_resume and before.is_file()
+        is_continued = job.is_resume and before.is_file()
         store = os.environ.get("MLFLOW_TRACKING_URI") or f"file:{Path(job.sweep_dir or run_dir).resolve()}/mlruns"
-        run_id = before.read_text(encoding="utf-8").strip() if goes_on else None
+        run_id = before.read_text(encoding="utf-8").strip() if is_continued else None
         return {"tracking_uri": store, "run_name": run_name(job.config), "run_id": run_id}
     return place
 

@@ -17,14 +17,14 @@ from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.model.attention import choose_implementation
 
 _GIB = 2**30
-_KEPT = 17.0
+_SAVED_ROWS = 17.0
 """Rows of D numbers that a layer saves for its backward pass: inputs and outputs of the norms 4, Q K V 3, attention
 output and residual 2, MLP 4 before and 4 after the activation."""
-_KEPT_LAST = 4.0
+_SAVED_ROWS_LAST_LAYER = 4.0
 """Rows saved for the contexts in the last layer (`shared_context`): input and output of the norm, K, V."""
-_KEYS_AGAIN = 2.0
+_COPIED_KV_ROWS = 2.0
 """On CPU: second copy of a context's keys and values, concatenated with those of its candidates."""
-_PADDED = 4.0
+_SAVED_PADDED_ROWS = 4.0
 """Rows that attention saves in groups of equal size, on other devices than CPUs: Q K V 3, output 1."""
 _HEAD_COPIES = 1.0
 """Logits; the backward pass overwrites them with their gradient."""
@@ -79,8 +79,8 @@ def _activation_bytes(config: TrainConfig, lengths: SequenceLengths, bs: int, sa
     model = config.model
     D, L, V = model.hidden_size, model.num_layers, model.vocab_size
     size = 2.0 if config.precision.name == "fp16" else 3.0 if config.precision.name in ("amp", "bf16") else 4.0
-    on_processor = config.hardware.accelerator == "cpu"
-    dropout = 2.0 * D * _dropout_bytes(model.hidden_dropout, on_processor)
+    is_cpu = config.hardware.accelerator == "cpu"
+    dropout = 2.0 * D * _dropout_bytes(model.hidden_dropout, is_cpu)
     if config.scoring.name == "published":
         rows = float(min(bs, len(lengths)) * lengths.candidates.max() * config.data.max_seq_length)
         predicting = rows
@@ -90,22 +90,26 @@ def _activation_bytes(config: TrainConfig, lengths: SequenceLengths, bs: int, sa
         predicting = _sum_of_largest(lengths.predicting, bs)
         pairs = _sum_of_largest(lengths.pairs, bs)
     shared = config.scoring.name != "published"
-    again = _KEYS_AGAIN if on_processor and shared else 0.0
-    layer = rows * ((_KEPT + again) * D * size + dropout)
-    if shared and not on_processor:  # groups are padded to equal size for attention, (n + m)^2 <= 4/3 of their pairs
+    again = _COPIED_KV_ROWS if is_cpu and shared else 0.0
+    layer = rows * ((_SAVED_ROWS + again) * D * size + dropout)
+    if shared and not is_cpu:  # groups are padded to equal size for attention, (n + m)^2 <= 4/3 of their pairs
         count = min(bs, len(lengths))
-        layer += (count * float(lengths.rows.max()) - rows) * _PADDED * D * size
+        layer += (count * float(lengths.rows.max()) - rows) * _SAVED_PADDED_ROWS * D * size
         pairs = 4.0 / 3.0 * count * float(lengths.pairs.max())
     if saves_attention_probs:
-        layer += pairs * model.num_attention_heads * (size + _dropout_bytes(model.attention_dropout, on_processor))
-    last = (rows * (_KEPT_LAST + again) + predicting * (_KEPT - _KEPT_LAST)) * D * size if shared else layer
+        layer += pairs * model.num_attention_heads * (size + _dropout_bytes(model.attention_dropout, is_cpu))
+    last = (
+        (rows * (_SAVED_ROWS_LAST_LAYER + again) + predicting * (_SAVED_ROWS - _SAVED_ROWS_LAST_LAYER)) * D * size
+        if shared
+        else layer
+    )
     kept = L * rows * D * size + layer if model.activation_checkpointing else (L - 1) * layer + last
     return kept + predicting * V * 4.0 * _HEAD_COPIES
 
 
-def _dropout_bytes(p: float, on_processor: bool) -> float:
+def _dropout_bytes(p: float, is_cpu: bool) -> float:
     """Return the bytes per element that dropout saves: positions of the zeros on CPU, a byte mask elsewhere."""
-    return 8.0 * p if on_processor else float(p > 0)
+    return 8.0 * p if is_cpu else float(p > 0)
 
 
 def _sum_of_largest(lengths: Any, bs: int) -> float:

@@ -22,7 +22,7 @@ from lit_glm.runs.result import markdown_table
 
 log = logging.getLogger(__name__)
 
-_SHOWN = 25
+_MAX_TABLE_ROWS = 25
 _WAITS = ("Synchronize", "_local_scalar_dense", "aten::is_nonzero")
 """Parts of the names of host waits: the runtimes' own functions, and operators that read a value."""
 _GIB = 2**30
@@ -127,9 +127,9 @@ def _profile_table(title: str, entries: List[ProfileEntry], steps: int) -> List[
             f"{entry.calls / steps:g}",
             f"{1e6 * entry.seconds / entry.calls:.1f}",
         ]
-        for entry in entries[:_SHOWN]
+        for entry in entries[:_MAX_TABLE_ROWS]
     ]
-    rest = entries[_SHOWN:]
+    rest = entries[_MAX_TABLE_ROWS:]
     if rest:
         seconds, calls = sum(entry.seconds for entry in rest), sum(entry.calls for entry in rest)
         share = f"{seconds / total:.1%}" if total else ""
@@ -196,7 +196,7 @@ def profile_markdown(
 
 FOLDER = "profile"
 DOCUMENT = "kernels.md"
-_BETWEEN, _PROFILING, _COUNTING, _DONE = range(4)
+_IDLE, _PROFILING, _COUNTING, _DONE = range(4)
 
 
 class ProfilerCallback(pl.Callback):
@@ -231,16 +231,16 @@ class ProfilerCallback(pl.Callback):
         """Enable profiling on rank 0, unless a resumed run already has a profile."""
         self._folder = Path(trainer.default_root_dir) / FOLDER
         if trainer.is_global_zero and not (self._folder / DOCUMENT).is_file():
-            self._state = _BETWEEN
+            self._state = _IDLE
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Start the profiler, or the memory measurement."""
         step = pl_module.steps_done + 1
-        if self._state == _BETWEEN and self._summary is None and step >= self._from_step:
+        if self._state == _IDLE and self._summary is None and step >= self._from_step:
             self._state, self._first = _PROFILING, step
             self._profiler = torch.profiler.profile(activities=torch.profiler.supported_activities())
             self._profiler.start()
-        elif self._state == _BETWEEN and self._summary is not None:
+        elif self._state == _IDLE and self._summary is not None:
             self._state = _COUNTING
             known = [_storage_bytes(tensor) for tensor in pl_module.state_dict().values()]
             if None in known:
@@ -291,9 +291,9 @@ class ProfilerCallback(pl.Callback):
         """Write what was measured if the run ended early."""
         if self._state == _PROFILING:
             self._end_profile(pl_module.steps_done)
-        if self._state == _BETWEEN and self._summary is not None:
+        if self._state == _IDLE and self._summary is not None:
             self._write(trainer)
-        elif self._state == _BETWEEN:
+        elif self._state == _IDLE:
             log.info(
                 f"callbacks=profile: no step was profiled: the run ended after step {pl_module.steps_done}, "
                 f"before callbacks.profile.from_step={self._from_step}"
@@ -314,7 +314,7 @@ class ProfilerCallback(pl.Callback):
         with atomic_write(self._folder / "trace.json") as temporary:
             self._profiler.export_chrome_trace(str(temporary))
         self._summary = ProfileSummary.of(self._profiler, self._first, step)
-        self._profiler, self._state = None, _BETWEEN
+        self._profiler, self._state = None, _IDLE
 
     def _write(self, trainer: Any) -> None:
         self._state = _DONE

@@ -40,7 +40,7 @@ class Metric:
     remark_en: str = ""
     remark_zh: str = ""
     of: str = ""
-    """Name of the total that it is a part of, shown after a slash."""
+    """Name of the metric that is the total of this one, shown after a slash."""
     is_compared: bool = False
     """Whether `report --compare` shows it."""
     logged_as: str = ""

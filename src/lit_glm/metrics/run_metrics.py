@@ -32,9 +32,9 @@ class RunMetrics:
         self,
         config: TrainConfig,
         runtime: Runtime,
-        clock: PhaseTimer,
-        order: InfiniteDistributedBatchSampler,
-        entry: float,
+        timer: PhaseTimer,
+        sampler: InfiniteDistributedBatchSampler,
+        start_time: float,
         data_fingerprint: str = "",
     ):
         """Initialise the totals.
@@ -42,13 +42,19 @@ class RunMetrics:
         Args:
             config: run configuration.
             runtime: queried for memory.
-            clock: phase timer.
-            order: sampler of the training examples; gives the number of samples per step.
-            entry: `time.monotonic()` at the entry of `train`.
+            timer: phase timer.
+            sampler: sampler of the training examples; gives the number of samples per step.
+            start_time: `time.monotonic()` at the entry of `train`.
             data_fingerprint: hash of the data.
         """
         self._data_fingerprint = data_fingerprint
-        self.config, self._runtime, self._clock, self._order, self._entry = config, runtime, clock, order, entry
+        self.config, self._runtime, self._timer, self._sampler, self._start_time = (
+            config,
+            runtime,
+            timer,
+            sampler,
+            start_time,
+        )
         self.init_seconds = 0.0
         self.accuracy: Optional[float] = None
         """Accuracy of the latest evaluation."""
@@ -68,29 +74,29 @@ class RunMetrics:
         self.earlier_e2e = 0.0
         """Seconds of the parts before an interruption; known on all ranks."""
 
-    def begin(self, files: Optional[RunWriter], steps_done: int) -> None:
+    def begin(self, writer: Optional[RunWriter], steps_done: int) -> None:
         """Start measuring, before the first step of a new or resumed run."""
-        self.writer, self._first_step = files, steps_done
-        if files is None:
+        self.writer, self._first_step = writer, steps_done
+        if writer is None:
             return
         self.contention = ContentionMonitor(self._runtime, self.config.topology.devices_per_node)
         self.contention.begin()
-        if files.resumes:
-            self.environment_changes = environment_changes(read_environment(files.path))
-            self._add_earlier_parts(files, steps_done)
+        if writer.resumes:
+            self.environment_changes = environment_changes(read_environment(writer.path))
+            self._add_earlier_parts(writer, steps_done)
 
-    def _add_earlier_parts(self, files: RunWriter, steps_done: int) -> None:
+    def _add_earlier_parts(self, writer: RunWriter, steps_done: int) -> None:
         """Add the times of the parts before an interruption; a time that is not known for all of them becomes NaN."""
-        earlier = files.previous_result.get("missing_data")
+        earlier = writer.previous_result.get("missing_data")
         missing = [str(line) for line in earlier] if isinstance(earlier, list) else []
-        compute, steps = files.steps.total("compute_s"), files.steps.total("step_s")
-        if [int(row["step"]) for row in files.steps.rows] != list(range(1, steps_done + 1)):
-            missing.append(f"steps.csv has {len(files.steps.rows)} of the {steps_done} steps before an interruption")
+        compute, steps = writer.steps.total("compute_s"), writer.steps.total("step_s")
+        if [int(row["step"]) for row in writer.steps.rows] != list(range(1, steps_done + 1)):
+            missing.append(f"steps.csv has {len(writer.steps.rows)} of the {steps_done} steps before an interruption")
             compute = steps = math.nan
-        raw, init, e2e = (files.previous_number(name) for name in ("raw_train_time", "init_time", "e2e_time"))
-        known_steps = files.previous_number("global_steps")
+        raw, init, e2e = (writer.previous_number(name) for name in ("raw_train_time", "init_time", "e2e_time"))
+        known_steps = writer.previous_number("global_steps")
         self.has_earlier_result = known_steps is not None and known_steps >= steps_done
-        if steps_done == 0 and files.evaluated_step < 0:  # nothing of an earlier part is kept
+        if steps_done == 0 and writer.evaluated_step < 0:  # nothing of an earlier part is kept
             raw, init, e2e, self.has_earlier_result = raw or 0.0, init or 0.0, e2e or 0.0, True
         elif not self.has_earlier_result:  # the result is written before each checkpoint: this one is an older copy
             missing.append(f"result.json of the {steps_done} steps before an interruption is missing")
@@ -99,7 +105,7 @@ class RunMetrics:
             missing.append(f"result.json lacks times of the {steps_done} steps before an interruption")
         # result.json may be up to a second older than the tables, so take at least the tables' times. `max` returns NaN
         # if its first argument is NaN, and ignores NaN as its second argument.
-        evaluations = files.evals.total("seconds", after_step=0)
+        evaluations = writer.evals.total("seconds", after_step=0)
         known_raw = max(math.nan if raw is None else raw, steps + evaluations)
         known_init = math.nan if init is None else init
         self._earlier = PhaseDurations(compute, steps, known_raw, known_init)
@@ -108,11 +114,11 @@ class RunMetrics:
 
     def e2e(self) -> float:
         """Return the seconds since the entry of `train`."""
-        return time.monotonic() - self._entry
+        return time.monotonic() - self._start_time
 
     def durations(self) -> PhaseDurations:
         """Return the durations measured by this rank in this process."""
-        seconds = self._clock.seconds()
+        seconds = self._timer.seconds()
         seconds.init = self.init_seconds
         return seconds
 
@@ -122,7 +128,7 @@ class RunMetrics:
 
     def samples(self, step: int) -> int:
         """Return the number of examples that all ranks computed in steps 1..step."""
-        return self._order.samples_until(step)
+        return self._sampler.samples_until(step)
 
     def samples_here(self, step: int) -> int:
         """Return the number of examples that all ranks computed in this process up to a step."""
@@ -161,11 +167,11 @@ class RunMetrics:
             e2e: seconds since the entry of `train` of this process.
             peak: highest memory in use, bytes.
         """
-        config, files, step = self.config, self.writer, module.steps_done
-        assert files is not None
-        measured, of_file = self._runtime.total_memory(0), None if self._is_slice() else config.hardware.memory_gib
-        total = of_file if measured is None else measured / 2**30
-        before = files.previous_number("mem_actual_gib")
+        config, writer, step = self.config, self.writer, module.steps_done
+        assert writer is not None
+        measured, from_file = self._runtime.total_memory(0), None if self._is_slice() else config.hardware.memory_gib
+        total = from_file if measured is None else measured / 2**30
+        before = writer.previous_number("mem_actual_gib")
         used = None if peak is None or not self.has_earlier_result else peak / 2**30
         missing = self.missing_data
         if used is not None and measured is not None and used > _ABOVE_TOTAL * measured / 2**30:
@@ -186,8 +192,8 @@ class RunMetrics:
             "num_trained_samples": self.samples(step),
             "global_steps": step,
             "skipped_steps": module.steps_skipped,
-            "repeated_steps": files.repeated_steps,
-            "interruptions": files.interruptions,
+            "repeated_steps": writer.repeated_steps,
+            "interruptions": writer.interruptions,
             "data_fingerprint": self._data_fingerprint,
             "runtime": self._runtime.name,
             "simulated": self._runtime.simulated,

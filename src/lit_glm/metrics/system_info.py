@@ -90,9 +90,9 @@ def describe_system(config: TrainConfig, runtime: Runtime, command: List[str]) -
     """Describe the system; `report.*` takes precedence, the hardware file fills in what cannot be detected."""
     hardware, overrides = config.hardware, config.report
     commit, is_changed = source_commit(Path(lit_glm.__file__).resolve().parent)
-    cards = [runtime.device_name(index) for index in range(config.topology.devices_per_node)]
+    device_names = [runtime.device_name(index) for index in range(config.topology.devices_per_node)]
     # A dry run does not run on that server.
-    of_file, of_file_network = ("", "") if runtime.simulated else (hardware.server, hardware.network)
+    from_file, network_from_file = ("", "") if runtime.simulated else (hardware.server, hardware.network)
     return {
         "lit_glm": lit_glm.__version__,
         "git_commit": commit,
@@ -100,7 +100,7 @@ def describe_system(config: TrainConfig, runtime: Runtime, command: List[str]) -
         "command": [mask_override(argument) for argument in command],
         "host": platform.node(),
         "pid": os.getpid(),
-        "machine": overrides.machine or _machine_model() or of_file or None,
+        "machine": overrides.machine or _machine_model() or from_file or None,
         "os": _os_name(),
         "kernel": platform.release(),
         "python": platform.python_version(),
@@ -110,12 +110,12 @@ def describe_system(config: TrainConfig, runtime: Runtime, command: List[str]) -
         "container_image": overrides.image if overrides.image is not None else _container_image(),
         "driver": overrides.driver or runtime.driver_version(),
         "has_driver": runtime.has_driver or runtime.simulated,
-        "device_name": overrides.device_name or hardware.product_name or (cards[0] if cards else ""),
-        "devices": [name or hardware.product_name for name in cards],
+        "device_name": overrides.device_name or hardware.product_name or (device_names[0] if device_names else ""),
+        "devices": [name or hardware.product_name for name in device_names],
         "runtime": runtime.name,
         "simulated": runtime.simulated,
         "server": hardware.server,
-        "network": overrides.network or _fastest_network_port() or of_file_network or None,
+        "network": overrides.network or _fastest_network_port() or network_from_file or None,
         "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
         "cores": available_cores(),

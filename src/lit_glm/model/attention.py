@@ -34,7 +34,7 @@ class MatmulAttention(torch.autograd.Function):
         """Compute attention of q [N, H, queries, d], k and v [N, H, keys, d]; `forbidden` is True at hidden keys."""
         N, H, queries, d = q.shape
         ctx.factor, ctx.scale, ctx.dropout = 1.0 / math.sqrt(d), 1.0, dropout
-        ctx.sequences = max(1, ops.attention_scores // (H * queries * k.shape[2]))
+        ctx.sequences = max(1, ops.max_scores_at_once // (H * queries * k.shape[2]))
         q, k, v = (tensor.reshape(N * H, -1, d) for tensor in (q, k, v))
         parts, kept = [], []
         for start in range(0, N, ctx.sequences):
@@ -82,20 +82,20 @@ def _with_zeros(x: Tensor, zeros: Tensor) -> Tensor:
     return x * zeros if zeros.dtype is torch.bool else zero_elements_(x.clone(), zeros)
 
 
-def check_attention_available(kernel: str) -> None:
+def check_attention_available(implementation: str) -> None:
     """Reject an implementation of attention (`model.attention`) that this torch does not have.
 
     Raises:
         InputError: if the implementation is missing.
     """
-    if kernel == "fused" and not has_fused_attention():
+    if implementation == "fused" and not has_fused_attention():
         raise InputError(f"model.attention=fused: not available in torch {torch.__version__}; use auto or matmul")
 
 
-def choose_implementation(kernel: str, device: torch.device, dropout: float) -> str:
+def choose_implementation(implementation: str, device: torch.device, dropout: float) -> str:
     """Choose between torch's fused attention and matmuls; the fused one has no dropout on CPU, and is slower there."""
-    if kernel != "auto":
-        return kernel
+    if implementation != "auto":
+        return implementation
     return "fused" if has_fused_attention() and not (dropout and device.type == "cpu") else "matmul"
 
 
@@ -107,12 +107,12 @@ class Mask:
         self._allowed = allowed
         self._forms: Dict[Any, Tensor] = {}
 
-    def tensor_for(self, kernel: str, dtype: torch.dtype, first_query: int) -> Tensor:
+    def tensor_for(self, implementation: str, dtype: torch.dtype, first_query: int) -> Tensor:
         """Return the mask from `first_query` on: additive for fused, boolean (True: forbidden) for matmul."""
-        key = (kernel, dtype) if kernel == "fused" else (kernel,)
+        key = (implementation, dtype) if implementation == "fused" else (implementation,)
         if key not in self._forms:
             forbidden = ~self._allowed
-            if kernel == "fused":
+            if implementation == "fused":
                 zeros = torch.zeros(forbidden.shape, dtype=dtype, device=forbidden.device)
                 forbidden = zeros.masked_fill_(forbidden, float("-inf"))
             self._forms[key] = forbidden
@@ -123,7 +123,7 @@ class Mask:
 class DotProductAttention:
     """Softmax attention of every head, by one of the implementations."""
 
-    kernel: str = "auto"
+    implementation: str = "auto"
     """auto, fused or matmul, as `model.attention`."""
     ops: RuntimeOps = TORCH_OPS
 
@@ -144,9 +144,9 @@ class DotProductAttention:
             [N, H, queries, d]. The published code gives forbidden keys a score of -65504; their probability is an
             exact zero there as here.
         """
-        kernel = choose_implementation(self.kernel, q.device, dropout)
-        form = None if mask is None else mask.tensor_for(kernel, q.dtype, first_query)
-        if kernel == "fused":
+        implementation = choose_implementation(self.implementation, q.device, dropout)
+        form = None if mask is None else mask.tensor_for(implementation, q.dtype, first_query)
+        if implementation == "fused":
             return F.scaled_dot_product_attention(q, k, v, attn_mask=form, dropout_p=dropout)
         out: Tensor = MatmulAttention.apply(q, k, v, form, dropout, self.ops)
         return out
@@ -154,8 +154,8 @@ class DotProductAttention:
 
 AttentionLayout = Callable[[Tensor, int, float, bool], Tensor]
 """How rows attend to each other: (queries, keys and values [T, 3 D], H, dropout, whether only the candidates' queries
-are computed) -> [T, D], or [R, D] of the candidate rows alone. One of the two classes below, built once per batch and
-used by every layer."""
+are computed) -> [T, D], or [R, D] of the candidate rows alone. A `PerGroupAttention` or a `PaddedAttention`, built once
+per batch and used by every layer."""
 
 
 @dataclass
@@ -257,7 +257,7 @@ class PaddedAttention:
             scatter = self.index.scatter_candidates if candidates_only else self.index.scatter
             gather = self.index.gather_candidates if candidates_only else self.index.gather
             qkv = _MoveRows.apply(qkv, self.index.gather.view(-1), self.index.scatter, None)
-        copies = choose_implementation(self.attend.kernel, qkv.device, dropout) == "matmul"
+        copies = choose_implementation(self.attend.implementation, qkv.device, dropout) == "matmul"
         q, k, v = _SplitHeads.apply(qkv, groups, length, heads, copies)
         out = self.attend(q[:, :, first:], k, v, self.mask, dropout, first)
         out = out.transpose(1, 2).reshape(-1, width)
@@ -302,7 +302,7 @@ def choose_attention_layout(batch: PackedBatch, width: int, attend: DotProductAt
     faster while groups are small (measured by `benchmarks/attention.py`), on other devices nearly always.
     """
     index = batch.padding_index
-    if batch.has_padding or index.gather.shape[1] * width <= attend.ops.padded_group:
+    if batch.has_padding or index.gather.shape[1] * width <= attend.ops.max_padded_group:
         return PaddedAttention.from_index(index, attend)
     return PerGroupAttention.from_groups(batch.context_lengths, batch.candidate_rows, batch.row_candidate, attend)
 

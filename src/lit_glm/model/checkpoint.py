@@ -23,7 +23,7 @@ from lit_glm.model.runtime_ops import TORCH_OPS, RuntimeOps
 _POSITION = "transformer.position_embeddings.weight"
 _BLOCK_POSITION = "transformer.block_position_embeddings.weight"
 _LATEST = "latest_checkpointed_iteration.txt"
-_SHOWN = 8  # names in a message
+_MAX_NAMES = 8  # names in a message
 _MARK = "exported_by"
 _EXPORTED = {_MARK: "lit_glm"}
 """Mark of an exported file; readers of the published layout take no notice of it."""
@@ -46,9 +46,9 @@ def load_checkpoint(glm: GLM, path: "str | Path") -> List[str]:
         InputError: if the file is missing, damaged or unsafe, or a name or shape does not fit.
     """
     weights = read_weights(Path(path))
-    done = fit_to_model(weights, glm.state_dict(), path)
+    messages = fit_to_model(weights, glm.state_dict(), path)
     glm.load_state_dict(weights)
-    return done
+    return messages
 
 
 def fit_to_model(weights: Dict[str, Tensor], expected: Dict[str, Tensor], path: "str | Path") -> List[str]:
@@ -65,7 +65,7 @@ def fit_to_model(weights: Dict[str, Tensor], expected: Dict[str, Tensor], path: 
     Raises:
         InputError: if a name or shape does not fit.
     """
-    done = []
+    messages = []
     if _BLOCK_POSITION in weights:
         for name in (_POSITION, _BLOCK_POSITION):
             if name in weights and weights[name].dim() == 2 and len(weights[name]) < len(expected[name]):
@@ -76,7 +76,7 @@ def fit_to_model(weights: Dict[str, Tensor], expected: Dict[str, Tensor], path: 
                 if not extended.is_meta:
                     extended[:rows] = weights[name].to(extended.dtype)
                 weights[name] = extended
-                done.append(f"{name}: {rows} rows from the file, {len(extended) - rows} freshly initialised")
+                messages.append(f"{name}: {rows} rows from the file, {len(extended) - rows} freshly initialised")
     wrong = [f"missing: {name} {list(expected[name].shape)}" for name in expected if name not in weights]
     wrong += [f"unexpected: {name} {list(weights[name].shape)}" for name in weights if name not in expected]
     wrong += [
@@ -90,7 +90,7 @@ def fit_to_model(weights: Dict[str, Tensor], expected: Dict[str, Tensor], path: 
             f"model.init_checkpoint={path}: does not fit the model (model.num_layers, hidden_size, vocab_size, "
             f"max_sequence_length):\n  {shown}"
         )
-    return done
+    return messages
 
 
 def read_weights(path: Path) -> Dict[str, Tensor]:
@@ -128,7 +128,7 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def is_exported(path: Path) -> bool:
-    """Return whether a file was written by one of the two functions above, so that it may be replaced."""
+    """Return whether a file was written by `save_published` or `save_safetensors`; `export` may replace it."""
     try:
         if _is_safetensors(path):
             with _import_safetensors().safe_open(str(path), "pt") as file:
@@ -189,8 +189,8 @@ def _describe_content(content: Any) -> str:
     """List a few names in the content of a file."""
     if not isinstance(content, dict):
         return type(content).__name__
-    names = [str(name)[:60] for name in list(content)[:_SHOWN]]
-    more = f" and {len(content) - _SHOWN} more" if len(content) > _SHOWN else ""
+    names = [str(name)[:60] for name in list(content)[:_MAX_NAMES]]
+    more = f" and {len(content) - _MAX_NAMES} more" if len(content) > _MAX_NAMES else ""
     bare = '; these are weights: save them as {"module": weights}' if _are_weights(content) else ""
     return f"{', '.join(names) or 'nothing'}{more}{bare}"
 
@@ -291,7 +291,7 @@ def _read_safetensors(path: Path) -> Dict[str, Tensor]:
 
 
 _UNPACK = "unpack it (tar xf, unzip, ...) and use the extracted file or folder"
-_STARTS = (
+_MAGIC_BYTES = (
     (b"version https://git-lfs", "is a Git LFS pointer, not the file itself: git lfs pull, or download the file"),
     (b"BZh", f"is a bzip2 archive: {_UNPACK}"),
     (b"\x1f\x8b", f"is a gzip archive: {_UNPACK}"),
@@ -301,7 +301,7 @@ _STARTS = (
     (b"Rar!", f"is a rar archive: {_UNPACK}"),
     (b"\x89HDF", "is an HDF5 file: data goes to data.train_file or data.eval_file"),
 )
-_PAGES = (b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")
+_HTML_STARTS = (b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")
 _HEAD = 512
 _TAR = slice(257, 262)
 
@@ -312,13 +312,13 @@ def describe_wrong_file(path: Path) -> Optional[str]:
         head = file.read(_HEAD)
     if not head:
         return "is empty: copy or download it again"
-    for start, reason in _STARTS:
+    for start, reason in _MAGIC_BYTES:
         if head.startswith(start):
             return reason
     if head[_TAR] == b"ustar":
         return f"is a tar archive: {_UNPACK}"
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
-    if text.lower().startswith(_PAGES):
+    if text.lower().startswith(_HTML_STARTS):
         return "is a web page: the download gave an error or a login page; download it again, and compare the size"
     if text.startswith((b"{", b"[")):
         return "is a JSON file, not a weights file"
@@ -334,8 +334,8 @@ def build_glm(config: ModelConfig, ops: RuntimeOps = TORCH_OPS) -> Tuple[GLM, Li
         The model, and messages about what loading did besides copying.
     """
     glm = GLM(config, ops)
-    done = load_checkpoint(glm, config.init_checkpoint) if config.init_checkpoint else []
-    return glm, done
+    messages = load_checkpoint(glm, config.init_checkpoint) if config.init_checkpoint else []
+    return glm, messages
 
 
 def meta_state_dict(config: ModelConfig) -> Dict[str, Tensor]:

@@ -45,27 +45,27 @@ class Linear(nn.Linear):
 class Attention(nn.Module):
     """Self-attention with one linear for queries, keys and values: three blocks of D rows, head after head."""
 
-    def __init__(self, shape: ModelConfig, ops: RuntimeOps) -> None:
+    def __init__(self, config: ModelConfig, ops: RuntimeOps) -> None:
         super().__init__()
-        self.query_key_value = Linear(shape.hidden_size, 3 * shape.hidden_size, ops)
-        self.dense = Linear(shape.hidden_size, shape.hidden_size, ops)
-        self.heads = shape.num_attention_heads
-        self.dropout = shape.attention_dropout
+        self.query_key_value = Linear(config.hidden_size, 3 * config.hidden_size, ops)
+        self.dense = Linear(config.hidden_size, config.hidden_size, ops)
+        self.heads = config.num_attention_heads
+        self.dropout = config.attention_dropout
 
-    def forward(self, x: Tensor, plan: AttentionLayout, candidates_only: bool) -> Tensor:
+    def forward(self, x: Tensor, layout: AttentionLayout, candidates_only: bool) -> Tensor:
         """Apply self-attention, [T, D] -> [T, D], or [R, D] with `candidates_only`."""
         dropout = self.dropout if self.training else 0.0
-        return plan(self.query_key_value(x), self.heads, dropout, candidates_only)
+        return layout(self.query_key_value(x), self.heads, dropout, candidates_only)
 
 
 class MLP(nn.Module):
     """Feed-forward block, D -> 4 D -> D."""
 
-    def __init__(self, shape: ModelConfig, ops: RuntimeOps) -> None:
+    def __init__(self, config: ModelConfig, ops: RuntimeOps) -> None:
         super().__init__()
-        self.dense_h_to_4h = Linear(shape.hidden_size, 4 * shape.hidden_size, ops)
-        self.dense_4h_to_h = Linear(4 * shape.hidden_size, shape.hidden_size, ops)
-        self.approximate = {"tanh": "tanh", "erf": "none"}[shape.gelu]  # Hendrycks and Gimpel 2016, section 2
+        self.dense_h_to_4h = Linear(config.hidden_size, 4 * config.hidden_size, ops)
+        self.dense_4h_to_h = Linear(4 * config.hidden_size, config.hidden_size, ops)
+        self.approximate = {"tanh": "tanh", "erf": "none"}[config.gelu]  # Hendrycks and Gimpel 2016, section 2
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block, [T, D] -> [T, D]."""
@@ -75,20 +75,20 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """Pre-norm transformer layer."""
 
-    def __init__(self, shape: ModelConfig, ops: RuntimeOps) -> None:
+    def __init__(self, config: ModelConfig, ops: RuntimeOps) -> None:
         super().__init__()
-        self.input_layernorm = nn.LayerNorm(shape.hidden_size, eps=1e-5)
-        self.attention = Attention(shape, ops)
-        self.post_attention_layernorm = nn.LayerNorm(shape.hidden_size, eps=1e-5)
-        self.mlp = MLP(shape, ops)
-        self.dropout = Dropout(shape.hidden_dropout, ops)
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=1e-5)
+        self.attention = Attention(config, ops)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=1e-5)
+        self.mlp = MLP(config, ops)
+        self.dropout = Dropout(config.hidden_dropout, ops)
         self._after_attention: Callable[[Any, Tensor, Tensor], Tensor] = Layer.after_attention
-        if shape.compile:
+        if config.compile:
             self._after_attention = compiled(Layer.after_attention)
 
-    def forward(self, h: Tensor, plan: AttentionLayout, first_row: int) -> Tensor:
+    def forward(self, h: Tensor, layout: AttentionLayout, first_row: int) -> Tensor:
         """Apply the layer, [T, D] -> [T - first_row, D]; only rows from `first_row` on are returned."""
-        attended = self.attention(self.input_layernorm(h), plan, first_row > 0)
+        attended = self.attention(self.input_layernorm(h), layout, first_row > 0)
         return self._after_attention(self, attended, h[first_row:] if first_row else h)
 
     def after_attention(self, attended: Tensor, h: Tensor) -> Tensor:
@@ -101,13 +101,13 @@ class Layer(nn.Module):
 class Transformer(nn.Module):
     """Position tables, layers and final norm of a GLM."""
 
-    def __init__(self, shape: ModelConfig, ops: RuntimeOps) -> None:
+    def __init__(self, config: ModelConfig, ops: RuntimeOps) -> None:
         super().__init__()
-        self.position_embeddings = nn.Embedding(shape.max_sequence_length + 1, shape.hidden_size)
-        self.block_position_embeddings = nn.Embedding(shape.max_sequence_length + 1, shape.hidden_size)
-        self.dropout = Dropout(shape.hidden_dropout, ops)
-        self.layers = nn.ModuleList(Layer(shape, ops) for _ in range(shape.num_layers))
-        self.final_layernorm = nn.LayerNorm(shape.hidden_size, eps=1e-5)
+        self.position_embeddings = nn.Embedding(config.max_sequence_length + 1, config.hidden_size)
+        self.block_position_embeddings = nn.Embedding(config.max_sequence_length + 1, config.hidden_size)
+        self.dropout = Dropout(config.hidden_dropout, ops)
+        self.layers = nn.ModuleList(Layer(config, ops) for _ in range(config.num_layers))
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=1e-5)
 
 
 class GLM(nn.Module):
@@ -142,12 +142,12 @@ class GLM(nn.Module):
         h = h + transformer.position_embeddings(positions) + transformer.block_position_embeddings(blocks)
         return transformer.dropout(h)
 
-    def encode(self, h: Tensor, plan: AttentionLayout, first_row: int = 0) -> Tensor:
+    def encode(self, h: Tensor, layout: AttentionLayout, first_row: int = 0) -> Tensor:
         """Run all layers and the final norm.
 
         Args:
             h: [T, D] embeddings.
-            plan: attention layout.
+            layout: attention layout.
             first_row: rows before it serve only as keys and values in the last layer, which does not return them.
 
         Returns:
@@ -157,7 +157,7 @@ class GLM(nn.Module):
         recompute = self.config.activation_checkpointing and self.training and torch.is_grad_enabled()
         for number, layer in enumerate(self.transformer.layers):
             skip = first_row if number == last else 0
-            h = self.ops.checkpoint(layer, h, plan, skip) if recompute else layer(h, plan, skip)
+            h = self.ops.checkpoint(layer, h, layout, skip) if recompute else layer(h, layout, skip)
         return self.transformer.final_layernorm(h)
 
     def log_probabilities(self, h: Tensor, targets: Tensor) -> Tensor:

@@ -32,10 +32,10 @@ def log_probabilities(h: Tensor, embeddings: Tensor, targets: Tensor, ops: Runti
     """
     # In several parts, the gradient of the embeddings would be accumulated in half precision.
     is_half = h.dtype is not torch.float32 or autocast_dtype(h.device.type) is not None
-    block = _BLOCK if not torch.is_grad_enabled() else 2**62 if is_half else ops.training_logits
+    block = _BLOCK if not torch.is_grad_enabled() else 2**62 if is_half else ops.max_training_logits
     rows = max(1, block // len(embeddings))
     parts = [
-        _TargetLogProb.apply(ops.linear(part, embeddings, None), target, ops.read_logits)
+        _TargetLogProb.apply(ops.linear(part, embeddings, None), target, ops.max_read_logits)
         for part, target in zip(h.split(rows), targets.split(rows))
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -51,13 +51,13 @@ class RuntimeOps:
     """Dropout of the probabilities in attention by matmuls."""
     checkpoint: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
     """`fn(f, *args)` that recomputes f in the backward pass."""
-    padded_group: int = 2**62
+    max_padded_group: int = 2**62
     """Rows x width of a group up to which groups are padded to equal size and computed by one call of attention."""
-    attention_scores: int = 2**62
+    max_scores_at_once: int = 2**62
     """Scores of attention by matmuls that are computed at a time; at least those of one sequence."""
-    training_logits: int = 2**62
+    max_training_logits: int = 2**62
     """Logits of the head that are computed at a time in training in fp32; in other precisions all at once."""
-    read_logits: int = 2**26
+    max_read_logits: int = 2**26
     """Logits that log-softmax reads at a time."""
 
 

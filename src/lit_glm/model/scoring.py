@@ -26,9 +26,9 @@ def score_shared_context(glm: GLM, batch: PackedBatch) -> Tensor:
     Returns:
         [N] scores, candidates in the order of the batch.
     """
-    plan = choose_attention_layout(batch, glm.config.hidden_size, DotProductAttention(glm.config.attention, glm.ops))
+    layout = choose_attention_layout(batch, glm.config.hidden_size, DotProductAttention(glm.config.attention, glm.ops))
     h = glm.embed(batch.tokens, batch.positions, batch.blocks)
-    h = glm.encode(h, plan, first_row=len(batch.tokens) - len(batch.targets))
+    h = glm.encode(h, layout, first_row=len(batch.tokens) - len(batch.targets))
     # Only candidate rows reach the head: one row for each token to be predicted.
     log_probability = glm.log_probabilities(h, batch.targets)
     return log_probability.new_zeros(len(batch.slot)).index_add(0, batch.row_candidate, log_probability)
@@ -42,10 +42,10 @@ def score_published(glm: GLM, batch: PaddedBatch) -> Tensor:
     """
     B, C, S = batch.text.shape
     attend = DotProductAttention(glm.config.attention, glm.ops)
-    plan = PaddedAttention.from_sequences(batch.separator.reshape(B * C), S, attend)
+    layout = PaddedAttention.from_sequences(batch.separator.reshape(B * C), S, attend)
     position = batch.position.reshape(B * C, 2, S)
     h = glm.embed(batch.text.reshape(-1), position[:, 0].reshape(-1), position[:, 1].reshape(-1))
-    h = glm.encode(h, plan)
+    h = glm.encode(h, layout)
     log_probability = glm.log_probabilities(h, batch.target.reshape(-1))
     return (log_probability.view(B, C, S) * batch.logit_mask).sum(-1)
 

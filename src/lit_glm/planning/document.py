@@ -14,7 +14,7 @@ from lit_glm.atomic_files import make_folder, write_text
 from lit_glm.config.schema import ScoringConfig, TopologyConfig
 from lit_glm.errors import InputError
 from lit_glm.metrics.registry import METRICS
-from lit_glm.planning.prediction import Interval, MeasuredRun, Prediction, predict, rank_speed, same_chip
+from lit_glm.planning.prediction import Interval, MeasuredRun, Prediction, is_same_device_type, predict, rank_speed
 from lit_glm.planning.workload import Workload, load_examples
 from lit_glm.reporting.plots import STYLE, use_plain_numbers
 from lit_glm.runs.result import markdown_table
@@ -158,10 +158,10 @@ def write_plan(
     lines += [f"left out: {text}" for text in left_out]
     make_folder(folder)
     write_text(folder / "plan.json", json.dumps([prediction.row() for prediction in predictions], indent=1))
-    chips = {config.hardware.name: config for config in reversed(configs)}
+    config_of_type = {config.hardware.name: config for config in reversed(configs)}
     curves = [
         curve
-        for config in reversed(chips.values())
+        for config in reversed(config_of_type.values())
         for scoring in ("published", "shared_context")
         for curve in [_scaling_curve(config, scoring, measured, published, samples[0])]
         if curve
@@ -200,11 +200,11 @@ def _scaling_curve(
     rows: List[Prediction] = []
     own_scoring = config.scoring.name == scoring
     scorings = config.scoring if own_scoring else ScoringConfig(scoring, scoring == "published", scoring != "published")
-    for cards in config.plan.device_counts:
+    for num_devices in config.plan.device_counts:
         row_config = replace(
             config,
             run=replace(config.run, max_samples=samples, max_steps=None),
-            topology=even_topology(cards, per_node),
+            topology=even_topology(num_devices, per_node),
             scoring=scorings,
             model=replace(
                 config.model,
@@ -224,7 +224,7 @@ def _scaling_curve(
     for run in measured:
         p_core = METRICS["p_core"].value(run.result)
         same_model = run.config.model.name == config.model.name and run.config.scoring.name == scoring
-        if p_core and run.plain and same_chip(run.config, config) and same_model:
+        if p_core and run.is_usable and is_same_device_type(run.config, config) and same_model:
             points.append(("measured", run.config.topology.world_size, p_core))
     if scoring == "published":
         for line in published:

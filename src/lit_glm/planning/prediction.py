@@ -55,7 +55,7 @@ def hull(values: List[float]) -> Interval:
     return Interval(min(values), max(values))
 
 
-_MOST_STEPS = 400
+_MAX_STEPS = 400
 _UNKNOWN_EFFICIENCY = Interval(0.05, 0.55)
 """Share of the peak that such a model reaches, if nothing is known about the device: from fp32 on small devices to well
 tuned half precision (Chowdhery et al. 2022, PaLM, table 3, lists 0.21 to 0.46 for large models)."""
@@ -64,7 +64,8 @@ _UNKNOWN_WAITING = Interval(0.0, 0.05)
 _OTHER_SCORING = Interval(0.5, 2.0)
 """Ratio between the efficiencies of the two scorings on the same device: an assumption."""
 _SMALL_MODEL = 0.02
-"""Least share of that efficiency with a small model, whose kernels may take less time than a launch: an assumption."""
+"""Factor on the lowest efficiency for a model with less than half of GLM-Large's parameters, whose kernels may take
+less time than their launch: an assumption."""
 _PUBLISHED_CANDIDATES = 10.0
 """Candidate slots per example of the published training: a batch is padded to its most candidates, at most ten."""
 _DAY_TO_DAY = 0.05
@@ -73,7 +74,7 @@ _GIB = 2.0**30
 _LEAST_SPREAD = 0.02
 """Least standard deviation of the work of steps, relative to its mean, from which overhead and rate are separated."""
 _UNKNOWN_BASE = {"cpu": Interval(0.35 * _GIB, 0.75 * _GIB)}
-_CARD_BASE = Interval(0.3 * _GIB, 2.5 * _GIB)
+_DEVICE_BASE = Interval(0.3 * _GIB, 2.5 * _GIB)
 """Memory in addition to weights, optimizer and activations: Python with torch; context and libraries of a device.
 An assumption, until a run has measured it."""
 _UNKNOWN_LINK = Interval(8.0, 300.0)
@@ -99,21 +100,21 @@ class LinearCostModel:
 class RankSpeed:
     """Cost model of one rank."""
 
-    lines: List[LinearCostModel]
+    cost_models: List[LinearCostModel]
     """Possible cost models; the truth is assumed to lie between them."""
-    waiting: Interval
+    wait_ratio: Interval
     """Waiting for data and bookkeeping, relative to compute time."""
     evidence: str
     power_w: Optional[Interval] = None
     """Power of one device."""
-    base: Interval = _CARD_BASE
+    base: Interval = _DEVICE_BASE
     """Bytes in use in addition to the memory estimate."""
-    exchange: Interval = Interval(0.0, 0.0)
+    measured_all_reduce: Interval = Interval(0.0, 0.0)
     """All-reduce of a step that the cost models contain already, as that of the runs they were fitted to."""
 
     def seconds(self, flops: float) -> Interval:
         """Predict the seconds of a step from its FLOPs."""
-        return hull([line.overhead + flops / line.rate for line in self.lines]).widened(_DAY_TO_DAY)
+        return hull([line.overhead + flops / line.rate for line in self.cost_models]).widened(_DAY_TO_DAY)
 
 
 def _bounding_models(rates: Interval) -> List[LinearCostModel]:
@@ -131,8 +132,10 @@ class MeasuredRun:
     """[steps] FLOPs of the slowest rank."""
     compute: Any
     """[steps] compute seconds."""
-    waiting: float
+    wait_ratio: float
+    """Waiting for data and bookkeeping, relative to compute time."""
     base: Optional[float]
+    """Bytes in use in addition to the memory estimate; None: unknown."""
 
     @classmethod
     def read(cls, path: Path) -> "MeasuredRun":
@@ -149,7 +152,7 @@ class MeasuredRun:
         usable = [row for row in rows if is_intact(row) and int(row["step"]) > first and float(row["compute_s"]) > 0.0]
         if len(usable) < 5:
             raise InputError(f"plan.runs={path}: has {len(rows)} steps, too few to learn from (minimum: {first + 5})")
-        usable = usable[:_MOST_STEPS]
+        usable = usable[:_MAX_STEPS]
         split = open_dataset(config.data.train_file, False, config.data.cache_dir)
         work = Workload(config, split, None)
         flops = np.array([float(work.counter.flops_by_rank(int(row["step"])).max()) for row in usable])
@@ -160,11 +163,11 @@ class MeasuredRun:
         return cls(path, config, result, flops, compute, float(np.median(step) / np.median(compute)) - 1.0, base)
 
     @property
-    def plain(self) -> bool:
+    def is_usable(self) -> bool:
         """Whether the run was a measurement of its device: not simulated, profiled, or computed on the CPU instead."""
         return not any(self.result.get(mark) for mark in ("simulated", "profiled", "computed_on_cpu"))
 
-    def lines(self) -> List[LinearCostModel]:
+    def fit_cost_models(self) -> List[LinearCostModel]:
         """Fit linear cost models: to all steps, without outliers, and by least squares if well conditioned.
 
         Occasional slow steps may not be a property of the device; the range covers both cases.
@@ -201,9 +204,9 @@ def saves_attention_probs(config: TrainConfig) -> bool:
 
 def ignored_runs(runs: List[MeasuredRun], configs: List[Any]) -> List[str]:
     """List the runs that no configuration can learn from, with the reason."""
-    messages = [f"{run.path}: ignored: simulated, profiled or computed on the CPU" for run in runs if not run.plain]
+    messages = [f"{run.path}: ignored: simulated, profiled or computed on the CPU" for run in runs if not run.is_usable]
     for run in runs:
-        if run.plain and not any(same_chip(run.config, config) for config in configs):
+        if run.is_usable and not any(is_same_device_type(run.config, config) for config in configs):
             setting = f"{run.config.hardware.name} in {run.config.precision.name}"
             messages.append(f"{run.path}: ignored: measured on {setting}{' (TF32)' * run.config.precision.tf32}")
     return messages
@@ -213,18 +216,18 @@ def rank_speed(
     config: TrainConfig, runs: List[MeasuredRun], published: List[Dict[str, Any]], work: Workload
 ) -> RankSpeed:
     """Build the cost model of a rank for a configuration."""
-    matching = [run for run in runs if run.plain and same_chip(run.config, config)]
+    matching = [run for run in runs if run.is_usable and is_same_device_type(run.config, config)]
     if matching:
         return _speed_from_runs(config, matching)
     peak = config.hardware.peak_tflops.get(peak_key(config, has_tf32=True))
     rows = [row for row in published if _is_published_row_of(row, config) and row.get("p_core")]
     power = None if config.hardware.power_w is None else Interval(0.4, 1.0) * config.hardware.power_w
-    base = _UNKNOWN_BASE.get(config.hardware.accelerator, _CARD_BASE)
+    base = _UNKNOWN_BASE.get(config.hardware.accelerator, _DEVICE_BASE)
     is_small = count_parameters(config.model) < 0.5 * count_parameters(ModelConfig())
     if rows:
         fewest = min(_num_ranks(row) for row in rows)
         rows = [row for row in rows if _num_ranks(row) == fewest]
-        # That of the published rows, whatever is predicted.
+        # FLOPs per sample of the published workload, with which p_core was measured.
         per_sample = float(published_flops(ModelConfig(), _PUBLISHED_CANDIDATES, DataConfig().max_seq_length))
         rate = hull([per_sample * row["p_core"] / fewest for row in rows])
         basis = f"published p_core of {config.hardware.name} {rows[0]['topology']} ({rows[0]['fix_hp']})"
@@ -254,12 +257,12 @@ def rank_speed(
 
 
 def _speed_from_runs(config: TrainConfig, runs: List[MeasuredRun]) -> RankSpeed:
-    alike = [run for run in runs if run.config.scoring.name == config.scoring.name]
+    same_scoring = [run for run in runs if run.config.scoring.name == config.scoring.name]
     # A run of the same topology shows best how its ranks slow each other down.
-    chosen = [run for run in alike if run.config.topology == config.topology] or alike or runs
+    chosen = [run for run in same_scoring if run.config.topology == config.topology] or same_scoring or runs
     share = config.topology.devices_per_node if config.hardware.accelerator == "cpu" else 1  # ranks share the cores
-    factors = (1.0,) if alike else (_OTHER_SCORING.low, _OTHER_SCORING.high)
-    lines = []
+    factors = (1.0,) if same_scoring else (_OTHER_SCORING.low, _OTHER_SCORING.high)
+    cost_models = []
     for run in chosen:
         run_share = run.config.topology.devices_per_node if config.hardware.accelerator == "cpu" else 1
         # The overhead of a step scales with the parameters (update) or with the layers (calls).
@@ -268,13 +271,15 @@ def _speed_from_runs(config: TrainConfig, runs: List[MeasuredRun]) -> RankSpeed:
             (config.model.num_layers + 1) / (run.config.model.num_layers + 1),
         )
         factor = share / run_share * _recomputation(config) / _recomputation(run.config)
-        for line in run.lines():
+        for line in run.fit_cost_models():
             overheads = {line.overhead * factor * scale for scale in scales}
-            lines += [LinearCostModel(overhead, line.rate / factor * f) for overhead in overheads for f in factors]
+            cost_models += [
+                LinearCostModel(overhead, line.rate / factor * f) for overhead in overheads for f in factors
+            ]
     names = [run.path.name for run in chosen]
     listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     basis = f"{len(chosen)} run{'s' * (len(chosen) > 1)} on {config.hardware.name}: {listed}"
-    if not alike:
+    if not same_scoring:
         basis += ", with the other scoring"
     if any(_recomputation(run.config) != _recomputation(config) for run in chosen):
         kind = "activation checkpointing" if config.model.activation_checkpointing else "no activation checkpointing"
@@ -285,15 +290,15 @@ def _speed_from_runs(config: TrainConfig, runs: List[MeasuredRun]) -> RankSpeed:
         float(run.result["power_mean_w"]) / _power_units(run.config) for run in chosen if run.result.get("power_mean_w")
     ]
     bases = [run.base for run in chosen if run.base is not None]
-    exchanges = [all_reduce_time(run.config) for run in chosen]
-    unknown = _UNKNOWN_BASE.get(config.hardware.accelerator, _CARD_BASE)
+    all_reduces = [all_reduce_time(run.config) for run in chosen]
+    unknown = _UNKNOWN_BASE.get(config.hardware.accelerator, _DEVICE_BASE)
     return RankSpeed(
-        lines,
-        hull([max(0.0, run.waiting) for run in chosen]),
+        cost_models,
+        hull([max(0.0, run.wait_ratio) for run in chosen]),
         basis,
         hull(power).widened(_DAY_TO_DAY) if power else None,
         hull(bases).widened(_DAY_TO_DAY) if bases else unknown,
-        Interval(min(exchange.low for exchange in exchanges), min(exchange.high for exchange in exchanges)),
+        Interval(min(time.low for time in all_reduces), min(time.high for time in all_reduces)),
     )
 
 
@@ -307,7 +312,7 @@ def _power_units(config: TrainConfig) -> int:
     return config.topology.num_nodes if config.hardware.accelerator == "cpu" else config.topology.world_size
 
 
-def same_chip(one: TrainConfig, other: TrainConfig) -> bool:
+def is_same_device_type(one: TrainConfig, other: TrainConfig) -> bool:
     """Return whether two configurations have the same device type and arithmetic, so that one predicts the other."""
     return (one.hardware.name, one.precision.name, one.precision.tf32) == (
         other.hardware.name,
@@ -392,20 +397,20 @@ def all_reduce_time(config: TrainConfig) -> Interval:
 def predict(config: TrainConfig, speed: RankSpeed, work: Workload, data: str, samples: int) -> Prediction:
     """Predict a run."""
     ranks = config.topology.world_size
-    computing = speed.seconds(work.slowest)
-    exchange = all_reduce_time(config)
+    computing = speed.seconds(work.slowest_rank_flops)
+    all_reduce, measured = all_reduce_time(config), speed.measured_all_reduce
     # At best it overlaps with the backward pass, at worst it follows it.
-    more = Interval(max(0.0, exchange.low - speed.exchange.low), max(0.0, exchange.high - speed.exchange.high))
+    more = Interval(max(0.0, all_reduce.low - measured.low), max(0.0, all_reduce.high - measured.high))
     exposed = Interval(max(0.0, more.low - _HIDDEN * computing.low), more.high)
     compute = computing + exposed
-    step = Interval(compute.low * (1.0 + speed.waiting.low), compute.high * (1.0 + speed.waiting.high))
+    step = Interval(compute.low * (1.0 + speed.wait_ratio.low), compute.high * (1.0 + speed.wait_ratio.high))
     steps = work.steps()
-    evaluations = speed.seconds(work.evaluation / ranks) * work.evaluations(steps)
+    evaluations = speed.seconds(work.evaluation_flops / ranks) * work.evaluations(steps)
     total = step * steps + evaluations
-    cards = None if speed.power_w is None else speed.power_w * _power_units(config)
+    power_w = None if speed.power_w is None else speed.power_w * _power_units(config)
     estimate = estimate_memory(config, work.lengths, 0.0, saves_attention_probs(config)).total
-    alike = config.topology.devices_per_node if config.hardware.accelerator == "cpu" else 1  # ranks share memory
-    memory = (Interval(estimate, estimate).widened(_ESTIMATE) + speed.base) * (alike / _GIB)
+    ranks_sharing_memory = config.topology.devices_per_node if config.hardware.accelerator == "cpu" else 1
+    memory = (Interval(estimate, estimate).widened(_ESTIMATE) + speed.base) * (ranks_sharing_memory / _GIB)
     device_gib = config.hardware.memory_gib
     return Prediction(
         config,
@@ -415,8 +420,8 @@ def predict(config: TrainConfig, speed: RankSpeed, work: Workload, data: str, sa
         compute.over(config.global_batch),
         samples,
         total,
-        None if cards is None else Interval(cards.low * total.low, cards.high * total.high),
-        exchange,
+        None if power_w is None else Interval(power_w.low * total.low, power_w.high * total.high),
+        all_reduce,
         steps,
         f"{speed.evidence}; {data}",
     )

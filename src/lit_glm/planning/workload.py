@@ -11,10 +11,10 @@ from lit_glm.data.memmap_dataset import SequenceLengths, open_dataset
 from lit_glm.data.sampler import InfiniteDistributedBatchSampler, build_train_sampler
 from lit_glm.metrics.flops import FlopCounter
 
-_LOOKED_AT = 200
-"""Number of steps over which the slowest rank is averaged; fewer with many ranks."""
-_DEALT = 2**17
-"""Largest number of examples that are sampled for this."""
+_MAX_SAMPLED_STEPS = 200
+"""Maximum number of steps over which the FLOPs of the slowest rank are averaged."""
+_MAX_SAMPLED_EXAMPLES = 2**17
+"""Maximum number of examples in these steps."""
 _TYPICAL_TRAIN, _TYPICAL_EVAL = 100_730, 10_000
 """Queries of ReCoRD (Zhang et al. 2018, table 2): one example each, used if the data is not available."""
 
@@ -66,8 +66,8 @@ def load_examples(config: TrainConfig) -> "Tuple[Any, Any, str]":
         ensure_synthetic_data(config.data)
     files = config.data.train_file, config.data.eval_file
     if all(Path(file).is_file() for file in files):
-        train, held = (open_dataset(file, False, config.data.cache_dir) for file in files)
-        return train, held, "lengths of the data"
+        train, eval_examples = (open_dataset(file, False, config.data.cache_dir) for file in files)
+        return train, eval_examples, "lengths of the data"
     typical, few = (
         TypicalExamples.like_record(count, config.data.max_seq_length) for count in (_TYPICAL_TRAIN, _TYPICAL_EVAL)
     )
@@ -77,13 +77,13 @@ def load_examples(config: TrainConfig) -> "Tuple[Any, Any, str]":
 class Workload:
     """Workload of a configuration's steps."""
 
-    def __init__(self, config: TrainConfig, train: Any, held: Any) -> None:
+    def __init__(self, config: TrainConfig, train: Any, eval_examples: Any) -> None:
         """Average over some steps.
 
         Args:
             config: run configuration.
             train: training examples.
-            held: evaluation examples; None: evaluations are not needed.
+            eval_examples: evaluation examples; None: evaluations are not needed.
         """
         self._config = config
         self.sampler = build_train_sampler(config, train)
@@ -91,24 +91,26 @@ class Workload:
         self.counter = FlopCounter(config, train, self.sampler)
         self.lengths = SequenceLengths.from_dataset(train)
         self.has_enough_examples = len(train) >= config.global_batch
-        self.slowest, self.mean = self._average_flops() if self.has_enough_examples else (0.0, 0.0)
-        self.evaluation = 0.0 if held is None else self._evaluation(held)
+        self.slowest_rank_flops, self.mean_rank_flops = (
+            self._average_flops() if self.has_enough_examples else (0.0, 0.0)
+        )
+        self.evaluation_flops = 0.0 if eval_examples is None else self._evaluation(eval_examples)
         """FLOPs of one evaluation, all ranks together."""
 
     def _average_flops(self) -> Tuple[float, float]:
         """Average the FLOPs per step of the slowest rank and of all ranks, over steps that the run reaches."""
         last = max(1, min(self.sampler.steps_per_epoch - 1, self.steps()))
-        count = min(_LOOKED_AT, max(1, _DEALT // self._config.global_batch), last)
+        count = min(_MAX_SAMPLED_STEPS, max(1, _MAX_SAMPLED_EXAMPLES // self._config.global_batch), last)
         first = 1 if count == last else 2  # the first step may be configured to hold the longest examples
         steps = np.unique(np.linspace(first, last, count).astype(int))
         work = np.stack([self.counter.flops_by_rank(int(step)) for step in steps])
         return float(work.max(axis=1).mean()), float(work.mean())
 
-    def _evaluation(self, held: Any) -> float:
+    def _evaluation(self, eval_examples: Any) -> float:
         """Return the FLOPs of one evaluation, all ranks together: a third of training on the same examples."""
-        alone = InfiniteDistributedBatchSampler(len(held), self._config.eval_bs, 0, 1, 0)
-        counter = FlopCounter(self._config, held, alone)
-        count = min(alone.steps_per_epoch, _LOOKED_AT)
+        alone = InfiniteDistributedBatchSampler(len(eval_examples), self._config.eval_bs, 0, 1, 0)
+        counter = FlopCounter(self._config, eval_examples, alone)
+        count = min(alone.steps_per_epoch, _MAX_SAMPLED_STEPS)
         done = sum(float(counter.flops_by_rank(step).sum()) for step in range(1, count + 1))
         return done / count * alone.steps_per_epoch / 3.0
 

@@ -8,7 +8,7 @@ from lit_glm.reporting.definitions import ReportTable
 from lit_glm.reporting.formats import table_lines
 from lit_glm.reporting.run_reader import ReportRun, config_differences
 
-_MOST_SHOWN = 20
+_MAX_SHOWN = 20
 """Approximate number of rows in the table of losses, evenly spaced."""
 
 
@@ -33,7 +33,7 @@ def compare_runs(one: ReportRun, other: ReportRun) -> Tuple[str, Optional[float]
         f"mean difference: {sum(_loss_difference(a, b) for _, a, b in steps) / len(steps):.3g}",
         "first step that differs: " + ("none" if first is None else str(first[0])),
     ]
-    shown = steps[:: max(1, len(steps) // _MOST_SHOWN)]
+    shown = steps[:: max(1, len(steps) // _MAX_SHOWN)]
     lines_of = [[str(step), f"{a:.6g}", f"{b:.6g}", f"{_loss_difference(a, b):.3g}"] for step, a, b in shown]
     lines += ["", *table_lines(ReportTable(["step", "loss A", "loss B", "difference"], lines_of))]
     return "\n".join(lines) + "\n", largest

@@ -70,7 +70,7 @@ def metric_definitions(name: str, rows: List[ReportRow], words: Translations) ->
     def setting_values(key: str, otherwise: str) -> str:
         return ", ".join(distinct_texts([run.settings.get(key) for run in runs])) or otherwise
 
-    cards = distinct_texts([run.environment.get("device_name") for run in runs])
+    device_names = distinct_texts([run.environment.get("device_name") for run in runs])
     precisions = ", ".join(distinct_texts([row["precision"] for row in rows]))
     data = {"record": "ReCoRD", "synthetic": "synthetic"}
     sets = ", ".join(data.get(text, text) for text in distinct_texts([run.settings.get("data.name") for run in runs]))
@@ -80,16 +80,16 @@ def metric_definitions(name: str, rows: List[ReportRow], words: Translations) ->
         ("data", sets, ""),
         ("precision", words("see", precisions), words("precision_remark")),
         ("fix_hp", words("see", "fix_hp"), words("fix_hp_remark")),
-        ("short_name", ", ".join(cards) or name, ""),
+        ("short_name", ", ".join(device_names) or name, ""),
     ]
     language = words.language
     # As published: memory comes first, unlike in the table of rows.
     ordered = sorted(TABLE_METRICS, key=lambda metric: metric.column != "mem")
-    figures = [[column.label(language), words("see", column.column), column.remark(language)] for column in ordered]
+    metric_rows = [[column.label(language), words("see", column.column), column.remark(language)] for column in ordered]
     changes = [words("changes"), "; ".join(_changed_settings(runs)) or words("none"), words("changes_remark")]
     columns = [words("name"), words("value"), words("remark")]
     shown = [[words(key), value, remark] for key, value, remark in lines]
-    return ReportTable(columns, [*shown, *figures, changes], heading=name)
+    return ReportTable(columns, [*shown, *metric_rows, changes], heading=name)
 
 
 @functools.lru_cache(maxsize=None)

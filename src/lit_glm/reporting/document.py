@@ -61,7 +61,7 @@ class Document:
     performance: List[ReportTable]
     published: ReportTable
     ratios: ReportTable
-    other_chips: ReportTable
+    other_device_types: ReportTable
     """Published rows of other device types."""
     missing: List[str]
     left_out: List[str]
@@ -101,7 +101,7 @@ def make_document(
         ],
         performance=_performance_tables(rows, words),
         published=ReportTable(published.columns, own_rows, published.notes if own_rows else []),
-        other_chips=ReportTable(published.columns, published.rows[count:], [] if own_rows else published.notes),
+        other_device_types=ReportTable(published.columns, published.rows[count:], [] if own_rows else published.notes),
         ratios=ratios,
         missing=_list_missing(rows, environments, words),
         left_out=left_out,
@@ -183,7 +183,7 @@ def _rows_table(rows: List[ReportRow], heading: str, words: Translations) -> Rep
 
 
 def _source_runs_table(rows: List[ReportRow], words: Translations) -> ReportTable:
-    known = any(run.number("energy_j") is not None for row in rows for run in row.runs)
+    has_energy = any(run.number("energy_j") is not None for row in rows for run in row.runs)
     lines = [
         [
             unique_row_label(row, words),
@@ -191,7 +191,7 @@ def _source_runs_table(rows: List[ReportRow], words: Translations) -> ReportTabl
             words.state(run.result["status"]),
             str(run.result.get("seed", "")),
             str(run.environment.get("host", "")),
-            *_energy_cells(run, known),
+            *_energy_cells(run, has_energy),
             str(run.path),
         ]
         for row in rows
@@ -199,17 +199,17 @@ def _source_runs_table(rows: List[ReportRow], words: Translations) -> ReportTabl
     ]
     return ReportTable(
         [words("row"), "scoring", *map(words, ("status", "seed", "host"))]
-        + [words(key) for key in ("energy", "samples_per_joule") if known]
+        + [words(key) for key in ("energy", "samples_per_joule") if has_energy]
         + [words("folder")],
         lines,
     )
 
 
-def _energy_cells(run: ReportRun, known: bool) -> List[str]:
+def _energy_cells(run: ReportRun, has_energy: bool) -> List[str]:
     """Return two cells, empty if the power of a device is unknown; no cells if no run of the document has any."""
     joules, rate = run.number("energy_j"), run.number("samples_per_joule")
     cells = ["" if joules is None else in_kilojoules(joules), cell_text(METRICS["samples_per_joule"], rate)]
-    return cells if known else []
+    return cells if has_energy else []
 
 
 # -- what is missing -------------------------------------------------------------------------------------------------
@@ -220,11 +220,13 @@ def _list_missing(rows: List[ReportRow], environments: List[Environment], words:
     notes: List[Note] = []
     for environment in environments:
         rows_of_hardware = [row for row in rows if row["hardware"] == environment.name]
-        real = [row for row in rows_of_hardware if not row["simulated"]]
-        if not real:
+        measured_rows = [row for row in rows_of_hardware if not row["simulated"]]
+        if not measured_rows:
             lines.append(words("missing_simulated", environment.name))
         for scoring in dict.fromkeys(str(row["scoring"]) for row in rows_of_hardware):
-            measured = {str(row["topology"]) for row in real if row.runs[0].complete and str(row["scoring"]) == scoring}
+            measured = {
+                str(row["topology"]) for row in measured_rows if row.runs[0].complete and str(row["scoring"]) == scoring
+            }
             lines += [
                 words("missing_topology", environment.name, topology, scoring)
                 for topology in TOPOLOGIES
@@ -233,8 +235,8 @@ def _list_missing(rows: List[ReportRow], environments: List[Environment], words:
         for run in (run for row in rows_of_hardware for run in row.runs if not run.environment):
             lines.append(words("missing_environment_file", environment.name, run.path))
         for entry in (*environment.hardware, *environment.software):
-            alone = entry.key == "network" and all(row.nodes[0] <= 1 for row in rows_of_hardware)
-            if entry.text or alone:
+            needs_no_network = entry.key == "network" and all(row.nodes[0] <= 1 for row in rows_of_hardware)
+            if entry.text or needs_no_network:
                 continue
             key = "missing_environment" if entry.key in _OVERRIDABLE else "missing_environment_plain"
             lines.append(words(key, environment.name, entry.label, entry.key))

@@ -78,8 +78,8 @@ def markdown(document: Document, generated: str) -> str:
     out += ["", f"## {words('published')}"]
     out += ["", *table_lines(document.published)] if document.published.rows else []
     out += _note_lines(document.published.notes)
-    if document.other_chips.rows:
-        out += ["", f"### {words('other_chips')}", "", *table_lines(document.other_chips)]
+    if document.other_device_types.rows:
+        out += ["", f"### {words('other_device_types')}", "", *table_lines(document.other_device_types)]
     out += ["", f"### {words('ratios')}"]
     out += ["", *table_lines(document.ratios)] if document.ratios.rows else []
     out += _note_lines(document.ratios.notes)

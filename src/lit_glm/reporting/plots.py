@@ -19,8 +19,8 @@ from lit_glm.reporting.definitions import Translations
 from lit_glm.reporting.row_format import row_label
 from lit_glm.reporting.run_reader import ReportRow, ReportRun
 
-_SHOWN = ("power_w", "utilisation", "temperature_c", "mem_gib")
-_MOST_CARDS = 16
+_PLOTTED_COLUMNS = ("power_w", "utilisation", "temperature_c", "mem_gib")
+_MAX_DEVICES = 16
 Span = Tuple[float, float]
 
 
@@ -53,17 +53,21 @@ def _parse_seconds(text: Any) -> float:
 def plot_devices(shown: Sequence[Tuple[str, ReportRun]], words: Translations) -> Optional[Canvas]:
     """Plot the readings of the first run that has any, one line per device and kind; None without readings."""
     for name, run in shown:
-        cards = load_readings(run.path / "devices.csv")
-        kinds = [kind for kind in _SHOWN if any(one[kind] is not None for card in cards.values() for one in card)]
+        readings_of_device = load_readings(run.path / "devices.csv")
+        kinds = [
+            kind
+            for kind in _PLOTTED_COLUMNS
+            if any(reading[kind] is not None for device in readings_of_device.values() for reading in device)
+        ]
         if "power_w" not in kinds and "temperature_c" not in kinds:
             continue  # CPUs without power counters: other plots show the rest
         canvas = Canvas(figsize=(_WIDTH, 1.4 + 1.1 * len(kinds)))
         axes = canvas.subplots(len(kinds), 1, squeeze=False, sharex=True)[:, 0]
         for place, kind in zip(axes, kinds):
-            for (node, card), readings in list(cards.items())[:_MOST_CARDS]:
-                points = [(one["time_s"], one[kind]) for one in readings if one[kind] is not None]
+            for (node, device), readings in list(readings_of_device.items())[:_MAX_DEVICES]:
+                points = [(reading["time_s"], reading[kind]) for reading in readings if reading[kind] is not None]
                 if points:
-                    place.plot(*zip(*points), lw=1, label=f" {node}:{card}")
+                    place.plot(*zip(*points), lw=1, label=f" {node}:{device}")
             for number, (part, spans) in enumerate(run_phases(run)):
                 for index, (begin, end) in enumerate(spans):
                     label = words(part) if place is axes[0] and index == 0 else None
@@ -80,11 +84,11 @@ def plot_devices(shown: Sequence[Tuple[str, ReportRun]], words: Translations) ->
 
 _WIDTH = 5.0
 """Width of a panel in inches: its text is readable on a phone, and two panels fit side by side on a screen."""
-_MOST_TICKS = 5
+_MAX_TICKS = 5
 _PALE = LinearSegmentedColormap.from_list("pale", ["#f7fbff", "#9ecae1"])
 """Colours of cells whose text has enough contrast, also on a dark page, which inverts them."""
-_MOST_LINES = 8
-_MOST_POINTS = 600
+_MAX_LINES = 8
+_MAX_POINTS = 600
 _SMOOTHED = 40
 """Points of a smoothed line: a loss is averaged over, and a throughput summarised in, this many parts of a run."""
 STYLE: Any = {
@@ -131,7 +135,7 @@ def _as_panels(canvas: Optional[Canvas]) -> Panels:
 def draw_plots(rows: List[ReportRow], words: Translations) -> Tuple[List[Plot], List[str]]:
     """Draw all plots that the runs have data for, with at most eight rows each, and list what is missing."""
     names = legend_labels(rows, words)
-    shown: List[Series] = [(name, row.typical) for name, row in zip(names, rows)][:_MOST_LINES]
+    shown: List[Series] = [(name, row.typical) for name, row in zip(names, rows)][:_MAX_LINES]
     drawn: List[Plot] = []
     kinds: List[Tuple[str, Callable[[List[Series], Translations], Panels]]] = [
         ("fig_loss", _plot_loss),
@@ -147,7 +151,7 @@ def draw_plots(rows: List[ReportRow], words: Translations) -> Tuple[List[Plot], 
             if key == "fig_memory" and any(figure.key == "fig_devices" for figure in drawn):
                 continue  # the readings of the devices contain their memory
             panels = make(shown, words) or []
-            drawn_rows = _grid_rows(rows) if key == "fig_grid" else rows[:_MOST_LINES]
+            drawn_rows = _grid_rows(rows) if key == "fig_grid" else rows[:_MAX_LINES]
             caption = words(key)
             if key == "fig_grid" and drawn_rows:
                 caption = words.with_note(caption, row_label(drawn_rows[0], words))
@@ -156,11 +160,11 @@ def draw_plots(rows: List[ReportRow], words: Translations) -> Tuple[List[Plot], 
             svgs = [_render_svg(canvas, caption, f"{key}{number}") for number, canvas in enumerate(panels)]
             if svgs:
                 drawn.append(Plot(key, caption, svgs, _legend(panels[0])))
-    there = {figure.key for figure in drawn}
-    there |= {"fig_memory"} if "fig_devices" in there else set()
-    there |= {"fig_grid"} if not _grid_rows(rows) else set()
-    missing = [words(key) for key, _ in kinds if key not in there]
-    notes = [words("fig_more", _MOST_LINES, len(rows) - _MOST_LINES)] if len(rows) > _MOST_LINES else []
+    drawn_keys = {figure.key for figure in drawn}
+    drawn_keys |= {"fig_memory"} if "fig_devices" in drawn_keys else set()
+    drawn_keys |= {"fig_grid"} if not _grid_rows(rows) else set()
+    missing = [words(key) for key, _ in kinds if key not in drawn_keys]
+    notes = [words("fig_more", _MAX_LINES, len(rows) - _MAX_LINES)] if len(rows) > _MAX_LINES else []
     notes += [words("fig_missing", "; ".join(missing))] if missing else []
     return drawn, notes
 
@@ -213,7 +217,7 @@ def _scale_time(seconds: Any, longest: float, axes: Any, words: Translations) ->
     """Return times in the unit of an axis, minutes for runs of more than three, and label the axis."""
     in_minutes = longest > 180
     axes.set_xlabel(words("minutes" if in_minutes else "seconds_since_start"))
-    axes.xaxis.set_major_locator(MaxNLocator(_MOST_TICKS))
+    axes.xaxis.set_major_locator(MaxNLocator(_MAX_TICKS))
     return seconds / 60 if in_minutes else seconds
 
 
@@ -232,8 +236,8 @@ def _parse_float(text: Optional[str]) -> float:
 
 
 def _downsample(*arrays: Any) -> List[Any]:
-    """Reduce arrays to about `_MOST_POINTS` evenly spaced points."""
-    step = max(1, len(arrays[0]) // _MOST_POINTS)
+    """Reduce arrays to about `_MAX_POINTS` evenly spaced points."""
+    step = max(1, len(arrays[0]) // _MAX_POINTS)
     return [array[::step] for array in arrays]
 
 
@@ -306,7 +310,7 @@ def _plot_accuracy(shown: Sequence[Series], words: Translations) -> Panels:
             axes.axhline(100 * target, lw=0.8, ls=":", color="0.4")
         left.annotate(words("target", f"{100 * target:g}"), (0, 100 * target), fontsize=8, va="bottom", color="0.4")
     left.set(xlabel=words("samples"), ylabel=words("accuracy"))
-    left.xaxis.set_major_locator(MaxNLocator(_MOST_TICKS))
+    left.xaxis.set_major_locator(MaxNLocator(_MAX_TICKS))
     right.set_ylabel(words("accuracy"))
     return panels if lines else None
 

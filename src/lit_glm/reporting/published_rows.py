@@ -61,16 +61,18 @@ def published_tables(rows: List[ReportRow], words: Translations) -> Tuple[Report
         matches, note = matching_rows(row, published, words)
         if note:
             notes.append(note)
-        ended = all(run.result.get("converged") for run in row.runs)
+        is_e2e_comparable = all(run.result.get("converged") for run in row.runs)
         target = row.runs[0].settings.get("run.target_accuracy")
-        if matches and not ended:
+        if matches and not is_e2e_comparable:
             notes.append(Note("no_ratio_e2e", unique_row_label(row, words)))
         elif matches and target != published_target:
-            ended = False
+            is_e2e_comparable = False
             notes.append(Note("no_ratio_target", unique_row_label(row, words), (str(target), str(published_target))))
         has_ratio = False
         for line in matches:
-            measured = {key: None if key == "e2e_time" and not ended else row.median(key) for key in _RATIOS}
+            measured = {
+                key: None if key == "e2e_time" and not is_e2e_comparable else row.median(key) for key in _RATIOS
+            }
             values = [_format_ratio(measured[key], line.get(key)) for key in _RATIOS]
             if any(values):
                 ratios.append([label_with_annotations(row, words), str(row["fix_hp"]), str(line["fix_hp"]), *values])

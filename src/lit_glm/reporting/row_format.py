@@ -14,9 +14,9 @@ _BY_COLUMN = {metric.column: metric for metric in TABLE_METRICS}
 
 def row_label(row: ReportRow, words: Translations) -> str:
     """Return the name of a row, such as `CARD 1x8`, by the product name if it matches the hardware file's name."""
-    card = str(row.runs[0].settings.get("hardware.product_name") or "")
+    product_name = str(row.runs[0].settings.get("hardware.product_name") or "")
     hardware = str(row["hardware"])
-    short = card if card and card.lower().replace("-", "_") == hardware.lower() else hardware
+    short = product_name if product_name and product_name.lower().replace("-", "_") == hardware.lower() else hardware
     return words.config(short, str(row["topology"]))
 
 

@@ -30,18 +30,18 @@ from lit_glm.runs.environment import (
 )
 from lit_glm.runs.result import COMPLETE, settled
 
-_TEXTS = ("status", "hardware", "topology", "precision", "scoring", "fix_hp", "model", "error")
+_TEXT_FIELDS = ("status", "hardware", "topology", "precision", "scoring", "fix_hp", "model", "error")
 _SILENT_S = 120.0
 _REPETITION = ("seed", "data.shuffle_seed")
 """Keys in which repetitions of one measurement may differ."""
-_PLACES = ("data.out_dir", "data.train_file", "data.eval_file", "data.raw_dir", "data.vocab_file")
+_PATH_KEYS = ("data.out_dir", "data.train_file", "data.eval_file", "data.raw_dir", "data.vocab_file")
 """Keys of paths: runs on machines with other paths still count as repetitions."""
 _FIELDS = {key: entry for key, _, entry in iter_keys(TrainConfig(data=DataConfig(synthetic=SyntheticConfig())))}
 _NEUTRAL = {key: entry.metadata["neutral"] for key, entry in _FIELDS.items() if "neutral" in entry.metadata}
 """Values by which runs of versions that lack a key were computed."""
 _MAY_DIFFER = {
     *(key for key, entry in _FIELDS.items() if not entry.metadata.get("hashed", True)),
-    *(*_REPETITION, *_PLACES),
+    *(*_REPETITION, *_PATH_KEYS),
 }
 """Keys in which the runs of a row may differ."""
 
@@ -137,26 +137,26 @@ def find_runs(patterns: List[str]) -> Tuple[List[ReportRun], List[str]]:
         The distinct runs, in the order given and by name within a parent folder; and a message per path without a run.
     """
     runs: Dict[Path, ReportRun] = {}
-    trouble: List[str] = []
+    messages: List[str] = []
     for pattern in patterns:
         places = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
         folders = [folder for place in places for folder in _find_run_folders(Path(place))]
         named_folder = Path(pattern).parent if Path(pattern).name == "result.json" else Path(pattern)
         if not places:
-            trouble.append(f"{pattern}: no such folder")
+            messages.append(f"{pattern}: no such folder")
         elif not folders:
-            trouble.append(f"{pattern}: contains no run (no result.json)")
+            messages.append(f"{pattern}: contains no run (no result.json)")
         for folder in folders:
             if _is_trial(folder):
                 if folder in map(Path, places):
-                    trouble.append(f"{folder}: is a trial of tune; see tune.md of the search")
+                    messages.append(f"{folder}: is a trial of tune; see tune.md of the search")
                 continue
             try:
                 run = runs.setdefault(folder.resolve(), _read_run(folder))
                 run.is_named = run.is_named or folder == named_folder
             except (OSError, ValueError, RecursionError) as error:
-                trouble.append(f"{folder}: result.json cannot be read ({error})")
-    return list(runs.values()), trouble
+                messages.append(f"{folder}: result.json cannot be read ({error})")
+    return list(runs.values()), messages
 
 
 def _is_trial(folder: Path) -> bool:
@@ -191,7 +191,7 @@ def _read_run(folder: Path) -> ReportRun:
     if not isinstance(result, dict) or not {"hardware", "topology", "status"} <= set(result):
         raise ValueError("not a result of train")
     result = settled(result)
-    result.update({key: str(result[key]) for key in _TEXTS if result.get(key) is not None})
+    result.update({key: str(result[key]) for key in _TEXT_FIELDS if result.get(key) is not None})
     if not result["hardware"] or not result["status"]:
         raise ValueError("hardware or status is empty")
     known = read_environment(folder)

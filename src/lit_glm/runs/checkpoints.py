@@ -104,7 +104,7 @@ def latest_valid(run_dir: Path, config_hash: str, read_all: bool) -> Tuple[Optio
     """
     from lit_glm.model.checkpoint import find_damage
 
-    passed_over: List[str] = []
+    skipped: List[str] = []
     for _, path in list_checkpoints(run_dir):
         try:
             content = load_torch_file(path, mmap=True)
@@ -114,11 +114,11 @@ def latest_valid(run_dir: Path, config_hash: str, read_all: bool) -> Tuple[Optio
             damage = find_damage(path)
             if damage is not None:
                 raise ValueError(f"it is damaged: {damage} has a wrong checksum")
-            return path, load_torch_file(path) if read_all else content, passed_over
+            return path, load_torch_file(path) if read_all else content, skipped
         except Exception as error:  # damaged files fail in many ways
             reason = first_line(error)
-            passed_over.append(f"{path}: skipped ({reason})")
-    return None, {}, passed_over
+            skipped.append(f"{path}: skipped ({reason})")
+    return None, {}, skipped
 
 
 def checkpoint_step(path: Optional[Path]) -> int:

@@ -14,14 +14,14 @@ SearchPaths = Sequence[Tuple[Path, int]]
 """Folders, each with the number of levels below it at which run folders are searched."""
 
 
-def resolve_resume(resume: str, config: TrainConfig, run_dir: Path, given: bool = False) -> Optional[Path]:
+def resolve_resume(resume: str, config: TrainConfig, run_dir: Path, is_dir_given: bool = False) -> Optional[Path]:
     """Return the run folder that `run.resume` refers to.
 
     Args:
         resume: a run folder, or auto.
         config: configuration of the command line.
         run_dir: folder for a new run.
-        given: whether the user gave that folder, in which case `auto` searches nowhere else.
+        is_dir_given: whether the user gave that folder, in which case `auto` searches nowhere else.
 
     Returns:
         The folder, complete only if it was given; None if `auto` finds none, and a new run should start.
@@ -34,17 +34,17 @@ def resolve_resume(resume: str, config: TrainConfig, run_dir: Path, given: bool 
         if not (folder / JOB_FILE).is_file():
             raise InputError(f"run.resume={resume}: is not a run folder (no {JOB_FILE})")
         return folder
-    same = runs_by_config_hash(default_search_paths(run_dir, given)).get(config_hash(config), [])
+    same = runs_by_config_hash(default_search_paths(run_dir, is_dir_given)).get(config_hash(config), [])
     # A complete run in a folder that the user gave is no error: a restarted pod repeats the command.
-    complete = next((run for run in same if given and is_complete(run)), None)
+    complete = next((run for run in same if is_dir_given and is_complete(run)), None)
     return newest_unfinished(same) or complete
 
 
-def find_requeued_run(config: TrainConfig, run_dir: Path, given: bool) -> Optional[Path]:
+def find_requeued_run(config: TrainConfig, run_dir: Path, is_dir_given: bool) -> Optional[Path]:
     """Return the run of this Slurm job if Slurm has requeued and restarted the job; else None."""
     if os.environ.get("SLURM_RESTART_COUNT", "0") in ("", "0"):
         return None
-    runs = runs_by_config_hash(default_search_paths(run_dir, given)).get(config_hash(config), [])
+    runs = runs_by_config_hash(default_search_paths(run_dir, is_dir_given)).get(config_hash(config), [])
     runs_of_job = [run for run in runs if (read_job_json(run) or {}).get("slurm_job") == os.environ.get("SLURM_JOB_ID")]
     return max(runs_of_job, key=_job_mtime, default=None)
 
@@ -59,12 +59,12 @@ def best_run(runs: List[Path]) -> Optional[Path]:
     return max([run for run in runs if is_complete(run)] or runs, key=_job_mtime, default=None)
 
 
-def default_search_paths(run_dir: Path, given: bool) -> SearchPaths:
+def default_search_paths(run_dir: Path, is_dir_given: bool) -> SearchPaths:
     """Return where runs to resume are searched: a given folder alone, else also all of outputs/ and multirun/ here.
 
     Folders next to a given folder may belong to another user.
     """
-    return [(run_dir, 0)] if given else [(run_dir, 0), (Path("outputs"), 3), (Path("multirun"), 3)]
+    return [(run_dir, 0)] if is_dir_given else [(run_dir, 0), (Path("outputs"), 3), (Path("multirun"), 3)]
 
 
 def runs_by_config_hash(places: SearchPaths) -> Dict[str, List[Path]]:

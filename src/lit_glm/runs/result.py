@@ -51,10 +51,10 @@ def write_error_file(folder: Path, rank: int, error: BaseException) -> None:
     """Write the error file of a rank; a failed write is ignored, so that it does not hide the error."""
     calls = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     prefix = f"rank {rank}: " if os.environ.get("WORLD_SIZE", "1") != "1" and not isinstance(error, InputError) else ""
-    _write_note(folder, f"rank-{rank}.txt", f"{prefix}{error_reason(error)}\n\n{calls}")
+    _write_error_text(folder, f"rank-{rank}.txt", f"{prefix}{error_reason(error)}\n\n{calls}")
 
 
-def _write_note(folder: Path, name: str, text: str) -> None:
+def _write_error_text(folder: Path, name: str, text: str) -> None:
     for _ in range(2):
         try:
             (folder / _FOLDER).mkdir(exist_ok=True)
@@ -69,7 +69,7 @@ def report_killed_rank(folder: Path, rank: int, number: int) -> None:
     name = signal.Signals(number).name
     log.error(f"rank {rank} was killed by {name}")
     if number not in (signal.SIGTERM, signal.SIGABRT):  # these are consequences of other ranks' errors
-        _write_note(folder, f"{_KILLED}{rank}.txt", f"rank {rank} was killed by {name}\n")
+        _write_error_text(folder, f"{_KILLED}{rank}.txt", f"rank {rank} was killed by {name}\n")
 
 
 def clear_error_files(folder: Path) -> None:
@@ -80,9 +80,9 @@ def clear_error_files(folder: Path) -> None:
 
 def root_cause(folder: Path) -> Optional[str]:
     """Return the root cause: a killed rank if there is one, else the earliest error; None without any."""
-    notes = sorted(_error_files(folder), key=lambda note: (not note.name.startswith(_KILLED), note.stat().st_mtime))
-    for note in notes:
-        text = note.read_text(encoding="utf-8", errors="replace").split("\n\nTraceback", 1)[0].strip()
+    files = sorted(_error_files(folder), key=lambda file: (not file.name.startswith(_KILLED), file.stat().st_mtime))
+    for file in files:
+        text = file.read_text(encoding="utf-8", errors="replace").split("\n\nTraceback", 1)[0].strip()
         if text:
             return text
     return None
@@ -97,8 +97,8 @@ RESULT_FILE = "result.json"
 SCHEMA_VERSION = 3
 COMPLETE = ("success", "finished")
 """Status values of a run that is complete and need not be resumed."""
-ROOM_FILE = ".room"
-_ROOM_BYTES = 2**16
+RESERVE_FILE = ".room"
+_RESERVED_BYTES = 2**16
 """Disk space reserved during a run, so that the final status can be written even if the disk becomes full."""
 
 
@@ -169,13 +169,13 @@ def write_initial_result(run_dir: Path, config: TrainConfig) -> None:
 
 def reserve_disk_space(run_dir: Path) -> None:
     """Reserve the disk space that the end of a run needs."""
-    (run_dir / ROOM_FILE).write_bytes(b"\0" * _ROOM_BYTES)
+    (run_dir / RESERVE_FILE).write_bytes(b"\0" * _RESERVED_BYTES)
 
 
 def release_reserved_disk_space(run_dir: Path) -> None:
     """Release the reserved disk space."""
     try:
-        (run_dir / ROOM_FILE).unlink()
+        (run_dir / RESERVE_FILE).unlink()
     except OSError:
         pass
 
@@ -196,7 +196,7 @@ def read_result_bytes(run_dir: Path) -> Optional[bytes]:
 
 
 def restore_result(run_dir: Path, content: bytes) -> None:
-    """Write what `read_result_bytes` has read; a failed write is ignored, so that it does not hide the error."""
+    """Write an earlier content of result.json back; a failed write is ignored, so that it does not hide the error."""
     try:
         with atomic_write(run_dir / RESULT_FILE) as temporary:
             temporary.write_bytes(content)
@@ -226,16 +226,16 @@ def extend_times_to_end(run_dir: Path, start_time: float) -> None:
     earlier, recorded, trained = (result.get(name) for name in ("earlier_e2e_time", "e2e_time", "raw_train_time"))
     if result.get("status") != "running" or "outcome" in result or earlier is None or recorded is None:
         return
-    missing = time.monotonic() - start_time + earlier - recorded
-    if missing <= 0:
+    unrecorded_s = time.monotonic() - start_time + earlier - recorded
+    if unrecorded_s <= 0:
         return
     spans = result.get("training_spans")
-    changes = {"e2e_time": recorded + missing}
+    changes = {"e2e_time": recorded + unrecorded_s}
     if spans:
-        changes["training_spans"] = [*spans[:-1], [spans[-1][0], spans[-1][1] + missing]]
+        changes["training_spans"] = [*spans[:-1], [spans[-1][0], spans[-1][1] + unrecorded_s]]
     if trained is not None:
-        changes["raw_train_time"] = trained + missing
-        changes["p_whole"] = samples_per_second(result["num_trained_samples"], trained + missing)
+        changes["raw_train_time"] = trained + unrecorded_s
+        changes["p_whole"] = samples_per_second(result["num_trained_samples"], trained + unrecorded_s)
     update_result(run_dir, **changes)
 
 
@@ -323,7 +323,7 @@ def table_cells(result: Dict[str, Any]) -> List[str]:
     notes = annotations(result)
     mark = f" ({', '.join(notes)})" if notes else ""
     precision = str(result.get("precision") or "")
-    figures = [
+    metric_cells = [
         cell_text(metric, metric.value(result), METRICS[metric.of].value(result) if metric.of else None)
         for metric in PUBLISHED_METRICS
     ]
@@ -331,7 +331,7 @@ def table_cells(result: Dict[str, Any]) -> List[str]:
         f"{result['hardware']} {result['topology']}{mark}",
         f"{precision}{' (TF32)' if result.get('tf32') and precision == 'fp32' else ''}",
         str(result.get("fix_hp") or ""),
-        *figures,
+        *metric_cells,
     ]
 
 

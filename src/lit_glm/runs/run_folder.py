@@ -18,7 +18,7 @@ from lit_glm.runs import job_spec as jobs
 from lit_glm.runs.environment import ENVIRONMENT_FILE
 from lit_glm.runs.job_spec import JobSpec
 from lit_glm.runs.result import (
-    ROOM_FILE,
+    RESERVE_FILE,
     clear_error_files,
     is_complete,
     mark_failed,
@@ -139,7 +139,7 @@ def ensure_available(run_dir: Path, overwrite: bool) -> None:
                 "with run.overwrite=true, or give another hydra.run.dir="
             )
         return
-    foreign = [name for name in (*_FILES, *_FOLDERS, ROOM_FILE) if (run_dir / name).exists()]
+    foreign = [name for name in (*_FILES, *_FOLDERS, RESERVE_FILE) if (run_dir / name).exists()]
     unknown = [path for path in (run_dir / _NODES).glob("*") if not path.name.isdigit()]
     foreign += [_NODES] if unknown else []
     if foreign:
@@ -150,7 +150,7 @@ def ensure_available(run_dir: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def acquire_run_dir(job: JobSpec, run_dir: Path, composed: Dict[str, str]) -> Iterator[int]:
+def acquire_run_dir(job: JobSpec, run_dir: Path, config_files: Dict[str, str]) -> Iterator[int]:
     """Lock a run folder for the duration of a job, and write job.json there.
 
     Yields:
@@ -166,7 +166,7 @@ def acquire_run_dir(job: JobSpec, run_dir: Path, composed: Dict[str, str]) -> It
             ensure_no_new_run(run_dir, job)
             _remove_previous_run(run_dir)
         try:
-            _prepare(job, run_dir, composed)
+            _prepare(job, run_dir, config_files)
         except OSError as error:
             failure = RunError(
                 f"{run_dir}: the files of the run cannot be written ({error.strerror}); free disk space, or give "
@@ -182,14 +182,14 @@ def acquire_run_dir(job: JobSpec, run_dir: Path, composed: Dict[str, str]) -> It
             release_reserved_disk_space(run_dir)
 
 
-def _prepare(job: JobSpec, run_dir: Path, composed: Dict[str, str]) -> None:
+def _prepare(job: JobSpec, run_dir: Path, config_files: Dict[str, str]) -> None:
     """Write what a run has from its start; job.json comes first and marks the folder as a run's."""
     clear_error_files(run_dir)
     job.write(run_dir)
     if not job.is_resume:
         write_initial_result(run_dir, job.config)
         (run_dir / ".hydra").mkdir(exist_ok=True)
-        for name, text in composed.items():
+        for name, text in config_files.items():
             write_text(run_dir / ".hydra" / name, text)
     reserve_disk_space(run_dir)
 

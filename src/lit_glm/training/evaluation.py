@@ -91,7 +91,7 @@ def evaluate(
     chosen: List[Tuple[int, int]] = []
     stopped = False
 
-    def count(batch: Any, read: Callable[[], List[int]], read_table: Callable[[], List[float]]) -> None:
+    def add_result(batch: Any, read: Callable[[], List[int]], read_table: Callable[[], List[float]]) -> None:
         # No candidate, -1, where no score is above that of padding or one is NaN: a device whose results overflow.
         best = [
             first_equal[choice] if choice < len(first_equal) else -1
@@ -114,12 +114,12 @@ def evaluate(
                 read_table = runtime.to_host_async(table.reshape(-1)) if scores is not None else list
                 before, waiting = waiting, (batch, runtime.to_host_async(best), read_table)
                 if before is not None:
-                    count(*before)
+                    add_result(*before)
                 if on_batch is not None and on_batch():
                     stopped = True
                     break
         if waiting is not None:
-            count(*waiting)
+            add_result(*waiting)
         return (None if any_rank(stopped) else float(metric.compute())), chosen
     finally:
         module.train(training)

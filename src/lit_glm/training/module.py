@@ -109,17 +109,17 @@ class RecordModule(pl.LightningModule):
             self.manual_backward(loss if accumulate == 1 else loss / accumulate)
         total, stops = early or read()
         mean = total / self.trainer.world_size
-        updates = step % accumulate == 0
+        is_update_step = step % accumulate == 0
         if math.isfinite(mean):
             if scaled is not None:
                 scaled.unscale_(optimizer)
             clipped = clip_gradients(self._optimizer_parameters(optimizer), self._config.optimizer.clip_grad)
             if scaled is None or scaled.update_scale(clipped):
                 norm, lr = clipped, schedule.get_last_lr()[0]
-                if updates:
+                if is_update_step:
                     optimizer.step()
                     schedule.step()
-            if updates or norm is None:
+            if is_update_step or norm is None:
                 optimizer.zero_grad(set_to_none=True)
         elif accumulate == 1:
             self.zero_grad(set_to_none=True)

@@ -122,7 +122,9 @@ class AcceptanceTest:
     def _check_precision(self, config: TrainConfig) -> Iterator[CheckResult]:
         name, runtime = config.precision.name, self._runtime
         try:
-            plugin: Any = make_precision(config, runtime, tried=name != "fp32")  # fp32 is checked by operator below
+            plugin: Any = make_precision(
+                config, runtime, check_on_device=name != "fp32"
+            )  # fp32 is checked by operator below
         except InputError as error:
             first = str(error).splitlines()[0]
             yield CheckResult(
@@ -131,17 +133,17 @@ class AcceptanceTest:
             return
         which = peak_key(config, runtime.has_tf32)
         tf32 = which == "tf32"
-        sample = make_fixture(config)
+        fixture = make_fixture(config)
         results: List[OperatorResult] = []
-        yield from self._run(f"operators {name}", lambda: _check_operators(config, sample, runtime, tf32, results))
+        yield from self._run(f"operators {name}", lambda: _check_operators(config, fixture, runtime, tf32, results))
         wrong = sorted({result.name for result in results if result.status in ("differs", "missing", "fails")})
         if any(result.status in ("missing", "fails") for result in results):
             yield CheckResult(f"model {name}", "skip", f"not checked: it needs {', '.join(wrong)}")
         else:
-            for check in self._run(f"model {name}", lambda: model_check.check_layers(config, sample, runtime, tf32)):
+            for check in self._run(f"model {name}", lambda: model_check.check_layers(config, fixture, runtime, tf32)):
                 yield _downgrade_consequence(check, wrong)
             for check in self._run(
-                f"training {name}", lambda: model_check.check_training(config, sample, runtime, tf32)
+                f"training {name}", lambda: model_check.check_training(config, fixture, runtime, tf32)
             ):
                 yield _downgrade_consequence(check, wrong)
         peak = config.hardware.peak_tflops.get(which)
@@ -177,27 +179,27 @@ def _downgrade_consequence(check: CheckResult, wrong: List[str]) -> CheckResult:
 
 
 def _check_operators(
-    config: TrainConfig, sample: VerifyFixture, runtime: Runtime, tf32: bool, results: List[OperatorResult]
+    config: TrainConfig, fixture: VerifyFixture, runtime: Runtime, tf32: bool, results: List[OperatorResult]
 ) -> List[CheckResult]:
     """Check the operators of a training step and an evaluation per scoring; one result per wrong operator."""
     model = replace(
-        sample.model, hidden_dropout=config.model.hidden_dropout, attention_dropout=config.model.attention_dropout
+        fixture.model, hidden_dropout=config.model.hidden_dropout, attention_dropout=config.model.attention_dropout
     )
     operators = OperatorRecorder(runtime.device(0), tf32)
-    backs: List[Any] = []
+    fallbacks: List[Any] = []
     # Without dropout too: a fused attention that draws has no result to compare with.
-    models = [sample.model] if model == sample.model else [model, sample.model]
+    models = [fixture.model] if model == fixture.model else [model, fixture.model]
     for scoring_model, batch in [
-        (scoring_model, batch) for scoring_model in models for batch in (sample.flat, sample.padded)
+        (scoring_model, batch) for scoring_model in models for batch in (fixture.packed, fixture.padded)
     ]:
-        stepper = TrainStepper(config, replace(sample, model=scoring_model), runtime)
+        stepper = TrainStepper(config, replace(fixture, model=scoring_model), runtime)
         with operators.recording():
             stepper.train(batch)
             stepper.evaluate(batch)
         if not any(result.status in ("missing", "fails") for result in operators.results.values()):
-            backs += find_cpu_fallbacks(lambda: (stepper.train(batch), stepper.evaluate(batch)))  # noqa: B023
+            fallbacks += find_cpu_fallbacks(lambda: (stepper.train(batch), stepper.evaluate(batch)))  # noqa: B023
     results += operators.results.values()
-    for name, text in dict(backs).items():
+    for name, text in dict(fallbacks).items():
         if not any(result.name == name and result.status == "falls back" for result in results):
             results.append(OperatorResult(name, "", "falls back", message=text))
     label = f"operators {config.precision.name}"
@@ -209,10 +211,8 @@ def _check_operators(
                 f" ({result.shapes})" if result.shapes else "",
             )
             message = f"{result.status}{reason}{shapes}"
-            figure, bound = (result.error.typical, result.bound) if result.status == "differs" else (None, None)
-            checks.append(
-                CheckResult(f"{label}: {result.name}", "fail", message, _ADVICE[result.status], figure, bound)
-            )
+            value, bound = (result.error.typical, result.bound) if result.status == "differs" else (None, None)
+            checks.append(CheckResult(f"{label}: {result.name}", "fail", message, _ADVICE[result.status], value, bound))
     unknown = sorted({result.name for result in results if result.status == "unknown"})
     if unknown:
         text = f"{', '.join(unknown)}: no reference to compare with"

@@ -17,9 +17,9 @@ _TF32 = 2.0**-11
 _SMALLEST_HALF = 2.0**-24
 _SAFETY = 4.0
 """Safety factor on the estimate."""
-_SEVERAL = 4.0
+_FUSED_FACTOR = 4.0
 """Further factor for fused attention, which rounds probabilities, their gradients and row sums internally."""
-_HIGHEST = 8.0
+_MAX_TO_TYPICAL = 8.0
 """Allowed ratio of the largest to the root mean square error, for random errors."""
 
 
@@ -29,7 +29,7 @@ def roundoff(dtype: torch.dtype) -> float:
 
 
 def operator_bound(
-    dtype: torch.dtype, terms: int, tf32: bool, several: bool = False, adds_in_type: bool = False
+    dtype: torch.dtype, terms: int, tf32: bool, is_fused: bool = False, accumulates_in_dtype: bool = False
 ) -> float:
     """Return the bound of an operator's root mean square error, relative to that of the exact result.
 
@@ -37,11 +37,11 @@ def operator_bound(
         dtype: dtype of the result.
         terms: K, the largest number of terms summed for one element.
         tf32: whether float32 products round their inputs to TF32.
-        several: whether the operator fuses several, each of which rounds to the dtype.
-        adds_in_type: whether its sums are rounded to the dtype at every term.
+        is_fused: whether the operator fuses several, each of which rounds to the dtype.
+        accumulates_in_dtype: whether its sums are rounded to the dtype at every term.
     """
-    accumulated = roundoff(dtype) if adds_in_type else _TF32 if tf32 and dtype is torch.float32 else 2.0**-24
-    return (_SEVERAL if several else 1.0) * _SAFETY * (roundoff(dtype) + accumulated * math.sqrt(max(1, terms)))
+    accumulated = roundoff(dtype) if accumulates_in_dtype else _TF32 if tf32 and dtype is torch.float32 else 2.0**-24
+    return (_FUSED_FACTOR if is_fused else 1.0) * _SAFETY * (roundoff(dtype) + accumulated * math.sqrt(max(1, terms)))
 
 
 def layer_bound(dtype: torch.dtype, layers: int, width: int, tf32: bool) -> float:
@@ -67,7 +67,7 @@ class RelativeError:
 
     def within(self, bound: float) -> bool:
         """Return whether the root mean square is within the bound, and no single element far off."""
-        return self.typical <= bound and self.largest <= _HIGHEST * bound
+        return self.typical <= bound and self.largest <= _MAX_TO_TYPICAL * bound
 
 
 def relative_error(result: Tensor, exact: Tensor, least: float = 0.0) -> RelativeError:

@@ -23,18 +23,18 @@ _DRIFT = 8.0
 """Allowed drift of losses over the steps, relative to the bound of one forward pass."""
 
 
-def check_layers(config: TrainConfig, sample: VerifyFixture, runtime: Runtime, tf32: bool) -> List[CheckResult]:
+def check_layers(config: TrainConfig, fixture: VerifyFixture, runtime: Runtime, tf32: bool) -> List[CheckResult]:
     """Check hidden states after every layer, scores and loss; then the gradient of every parameter."""
-    exact_stages, exact_gradients = TrainStepper(config, sample, runtime, exact=True).capture(sample.flat)
-    stepper = TrainStepper(config, sample, runtime)
-    stages, gradients = stepper.capture(sample.flat)
-    width = sample.model.hidden_size
+    exact_stages, exact_gradients = TrainStepper(config, fixture, runtime, exact=True).capture(fixture.packed)
+    stepper = TrainStepper(config, fixture, runtime)
+    stages, gradients = stepper.capture(fixture.packed)
+    width = fixture.model.hidden_size
     worst, first = 0.0, ""
-    bound = layer_bound(stepper.computes_in, sample.model.num_layers, width, tf32)
+    bound = layer_bound(stepper.computes_in, fixture.model.num_layers, width, tf32)
     # The loss is a difference of scores, and as inexact as they are.
     scores = float(dict(exact_stages)["scores"].square().mean().sqrt())
     for number, ((name, actual), (_, expected)) in enumerate(zip(stages, exact_stages)):
-        limit = layer_bound(stepper.computes_in, min(number + 1, sample.model.num_layers), width, tf32)
+        limit = layer_bound(stepper.computes_in, min(number + 1, fixture.model.num_layers), width, tf32)
         error = relative_error(actual.float(), expected.double(), scores if name == "loss" else 0.0)
         worst = max(worst, error.typical * bound / limit)
         if not error.within(limit) and not first:
@@ -67,13 +67,13 @@ def check_layers(config: TrainConfig, sample: VerifyFixture, runtime: Runtime, t
     return checks
 
 
-def check_training(config: TrainConfig, sample: VerifyFixture, runtime: Runtime, tf32: bool) -> List[CheckResult]:
+def check_training(config: TrainConfig, fixture: VerifyFixture, runtime: Runtime, tf32: bool) -> List[CheckResult]:
     """Check 25 training steps against the CPU reference, then whether the device repeats them bit by bit."""
     short = replace(config, optimizer=replace(config.optimizer, lr=1e-4, warmup=0.0))
-    small = replace(sample, model=replace(sample.model, num_layers=min(2, sample.model.num_layers)))
+    small = replace(fixture, model=replace(fixture.model, num_layers=min(2, fixture.model.num_layers)))
 
     steppers = [TrainStepper(short, small, runtime, exact) for exact in (True, False, False)]
-    exact, losses, again = ([stepper.train(small.flat) for _ in range(_STEPS)] for stepper in steppers)
+    exact, losses, again = ([stepper.train(small.packed) for _ in range(_STEPS)] for stepper in steppers)
     bound = _DRIFT * layer_bound(steppers[1].computes_in, small.model.num_layers, small.model.hidden_size, tf32)
     distance = max(abs(loss - other) / max(1.0, abs(other)) for loss, other in zip(losses, exact))
     name, falls = f"training {config.precision.name}", losses[-1] < losses[0]

@@ -36,7 +36,7 @@ def reference_result(name: str, operator: Any, args: Any, kwargs: Any) -> Any:
         args: arguments on the CPU, in float64; the operator's in-place results are written to them.
         kwargs: likewise.
     """
-    reference = next((compute for end, compute in _OWN.items() if name.endswith(end)), None)
+    reference = next((compute for end, compute in _REFERENCES.items() if name.endswith(end)), None)
     if reference is not None:
         return reference(args, kwargs)
     if "scaled_dot_product" in name or name.startswith(("_efficient_attention", "_flash_attention")):
@@ -101,7 +101,7 @@ def _attention(name: str, bound: Dict[str, Any], rounded: bool = False) -> List[
     return [result.transpose(1, 2) for result in results] if is_rows_first else results
 
 
-_OWN: Dict[str, Callable[[Any, Any], Any]] = {
+_REFERENCES: Dict[str, Callable[[Any, Any], Any]] = {
     "log_softmax": lambda args, kwargs: torch.log_softmax(args[0], args[1]),
     "softmax": lambda args, kwargs: torch.softmax(args[0], args[1]),  # the last argument requests conversion from half
     "linear_pointwise": _fused_linear,
@@ -110,7 +110,7 @@ _OWN: Dict[str, Callable[[Any, Any], Any]] = {
 
 
 _RANDOM_OPS = ("rand", "bernoulli", "dropout", "normal_", "uniform", "exponential", "multinomial")
-_PLAIN = (
+NON_COMPUTING_OPS = (
     "empty", "new_empty", "view", "reshape", "alias", "detach", "transpose", "permute", "slice", "select", "expand",
     "as_strided", "squeeze", "unsqueeze", "split", "unbind", "unfold", "diagonal", "lift", "set_", "resize",
     "_local_scalar_dense", "record_stream", "is_pinned", "_pin_memory", "profiler.", "to_mkldnn", "to_dense",
@@ -193,7 +193,7 @@ class OperatorRecorder:
         name, tensors = operator_name(operator), tensors_in([args, kwargs])
         on_device = not tensors or any(tensor.device.type == self._device.type for tensor in tensors)
         is_read = name == "copy_" and args[0].device.type == "cpu" != self._device.type  # may not have ended
-        if not on_device or name == "t" or name.startswith(_PLAIN) or is_read:
+        if not on_device or name == "t" or name.startswith(NON_COMPUTING_OPS) or is_read:
             return operator(*args, **kwargs)
         key = (str(operator), str([_call_signature(entry) for entry in (args, kwargs)]))
         if key in self.results and self.results[key].status not in ("missing", "fails"):

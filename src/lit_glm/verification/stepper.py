@@ -44,7 +44,7 @@ class VerifyFixture:
     """Model configuration and batches of a verification."""
 
     model: ModelConfig
-    flat: PackedBatch
+    packed: PackedBatch
     padded: PaddedBatch
 
     def fresh_model(self) -> GLM:
@@ -92,24 +92,24 @@ _SEED = 7
 class TrainStepper:
     """Model with optimizer and precision plugin that runs single training steps."""
 
-    def __init__(self, config: TrainConfig, sample: VerifyFixture, runtime: Runtime, exact: bool = False) -> None:
+    def __init__(self, config: TrainConfig, fixture: VerifyFixture, runtime: Runtime, exact: bool = False) -> None:
         """Build the model with the fixture's weights.
 
         Args:
             config: configuration with the precision.
-            sample: fixture with shape and weights.
+            fixture: fixture with shape and weights.
             runtime: runtime of the device.
             exact: use float64 on the CPU instead, as the reference.
         """
-        weights = sample.fresh_model()
+        weights = fixture.fresh_model()
         self._runtime, self._steps = None if exact else runtime, 0
         self.device = torch.device("cpu") if exact else runtime.device(0)
         # Training starts with a high loss scale and skips steps until it fits; here no step may be skipped.
         scaled = replace(config, precision=replace(config.precision, loss_scale=LossScaleConfig(initial=_LOSS_SCALE)))
-        plugin: Any = Precision() if exact else make_precision(scaled, runtime, tried=False)
+        plugin: Any = Precision() if exact else make_precision(scaled, runtime, check_on_device=False)
         self._plugin = plugin
         self.computes_in: torch.dtype = torch.float64 if exact else plugin.computes_in
-        self.glm = weights.double() if exact else build_glm(sample.model, runtime.model_ops())[0]
+        self.glm = weights.double() if exact else build_glm(fixture.model, runtime.model_ops())[0]
         if not exact:
             self.glm.load_state_dict(weights.state_dict())
             plugin.convert_module(self.glm).to(self.device)

@@ -20,7 +20,7 @@ _ABOVE_PEAK = 1.05
 _FAR_BELOW = 0.1
 _AT_LEAST_S = 0.1
 _SIZES = tuple(2**power for power in range(8, 14))
-_PRODUCT_S = 0.02
+_MATMUL_S = 0.02
 """Sizes of matmuls increase until one takes this long, so that a slow device finishes in time."""
 _BYTES = (2**24, 2**28)
 _COPY_S = 0.05
@@ -61,30 +61,30 @@ class ChainedMatmuls:
 
 
 def _largest_matmul(runtime: Runtime, dtype: torch.dtype) -> ChainedMatmuls:
-    """Return the first matmul size that takes longer than `_PRODUCT_S`, or the largest size."""
-    products = ChainedMatmuls(runtime, dtype, _SIZES[0])
+    """Return the first matmul size that takes longer than `_MATMUL_S`, or the largest size."""
+    matmuls = ChainedMatmuls(runtime, dtype, _SIZES[0])
     for size in _SIZES[1:]:
-        if sum(products.seconds(1)) > _PRODUCT_S:
+        if sum(matmuls.seconds(1)) > _MATMUL_S:
             break
-        products = ChainedMatmuls(runtime, dtype, size)
-    return products
+        matmuls = ChainedMatmuls(runtime, dtype, size)
+    return matmuls
 
 
 def measure_matmul(runtime: Runtime, dtype: torch.dtype) -> Tuple[float, int]:
     """Measure TFLOP/s of the largest matmul; also return its size."""
-    products = _largest_matmul(runtime, dtype)
-    count = products.calibrate()
-    seconds = min(sum(products.seconds(count)) for _ in range(3))
-    return 2.0 * products.size**3 * count / seconds / 1e12, products.size
+    matmuls = _largest_matmul(runtime, dtype)
+    count = matmuls.calibrate()
+    seconds = min(sum(matmuls.seconds(count)) for _ in range(3))
+    return 2.0 * matmuls.size**3 * count / seconds / 1e12, matmuls.size
 
 
 def check_clock(runtime: Runtime) -> CheckResult:
     """Check that synchronize blocks, by timing a read after it, and that time scales with work."""
-    products = _largest_matmul(runtime, torch.float32)
-    count = products.calibrate()
+    matmuls = _largest_matmul(runtime, torch.float32)
+    count = matmuls.calibrate()
     shares, ratios = [], []
     for _ in range(3):
-        (once, read), (twice, read_twice) = products.seconds(count), products.seconds(2 * count)
+        (once, read), (twice, read_twice) = matmuls.seconds(count), matmuls.seconds(2 * count)
         shares.append(max(read / max(once + read, 1e-9), read_twice / max(twice + read_twice, 1e-9)))
         ratios.append((twice + read_twice) / max(once + read, 1e-9))
     share, ratio = min(shares), sorted(ratios)[1]  # a single late read was delayed by other work

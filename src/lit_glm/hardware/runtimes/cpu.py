@@ -14,7 +14,7 @@ from lit_glm.hardware.runtimes import cpu_ops
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.model.runtime_ops import RuntimeOps
 
-_LOOK_S = (1.0, 10.0)
+_CHILD_SEARCH_INTERVAL_S = (1.0, 10.0)
 """Bounds of the interval between two searches for child processes; within them, the age of this process."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 _LARGEST_KEPT = 256 * 2**20
@@ -83,7 +83,9 @@ class CPURuntime(Runtime):
         """Return this process's children; rarely searched, because that reads all processes of the machine."""
         now = time.monotonic()
         if now >= self._next_reading:
-            self._next_reading = now + min(max(_LOOK_S[0], now - self._start_time), _LOOK_S[1])
+            self._next_reading = now + min(
+                max(_CHILD_SEARCH_INTERVAL_S[0], now - self._start_time), _CHILD_SEARCH_INTERVAL_S[1]
+            )
             self._children = psutil.Process().children(recursive=True)
         return self._children
 

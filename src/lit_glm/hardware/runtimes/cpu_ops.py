@@ -1,4 +1,4 @@
-"""What a CPU computes in its own way: linear layers, dropout, and which groups of a batch are padded.
+"""Operations of the model that the CPU's runtime replaces: linear layers, dropout, and limits of padding and memory.
 
 Each gains at least 3 % of a training step of GLM-Large or a quarter of its memory (benchmarks/2026-11-28_cpu_ops.md);
 everything else is torch's.
@@ -91,9 +91,9 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
 # tenth of the elements, are saved for the backward pass instead of a mask.
 
 _LOWEST_64 = -(2**63)
-_STEPS = 2**16
+_GAP_TABLE_SIZE = 2**16
 _FEW = 2**12  # 64-bit words up to which a separate generator is slower
-_FARTHEST = 2.0**40  # larger than any tensor
+_MAX_GAP = 2.0**40  # larger than any tensor
 
 
 def sample_zero_positions(like: Tensor, p: float) -> Tuple[Tensor, float]:
@@ -116,11 +116,11 @@ def sample_zero_positions(like: Tensor, p: float) -> Tuple[Tensor, float]:
 @lru_cache(maxsize=8)
 def _gap_table(p: float) -> Tuple["np.ndarray[Any, Any]", float]:
     """Return [65536] equally likely distances from a zero to the next, and the share of zeros that they give."""
-    quantiles = (np.arange(_STEPS) + 0.5) / _STEPS
-    gaps = np.floor(np.minimum(np.log1p(-quantiles) / math.log1p(-p), _FARTHEST)).astype(np.int64) + 1
+    quantiles = (np.arange(_GAP_TABLE_SIZE) + 0.5) / _GAP_TABLE_SIZE
+    gaps = np.floor(np.minimum(np.log1p(-quantiles) / math.log1p(-p), _MAX_GAP)).astype(np.int64) + 1
     # The largest gap adjusts the mean to 1 / p; never 1, so that some elements stay.
-    gaps[-1] = max(2, gaps[-1] + round(min(_STEPS / p - float(gaps.sum()), _FARTHEST)))
-    return gaps, _STEPS / float(gaps.sum())
+    gaps[-1] = max(2, gaps[-1] + round(min(_GAP_TABLE_SIZE / p - float(gaps.sum()), _MAX_GAP)))
+    return gaps, _GAP_TABLE_SIZE / float(gaps.sum())
 
 
 def _random_uint16(count: int) -> "np.ndarray[Any, Any]":

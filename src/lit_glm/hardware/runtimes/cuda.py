@@ -24,7 +24,7 @@ class CUDARuntime(Runtime):
     )
 
     def __init__(self) -> None:
-        self._watch = MonitoredMemory()
+        self._memory_monitor = MonitoredMemory()
         self._was_shared = False
         # cuDNN's attention, which torch prefers on H100 and later, builds a plan for every new shape (23 to 37 ms each;
         # batches without padding have a new shape in every step), and some of its versions round the share of dropout
@@ -85,7 +85,7 @@ class CUDARuntime(Runtime):
 
     def attach_memory_monitor(self, index: int, file: Path) -> None:
         """Use the monitor's readings, which include memory outside the allocator: context, buffers of collectives."""
-        self._watch.start(file, index, monitor_of_name(self.monitor or "cuda"))
+        self._memory_monitor.start(file, index, monitor_of_name(self.monitor or "cuda"))
 
     def peak_memory(self, index: int) -> Optional[float]:
         """Return the larger of the monitor's largest reading and the peak reserved by torch's allocator.
@@ -93,7 +93,7 @@ class CUDARuntime(Runtime):
         If another process was seen on the device, return the allocator's peak: the readings include its memory.
         """
         reserved = float(torch.cuda.max_memory_reserved(index))
-        return reserved if self._is_shared(index) else max(self._watch.peak() or 0.0, reserved)
+        return reserved if self._is_shared(index) else max(self._memory_monitor.peak() or 0.0, reserved)
 
     def _is_shared(self, index: int) -> bool:
         """Return whether another process uses the device, or did at an earlier call."""
@@ -109,9 +109,9 @@ class CUDARuntime(Runtime):
 
     def memory_in_use(self, index: int) -> Optional[float]:
         """Return the monitor's last reading, else the memory reserved by the allocator."""
-        self._watch.update()
+        self._memory_monitor.update()
         self._is_shared(index)
-        return self._watch.last or float(torch.cuda.memory_reserved(index))
+        return self._memory_monitor.last or float(torch.cuda.memory_reserved(index))
 
     def driver_version(self) -> Optional[str]:
         return nvidia_driver_version()

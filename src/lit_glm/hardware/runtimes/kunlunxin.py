@@ -180,5 +180,5 @@ class XPyTorchRuntime(CUDARuntime):
 
     def device_name(self, index: int) -> str:
         """Return the name from the monitor, because torch reports "GPU" for every device."""
-        card = physical_device_index(index, "CUDA_VISIBLE_DEVICES")
-        return "" if card is None else xpu_device_names().get(card, "")
+        device = physical_device_index(index, "CUDA_VISIBLE_DEVICES")
+        return "" if device is None else xpu_device_names().get(device, "")

@@ -32,15 +32,15 @@ class SimulatedRuntime(CPURuntime):
     simulated = True
     shares_memory = False
 
-    def __init__(self, cards: int, memory_gib: Optional[float]) -> None:
+    def __init__(self, num_devices: int, memory_gib: Optional[float]) -> None:
         """Set the devices.
 
         Args:
-            cards: number of devices of this node.
+            num_devices: number of devices of this node.
             memory_gib: memory of each.
         """
         super().__init__()
-        self._devices = cards
+        self._devices = num_devices
         self._memory_gib = memory_gib
 
     def device_count(self) -> int:
