@@ -50,8 +50,7 @@ def complete(request: str) -> int:
     os.environ["COMP_LINE"] = line[line.index(words[1], len(words[0])) :]
     os.environ["COMP_POINT"] = str(len(os.environ["COMP_LINE"]))
     sys.argv = [words[1], "-sc", request]
-    status: int = importlib.import_module(f"lit_glm.{words[1]}").main()
-    return status
+    return importlib.import_module(f"lit_glm.{words[1]}").main()
 
 
 def main() -> int:

@@ -182,8 +182,7 @@ def onednn_linear() -> Optional[Callable[..., Any]]:
 
     if not hasattr(torch, "compile"):
         return None
-    linear: Optional[Callable[..., Any]] = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    return linear
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def has_fused_attention() -> bool:

@@ -36,7 +36,7 @@ def export(run_dir: Path, layout: str, out: Path) -> str:
     if not (run_dir / JOB_FILE).is_file():
         raise InputError(f"{run_dir}: is not a run folder (no {JOB_FILE})")
     stored_hash = str((read_job_json(run_dir) or {}).get("config_hash"))  # as computed by the version that wrote them
-    path, content, skipped = checkpoints.latest_valid(run_dir, stored_hash, read_all=True)
+    path, content, skipped = checkpoints.latest_valid(run_dir, stored_hash)
     if path is None:
         raise InputError("\n".join([f"{run_dir}: contains no usable checkpoint", *skipped]))
     for line in skipped:
@@ -71,11 +71,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     set_up_console()
 
     def write() -> int:
-        try:
-            print(export(args.run_dir, args.to, args.out))
-        except InputError as error:
-            log.error(error)
-            return error.exit_status
+        print(export(args.run_dir, args.to, args.out))
         return 0
 
     return run_interruptible(write)

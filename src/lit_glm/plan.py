@@ -130,8 +130,7 @@ def _make_task(combinations: List[List[str]], as_json: bool) -> Any:
                 left_out.append(str(error))
         if not predictions:
             raise InputError("nothing to predict: " + "; ".join(dict.fromkeys(left_out)))
-        predicted = [prediction.config for prediction in predictions]
-        shown = write_plan(folder, predictions, measured, published, predicted, (max(limits), reason), left_out)
+        shown = write_plan(folder, predictions, measured, published, (max(limits), reason), left_out)
         print(json.dumps([prediction.row() for prediction in predictions], indent=1) if as_json else shown)
         return 0
 

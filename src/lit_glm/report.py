@@ -211,19 +211,14 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser.add_argument("--max-loss-diff", type=float, help="with --compare: exit with 1 above it")
     args = parser.parse_intermixed_args(arguments)
     set_up_console()
-    return run_interruptible(lambda: _report_to_the_end(args))
 
-
-def _report_to_the_end(args: argparse.Namespace) -> int:
-    try:
-        status = report(args)
-        problem = output_error()
+    def write() -> int:
+        status, problem = report(args), output_error()
         if problem is not None and args.out is None:
             raise InputError(f"the report cannot be written to standard output ({problem}); give --out DIR")
         return status
-    except InputError as error:
-        log.error(error)
-        return error.exit_status
+
+    return run_interruptible(write)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Other names of configuration keys: those that other tools use, and those of earlier versions."""
 
+import copy
 import re
 from typing import Any, Dict, List, Optional, Sequence
 
@@ -147,7 +148,7 @@ def migrate_names(content: Dict[str, Any], file_kind: str) -> Dict[str, Any]:
         content: content of the file, nested as in JSON.
         file_kind: a key of `RENAMED`.
     """
-    migrated = _copy_dicts(content)
+    migrated = copy.deepcopy(content)
     moves = sorted(RENAMED[file_kind].items(), key=lambda move: -move[0].count("."))  # inner names first
     for old, new in moves:
         *parents, name = old.split(".")
@@ -176,7 +177,3 @@ def find_old_methods(runtime: type) -> List[str]:
     """Return a line for each method of a runtime class that has the name of an older version."""
     renamed = RENAMED["runtime class"]
     return [f"{old} -> {new}" for old, new in renamed.items() if hasattr(runtime, old)]
-
-
-def _copy_dicts(value: Any) -> Any:
-    return {key: _copy_dicts(entry) for key, entry in value.items()} if isinstance(value, dict) else value

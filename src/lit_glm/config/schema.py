@@ -268,6 +268,12 @@ class TrainConfig:
         return self.bs * self.topology.world_size
 
     @property
+    def total_steps(self) -> int:
+        """Number of steps until the sample limit or the step limit; the run is shorter if it reaches the target."""
+        by_samples = self.run.max_samples // self.global_batch + 1
+        return by_samples if self.run.max_steps is None else min(self.run.max_steps, by_samples)
+
+    @property
     def profiled(self) -> bool:
         """Whether a profiler callback is configured; metrics of such a run are not comparable with others."""
         return any(

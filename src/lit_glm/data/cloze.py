@@ -73,8 +73,7 @@ class WordPieceTokenizer:
 
     def encode(self, text: str) -> List[int]:
         """Return the word-piece ids of a text; [] for white space only."""
-        ids: List[int] = self._tokenizer.encode(_lower_sigma(text), add_special_tokens=False).ids
-        return ids
+        return self._tokenizer.encode(_lower_sigma(text), add_special_tokens=False).ids
 
 
 @dataclass

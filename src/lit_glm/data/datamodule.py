@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, Callable, Iterable, Iterator, List, Set, Tuple, Union
 
 import pytorch_lightning as pl
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from lit_glm.config.schema import TrainConfig
 from lit_glm.data.collate import PackedBatch, PaddedBatch, collate_packed, collate_padded, pad_packed
@@ -158,20 +158,10 @@ def worker_init_fn(_worker: int) -> None:
 Collate = Callable[[MemmapDataset, List[int]], Union[PackedBatch, PaddedBatch]]
 
 
-class _BatchDataset(Dataset):
-    """Dataset whose items are batches, indexed by lists of examples; for loaders with `batch_size=None`."""
-
-    def __init__(self, split: MemmapDataset, collate: Collate) -> None:
-        self._split, self._collate = split, collate
-
-    def __getitem__(self, indices: List[int]) -> Union[PackedBatch, PaddedBatch]:
-        return self._collate(self._split, indices)
-
-
 def collate_for(config: TrainConfig) -> Collate:
     """Return the collate function of the chosen scoring mode."""
     if config.scoring.name == "published":
-        return partial(_collate_padded, num_tokens=config.data.max_seq_length)
+        return partial(collate_padded, num_tokens=config.data.max_seq_length)
     if config.data.pad_to is not None:
         return partial(_collate_to_recurring_sizes, pad_to=config.data.pad_to)
     return collate_packed
@@ -179,10 +169,6 @@ def collate_for(config: TrainConfig) -> Collate:
 
 def _collate_to_recurring_sizes(split: MemmapDataset, indices: List[int], pad_to: int) -> PackedBatch:
     return pad_packed(collate_packed(split, indices), pad_to)
-
-
-def _collate_padded(split: MemmapDataset, indices: List[int], num_tokens: int) -> PaddedBatch:
-    return collate_padded(split, indices, num_tokens)
 
 
 def evaluation_batches(
@@ -232,9 +218,9 @@ def _load(
 
     def make_loader(done: int, timeout_s: float = 0) -> "DataLoader[Any]":
         return DataLoader(
-            _BatchDataset(split, collate_for(config)),
-            sampler=batches_after(done),
-            batch_size=None,
+            range(len(split)),  # type: ignore[arg-type]  # the collate function reads the examples of a batch together
+            batch_sampler=batches_after(done),
+            collate_fn=partial(collate_for(config), split),
             num_workers=workers,
             # Python 3.14 would start workers from a server process; as its children they do not end with their rank.
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,

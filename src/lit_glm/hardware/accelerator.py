@@ -59,23 +59,10 @@ class RuntimeAccelerator(Accelerator):
 def make_accelerator(runtime: Runtime, name: str) -> RuntimeAccelerator:
     """Create an accelerator for a runtime, under the name of its hardware file."""
     subclass = type("RuntimeAccelerator", (RuntimeAccelerator,), {"runtime": runtime, "accelerator_name": name})
-    accelerator: RuntimeAccelerator = subclass()
-    return accelerator
+    return subclass()
 
 
-class _OptimizerWrappingMixin:
-    """Mixin that passes optimizers to the precision plugin, after the move to the device and before restoring."""
-
-    def setup_optimizers(self, trainer: Any) -> None:
-        super().setup_optimizers(trainer)  # type: ignore[misc]
-        getattr(self.precision_plugin, "wrap_optimizers", lambda _: None)(self.optimizers)  # type: ignore[attr-defined]
-
-
-class RuntimeSingleDeviceStrategy(_OptimizerWrappingMixin, SingleDeviceStrategy):
-    """Strategy for one device, without a process group."""
-
-
-class RuntimeDDPStrategy(_OptimizerWrappingMixin, DDPStrategy):
+class RuntimeDDPStrategy(DDPStrategy):
     """Data-parallel strategy for any backend; does not assume CUDA."""
 
     def determine_ddp_device_ids(self) -> None:
@@ -106,7 +93,7 @@ class RuntimeDDPStrategy(_OptimizerWrappingMixin, DDPStrategy):
 def make_strategy(runtime: Runtime, topology: TopologyConfig, timeout_s: float) -> Strategy:
     """Create the strategy of a topology."""
     if topology.world_size == 1:
-        return RuntimeSingleDeviceStrategy(device=runtime.device(0))
+        return SingleDeviceStrategy(device=runtime.device(0))
     return RuntimeDDPStrategy(
         process_group_backend=runtime.backend,
         timeout=timedelta(seconds=timeout_s),

@@ -81,7 +81,7 @@ class TrainingComponents:
     """Training examples."""
     module: RecordModule
     data: RecordDataModule
-    recorder: BenchmarkCallback
+    benchmark: BenchmarkCallback
     trainer: pl.Trainer
     memory: memory_estimate.MemoryCheck
     resume_from: Optional[Path]
@@ -246,7 +246,7 @@ def _find_resume_checkpoint(
     """Find the checkpoint to resume from and read it; all ranks must find the same one."""
     path, content = None, None
     if context.job.is_resume:
-        path, content, skipped = checkpoints.latest_valid(context.run_dir, config_hash(context.config), read_all=True)
+        path, content, skipped = checkpoints.latest_valid(context.run_dir, config_hash(context.config))
         if context.rank == 0:
             for line in skipped:
                 log.warning(line)
@@ -296,7 +296,7 @@ def run_rank(job: JobSpec, run_dir: Path, stop: StopRequest, heartbeat: Optional
         raise RunError(f"{message}; use a smaller model, or a machine with more memory", "out of memory") from error
     _fit(context, components, stop)
     received = _write_final_result(context, components, stop.received)
-    if components.recorder.interrupted:
+    if components.benchmark.interrupted:
         raise Interrupted(received or signal.SIGTERM)
 
 
@@ -309,7 +309,7 @@ def _fit(context: RankContext, components: TrainingComponents, stop: StopRequest
     except Exception as error:
         if not is_oom_error(error):
             raise
-        doing = components.recorder.current_activity
+        doing = components.benchmark.current_activity
         message = memory_estimate.oom_message(
             context.config, components.memory, components.runtime, context.local_rank, doing
         )
@@ -318,7 +318,7 @@ def _fit(context: RankContext, components: TrainingComponents, stop: StopRequest
 
 def _write_final_result(context: RankContext, components: TrainingComponents, received: Optional[int]) -> Optional[int]:
     """Gather the measurements of all ranks and write the result (rank 0); return the stop signal that any received."""
-    config, benchmark, runtime = context.config, components.recorder, components.runtime
+    config, benchmark, runtime = context.config, components.benchmark, components.runtime
     assert benchmark.final_durations is not None
     seconds, e2e = benchmark.final_durations
     span = benchmark.run_metrics.training_span(e2e)
@@ -328,13 +328,9 @@ def _write_final_result(context: RankContext, components: TrainingComponents, re
     durations, peaks, spans, signals = zip(*per_rank)
     result: Dict[str, Any] = {}
     if context.rank == 0:
-        accuracy = benchmark.run_metrics.accuracy
+        outcome = "success" if has_converged(benchmark.run_metrics.accuracy, config.run) else "finished"
         result = benchmark.run_metrics.finish(
-            "interrupted"
-            if benchmark.interrupted
-            else "success"
-            if has_converged(accuracy, config.run)
-            else "finished",
+            "interrupted" if benchmark.interrupted else outcome,
             components.module,
             slowest_rank(durations),
             e2e,

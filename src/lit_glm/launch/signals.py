@@ -9,6 +9,8 @@ import time
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterator, Optional, TypeVar
 
+from lit_glm.errors import InputError
+
 log = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -112,10 +114,13 @@ def call_before_stop(call: Callable[[int], None]) -> None:
 
 
 def run_interruptible(work: Callable[[], int]) -> int:
-    """Call the work of a command and return its exit status; 128 + number, without a traceback, after a stop signal."""
+    """Call the work of a command; return its exit status, for wrong input and stop signals without a traceback."""
     try:
         with RaisingStopSignals(), reraise_interruption():
             return work()
+    except InputError as error:
+        log.error(error)
+        return error.exit_status
     except KeyboardInterrupt:  # a job of a sweep was stopped, which has been reported
         return 128 + signal.SIGINT
     except Interrupted as stop:

@@ -86,7 +86,7 @@ def summarise_sweep(sweep_dir: Path) -> Tuple[str, int]:
             writer.writerow([*table_cells(result), result["scoring"], result["status"], *more])
     lines, common = [text], set(records[0]["overrides"]).intersection(*(record["overrides"] for record in records))
     for record in records:  # what all combinations have in common is not repeated
-        record["own"] = " ".join(text for text in record["overrides"] if text not in common) or "the only combination"
+        record["label"] = " ".join(text for text in record["overrides"] if text not in common) or "the only combination"
     best = _ranked_value(results[0], objective)
     if best is not None:
         if len(results) > 1:
@@ -94,9 +94,9 @@ def summarise_sweep(sweep_dir: Path) -> Tuple[str, int]:
                 _ranking_line(number, record, result, objective) for number, (record, result) in enumerate(pairs, 1)
             ]
         value = METRICS[objective].form(best)
-        lines.append(f"lit_glm: best by {objective} ({value}): {records[0]['own']}, {records[0]['run_dir']}")
+        lines.append(f"lit_glm: best by {objective} ({value}): {records[0]['label']}, {records[0]['run_dir']}")
     lines += [
-        f"lit_glm: failed: {record['own']}: {str(result['error']).splitlines()[0]}"
+        f"lit_glm: failed: {record['label']}: {str(result['error']).splitlines()[0]}"
         for record, result in pairs
         if result.get("error") and result.get("status") not in COMPLETE
     ]
@@ -112,7 +112,7 @@ def _ranked_value(result: Dict[str, Any], objective: str) -> Optional[float]:
 def _ranking_line(number: int, record: Dict[str, Any], result: Dict[str, Any], objective: str) -> str:
     value = _ranked_value(result, objective)
     text = str(result.get("status")) if value is None else METRICS[objective].form(value)
-    return f"{number}. {text}  {record['own']}  {record['run_dir'] or ''}".rstrip()
+    return f"{number}. {text}  {record['label']}  {record['run_dir'] or ''}".rstrip()
 
 
 def _job_result(record: Dict[str, Any], sweep_dir: Path) -> Dict[str, Any]:

@@ -251,8 +251,7 @@ def run_on_all_ranks(config: TrainConfig, module: str, limit_s: float) -> Option
             supervisor.run(job, node, folder, module=module, margin_s=_MARGIN_S)
         if node.rank > 0:
             return None
-        result: Dict[str, Any] = json.loads((folder / _FILE).read_text(encoding="utf-8"))
-        return result
+        return json.loads((folder / _FILE).read_text(encoding="utf-8"))
 
 
 def rank_main(folder: Path, work: Callable[[TrainConfig], Dict[str, Any]]) -> int:

@@ -255,8 +255,7 @@ class BenchmarkCallback(pl.Callback):
             return module.stop_requested
 
         def any_rank(stopped: bool) -> bool:
-            decide: bool = trainer.strategy.reduce_boolean_decision(stopped, all=False)
-            return decide
+            return trainer.strategy.reduce_boolean_decision(stopped, all=False)
 
         with trainer.precision_plugin.forward_context():
             accuracy, _ = evaluate(module, loader, self.runtime, stops, any_rank)

@@ -114,9 +114,7 @@ def _dropout_bytes(p: float, is_cpu: bool) -> float:
 
 def _sum_of_largest(lengths: Any, bs: int) -> float:
     """Return the sum of the `bs` largest lengths, which no batch exceeds."""
-    lengths = np.asarray(lengths)
-    bs = min(bs, len(lengths))
-    return float(np.partition(lengths, len(lengths) - bs)[len(lengths) - bs :].sum())
+    return float(np.sort(lengths)[-bs:].sum())
 
 
 def largest_fitting_bs(

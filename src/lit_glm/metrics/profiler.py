@@ -318,15 +318,15 @@ class ProfilerCallback(pl.Callback):
 
     def _write(self, trainer: Any) -> None:
         self._state = _DONE
-        recorder: BenchmarkCallback = find_benchmark_callback(trainer)
+        benchmark: BenchmarkCallback = find_benchmark_callback(trainer)
         estimate: MemoryEstimate = check_memory(
-            recorder.config,
+            benchmark.config,
             SequenceLengths.from_dataset(trainer.datamodule.split),
-            recorder.runtime,
-            base=recorder.memory_base,
+            benchmark.runtime,
+            base=benchmark.memory_base,
         ).estimate
         assert self._summary is not None
-        text = profile_markdown(self._summary, self._kinds, estimate, recorder.runtime.peak_memory(0))
+        text = profile_markdown(self._summary, self._kinds, estimate, benchmark.runtime.peak_memory(0))
         write_text(self._folder / DOCUMENT, text)
         log.info(f"profile of steps {self._summary.first} to {self._summary.last}: {self._folder}/{DOCUMENT}")
 

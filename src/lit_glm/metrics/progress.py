@@ -35,8 +35,8 @@ class ProgressCallback(pl.Callback):
         """Print the accuracy before training, and start the bar."""
         if not trainer.is_global_zero:
             return
-        recorder = find_benchmark_callback(trainer)
-        run_metrics = recorder.run_metrics
+        benchmark = find_benchmark_callback(trainer)
+        run_metrics = benchmark.run_metrics
         self._accuracy = run_metrics.accuracy
         when = f"after step {pl_module.steps_done}" if pl_module.steps_done else "before training"
         log.info(f"accuracy {when}: {_format_percent(run_metrics.accuracy)}")
@@ -45,15 +45,15 @@ class ProgressCallback(pl.Callback):
 
             self._bar = Progress(BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
             self._bar.start()
-            self._task = self._bar.add_task("", total=run_metrics.total_steps(), completed=pl_module.steps_done)
+            self._task = self._bar.add_task("", total=run_metrics.config.total_steps, completed=pl_module.steps_done)
         self._next = time.monotonic() + self._interval_s
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Update the display if due."""
         if not trainer.is_global_zero:
             return
-        recorder = find_benchmark_callback(trainer)
-        run_metrics, values = recorder.run_metrics, recorder.step_metrics
+        benchmark = find_benchmark_callback(trainer)
+        run_metrics, values = benchmark.run_metrics, benchmark.step_metrics
         assert values is not None
         if time.monotonic() < self._next and run_metrics.accuracy == self._accuracy:
             return
@@ -75,7 +75,7 @@ class ProgressCallback(pl.Callback):
 def _progress_line(run_metrics: RunMetrics, step: int, loss: float) -> str:
     """Format position, speed and remaining time of a run."""
     run, batch = run_metrics.config.run, run_metrics.config.global_batch
-    seconds, total = run_metrics.durations(), run_metrics.total_steps()
+    seconds, total = run_metrics.durations(), run_metrics.config.total_steps
     rate = run_metrics.samples_here(step) / seconds.no_eval if seconds.no_eval else 0.0
     parts = [
         f"step {step} of {total} ({step / total:.0%})",

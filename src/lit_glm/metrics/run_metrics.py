@@ -134,12 +134,6 @@ class RunMetrics:
         """Return the number of examples that all ranks computed in this process up to a step."""
         return self.samples(step) - self.samples(self._first_step)
 
-    def total_steps(self) -> int:
-        """Return the number of steps of the run unless the target is reached earlier."""
-        run = self.config.run
-        by_samples = run.max_samples // self.config.global_batch + 1
-        return by_samples if run.max_steps is None else min(run.max_steps, by_samples)
-
     def peak_memory(self) -> Optional[float]:
         """Return this rank's peak memory in bytes; None if ranks share memory, where only the sum over ranks counts."""
         alone = self.config.topology.devices_per_node == 1 or not self._runtime.shares_memory

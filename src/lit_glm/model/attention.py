@@ -148,8 +148,7 @@ class DotProductAttention:
         form = None if mask is None else mask.tensor_for(implementation, q.dtype, first_query)
         if implementation == "fused":
             return F.scaled_dot_product_attention(q, k, v, attn_mask=form, dropout_p=dropout)
-        out: Tensor = MatmulAttention.apply(q, k, v, form, dropout, self.ops)
-        return out
+        return MatmulAttention.apply(q, k, v, form, dropout, self.ops)
 
 
 AttentionLayout = Callable[[Tensor, int, float, bool], Tensor]

@@ -94,8 +94,7 @@ class Layer(nn.Module):
     def after_attention(self, attended: Tensor, h: Tensor) -> Tensor:
         """Add the projection of the attention and the MLP to the rows; this part can be compiled, [T, D] each."""
         x: Tensor = self.dropout(self.attention.dense(attended), h)
-        out: Tensor = self.dropout(self.mlp(self.post_attention_layernorm(x)), x)
-        return out
+        return self.dropout(self.mlp(self.post_attention_layernorm(x)), x)
 
 
 class Transformer(nn.Module):

@@ -72,20 +72,10 @@ def _draw_band(axes: Any, devices: List[int], spans: List[Interval], colour: str
 
 
 _FITS = {True: "yes", False: "no", None: "unknown"}
-_HEAD = [
-    "config",
-    "precision",
-    "scoring",
-    "bs",
-    "memory GiB",
-    "fits",
-    "step s",
-    METRICS["p_core"].axis_label(),
-    "samples",
-    "total time",
-    "energy MJ",
-    "evidence",
-]
+_HEAD = (
+    f"config|precision|scoring|bs|memory GiB|fits|step s|{METRICS['p_core'].axis_label()}|samples|total time|energy MJ|"
+    "evidence"
+).split("|")
 
 
 def format_duration(span: Interval) -> str:
@@ -127,7 +117,6 @@ def write_plan(
     predictions: List[Prediction],
     measured: List[MeasuredRun],
     published: List[Dict[str, Any]],
-    configs: List[Any],
     samples: Tuple[int, str],
     left_out: List[str],
 ) -> str:
@@ -138,7 +127,6 @@ def write_plan(
         predictions: rows of the table.
         measured: measured runs, for the plot.
         published: rows of conf/published.yaml, for the plot.
-        configs: configurations of the predictions; the plot shows their device types.
         samples: number of samples of all rows, and its explanation.
         left_out: what could not be predicted, and why.
 
@@ -158,7 +146,7 @@ def write_plan(
     lines += [f"left out: {text}" for text in left_out]
     make_folder(folder)
     write_text(folder / "plan.json", json.dumps([prediction.row() for prediction in predictions], indent=1))
-    config_of_type = {config.hardware.name: config for config in reversed(configs)}
+    config_of_type = {row.config.hardware.name: row.config for row in reversed(predictions)}
     curves = [
         curve
         for config in reversed(config_of_type.values())

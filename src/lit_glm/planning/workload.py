@@ -116,9 +116,7 @@ class Workload:
 
     def steps(self) -> int:
         """Return the number of steps until the sample limit or the step limit."""
-        run = self._config.run
-        by_samples = run.max_samples // self._config.global_batch + 1
-        return by_samples if run.max_steps is None else min(run.max_steps, by_samples)
+        return self._config.total_steps
 
     def evaluations(self, steps: int) -> int:
         """Return the number of evaluations during training, the last one included, the one before training excluded."""

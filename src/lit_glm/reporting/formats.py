@@ -4,6 +4,7 @@ import base64
 import csv
 import hashlib
 import io
+from pathlib import Path
 from typing import Any, List
 
 from lit_glm.metrics.registry import TABLE_COLUMNS, TABLE_METRICS
@@ -11,31 +12,6 @@ from lit_glm.reporting.definitions import ReportTable
 from lit_glm.reporting.document import Document
 from lit_glm.reporting.row_format import format_cell, row_annotations, row_label
 from lit_glm.runs.result import markdown_table
-
-_SORTING = """
-document.querySelectorAll("table.rows").forEach(function (table) {
-  table.querySelectorAll("th").forEach(function (head, column) {
-    head.tabIndex = 0;
-    function sort() {
-      var body = table.tBodies[0], down = head.getAttribute("aria-sort") !== "descending";
-      var text = function (row) { return row.cells[column].textContent.trim(); };
-      var plain = /^([-+]?[0-9][0-9.,e+-]*)?(%|x)?(\\/[0-9.]+)?( \\[.*\\])?$/;
-      var numbers = Array.from(body.rows).every(function (row) { return plain.test(text(row)); });
-      Array.from(body.rows).sort(function (a, b) {
-        if (!text(a) || !text(b)) return (text(a) ? 0 : 1) - (text(b) ? 0 : 1);
-        var order = text(a).localeCompare(text(b), undefined, {numeric: true});
-        if (numbers) order = parseFloat(text(a)) - parseFloat(text(b));
-        return down ? -order : order;
-      }).forEach(function (row) { body.appendChild(row); });
-      table.querySelectorAll("th").forEach(function (other) { other.removeAttribute("aria-sort"); });
-      head.setAttribute("aria-sort", down ? "descending" : "ascending");
-    }
-    head.addEventListener("click", sort);
-    head.addEventListener("keydown", function (event) { if (event.key === "Enter") sort(); });
-  });
-});
-"""
-"""Script that sorts a table by the clicked column; the page's policy allows only this script, by its hash."""
 
 
 def _escape_markdown(text: str) -> str:
@@ -128,29 +104,25 @@ def _escape_formula(value: Any) -> Any:
 
 def html(document: Document, generated: str) -> str:
     """Format the document as one self-contained HTML file with embedded plots."""
-    from pathlib import Path
-
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     from lit_glm.reporting.document import make_tiles
     from lit_glm.reporting.plots import draw_plots
 
+    folder = Path(__file__).parent
     environment = Environment(
-        loader=FileSystemLoader(str(Path(__file__).parent)),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
+        loader=FileSystemLoader(str(folder)), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
+    script = (folder / "page.js").read_text(encoding="utf-8")
     figures, notes = draw_plots(document.rows, document.words)
-    text: str = environment.get_template("page.html").render(
+    return environment.get_template("page.html").render(
         document=document,
         words=document.words,
         generated=generated,
         figures=figures,
         figure_notes=notes,
-        cards=make_tiles(document.rows, document.words),
-        sorting=Markup(_SORTING),
-        sorting_hash=base64.b64encode(hashlib.sha256(_SORTING.encode()).digest()).decode(),
+        tiles=make_tiles(document.rows, document.words),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),  # the policy allows only this
     )
-    return text

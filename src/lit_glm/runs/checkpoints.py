@@ -91,13 +91,12 @@ def prune(run_dir: Path) -> None:
         path.unlink()
 
 
-def latest_valid(run_dir: Path, config_hash: str, read_all: bool) -> Tuple[Optional[Path], Dict[str, Any], List[str]]:
+def latest_valid(run_dir: Path, config_hash: str) -> Tuple[Optional[Path], Dict[str, Any], List[str]]:
     """Find the newest checkpoint that can be read and belongs to this run.
 
     Args:
         run_dir: the run folder.
         config_hash: hash of the run's configuration.
-        read_all: read all values now rather than on access.
 
     Returns:
         Its path (None if there is none), its content, and a line for each checkpoint that was skipped.
@@ -114,7 +113,7 @@ def latest_valid(run_dir: Path, config_hash: str, read_all: bool) -> Tuple[Optio
             damage = find_damage(path)
             if damage is not None:
                 raise ValueError(f"it is damaged: {damage} has a wrong checksum")
-            return path, load_torch_file(path) if read_all else content, skipped
+            return path, load_torch_file(path), skipped
         except Exception as error:  # damaged files fail in many ways
             reason = first_line(error)
             skipped.append(f"{path}: skipped ({reason})")

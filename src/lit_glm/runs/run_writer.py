@@ -10,6 +10,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 from lit_glm.atomic_files import atomic_write, write_json
 from lit_glm.errors import RunError
+from lit_glm.metrics.registry import as_number
 from lit_glm.runs import result
 
 STEP_COLUMNS = ("step", "epoch", "samples", "loss", "lr", "grad_norm", "data_s", "compute_s", "step_s", "loss_scale")
@@ -31,12 +32,6 @@ def reported_write(file: Path) -> Iterator[None]:
         raise RunError(f"cannot write the run's files ({file.name}: {error.strerror})") from error
 
 
-def _to_csv_field(value: Any) -> str:
-    if value is None:
-        return ""
-    return repr(value) if isinstance(value, float) else str(value)
-
-
 class AppendOnlyCSV:
     """CSV file of which every row is complete at any moment."""
 
@@ -48,7 +43,7 @@ class AppendOnlyCSV:
             columns: header of the file.
             keep_steps: keep rows up to this step, drop later and incomplete ones; None: start a new file.
         """
-        self._path, self._columns = path, columns
+        self._path = path
         self.rows: List[Dict[str, str]] = []
         rows: List[Dict[str, str]] = []
         if keep_steps is not None and path.is_file():
@@ -57,15 +52,17 @@ class AppendOnlyCSV:
         self.num_dropped_rows = len(rows) - len(self.rows)
         """Number of rows of later steps that were dropped."""
         with reported_write(path):
-            with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-                file.write(",".join(columns) + "\n")
-                file.writelines(",".join(row[name] for name in columns) + "\n" for row in self.rows)
-            self._file = path.open("a", encoding="utf-8")
+            with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(file, columns, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(self.rows)
+            self._file = path.open("a", encoding="utf-8", newline="")
+        self._writer = csv.DictWriter(self._file, columns, lineterminator="\n")
 
     def add(self, **values: Any) -> None:
         """Append a row; a missing value becomes an empty field."""
         with reported_write(self._path):
-            self._file.write(",".join(_to_csv_field(values.get(name)) for name in self._columns) + "\n")
+            self._writer.writerow(values)
             self._file.flush()  # keeps this row if the run is killed
 
     def flush_to_disk(self) -> None:
@@ -123,9 +120,7 @@ class RunWriter:
 
     def previous_number(self, name: str) -> Optional[float]:
         """Return a number from the result of the earlier parts; None if it is missing or not finite."""
-        value = self.previous_result.get(name)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return float(value) if is_number and math.isfinite(value) else None  # type: ignore[arg-type]
+        return as_number(self.previous_result.get(name))
 
     @property
     def accuracy(self) -> Optional[float]:

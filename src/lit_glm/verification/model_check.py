@@ -168,8 +168,7 @@ def _wrong_backward(runtime: Runtime) -> str:
         return torch.sin(step * torch.arange(math.prod(shape))).reshape(shape).to(runtime.device(0))
 
     def dropped(x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = ops.dropout(x, _SHARE)
-        return out
+        return ops.dropout(x, _SHARE)
 
     for name, computed in (
         ("dropout", dropped),

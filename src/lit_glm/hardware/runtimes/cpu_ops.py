@@ -37,8 +37,7 @@ _ONEDNN_LINEAR = onednn_linear()
 def _onednn_matmul(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     """Multiply x by the transposed weight, with oneDNN."""
     if _ONEDNN_LINEAR is not None:
-        out: Tensor = _ONEDNN_LINEAR(x, weight, bias, "none", [], "")
-        return out
+        return _ONEDNN_LINEAR(x, weight, bias, "none", [], "")
     return F.linear(x.contiguous().to_mkldnn(), weight.contiguous(), bias).to_dense()
 
 
@@ -78,8 +77,7 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     """
     is_plain = x.device.type == "cpu" and x.dtype is torch.float32 and x.dim() == 2
     if PREFERS_ONEDNN and is_plain and len(x) * weight.numel() >= _MIN_MULTIPLY_ADDS and autocast_dtype("cpu") is None:
-        out: Tensor = _OneDNNLinear.apply(x, weight, bias)
-        return out
+        return _OneDNNLinear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
@@ -163,5 +161,4 @@ def dropout(x: Tensor, p: float, onto: Optional[Tensor] = None) -> Tensor:
     """
     if not p:
         return x if onto is None else onto + x
-    dropped: Tensor = _Dropout.apply(x, p, onto)
-    return dropped
+    return _Dropout.apply(x, p, onto)

@@ -78,8 +78,7 @@ class XMLIRRuntime(Runtime):
 
     def device(self, index: int) -> torch.device:
         """Return xpu:N, created by the vendor's own function."""
-        device: torch.device = self._vendor.device(f"xpu:{index}")
-        return device
+        return self._vendor.device(f"xpu:{index}")
 
     def set_device(self, index: int) -> None:
         self._vendor.xpu.set_device(index)
@@ -99,8 +98,7 @@ class XMLIRRuntime(Runtime):
 
     def checkpoint(self) -> Callable[..., Any]:
         """Return the vendor's own function, because torch's saves the state of CUDA generators."""
-        function: Callable[..., Any] = importlib.import_module("torch_xmlir.nn.checkpoint").checkpoint
-        return function
+        return importlib.import_module("torch_xmlir.nn.checkpoint").checkpoint
 
     def autocast(self, dtype: torch.dtype) -> ContextManager[Any]:
         """Return the vendor's own context, if the package has one."""
