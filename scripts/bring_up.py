@@ -6,6 +6,7 @@ failed, or for which no time was left, are listed.
 
 import argparse
 import json
+import math
 import shlex
 import signal
 import subprocess
@@ -19,6 +20,9 @@ _STEPS = 20
 _SEQUENCES = ["data=synthetic", "data.synthetic.lengths=record", "data.synthetic.num_train=4000"]
 _SHORT = [f"run.max_steps={_STEPS}", "run.max_samples=100000000", "run.evaluate=false", "data.synthetic.num_eval=50"]
 _SHORT += ["run.checkpoint_interval_steps=null", "callbacks=none", "logger=none"]
+_KEYS_OF_STEPS = ("bs", "precision", "precision.tf32", "scoring", "callbacks", "run.evaluate")
+_KEYS_OF_STEPS += ("model.attention", "model.activation_checkpointing", "model.compile")
+"""Keys that a row of the page is named after: with another value the row would have a wrong name."""
 _TINY = ["model=glm_tiny", "model.max_sequence_length=512", "data.synthetic.num_train=300"]
 
 
@@ -249,10 +253,17 @@ def _last_loss(step: Step) -> str:
     return f"{losses[-1]:.4f}" if losses else ""
 
 
+def _first_not_finite(losses: List[float]) -> Optional[int]:
+    return next((number for number, loss in enumerate(losses, 1) if not math.isfinite(loss)), None)
+
+
 def _compare_losses(steps: List[Step]) -> List[str]:
     """Compare the losses of the debug run with the CPU's."""
     losses = {step.name: _losses(step) for step in steps}
     device, cpu = losses.get("debug run", []), losses.get("debug run on the CPU", [])
+    wrong = _first_not_finite(device)
+    if wrong is not None:
+        return [f"FAIL: the loss of the debug run (fp32) is not finite on the device from step {wrong} on."]
     if not device or len(device) != len(cpu):
         return ["The losses of the debug run could not be compared with the CPU's."]
     difference = max(abs(one - other) for one, other in zip(device, cpu))
@@ -296,6 +307,10 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     overrides = [_with_absolute_path(override) for override in given.overrides]
     overrides += [f"--config-dir={given.config_dir.resolve()}"] if given.config_dir is not None else []
+    fixed = [override for override in overrides if override.lstrip("+~").partition("=")[0] in _KEYS_OF_STEPS]
+    if fixed:
+        print(f"lit_glm: {', '.join(fixed)}: is set by the steps themselves; leave it out", file=sys.stderr)
+        return 2
     tiny = any(word in ("hardware=cpu", "hardware.runtime=simulated") for word in overrides)
     try:
         hardware = hardware_of(overrides)
@@ -314,7 +329,8 @@ def main() -> int:
     report = [sys.executable, "-m", "lit_glm.report", runs, "--format", "md,csv,html", "--out", str(folder / "report")]
     subprocess.run(report, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
     print(f"lit_glm: {folder}/bring_up.md")
-    return 1 if any(step.status.startswith("exit status") for step in steps) else 0
+    has_failed = any(step.status.startswith("exit status") for step in steps)
+    return int(has_failed or _first_not_finite(_losses(steps[0])) is not None)
 
 
 if __name__ == "__main__":

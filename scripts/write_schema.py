@@ -58,7 +58,8 @@ VERIFY: Dict[str, str] = {
     "complete": "whether all checks have ended; the file grows as they end",
     "ok": "whether no check failed",
     "finished": "date and time",
-    "hardware, topology, runtime, simulated, driver, device_name, host, torch": "what was verified, and where",
+    "hardware, topology, runtime, simulated, computed_on_cpu": "what was verified",
+    "driver, device_name, host, torch": "where",
     "precisions": "name -> whether all that belongs to it passed; those that were not tried are not there",
     "checks": "a list: name, status (ok, warn, fail, skip), message, value, bound, advice",
 }

@@ -3,6 +3,7 @@
 import json
 import shutil
 import socket
+import threading
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -14,6 +15,8 @@ from lit_glm.check_result import CheckResult
 from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
 from lit_glm.doctor import run_check
+from lit_glm.hardware.monitors import DeviceReading, Monitor
+from lit_glm.hardware.runtimes.selection import SimulatedRuntime
 
 Checks = Dict[str, Dict[str, str]]
 
@@ -150,6 +153,33 @@ def test_a_batch_beyond_the_memory(capfd: Any) -> None:
     status, found = doctor(capfd, *large, *chip)
     assert (status, failed(found)) == (1, ["memory"])
     assert "no bs fits" in found["memory"]["advice"]
+
+
+@pytest.mark.parametrize(
+    ("power", "said"),
+    [("120", "the device monitor raises TypeError"), (None, "the device monitor takes more than 0.05 s for a reading")],
+)
+def test_a_monitor_that_is_slow_or_returns_text(power: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+
+    def read(_devices: Any) -> List[DeviceReading]:
+        if power is None:
+            over.wait()
+        return [DeviceReading(0, None, power, None, None, None)]
+
+    monkeypatch.setattr(preflight, "monitor_for", lambda _: Monitor(read))
+    monkeypatch.setattr(preflight, "_READING_S", 0.05 if power is None else 60.0)
+    (problem,) = preflight._try_monitor(validate_config(compose_config("train", []), TrainConfig))
+    over.set()
+    assert said in problem
+
+
+def test_the_memory_of_a_file_counts_where_the_device_reports_none(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SimulatedRuntime, "total_memory", lambda *_: None)
+    large = [entry for entry in GOLDEN_RUN if not entry.startswith("model.")]
+    chip = ["hardware=r300", "hardware.runtime=simulated", "hardware.memory_gib=4"]
+    status, found = doctor(capfd, *large, *chip)
+    assert (status, failed(found)) == (1, ["memory"])
 
 
 def test_words_where_the_vocabulary_is_known(capfd: Any) -> None:

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +21,7 @@ from lit_glm.config.hydra_main import CONF_DIR
 from lit_glm.config.schema import ModelConfig, TrainConfig
 from lit_glm.data.memmap_dataset import SequenceLengths, summarise_hdf5
 from lit_glm.errors import InputError, first_line
-from lit_glm.hardware.device_monitor import monitor_for
+from lit_glm.hardware.device_monitor import format_reading, monitor_for
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.hardware.runtimes.selection import check_device_count, make_runtime, validate_devices
 from lit_glm.isolated_process import call_isolated
@@ -34,6 +35,7 @@ _TRIED_MIB = 64
 _SLOW_MIB_S = 50.0
 _MAX_EXAMPLE_CHARS = 48  # characters of an example
 _RENDEZVOUS_S, _OTHER_NODES_S = 6.0, 30.0
+_READING_S = 10.0  # for one reading of the device monitor
 _BUSY_PERCENT = 25.0
 _VOCABULARY = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
 """SHA-256 of vocab.txt of google-bert/bert-large-uncased: 30,522 word pieces."""
@@ -163,8 +165,7 @@ def check_memory(config: TrainConfig, runtime: Optional[Runtime]) -> CheckResult
         return CheckResult("", "skip", "not estimated: the data does not exist yet")
     check = estimates.check_memory(config, SequenceLengths.from_hdf5(path), runtime)
     message, *advice = estimates.memory_message(config, check).split("\n")
-    unknown = runtime is None or runtime.total_memory(0) is None
-    status = "fail" if advice else "warn" if unknown else "ok"
+    status = "fail" if advice else "warn" if check.available_bytes is None else "ok"
     return CheckResult("", status, message.replace("memory: ", ""), "; ".join(advice).replace("memory: ", ""))
 
 
@@ -211,11 +212,20 @@ def _try_monitor(config: TrainConfig) -> List[str]:
     monitor = monitor_for(config.hardware)
     if monitor is None:
         return []
-    try:
-        readings = monitor.read(None)
-    except Exception as error:  # a user's monitor
-        return [f"the device monitor raises {type(error).__name__} ({first_line(error)}): no power, no energy"]
-    return [] if readings else ["the device monitor gives no readings: power and energy will be unknown"]
+    problems = [f"the device monitor takes more than {_READING_S:g} s for a reading: no power, no energy"]
+
+    def read() -> None:
+        try:
+            rows = [format_reading(0.0, 0, reading) for reading in monitor.read(None)]
+            problems[:] = [] if rows else ["the device monitor gives no readings: power and energy will be unknown"]
+        except Exception as error:  # a user's monitor
+            kind = type(error).__name__
+            problems[:] = [f"the device monitor raises {kind} ({first_line(error)}): no power, no energy"]
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    reader.join(_READING_S)
+    return list(problems)
 
 
 def check_precision(config: TrainConfig, runtime: Runtime) -> CheckResult:

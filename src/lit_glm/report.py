@@ -176,7 +176,7 @@ def _best_run_text(runs: "List[ReportRun]", key: str) -> str:
         raise InputError(f"--sort {key}: no complete run has this metric")
     plain = [run for run in known if not run.result.get("simulated") and not run.result.get("profiled")]
     known = plain or known  # simulated and profiled runs count only if there are no others
-    best = min(known, key=lambda run: METRICS[key].sort_key(run.number(key)))
+    best = min(known, key=lambda run: METRICS[key].sort_key(run.number(key), run.result.get("converged")))
     command = run_command_line(best)
     lines = [
         results_table([best.result]),

@@ -12,7 +12,7 @@ from conftest import GOLDEN, lit_glm_here
 from lit_glm.data.h5sparse import SparseReader
 from lit_glm.data.prepare_hdf5 import _encode_in_parallel
 from lit_glm.data.superglue_jsonl import SkippedRecords, read_questions
-from lit_glm.errors import RunError
+from lit_glm.errors import InputError, RunError
 
 VOCAB = GOLDEN / "bert-large-uncased-vocab.txt"
 
@@ -40,6 +40,13 @@ LINES = [
     record(answers=("Cyd",)),
     json.dumps([1, 2]),
 ]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+def test_wide_characters_are_named(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text(record() + "\n", encoding=encoding)
+    with pytest.raises(InputError, match=f"it is {encoding[:6].upper()}.* iconv -f {encoding[:6].upper()} -t UTF-8"):
+        list(read_questions(tmp_path / "x.jsonl", True, SkippedRecords()))
 
 
 @pytest.mark.parametrize("train", [True, False])

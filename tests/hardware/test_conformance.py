@@ -195,6 +195,10 @@ def test_memory_above_the_devices_is_no_figure(own: Path) -> None:
     result = json.loads((own / "run" / "result.json").read_text())
     assert result["mem_actual_gib"] is None
     assert "is above the device's 0.0" in result["missing_data"][0]
+    how += ["hardware._target_=minibeads.NoTotal", "hardware.memory_gib=0.01"]  # the total of the file counts too
+    assert lit_glm_here("train", *how, "run.max_steps=1", "hydra.run.dir=other") == 0
+    result = json.loads((own / "other" / "result.json").read_text())
+    assert (result["mem_actual_gib"], result["mem_total_gib"]) == (None, 0.01)
 
 
 RAISING = """

@@ -12,8 +12,15 @@ import pytest
 
 from lit_glm.config.schema import HardwareConfig, TopologyConfig, TrainConfig
 from lit_glm.hardware import device_monitor
-from lit_glm.hardware.device_monitor import COLUMNS, MonitoredMemory, load_readings, monitor_devices, monitor_for
-from lit_glm.hardware.monitors import MONITORS, Monitor
+from lit_glm.hardware.device_monitor import (
+    COLUMNS,
+    MonitoredMemory,
+    format_reading,
+    load_readings,
+    monitor_devices,
+    monitor_for,
+)
+from lit_glm.hardware.monitors import MONITORS, DeviceReading, Monitor
 from lit_glm.launch import launcher
 from lit_glm.metrics.energy import energy_metrics, integrate_power
 from lit_glm.runs import environment
@@ -180,6 +187,28 @@ def test_missing_readings_are_bridged_and_longer_gaps_are_not(tmp_path: Path) ->
     assert took([time_s for time_s in seconds if not 480 < time_s < 505])["energy_j"] == pytest.approx(99_000)
     assert took([time_s for time_s in seconds if not 475 < time_s < 505])["energy_j"] == pytest.approx(99_000)  # five
     assert took([time_s for time_s in seconds if not 475 < time_s < 510])["energy_j"] is None
+
+
+def test_the_time_between_the_parts_of_a_run_is_no_gap(tmp_path: Path) -> None:
+    times = [*range(0, 101, 5), *range(400, 501, 5)]
+    table(tmp_path, [f"{time_s},0,0,1,{100 if time_s < 200 else 300},," for time_s in times])
+    spans = [[[10.0, 102.0], [404.0, 490.0]]]
+    found = energy_metrics(tmp_path, TrainConfig(hardware=hardware(every=5.0)), spans, 10.0)
+    assert found["energy_j"] == pytest.approx(92 * 100 + 86 * 300)
+    assert found["energy_bridged_share"] == 0.0
+    table(tmp_path, [f"{time_s},0,0,1,100,," for time_s in times if not 40 < time_s < 80])
+    assert energy_metrics(tmp_path, TrainConfig(hardware=hardware(every=5.0)), spans, 10.0)["energy_j"] is None
+
+
+def test_values_that_are_not_finite_are_unknown(tmp_path: Path) -> None:
+    nan, infinite = float("nan"), float("inf")
+    assert format_reading(0.0, 0, DeviceReading(0, 1024.0, infinite, nan, nan, None)) == "0.000,0,0,,,,\n"
+    (tmp_path / "devices.csv").write_text(",".join(COLUMNS) + "\n0,0,0,nan,inf,nan,\n10,0,0,nan,inf,nan,\n")  # of 0.1.0
+    memory = MonitoredMemory()
+    memory.start(tmp_path / "devices.csv", 0, Monitor(lambda _: [], "NOTHING_VISIBLE"))
+    assert memory.peak() is None
+    took = energy_metrics(tmp_path, config(1, 1), [[[0.0, 10.0]]], 1.0)
+    assert set(took.values()) == {None}
 
 
 def test_each_node_has_its_own_training_time(tmp_path: Path) -> None:

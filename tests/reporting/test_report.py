@@ -180,6 +180,9 @@ def test_the_best_run_and_rows_in_its_order(tmp_path: Path, capfd: Any) -> None:
     assert f"best of 3 by p_core (40.00): {tmp_path}/5" in report(capfd, tmp_path, "--best", "--sort", "p_core")[1]
     rows = performance(report(capfd, tmp_path, "--sort", "p_core")[1])
     assert [row[2].split(",")[0] for row in rows] == ["bs=5", "bs=6", "bs=4", "bs=9"]
+    make_run(tmp_path / "early", "bs=7", e2e_time=10.0, converged=False)  # its limit of steps came first
+    assert f"{tmp_path}/early" not in report(capfd, tmp_path, "--best", "--sort", "e2e_time")[1]
+    assert performance(report(capfd, tmp_path, "--sort", "e2e_time")[1])[3][2].startswith("bs=7")
     status, _, said = report(capfd, tmp_path, "--sort", "beauty")
     assert status == 2
     assert "--sort beauty: must be one of acc, p_core" in said
@@ -423,6 +426,12 @@ def test_a_machine_that_is_unknown_is_named(tmp_path: Path, capfd: Any) -> None:
     labels = [row[0] for row in performance(report(capfd, str(one), str(other))[1])]
     assert any("driver: 4.0.25" in label for label in labels)
     assert any("driver: unknown" in label for label in labels)
+
+
+def test_runs_of_unknown_machines_are_not_averaged(tmp_path: Path, capfd: Any) -> None:
+    for name in ("one", "other"):
+        (make_run(tmp_path / name, PUBLISHED) / "environment.json").unlink()
+    assert len(performance(report(capfd, tmp_path)[1])) == 2
 
 
 def test_figures_that_only_some_runs_have_are_counted(tmp_path: Path, capfd: Any) -> None:

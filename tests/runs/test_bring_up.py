@@ -51,6 +51,27 @@ def test_a_stop_ends_the_step_that_runs(tmp_path: Path) -> None:
     assert not any(step.is_running() and step.status() != psutil.STATUS_ZOMBIE for step in steps)
 
 
+def test_a_key_that_names_a_row_is_refused(tmp_path: Path) -> None:
+    command = ["bash", str(SCRIPT), "hardware=cpu", "bs=3", "++model.compile=true", "--out", str(tmp_path / "page")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "lit_glm: bs=3, ++model.compile=true: is set by the steps themselves; leave it out\n"
+
+
+def test_losses_that_are_not_finite_are_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    bring_up = importlib.import_module("bring_up")
+    steps = [bring_up.Step(name, "train", run_dir=tmp_path / name) for name in ("debug run", "debug run on the CPU")]
+    for step, losses in zip(steps, (["0.5", "nan", "0.4"], ["0.5", "0.4", "0.4"])):
+        step.run_dir.mkdir()
+        rows = [f"{number},0,4,{loss}" for number, loss in enumerate(losses, 1)]
+        (step.run_dir / "steps.csv").write_text("\n".join(["step,epoch,samples,loss", *rows]) + "\n")
+    (line,) = bring_up._compare_losses(steps)
+    assert line == "FAIL: the loss of the debug run (fp32) is not finite on the device from step 2 on."
+    steps[0].run_dir = steps[1].run_dir
+    assert bring_up._compare_losses(steps)[0].endswith("largest difference from the CPU's 0.")
+
+
 def test_files_of_the_users_are_found_from_the_folder_of_the_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -200,6 +200,10 @@ def test_a_global_batch_above_the_examples_is_refused_and_short_batches_count_wh
     final = result(tmp_path / "run")
     assert final["num_trained_samples"] == 64 + 40
     assert final["p_core"] == pytest.approx(104 / final["pure_compute_time"])
+    last = json.loads((tmp_path / "run" / "perf.log").read_text().splitlines()[-1].split(" ", 1)[1])["value"]
+    assert last["num_trained_samples"] == 120  # FlagPerf's counter, and its rates agree with it
+    assert last["throughput(ips)_pure_compute"] == pytest.approx(120 / last["pure_training_computing_time"])
+    assert last["throughput(ips)_raw"] == pytest.approx(120 / last["raw_train_time"])
 
 
 def test_the_rate_that_trains_is_the_one_reported(tmp_path: Path) -> None:
@@ -217,6 +221,10 @@ def test_a_run_that_diverges_ends_and_says_so(tmp_path: Path, capfd: Any) -> Non
     final = result(tmp_path / "run")
     assert final["status"] == "failed"
     assert final["error"].startswith("diverged: 6 consecutive steps without an update")
+    steps = (tmp_path / "run" / "steps.csv").read_text().splitlines()[1:]
+    assert (final["global_steps"], final["skipped_steps"]) == (len(steps), 6)
+    assert final["num_trained_samples"] == 4 * len(steps)
+    assert final["acc"] is None  # none was evaluated after the last step
 
 
 MINE = """

@@ -87,8 +87,9 @@ def test_a_precision_that_cannot_be_tried_is_not_recorded_as_verified(monkeypatc
     assert tried.passed == {}
 
 
-def test_pretended_cards_verify_nothing(tmp_path: Path) -> None:
-    told = {"hardware": "a", "driver": None, "simulated": True}
+@pytest.mark.parametrize("mark", ["simulated", "computed_on_cpu"])
+def test_pretended_cards_verify_nothing(mark: str, tmp_path: Path) -> None:
+    told = {"hardware": "a", "driver": None, mark: True}
     environment.write_verification(
         tmp_path / "verify" / "x", told, [CheckResult("clock", "ok", "waits")], {"fp32": True}
     )

@@ -138,9 +138,9 @@ def validate_config(cfg: DictConfig, schema: "type[Config]") -> Config:
     complaints = range_errors(config)
     if config.data.name == "record" and config.data.synthetic is not None:
         complaints.append(
-            "data=record: is the published data, but data.synthetic is set (by the experiment, or on the command line) "
-            "and would generate other data under this name; choose data=synthetic, add data.synthetic=null, or leave "
-            "data=record out"
+            "data=record: is the published data, and chosen where no other data= is given, but data.synthetic is set "
+            "(by the experiment, or on the command line) and would generate other data under this name; add "
+            "data=synthetic or data.synthetic=null, or leave data=record out"
         )
     if complaints:
         raise InputError("\n".join(complaints))

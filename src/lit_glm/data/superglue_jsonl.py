@@ -82,7 +82,7 @@ def read_questions(path: Path, train: bool, skipped: SkippedRecords) -> Iterator
         for number, raw in enumerate(file, start=1):
             read += len(raw)
             if number == 1:
-                _reject_utf16(path, raw)
+                _reject_wide_characters(path, raw)
             if raw.startswith(codecs.BOM_UTF8):  # at the start of a file, or of one of several that were concatenated
                 raw = raw[len(codecs.BOM_UTF8) :]
             if not raw.strip():
@@ -101,14 +101,16 @@ class UnusableRecord(Exception):
     """Exception with the reason why a line is skipped."""
 
 
-def _reject_utf16(path: Path, raw: bytes) -> None:
-    """Reject a file in UTF-16, which cannot be split into lines as bytes.
+def _reject_wide_characters(path: Path, raw: bytes) -> None:
+    """Reject a file in UTF-16 or UTF-32, which cannot be split into lines as bytes.
 
     Raises:
         InputError: with the command that converts it.
     """
-    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or raw[1:2] == b"\0" or raw[:1] == b"\0":
-        raise InputError(f"{path}: not UTF-8 (it is UTF-16); convert it: iconv -f UTF-16 -t UTF-8 {path} > FILE")
+    is_utf32 = raw.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)) or b"\0\0\0" in (raw[:3], raw[1:4])
+    if is_utf32 or raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in raw[:2]:
+        name = "UTF-32" if is_utf32 else "UTF-16"
+        raise InputError(f"{path}: not UTF-8 (it is {name}); convert it: iconv -f {name} -t UTF-8 {path} > FILE")
 
 
 def _parse_json(raw: bytes) -> Any:

@@ -134,13 +134,22 @@ def monitor_devices(
             problem, _ = process.communicate(timeout=_STOP_TIMEOUT_S)  # closes its standard input
         except subprocess.TimeoutExpired:
             process.kill()
-            problem, _ = process.communicate()
+            process.communicate()
+            problem = f"a reading took more than {_STOP_TIMEOUT_S:g} s"
         if problem:
             log.warning(f"device monitor {name}: {problem.strip()}; {file.name} lacks readings")
 
 
 def _format_number(value: Optional[float]) -> str:
-    return "" if value is None else f"{value:.9g}"
+    return "" if value is None or not math.isfinite(value) else f"{value:.9g}"
+
+
+def _parse_number(text: str) -> Optional[float]:
+    try:
+        value = float(text)
+    except ValueError:  # empty, or cut off
+        return None
+    return value if math.isfinite(value) else None
 
 
 def format_reading(time_s: float, node: int, reading: DeviceReading) -> str:
@@ -212,8 +221,9 @@ class MonitoredMemory:
         self._read_to += len(complete)
         for line in complete.decode("utf-8", errors="replace").splitlines():
             fields = line.split(",")
-            if len(fields) == len(COLUMNS) and fields[2] == self._device and fields[3]:
-                self.last = float(fields[3]) * 2**30
+            gib = _parse_number(fields[3]) if len(fields) == len(COLUMNS) and fields[2] == self._device else None
+            if gib is not None:
+                self.last = gib * 2**30
                 self._peak = max(self._peak or 0.0, self.last)
 
     def peak(self) -> Optional[float]:
@@ -233,11 +243,8 @@ def load_readings(file: Path) -> Dict[Tuple[str, str], List[Dict[str, Optional[f
         fields = line.split(",")
         if len(fields) != len(COLUMNS):
             continue
-        try:
-            values = [float(field) if field else None for field in (fields[0], *fields[3:])]
-        except ValueError:
-            continue
-        if values[0] is None or not math.isfinite(values[0]):
+        values = [_parse_number(field) for field in (fields[0], *fields[3:])]
+        if values[0] is None:
             continue
         readings_of_device.setdefault((fields[1], fields[2]), []).append(dict(zip((COLUMNS[0], *COLUMNS[3:]), values)))
     for readings in readings_of_device.values():

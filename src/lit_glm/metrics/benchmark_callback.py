@@ -14,6 +14,7 @@
 
 import logging
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Tuple
 
@@ -189,6 +190,11 @@ class BenchmarkCallback(pl.Callback):
         if self._epoch >= 0:
             self.events.emit("EPOCH_END", {"epoch": self._epoch})
         self.events.emit("TRAIN_END")
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Write the result of the completed steps, so that its counters and its times belong together."""
+        with suppress(Exception):  # the exception itself is reported
+            self.run_metrics.write(self._module(pl_module))
 
     # -- after a step ------------------------------------------------------------------------------------------
 

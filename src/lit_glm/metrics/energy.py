@@ -38,15 +38,21 @@ def integrate_power(readings: List[Reading], spans: List[Span], interval_s: floa
     if not known and spans:
         return None
     joules, bridged_s, (times, powers) = 0.0, 0.0, np.array(known, float).reshape(-1, 2).T
-    for begin, end in spans:
-        first, last = np.searchsorted(times, begin, side="right"), np.searchsorted(times, end)
-        nearby = times[max(0, first - 1) : last + 1]
+    for number, (begin, end) in enumerate(spans):
+        # Between the parts of a resumed run nothing was read: that is no gap in the readings of a part.
+        since = begin - (1.0 + _LATE) * interval_s if number > 0 else -np.inf
+        until = end + (1.0 + _LATE) * interval_s if number + 1 < len(spans) else np.inf
+        part_times, part_powers = (column[(since <= times) & (times <= until)] for column in (times, powers))
+        if not len(part_times):
+            return None
+        first, last = np.searchsorted(part_times, begin, side="right"), np.searchsorted(part_times, end)
+        nearby = part_times[max(0, first - 1) : last + 1]
         moments = np.concatenate([[min(begin, nearby[0])], nearby, [max(end, nearby[-1])]])
         gaps = np.diff(moments)
         if gaps.max() > (_MAX_MISSING + 1 + _LATE) * interval_s:
             return None
-        sample_times = np.concatenate([[begin], times[first:last], [end]])
-        power = np.interp(sample_times, times, powers)
+        sample_times = np.concatenate([[begin], part_times[first:last], [end]])
+        power = np.interp(sample_times, part_times, part_powers)
         joules += float((np.diff(sample_times) * (power[1:] + power[:-1])).sum() / 2)
         within = np.diff(np.clip(moments, begin, end))
         bridged_s += float(within[gaps > (1.0 + _LATE) * interval_s].sum())

@@ -159,7 +159,7 @@ def check_memory(
     Args:
         config: run configuration.
         lengths: lengths of the training examples.
-        runtime: queried for total and used memory of the device; None: unknown.
+        runtime: queried for total and used memory of the device, the total else from the hardware file; None: unknown.
         index: index of the device.
         base: bytes in use before the model was created; None: bytes in use now.
     """
@@ -167,6 +167,8 @@ def check_memory(
     ranks = config.topology.devices_per_node
     if runtime is not None:
         total, device = runtime.total_memory(index), runtime.device(index)
+        if total is None and config.hardware.memory_gib is not None:
+            total = config.hardware.memory_gib * _GIB
         sharing = ranks if runtime.shares_memory else 1
         available_bytes = None if total is None else total / sharing
         base = runtime.memory_in_use(index) if base is None else base

@@ -89,22 +89,26 @@ class PerfEvents:
         self.emit("STEP_END", value, step=step, loss=loss)
 
     def finished(self, result: Dict[str, Any]) -> None:
-        """Emit FINISHED with the result of the run."""
-        steps = result["global_steps"]
+        """Emit FINISHED with the result of the run; as in FlagPerf, every step counts with the global batch size."""
+        counted, samples = result["global_steps"] * self._config.global_batch, result["num_trained_samples"]
+        whole, train, core = (
+            rate if rate is None or not samples else rate * counted / samples
+            for rate in (result["p_whole"], result["p_train"], result["p_core"])
+        )
         self.emit(
             "FINISHED",
             {
                 "e2e_time": result["e2e_time"],
-                "global_steps": steps,
-                "num_trained_samples": steps * self._config.global_batch,
-                "training_sequences_per_second": result["p_whole"],
+                "global_steps": result["global_steps"],
+                "num_trained_samples": counted,
+                "training_sequences_per_second": whole,
                 "converged": result["converged"],
                 "final_accuracy": result["acc"],
                 "raw_train_time": result["raw_train_time"],
                 "init_time": result["init_time"],
                 "pure_training_computing_time": result["pure_compute_time"],
-                "throughput(ips)_raw": result["p_whole"],
-                "throughput(ips)_no_eval": result["p_train"],
-                "throughput(ips)_pure_compute": result["p_core"],
+                "throughput(ips)_raw": whole,
+                "throughput(ips)_no_eval": train,
+                "throughput(ips)_pure_compute": core,
             },
         )

@@ -65,11 +65,16 @@ class Metric:
             entry = entry.get(key) if isinstance(entry, dict) else None
         return as_number(entry)
 
-    def sort_key(self, value: Optional[float]) -> Tuple[bool, float]:
-        """Return a key that sorts values, best first and unknown ones last."""
+    def sort_key(self, value: Optional[float], converged: Any = True) -> Tuple[bool, bool, float]:
+        """Return a key that sorts values, best first and unknown ones last.
+
+        Args:
+            value: value of a run or of several.
+            converged: whether they reached the target; end-to-end times without it come after those with it.
+        """
         if value is None:
-            return True, 0.0
-        return False, value if self.better == "lower" else -value
+            return True, False, 0.0
+        return False, self.name == "e2e_time" and not converged, value if self.better == "lower" else -value
 
 
 def as_number(value: Any) -> Optional[float]:

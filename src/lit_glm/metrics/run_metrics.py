@@ -9,6 +9,7 @@ from lit_glm.config.schema import TrainConfig
 from lit_glm.data.sampler import InfiniteDistributedBatchSampler
 from lit_glm.hardware.monitors import is_mig_slice
 from lit_glm.hardware.runtimes.base import Runtime
+from lit_glm.hardware.runtimes.selection import computes_on_cpu
 from lit_glm.metrics import timing
 from lit_glm.metrics.flops import FlopCounter, compute_mfu, peak_key
 from lit_glm.metrics.system_info import ContentionMonitor
@@ -168,8 +169,8 @@ class RunMetrics:
         before = writer.previous_number("mem_actual_gib")
         used = None if peak is None or not self.has_earlier_result else peak / 2**30
         missing = self.missing_data
-        if used is not None and measured is not None and used > _ABOVE_TOTAL * measured / 2**30:
-            missing = [*missing, f"memory in use, {used:.1f} GiB, is above the device's {measured / 2**30:.1f}"]
+        if used is not None and total is not None and used > _ABOVE_TOTAL * total:
+            missing = [*missing, f"memory in use, {used:.1f} GiB, is above the device's {total:.1f}"]
             used = before = None  # no value rather than a wrong one
         row = {
             "status": "running",
@@ -191,7 +192,7 @@ class RunMetrics:
             "data_fingerprint": self._data_fingerprint,
             "runtime": self._runtime.name,
             "simulated": self._runtime.simulated,
-            "computed_on_cpu": config.hardware._target_ is not None and self._runtime.device(0).type == "cpu",
+            "computed_on_cpu": computes_on_cpu(config.hardware, self._runtime),
             "tf32": self._peak_name() == "tf32",
             "training_spans": self._training_spans(e2e),
             "missing_data": missing,

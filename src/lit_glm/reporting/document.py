@@ -83,7 +83,7 @@ def make_document(
     """
     rows = group_into_rows(runs)
     if sort is not None:
-        rows.sort(key=lambda row: METRICS[sort].sort_key(row.median(sort)))
+        rows.sort(key=lambda row: METRICS[sort].sort_key(row.median(sort), row.converged))
     rows.sort(key=lambda row: not row.runs[0].is_measurement)
     hardware = list(dict.fromkeys(str(row["hardware"]) for row in rows))
     environments = [

@@ -61,7 +61,7 @@ def published_tables(rows: List[ReportRow], words: Translations) -> Tuple[Report
         matches, note = matching_rows(row, published, words)
         if note:
             notes.append(note)
-        is_e2e_comparable = all(run.result.get("converged") for run in row.runs)
+        is_e2e_comparable = row.converged
         target = row.runs[0].settings.get("run.target_accuracy")
         if matches and not is_e2e_comparable:
             notes.append(Note("no_ratio_e2e", unique_row_label(row, words)))

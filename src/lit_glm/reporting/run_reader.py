@@ -99,6 +99,11 @@ class ReportRow:
         return self.runs[0].result.get(key)
 
     @property
+    def converged(self) -> bool:
+        """Whether all runs reached the target."""
+        return all(run.result.get("converged") for run in self.runs)
+
+    @property
     def nodes(self) -> Tuple[int, int]:
         """Nodes and devices per node, for sorting; (0, 0) if the topology is not of the form NxM."""
         nodes, _, devices = str(self["topology"]).partition("x")
@@ -307,7 +312,8 @@ def _comparability_key(run: ReportRun) -> List[Any]:
     """Return what must be equal within a row in addition to settings: machine and state."""
     kinds = [bool(run.result.get(key)) for key in ("simulated", "profiled")]
     state = [*kinds, run.is_measurement, run.complete or str(run.path), run.result.get("environment_changes") or []]
-    return [*state, run.result.get("tf32"), run.result.get("runtime"), comparable_environment(run.environment)]
+    machine = comparable_environment(run.environment) or str(run.path)  # an unknown machine equals no other
+    return [*state, run.result.get("tf32"), run.result.get("runtime"), machine]
 
 
 def _compared_settings(run: ReportRun) -> Dict[str, Any]:

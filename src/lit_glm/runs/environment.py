@@ -143,7 +143,7 @@ def latest_verification(
 ) -> Optional[Dict[str, Any]]:
     """Return the newest verification, passed or failed, of a hardware, driver, precision and runtime; None without one.
 
-    Verifications of simulated devices do not count.
+    Verifications of simulated devices, or computed on the CPU instead of the device, do not count.
 
     Args:
         starts: folders at and above which `outputs/verify` is searched: the run folder, and the working directory.
@@ -159,6 +159,7 @@ def latest_verification(
             fits = (content.get("hardware"), content.get("driver")) == (hardware, driver)
             fits = fits and runtime in (None, content.get("runtime"))
             verified = content.get("precisions")
-            if fits and not content.get("simulated") and isinstance(verified, dict) and precision in verified:
+            is_real = not content.get("simulated") and not content.get("computed_on_cpu")
+            if fits and is_real and isinstance(verified, dict) and precision in verified:
                 verifications.append({**content, "file": str(file), "passed": bool(verified[precision])})
     return max(verifications, key=lambda content: str(content.get("finished")), default=None)

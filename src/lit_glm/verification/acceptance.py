@@ -13,6 +13,7 @@ from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
 from lit_glm.hardware.precision import make_precision
 from lit_glm.hardware.runtimes.base import Runtime
+from lit_glm.hardware.runtimes.selection import computes_on_cpu
 from lit_glm.launch.signals import reraise_interruption
 from lit_glm.metrics.flops import peak_key
 from lit_glm.verification import collectives_check, model_check, timing_check
@@ -81,6 +82,7 @@ class AcceptanceTest:
             "topology": config.topology.name,
             "runtime": runtime.name,
             "simulated": runtime.simulated,
+            "computed_on_cpu": computes_on_cpu(config.hardware, runtime),
             "driver": config.report.driver or runtime.driver_version(),
             "device_name": runtime.device_name(0),
             "host": platform.node(),

@@ -185,6 +185,11 @@ def make_runtime(hardware: HardwareConfig, topology: TopologyConfig) -> Runtime:
     raise InputError(_unavailable_message(hardware, reasons))
 
 
+def computes_on_cpu(hardware: HardwareConfig, runtime: Runtime) -> bool:
+    """Return whether a user's runtime class computes on the CPU, as one may while the device is not at hand."""
+    return hardware._target_ is not None and runtime.device(0).type == "cpu"
+
+
 def check_device_count(runtime: Runtime, topology: TopologyConfig) -> None:
     """Check that this node has enough devices for the topology.
 
