@@ -3,14 +3,16 @@
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Iterator, List
 
 import psutil
 import pytest
 
 from conftest import GOLDEN, lit_glm_here
+from lit_glm.data import h5sparse
 from lit_glm.data.h5sparse import SparseReader
-from lit_glm.data.prepare_hdf5 import _encode_in_parallel
+from lit_glm.data.prepare_hdf5 import _encode_in_parallel, prepare_file
 from lit_glm.data.superglue_jsonl import SkippedRecords, read_questions
 from lit_glm.errors import InputError, RunError
 
@@ -40,6 +42,15 @@ LINES = [
     record(answers=("Cyd",)),
     json.dumps([1, 2]),
 ]
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HDF5 would end the process."""
+    write(tmp_path, [record()])
+    monkeypatch.setattr(h5sparse.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
+    with pytest.raises(RunError, match=r"out.hdf5: cannot be written \(No space left on device\); free disk space"):
+        prepare_file(tmp_path / "x.jsonl", tmp_path / "out.hdf5", False, str(VOCAB), 64, 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])

@@ -4,7 +4,10 @@ Each group contains one CSR matrix as h5sparse 0.1 writes it: datasets `data`, `
 `h5sparse_format` and `h5sparse_shape`. Shapes: C candidates of all examples together, N examples, A answers, S tokens.
 """
 
+import errno
 import os
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Dict, List, Optional, Tuple, Type
@@ -19,6 +22,9 @@ TOKEN_MATRICES = ("text", "target", "logit_mask", "position")
 """Matrices of shape [C, S]; position has shape [2 C, S], with alternating positions and block positions."""
 TRAIN_GROUPS = TOKEN_MATRICES + ("mask", "choice_start_end")
 EVAL_GROUPS = TRAIN_GROUPS + ("answer_idx", "answer_start_end")
+
+_MARGIN_BYTES = 2**21
+"""Free space beside the entries that wait: for HDF5's caches and tables."""
 
 
 def require_file(path: Path) -> None:
@@ -213,6 +219,7 @@ class SparseWriter:
         """
         for name, (lengths, indices, values) in columns.items():
             self._matrices[name].add(lengths, indices, values)
+        self._check_space()
         self._separators.append(np.asarray(separators, dtype=np.int64))
         for count, right in zip(candidate_counts, answers):
             self._ranges.append((self._candidates, self._candidates + count))
@@ -220,8 +227,15 @@ class SparseWriter:
             self._answer_ranges.append((len(self._answers), len(self._answers) + len(right)))
             self._answers.extend(right)
 
+    def _check_space(self) -> None:
+        """Raise the error of a full disk before HDF5 meets it: there HDF5 ends the process (2.0.0, on flush)."""
+        needed = _MARGIN_BYTES + sum(matrix.pending_bytes for matrix in self._matrices.values())
+        if shutil.disk_usage(str(self.path.parent)).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+
     def close(self) -> None:
         """Write the small matrices, and rename the file atomically."""
+        self._check_space()
         for name, growing in self._matrices.items():
             growing.finish((2 if name == "position" else 1) * self._candidates, self._num_tokens)
         separators = np.concatenate(self._separators) if self._separators else np.zeros(0, np.int64)
@@ -241,8 +255,9 @@ class SparseWriter:
 
     def abandon(self) -> None:
         """Delete the temporary file, after an error or if there is nothing to write."""
-        self._file.close()
         self._temporary.unlink()
+        with suppress(OSError, RuntimeError):  # a full disk takes not even what HDF5 writes on closing
+            self._file.close()
 
 
 class _GrowingCSR:
@@ -267,6 +282,11 @@ class _GrowingCSR:
                 compression_opts=1,
                 shuffle=True,
             )
+
+    @property
+    def pending_bytes(self) -> int:
+        """Size of the entries in memory, uncompressed: an index and a value each."""
+        return 12 * self._waiting_entries
 
     def add(self, lengths: Any, indices: Any, values: Any) -> None:
         self._lengths.append(np.asarray(lengths, dtype=np.int32))

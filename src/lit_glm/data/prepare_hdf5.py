@@ -1,5 +1,6 @@
 """Streaming conversion of raw ReCoRD to the two HDF5 files of the published layout, with worker processes."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -127,6 +128,7 @@ def prepare_file(raw: Path, out: Path, train: bool, vocab_file: str, max_seq_len
 
     Raises:
         InputError: if no line of the file can be used.
+        RunError: if the disk is full.
     """
     skipped, bytes_read = SkippedRecords(), [0]
     built = PreparedFile(out, 0, 0, 0, skipped)
@@ -162,8 +164,11 @@ def prepare_file(raw: Path, out: Path, train: bool, vocab_file: str, max_seq_len
         writer.close()
         if not train:
             os.replace(temporary, metadata_path)
-    except BaseException:
+    except BaseException as error:
         writer.abandon()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = f"{out}: cannot be written ({error.strerror}); free disk space, or give another data.out_dir="
+            raise RunError(message) from error
         raise
     finally:
         if temporary.exists():
