@@ -99,7 +99,7 @@ SWEEP: Dict[str, str] = {
     "reused_from": "folder of an earlier run whose result was taken",
 }
 TUNE: Dict[str, str] = {
-    "hardware, topology, precision, scoring, model, tf32, max_seq_length": "what the result holds for",
+    "hardware, topology, precision, scoring, model, tf32, simulated, max_seq_length": "what the result holds for",
     "num_layers, hidden_size, num_attention_heads, vocab_size, activation_checkpointing": "of the model",
     "config_hash": "hash of the configuration of the trials",
     "complete": "whether the search has ended by itself; false: larger or faster values may exist",

@@ -317,6 +317,8 @@ class Search:
         config, pair = self.config, f"{self.config.hardware.name}_{self.config.topology.name}"
         order, table, figure = ranking(self.trials), self._table(complete), ""
         lines = [table, ""]
+        is_simulated = config.hardware.runtime == "simulated"
+        lines += ["SIMULATED: computed on the CPU, not measured on the device"] if is_simulated else []
         if not complete:
             lines.append("INCOMPLETE: the search ended early; larger or faster values may exist")
         if not order and any(trial.status in (MEMORY, NOT_TRIED) for trial in self.trials):
@@ -330,6 +332,7 @@ class Search:
                 "to the folder fix_hp/ of your own configuration (--config-dir)",
             ]
             about = f"{config.precision.name}, scoring={config.scoring.name}, model={config.model.name}"
+            about += ", SIMULATED" * is_simulated
             versions = f"lit_glm {lit_glm.__version__}, torch {torch.__version__}, {datetime.date.today()}"
             source = f"Found by `python -m lit_glm.tune` for {pair}: {about}; {versions}."
             conclusion = conclusion if complete else f"INCOMPLETE search (complete: false): {conclusion}"

@@ -173,6 +173,22 @@ def leave_out_jobs(numbers: Sequence[int], own_folders: bool) -> None:
     BasicSweeper.split_arguments = staticmethod(split_rest)  # type: ignore[method-assign]
 
 
+def config_loader(*folders: Any) -> Any:
+    """Return Hydra's loader for folders of configuration files; None is left out.
+
+    A `glob` on the command line needs one, and Hydra makes one for its own parser only.
+    """
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+    from hydra.core.plugins import Plugins
+
+    Plugins.instance()  # registers what reads files
+    path = ConfigSearchPathImpl()
+    for folder in filter(None, folders):
+        path.append("lit_glm", f"file://{Path(folder).absolute()}")
+    return ConfigLoaderImpl(path)
+
+
 def onednn_linear() -> Optional[Callable[..., Any]]:
     """Return oneDNN's linear for dense tensors, (x, weight, bias, "none", [], "") -> y; None before torch 2.
 

@@ -94,6 +94,15 @@ def a_search(folder: Path, age_s: float, **changes: Any) -> Path:
     return folder
 
 
+def test_a_search_on_simulated_devices_is_for_these(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    a_search(Path("outputs/tune/a/real"), 100.0, fastest_bs=8)
+    a_search(Path("outputs/tune/a/simulated"), 50.0, fastest_bs=16, simulated=True)
+    for more, bs in (([], 8), (["hardware.runtime=simulated"], 16)):
+        config = validate_config(compose_config("train", ["experiment=debug", "bs=auto", *more]), TrainConfig)
+        assert config.bs == bs
+
+
 def test_auto_takes_the_newest_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     monkeypatch.chdir(tmp_path)
     a_search(Path("outputs/tune/a/old"), 100.0, fastest_bs=8)

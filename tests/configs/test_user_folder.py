@@ -92,6 +92,22 @@ def test_a_flag_that_does_not_exist(flag: str, said: str, capfd: Any) -> None:
     assert said in capfd.readouterr().err
 
 
+def test_a_glob_is_each_file_of_the_group(tmp_path: Path) -> None:
+    (tmp_path / "scoring").mkdir()
+    (tmp_path / "scoring" / "mine.yaml").write_text("name: published\n")
+    line = CommandLine(["scoring=glob(*)", "bs=4"], multirun=True, config_dir=str(tmp_path))
+    names = [changes[0] for changes, _ in line.combinations()]
+    assert names == ["scoring=mine", "scoring=published", "scoring=shared_context"]
+
+
+def test_a_file_that_asks_for_a_sweep_is_told_how(tmp_path: Path, capfd: Any) -> None:
+    (tmp_path / "own" / "experiment").mkdir(parents=True, exist_ok=True)
+    mode = "# @package _global_\ndefaults:\n  - debug\nhydra: {mode: MULTIRUN}\n"
+    (tmp_path / "own" / "experiment" / "mine.yaml").write_text(mode)
+    assert lit_glm_here("train", "--config-dir", str(tmp_path / "own"), "experiment=mine") == 2
+    assert "start a sweep with -m instead" in capfd.readouterr().err
+
+
 def test_combinations_of_a_command_line() -> None:
     line = CommandLine.read(["-m", "bs=4,5", "model=glm_tiny", "lr=choice(1e-5,2e-5)", "data.train_file='a,b'"])
     assert line.multirun

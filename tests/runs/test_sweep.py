@@ -110,6 +110,17 @@ def test_topologies_in_turn_leave_nothing_behind(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_sweep_in_random_order_runs_each_combination(tmp_path: Path) -> None:
+    """Which of them Hydra numbers how is not known before."""
+    assert lit_glm("train", *SWEEP, "seed=1", cwd=tmp_path).returncode == 0
+    done = lit_glm("train", *SWEEP, "seed=shuffle(1,2,3)", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "sweep" / "sweep.csv").open() as file:
+        seeds = sorted(row["overrides"].partition("seed=")[2][:1] for row in csv.DictReader(file))
+    assert seeds == ["1", "2", "3"]
+
+
+@pytest.mark.slow
 def test_skip_done_can_be_switched_off(tmp_path: Path) -> None:
     """What is there is thrown away only if that is asked for."""
     run = ["experiment=debug", "run.max_steps=3", "logger={}", "bs=2", f"hydra.run.dir={tmp_path}/sweep/0"]

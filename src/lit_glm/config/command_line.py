@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 
+from lit_glm.compat import config_loader
 from lit_glm.config.key_aliases import suggest_key
+from lit_glm.config.schema import CONF_DIR
 from lit_glm.errors import InputError
 
 
@@ -139,6 +141,8 @@ class CommandLine:
             if not override.is_sweep_override():
                 plain.append(text)
             elif override.is_discrete_sweep():
+                if isinstance(override.value(), Glob):
+                    override.config_loader = config_loader(CONF_DIR, self.config_dir)
                 values = override.sweep_string_iterator()
                 sweeps[override.key_or_group] = [f"{text.split('=', 1)[0]}={value}" for value in values]
         return plain, sweeps

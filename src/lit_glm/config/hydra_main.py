@@ -140,7 +140,7 @@ def validate_config(cfg: DictConfig, schema: "type[Config]") -> Config:
         complaints.append(
             "data=record: is the published data, and chosen where no other data= is given, but data.synthetic is set "
             "(by the experiment, or on the command line) and would generate other data under this name; add "
-            "data=synthetic or data.synthetic=null, or leave data=record out"
+            "data.synthetic=null or data=synthetic, or leave data=record out"
         )
     if complaints:
         raise InputError("\n".join(complaints))
@@ -302,6 +302,9 @@ def _run_command(
             combinations = line.sample_combinations(is_group(line.config_dir)) if line.multirun else [line.overrides]
             for overrides in combinations:
                 composed_with_hydra, extra_overrides = _compose_with_hydra(config_name, [*overrides, *line.searchpath])
+            mode = composed_with_hydra.hydra.mode
+            if not line.multirun and mode is not None and mode.name == "MULTIRUN":
+                raise InputError("hydra.mode=MULTIRUN (of a configuration file): start a sweep with -m instead")
             if not line.multirun:
                 composed = _without_hydra(composed_with_hydra)
                 config = validate_config(composed, schema)  # sets the value of bs=auto in `composed` too

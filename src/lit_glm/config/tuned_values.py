@@ -44,6 +44,7 @@ def search_key(config: Any) -> Dict[str, Any]:
         "scoring": config.scoring.name,
         "model": config.model.name,
         "tf32": config.precision.tf32,
+        "simulated": config.hardware.runtime == "simulated",
         **{key: getattr(config.model, key) for key in _MODEL_KEYS},
         "max_seq_length": config.data.max_seq_length,
     }
@@ -78,7 +79,8 @@ def resolve_auto_bs(composed: Any, pair_bs: Any) -> Tuple[int, str]:
     """
     required = search_key(composed)
     for place, content in searches():
-        if not content.get("fastest_bs") or any(content.get(key) != value for key, value in required.items()):
+        found = {"simulated": False, **content}  # in files of earlier versions it is missing
+        if not content.get("fastest_bs") or any(found.get(key) != value for key, value in required.items()):
             continue
         bs = int(content["fastest_bs"])
         if not content.get("complete"):
@@ -93,5 +95,6 @@ def resolve_auto_bs(composed: Any, pair_bs: Any) -> Tuple[int, str]:
     chosen = {key: required[key] for key in ("hardware", "topology", "precision", "scoring", "model")}
     about, given = " ".join(chosen.values()), " ".join(f"{key}={value}" for key, value in chosen.items())
     raise InputError(
-        f"bs=auto: no batch size is known for {about}; `python -m lit_glm.tune {given}` finds one (below outputs/tune/)"
+        f"bs=auto: no batch size is known for {about}; `python -m lit_glm.tune {given} data={composed.data.name}`, "
+        "with the same keys of data and model, finds one (below outputs/tune/)"
     )

@@ -129,6 +129,12 @@ class MemmapDataset:
             )
 
 
+def are_same_data(splits: "Tuple[MemmapDataset, MemmapDataset]", fingerprint: Optional[str]) -> bool:
+    """Return whether training and evaluation data have the fingerprint of a result; None: it is not known, True."""
+    parts = [] if fingerprint is None else str(fingerprint).split("-")
+    return all(split.has_fingerprint(part) for split, part in zip(splits, parts))
+
+
 def open_datasets(data: "DataConfig", model: "ModelConfig") -> Tuple[MemmapDataset, MemmapDataset]:
     """Open training and evaluation data, and check that they fit the model.
 

@@ -11,6 +11,7 @@ from typing import Any, Callable, Dict, List, Optional
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.environments import LightningEnvironment
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lit_glm.compat import has_fused_adamw, keep_own_signals
 from lit_glm.config.command_line import suggest_command
@@ -18,7 +19,7 @@ from lit_glm.config.hydra_main import CONF_DIR
 from lit_glm.config.schema import TrainConfig
 from lit_glm.config.tuned_values import nearest_pair_hint
 from lit_glm.data.datamodule import RecordDataModule
-from lit_glm.data.memmap_dataset import MemmapDataset, SequenceLengths, open_datasets
+from lit_glm.data.memmap_dataset import MemmapDataset, SequenceLengths, are_same_data, open_datasets
 from lit_glm.errors import InputError, RunError, first_line
 from lit_glm.hardware import device_monitor, object_collectives
 from lit_glm.hardware.accelerator import make_accelerator, make_strategy
@@ -104,8 +105,7 @@ def build_components(context: RankContext, heartbeat: Callable[[], None]) -> Tra
     train_split, eval_split = open_datasets(config.data, config.model)
     fingerprint = f"{train_split.fingerprint}-{eval_split.fingerprint}"
     before = (read_result(context.run_dir) or {}).get("data_fingerprint") if resume_from is not None else None
-    earlier = [] if before is None else str(before).split("-")
-    if not all(split.has_fingerprint(text) for split, text in zip((train_split, eval_split), earlier)):
+    if not are_same_data((train_split, eval_split), before):
         raise InputError(
             f"run.resume={context.run_dir}: the run was started with other data (data_fingerprint {before} there, "
             f"{fingerprint} here): {config.data.train_file}, {config.data.eval_file}"
@@ -124,24 +124,27 @@ def build_components(context: RankContext, heartbeat: Callable[[], None]) -> Tra
     loggers = make_loggers(context.job, context.run_dir, checkpoints.checkpoint_step(resume_from))
     # The supervisor has set the rank's variables; inside a Slurm allocation Lightning would read Slurm's instead.
     environment = [] if "TORCHELASTIC_RUN_ID" in os.environ else [LightningEnvironment()]
-    trainer = pl.Trainer(
-        accelerator=make_accelerator(runtime, config.hardware.accelerator),
-        strategy=strategy,
-        devices=config.topology.devices_per_node,
-        num_nodes=config.topology.num_nodes,
-        plugins=[precision, AtomicCheckpointIO(content), *environment],
-        callbacks=[benchmark, *make_callbacks(config)],
-        logger=loggers or False,
-        max_epochs=-1,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=str(context.run_dir),
-        detect_anomaly=False,
-    )
+    try:
+        trainer = pl.Trainer(
+            accelerator=make_accelerator(runtime, config.hardware.accelerator),
+            strategy=strategy,
+            devices=config.topology.devices_per_node,
+            num_nodes=config.topology.num_nodes,
+            plugins=[precision, AtomicCheckpointIO(content), *environment],
+            callbacks=[benchmark, *make_callbacks(config)],
+            logger=loggers or False,
+            max_epochs=-1,
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=str(context.run_dir),
+            detect_anomaly=False,
+        )
+    except MisconfigurationException as error:  # such as a callback that saves checkpoints or shows progress
+        raise InputError(f"callbacks: refused by Lightning: {first_line(error)}") from error
     keep_own_signals(trainer)
     return TrainingComponents(runtime, train_split, module, data, benchmark, trainer, memory, resume_from)
 

@@ -37,7 +37,6 @@ from lit_glm.launch.sweep_processes import (
 )
 from lit_glm.metrics.registry import METRICS, OBJECTIVES, PUBLISHED_COLUMNS
 from lit_glm.runs import discovery
-from lit_glm.runs.environment import environment_differences, local_environment, read_environment
 from lit_glm.runs.job_spec import JOB_FILE, JobSpec, config_hash, ensure_same_config
 from lit_glm.runs.result import (
     COMPLETE,
@@ -335,32 +334,12 @@ def _find_earlier_run(config: TrainConfig, run_dir: Path) -> Optional[Path]:
         runs = discovery.runs_by_config_hash(search_paths(Path(hydra.sweep.dir), is_dir_given)).get(
             config_hash(config), []
         )
-        folder = discovery.best_run(_runs_of_this_machine(runs, config))
+        folder = discovery.best_run(discovery.reusable_runs(runs, config))
     else:
         folder = None
     if folder is not None:
         ensure_same_config(config, folder)
     return folder
-
-
-def _runs_of_this_machine(runs: List[Path], config: TrainConfig, elsewhere: bool = False) -> List[Path]:
-    """Return the runs that were measured with the same machine and software as here; print which were not.
-
-    Args:
-        runs: folders of runs with the same configuration.
-        config: the configuration.
-        elsewhere: whether jobs run on other machines, of which only the software is known here.
-    """
-    here: Dict[str, Any] = local_environment(config) if runs else {}
-    here, same = {"packages": here.get("packages")} if elsewhere else here, []
-    for run in runs:
-        differences = environment_differences(read_environment(run), here)
-        if not differences:
-            same.append(run)
-            continue
-        differing = "; ".join(f"{name} {there}, here {local}" for name, there, local in differences)
-        log.info(f"sweep: {run} is not reused: it was measured on another machine ({differing})")
-    return same
 
 
 def _mask_multirun_file(sweep_dir: Path) -> None:
@@ -443,8 +422,10 @@ def prepare_sweep(composed: Any, line: CommandLine) -> List[str]:
             "hydra.sweep.dir="
         )
         _held_locks.enter_context(lock_directory(records_dir, advice))
-    searches = any(override.is_sweep_override() and not override.is_discrete_sweep() for override in line.parse())
+    sweeps = [override for override in line.parse() if override.is_sweep_override()]
+    searches = any(not override.is_discrete_sweep() for override in sweeps)
     is_grid = "BasicSweeper" in str(composed.hydra.sweeper.get("_target_")) and not searches
+    is_shuffled = any(getattr(override.value(), "shuffle", False) for override in sweeps)  # Hydra chooses the order
     # A configuration file may add lists to those of the command line, so that the combinations are not known here.
     adds_lists = is_grid and bool(composed.hydra.sweeper.get("params"))
     SweepCallback.total, SweepCallback.complete = None, []
@@ -455,7 +436,7 @@ def prepare_sweep(composed: Any, line: CommandLine) -> List[str]:
         complete = _find_complete_runs(
             discovery.runs_by_config_hash(search_paths(sweep_dir, is_dir_given)), line, composed.hydra
         )
-    if SweepCallback.total is not None:
+    if SweepCallback.total is not None and not is_shuffled:
         SweepCallback.complete = list(complete.values())
         SweepCallback.total -= len(complete)
         folders: Any = OmegaConf.to_container(composed.hydra.sweep, resolve=False)
@@ -475,7 +456,7 @@ def _find_complete_runs(runs_by_hash: Dict[str, List[Path]], line: CommandLine, 
             config = validate_config(compose_config("train", [*overrides, *line.searchpath]), TrainConfig)
         except (InputError, HydraException, OmegaConfBaseException):
             continue  # reported when its job starts
-        runs = _runs_of_this_machine(runs_by_hash.get(config_hash(config), []), config, _runs_elsewhere(hydra))
+        runs = discovery.reusable_runs(runs_by_hash.get(config_hash(config), []), config, _runs_elsewhere(hydra))
         run = discovery.best_run(runs)
         if run is None:
             continue

@@ -1,14 +1,19 @@
 """Discovery of earlier runs: the one to resume, and those of a configuration."""
 
+import logging
 import os
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from lit_glm.config.schema import TrainConfig
+from lit_glm.data.memmap_dataset import are_same_data, open_datasets
 from lit_glm.errors import InputError
+from lit_glm.runs.environment import environment_differences, local_environment, read_environment
 from lit_glm.runs.job_spec import JOB_FILE, config_hash, read_job_json
-from lit_glm.runs.result import is_complete
+from lit_glm.runs.result import is_complete, read_result
 from lit_glm.runs.run_folder import is_running
+
+log = logging.getLogger(__name__)
 
 SearchPaths = Sequence[Tuple[Path, int]]
 """Folders, each with the number of levels below it at which run folders are searched."""
@@ -57,6 +62,51 @@ def newest_unfinished(runs: List[Path]) -> Optional[Path]:
 def best_run(runs: List[Path]) -> Optional[Path]:
     """Return the newest complete run, else the newest run."""
     return max([run for run in runs if is_complete(run)] or runs, key=_job_mtime, default=None)
+
+
+def reusable_runs(runs: List[Path], config: TrainConfig, elsewhere: bool = False) -> List[Path]:
+    """Return the runs that a sweep may reuse: of the same machine, software, data and weights; print the others.
+
+    Args:
+        runs: folders of runs with the same configuration.
+        config: the configuration.
+        elsewhere: whether jobs run on other machines, of which only the software is known here.
+    """
+    here: Dict[str, Any] = local_environment(config) if runs else {}
+    here, reusable = {"packages": here.get("packages")} if elsewhere else here, []
+    for run in runs:
+        differences = environment_differences(read_environment(run), here)
+        changed = None if differences else _changed_input(config, run)
+        if differences:
+            differing = "; ".join(f"{name} {there}, here {local}" for name, there, local in differences)
+            log.info(f"sweep: {run} is not reused: it was measured on another machine ({differing})")
+        elif changed is not None:
+            log.info(f"sweep: {run} is not reused: {changed} has changed since it started")
+        else:
+            reusable.append(run)
+    return reusable
+
+
+def _changed_input(config: TrainConfig, run: Path) -> Optional[str]:
+    """Return which input of a run has changed since it started; None: none. Only newer files are compared."""
+    start, data = _job_mtime(run), config.data
+    if max(_newest_mtime(data.train_file), _newest_mtime(data.eval_file)) > start:
+        recorded = (read_result(run) or {}).get("data_fingerprint")
+        try:
+            same = recorded is not None and are_same_data(open_datasets(data, config.model), recorded)
+        except InputError:  # reported when the job starts
+            same = False
+        if not same:
+            return f"{data.train_file} or {data.eval_file}"
+    weights = config.model.init_checkpoint
+    return f"model.init_checkpoint={weights}" if weights and _newest_mtime(weights) > start else None
+
+
+def _newest_mtime(place: str) -> float:
+    """Return when a file, or the newest file of weights in a folder, was last changed; 0.0 if there is none."""
+    path = Path(place)
+    files = [path] if path.is_file() else [file for kind in ("ckpt", "pt", "txt") for file in path.rglob(f"*.{kind}")]
+    return max((file.stat().st_mtime for file in files), default=0.0)
 
 
 def default_search_paths(run_dir: Path, is_dir_given: bool) -> SearchPaths:
