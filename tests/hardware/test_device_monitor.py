@@ -202,7 +202,7 @@ def test_the_time_between_the_parts_of_a_run_is_no_gap(tmp_path: Path) -> None:
 
 def test_values_that_are_not_finite_are_unknown(tmp_path: Path) -> None:
     nan, infinite = float("nan"), float("inf")
-    assert format_reading(0.0, 0, DeviceReading(0, 1024.0, infinite, nan, nan, None)) == "0.000,0,0,,,,\n"
+    assert format_reading(0.0, 0, DeviceReading(0, nan, infinite, nan, 1024.0, nan)) == "0.000,0,0,,,,\n"
     (tmp_path / "devices.csv").write_text(",".join(COLUMNS) + "\n0,0,0,nan,inf,nan,\n10,0,0,nan,inf,nan,\n")  # of 0.1.0
     memory = MonitoredMemory()
     memory.start(tmp_path / "devices.csv", 0, Monitor(lambda _: [], "NOTHING_VISIBLE"))

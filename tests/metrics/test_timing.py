@@ -1,11 +1,20 @@
 """Throughput arithmetic: definitions, order by construction, no number without time."""
 
+import json
+import time
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lit_glm.config.hydra_main import compose_config, validate_config
+from lit_glm.config.schema import TrainConfig
+from lit_glm.hardware.runtimes.cpu import CPURuntime
+from lit_glm.metrics.run_metrics import RunMetrics
 from lit_glm.metrics.timing import PhaseDurations, PhaseTimer, slowest_rank, throughput_metrics
 from lit_glm.runs.result import results_table, table_cells
+from lit_glm.runs.run_writer import STEP_COLUMNS, AppendOnlyCSV, RunWriter
 
 RESULT = {
     "status": "success", "hardware": "r300", "topology": "1x8", "precision": "fp32", "fix_hp": "bs=5,lr=1e-05",
@@ -26,6 +35,19 @@ def test_no_number_without_time_or_samples(seconds: PhaseDurations) -> None:
     assert throughput_metrics(0, PhaseDurations(1.0, 1.0, 1.0))["p_core"] is None
 
 
+def test_the_slowest_rank_of_an_earlier_part_counts_after_a_resume(tmp_path: Path) -> None:
+    steps = AppendOnlyCSV(tmp_path / "steps.csv", STEP_COLUMNS)
+    for step in (1, 2):  # of rank 0
+        steps.add(**{**dict.fromkeys(STEP_COLUMNS, 1.0), "step": step})
+    times = {"raw_train_time": 9.0, "init_time": 1.0, "e2e_time": 10.0, "no_eval_time": 7.0, "pure_compute_time": 5.0}
+    (tmp_path / "result.json").write_text(json.dumps({**times, "global_steps": 2, "status": "interrupted"}))
+    config = validate_config(compose_config("train", ["experiment=debug"]), TrainConfig)
+    metrics = RunMetrics(config, CPURuntime(), PhaseTimer(lambda: 0.0), None, time.monotonic(), "")  # type: ignore[arg-type]
+    metrics.begin(RunWriter(tmp_path, 2, True), 2)
+    total = metrics.total_durations()
+    assert (total.pure_compute, total.no_eval) == (5.0, 7.0)
+
+
 class FakeTime:
     def __init__(self) -> None:
         self.now = 100.0
@@ -39,27 +61,27 @@ moments = st.floats(0, 50, allow_nan=False, allow_subnormal=False)  # the proces
 
 @given(st.lists(st.tuples(moments, moments, moments, moments), min_size=1, max_size=12))
 def test_phases_are_contained_in_each_other(steps: "list[tuple[float, float, float, float]]") -> None:
-    time = FakeTime()
+    fake_time = FakeTime()
     waited = 0.0
-    clock = PhaseTimer(lambda: waited, time)
+    clock = PhaseTimer(lambda: waited, fake_time)
     clock.training_starts()
     evaluations = computed = 0.0
     for data, compute, bookkeeping, evaluation in steps:
-        time.now += data
+        fake_time.now += data
         waited += data
         clock.batch_ready()
-        time.now += compute
+        fake_time.now += compute
         times = clock.step_computed()
         assert times.data == pytest.approx(data, abs=1e-6)
         assert times.compute == pytest.approx(compute, abs=1e-6)
         computed += compute
-        time.now += bookkeeping
+        fake_time.now += bookkeeping
         with clock.pause():
-            time.now += evaluation
+            fake_time.now += evaluation
         evaluations += evaluation
     seconds = clock.seconds()
     assert seconds.pure_compute == pytest.approx(computed, abs=1e-5)
-    assert seconds.no_eval == pytest.approx(time.now - 100.0 - evaluations - steps[-1][2], abs=1e-4)
+    assert seconds.no_eval == pytest.approx(fake_time.now - 100.0 - evaluations - steps[-1][2], abs=1e-4)
     assert seconds.raw_train >= seconds.no_eval >= seconds.pure_compute
     result = throughput_metrics(64, seconds)
     if result["p_core"] and result["p_train"] and result["p_whole"]:

@@ -115,6 +115,11 @@ def test_of_a_run_the_newest_checkpoint_is_read(tmp_path: Path) -> None:
     found = read_weights(run)
     assert all(torch.equal(found[name], new[name]) for name in new)
     assert not all(torch.equal(found[name], old[name]) for name in old)
+    newest = run / "checkpoints" / "step-00000004.ckpt"
+    content = newest.read_bytes()
+    newest.write_bytes(content[:9000] + bytes(200) + content[9200:])
+    found = read_weights(run)  # as a resumed run does
+    assert all(torch.equal(found[name], old[name]) for name in old)
 
 
 def test_weights_as_safetensors_are_recognised_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,21 +2,23 @@
 
 import errno
 import json
+import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any, Dict, List
 
 import pytest
 
-from conftest import lit_glm_here, rows, tree_digest
+from conftest import EVAL_FILE, GOLDEN_RUN, TRAIN_FILE, lit_glm_here, rows, tree_digest
 from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
 from lit_glm.launch import rank_runner
 from lit_glm.launch.signals import Interrupted
 from lit_glm.runs import run_folder
-from lit_glm.runs.discovery import default_search_paths, find_run_dirs, runs_by_config_hash
+from lit_glm.runs.discovery import default_search_paths, find_run_dirs, reusable_runs, runs_by_config_hash
 from lit_glm.runs.job_spec import JobSpec
 from lit_glm.runs.run_folder import ensure_available, lock_directory
 
@@ -67,6 +69,75 @@ def test_a_folder_that_holds_a_run_is_refused_or_overwritten(tmp_path: Path, cap
     assert lit_glm_here("train", *DEBUG, "seed=7", "hydra.run.dir=run", "run.overwrite=true") == 0
     assert result(tmp_path / "run")["seed"] == 7
     assert "seed: 7" in (tmp_path / "run" / ".hydra" / "config.yaml").read_text()
+
+
+def test_an_overwritten_run_comes_back_if_the_new_input_is_rejected(tmp_path: Path, capfd: Any) -> None:
+    arguments = [*DEBUG, "run.checkpoint_interval_steps=1", "hydra.run.dir=run", "logger=csv"]
+    assert lit_glm_here("train", *arguments) == 0
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    before = {name: digest for name, digest in tree_digest(tmp_path / "run").items() if not name.startswith((".lock",))}
+    for wrong in (
+        "model.init_checkpoint=typo.pt",
+        "model.init_checkpoint=run",
+        "+callbacks.x._target_=nowhere.Callback",
+    ):
+        assert lit_glm_here("train", *arguments, "run.overwrite=true", wrong) == 2
+        after = tree_digest(tmp_path / "run")
+        assert {name: after.get(name) for name in before} == before
+        assert not [name for name in after if ".previous-" in name]
+    assert "model.init_checkpoint=run: is the run that this one would replace" in capfd.readouterr().err
+    assert lit_glm_here("train", *arguments, "run.overwrite=true", "seed=7") == 0
+    assert result(tmp_path / "run")["seed"] == 7
+    assert not [name for name in tree_digest(tmp_path / "run") if ".previous-" in name]
+
+
+STOPS = """
+from pytorch_lightning import Callback
+
+class Stops(Callback):
+    def on_train_batch_end(self, trainer, module, *rest):
+        trainer.should_stop = module.steps_done == 3
+"""
+
+
+def test_a_run_that_a_callback_stops_is_evaluated_and_saved(
+    tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_stops.py").write_text(STOPS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    mine = ["+callbacks.mine._target_=my_stops.Stops", "run.max_steps=9", "run.checkpoint_interval_steps=1000"]
+    assert lit_glm_here("train", *DEBUG, *mine, "run.eval_interval_samples=100000", "hydra.run.dir=run") == 0
+    final = result(tmp_path / "run")
+    assert (final["status"], final["global_steps"], final["acc"] is None) == ("finished", 3, False)
+    assert [row["step"] for row in rows(tmp_path / "run" / "evals.csv")] == ["0", "3"]
+    assert (tmp_path / "run" / "checkpoints" / "step-00000003.ckpt").is_file()
+    saves = "+callbacks.saves._target_=pytorch_lightning.callbacks.ModelCheckpoint"
+    assert lit_glm_here("train", *DEBUG, saves, "hydra.run.dir=other") == 2
+    said = capfd.readouterr().err
+    assert "callbacks: refused by Lightning: " in said
+    assert "Traceback" not in said
+
+
+def test_a_run_on_other_data_or_weights_is_not_reused(tmp_path: Path, capfd: Any) -> None:
+    train, weights = tmp_path / "train.hdf5", tmp_path / "weights.pt"
+    shutil.copy(TRAIN_FILE, train)
+    weights.write_bytes(b"")
+    overrides = [*GOLDEN_RUN, f"data.train_file={train}", "run.max_steps=1"]
+    assert lit_glm_here("train", *overrides, "hydra.run.dir=run") == 0
+    config = validate_config(compose_config("train", overrides), TrainConfig)
+    run, later = tmp_path / "run", time.time() + 60.0
+    assert reusable_runs([run], config) == [run]
+    os.utime(train, (later, later))
+    assert reusable_runs([run], config) == [run]  # newer, with the same content
+    config.model.init_checkpoint = str(weights)
+    assert reusable_runs([run], config) == [run]
+    os.utime(weights, (later, later))
+    assert reusable_runs([run], config) == []
+    assert f"is not reused: model.init_checkpoint={weights} has changed since it started" in capfd.readouterr().out
+    config.model.init_checkpoint = None
+    shutil.copy(EVAL_FILE, train)
+    os.utime(train, (later, later))
+    assert reusable_runs([run], config) == []
 
 
 def test_auto_takes_no_run_beside_a_folder_that_was_given(tmp_path: Path) -> None:

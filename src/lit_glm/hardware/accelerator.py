@@ -62,7 +62,19 @@ def make_accelerator(runtime: Runtime, name: str) -> RuntimeAccelerator:
     return subclass()
 
 
-class RuntimeDDPStrategy(DDPStrategy):
+class _OptimizerWrappingMixin:
+    """Mixin that passes optimizers to the precision plugin, after the move to the device and before restoring."""
+
+    def setup_optimizers(self, trainer: Any) -> None:
+        super().setup_optimizers(trainer)  # type: ignore[misc]
+        getattr(self.precision_plugin, "wrap_optimizers", lambda _: None)(self.optimizers)  # type: ignore[attr-defined]
+
+
+class RuntimeSingleDeviceStrategy(_OptimizerWrappingMixin, SingleDeviceStrategy):
+    """Strategy for one device, without a process group."""
+
+
+class RuntimeDDPStrategy(_OptimizerWrappingMixin, DDPStrategy):
     """Data-parallel strategy for any backend; does not assume CUDA."""
 
     def determine_ddp_device_ids(self) -> None:
@@ -93,7 +105,7 @@ class RuntimeDDPStrategy(DDPStrategy):
 def make_strategy(runtime: Runtime, topology: TopologyConfig, timeout_s: float) -> Strategy:
     """Create the strategy of a topology."""
     if topology.world_size == 1:
-        return SingleDeviceStrategy(device=runtime.device(0))
+        return RuntimeSingleDeviceStrategy(device=runtime.device(0))
     return RuntimeDDPStrategy(
         process_group_backend=runtime.backend,
         timeout=timedelta(seconds=timeout_s),

@@ -30,6 +30,7 @@ from lit_glm.metrics.run_metrics import RunMetrics
 from lit_glm.metrics.timing import PhaseDurations, PhaseTimer, StepTimes
 from lit_glm.runs import checkpoints
 from lit_glm.runs.job_spec import JobSpec
+from lit_glm.runs.run_folder import discard_previous_run
 from lit_glm.runs.run_writer import RunWriter
 from lit_glm.training.evaluation import evaluate, has_converged, has_reached_limit, is_evaluation_due
 from lit_glm.training.module import RecordModule, StepMetrics
@@ -115,6 +116,7 @@ class BenchmarkCallback(pl.Callback):
         self.step_metrics: Optional[StepMetrics] = None
         """Metrics of the latest step."""
         self.interrupted = False
+        self._has_ended = False
         self.memory_base: Optional[float] = None
         """Bytes in use on the device before the model was created."""
         self.current_activity = "before the first step"
@@ -148,6 +150,8 @@ class BenchmarkCallback(pl.Callback):
         run_metrics.init_seconds = run_metrics.e2e()
         self.metric_logging.begin(trainer.loggers, -1 if is_new else run_metrics.evaluated_step)
         self.events.emit("INIT_END")
+        if trainer.is_global_zero:
+            discard_previous_run(self._run_dir)  # no input can be rejected any more
         self.events.emit("TRAIN_START")
         self.timer.training_starts()
         self.run_metrics.write(module)  # so that a run killed before its first step has its times
@@ -186,6 +190,8 @@ class BenchmarkCallback(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Record the final durations; Lightning's teardown is not included."""
+        if trainer.should_stop and not self._has_ended:  # a user's callback has stopped the run
+            self._after_step(trainer, self._module(pl_module), None, is_last=True)
         self.final_durations = (self.run_metrics.durations(), self.run_metrics.e2e())
         if self._epoch >= 0:
             self.events.emit("EPOCH_END", {"epoch": self._epoch})
@@ -214,11 +220,13 @@ class BenchmarkCallback(pl.Callback):
             loss_scale=values.loss_scale,
         )
 
-    def _after_step(self, trainer: pl.Trainer, module: RecordModule, times: Optional[StepTimes]) -> None:
-        """Evaluate, stop and save where due; `times` is None if the step was done by an earlier process."""
+    def _after_step(
+        self, trainer: pl.Trainer, module: RecordModule, times: Optional[StepTimes], is_last: bool = False
+    ) -> None:
+        """Evaluate, stop and save where due; `times` is None if the step has been recorded already."""
         config, step = self.config, module.steps_done
         stop = bool(module.pending_metrics and module.pending_metrics.stop_requested)
-        limit = has_reached_limit(step, config.global_batch, config.run)
+        limit = is_last or has_reached_limit(step, config.global_batch, config.run)
         reached = has_converged(self.run_metrics.accuracy, config.run)  # before training: now it counts
         due = config.run.evaluate and (is_evaluation_due(step, config.global_batch, config.run) or limit or reached)
         evaluated = None
@@ -234,11 +242,11 @@ class BenchmarkCallback(pl.Callback):
         if evaluated is not None:
             self.events.emit("EVALUATE", evaluated)
         if stop or ends:
-            trainer.should_stop = True
+            trainer.should_stop = self._has_ended = True
             self.interrupted = stop and not ends
         every = config.run.checkpoint_interval_steps
         due_to_save = every is not None and (step % every == 0 or stop or ends)
-        if times is not None and due_to_save and self._saved_step < step:
+        if (times is not None or is_last) and due_to_save and self._saved_step < step:
             self._saved_step = step
             self.current_activity = f"saving step {step}"
             with self.timer.pause():

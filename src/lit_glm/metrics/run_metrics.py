@@ -49,13 +49,8 @@ class RunMetrics:
             data_fingerprint: hash of the data.
         """
         self._data_fingerprint = data_fingerprint
-        self.config, self._runtime, self._timer, self._sampler, self._start_time = (
-            config,
-            runtime,
-            timer,
-            sampler,
-            start_time,
-        )
+        self.config, self._runtime = config, runtime
+        self._timer, self._sampler, self._start_time = timer, sampler, start_time
         self.init_seconds = 0.0
         self.accuracy: Optional[float] = None
         """Accuracy of the latest evaluation."""
@@ -94,6 +89,9 @@ class RunMetrics:
         if [int(row["step"]) for row in writer.steps.rows] != list(range(1, steps_done + 1)):
             missing.append(f"steps.csv has {len(writer.steps.rows)} of the {steps_done} steps before an interruption")
             compute = steps = math.nan
+        elif writer.previous_number("global_steps") == steps_done:  # the result has the times of the slowest rank
+            compute = max(compute, writer.previous_number("pure_compute_time") or 0.0)
+            steps = max(steps, writer.previous_number("no_eval_time") or 0.0)
         raw, init, e2e = (writer.previous_number(name) for name in ("raw_train_time", "init_time", "e2e_time"))
         known_steps = writer.previous_number("global_steps")
         self.has_earlier_result = known_steps is not None and known_steps >= steps_done
@@ -144,7 +142,9 @@ class RunMetrics:
         """Write result.json with the current metrics and a row of memory.csv; `durable` waits for the disk."""
         if self.writer is None:
             return
-        self.writer.write(self.row(module, self.durations(), self.e2e(), self.peak_memory()), durable)
+        seconds = self.durations()
+        e2e = seconds.init + seconds.raw_train if seconds.raw_train else self.e2e()  # both at the same moment
+        self.writer.write(self.row(module, seconds, e2e, self.peak_memory()), durable)
         warning = self.contention.sample_if_due() if self.contention is not None else None
         if warning:
             log.info(warning)

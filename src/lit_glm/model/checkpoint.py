@@ -5,6 +5,7 @@ ITERATION/mp_rank_00_model_states.pt and names ITERATION in latest_checkpointed_
 """
 
 import glob
+import logging
 import pickle
 import re
 import zipfile
@@ -19,6 +20,8 @@ from lit_glm.config.schema import ModelConfig
 from lit_glm.errors import InputError, first_line
 from lit_glm.model.glm import GLM
 from lit_glm.model.runtime_ops import TORCH_OPS, RuntimeOps
+
+log = logging.getLogger(__name__)
 
 _POSITION = "transformer.position_embeddings.weight"
 _BLOCK_POSITION = "transformer.block_position_embeddings.weight"
@@ -102,7 +105,13 @@ def read_weights(path: Path) -> Dict[str, Tensor]:
     if not path.exists():
         raise InputError(f"model.init_checkpoint={path}: no such file or folder")
     if path.is_dir():
-        path = _find_checkpoint_in(path)
+        path, *older = _find_checkpoints_in(path)
+        while older:  # of a run: a damaged one is skipped, as when it is resumed
+            try:
+                return _read_module(path)
+            except InputError as error:
+                log.warning(f"{error}; skipped")
+                path = older.pop(0)
     if _is_safetensors(path):
         return _read_safetensors(path)
     parts = [_read_module(file) for file in _model_parallel_set(path)]
@@ -139,13 +148,14 @@ def is_exported(path: Path) -> bool:
         return False
 
 
-def _find_checkpoint_in(folder: Path) -> Path:
+def _find_checkpoints_in(folder: Path) -> List[Path]:
+    """Return the checkpoint of a published folder, or those of a run, the newest first."""
     latest = folder / _LATEST
     if not latest.is_file():
         direct = folder / "mp_rank_00_model_states.pt"
         of_run = sorted((folder / "checkpoints").glob("step-*.ckpt"))
         if direct.is_file() or of_run:
-            return direct if direct.is_file() else of_run[-1]
+            return [direct] if direct.is_file() else of_run[::-1]
         raise InputError(
             f"model.init_checkpoint={folder}: contains no {_LATEST} (published) and no checkpoints/step-*.ckpt "
             "(of a run)"
@@ -156,7 +166,7 @@ def _find_checkpoint_in(folder: Path) -> Path:
     file = folder / iteration / "mp_rank_00_model_states.pt"
     if not file.is_file():
         raise InputError(f"{latest}: names {iteration!r}, but there is no {file}")
-    return file
+    return [file]
 
 
 def _model_parallel_set(path: Path) -> List[Path]:

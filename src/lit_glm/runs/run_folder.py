@@ -5,13 +5,14 @@ import platform
 import re
 import shutil
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
 
 from omegaconf import OmegaConf
 
 from lit_glm.atomic_files import make_folder, try_lock, write_text
+from lit_glm.config.schema import TrainConfig
 from lit_glm.config.secrets import mask_config, mask_override, mask_overrides
 from lit_glm.errors import InputError, RunError
 from lit_glm.runs import job_spec as jobs
@@ -106,6 +107,8 @@ _FOLDERS = {
 """Subfolders of a run with the patterns of its files there; any of them may be a symbolic link."""
 _EVALUATION = ("evaluation", ("evaluation.json", "predictions.jsonl"))
 """What `evaluate` has added to a run."""
+_PREVIOUS = ".previous-"
+"""Prefix of the files of an overwritten run until the new run trains: until then its input may still be rejected."""
 _NODES = "nodes"  # one folder per secondary node, which may start before node 0
 
 
@@ -161,10 +164,11 @@ def acquire_run_dir(job: JobSpec, run_dir: Path, config_files: Dict[str, str]) -
     """
     if not job.is_resume:
         ensure_available(run_dir, job.config.run.overwrite)
-    with lock_directory(run_dir) as lock:
+        _ensure_weights_are_elsewhere(run_dir, job.config)
+    with lock_directory(run_dir) as lock, ExitStack() as keep:
         if not job.is_resume:
             ensure_no_new_run(run_dir, job)
-            _remove_previous_run(run_dir)
+            keep.enter_context(_replaced_run(run_dir))
         try:
             _prepare(job, run_dir, config_files)
         except OSError as error:
@@ -202,29 +206,70 @@ def ensure_no_new_run(run_dir: Path, job: JobSpec) -> None:
         )
 
 
-def _remove_previous_run(run_dir: Path) -> None:
-    """Delete the files of an earlier run by name; all other files are kept.
+def _ensure_weights_are_elsewhere(run_dir: Path, config: TrainConfig) -> None:
+    """Reject the weights of a run as initial weights of the run that is to replace it."""
+    weights, own = config.model.init_checkpoint, run_dir.resolve()
+    path = Path(weights or os.devnull).resolve()
+    if (run_dir / jobs.JOB_FILE).is_file() and (path == own or own / "checkpoints" in (path, *path.parents)):
+        raise InputError(
+            f"model.init_checkpoint={weights}: is the run that this one would replace; give another hydra.run.dir="
+        )
+
+
+@contextmanager
+def _replaced_run(run_dir: Path) -> Iterator[None]:
+    """Set the files of an earlier run aside for the block; they come back if its input is rejected, else they go.
 
     Raises:
-        InputError: if a file cannot be deleted, because a new run would treat it as its own.
+        InputError: if a file cannot be moved, because a new run would treat it as its own.
     """
-    if not (run_dir / jobs.JOB_FILE).is_file():
-        return
+    has_run = (run_dir / jobs.JOB_FILE).is_file()
+    if has_run:
+        discard_previous_run(run_dir)  # of a process that was killed
+        try:
+            for path in _files_of_run(run_dir):
+                os.replace(path, path.with_name(f"{_PREVIOUS}{path.name}"))
+        except OSError as error:
+            raise InputError(f"run.overwrite=true: an earlier run cannot be replaced ({error})") from error
     try:
-        for name in _FILES:
-            if (run_dir / name).exists():
-                (run_dir / name).unlink()
-        for name, patterns in (*_FOLDERS.items(), _EVALUATION):
-            folder = run_dir / name
-            for path in [path for pattern in patterns for path in folder.glob(pattern)]:
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(str(path))
-                elif path.is_symlink() or path.exists():
-                    path.unlink()
-            if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
-                folder.rmdir()
-    except OSError as error:
-        raise InputError(f"run.overwrite=true: an earlier run cannot be deleted ({error})") from error
+        yield
+    except InputError:
+        if has_run and any(run_dir.glob(f"{_PREVIOUS}*")):
+            _delete(_files_of_run(run_dir))
+            for path in _files_of_run(run_dir, _PREVIOUS):
+                os.replace(path, path.with_name(path.name[len(_PREVIOUS) :]))
+        raise
+    finally:
+        discard_previous_run(run_dir)
+
+
+def _files_of_run(run_dir: Path, prefix: str = "") -> List[Path]:
+    """Return the files and folders that a run has created, by name; all others are the user's."""
+    paths = [run_dir / f"{prefix}{name}" for name in (jobs.JOB_FILE, *_FILES)]
+    for name, patterns in (*_FOLDERS.items(), _EVALUATION):
+        paths += [path for pattern in patterns for path in (run_dir / name).glob(f"{prefix}{pattern}")]
+    paths = [path for path in dict.fromkeys(paths) if path.is_symlink() or path.exists()]
+    return [path for path in paths if path.name.startswith(_PREVIOUS) == bool(prefix)]
+
+
+def _delete(paths: List[Path]) -> None:
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(str(path))
+        else:
+            path.unlink()
+
+
+def discard_previous_run(run_dir: Path) -> None:
+    """Delete what is left of an overwritten run, if any, with folders that are empty then."""
+    paths = _files_of_run(run_dir, _PREVIOUS)
+    if not paths:
+        return
+    _delete(paths)
+    for name in (*_FOLDERS, _EVALUATION[0]):
+        folder = run_dir / name
+        if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def hydra_files(config: Any, hydra: Any, overrides: List[str]) -> Dict[str, str]:

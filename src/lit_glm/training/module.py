@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_glm.compat import load_torch_file
 from lit_glm.config.schema import TrainConfig
 from lit_glm.data.collate import PackedBatch, PaddedBatch
-from lit_glm.hardware.precision import FP16Precision, LossScalingPrecision
+from lit_glm.hardware.precision import LossScalingPrecision
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.model.glm import GLM
 from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, candidate_loss, candidate_scores
@@ -142,10 +142,8 @@ class RecordModule(pl.LightningModule):
         return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def configure_optimizers(self) -> Any:
-        """Create AdamW and the learning-rate schedule; called when the weights are on the device, before a restore."""
+        """Create AdamW and the learning-rate schedule."""
         optimizer = make_optimizer(self.glm, self._config.optimizer)
-        if isinstance(self.trainer.precision_plugin, FP16Precision):
-            self.trainer.precision_plugin.wrap_optimizers([optimizer])
         return {"optimizer": optimizer, "lr_scheduler": make_schedule(optimizer, self._config.optimizer)}
 
     def on_save_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
