@@ -114,7 +114,7 @@ NON_COMPUTING_OPS = (
     "empty", "new_empty", "view", "reshape", "alias", "detach", "transpose", "permute", "slice", "select", "expand",
     "as_strided", "squeeze", "unsqueeze", "split", "unbind", "unfold", "diagonal", "lift", "set_", "resize",
     "_local_scalar_dense", "record_stream", "is_pinned", "_pin_memory", "profiler.", "to_mkldnn", "to_dense",
-    "_to_dense",
+    "_to_dense", "_reshape_alias",
 )  # fmt: skip
 """Name prefixes of operators that compute nothing: they allocate memory, or change its layout or view."""
 
