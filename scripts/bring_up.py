@@ -5,6 +5,7 @@ failed, or for which no time was left, are listed.
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import shlex
@@ -121,6 +122,10 @@ class BringUp:
             target = self._runtime_class()
             if target is None:
                 step.status = "not run: hardware.runtime=simulated has no device"
+                return
+            missing = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
+            if missing:
+                step.status = f"not run: needs {' and '.join(missing)}; {sys.executable} -m pip install -e '.[test]'"
                 return
             kit = str(self.root / "tests" / "hardware" / "conformance.py")
             commands = [[sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", kit, f"--runtime={target}"]]

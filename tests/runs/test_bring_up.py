@@ -58,6 +58,16 @@ def test_a_key_that_names_a_row_is_refused(tmp_path: Path) -> None:
     assert done.stderr == "lit_glm: bs=3, ++model.compile=true: is set by the steps themselves; leave it out\n"
 
 
+def test_without_pytest_the_conformance_tests_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the environment that the quickstart installs."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    bring_up = importlib.import_module("bring_up")
+    monkeypatch.setattr(bring_up.importlib.util, "find_spec", lambda name: None if name == "pytest" else name)
+    step = bring_up.Step("conformance tests", "kit")
+    bring_up.BringUp(tmp_path, [], bring_up.hardware_of([]), 1.0).run(step)
+    assert step.status.startswith("not run: needs pytest; ")
+
+
 def test_losses_that_are_not_finite_are_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     bring_up = importlib.import_module("bring_up")
