@@ -89,7 +89,7 @@ def ranking(trials: List[Trial]) -> List[int]:
 
 
 def next_bs(trials: List[Trial], max_bs: int, repeats: int) -> Optional[int]:
-    """Return the batch size to try next, at most `most` and `repeats` times each; None if the search is complete."""
+    """Return the batch size to try next, at most `max_bs`, and `repeats` times each; None if the search is complete."""
     rates = rates_by_bs(trials)
     low = max(rates, default=0)
     high = min((trial.bs for trial in trials if trial.status in (MEMORY, NOT_TRIED)), default=max_bs + 1)
@@ -295,18 +295,12 @@ class Search:
         columns = "bs|p_core|[lowest, highest]|trials|mfu|memory GiB|estimated GiB without base|samples/J|"
         rows = [columns.split("|")]
         for bs in order:
-            rates_of_bs, last = rates[bs], [trial for trial in self.trials if trial.bs == bs][-1]
+            values, last = rates[bs], [trial for trial in self.trials if trial.bs == bs][-1]
             lengths = Workload(self._trial_config(bs), self.examples, None).lengths
             estimate = estimate_memory(self.config, lengths, 0.0, saves_attention_probs(self.config), bs).total / 2**30
             marks = ", ".join(name for name, is_so in zip(names, (bs == order[0], bs == max(order))) if is_so)
-            spread = f"[{min(rates_of_bs):.4g}, {max(rates_of_bs):.4g}]" if len(rates_of_bs) > 1 else ""
-            row = [
-                str(bs),
-                f"{statistics.median(rates_of_bs):.4g}",
-                spread,
-                str(len(rates_of_bs)),
-                text(last.mfu, ".3g"),
-            ]
+            spread = f"[{min(values):.4g}, {max(values):.4g}]" if len(values) > 1 else ""
+            row = [str(bs), f"{statistics.median(values):.4g}", spread, str(len(values)), text(last.mfu, ".3g")]
             row += [text(last.memory_gib, ".2f"), f"{estimate:.2f}", text(last.samples_per_joule, ".3g"), marks]
             rows.append(row)
         statuses = {trial.bs: trial.status for trial in self.trials if trial.bs not in rates}

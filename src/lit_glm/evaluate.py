@@ -45,16 +45,16 @@ def read_example_metadata(eval_file: Path, split: Any) -> Optional[List[Dict[str
             metadata += [json.loads(line)] if line else []
         except ValueError:
             raise InputError(f"{path}: line {number} is not JSON; prepare the data again") from None
-    for number, name in enumerate(metadata, 1):
-        if not isinstance(name, dict) or not {"candidates", "answers", "tokens_removed"} <= set(name):
+    for number, entry in enumerate(metadata, 1):
+        if not isinstance(entry, dict) or not {"candidates", "answers", "tokens_removed"} <= set(entry):
             raise InputError(f"{path}: entry {number} lacks candidates, answers or tokens_removed; prepare again")
     if len(metadata) != len(split):
         raise InputError(
             f"{path}: has {len(metadata)} lines, {eval_file} has {len(split)} examples; prepare both again"
         )
-    for example, name in enumerate(metadata):
-        candidates, right = name["candidates"], set(split.answers_of(example))
-        matching = {place for place, text in enumerate(candidates) if text in name["answers"]}
+    for example, entry in enumerate(metadata):
+        candidates, right = entry["candidates"], set(split.answers_of(example))
+        matching = {index for index, text in enumerate(candidates) if text in entry["answers"]}
         if len(candidates) != split.num_candidates_of(example) or matching != right:
             raise InputError(f"{path}: entry {example + 1} is of another evaluation file; prepare both again")
     return metadata
@@ -80,8 +80,8 @@ def describe_predictions(
     """
     entries = []
     for example, candidate in chosen:
-        name = metadata[example] if metadata is not None else {}
-        texts = name.get("candidates") or list(range(len(scores[example])))
+        source = metadata[example] if metadata is not None else {}
+        texts = source.get("candidates") or list(range(len(scores[example])))
         candidate_scores, right = scores[example], list(answers(example))
         best = max(candidate_scores[index] for index in right)
         rank = (
@@ -89,8 +89,8 @@ def describe_predictions(
         )
         known = [score if math.isfinite(score) else None for score in candidate_scores]
         text = texts[candidate] if candidate >= 0 else None
-        entry = {"idx": name.get("idx", example), "label": text, "query": name.get("query")}
-        entry["answers"] = name.get("answers") or right
+        entry = {"idx": source.get("idx", example), "label": text, "query": source.get("query")}
+        entry["answers"] = source.get("answers") or right
         entry.update(prediction=text, score=known[candidate] if candidate >= 0 else None, rank=rank)
         entry["scores"] = [{"candidate": text, "score": score} for text, score in zip(texts, known)]
         entries.append(entry)
@@ -111,7 +111,7 @@ def score_predictions(metadata: List[Dict[str, Any]], chosen: List[Tuple[int, in
         text = metadata[example]["candidates"][candidate] if candidate >= 0 else ""
         em, f1 = em_and_f1(text, metadata[example]["answers"])
         exact, overlap = exact + em, overlap + f1
-    removed = [name["tokens_removed"] for name in metadata]
+    removed = [entry["tokens_removed"] for entry in metadata]
     candidates = sum(map(len, removed))
     return {
         "em": exact / len(chosen),

@@ -395,12 +395,8 @@ def _delegate_to_hydra(
 
     arguments, full_error = list(sys.argv), os.environ.get("HYDRA_FULL_ERROR")
     try:
-        sys.argv = [
-            arguments[0],
-            *line.overrides,
-            *extra_overrides,
-            *line.flags,
-        ]  # Hydra requires flags after all overrides
+        # Hydra requires flags after all overrides.
+        sys.argv = [arguments[0], *line.overrides, *extra_overrides, *line.flags]
         if line.multirun:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra raise errors of sweepers and launchers, not print them
         with reraise_interruption():

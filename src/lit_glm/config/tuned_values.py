@@ -79,8 +79,8 @@ def resolve_auto_bs(composed: Any, pair_bs: Any) -> Tuple[int, str]:
     """
     required = search_key(composed)
     for place, content in searches():
-        found = {"simulated": False, **content}  # in files of earlier versions it is missing
-        if not content.get("fastest_bs") or any(found.get(key) != value for key, value in required.items()):
+        stored = {"simulated": False, **content}  # files of earlier versions lack this key
+        if not content.get("fastest_bs") or any(stored.get(key) != value for key, value in required.items()):
             continue
         bs = int(content["fastest_bs"])
         if not content.get("complete"):

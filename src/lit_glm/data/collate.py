@@ -303,11 +303,8 @@ def build_padding_index(context_lengths: Any, candidate_rows: Any, row_candidate
         candidate_rows: [G] rows of each group's candidates.
         row_candidate: [R] candidate of each candidate row.
     """
-    groups, max_context_rows, max_candidate_rows = (
-        len(context_lengths),
-        int(context_lengths.max()),
-        int(candidate_rows.max()),
-    )
+    groups = len(context_lengths)
+    max_context_rows, max_candidate_rows = int(context_lengths.max()), int(candidate_rows.max())
     max_candidate_rows += -(max_context_rows + max_candidate_rows) % _ALIGNED
     first = np.arange(groups) * (max_context_rows + max_candidate_rows)
     contexts = _ranges_to_indices(first, first + context_lengths)

@@ -123,10 +123,8 @@ class WorkerBatches:
     def _start(self, done: int, timeout_s: float) -> Tuple[Iterator[Any], Set[Any]]:
         # Until `worker_init_fn` has run, torch's own handler ends a new worker on a signal. Workers inherit the blocked
         # mask, so that no signal arrives in between. This rank's signals are only delayed.
-        before, other_processes = (
-            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS),
-            set(multiprocessing.active_children()),
-        )
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        other_processes = set(multiprocessing.active_children())
         try:
             batches = iter(self._make_loader(done, timeout_s))
             return batches, set(multiprocessing.active_children()) - other_processes
@@ -184,7 +182,7 @@ def evaluation_batches(
 
 
 def batch_by_token_budget(examples: List[int], rows: Any, max_rows: int) -> List[List[int]]:
-    """Split a list of examples, in order, into batches of at most `most` rows; a longer example gets its own batch.
+    """Split a list of examples, in order, into batches of at most `max_rows` rows; a longer example gets its own batch.
 
     Args:
         examples: indices of the examples.

@@ -24,7 +24,7 @@ TRAIN_GROUPS = TOKEN_MATRICES + ("mask", "choice_start_end")
 EVAL_GROUPS = TRAIN_GROUPS + ("answer_idx", "answer_start_end")
 
 _MARGIN_BYTES = 2**21
-"""Free space beside the entries that wait: for HDF5's caches and tables."""
+"""Free disk space in addition to the buffered entries, for HDF5's caches and tables."""
 
 
 def require_file(path: Path) -> None:
@@ -228,7 +228,7 @@ class SparseWriter:
             self._answers.extend(right)
 
     def _check_space(self) -> None:
-        """Raise the error of a full disk before HDF5 meets it: there HDF5 ends the process (2.0.0, on flush)."""
+        """Raise OSError (ENOSPC) while space is left: HDF5 2.0.0 crashes the process when it flushes to a full disk."""
         needed = _MARGIN_BYTES + sum(matrix.pending_bytes for matrix in self._matrices.values())
         if shutil.disk_usage(str(self.path.parent)).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
@@ -256,7 +256,7 @@ class SparseWriter:
     def abandon(self) -> None:
         """Delete the temporary file, after an error or if there is nothing to write."""
         self._temporary.unlink()
-        with suppress(OSError, RuntimeError):  # a full disk takes not even what HDF5 writes on closing
+        with suppress(OSError, RuntimeError):  # HDF5 also writes on closing, which fails on a full disk
             self._file.close()
 
 
@@ -285,7 +285,7 @@ class _GrowingCSR:
 
     @property
     def pending_bytes(self) -> int:
-        """Size of the entries in memory, uncompressed: an index and a value each."""
+        """Size of the buffered entries, uncompressed: an int32 index and an int64 value each."""
         return 12 * self._waiting_entries
 
     def add(self, lengths: Any, indices: Any, values: Any) -> None:

@@ -130,7 +130,7 @@ class MemmapDataset:
 
 
 def are_same_data(splits: "Tuple[MemmapDataset, MemmapDataset]", fingerprint: Optional[str]) -> bool:
-    """Return whether training and evaluation data have the fingerprint of a result; None: it is not known, True."""
+    """Return whether training and evaluation data have the fingerprint of a result; True if that is unknown (None)."""
     parts = [] if fingerprint is None else str(fingerprint).split("-")
     return all(split.has_fingerprint(part) for split, part in zip(splits, parts))
 

@@ -153,10 +153,10 @@ def prepare_file(raw: Path, out: Path, train: bool, vocab_file: str, max_seq_len
                 built.candidates += len(encoded.separators)
                 for line in encoded.too_long:
                     skipped.add(f"query longer than data.max_seq_length={max_seq_length}", line)
-                for name in encoded.metadata:
-                    built.num_truncated += sum(removed > 0 for removed in name["tokens_removed"])
+                for entry in encoded.metadata:
+                    built.num_truncated += sum(removed > 0 for removed in entry["tokens_removed"])
                     if not train:
-                        metadata_file.write(json.dumps(name, ensure_ascii=False) + "\n")
+                        metadata_file.write(json.dumps(entry, ensure_ascii=False) + "\n")
                 bar.update(task, completed=bytes_read[0])
         if not built.examples:
             reasons = skipped.report() or "  the file is empty"

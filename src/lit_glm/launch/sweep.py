@@ -72,8 +72,8 @@ def summarise_sweep(sweep_dir: Path) -> Tuple[str, int]:
         by_run.setdefault((record["run_dir"], *record["overrides"]) if is_done else number, record)
     pairs = [(record, _job_result(record, sweep_dir)) for record in by_run.values()]
     if objective in METRICS:
-        rank = METRICS[objective].sort_key
-        pairs.sort(key=lambda pair: rank(_ranked_value(pair[1], objective), pair[1].get("converged")))
+        sort_key = METRICS[objective].sort_key
+        pairs.sort(key=lambda pair: sort_key(_ranked_value(pair[1], objective), pair[1].get("converged")))
     records, results = [record for record, _ in pairs], [result for _, result in pairs]
     text = results_table(results)
     sweep_dir.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def summarise_sweep(sweep_dir: Path) -> Tuple[str, int]:
     best = _ranked_value(results[0], objective)
     if best is not None:
         if len(results) > 1:
-            lines += [_ranking_line(place, *pair, objective) for place, pair in enumerate(pairs, 1)]
+            lines += [_ranking_line(number, *pair, objective) for number, pair in enumerate(pairs, 1)]
         value = METRICS[objective].form(best)
         lines.append(f"lit_glm: best by {objective} ({value}): {records[0]['label']}, {records[0]['run_dir']}")
     lines += [

@@ -190,7 +190,7 @@ class BenchmarkCallback(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Record the final durations; Lightning's teardown is not included."""
-        if trainer.should_stop and not self._has_ended:  # a user's callback has stopped the run
+        if trainer.should_stop and not self._has_ended:  # stopped by a callback of the user
             self._after_step(trainer, self._module(pl_module), None, is_last=True)
         self.final_durations = (self.run_metrics.durations(), self.run_metrics.e2e())
         if self._epoch >= 0:
