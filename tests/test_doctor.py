@@ -174,6 +174,14 @@ def test_a_monitor_that_is_slow_or_returns_text(power: Any, said: str, monkeypat
     assert said in problem
 
 
+def test_a_monitor_that_reads_no_power(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = validate_config(compose_config("train", []), TrainConfig)
+    for variable, problems in (("CUDA_VISIBLE_DEVICES", 1), (None, 0)):  # None: a CPU, which may have no counters
+        monitor = Monitor(lambda _: [DeviceReading(0, 40.0, None, None, None, None)], variable)
+        monkeypatch.setattr(preflight, "monitor_for", lambda _, monitor=monitor: monitor)
+        assert len(preflight._try_monitor(config)) == problems
+
+
 def test_the_memory_of_a_file_counts_where_the_device_reports_none(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SimulatedRuntime, "total_memory", lambda *_: None)
     large = [entry for entry in GOLDEN_RUN if not entry.startswith("model.")]

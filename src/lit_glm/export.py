@@ -1,12 +1,13 @@
 """`python -m lit_glm.export RUN_DIR --to published|safetensors --out FILE`: write the fine-tuned weights of a run."""
 
 import logging
+import shutil
 import sys
 from pathlib import Path
 from typing import List, Optional
 
 from lit_glm.console import CommandParser, set_up_console
-from lit_glm.errors import InputError
+from lit_glm.errors import InputError, RunError, first_line
 from lit_glm.launch.signals import run_interruptible
 
 log = logging.getLogger("lit_glm.export")
@@ -25,6 +26,7 @@ def export(run_dir: Path, layout: str, out: Path) -> str:
 
     Raises:
         InputError: if the folder holds no usable checkpoint or the file cannot be written.
+        RunError: if the disk is full.
     """
     from lit_glm.atomic_files import atomic_write
     from lit_glm.model.checkpoint import is_exported, save_published, save_safetensors
@@ -52,8 +54,12 @@ def export(run_dir: Path, layout: str, out: Path) -> str:
                 save_published(weights, temporary, step)
             else:
                 save_safetensors(weights, temporary)
-    except Exception as error:  # safetensors raises its own error for a file that cannot be written
-        raise InputError(f"--out {out}: cannot be written ({error})") from error
+    except Exception as error:  # torch and safetensors raise errors of their own, which may hide the cause
+        size = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+        if out.parent.is_dir() and shutil.disk_usage(str(out.parent)).free < size:
+            message = f"--out {out}: cannot be written: less than {size / 2**20:.0f} MiB are free on this disk"
+            raise RunError(message) from error
+        raise InputError(f"--out {out}: cannot be written ({first_line(error)})") from error
     count = sum(tensor.numel() for tensor in weights.values())
     return f"{out}: {len(weights)} tensors, {count} parameters, after step {step}"
 

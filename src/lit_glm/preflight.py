@@ -9,6 +9,8 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
@@ -27,6 +29,7 @@ from lit_glm.hardware.runtimes.selection import check_device_count, make_runtime
 from lit_glm.isolated_process import call_isolated
 from lit_glm.metrics import memory_estimate as estimates
 from lit_glm.metrics.system_info import describe_machine
+from lit_glm.runs.environment import installed_versions
 from lit_glm.runs.run_folder import ensure_available
 
 _GIB = 2**30
@@ -106,12 +109,10 @@ def _make_decoder(config: TrainConfig) -> Callable[[Any], str]:
 def check_data(config: TrainConfig, key: str) -> CheckResult:
     """Check that an HDF5 file fits the configuration, and show its counts and its first and last example."""
     path = Path(getattr(config.data, key))
+    step = f"{config.global_batch} examples of a step (bs={config.bs}, topology={config.topology.name})"
     if config.data.synthetic is not None and not path.exists():
         if key == "train_file" and config.global_batch > config.data.synthetic.num_train:
-            raise InputError(
-                f"data.synthetic.num_train={config.data.synthetic.num_train}: fewer than the {config.global_batch} "
-                f"examples of a step (bs={config.bs}, topology={config.topology.name})"
-            )
+            raise InputError(f"data.synthetic.num_train={config.data.synthetic.num_train}: fewer than the {step}")
         return CheckResult("", "ok", f"{path}: does not exist yet, train generates it on first use")
     decode, model = _make_decoder(config), config.model
     summary = call_isolated(summarise_hdf5, path, key == "eval_file")
@@ -126,18 +127,13 @@ def check_data(config: TrainConfig, key: str) -> CheckResult:
             f"data.max_seq_length={config.data.max_seq_length} or model.max_sequence_length={model.max_sequence_length}"
         )
     if key == "train_file" and config.global_batch > summary["examples"]:
-        raise InputError(
-            f"{path}: {summary['examples']} examples, fewer than the {config.global_batch} of a step (bs={config.bs}, "
-            f"topology={config.topology.name})"
-        )
-    counts = (
-        f"{summary['examples']} examples, {summary['candidates']} candidates, at most {summary['max_tokens']} tokens"
-    )
+        raise InputError(f"{path}: {summary['examples']} examples, fewer than the {step}")
+    counts = f"{summary['examples']} examples, {summary['candidates']} candidates"
     shown = [
         f'{which} "{decode(context)}" with {count} candidates: {" | ".join(map(decode, candidates))}'
         for which, context, count, candidates in summary["first_and_last"]
     ]
-    return CheckResult("", "ok", f"{path}: {counts}; {'; '.join(shown)}")
+    return CheckResult("", "ok", f"{path}: {counts}, at most {summary['max_tokens']} tokens; {'; '.join(shown)}")
 
 
 def check_checkpoint(config: TrainConfig) -> CheckResult:
@@ -212,12 +208,16 @@ def _try_monitor(config: TrainConfig) -> List[str]:
     monitor = monitor_for(config.hardware)
     if monitor is None:
         return []
+    has_devices = monitor.visible_devices_variable is not None  # many CPUs report no power, which is no fault
     problems = [f"the device monitor takes more than {_READING_S:g} s for a reading: no power, no energy"]
 
     def read() -> None:
         try:
-            rows = [format_reading(0.0, 0, reading) for reading in monitor.read(None)]
+            readings = list(monitor.read(None))
+            rows = [format_reading(0.0, 0, reading) for reading in readings]
             problems[:] = [] if rows else ["the device monitor gives no readings: power and energy will be unknown"]
+            if rows and has_devices and any(reading.power_w is None for reading in readings):
+                problems[:] = ["the device monitor reads no power of some devices: energy will be unknown"]
         except Exception as error:  # a user's monitor
             kind = type(error).__name__
             problems[:] = [f"the device monitor raises {kind} ({first_line(error)}): no power, no energy"]
@@ -252,8 +252,8 @@ def check_rendezvous_port(config: TrainConfig, runtime: Runtime) -> CheckResult:
                 return CheckResult("", "warn", str(error), "a single device needs none")
         return CheckResult("", "skip", "single device: no rendezvous")
     node = resolve_node(config.topology, config.hardware.runtime == "simulated")
-    chosen = "" if os.environ.get("MASTER_PORT") else " (a free port, chosen for each job; MASTER_PORT sets it)"
-    return CheckResult("", "ok", f"node {node.rank} of {config.topology.num_nodes}, {node.address}:{node.port}{chosen}")
+    port = f":{node.port}" if node.port else " (a free port, chosen for each job; MASTER_PORT sets it)"
+    return CheckResult("", "ok", f"node {node.rank} of {config.topology.num_nodes}, {node.address}{port}")
 
 
 def check_collectives(config: TrainConfig, runtime: Runtime) -> CheckResult:
@@ -301,18 +301,12 @@ def check_packages() -> CheckResult:
         needs = [Requirement(text) for text in metadata.requires("lit-glm") or []]
     except metadata.PackageNotFoundError:
         return CheckResult("", "warn", "lit-glm is not installed as a package", "pip install -e . in its checkout")
-    wrong: List[str] = []
+    needs = [need for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
+    versions = installed_versions(need.name for need in needs)
+    wrong = [f"{need.name} is missing" for need in needs if need.name not in versions]
     untested: List[str] = []
-    installed: List[str] = []
-    for need in needs:
-        if need.marker is not None and not need.marker.evaluate({"extra": ""}):
-            continue
-        try:
-            version = metadata.version(need.name)
-        except metadata.PackageNotFoundError:
-            wrong.append(f"{need.name} is missing")
-            continue
-        installed.append(f"{need.name} {version}")
+    for need in (need for need in needs if need.name in versions):
+        version = versions[need.name]
         if not need.specifier.contains(version, prereleases=True):
             wrong.append(f"{need.name} {version} is not {need.specifier}")
         elif version.split("+")[0] != tested.get(need.name, version):
@@ -322,7 +316,8 @@ def check_packages() -> CheckResult:
         return CheckResult("", "fail", f"{python}: {', '.join(wrong)}", f"pip install -c constraints/{name} -e .")
     if untested:
         return CheckResult("", "warn", f"{python}: {', '.join(untested)}", f"other measurements are made with {name}")
-    return CheckResult("", "ok", f"{python}, {', '.join(installed)}: as in constraints/{name}")
+    installed = ", ".join(f"{package} {version}" for package, version in versions.items())
+    return CheckResult("", "ok", f"{python}, {installed}: as in constraints/{name}")
 
 
 def check_vocabulary(file: Path) -> Tuple[bool, str]:
@@ -333,7 +328,7 @@ def check_vocabulary(file: Path) -> Tuple[bool, str]:
     return same, f"vocabulary {'is' if same else f'of {pieces} lines is not'} bert-large-uncased's"
 
 
-def _compare_num_examples(path: Path, kind: str) -> Tuple[bool, str]:
+def _compare_num_examples(kind: str, path: Path) -> Tuple[bool, str]:
     count, known = len(SequenceLengths.from_hdf5(path)), _QUESTIONS[kind]
     same = count == known if kind == "eval" else known <= count < 2 * known
     message = "as in ReCoRD" if same else f"not as in ReCoRD, which has {known:,} questions"
@@ -351,27 +346,19 @@ def _compare_num_weights(path: Path) -> Tuple[bool, str]:
 
 def check_provenance(config: TrainConfig) -> CheckResult:
     """Compare vocabulary, data and initial weights with the published files; one result for all that exist."""
-    comparisons: List[Tuple[bool, str]] = []
-
-    def compare(comparison: Callable[[], Tuple[bool, str]]) -> None:
-        try:
-            comparisons.append(comparison())
-        except InputError:
-            pass  # another check reports a file that cannot be read
-
-    vocab, weights = config.data.vocab_file, config.model.init_checkpoint
-    if vocab is not None and Path(vocab).is_file():
-        compare(lambda: check_vocabulary(Path(vocab)))
+    files: List[Tuple[Optional[str], Callable[[Path], Tuple[bool, str]]]] = [(config.data.vocab_file, check_vocabulary)]
     if config.data.synthetic is None:
-        for kind, name in (("train", config.data.train_file), ("eval", config.data.eval_file)):
-            if Path(name).is_file():
-                compare(lambda name=name, kind=kind: _compare_num_examples(Path(name), kind))  # type: ignore[misc]
-    if weights is not None and Path(weights).exists():
-        compare(lambda: _compare_num_weights(Path(weights)))
+        files.append((config.data.train_file, partial(_compare_num_examples, "train")))
+        files.append((config.data.eval_file, partial(_compare_num_examples, "eval")))
+    files.append((config.model.init_checkpoint, _compare_num_weights))
+    comparisons: List[Tuple[bool, str]] = []
+    for file, compare in files:
+        if file is not None and Path(file).exists():
+            with suppress(InputError):  # another check reports a file that cannot be read
+                comparisons.append(compare(Path(file)))
     if not comparisons:
         return CheckResult("", "skip", "no files to compare with the published ones (sources: docs/data.md)")
-    other: Optional[str] = (
-        None if all(same for same, _ in comparisons) else "sources of the published files: docs/data.md"
-    )
     message = "; ".join(text for _, text in comparisons)
-    return CheckResult("", "ok" if other is None else "warn", message, other or "")
+    if all(same for same, _ in comparisons):
+        return CheckResult("", "ok", message)
+    return CheckResult("", "warn", message, "sources of the published files: docs/data.md")

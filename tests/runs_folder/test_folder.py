@@ -7,9 +7,11 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Dict, List
 
 import pytest
+import pytorch_lightning as pl
 
 from conftest import EVAL_FILE, GOLDEN_RUN, TRAIN_FILE, lit_glm_here, rows, tree_digest
 from lit_glm.config.hydra_main import compose_config, validate_config
@@ -111,6 +113,14 @@ def test_a_run_that_a_callback_stops_is_evaluated_and_saved(
     assert (final["status"], final["global_steps"], final["acc"] is None) == ("finished", 3, False)
     assert [row["step"] for row in rows(tmp_path / "run" / "evals.csv")] == ["0", "3"]
     assert (tmp_path / "run" / "checkpoints" / "step-00000003.ckpt").is_file()
+    for name, arguments, instead in (
+        ("EarlyStopping", ["+callbacks.x.monitor=val/acc"], "run.target_accuracy ends a run"),
+        ("EMAWeightAveraging", [], "the training step here is the published one"),
+    ):
+        if hasattr(pl.callbacks, name):
+            target = [f"+callbacks.x._target_=pytorch_lightning.callbacks.{name}", "hydra.run.dir=refused"]
+            assert lit_glm_here("train", *DEBUG, *target, *arguments, "run.overwrite=true") == 2
+            assert f"{instead}\n" in capfd.readouterr().err
     saves = "+callbacks.saves._target_=pytorch_lightning.callbacks.ModelCheckpoint"
     assert lit_glm_here("train", *DEBUG, saves, "hydra.run.dir=other") == 2
     said = capfd.readouterr().err
@@ -169,7 +179,9 @@ def test_overwriting_leaves_what_is_not_the_runs_and_follows_links(tmp_path: Pat
     assert (scratch / "mine.safetensors").read_text() == (run / "csv" / "notes.csv").read_text() == "mine"
 
 
-def test_a_checkpoint_that_is_damaged_in_its_middle_is_passed_over(tmp_path: Path, capfd: Any) -> None:
+def test_a_checkpoint_that_is_damaged_in_its_middle_is_passed_over(
+    tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tmp_path / "run"
     arguments = [*DEBUG, "run.checkpoint_interval_steps=1"]
     assert lit_glm_here("train", *arguments, f"hydra.run.dir={run}") == 0
@@ -185,6 +197,12 @@ def test_a_checkpoint_that_is_damaged_in_its_middle_is_passed_over(tmp_path: Pat
     assert f"{newest}: skipped (it is damaged: " in capfd.readouterr().err
     assert lit_glm_here("export", str(run), "--to", "published", "--out", "w.safetensors") == 2
     assert "write --to safetensors" in capfd.readouterr().err
+    with monkeypatch.context() as disk:
+        disk.setattr("lit_glm.export.shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+        disk.setattr("torch.save", lambda *_: exec("raise RuntimeError('unexpected pos 64 vs 0')"))
+        assert lit_glm_here("export", str(run), "--to", "published", "--out", "full.pt") == 1
+    assert "MiB are free on this disk" in capfd.readouterr().err
+    assert not list(tmp_path.glob("*full.pt*"))
     assert lit_glm_here("train", *arguments, f"run.resume={run}") == 0
     said = capfd.readouterr()
     assert f"{newest}: skipped (it is damaged: " in said.err

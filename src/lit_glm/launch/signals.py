@@ -9,7 +9,7 @@ import time
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterator, Optional, TypeVar
 
-from lit_glm.errors import InputError
+from lit_glm.errors import InputError, RunError
 
 log = logging.getLogger(__name__)
 
@@ -114,11 +114,11 @@ def call_before_stop(call: Callable[[int], None]) -> None:
 
 
 def run_interruptible(work: Callable[[], int]) -> int:
-    """Call the work of a command; return its exit status, for wrong input and stop signals without a traceback."""
+    """Call the work of a command; return its exit status, for its own errors and stop signals without a traceback."""
     try:
         with RaisingStopSignals(), reraise_interruption():
             return work()
-    except InputError as error:
+    except (InputError, RunError) as error:
         log.error(error)
         return error.exit_status
     except KeyboardInterrupt:  # a job of a sweep was stopped, which has been reported
