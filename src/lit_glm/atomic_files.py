@@ -1,5 +1,6 @@
-"""Atomic replacement of files, JSON files, and file locks."""
+"""Atomic replacement of files, JSON and CSV files, and file locks."""
 
+import csv
 import errno
 import fcntl
 import json
@@ -9,7 +10,7 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 from lit_glm.errors import InputError
 
@@ -75,6 +76,15 @@ def read_json(path: Path) -> Optional[Dict[str, Any]]:
     except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def read_csv_rows(path: Path, columns: Sequence[str] = ()) -> List[Dict[str, str]]:
+    """Read the complete rows of a table; a last line without a line feed was cut off when its writer was killed."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    # A power loss can leave lines with NUL bytes, on which the csv module of Python 3.8 raises.
+    complete = [line for line in text[: text.rfind("\n") + 1].splitlines() if "\0" not in line]
+    rows = [row for row in csv.DictReader(complete) if None not in row and None not in row.values()]
+    return [row for row in rows if set(columns) <= set(row)]
 
 
 def try_lock(descriptor: int) -> bool:

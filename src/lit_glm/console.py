@@ -128,6 +128,15 @@ def set_up_console() -> None:
             setattr(sys, name, SafeStream(stream))
 
 
+def progress_bar(text: str, *columns: Any, transient: bool = False) -> Any:
+    """Return a progress bar on stderr, which is displayed on a terminal only."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    parts, console = (TextColumn(text), BarColumn(), *columns, TimeRemainingColumn()), Console(file=sys.stderr)
+    return Progress(*parts, console=console, disable=not sys.stderr.isatty(), transient=transient)
+
+
 def output_error() -> Optional[str]:
     """Return why standard output could not be written; None if it could."""
     sys.stdout.flush()

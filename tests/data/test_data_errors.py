@@ -196,14 +196,3 @@ def test_the_fingerprint_changes_with_every_token_and_answer(tmp_path: Path) -> 
         entries[0] = 2 if entries[0] == 1 else 1
 
     assert fingerprint("answer", EVAL_FILE, other_answer) != answers
-
-
-@pytest.mark.parametrize(
-    ("source", "needs_answers", "older"), [(TRAIN_FILE, False, "f1c315c3"), (EVAL_FILE, True, "be094739")]
-)
-def test_the_fingerprint_of_an_older_run_is_recognised(source: Path, needs_answers: bool, older: str) -> None:
-    """It covered counts and largest values; these are what the code of 2026-11-28 computed."""
-    split = open_dataset(source, needs_answers, None)
-    assert split.has_fingerprint(older)
-    assert split.has_fingerprint(split.fingerprint)
-    assert not split.has_fingerprint(older[::-1])

@@ -42,7 +42,7 @@ def test_the_thread_ends_with_the_iterator() -> None:
     before = set(threading.enumerate())
     items = iter(PrefetchIterator(count()))
     next(items)
-    (ours,) = [thread for thread in set(threading.enumerate()) - before if thread.name == "batches ahead"]
+    (ours,) = [thread for thread in set(threading.enumerate()) - before if thread.name == "batches ahead_0"]
     items.close()  # type: ignore[attr-defined]
     ours.join(10)
     assert not ours.is_alive()

@@ -96,7 +96,7 @@ def test_another_error_of_a_worker_is_raised() -> None:
     traceback.clear_frames(raised.tb)
 
 
-@pytest.mark.process
+@pytest.mark.slow
 def test_a_process_ends_although_an_error_keeps_a_loader_open(tmp_path: Path) -> None:
     script = tmp_path / "keeps.py"
     script.write_text("""

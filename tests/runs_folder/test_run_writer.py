@@ -1,6 +1,7 @@
 from pathlib import Path
 
-from lit_glm.runs.run_writer import EVAL_COLUMNS, AppendOnlyCSV, read_csv_rows
+from lit_glm.atomic_files import read_csv_rows
+from lit_glm.runs.run_writer import EVAL_COLUMNS, AppendOnlyCSV
 
 
 def test_a_torn_last_line_and_later_steps_go(tmp_path: Path) -> None:

@@ -90,12 +90,12 @@ def test_nothing_is_read_and_no_devices_are_mixed(
     )
     ensure_synthetic_data(config.data)
     if layout == "flat":
-        flat = lambda batch, width, attend: attention.PerGroupAttention.from_groups(  # noqa: E731
+        flat = lambda batch, width, attend: attention.PerGroupAttention(  # noqa: E731
             batch.context_lengths, batch.candidate_rows, batch.row_candidate, attend
         )
         monkeypatch.setattr("lit_glm.model.scoring.choose_attention_layout", flat)
     runtime = Meta()
-    split = open_dataset(config.data.train_file, False, None)
+    split = open_dataset(config.data.train_file, False, str(data / "cache"))
     collate = collate_for(config)
     batches = [collate(split, [0, 1, 2]), collate(split, [3, 4])]
     assert (collate is collate_packed) == (layout != "published")
@@ -121,7 +121,7 @@ def test_nothing_is_read_and_no_devices_are_mixed(
     assert (module.steps_done, module.steps_skipped) == (2, 0)
     assert all(outcome.grad_norm.device.type == "meta" and outcome.loss == 1.0 for outcome in seen)
     module = plugin.convert_module(RecordModule(build_glm(config.model, runtime.model_ops())[0], config, runtime))
-    held = open_dataset(config.data.eval_file, True, None)
+    held = open_dataset(config.data.eval_file, True, str(data / "cache"))
     with plugin.forward_context():
         _, chosen = evaluate(module.to("meta"), [collate(held, [0, 1, 2])], runtime, any_rank=lambda _: True)
     assert chosen == [(0, 0), (1, 0), (2, 0)]

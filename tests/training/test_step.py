@@ -25,7 +25,6 @@ from lit_glm.training.optimizer import (
     clip_gradients,
     fused_unavailable_reason,
     make_optimizer,
-    make_schedule,
     parameter_groups,
 )
 from lit_glm.verification.operator_check import operator_name
@@ -222,26 +221,6 @@ def test_official_scores(prediction: str, answers: List[str], em: float, f1: flo
 
 def test_normalisation() -> None:
     assert normalise_answer(" The  U.S. - an  Answer!") == "us answer"
-
-
-def test_the_schedule_of_an_older_checkpoint_goes_on() -> None:
-    config = validate_config(compose_config("train", ["experiment=debug"]), TrainConfig)
-    module = RecordModule(build_glm(config.model)[0], config, CPURuntime())
-    older: Dict[str, Any] = {"lit_glm": {"steps_done": 7, "steps_skipped": 0}, "lr_schedulers": [{"updates": 7}]}
-    module.on_load_checkpoint(older)
-    made = module.configure_optimizers()
-    schedule, optimizer = made["lr_scheduler"], made["optimizer"]
-    same = make_schedule(make_optimizer(module.glm, config.optimizer), config.optimizer)
-    for _ in range(7):
-        same.optimizer.step()
-        same.step()
-    schedule.load_state_dict(older["lr_schedulers"][0])
-    for _ in range(3):
-        assert schedule.get_last_lr() == same.get_last_lr()
-        optimizer.step()
-        schedule.step()
-        same.step()
-        assert [group["lr"] for group in optimizer.param_groups] == same.get_last_lr()
 
 
 def test_skipped_steps_are_counted_on_after_a_resume(tmp_path: Path) -> None:

@@ -7,13 +7,14 @@ The end of the passage is truncated as far as each candidate needs, so candidate
 
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Match, Optional, Tuple
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
+from lit_glm.data.h5sparse import TOKEN_MATRICES, to_csr
 from lit_glm.data.superglue_jsonl import PLACEHOLDER, Question
 from lit_glm.errors import InputError
 
@@ -90,24 +91,6 @@ class EncodedExamples:
     """Lines whose query and candidates exceed the limit even without the passage."""
 
 
-@dataclass
-class _SparseRows:
-    lengths: List[int] = field(default_factory=list)
-    indices: List[Any] = field(default_factory=list)
-    values: List[Any] = field(default_factory=list)
-
-    def add(self, first: int, values: Any) -> None:
-        """Append a row whose entries begin at column `first`; zeros are not stored."""
-        places = np.flatnonzero(values)
-        self.lengths.append(len(places))
-        self.indices.append(places + first)
-        self.values.append(values[places])
-
-    def arrays(self) -> Tuple[Any, Any, Any]:
-        empty: List[Any] = [np.zeros(0, np.int64)]
-        return np.asarray(self.lengths), np.concatenate(self.indices or empty), np.concatenate(self.values or empty)
-
-
 def encode_questions(questions: List[Question], tokenizer: WordPieceTokenizer, max_seq_length: int) -> EncodedExamples:
     """Tokenise questions and lay out one row per candidate.
 
@@ -116,7 +99,7 @@ def encode_questions(questions: List[Question], tokenizer: WordPieceTokenizer, m
         tokenizer: the tokenizer.
         max_seq_length: maximum number of tokens of context and candidate together.
     """
-    rows = {name: _SparseRows() for name in ("text", "target", "logit_mask", "position")}
+    rows: Dict[str, List[Any]] = {name: [] for name in TOKEN_MATRICES}
     encoded = EncodedExamples({}, [], [], [], [], [])
     ids: Dict[str, List[int]] = {}
 
@@ -135,14 +118,14 @@ def encode_questions(questions: List[Question], tokenizer: WordPieceTokenizer, m
         query = [*ids_of(question.before), tokenizer.mask, *ids_of(question.after), tokenizer.eos]
         for candidate, cut in zip(candidates, cuts):
             context = np.asarray([tokenizer.cls, *passage[: len(passage) - cut], *query])
-            target = np.asarray(candidate)
-            n, m = len(context), len(target)
-            blank = int(np.flatnonzero(context == tokenizer.mask)[-1])
-            rows["text"].add(0, np.concatenate([context, [tokenizer.sop], target[:-1]]))
-            rows["target"].add(n, target)
-            rows["logit_mask"].add(n, np.ones(m, np.int64))
-            rows["position"].add(0, np.concatenate([np.arange(n), np.full(m, blank)]))
-            rows["position"].add(n, np.arange(1, m + 1))
+            n, stop = len(context), len(context) + len(candidate)
+            text, target, logit_mask, position, block = np.zeros((5, max_seq_length), np.int32)
+            text[:stop] = [*context, tokenizer.sop, *candidate[:-1]]
+            target[n:stop], logit_mask[n:stop] = candidate, 1
+            position[:n], position[n:stop] = np.arange(n), np.flatnonzero(context == tokenizer.mask)[-1]
+            block[n:stop] = np.arange(1, stop - n + 1)
+            for name, row in zip(TOKEN_MATRICES, (text, target, logit_mask, (position, block))):
+                rows[name].append(row)
             encoded.separators.append(n)
         encoded.counts.append(len(candidates))
         encoded.right.append(question.right)
@@ -156,7 +139,9 @@ def encode_questions(questions: List[Question], tokenizer: WordPieceTokenizer, m
                 "tokens_removed": cuts,
             }
         )
-    encoded.columns = {name: matrix.arrays() for name, matrix in rows.items()}
+    encoded.columns = {
+        name: to_csr(np.asarray(matrix, np.int32).reshape(-1, max_seq_length)) for name, matrix in rows.items()
+    }
     return encoded
 
 

@@ -251,21 +251,14 @@ def pad_packed(batch: PackedBatch, pad_to: int) -> PackedBatch:
     def padded(tensor: Tensor, destination: Any, size: int, fill: int = 0) -> Tensor:
         return torch.full((size,), fill, dtype=tensor.dtype).index_copy_(0, torch.from_numpy(destination), tensor)
 
-    size, length = all_groups * (max_context_rows + max_candidate_rows), max_context_rows + max_candidate_rows
+    size = all_groups * (max_context_rows + max_candidate_rows)
     row_candidate = padded(batch.row_candidate, rows, all_groups * max_candidate_rows, dummy)
-    owner = np.full((all_groups, length), -2)
-    owner[:groups, :max_context_rows][np.arange(max_context_rows) < n[:, None]] = -1
-    owner[:, max_context_rows:] = np.where(row_candidate == dummy, -2, row_candidate).reshape(
-        all_groups, max_candidate_rows
-    )
-    gather = np.concatenate(
-        [
-            np.arange(first).reshape(all_groups, max_context_rows),
-            first + np.arange(all_groups * max_candidate_rows).reshape(all_groups, max_candidate_rows),
-        ],
-        axis=1,
-    )
-    own_rows = _to_int64_tensor(np.arange(all_groups * max_candidate_rows))
+    ones = np.ones(all_groups, np.int64)
+    index = build_padding_index(ones * max_context_rows, ones * max_candidate_rows, row_candidate.numpy())
+    is_padding = np.ones((all_groups, max_context_rows), dtype=bool)
+    is_padding[:groups] = np.arange(max_context_rows) >= n[:, None]
+    index.owner[:, :max_context_rows].masked_fill_(torch.from_numpy(is_padding), -2)
+    index.owner.masked_fill_(index.owner == dummy, -2)
     slot = batch.slot // C * slots + batch.slot % C
     return replace(
         batch,
@@ -277,14 +270,7 @@ def pad_packed(batch: PackedBatch, pad_to: int) -> PackedBatch:
         slot=torch.cat([slot, slot.new_full((dummy + 1 - len(slot),), dummy)]),
         context_lengths=[max_context_rows] * all_groups,
         candidate_rows=[max_candidate_rows] * all_groups,
-        padding_index=PaddingIndex(
-            gather=_to_int64_tensor(gather),
-            scatter=_to_int64_tensor(np.argsort(gather.reshape(-1))),
-            gather_candidates=own_rows.view(all_groups, max_candidate_rows),
-            scatter_candidates=own_rows,
-            owner=_to_int64_tensor(owner),
-            first_candidate=max_context_rows,
-        ),
+        padding_index=index,
         num_candidates=slots,
         has_padding=True,
     )

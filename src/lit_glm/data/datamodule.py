@@ -3,11 +3,11 @@
 import atexit
 import logging
 import multiprocessing
-import queue
 import signal
 import sys
-import threading
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Callable, Iterable, Iterator, List, Set, Tuple, Union
 
@@ -22,7 +22,7 @@ from lit_glm.process_utils import set_parent_death_signal
 
 log = logging.getLogger(__name__)
 
-_POLL_S = 0.2  # how soon the thread notices that the consumer has stopped
+_END = object()
 
 
 class PrefetchIterator:
@@ -33,46 +33,19 @@ class PrefetchIterator:
         self._source, self._depth = source, depth
 
     def __iter__(self) -> Iterator[Any]:
-        ready: queue.Queue[Any] = queue.Queue(self._depth)
-        over = threading.Event()
-
-        def put(kind: str, item: Any) -> None:
-            while not over.is_set():
-                try:
-                    ready.put((kind, item), timeout=_POLL_S)
-                    return
-                except queue.Full:
-                    continue
-
-        def work() -> None:
+        items = iter(self._source)
+        # Leaving the block joins the thread, as the interpreter's exit does: inside torch it would crash the process.
+        with ThreadPoolExecutor(1, thread_name_prefix="batches ahead") as pool:
+            ahead = deque(pool.submit(next, items, _END) for _ in range(self._depth + 1))
             try:
-                for item in self._source:
-                    put("item", item)
-                    if over.is_set():
-                        return
-                put("end", None)
-            except BaseException as error:  # raised again in the consumer
-                put("error", error)
-
-        thread = threading.Thread(target=work, name="batches ahead", daemon=True)
-
-        def close() -> None:
-            over.set()
-            thread.join()
-
-        thread.start()
-        atexit.register(close)  # a thread inside torch at interpreter exit crashes the process
-        try:
-            while True:
-                kind, item = ready.get()
-                if kind == "end":
-                    return
-                if kind == "error":
-                    raise item
-                yield item
-        finally:
-            close()
-            atexit.unregister(close)
+                item = ahead.popleft().result()
+                while item is not _END:
+                    ahead.append(pool.submit(next, items, _END))
+                    yield item
+                    item = ahead.popleft().result()
+            finally:
+                for future in ahead:
+                    future.cancel()
 
 
 _SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}

@@ -9,8 +9,7 @@ import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Dict, List, Optional, Tuple, Type
+from typing import Any, Dict, List, Tuple
 
 import h5py
 import numpy as np
@@ -23,8 +22,8 @@ TOKEN_MATRICES = ("text", "target", "logit_mask", "position")
 TRAIN_GROUPS = TOKEN_MATRICES + ("mask", "choice_start_end")
 EVAL_GROUPS = TRAIN_GROUPS + ("answer_idx", "answer_start_end")
 
-_MARGIN_BYTES = 2**21
-"""Free disk space in addition to the buffered entries, for HDF5's caches and tables."""
+_MARGIN_BYTES = 2**22
+"""Free disk space in addition to the next entries, for the chunks and tables that HDF5 has not written yet."""
 
 
 def require_file(path: Path) -> None:
@@ -71,9 +70,7 @@ class SparseReader:
     def __enter__(self) -> "SparseReader":
         return self
 
-    def __exit__(
-        self, kind: Optional[Type[BaseException]], value: Optional[BaseException], trace: Optional[TracebackType]
-    ) -> None:
+    def __exit__(self, *_: Any) -> None:
         self._file.close()
 
     @property
@@ -180,6 +177,12 @@ class SparseReader:
             raise InputError(f"{self.path}: the file contains no examples")
 
 
+def to_csr(dense: Any) -> Tuple[Any, Any, Any]:
+    """Return row lengths, column indices and values of a matrix; zeros are not stored."""
+    rows, indices = np.nonzero(dense)
+    return np.bincount(rows, minlength=len(dense)), indices, dense[rows, indices]
+
+
 class SparseWriter:
     """Streaming writer of the published layout: the token matrices are written in blocks of bounded size."""
 
@@ -217,9 +220,10 @@ class SparseWriter:
             candidate_counts: number of candidates of each example.
             answers: correct candidates of each example.
         """
+        # An int32 index and an int64 value for each entry, before they are compressed.
+        self._check_space(12 * sum(len(indices) for _, indices, _ in columns.values()))
         for name, (lengths, indices, values) in columns.items():
             self._matrices[name].add(lengths, indices, values)
-        self._check_space()
         self._separators.append(np.asarray(separators, dtype=np.int64))
         for count, right in zip(candidate_counts, answers):
             self._ranges.append((self._candidates, self._candidates + count))
@@ -227,10 +231,9 @@ class SparseWriter:
             self._answer_ranges.append((len(self._answers), len(self._answers) + len(right)))
             self._answers.extend(right)
 
-    def _check_space(self) -> None:
+    def _check_space(self, num_bytes: int = 0) -> None:
         """Raise OSError (ENOSPC) while space is left: HDF5 2.0.0 crashes the process when it flushes to a full disk."""
-        needed = _MARGIN_BYTES + sum(matrix.pending_bytes for matrix in self._matrices.values())
-        if shutil.disk_usage(str(self.path.parent)).free < needed:
+        if shutil.disk_usage(str(self.path.parent)).free < _MARGIN_BYTES + num_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def close(self) -> None:
@@ -246,8 +249,7 @@ class SparseWriter:
             ("answer_start_end", np.asarray(self._answer_ranges, dtype=np.int64).reshape(-1, 2)),
         ):
             growing = _GrowingCSR(self._file.create_group(name))
-            rows, indices = np.nonzero(dense)
-            growing.add(np.bincount(rows, minlength=len(dense)), indices, dense[rows, indices])
+            growing.add(*to_csr(dense))
             growing.finish(*dense.shape)
         self._file.flush()
         self._file.close()
@@ -261,53 +263,25 @@ class SparseWriter:
 
 
 class _GrowingCSR:
-    """CSR matrix to which rows are appended."""
-
-    _BUFFER = 1 << 18  # entries kept in memory before they are written
+    """CSR matrix to which rows are appended; HDF5 buffers a chunk of each dataset."""
 
     def __init__(self, group: Any) -> None:
         self._group = group
-        self._entries = 0
-        self._lengths: List[Any] = []
-        self._waiting: List[Tuple[Any, Any]] = []
-        self._waiting_entries = 0
+        self._lengths: List[Any] = [np.zeros(0, np.int32)]
+        chunked: Any = {"maxshape": (None,), "chunks": (65536,), "compression": "gzip", "compression_opts": 1}
         for name, dtype in (("data", np.int64), ("indices", np.int32)):
-            group.create_dataset(
-                name,
-                (0,),
-                dtype,
-                maxshape=(None,),
-                chunks=(65536,),
-                compression="gzip",
-                compression_opts=1,
-                shuffle=True,
-            )
-
-    @property
-    def pending_bytes(self) -> int:
-        """Size of the buffered entries, uncompressed: an int32 index and an int64 value each."""
-        return 12 * self._waiting_entries
+            group.create_dataset(name, (0,), dtype, shuffle=True, **chunked)
 
     def add(self, lengths: Any, indices: Any, values: Any) -> None:
         self._lengths.append(np.asarray(lengths, dtype=np.int32))
-        self._waiting.append((indices, values))
-        self._waiting_entries += len(indices)
-        if self._waiting_entries >= self._BUFFER:
-            self._write()
-
-    def _write(self) -> None:
-        stop = self._entries + self._waiting_entries
-        for position, name in enumerate(("indices", "data")):
+        for name, entries in (("indices", indices), ("data", values)):
             dataset = self._group[name]
-            dataset.resize((stop,))
-            if self._waiting:
-                dataset[self._entries :] = np.concatenate([pair[position] for pair in self._waiting])
-        self._entries, self._waiting, self._waiting_entries = stop, [], 0
+            start = len(dataset)
+            dataset.resize((start + len(entries),))
+            dataset[start:] = entries
 
     def finish(self, rows: int, columns: int) -> None:
-        self._write()
-        lengths = np.concatenate(self._lengths) if self._lengths else np.zeros(0, np.int64)
-        indptr = np.r_[0, np.cumsum(lengths, dtype=np.int64)]
-        self._group.create_dataset("indptr", data=indptr.astype(np.int64), compression="gzip")
+        indptr = np.cumsum(np.concatenate([[0], *self._lengths]), dtype=np.int64)
+        self._group.create_dataset("indptr", data=indptr, compression="gzip")
         self._group.attrs["h5sparse_format"] = "csr"
         self._group.attrs["h5sparse_shape"] = np.asarray([rows, columns], dtype=np.int64)

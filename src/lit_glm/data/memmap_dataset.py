@@ -10,8 +10,8 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
@@ -24,7 +24,7 @@ from lit_glm.errors import InputError
 from lit_glm.isolated_process import ReportProgress, call_isolated
 
 if TYPE_CHECKING:  # the isolated process that builds a cache imports no more than numpy and h5py
-    from lit_glm.config.schema import DataConfig, ModelConfig
+    from lit_glm.config.schema import DataConfig, ModelConfig, TrainConfig
 
 CACHE_VERSION = 4
 CACHE_ARRAYS = {
@@ -86,12 +86,6 @@ class MemmapDataset:
         """Short hash of all tokens, positions and answers, which does not depend on the file's name or compression."""
         return str(self.meta["fingerprint"])
 
-    def has_fingerprint(self, fingerprint: str) -> bool:
-        """Return whether a fingerprint is of these data; that of an older run is a hash of counts and maxima only."""
-        counts = {key: value for key, value in self.meta.items() if key not in ("source", "fingerprint")}
-        older = hashlib.sha256(json.dumps(counts, sort_keys=True).encode()).hexdigest()[:8]
-        return fingerprint in (self.fingerprint, older)
-
     def num_candidates_of(self, example: int) -> int:
         """Return the number of candidates of an example."""
         return int(self.example_candidate_end[example + 1] - self.example_candidate_end[example])
@@ -129,10 +123,28 @@ class MemmapDataset:
             )
 
 
-def are_same_data(splits: "Tuple[MemmapDataset, MemmapDataset]", fingerprint: Optional[str]) -> bool:
-    """Return whether training and evaluation data have the fingerprint of a result; True if that is unknown (None)."""
-    parts = [] if fingerprint is None else str(fingerprint).split("-")
-    return all(split.has_fingerprint(part) for split, part in zip(splits, parts))
+def join_fingerprints(splits: "Tuple[MemmapDataset, MemmapDataset]") -> str:
+    """Return the fingerprint of training and evaluation data, as in result.json."""
+    return "-".join(split.fingerprint for split in splits)
+
+
+def prepare_data(config: "TrainConfig") -> None:
+    """Generate, convert and check the data, once for all ranks.
+
+    Raises:
+        InputError: if it does not fit the model, or has fewer examples than a step needs.
+    """
+    from lit_glm.data.synthetic import ensure_synthetic_data
+
+    if config.data.synthetic is not None:
+        ensure_synthetic_data(config.data)
+    examples = len(open_datasets(config.data, config.model)[0])
+    if config.global_batch > examples:
+        ranks = config.topology.world_size
+        raise InputError(
+            f"bs={config.bs} on {ranks} device{'s' * (ranks > 1)} needs {config.global_batch} examples per step, but "
+            f"{config.data.train_file} has {examples}: use a smaller bs, fewer devices, or more data"
+        )
 
 
 def open_datasets(data: "DataConfig", model: "ModelConfig") -> Tuple[MemmapDataset, MemmapDataset]:
@@ -144,20 +156,11 @@ def open_datasets(data: "DataConfig", model: "ModelConfig") -> Tuple[MemmapDatas
     Raises:
         InputError: names the file and the location of the error.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as RichProgress
+    from lit_glm.console import progress_bar
 
     splits = []
     for source, needs_answers in ((data.train_file, False), (data.eval_file, True)):
-        with RichProgress(
-            TextColumn(f"reading {Path(source).name}"),
-            BarColumn(),
-            TimeRemainingColumn(),
-            console=Console(file=sys.stderr),
-            disable=not sys.stderr.isatty(),
-            transient=True,
-        ) as bar:
+        with progress_bar(f"reading {Path(source).name}", transient=True) as bar:
             task = bar.add_task("")
             split = open_dataset(
                 source,
@@ -250,9 +253,8 @@ def build_cache(path: Path, needs_answers: bool, folder: Path, progress: Optiona
         answers, answer_ends = (
             _read_answers(reader, choices) if needs_answers else (np.zeros(0), np.zeros(len(choices)))
         )
-        files = {name: open(folder / name, "wb") for name in CACHE_ARRAYS}  # noqa: SIM115
-        writer = _CacheWriter(files)
-        try:
+        with ExitStack() as keep:
+            writer = _CacheWriter({name: keep.enter_context((folder / name).open("wb")) for name in CACHE_ARRAYS})
             first = 0
             while first < len(choices):  # whole examples, about _ROWS_AT_ONCE candidates at a time
                 start = choices[first, 0]
@@ -265,9 +267,6 @@ def build_cache(path: Path, needs_answers: bool, folder: Path, progress: Optiona
                     progress(int(stop), reader.num_candidates)
             writer.put("answers", answers)
             writer.put("example_answer_end", answer_ends)
-        finally:
-            for file in files.values():
-                file.close()
         about = {"sizes": writer.sizes, "num_tokens": reader.num_tokens, **writer.maxima}
         meta = {"source": str(path), "fingerprint": writer.fingerprint(), **about}
     (folder / "meta.json").write_text(json.dumps(meta, default=int))
@@ -448,7 +447,7 @@ def _read_lengths(path: Path, _progress: ReportProgress) -> Any:
 
 
 def summarise_hdf5(path: Path, needs_answers: bool, _progress: ReportProgress) -> Dict[str, Any]:
-    """Summarise an HDF5 file: counts, longest sequence, highest token id, first and last example.
+    """Summarise an HDF5 file: counts, longest sequence, first and last example with the highest token id of both.
 
     Raises:
         InputError: if it is damaged, or not a file of this kind.

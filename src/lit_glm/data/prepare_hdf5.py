@@ -5,18 +5,17 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Tuple
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import DownloadColumn
 
 import lit_glm
 from lit_glm.atomic_files import read_json, write_json
+from lit_glm.console import progress_bar
 from lit_glm.data.cloze import EncodedExamples, WordPieceTokenizer, encode_questions
 from lit_glm.data.h5sparse import SparseWriter
 from lit_glm.data.superglue_jsonl import Question, SkippedRecords, read_questions
@@ -135,14 +134,7 @@ def prepare_file(raw: Path, out: Path, train: bool, vocab_file: str, max_seq_len
     writer = SparseWriter(out, max_seq_length)
     metadata_path = out.parent / EXAMPLE_METADATA_FILE
     temporary = metadata_path.with_name(f".{metadata_path.name}.{os.getpid()}.part")
-    bar = Progress(
-        TextColumn(raw.name),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-        console=Console(file=sys.stderr),
-        disable=not sys.stderr.isatty(),
-    )
+    bar = progress_bar(raw.name, DownloadColumn())
     try:
         with bar, temporary.open("w", encoding="utf-8") as metadata_file:
             task = bar.add_task("", total=raw.stat().st_size)

@@ -5,6 +5,7 @@ published implementation.
 """
 
 import heapq
+import itertools
 from typing import Any, Iterator, List, Optional
 
 import numpy as np
@@ -66,13 +67,8 @@ class InfiniteDistributedBatchSampler(Sampler):
         return epochs * total + min(rest * self._batch_size * self._world_size, total)
 
     def __iter__(self) -> Iterator[List[int]]:
-        epoch, first = divmod(self._start, self.steps_per_epoch)
-        while True:
-            order = self.epoch_order(epoch)
-            width = self._batch_size * self._world_size
-            for k in range(first, self.steps_per_epoch):
-                yield self._split_over_ranks(order[k * width : (k + 1) * width])[self._rank]
-            epoch, first = epoch + 1, 0
+        for step in itertools.count(self._start + 1):
+            yield self.rank_batches(step)[self._rank]
 
     def epoch_order(self, epoch: int) -> Any:
         """Return the examples of an epoch, in the order in which all ranks together take them."""
@@ -91,9 +87,7 @@ class InfiniteDistributedBatchSampler(Sampler):
         if epoch != self._epoch_order[0]:
             self._epoch_order = (epoch, self.epoch_order(epoch))
         width = self._batch_size * self._world_size
-        return self._split_over_ranks(self._epoch_order[1][k * width : (k + 1) * width])
-
-    def _split_over_ranks(self, batch: Any) -> List[List[int]]:
+        batch = self._epoch_order[1][k * width : (k + 1) * width]
         if self._lengths is None:
             return [[int(i) for i in batch[rank :: self._world_size]] for rank in range(self._world_size)]
         return balance_by_length(batch, self._lengths[batch], self._world_size)

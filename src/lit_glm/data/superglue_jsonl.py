@@ -201,41 +201,27 @@ def _parse_questions(
         elif not answers:
             skipped.add("no right answer", line)
         else:
-            common: Dict[str, Any] = {
-                "line": line,
-                "passage": text.replace("@highlight\n", "- "),
-                "before": parts[0],
-                "after": parts[1],
-                "answers": answers,
-            }
-            ids = (record["idx"], query["idx"])
-            questions += (
-                _training_questions(ids, entities, generator, common)
-                if train
-                else _evaluation_questions(ids, entities, common)
-            )
-            if not train and not any(entity in answers for entity in entities):
-                skipped.add("no right answer among the entities", line)
+            p, q = record["idx"], query["idx"]
+            built: List[Tuple[str, Any, List[str], List[int]]] = []  # guid, idx, candidates, right
+            if train:
+                for number, answer in enumerate(answers):
+                    candidates = [answer, *_wrong_candidates(entities, answers, generator)]
+                    built.append((f"train-p{p}-q{q}-a{number}", [p, q, number], candidates, [0]))
+            else:
+                right = [place for place, entity in enumerate(entities) if entity in answers]
+                if right:
+                    built.append((f"dev-p{p}-q{q}", q, entities, right))
+                else:
+                    skipped.add("no right answer among the entities", line)
+            shown = text.replace("@highlight\n", "- ")
+            for guid, idx, candidates, right in built:
+                questions.append(Question(line, guid, idx, shown, parts[0], parts[1], candidates, answers, right))
     return questions
 
 
-def _training_questions(
-    ids: Any, entities: List[str], generator: random.Random, common: Dict[str, Any]
-) -> List[Question]:
-    """Return one question per correct answer, each with at most nine wrong candidates."""
-    questions = []
-    for number, answer in enumerate(common["answers"]):
-        wrong = [entity for entity in entities if entity not in common["answers"]]
-        if len(wrong) > _MAX_WRONG_CANDIDATES:
-            generator.shuffle(wrong)
-            wrong = wrong[:_MAX_WRONG_CANDIDATES]
-        guid = f"train-p{ids[0]}-q{ids[1]}-a{number}"
-        questions.append(Question(guid=guid, idx=[*ids, number], candidates=[answer, *wrong], right=[0], **common))
-    return questions
-
-
-def _evaluation_questions(ids: Any, entities: List[str], common: Dict[str, Any]) -> List[Question]:
-    """Return one question with all entities if one of them is correct, else none."""
-    right = [place for place, entity in enumerate(entities) if entity in common["answers"]]
-    guid = f"dev-p{ids[0]}-q{ids[1]}"
-    return [Question(guid=guid, idx=ids[1], candidates=entities, right=right, **common)] if right else []
+def _wrong_candidates(entities: List[str], answers: List[str], generator: random.Random) -> List[str]:
+    """Return the wrong candidates of a training example, at most nine of them, drawn in random order."""
+    wrong = [entity for entity in entities if entity not in answers]
+    if len(wrong) > _MAX_WRONG_CANDIDATES:
+        generator.shuffle(wrong)
+    return wrong[:_MAX_WRONG_CANDIDATES]

@@ -5,6 +5,7 @@ Each query by a rank itself would fork a large process, so the ranks read the fi
 standard input is closed, and once more after that.
 """
 
+import csv
 import importlib
 import logging
 import math
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Dict, Iterator, List, Optional, Tuple
 
-from lit_glm.atomic_files import write_text
+from lit_glm.atomic_files import read_csv_rows, write_text
 from lit_glm.errors import InputError, first_line
 from lit_glm.hardware.monitors import MONITORS, DeviceReading, Monitor, visible_device
 from lit_glm.process_utils import set_parent_death_signal
@@ -236,17 +237,13 @@ def load_readings(file: Path) -> Dict[Tuple[str, str], List[Dict[str, Optional[f
     """Load the readings of each (node, device), ordered by time; truncated rows are skipped."""
     readings_of_device: Dict[Tuple[str, str], List[Dict[str, Optional[float]]]] = {}
     try:
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
-    except OSError:
-        return readings_of_device
-    for line in lines:
-        fields = line.split(",")
-        if len(fields) != len(COLUMNS):
-            continue
-        values = [_parse_number(field) for field in (fields[0], *fields[3:])]
-        if values[0] is None:
-            continue
-        readings_of_device.setdefault((fields[1], fields[2]), []).append(dict(zip((COLUMNS[0], *COLUMNS[3:]), values)))
+        rows = read_csv_rows(file, COLUMNS)
+    except (OSError, csv.Error):
+        rows = []
+    for row in rows:
+        reading = {name: _parse_number(row[name]) for name in COLUMNS if name not in ("node", "device")}
+        if reading["time_s"] is not None:
+            readings_of_device.setdefault((row["node"], row["device"]), []).append(reading)
     for readings in readings_of_device.values():
         readings.sort(key=lambda reading: reading["time_s"] or 0.0)
     return readings_of_device

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
-from lit_glm.atomic_files import atomic_write, write_json
+from lit_glm.atomic_files import atomic_write, read_csv_rows, write_json
 from lit_glm.errors import RunError
 from lit_glm.metrics.registry import as_number
 from lit_glm.runs import result
@@ -82,15 +82,6 @@ def is_intact(row: Dict[str, str]) -> bool:
         return False
     times = [value for name, value in numbers.items() if name == "seconds" or name.endswith("_s")]
     return row["step"].isdecimal() and all(map(math.isfinite, times))
-
-
-def read_csv_rows(path: Path, columns: Sequence[str]) -> List[Dict[str, str]]:
-    """Read the complete rows of a table; a last line without a line feed was cut off when the run was killed."""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    # A power loss can leave lines with NUL bytes, on which the csv module of Python 3.8 raises.
-    complete = [line for line in text[: text.rfind("\n") + 1].splitlines() if "\0" not in line]
-    rows = list(csv.DictReader(complete))
-    return [row for row in rows if all(row.get(name) is not None for name in columns)]
 
 
 _RESULT_EVERY_S = 1.0

@@ -19,7 +19,7 @@ from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.model.glm import GLM
 from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, candidate_loss, candidate_scores
 from lit_glm.runs import checkpoints
-from lit_glm.training.optimizer import clip_gradients, make_optimizer, make_schedule, schedule_state
+from lit_glm.training.optimizer import clip_gradients, make_optimizer, make_schedule
 
 
 @dataclass
@@ -161,8 +161,6 @@ class RecordModule(pl.LightningModule):
         self.steps_done = checkpoint["lit_glm"]["steps_done"]
         self.steps_skipped = checkpoint["lit_glm"]["steps_skipped"]
         self._restored_gradients = checkpoint["lit_glm"].get("gradients")
-        schedules = checkpoint.get("lr_schedulers", [])
-        schedules[:] = [schedule_state(saved, self._config.optimizer) for saved in schedules]
 
     def _restore_gradients(self, optimizer: Any) -> None:
         if self._restored_gradients is None:

@@ -41,16 +41,6 @@ def _scheduled_rate(config: OptimizerConfig, updates: int) -> float:
     return learning_rate_at_step(updates, config.lr, config.warmup, decay_iters, config.lr_decay_ratio)
 
 
-def schedule_state(saved: Dict[str, Any], config: OptimizerConfig) -> Dict[str, Any]:
-    """Return the state of a checkpoint's schedule; the first checkpoints of version 0.2 have only the updates done."""
-    if "updates" not in saved:
-        return saved
-    updates, groups = saved["updates"], 2
-    rate = _scheduled_rate(config, updates)
-    state: Dict[str, Any] = {"last_epoch": updates, "_step_count": updates + 1, "_last_lr": [rate] * groups}
-    return {**state, "lr_lambdas": [None] * groups}
-
-
 def parameter_groups(model: nn.Module, weight_decay: float) -> List[Dict[str, Any]]:
     """Split parameters as published: decay on all weights and embeddings, none on layer norms and biases."""
     decayed: List[Any] = []
