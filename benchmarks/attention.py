@@ -36,7 +36,7 @@ def main() -> None:
             contexts, rows, owner = lengths(groups, context, 8, 3)
             places = build_padding_index(np.array(contexts), np.array(rows), owner.numpy())
             plans: List[Any] = [
-                PerGroupAttention.from_groups(contexts, rows, owner, DotProductAttention()),
+                PerGroupAttention(contexts, rows, owner, DotProductAttention()),
                 PaddedAttention.from_index(places, DotProductAttention()),
             ]
             qkv = torch.randn(sum(contexts) + sum(rows), 3 * width, requires_grad=True)

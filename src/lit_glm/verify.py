@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from lit_glm.atomic_files import make_folder
 from lit_glm.config.command_line import CommandLine
-from lit_glm.config.hydra_main import CONF_DIR, compose_config, output_dir, run_command, validate_config
+from lit_glm.config.hydra_main import CONF_DIR, load_config, output_dir, run_command
 from lit_glm.config.schema import POSITIVE, TrainConfig, key
 from lit_glm.errors import InputError
 from lit_glm.hardware.env import set_hardware_env
@@ -40,10 +40,7 @@ def _configs_per_precision(config: TrainConfig) -> List[TrainConfig]:
     if line.sets("precision"):
         return [config]
     given = [*HydraConfig.get().overrides.task, *line.searchpath]
-    return [
-        validate_config(compose_config("verify", [*given, f"precision={name}"]), VerifyConfig)
-        for name in config.hardware.precisions
-    ]
+    return [load_config("verify", [*given, f"precision={name}"], VerifyConfig) for name in config.hardware.precisions]
 
 
 def main() -> int:

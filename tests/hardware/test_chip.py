@@ -133,6 +133,7 @@ def test_verify_finds_that_synchronize_does_not_wait(chip: Dict[str, str], tmp_p
     (tmp_path / "own" / "hardware" / "hasty.yaml").write_text("name: hasty\n_target_: hasty.Hasty\n")
     path = os.pathsep.join([str(tmp_path), chip["PYTHONPATH"]])
     line = ["--config-dir", "own", "hardware=hasty", "precision=fp32", "model=glm_tiny", "hydra.run.dir=verify"]
+    line += ["verify.max_minutes=0.02"]  # the clock is checked first
     done = lit_glm("verify", *line, cwd=tmp_path, env={**chip, "PYTHONPATH": path})
     assert done.returncode == 1
     assert "FAIL  clock: " in done.stdout

@@ -124,7 +124,7 @@ def plan_of(kind: Any, kernel: str = "auto", device: str = "cpu") -> Any:
             build_padding_index(np.array(CONTEXTS), np.array(ROWS), np.array(OWNER)).to(device),
             DotProductAttention(kernel),
         )
-    return kind.from_groups(CONTEXTS, ROWS, torch.tensor(OWNER, device=device), DotProductAttention(kernel))
+    return kind(CONTEXTS, ROWS, torch.tensor(OWNER, device=device), DotProductAttention(kernel))
 
 
 def outputs_and_gradients(plans: List[Any], qkv: torch.Tensor, candidates_only: bool) -> "tuple[List[Any], List[Any]]":

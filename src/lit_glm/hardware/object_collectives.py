@@ -7,28 +7,19 @@ import pickle
 from typing import Any, List
 
 import torch
-from torch import Tensor
-
-
-def _pickle_to_tensor(content: Any, device: torch.device) -> Tensor:
-    """Pickle an object into [n] 64-bit integers, a dtype that every collective library supports."""
-    return torch.tensor(list(pickle.dumps(content)), dtype=torch.long).to(device)
-
-
-def _unpickle_tensor(numbers: Tensor) -> Any:
-    return pickle.loads(bytes(numbers.tolist()))  # noqa: S301 (from the other ranks of this very job)
 
 
 def broadcast_object(content: Any, device: torch.device, source: int = 0) -> Any:
     """Broadcast the object of rank `source` to every rank."""
     is_source = torch.distributed.get_rank() == source
-    packed = _pickle_to_tensor(content, device) if is_source else torch.zeros(0, dtype=torch.long, device=device)
+    # 64-bit integers, a dtype that every collective library supports.
+    packed = torch.tensor(list(pickle.dumps(content)) if is_source else [], dtype=torch.long).to(device)
     length = torch.tensor([len(packed)], dtype=torch.long).to(device)
     torch.distributed.broadcast(length, source)
     if not is_source:
         packed = torch.zeros(int(length), dtype=torch.long, device=device)
     torch.distributed.broadcast(packed, source)
-    return content if is_source else _unpickle_tensor(packed)
+    return content if is_source else pickle.loads(bytes(packed.tolist()))  # noqa: S301 (of the ranks of this job)
 
 
 def all_gather_object(content: Any, device: torch.device) -> List[Any]:

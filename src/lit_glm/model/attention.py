@@ -157,25 +157,16 @@ are computed) -> [T, D], or [R, D] of the candidate rows alone. A `PerGroupAtten
 per batch and used by every layer."""
 
 
-@dataclass
 class PerGroupAttention:
     """Attention layout of a batch with one call per group."""
 
-    context_lengths: List[int]
-    candidate_rows: List[int]
-    """Number of candidate rows of each group."""
-    masks: List[Mask]
-    """Mask of each group, [m, n + m]: which keys its candidate rows see."""
-    attend: DotProductAttention
-
-    @classmethod
-    def from_groups(
-        cls,
+    def __init__(
+        self,
         context_lengths: List[int],
         candidate_rows: List[int],
         row_candidate: Tensor,
         attend: DotProductAttention,
-    ) -> "PerGroupAttention":
+    ) -> None:
         """Build the layout.
 
         Args:
@@ -184,11 +175,12 @@ class PerGroupAttention:
             row_candidate: [R] which candidate each candidate row belongs to.
             attend: attention of one group.
         """
-        masks = []
+        self.context_lengths, self.candidate_rows, self.attend = context_lengths, candidate_rows, attend
+        self.masks: List[Mask] = []
+        """Mask of each group, [m, n + m]: which keys its candidate rows see."""
         for n, owner in zip(context_lengths, row_candidate.split(candidate_rows)):
             same_candidate = (owner[:, None] == owner) & _causal(len(owner), owner.device)  # [m, m]
-            masks.append(Mask(F.pad(same_candidate, (n, 0), value=True)))
-        return cls(context_lengths, candidate_rows, masks, attend)
+            self.masks.append(Mask(F.pad(same_candidate, (n, 0), value=True)))
 
     def __call__(self, qkv: Tensor, heads: int, dropout: float, candidates_only: bool) -> Tensor:
         """Compute the attention of one layer; see `AttentionLayout`."""
@@ -303,7 +295,7 @@ def choose_attention_layout(batch: PackedBatch, width: int, attend: DotProductAt
     index = batch.padding_index
     if batch.has_padding or index.gather.shape[1] * width <= attend.ops.max_padded_group:
         return PaddedAttention.from_index(index, attend)
-    return PerGroupAttention.from_groups(batch.context_lengths, batch.candidate_rows, batch.row_candidate, attend)
+    return PerGroupAttention(batch.context_lengths, batch.candidate_rows, batch.row_candidate, attend)
 
 
 def _causal(size: int, device: torch.device) -> Tensor:

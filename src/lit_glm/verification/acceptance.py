@@ -1,5 +1,6 @@
 """Acceptance test of a device: runs all checks, and relates failures to operators that already failed."""
 
+import itertools
 import math
 import platform
 import time
@@ -60,6 +61,7 @@ class AcceptanceTest:
                 replace(full, model=replace(full.model, **_NARROW), data=replace(full.data, max_seq_length=length))  # type: ignore[arg-type]
                 for full in configurations
             ]
+        self._has_timed_out = False
         self.done: List[CheckResult] = []
         self.passed: Dict[str, bool] = {}
         """Verdict of each precision that was tested; includes the checks that belong to no precision."""
@@ -109,17 +111,22 @@ class AcceptanceTest:
                 precision_checks.append(check)
                 self.done.append(check)
                 yield check
-            if any(check.status != "skip" for check in precision_checks) and not any(
-                map(_is_out_of_time, precision_checks)
-            ):
+            if any(check.status != "skip" for check in precision_checks) and not self._has_timed_out:
                 fails = general_failure or any(check.status == "fail" for check in precision_checks)
                 self.passed[config.precision.name] = not fails
 
     def _run(self, name: str, run: Callable[[], List[CheckResult]]) -> List[CheckResult]:
         """Run a check; an exception becomes a failure, and an expired time limit a skip."""
         if time.monotonic() > self._end:
-            return [CheckResult(name, "skip", f"{_OUT_OF_TIME}: verify.max_minutes={self._limit_s / 60:g} exceeded")]
-        return _catch_errors(name, run)
+            self._has_timed_out = True
+            message = f"not checked: verify.max_minutes={self._limit_s / 60:g} exceeded"
+            return [CheckResult(name, "skip", message)]
+        try:
+            with reraise_interruption():
+                return run()
+        except Exception as error:
+            text = " ".join(str(error).split())[:300]
+            return [CheckResult(name, "fail", f"{type(error).__name__}: {text}")]
 
     def _check_precision(self, config: TrainConfig) -> Iterator[CheckResult]:
         name, runtime = config.precision.name, self._runtime
@@ -154,23 +161,6 @@ class AcceptanceTest:
         )
 
 
-_OUT_OF_TIME = "not checked"
-
-
-def _is_out_of_time(check: CheckResult) -> bool:
-    return check.status == "skip" and check.message.startswith(f"{_OUT_OF_TIME}: verify.max_minutes")
-
-
-def _catch_errors(name: str, run: Callable[[], List[CheckResult]]) -> List[CheckResult]:
-    """Run a check; an exception becomes a failure."""
-    try:
-        with reraise_interruption():
-            return run()
-    except Exception as error:
-        text = " ".join(str(error).split())[:300]
-        return [CheckResult(name, "fail", f"{type(error).__name__}: {text}")]
-
-
 def _downgrade_consequence(check: CheckResult, wrong: List[str]) -> CheckResult:
     """Downgrade a failure that a wrong operator already explains to a warning."""
     if check.status == "fail" and wrong:
@@ -191,9 +181,7 @@ def _check_operators(
     fallbacks: List[Any] = []
     # Without dropout too: a fused attention that draws has no result to compare with.
     models = [fixture.model] if model == fixture.model else [model, fixture.model]
-    for scoring_model, batch in [
-        (scoring_model, batch) for scoring_model in models for batch in (fixture.packed, fixture.padded)
-    ]:
+    for scoring_model, batch in itertools.product(models, (fixture.packed, fixture.padded)):
         stepper = TrainStepper(config, replace(fixture, model=scoring_model), runtime)
         with operators.recording():
             stepper.train(batch)
@@ -208,10 +196,8 @@ def _check_operators(
     checks = []
     for result in results:
         if result.status in _ADVICE:
-            reason, shapes = (
-                f": {result.message}" if result.message else "",
-                f" ({result.shapes})" if result.shapes else "",
-            )
+            reason = f": {result.message}" if result.message else ""
+            shapes = f" ({result.shapes})" if result.shapes else ""
             message = f"{result.status}{reason}{shapes}"
             value, bound = (result.error.typical, result.bound) if result.status == "differs" else (None, None)
             checks.append(CheckResult(f"{label}: {result.name}", "fail", message, _ADVICE[result.status], value, bound))

@@ -23,6 +23,11 @@ _DRIFT = 8.0
 """Allowed drift of losses over the steps, relative to the bound of one forward pass."""
 
 
+def _verdict(name: str, problem: str, success: str, advice: str, value: float, bound: float) -> CheckResult:
+    """Return a failure if there is a problem, else a success."""
+    return CheckResult(name, "fail" if problem else "ok", problem or success, advice if problem else "", value, bound)
+
+
 def check_layers(config: TrainConfig, fixture: VerifyFixture, runtime: Runtime, tf32: bool) -> List[CheckResult]:
     """Check hidden states after every layer, scores and loss; then the gradient of every parameter."""
     exact_stages, exact_gradients = TrainStepper(config, fixture, runtime, exact=True).capture(fixture.packed)
@@ -39,16 +44,9 @@ def check_layers(config: TrainConfig, fixture: VerifyFixture, runtime: Runtime, 
         worst = max(worst, error.typical * bound / limit)
         if not error.within(limit) and not first:
             first = name
-    checks = [
-        CheckResult(
-            f"model {config.precision.name}",
-            "fail" if first else "ok",
-            f"first deviation: {first}" if first else f"{len(stages) - 3} layers, scores and loss agree",
-            "check the operators of this layer above" if first else "",
-            worst,
-            bound,
-        )
-    ]
+    problem = f"first deviation: {first}" if first else ""
+    success, advice = f"{len(stages) - 3} layers, scores and loss agree", "check the operators of this layer above"
+    checks = [_verdict(f"model {config.precision.name}", problem, success, advice, worst, bound)]
     bound *= _BACKWARD
     largest = max(float(gradient.square().mean().sqrt()) for gradient in exact_gradients.values())
     ranked = []
@@ -58,13 +56,9 @@ def check_layers(config: TrainConfig, fixture: VerifyFixture, runtime: Runtime, 
             continue
         ranked.append((relative_error(gradients[name], expected, _NEGLIGIBLE * largest).typical, name))
     far_off, name = max(ranked)
-    deviates = far_off > bound
-    message = f"largest deviation: {name}" if deviates else f"{len(ranked)} parameters agree"
-    advice = "check the operators of the backward pass above" if deviates else ""
-    checks.append(
-        CheckResult(f"gradients {config.precision.name}", "fail" if deviates else "ok", message, advice, far_off, bound)
-    )
-    return checks
+    problem, success = f"largest deviation: {name}" if far_off > bound else "", f"{len(ranked)} parameters agree"
+    advice = "check the operators of the backward pass above"
+    return [*checks, _verdict(f"gradients {config.precision.name}", problem, success, advice, far_off, bound)]
 
 
 def check_training(config: TrainConfig, fixture: VerifyFixture, runtime: Runtime, tf32: bool) -> List[CheckResult]:
@@ -76,21 +70,12 @@ def check_training(config: TrainConfig, fixture: VerifyFixture, runtime: Runtime
     exact, losses, again = ([stepper.train(small.packed) for _ in range(_STEPS)] for stepper in steppers)
     bound = _DRIFT * layer_bound(steppers[1].computes_in, small.model.num_layers, small.model.hidden_size, tf32)
     distance = max(abs(loss - other) / max(1.0, abs(other)) for loss, other in zip(losses, exact))
-    name, falls = f"training {config.precision.name}", losses[-1] < losses[0]
-    well = distance <= bound and falls
-    message = f"{_STEPS} losses, {losses[0]:.4f} to {losses[-1]:.4f}, agree with the CPU reference"
-    checks = [
-        CheckResult(
-            name,
-            "ok" if well else "fail",
-            message
-            if well
-            else f"losses deviate from the CPU's (last loss {losses[-1]:.4f}, reference {exact[-1]:.4f})",
-            "" if well else "check clipping and optimizer, whose operators are listed above too",
-            distance,
-            bound,
-        )
-    ]
+    agrees = distance <= bound and losses[-1] < losses[0]
+    problem = f"losses deviate from the CPU's (last loss {losses[-1]:.4f}, reference {exact[-1]:.4f})"
+    success = f"{_STEPS} losses, {losses[0]:.4f} to {losses[-1]:.4f}, agree with the CPU reference"
+    advice = "check clipping and optimizer, whose operators are listed above too"
+    problem = "" if agrees else problem
+    checks = [_verdict(f"training {config.precision.name}", problem, success, advice, distance, bound)]
     same = losses == again
     message = "bitwise reproducible" if same else "not bitwise reproducible"
     advice = "" if same else "results are comparable, but a resumed run differs from an uninterrupted one"
@@ -122,9 +107,8 @@ def check_dropout(runtime: Runtime) -> CheckResult:
     share = max((float((mask == 0).double().mean()) for mask in first), key=lambda value: abs(value - _SHARE))
     off, bound = abs(share - _SHARE), _SIGMAS * math.sqrt(_SHARE * (1 - _SHARE) / _COUNT)
     if off > bound:
-        return CheckResult(
-            "dropout", "fail", f"drops {share:.4f} instead of {_SHARE}", "check its generator", off, bound
-        )
+        message = f"drops {share:.4f} instead of {_SHARE}"
+        return CheckResult("dropout", "fail", message, "check its generator", off, bound)
     kept = float(first[0].max())
     if abs(kept * (1 - _SHARE) - 1.0) > 1e-5:
         message = f"elements that it keeps are multiplied by {kept:.4f} instead of 1 / (1 - {_SHARE})"
@@ -133,12 +117,8 @@ def check_dropout(runtime: Runtime) -> CheckResult:
         advice = "runtime.manual_seed does not reach the device's generator: no run can be repeated or resumed exactly"
         return CheckResult("dropout", "fail", "the same seed gives different masks", advice=advice)
     if any(torch.equal(one, two) for one, two in zip(first, other)):
-        return CheckResult(
-            "dropout",
-            "fail",
-            "different seeds give the same mask",
-            advice="check Runtime.manual_seed: every step would drop the same elements",
-        )
+        advice = "check Runtime.manual_seed: every step would drop the same elements"
+        return CheckResult("dropout", "fail", "different seeds give the same mask", advice=advice)
     draws = 8 * 8 * 64 * 64
     limit = _SIGMAS * math.sqrt(_SHARE / (1 - _SHARE) / draws) + 2.0**-8  # 2 ** -8: rounding of the output to bf16
     for dtype in (torch.float32, torch.bfloat16):
@@ -155,9 +135,8 @@ def check_dropout(runtime: Runtime) -> CheckResult:
     if wrong:
         advice = "training computes wrong gradients: check how forward and backward pass share the mask"
         return CheckResult("dropout", "fail", wrong, advice)
-    return CheckResult(
-        "dropout", "ok", f"drops {share:.4f}; reproducible by seed, different across seeds", value=off, bound=bound
-    )
+    message = f"drops {share:.4f}; reproducible by seed, different across seeds"
+    return CheckResult("dropout", "ok", message, value=off, bound=bound)
 
 
 def _wrong_backward(runtime: Runtime) -> str:

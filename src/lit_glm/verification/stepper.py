@@ -4,7 +4,7 @@ import random
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Dict, List, Tuple
 
 import torch
 from pytorch_lightning.plugins.precision import Precision
@@ -102,7 +102,7 @@ class TrainStepper:
             exact: use float64 on the CPU instead, as the reference.
         """
         weights = fixture.fresh_model()
-        self._runtime, self._steps = None if exact else runtime, 0
+        self._runtime, self._steps = Runtime() if exact else runtime, 0
         self.device = torch.device("cpu") if exact else runtime.device(0)
         # Training starts with a high loss scale and skips steps until it fits; here no step may be skipped.
         scaled = replace(config, precision=replace(config.precision, loss_scale=LossScaleConfig(initial=_LOSS_SCALE)))
@@ -120,34 +120,26 @@ class TrainStepper:
 
     def _backward(self, batch: Any) -> Tensor:
         """Run forward and backward pass, both within autocast as in training."""
-        if self._runtime is not None:
-            self._runtime.manual_seed(_SEED + self._steps)
+        self._runtime.manual_seed(_SEED + self._steps)
         scaler = getattr(self._plugin, "scaler", None)
         with self._plugin.forward_context():
             loss = candidate_loss(candidate_scores(self.glm, batch, TRAIN_MASK))
-            value = loss.detach()
-            self._read_loss = (lambda: float(value)) if self._runtime is None else self._read_async(value)
+            # As in training, before the backward pass is issued.
+            self._read_loss = self._runtime.to_host_async(loss.detach().float().reshape(1))
             with backward_context(loss):
                 (loss if scaler is None else scaler.scale(loss.float())).backward()
         return loss.detach()
 
-    def _read_async(self, loss: Tensor) -> Callable[[], float]:
-        """Start to read a loss as training does, before the backward pass is issued."""
-        assert self._runtime is not None
-        read = self._runtime.to_host_async(loss.float().reshape(1))
-        return lambda: float(read()[0])
-
     def _finish_step(self) -> None:
         """Finish a step as training does; a lazy runtime cuts and computes its graph here."""
         self._steps += 1
-        if self._runtime is not None:
-            self._runtime.after_step()
-            self._runtime.synchronize()
+        self._runtime.after_step()
+        self._runtime.synchronize()
 
     def train(self, batch: Any) -> float:
         """Run one step and return its loss before the update."""
         self._backward(batch.to(self.device))
-        loss = self._read_loss()
+        loss = float(self._read_loss()[0])
         scaled = self._plugin if isinstance(self._plugin, LossScalingPrecision) else None
         if scaled is not None:
             scaled.unscale_(self.optimizer)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lit_glm.config.schema import LossScaleConfig
 from lit_glm.hardware.device_monitor import MonitoredMemory, monitor_of_name
+from lit_glm.hardware.monitors import MONITORS
 from lit_glm.model.runtime_ops import RuntimeOps
 
 
@@ -132,7 +133,7 @@ class Runtime:
         return None
 
     def memory_in_use(self, index: int) -> Optional[float]:
-        """Return the bytes in use on a device now; by default the last reading of `monitor`; None if unknown."""
+        """Return the bytes in use on a device now; by default the last reading of its monitor; None if unknown."""
         if self._monitored is None:
             return None
         self._monitored.update()
@@ -149,12 +150,13 @@ class Runtime:
             index: index of the device.
             file: table written by the node's device monitor (`lit_glm.hardware.device_monitor`).
         """
-        if self.monitor:
+        monitor = self.monitor or (self.name if self.name in MONITORS else "")
+        if monitor:
             self._monitored = MonitoredMemory()
-            self._monitored.start(file, index, monitor_of_name(self.monitor))
+            self._monitored.start(file, index, monitor_of_name(monitor))
 
     def peak_memory(self, index: int) -> Optional[float]:
-        """Return the highest memory in use on a device so far, bytes; by default that of `monitor`; None if unknown."""
+        """Return the highest memory in use on a device so far, bytes; by default its monitor's; None if unknown."""
         return None if self._monitored is None else self._monitored.peak()
 
     def total_memory(self, index: int) -> Optional[float]:

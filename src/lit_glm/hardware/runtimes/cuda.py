@@ -1,12 +1,10 @@
 """CUDA runtime: NVIDIA devices, and those of other vendors whose torch implements torch.cuda."""
 
-from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
 import torch
 from torch import Tensor
 
-from lit_glm.hardware.device_monitor import MonitoredMemory, monitor_of_name
 from lit_glm.hardware.monitors import nvidia_driver_version, nvml_processes
 from lit_glm.hardware.runtimes.base import Runtime
 
@@ -24,7 +22,6 @@ class CUDARuntime(Runtime):
     )
 
     def __init__(self) -> None:
-        self._memory_monitor = MonitoredMemory()
         self._was_shared = False
         # cuDNN's attention, which torch prefers on H100 and later, builds a plan for every new shape (23 to 37 ms each;
         # batches without padding have a new shape in every step), and some of its versions round the share of dropout
@@ -83,17 +80,14 @@ class CUDARuntime(Runtime):
     def device_name(self, index: int) -> str:
         return str(torch.cuda.get_device_name(index))
 
-    def attach_memory_monitor(self, index: int, file: Path) -> None:
-        """Use the monitor's readings, which include memory outside the allocator: context, buffers of collectives."""
-        self._memory_monitor.start(file, index, monitor_of_name(self.monitor or "cuda"))
-
     def peak_memory(self, index: int) -> Optional[float]:
         """Return the larger of the monitor's largest reading and the peak reserved by torch's allocator.
 
         If another process was seen on the device, return the allocator's peak: the readings include its memory.
         """
         reserved = float(torch.cuda.max_memory_reserved(index))
-        return reserved if self._is_shared(index) else max(self._memory_monitor.peak() or 0.0, reserved)
+        # The readings include memory outside the allocator: the context, and buffers of collectives.
+        return reserved if self._is_shared(index) else max(super().peak_memory(index) or 0.0, reserved)
 
     def _is_shared(self, index: int) -> bool:
         """Return whether another process uses the device, or did at an earlier call."""
@@ -109,9 +103,8 @@ class CUDARuntime(Runtime):
 
     def memory_in_use(self, index: int) -> Optional[float]:
         """Return the monitor's last reading, else the memory reserved by the allocator."""
-        self._memory_monitor.update()
         self._is_shared(index)
-        return self._memory_monitor.last or float(torch.cuda.memory_reserved(index))
+        return super().memory_in_use(index) or float(torch.cuda.memory_reserved(index))
 
     def driver_version(self) -> Optional[str]:
         return nvidia_driver_version()

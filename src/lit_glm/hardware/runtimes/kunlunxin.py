@@ -7,13 +7,11 @@ torch these are Intel's names.
 import importlib
 import importlib.util
 import os
-from pathlib import Path
 from typing import Any, Callable, ContextManager, Dict, Optional
 
 import torch
 
 from lit_glm.config.schema import LossScaleConfig
-from lit_glm.hardware.device_monitor import MonitoredMemory, monitor_of_name
 from lit_glm.hardware.monitors import physical_device_index, xpu_device_names, xpu_driver_version, xpu_total_memory
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.hardware.runtimes.cuda import CUDARuntime
@@ -66,7 +64,6 @@ class XMLIRRuntime(Runtime):
         import torch_xmlir
 
         self._vendor: Any = torch_xmlir
-        self._memory = MonitoredMemory()
         self._totals: Dict[int, Optional[float]] = {}
         if not self._vendor.xpu.is_available():
             raise RuntimeError("torch_xmlir sees no XPU: check the driver (xpu_smi) and XPU_VISIBLE_DEVICES")
@@ -128,16 +125,11 @@ class XMLIRRuntime(Runtime):
 
     def memory_in_use(self, index: int) -> Optional[float]:
         """Return the monitor's last reading, else the runtime's value, if any."""
-        self._memory.update()
-        return self._memory.last or self._statistic("memory_reserved", index)
-
-    def attach_memory_monitor(self, index: int, file: Path) -> None:
-        """Use the readings of the vendor's command-line tool, as in the published runs."""
-        self._memory.start(file, index, monitor_of_name(self.monitor or "xmlir"))
+        return super().memory_in_use(index) or self._statistic("memory_reserved", index)
 
     def peak_memory(self, index: int) -> Optional[float]:
         """Return the larger of the monitor's largest reading and the runtime's peak, if any."""
-        peaks = (self._memory.peak(), self._statistic("max_memory_reserved", index))
+        peaks = (super().peak_memory(index), self._statistic("max_memory_reserved", index))
         return max((value for value in peaks if value is not None), default=None)
 
     def _statistic(self, name: str, index: int) -> Optional[float]:
