@@ -10,7 +10,7 @@ import signal  # noqa: E402
 import sys  # noqa: E402
 from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
-from typing import TYPE_CHECKING, Any, Dict, List, Optional  # noqa: E402
+from typing import Any, Dict, List, Optional  # noqa: E402
 
 from lit_glm.config.command_line import CommandLine  # noqa: E402
 from lit_glm.config.hydra_main import TaskOutcome, is_sweep_job, output_dir, run_command  # noqa: E402
@@ -18,9 +18,6 @@ from lit_glm.config.schema import TrainConfig  # noqa: E402
 from lit_glm.errors import InputError  # noqa: E402
 from lit_glm.launch.signals import Interrupted, ignore_stop_signals  # noqa: E402
 from lit_glm.process_utils import paused_gc  # noqa: E402
-
-if TYPE_CHECKING:
-    from lit_glm.launch.rendezvous import RunFolder
 
 log = logging.getLogger("lit_glm.train")
 
@@ -36,7 +33,7 @@ def train(config: TrainConfig, composed: Any, start_time: float) -> TaskOutcome:
 
     with paused_gc():
         from lit_glm.hardware.runtimes.selection import check_runtime_available
-    from lit_glm.launch.rendezvous import external_rank
+    from lit_glm.launch.rendezvous import is_external_rank
     from lit_glm.runs.run_folder import hydra_files
 
     hydra = HydraConfig.get()
@@ -44,81 +41,35 @@ def train(config: TrainConfig, composed: Any, start_time: float) -> TaskOutcome:
     run_dir = output_dir() if is_sweep else Path(hydra.run.dir)
     files = hydra_files(composed, hydra, list(hydra.overrides.task))
     check_runtime_available(config.hardware, config.topology)
-    external = external_rank(config.topology)
+    is_external = is_external_rank(config.topology)
     if is_sweep:
         from lit_glm.launch.sweep import run_sweep_job
 
-        if external is not None:
+        if is_external:
             raise InputError("-m under torchrun: a sweep starts the ranks of its jobs itself; leave torchrun out")
-        return run_sweep_job(config, run_dir, files, sys.argv, lambda: prepare_data(config), started)
-    if external is not None:
+        return run_sweep_job(config, run_dir, files, sys.argv, started)
+    if is_external:
         from lit_glm.launch.worker import run_under_torchrun
         from lit_glm.runs.job_spec import JobSpec
 
-        find, prepare = (lambda: _resolve_run_dir(config, run_dir)), (lambda: prepare_data(config))
-        return TaskOutcome(run_under_torchrun(JobSpec(config, start_time, sys.argv), external, find, prepare, files))
+        return TaskOutcome(run_under_torchrun(JobSpec(config, start_time, sys.argv), run_dir, files))
     return TaskOutcome(run(config, run_dir, files, start_time))
-
-
-def prepare_data(config: TrainConfig) -> None:
-    """Generate, convert and check the data, once for all ranks.
-
-    Raises:
-        InputError: if it does not fit the model, or has fewer examples than a step needs.
-    """
-    from lit_glm.data.memmap_dataset import open_datasets
-    from lit_glm.data.synthetic import ensure_synthetic_data
-
-    if config.data.synthetic is not None:
-        ensure_synthetic_data(config.data)
-    examples = len(open_datasets(config.data, config.model)[0])
-    if config.global_batch > examples:
-        ranks = config.topology.world_size
-        raise InputError(
-            f"bs={config.bs} on {ranks} device{'s' * (ranks > 1)} needs {config.global_batch} examples per step, but "
-            f"{config.data.train_file} has {examples}: use a smaller bs, fewer devices, or more data"
-        )
-
-
-def _resolve_run_dir(config: TrainConfig, run_dir: Path) -> "RunFolder":
-    """Return the run folder, and whether its run is resumed.
-
-    Raises:
-        InputError: if a new run must not begin there.
-    """
-    from hydra.core.hydra_config import HydraConfig
-
-    from lit_glm.launch.rendezvous import RunFolder
-    from lit_glm.runs.discovery import find_requeued_run, resolve_resume
-    from lit_glm.runs.job_spec import ensure_same_config
-    from lit_glm.runs.run_folder import ensure_available
-
-    resume = config.run.resume
-    is_dir_given = any(str(override).startswith("hydra.run.dir=") for override in HydraConfig.get().overrides.hydra)
-    if resume is None:
-        folder = find_requeued_run(config, run_dir, is_dir_given)
-    else:
-        folder = resolve_resume(resume, config, run_dir, is_dir_given)
-    if folder is not None:
-        ensure_same_config(config, folder)
-        return RunFolder(folder.resolve(), True)
-    ensure_available(run_dir, config.run.overwrite)
-    return RunFolder(run_dir.resolve(), False)
 
 
 def run(config: TrainConfig, run_dir: Path, files: Dict[str, str], start_time: float) -> int:
     """Run one job unless it is complete; return the exit status."""
+    from lit_glm.data.memmap_dataset import prepare_data
     from lit_glm.launch.launcher import announce_early_end, report_complete_run, run_job
-    from lit_glm.launch.rendezvous import this_node
+    from lit_glm.launch.rendezvous import resolve_node
     from lit_glm.runs.checkpoints import resume_hint
+    from lit_glm.runs.discovery import find_run_dir
     from lit_glm.runs.job_spec import JobSpec
     from lit_glm.runs.run_folder import complete_result
 
-    node, is_resume = this_node(config.topology, config.hardware.runtime == "simulated"), False
+    node, is_resume = resolve_node(config.topology, config.hardware.runtime == "simulated"), False
     with announce_early_end(config, node):
         if node.rank == 0:  # node 0 sends it to the others
-            resolved = _resolve_run_dir(config, run_dir)
-            run_dir, is_resume = resolved.path, resolved.is_resume
+            run_dir, is_resume = find_run_dir(config, run_dir)
         result = complete_result(run_dir) if is_resume else None
         if result is not None:
             report_complete_run(config, node, run_dir, result)

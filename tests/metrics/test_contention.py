@@ -29,10 +29,9 @@ def _spin(seconds: float) -> None:
         pass
 
 
-@pytest.mark.process
-def test_own_work_is_not_others_and_anothers_is() -> None:
+@pytest.mark.slow
+def test_own_work_is_not_others_and_anothers_is(monkeypatch: pytest.MonkeyPatch) -> None:
     others = ContentionMonitor(Cards(None), 1)
-    others.begin()
     others.sample()
     assert others.external_cpu_load is None  # too early to tell
     child = subprocess.Popen([sys.executable, "-c", "while True: pass"])
@@ -44,9 +43,9 @@ def test_own_work_is_not_others_and_anothers_is() -> None:
         child.kill()
         child.wait()
     assert with_child is not None
+    # As if this process were somebody else's.
+    monkeypatch.setattr(ContentionMonitor, "_tree_cpu_seconds", lambda _: 0.0)
     stranger = ContentionMonitor(Cards(None), 1)
-    stranger._tree_cpu_seconds = lambda: 0.0  # type: ignore[method-assign]  # as if this process were somebody else's
-    stranger.begin()
     _spin(2.5)
     assert stranger.sample_if_due() is None  # not every moment
     stranger.sample()

@@ -1,7 +1,7 @@
 """Masking of secrets in files that may be published: values with secret names, and credentials in URLs."""
 
 import re
-from typing import Any, Dict, List, Tuple
+from typing import Any
 
 MASK = "..."
 _SECRET = re.compile(
@@ -42,31 +42,3 @@ def mask_config(node: Any, is_hidden: bool = False) -> Any:
     if is_hidden and isinstance(node, str) and node:
         return MASK
     return mask_text(node) if isinstance(node, str) else node
-
-
-def find_secrets(config: Dict[str, Any]) -> "List[Tuple[List[Any], str]]":
-    """Return the strings that `mask_config` masks, each with its place: keys of mappings and indices of lists."""
-    secrets: List[Tuple[List[Any], str]] = []
-
-    def compare(plain: Any, masked: Any, key_path: List[Any]) -> None:
-        if isinstance(plain, (dict, list)):
-            for key in plain if isinstance(plain, dict) else range(len(plain)):
-                compare(plain[key], masked[key], [*key_path, key])
-        elif plain != masked:
-            secrets.append((key_path, plain))
-
-    compare(config, mask_config(config), [])
-    return secrets
-
-
-def restore_secrets(config: Dict[str, Any], secrets: "List[Tuple[List[Any], str]]") -> None:
-    """Put the strings of `find_secrets` back into a masked configuration; places that it lacks are left out."""
-    for key_path, value in secrets:
-        node: Any = config
-        try:
-            for key in key_path[:-1]:
-                node = node[key]
-            if node[key_path[-1]] is not None:
-                node[key_path[-1]] = value
-        except (KeyError, IndexError, TypeError):
-            continue

@@ -65,13 +65,8 @@ def clear_heartbeats(folder: Path) -> None:
 
 def last_heartbeat(folder: Path, ranks: Sequence[int]) -> float:
     """Return the time of the newest heartbeat in seconds since the epoch; 0 if there is none."""
-    mtimes = [0.0]
-    for rank in ranks:
-        try:
-            mtimes.append((folder / _FOLDER / str(rank)).stat().st_mtime)
-        except OSError:
-            pass  # no heartbeat yet
-    return max(mtimes)
+    files = [folder / _FOLDER / str(rank) for rank in ranks]
+    return max((file.stat().st_mtime for file in files if file.is_file()), default=0.0)
 
 
 def collect_stack_traces(folder: Path, ranks: Sequence[int]) -> List[str]:

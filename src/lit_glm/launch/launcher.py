@@ -5,16 +5,18 @@ import os
 import signal
 import tempfile
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, ContextManager, Dict, Iterator, List, Optional, Sequence
 
+from lit_glm.atomic_files import read_json
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError, RunError
 from lit_glm.hardware.device_monitor import drop_readings_after, monitor_devices, readings_file
 from lit_glm.hardware.monitors import is_mig_slice
 from lit_glm.launch import heartbeat
 from lit_glm.launch.heartbeat import STALL_MARGIN_S, StallWatchdog, run_watchdog, stall_message
-from lit_glm.launch.rendezvous import Node, announce_end, resolve_node
+from lit_glm.launch.rendezvous import Node, announce_end
 from lit_glm.launch.signals import Interrupted, StopRequest, reraise_interruption
 from lit_glm.launch.supervisor import Supervisor
 from lit_glm.metrics.energy import energy_metrics, in_kilojoules
@@ -24,14 +26,14 @@ from lit_glm.runs.checkpoints import remove_partial, resume_hint
 from lit_glm.runs.environment import read_environment
 from lit_glm.runs.job_spec import JobSpec
 from lit_glm.runs.result import (
+    RESULT_FILE,
     error_reason,
     extend_times_to_end,
     final_summary,
     mark_failed,
     mark_interrupted,
     read_result,
-    read_result_bytes,
-    restore_result,
+    replace_result,
     results_table,
     root_cause,
     settle_status,
@@ -69,21 +71,19 @@ def run_job(
     Raises:
         InputError, RunError, Interrupted: if the job did not end normally; result.json has the same status.
     """
-    topology = job.config.topology
     raise_open_files_limit()
-    if topology.world_size == 1 and in_process:
-        with StopRequest(job.config.run.shutdown_timeout_s, exit_interrupted(job, run_dir)) as stop, record_run(
-            job, run_dir, config_files
-        ):
+    if job.config.topology.world_size == 1 and in_process:
+        give_up = partial(exit_interrupted, job, run_dir)
+        with StopRequest(job.config.run.shutdown_timeout_s, give_up) as stop, record_run(job, run_dir, config_files):
             _run_in_process(job, run_dir, stop)
     else:
-        if topology.num_nodes == 1 and topology.world_size > 1:
-            node = resolve_node(topology)
         supervisor = Supervisor()
         # Announced after the supervisor restored the signal handlers, so that a second Ctrl-C interrupts it.
         with announce_early_end(job.config, node, lambda: supervisor.has_joined), supervisor:
             if node.rank > 0:
-                _run_secondary_node(job, node, supervisor, output)
+                with tempfile.TemporaryDirectory(prefix="lit_glm-node-") as name:
+                    job.write(Path(name))
+                    supervisor.run(job, node, Path(name), output=output)  # node 0 sends the path of the run folder
                 return {}
             with record_run(job, run_dir, config_files, output) as lock:
                 supervisor.run(job, node, run_dir, lock, output=output, limit_s=limit_s)
@@ -100,7 +100,7 @@ def record_run(
     """Lock the run folder during a job; write its final status, device readings and energy there; print the result."""
     with acquire_run_dir(job, run_dir, config_files) as lock:
         settle_status(run_dir)  # of an earlier part whose launcher was killed
-        before = read_result_bytes(run_dir) if job.is_resume else None
+        before = read_json(run_dir / RESULT_FILE) if job.is_resume else None
         if job.is_resume:
             update_result(run_dir, status="running", error=None, earlier_e2e_time=None)
         try:
@@ -171,7 +171,7 @@ def write_energy_metrics(job: JobSpec, run_dir: Path, is_printed: bool = True) -
 
 
 @contextmanager
-def write_failure_status(run_dir: Path, before: Optional[bytes]) -> Iterator[None]:
+def write_failure_status(run_dir: Path, before: Optional[Dict[str, Any]]) -> Iterator[None]:
     """Record how the block ended in result.json and save the traceback of an unexpected error.
 
     Args:
@@ -188,7 +188,7 @@ def write_failure_status(run_dir: Path, before: Optional[bytes]) -> Iterator[Non
         raise
     except Exception as error:
         if isinstance(error, InputError) and before is not None:
-            restore_result(run_dir, before)
+            replace_result(run_dir, before)
             raise
         cause = root_cause(run_dir)
         if cause is None:
@@ -210,27 +210,16 @@ def announce_early_end(
         raise
 
 
-def _run_secondary_node(job: JobSpec, node: Node, supervisor: Supervisor, output: Optional[Path]) -> None:
-    """Run the ranks of a secondary node; node 0 sends the path of the run folder at the rendezvous."""
-    with tempfile.TemporaryDirectory(prefix="lit_glm-node-") as name:
-        job.write(Path(name))
-        supervisor.run(job, node, Path(name), output=output)
-
-
-def exit_interrupted(job: JobSpec, run_dir: Path) -> Callable[[int, str], None]:
-    """Return the function that exits this process when its run does not stop in time."""
-
-    def end(number: int, reason: str) -> None:
-        remove_partial(run_dir)
-        extend_times_to_end(run_dir, job.start_time)
-        mark_interrupted(run_dir)
-        name = signal.Signals(number).name
-        hint = f"; {resume_hint(run_dir)}" if run_dir.is_dir() else ""  # else the ranks have not met
-        log.error(f"interrupted by {name}; the run {reason}{hint}")
-        kill_children()
-        os._exit(128 + number)
-
-    return end
+def exit_interrupted(job: JobSpec, run_dir: Path, number: int, reason: str) -> None:
+    """Exit this process, whose run did not stop in time after a signal."""
+    remove_partial(run_dir)
+    extend_times_to_end(run_dir, job.start_time)
+    mark_interrupted(run_dir)
+    name = signal.Signals(number).name
+    hint = f"; {resume_hint(run_dir)}" if run_dir.is_dir() else ""  # else the ranks have not met
+    log.error(f"interrupted by {name}; the run {reason}{hint}")
+    kill_children()
+    os._exit(128 + number)
 
 
 def watch_for_stalls(job: JobSpec, run_dir: Path, ranks: Sequence[int], margin_s: float) -> ContextManager[None]:

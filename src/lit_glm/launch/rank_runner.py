@@ -19,7 +19,7 @@ from lit_glm.config.hydra_main import CONF_DIR
 from lit_glm.config.schema import TrainConfig
 from lit_glm.config.tuned_values import nearest_pair_hint
 from lit_glm.data.datamodule import RecordDataModule
-from lit_glm.data.memmap_dataset import MemmapDataset, SequenceLengths, are_same_data, open_datasets
+from lit_glm.data.memmap_dataset import SequenceLengths, join_fingerprints, open_datasets
 from lit_glm.errors import InputError, RunError, first_line
 from lit_glm.hardware import device_monitor, object_collectives
 from lit_glm.hardware.accelerator import make_accelerator, make_strategy
@@ -75,11 +75,8 @@ class RankContext:
 
 @dataclass
 class TrainingComponents:
-    """Runtime, data, module, callbacks and trainer of one rank."""
+    """Data, module, callbacks and trainer of one rank."""
 
-    runtime: Runtime
-    split: MemmapDataset
-    """Training examples."""
     module: RecordModule
     data: RecordDataModule
     benchmark: BenchmarkCallback
@@ -103,9 +100,9 @@ def build_components(context: RankContext, heartbeat: Callable[[], None]) -> Tra
     strategy = make_strategy(runtime, config.topology, collective_timeout_s(config))
     precision = make_precision(config, runtime, context.local_rank)
     train_split, eval_split = open_datasets(config.data, config.model)
-    fingerprint = f"{train_split.fingerprint}-{eval_split.fingerprint}"
+    fingerprint = join_fingerprints((train_split, eval_split))
     before = (read_result(context.run_dir) or {}).get("data_fingerprint") if resume_from is not None else None
-    if not are_same_data((train_split, eval_split), before):
+    if before not in (None, fingerprint):
         raise InputError(
             f"run.resume={context.run_dir}: the run was started with other data (data_fingerprint {before} there, "
             f"{fingerprint} here): {config.data.train_file}, {config.data.eval_file}"
@@ -146,7 +143,7 @@ def build_components(context: RankContext, heartbeat: Callable[[], None]) -> Tra
     except MisconfigurationException as error:  # such as a callback that saves checkpoints or shows progress
         raise InputError(f"callbacks: refused by Lightning: {first_line(error)}") from error
     keep_own_signals(trainer)
-    return TrainingComponents(runtime, train_split, module, data, benchmark, trainer, memory, resume_from)
+    return TrainingComponents(module, data, benchmark, trainer, memory, resume_from)
 
 
 def _make_validated_runtime(context: RankContext) -> Runtime:
@@ -314,14 +311,14 @@ def _fit(context: RankContext, components: TrainingComponents, stop: StopRequest
             raise
         doing = components.benchmark.current_activity
         message = memory_estimate.oom_message(
-            context.config, components.memory, components.runtime, context.local_rank, doing
+            context.config, components.memory, components.benchmark.runtime, context.local_rank, doing
         )
         raise RunError(message, summary="out of memory") from error
 
 
 def _write_final_result(context: RankContext, components: TrainingComponents, received: Optional[int]) -> Optional[int]:
     """Gather the measurements of all ranks and write the result (rank 0); return the stop signal that any received."""
-    config, benchmark, runtime = context.config, components.benchmark, components.runtime
+    config, benchmark, runtime = context.config, components.benchmark, components.benchmark.runtime
     assert benchmark.final_durations is not None
     seconds, e2e = benchmark.final_durations
     span = benchmark.run_metrics.training_span(e2e)
@@ -337,8 +334,8 @@ def _write_final_result(context: RankContext, components: TrainingComponents, re
             components.module,
             slowest_rank(durations),
             e2e,
-            _peak_memory([peak for peak in peaks if peak is not None], components, config.topology.devices_per_node),
-            FlopCounter(config, components.split, components.data.sampler(0, 0)),
+            _peak_memory([peak for peak in peaks if peak is not None], runtime, config.topology.devices_per_node),
+            FlopCounter(config, components.data.split, components.data.sampler(0, 0)),
             list(spans[:: config.topology.devices_per_node]),
         )
         benchmark.events.finished(result)
@@ -356,7 +353,7 @@ def _write_final_result(context: RankContext, components: TrainingComponents, re
     return next(filter(None, signals), None)
 
 
-def _peak_memory(peaks: List[float], components: TrainingComponents, per_node: int) -> Optional[float]:
+def _peak_memory(peaks: List[float], runtime: Runtime, per_node: int) -> Optional[float]:
     """Return the peak of the node that uses most: the sum of ranks that share a memory, else the highest device."""
     nodes = [peaks[first : first + per_node] for first in range(0, len(peaks), per_node)]
-    return max(sum(node) if components.runtime.shares_memory else max(node) for node in nodes) if nodes else None
+    return max(sum(node) if runtime.shares_memory else max(node) for node in nodes) if nodes else None

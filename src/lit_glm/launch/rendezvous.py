@@ -36,19 +36,9 @@ class Node:
     address: str
     """Address of node 0."""
     port: int
-    """Port on which node 0 waits for the others."""
+    """Port on which node 0 waits for the others; 0: the ranks of one machine get a free one when they start."""
     num_nodes_here: int = 1
     """Number of nodes simulated on this machine (simulated runtime without MASTER_ADDR)."""
-
-
-def this_node(topology: TopologyConfig, simulated: bool) -> Node:
-    """Find this node's rank and the rendezvous address; a single node's port is chosen when its ranks start.
-
-    Raises:
-        InputError: if the environment does not define which node this is, or contradicts the topology.
-    """
-    check_node_count(topology)
-    return resolve_node(topology, simulated) if topology.num_nodes > 1 else Node(0, "127.0.0.1", 0)
 
 
 def resolve_node(topology: TopologyConfig, simulated: bool = False) -> Node:
@@ -63,13 +53,13 @@ def resolve_node(topology: TopologyConfig, simulated: bool = False) -> Node:
     """
     check_node_count(topology)
     if topology.num_nodes == 1:
-        if not os.environ.get("MASTER_PORT"):
-            return Node(0, "127.0.0.1", _free_port())
+        if topology.world_size == 1 or not os.environ.get("MASTER_PORT"):
+            return Node(0, "127.0.0.1", 0)
         node = Node(0, "127.0.0.1", _int_from_env("MASTER_PORT", 65535))
         check_port(node.port)
         return node
     if simulated and not any(os.environ.get(name) for name in ("MASTER_ADDR", "NODE_RANK", "SLURM_JOB_ID")):
-        return Node(0, "127.0.0.1", _free_port(), topology.num_nodes)
+        return Node(0, "127.0.0.1", 0, topology.num_nodes)
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if not os.environ.get(name)]
     if missing:
         raise InputError(
@@ -144,7 +134,8 @@ def check_port(port: int) -> None:
         raise InputError(f"MASTER_PORT={port}: {reason}; choose another, the same on every node") from error
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that no process of this machine uses."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -191,29 +182,21 @@ def _is_loopback(address: str) -> bool:
         return address == "localhost"
 
 
-@dataclass(frozen=True)
-class ExternalRank:
-    """Rank of this process under a torchrun that the user started."""
-
-    rank: int
-    local_rank: int
-
-
-def external_rank(topology: Optional[TopologyConfig] = None) -> Optional[ExternalRank]:
-    """Return this process's rank under the user's torchrun; None if torchrun did not start it.
+def is_external_rank(topology: TopologyConfig) -> bool:
+    """Return whether this process is a rank of a torchrun that the user has started.
 
     Raises:
         InputError: if the number of ranks differs from the topology.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or "LOCAL_RANK" not in os.environ:
-        return None
+        return False
     world, local = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
-    if topology is not None and (world != topology.world_size or local not in (0, topology.devices_per_node)):
+    if world != topology.world_size or local not in (0, topology.devices_per_node):
         raise InputError(
             f"topology={topology.name} has {topology.world_size} ranks, {topology.devices_per_node} per node, "
             f"but torchrun started {world}, {local} per node; they must be equal"
         )
-    return ExternalRank(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]))
+    return True
 
 
 _POLL_S = 0.05

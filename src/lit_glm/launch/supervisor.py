@@ -21,7 +21,7 @@ from typing import Dict, List, Optional
 
 from lit_glm.errors import InputError, RunError
 from lit_glm.launch.heartbeat import STALL_MARGIN_S, StallWatchdog, last_heartbeat, run_watchdog, stall_message
-from lit_glm.launch.rendezvous import Node, network_interface_to
+from lit_glm.launch.rendezvous import Node, free_port, network_interface_to
 from lit_glm.launch.signals import INTERRUPTED_STATUSES, SECOND_SIGINT_S, STOP_SIGNALS, Interrupted, StopSignals
 from lit_glm.openmp import LAUNCHER_THREADS_VARIABLE, omp_env_for_ranks
 from lit_glm.process_utils import kill_session, oom_kill_count, set_parent_death_signal
@@ -254,7 +254,7 @@ def _job_env(job: JobSpec, node: Node) -> Dict[str, str]:
         "LOCAL_WORLD_SIZE": str(topology.devices_per_node),
         "GROUP_WORLD_SIZE": str(topology.num_nodes),
         "MASTER_ADDR": node.address,
-        "MASTER_PORT": str(node.port),
+        "MASTER_PORT": str(node.port or free_port()),
         **omp_env_for_ranks(topology.devices_per_node * node.num_nodes_here),
     }
     interface = network_interface_to(node.address) if topology.num_nodes > 1 else None

@@ -11,10 +11,9 @@ import os
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
-from typing import Any, Callable, ClassVar, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, ClassVar, Dict, List, Optional, Tuple
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -22,9 +21,10 @@ from omegaconf.errors import OmegaConfBaseException
 from lit_glm.atomic_files import atomic_write, read_json, write_json, write_text
 from lit_glm.compat import leave_out_jobs
 from lit_glm.config.command_line import CommandLine
-from lit_glm.config.hydra_main import TaskOutcome, compose_config, validate_config
+from lit_glm.config.hydra_main import TaskOutcome, load_config
 from lit_glm.config.schema import TrainConfig
 from lit_glm.config.secrets import mask_override
+from lit_glm.data.memmap_dataset import prepare_data
 from lit_glm.errors import InputError, RunError
 from lit_glm.launch.rendezvous import Node
 from lit_glm.launch.signals import Interrupted, call_before_stop
@@ -52,6 +52,8 @@ log = logging.getLogger(__name__)
 
 JOB_RECORDS_DIR = "jobs"
 """Subfolder with the job records, by which a sweep folder is recognised."""
+CompleteRun = Tuple[Path, List[str], TrainConfig]
+"""Run folder, overrides and configuration of a complete combination."""
 
 
 def summarise_sweep(sweep_dir: Path) -> Tuple[str, int]:
@@ -132,7 +134,7 @@ class SweepCallback(Callback):
     """Folder of the sweep that this process started."""
     total: Optional[int] = None
     """Number of jobs of the sweep if known in advance; None for a search and in other processes."""
-    complete: ClassVar[List["CompleteRun"]] = []
+    complete: ClassVar[List[CompleteRun]] = []
     """Runs of complete combinations, which need no job."""
     processes: Optional[JobProcesses] = None
     """Processes of the jobs of the sweep that this process started."""
@@ -148,10 +150,9 @@ class SweepCallback(Callback):
         SweepCallback.processes = processes
         for record_file in filter(_is_job_record, (SweepCallback.started / JOB_RECORDS_DIR).glob("*.json")):
             record_file.unlink()
-        for number, run in enumerate(SweepCallback.complete, SweepCallback.total or 0):
-            record_fields = {"reused_from": str(run.run_dir.resolve()), "objective": run.config.sweep.objective}
-            row = config_fields(run.config)
-            _write_job_record(SweepCallback.started, number, run.run_dir, 0, row, run.overrides, **record_fields)
+        for number, (run_dir, overrides, of_run) in enumerate(SweepCallback.complete, SweepCallback.total or 0):
+            more = {"reused_from": str(run_dir.resolve()), "objective": of_run.sweep.objective}
+            _write_job_record(SweepCallback.started, number, run_dir, 0, config_fields(of_run), overrides, **more)
 
     def on_job_end(self, config: Any, job_return: Any, **kwargs: Any) -> None:
         """Write the record of a job that was rejected before it could write one itself."""
@@ -215,12 +216,7 @@ def _write_job_record(
 
 
 def run_sweep_job(
-    config: TrainConfig,
-    run_dir: Path,
-    files: Dict[str, str],
-    command: List[str],
-    prepare_data: Callable[[], None],
-    start_time: float,
+    config: TrainConfig, run_dir: Path, files: Dict[str, str], command: List[str], start_time: float
 ) -> TaskOutcome:
     """Run or resume one job of a sweep, or reuse its complete result.
 
@@ -229,7 +225,6 @@ def run_sweep_job(
         run_dir: folder for a new run.
         files: contents of the files in .hydra/.
         command: the command line.
-        prepare_data: called before the job starts.
         start_time: `time.monotonic()` when the job began; e2e_time counts from there, as that of a single run.
 
     Raises:
@@ -237,7 +232,7 @@ def run_sweep_job(
             status instead: the process that started the sweep has received the signal too.
     """
     from lit_glm.launch.launcher import announce_early_end, run_job
-    from lit_glm.launch.rendezvous import this_node
+    from lit_glm.launch.rendezvous import resolve_node
 
     hydra = HydraConfig.get()
     sweep_dir, status, result, folder = Path(hydra.sweep.dir), 1, None, run_dir
@@ -245,7 +240,7 @@ def run_sweep_job(
     changes = hydra.job.override_dirname or "the only combination"
     log.info(f"job {int(hydra.job.num) + 1}{of}: {changes}")
     _mask_multirun_file(sweep_dir)
-    reason, reused_from, is_resume, node = "", "", False, Node(0, "127.0.0.1", 0)
+    reason, reused_from, is_resume = "", "", False
     in_worker = is_joblib(str(hydra.launcher.get("_target_"))) and SweepCallback.started is None
     if in_worker:
         install_worker_handlers()
@@ -253,7 +248,7 @@ def run_sweep_job(
     if stopped is not None:
         return TaskOutcome(128 + stopped)
     try:
-        node = this_node(config.topology, config.hardware.runtime == "simulated")
+        node = resolve_node(config.topology, config.hardware.runtime == "simulated")
         with announce_early_end(config, node):
             if node.rank == 0:
                 earlier = _find_earlier_run(config, run_dir)
@@ -263,7 +258,7 @@ def run_sweep_job(
                 reused_from = str(folder) if is_resume else ""
                 result = _reusable_result(config, folder, is_resume, node)
             if result is None:
-                prepare_data()
+                prepare_data(config)
         stopped = worker_stop_signal()
         if stopped is not None:
             raise Interrupted(stopped)
@@ -281,7 +276,7 @@ def run_sweep_job(
             raise KeyboardInterrupt from None
         record_worker_stop(status - 128)  # an exception would make joblib kill the runs of the other workers
     finally:
-        if node.rank == 0:  # node 0 builds the table
+        if _is_first_node():  # which builds the table
             row = {**config_fields(config), "status": "failed", **({"error": reason} if reason else {})}
             more = {"reused_from": reused_from, "objective": config.sweep.objective}
             _write_job_record(sweep_dir, int(hydra.job.num), folder, status, row, list(hydra.overrides.task), **more)
@@ -327,7 +322,7 @@ def search_paths(sweep_dir: Path, is_dir_given: bool) -> discovery.SearchPaths:
 def _find_earlier_run(config: TrainConfig, run_dir: Path) -> Optional[Path]:
     """Find the run of the same configuration in earlier sweeps, or the one that `run.resume` names."""
     if config.run.resume is not None:
-        folder = discovery.resolve_resume(config.run.resume, config, run_dir)
+        folder = discovery.resolve_resume(config, run_dir)
     elif config.sweep.skip_done:
         hydra = HydraConfig.get()
         is_dir_given = any(str(override).startswith("hydra.sweep.dir=") for override in hydra.overrides.hydra)
@@ -433,9 +428,8 @@ def prepare_sweep(composed: Any, line: CommandLine) -> List[str]:
         SweepCallback.total = len(line.combinations())
     complete: Dict[int, CompleteRun] = {}
     if composed.sweep.skip_done and not adds_lists and _is_first_node():
-        complete = _find_complete_runs(
-            discovery.runs_by_config_hash(search_paths(sweep_dir, is_dir_given)), line, composed.hydra
-        )
+        runs_by_hash = discovery.runs_by_config_hash(search_paths(sweep_dir, is_dir_given))
+        complete = _find_complete_runs(runs_by_hash, line, composed.hydra)
     if SweepCallback.total is not None and not is_shuffled:
         SweepCallback.complete = list(complete.values())
         SweepCallback.total -= len(complete)
@@ -444,19 +438,20 @@ def prepare_sweep(composed: Any, line: CommandLine) -> List[str]:
     return extra_overrides
 
 
-def _find_complete_runs(runs_by_hash: Dict[str, List[Path]], line: CommandLine, hydra: Any) -> Dict[int, "CompleteRun"]:
+def _find_complete_runs(runs_by_hash: Dict[str, List[Path]], line: CommandLine, hydra: Any) -> Dict[int, CompleteRun]:
     """Return the combinations for which a complete run exists, by their number; print what exists for each."""
     complete: Dict[int, CompleteRun] = {}
+    elsewhere = str(hydra.launcher.get("_target_")).endswith("SlurmLauncher")  # jobs run on other machines
     combinations = line.combinations() if runs_by_hash else []
     if len(combinations) > _MAX_COMPARED:
         log.info(f"sweep: {len(runs_by_hash)} earlier configurations are compared with each combination at its start")
         return complete
     for number, (changes, overrides) in enumerate(combinations):
         try:
-            config = validate_config(compose_config("train", [*overrides, *line.searchpath]), TrainConfig)
-        except (InputError, HydraException, OmegaConfBaseException):
+            config = load_config("train", [*overrides, *line.searchpath], TrainConfig)
+        except InputError:
             continue  # reported when its job starts
-        runs = discovery.reusable_runs(runs_by_hash.get(config_hash(config), []), config, _runs_elsewhere(hydra))
+        runs = discovery.reusable_runs(runs_by_hash.get(config_hash(config), []), config, elsewhere)
         run = discovery.best_run(runs)
         if run is None:
             continue
@@ -464,18 +459,5 @@ def _find_complete_runs(runs_by_hash: Dict[str, List[Path]], line: CommandLine, 
         log.info(f"sweep: {' '.join(changes) or 'the only combination'}: {action} {run}")
         if is_complete(run) and config.topology.num_nodes == 1:  # the nodes of a job agree on it when it starts
             task = [text for text in overrides if not text.startswith("hydra")]
-            complete[number] = CompleteRun(run, task, config)
+            complete[number] = (run, task, config)
     return complete
-
-
-def _runs_elsewhere(hydra: Any) -> bool:
-    """Return whether the launcher runs jobs on other machines than this one."""
-    return str(hydra.launcher.get("_target_")).endswith("SlurmLauncher")
-
-
-class CompleteRun(NamedTuple):
-    """Complete run of a combination."""
-
-    run_dir: Path
-    overrides: List[str]
-    config: TrainConfig

@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, List, Optional
 
@@ -47,6 +48,12 @@ def is_joblib(launcher: str) -> bool:
     return "joblib" in launcher
 
 
+def _runs_a_job(worker: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return worker.is_running() and bool(worker.children())
+    return False
+
+
 class JobProcesses:
     """Job processes of a sweep that this process started."""
 
@@ -71,13 +78,15 @@ class JobProcesses:
         if is_joblib(self._launcher):
             workers = psutil.Process().children()
             for worker in workers:
-                worker.send_signal(number)
-            while time.monotonic() < end and any(worker.is_running() and worker.children() for worker in workers):
+                with suppress(psutil.Error):  # it has exited meanwhile
+                    worker.send_signal(number)
+            while time.monotonic() < end and any(map(_runs_a_job, workers)):
                 time.sleep(_POLL_S)
             time.sleep(_RECORD_S)
         for job in self._local_jobs():
-            for process in job.children() or [job]:  # a controller that is signalled kills its task after a second
-                process.send_signal(signal.SIGINT)  # submitit bypasses SIGTERM outside runs
+            with suppress(psutil.Error):
+                for process in job.children() or [job]:  # a controller that is signalled kills its task after a second
+                    process.send_signal(signal.SIGINT)  # submitit bypasses SIGTERM outside runs
         while time.monotonic() < end and self._local_jobs():
             time.sleep(_POLL_S)
 
@@ -105,5 +114,6 @@ class JobProcesses:
     def _local_jobs(self) -> List[psutil.Process]:
         """Return the running jobs of submitit's launcher for one machine, whose numbers are those of processes."""
         numbers = {name.partition("_")[0] for name in self._unfinished_jobs()} if self._is_local else set()
-        processes = [process for process in psutil.process_iter() if str(process.pid) in numbers] if numbers else []
-        return [process for process in processes if process.status() != psutil.STATUS_ZOMBIE]
+        processes = psutil.process_iter(["status"]) if numbers else iter(())
+        found = [process for process in processes if str(process.pid) in numbers]
+        return [process for process in found if process.info["status"] != psutil.STATUS_ZOMBIE]

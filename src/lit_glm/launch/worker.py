@@ -25,14 +25,7 @@ from lit_glm.errors import InputError, RunError
 from lit_glm.launch.heartbeat import STALL_MARGIN_S, Heartbeat
 from lit_glm.launch.launcher import exit_interrupted, monitor_node_devices, record_run, watch_for_stalls
 from lit_glm.launch.process_group import process_group
-from lit_glm.launch.rendezvous import (
-    ExternalRank,
-    NothingToDo,
-    RendezvousError,
-    RunFolder,
-    is_known_to_all,
-    resolve_node,
-)
+from lit_glm.launch.rendezvous import NothingToDo, RendezvousError, RunFolder, is_known_to_all, resolve_node
 from lit_glm.launch.signals import Interrupted, StopRequest, StopSignals
 from lit_glm.launch.supervisor import Supervisor
 from lit_glm.process_utils import exit_now, fast_imports, kill_children, raise_open_files_limit
@@ -116,53 +109,47 @@ def _join_and_run(
         run_rank(job, run.path, stop, heartbeat)
 
 
-def run_under_torchrun(
-    job: JobSpec,
-    external_rank: ExternalRank,
-    find: Callable[[], RunFolder],
-    prepare_data: Callable[[], None],
-    files: Any,
-) -> int:
+def run_under_torchrun(job: JobSpec, run_dir: Path, files: Any) -> int:
     """Run this process as one rank of a torchrun that the user started.
 
     Args:
         job: the job.
-        external_rank: rank of this process.
-        find: called on rank 0; returns the run folder.
-        prepare_data: called on the first rank of each node, before any other rank reads data.
+        run_dir: folder for a new run.
         files: contents of the files in .hydra/.
 
     Returns:
         The exit status.
     """
+    from lit_glm.data.memmap_dataset import prepare_data
+    from lit_glm.runs.discovery import find_run_dir
+
     raise_open_files_limit()
-    folder = Path(os.devnull)
+    folder, rank, local_rank = Path(os.devnull), int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
 
     def work() -> None:
         with ExitStack() as keep:  # left after the group of ranks, whose exit decides the status of the run
 
             def choose_run() -> RunFolder:
-                run = find()
-                if run.is_resume and complete_result(run.path) is not None:
-                    return RunFolder(run.path, True, is_complete=True)
-                job.is_resume = run.is_resume
-                keep.enter_context(record_run(job, run.path, files))
-                return RunFolder(run.path.resolve(), run.is_resume)
+                path, job.is_resume = find_run_dir(job.config, run_dir)
+                if job.is_resume and complete_result(path) is not None:
+                    return RunFolder(path, True, is_complete=True)
+                keep.enter_context(record_run(job, path, files))
+                return RunFolder(path, job.is_resume)
 
             def joined(run: RunFolder) -> None:
                 nonlocal folder
                 folder = run.path
-                keep.enter_context(_run_watchdog(job, folder, external_rank))
+                keep.enter_context(_run_watchdog(job, folder, rank, local_rank))
 
             with stop.interruptible():
-                if external_rank.local_rank == 0:
-                    prepare_data()
+                if local_rank == 0:
+                    prepare_data(job.config)  # before any other rank of the node reads data
             _join_and_run(job, stop, choose_run, joined)
 
-    with StopRequest(job.config.run.shutdown_timeout_s, lambda *late: exit_interrupted(job, folder)(*late)) as stop:
+    with StopRequest(job.config.run.shutdown_timeout_s, lambda *late: exit_interrupted(job, folder, *late)) as stop:
         status = run_and_report_errors(work, lambda: folder, stop)
     unfinished = (read_result(folder) or {}).get("status") == "running"
-    if status == 1 and external_rank.rank > 0 and unfinished and not is_running(folder):  # rank 0 was killed
+    if status == 1 and rank > 0 and unfinished and not is_running(folder):  # rank 0 was killed
         extend_times_to_end(folder, job.start_time)
         mark_failed(folder, root_cause(folder) or "rank 0 was killed")
     if job.config.topology.world_size > 1:
@@ -170,13 +157,13 @@ def run_under_torchrun(
     return status
 
 
-def _run_watchdog(job: JobSpec, folder: Path, external_rank: ExternalRank) -> Any:
+def _run_watchdog(job: JobSpec, folder: Path, rank: int, local_rank: int) -> Any:
     """Exit this rank when no rank of its node sends heartbeats, as our supervisor would; torchrun then ends the others.
 
     The other ranks of a node wait longer than its first one, so that it reports the stall if it can.
     """
-    first = external_rank.rank - external_rank.local_rank
-    margin_s = STALL_MARGIN_S + (_FIRST_RANK_REPORTS_S if external_rank.local_rank > 0 else 0)
+    first = rank - local_rank
+    margin_s = STALL_MARGIN_S + (_FIRST_RANK_REPORTS_S if local_rank > 0 else 0)
     return watch_for_stalls(job, folder, range(first, first + job.config.topology.devices_per_node), margin_s)
 
 

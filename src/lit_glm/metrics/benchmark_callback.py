@@ -40,47 +40,6 @@ log = logging.getLogger(__name__)
 _FIRST = 3  # consecutive skipped steps before the first warning: loss scaling alone skips one occasionally
 
 
-class DivergenceGuard:
-    """Counter of consecutive steps without an update; it is the same on every rank."""
-
-    def __init__(self, max_skipped_steps: int) -> None:
-        """Initialise the guard.
-
-        Args:
-            max_skipped_steps: `run.max_skipped_steps`: number of consecutive skipped steps that ends the run.
-        """
-        self._limit = max_skipped_steps
-        self._consecutive = 0
-
-    def check_step(self, step: int, values: StepMetrics, log_warnings: bool) -> None:
-        """Count a step, and check the limit.
-
-        Args:
-            step: counted from 1.
-            values: metrics of the step.
-            log_warnings: whether this rank prints warnings.
-
-        Raises:
-            RunError: if the limit is reached.
-        """
-        self._consecutive = 0 if values.grad_norm is not None else self._consecutive + 1
-        if self._consecutive < min(_FIRST, self._limit):
-            return
-        first = step - self._consecutive + 1
-        message = (
-            f"{self._consecutive} consecutive steps without an update (from step {first}): loss or gradient is not "
-            f"finite (loss {values.loss:g})"
-        )
-        if self._consecutive >= self._limit:
-            raise RunError(
-                f"diverged: {message}; limit: run.max_skipped_steps={self._limit}; use a lower lr, or check the data "
-                "and precision.loss_scale",
-                summary=f"diverged: {self._consecutive} consecutive steps without an update (from step {first})",
-            )
-        if log_warnings and (self._consecutive & (self._consecutive - 1) == 0 or self._consecutive == _FIRST):
-            log.warning(f"step {step}: {message}")
-
-
 class BenchmarkCallback(pl.Callback):
     """Callback that measures phases and triggers evaluation, stopping and checkpoints; rank 0 also writes files."""
 
@@ -112,7 +71,7 @@ class BenchmarkCallback(pl.Callback):
         self.run_metrics = RunMetrics(job.config, runtime, self.timer, self._sampler, job.start_time, fingerprint)
         self.events = PerfEvents(job.config, self.run_metrics)
         self.metric_logging = MetricLogging(self.run_metrics)
-        self.divergence_guard = DivergenceGuard(job.config.run.max_skipped_steps)
+        self._consecutive_skipped = 0
         self.step_metrics: Optional[StepMetrics] = None
         """Metrics of the latest step."""
         self.interrupted = False
@@ -128,9 +87,9 @@ class BenchmarkCallback(pl.Callback):
 
     # -- Lightning's hooks ---------------------------------------------------------------------------------------
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Finish initialisation: run the first evaluation, or continue an interrupted run."""
-        module = self._module(pl_module)
+        module: RecordModule = pl_module
         module.train()
         step, run_metrics = module.steps_done, self.run_metrics
         writer = RunWriter(self._run_dir, step, self._job.is_resume) if trainer.is_global_zero else None
@@ -162,7 +121,7 @@ class BenchmarkCallback(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Record that the batch is on the device, and emit the start events."""
-        step = self._module(pl_module).steps_done + 1
+        step = pl_module.steps_done + 1
         self.current_activity = f"in step {step}"
         epoch = self._sampler.epoch_of(step)
         if epoch != self._epoch:
@@ -179,19 +138,19 @@ class BenchmarkCallback(pl.Callback):
         self.runtime.after_step()
         self.runtime.synchronize()
         times = self.timer.step_computed()
-        module = self._module(pl_module)
+        module: RecordModule = pl_module
         self._heartbeat()
         assert module.pending_metrics is not None
         self.step_metrics = module.pending_metrics.read()  # the device is already synchronised: no extra wait
         self._write_step(module.steps_done, self.step_metrics, times)
         self._after_step(trainer, module, times)
         self.metric_logging.step(trainer.loggers, module.steps_done, self.step_metrics)
-        self.divergence_guard.check_step(module.steps_done, self.step_metrics, trainer.is_global_zero)
+        self._check_divergence(module.steps_done, self.step_metrics)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Record the final durations; Lightning's teardown is not included."""
         if trainer.should_stop and not self._has_ended:  # stopped by a callback of the user
-            self._after_step(trainer, self._module(pl_module), None, is_last=True)
+            self._after_step(trainer, pl_module, None, is_last=True)
         self.final_durations = (self.run_metrics.durations(), self.run_metrics.e2e())
         if self._epoch >= 0:
             self.events.emit("EPOCH_END", {"epoch": self._epoch})
@@ -200,9 +159,30 @@ class BenchmarkCallback(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Write the result of the completed steps, so that its counters and its times belong together."""
         with suppress(Exception):  # the exception itself is reported
-            self.run_metrics.write(self._module(pl_module))
+            self.run_metrics.write(pl_module)
 
     # -- after a step ------------------------------------------------------------------------------------------
+
+    def _check_divergence(self, step: int, values: StepMetrics) -> None:
+        """Count consecutive steps without an update, the same on every rank; rank 0 prints warnings.
+
+        Raises:
+            RunError: if `run.max_skipped_steps` is reached.
+        """
+        count = self._consecutive_skipped = 0 if values.grad_norm is not None else self._consecutive_skipped + 1
+        limit, first = self.config.run.max_skipped_steps, step - count + 1
+        if count < min(_FIRST, limit):
+            return
+        skipped = f"{count} consecutive steps without an update (from step {first})"
+        message = f"{skipped}: loss or gradient is not finite (loss {values.loss:g})"
+        if count >= limit:
+            raise RunError(
+                f"diverged: {message}; limit: run.max_skipped_steps={limit}; use a lower lr, or check the data and "
+                "precision.loss_scale",
+                summary=f"diverged: {skipped}",
+            )
+        if self.run_metrics.writer is not None and (count & (count - 1) == 0 or count == _FIRST):
+            log.warning(f"step {step}: {message}")
 
     def _write_step(self, step: int, values: StepMetrics, times: StepTimes) -> None:
         if self.run_metrics.writer is None:
@@ -284,11 +264,6 @@ class BenchmarkCallback(pl.Callback):
             samples = step * self.config.global_batch
             self.run_metrics.writer.evals.add(step=step, samples=samples, acc=accuracy, seconds=round(seconds, 6))
         return {"global_steps": step, "eval_accuracy": accuracy, "time": seconds}
-
-    @staticmethod
-    def _module(pl_module: Any) -> RecordModule:
-        assert isinstance(pl_module, RecordModule)
-        return pl_module
 
 
 def find_benchmark_callback(trainer: Any) -> BenchmarkCallback:

@@ -30,6 +30,15 @@ log = logging.getLogger(__name__)
 _EVERY_STEPS = 10  # between points
 _TRIES = 3
 _PAUSE_S = 2.0
+_REFUSED_CALLBACKS = {
+    "EarlyStopping": "needs Lightning's validation loop, which a run has none of; run.target_accuracy ends a run",
+    "GradientAccumulationScheduler": "is for automatic optimization; use optimizer.gradient_accumulation_steps",
+    "StochasticWeightAveraging": "is for automatic optimization, and the training step here is the published one",
+    "WeightAveraging": "is for automatic optimization, and the training step here is the published one",
+    "BatchSizeFinder": "is for automatic optimization; use python -m lit_glm.tune",
+    "LearningRateFinder": "is for automatic optimization; sweep over the learning rate: -m lr=1e-5,2e-5",
+}
+"""Callbacks of Lightning that would raise an error during or after training, and what to do instead."""
 _WAIT_S = 20.0
 """Seconds to wait for unsent calls at the end of a run."""
 
@@ -40,9 +49,9 @@ class BackgroundLogger(Logger):
     def __init__(self, logger: Any, wait_s: float = _WAIT_S) -> None:
         super().__init__()
         self._logger, self._wait_s = logger, wait_s
-        self._calls: queue.Queue[Optional[Callable[[], Any]]] = queue.Queue()
+        self._calls: queue.Queue[Callable[[], Any]] = queue.Queue()
         self._lost = 0
-        self._thread: Optional[threading.Thread] = None
+        threading.Thread(target=self._work, name="logger", daemon=True).start()
 
     @property
     def name(self) -> Optional[str]:
@@ -61,22 +70,22 @@ class BackgroundLogger(Logger):
 
     def log_metrics(self, metrics: Any, step: Optional[int] = None) -> None:
         """Queue a `log_metrics` call."""
-        self._call(lambda: self._logger.log_metrics(metrics, step=step))
+        self._calls.put(lambda: self._logger.log_metrics(metrics, step=step))
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Queue a `log_hyperparams` call."""
-        self._call(lambda: self._logger.log_hyperparams(params))
+        self._calls.put(lambda: self._logger.log_hyperparams(params))
 
     def finalize(self, status: str) -> None:
         """Queue a `finalize` call."""
-        self._call(lambda: self._logger.finalize(status))
+        self._calls.put(lambda: self._logger.finalize(status))
 
     def close(self) -> None:
         """Close the experiment, wait up to `wait_s` seconds for queued calls, and report calls that were not sent."""
         experiment = getattr(self._logger, "experiment", None)
         end = next((getattr(experiment, name, None) for name in ("finish", "close") if hasattr(experiment, name)), None)
         if callable(end):
-            self._call(end)
+            self._calls.put(end)
         limit = time.monotonic() + self._wait_s
         while self._calls.unfinished_tasks and time.monotonic() < limit:
             time.sleep(0.02)
@@ -85,17 +94,9 @@ class BackgroundLogger(Logger):
             text = f"curves are incomplete: {missing} calls were not sent"
             log.warning(f"{self.name}: {text}")
 
-    def _call(self, call: Callable[[], Any]) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="logger", daemon=True)
-            self._thread.start()
-        self._calls.put(call)
-
     def _work(self) -> None:
         while True:
-            call = self._calls.get()
-            if call is not None:
-                self._try(call)
+            self._try(self._calls.get())
             self._calls.task_done()
 
     def _try(self, call: Callable[[], Any]) -> None:
@@ -131,9 +132,14 @@ def make_callbacks(config: TrainConfig) -> List[Any]:
     """Create the callbacks of the config group `callbacks`.
 
     Raises:
-        InputError: if one cannot be created.
+        InputError: if one cannot be created, or needs what this training does not have.
     """
-    return [_instantiate("callbacks", name, entry, {}) for name, entry in config.callbacks.items()]
+    made = {name: _instantiate("callbacks", name, entry, {}) for name, entry in config.callbacks.items()}
+    for name, callback in made.items():
+        for kind in type(callback).__mro__:
+            if kind.__module__.startswith("pytorch_lightning") and kind.__name__ in _REFUSED_CALLBACKS:
+                raise InputError(f"callbacks.{name}: {kind.__name__} {_REFUSED_CALLBACKS[kind.__name__]}")
+    return list(made.values())
 
 
 def make_loggers(job: JobSpec, run_dir: Path, steps_done: int) -> List[Any]:

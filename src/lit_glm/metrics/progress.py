@@ -8,6 +8,7 @@ from typing import Any, Optional
 import pytorch_lightning as pl
 
 from lit_glm.metrics.benchmark_callback import find_benchmark_callback
+from lit_glm.metrics.registry import METRICS, cell_text
 from lit_glm.metrics.run_metrics import RunMetrics
 from lit_glm.training.evaluation import next_evaluation_step
 
@@ -39,7 +40,7 @@ class ProgressCallback(pl.Callback):
         run_metrics = benchmark.run_metrics
         self._accuracy = run_metrics.accuracy
         when = f"after step {pl_module.steps_done}" if pl_module.steps_done else "before training"
-        log.info(f"accuracy {when}: {_format_percent(run_metrics.accuracy)}")
+        log.info(f"accuracy {when}: {cell_text(METRICS['acc'], run_metrics.accuracy) or '-'}")
         if self._terminal:
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -81,7 +82,7 @@ def _progress_line(run_metrics: RunMetrics, step: int, loss: float) -> str:
         f"step {step} of {total} ({step / total:.0%})",
         f"{run_metrics.samples(step):,} samples",
         f"loss {loss:.4f}",
-        f"accuracy {_format_percent(run_metrics.accuracy)}",
+        f"accuracy {cell_text(METRICS['acc'], run_metrics.accuracy) or '-'}",
         f"{rate:.1f} samples/s",
     ]
     if rate and step < total:
@@ -99,7 +100,3 @@ def _format_duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def _format_percent(share: Optional[float]) -> str:
-    return "-" if share is None else f"{100 * share:.2f}%"

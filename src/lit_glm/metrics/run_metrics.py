@@ -76,7 +76,6 @@ class RunMetrics:
         if writer is None:
             return
         self.contention = ContentionMonitor(self._runtime, self.config.topology.devices_per_node)
-        self.contention.begin()
         if writer.resumes:
             self.environment_changes = environment_changes(read_environment(writer.path))
             self._add_earlier_parts(writer, steps_done)

@@ -144,7 +144,7 @@ def cpu_busy_seconds() -> float:
 
 
 class ContentionMonitor:
-    """Sampler of the load of other processes on this node during training; used on rank 0 only."""
+    """Sampler of the load of other processes on this node, from its creation on; used on rank 0 only."""
 
     def __init__(self, runtime: Runtime, devices: int) -> None:
         """Find the processes of this job.
@@ -156,18 +156,13 @@ class ContentionMonitor:
         self._runtime, self._devices = runtime, devices
         root = psutil.Process()
         self._root = root if devices == 1 else root.parent() or root
-        self._last_sample = (time.monotonic(), 0.0, 0.0)
+        self._start = (time.monotonic(), cpu_busy_seconds(), self._tree_cpu_seconds())
         self._has_warned = False
-        self._next = 0.0
+        self._next = time.monotonic() + _EVERY_S
         self.external_cpu_load: Optional[float] = None
         """Share of the machine's CPUs used by others during training, at the last sample; None: not yet known."""
         self.external_device_processes: Optional[int] = None
         """Largest number of other processes seen on a device; None: not reported by the runtime."""
-
-    def begin(self) -> None:
-        """Start measuring, at the start of training."""
-        self._last_sample = (time.monotonic(), cpu_busy_seconds(), self._tree_cpu_seconds())
-        self._next = time.monotonic() + _EVERY_S
 
     def sample_if_due(self) -> Optional[str]:
         """Call `sample` when due; it lists all processes of the machine to find those of this job."""
@@ -176,9 +171,9 @@ class ContentionMonitor:
     def sample(self) -> Optional[str]:
         """Sample the load; return a warning, once, if it exceeds `CONTENTION_THRESHOLD` or devices are shared."""
         self._next = time.monotonic() + _EVERY_S
-        since, busy, own_before = self._last_sample
+        since, busy, own_before = self._start
         elapsed = time.monotonic() - since
-        if busy and elapsed >= _SHORT_S:
+        if elapsed >= _SHORT_S:
             taken = (cpu_busy_seconds() - busy) - (self._tree_cpu_seconds() - own_before)
             self.external_cpu_load = min(1.0, max(0.0, taken / (elapsed * (os.cpu_count() or 1))))
         for index in range(self._devices):

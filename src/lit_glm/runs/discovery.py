@@ -5,13 +5,15 @@ import os
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
+from hydra.core.hydra_config import HydraConfig
+
 from lit_glm.config.schema import TrainConfig
-from lit_glm.data.memmap_dataset import are_same_data, open_datasets
+from lit_glm.data.memmap_dataset import join_fingerprints, open_datasets
 from lit_glm.errors import InputError
 from lit_glm.runs.environment import environment_differences, local_environment, read_environment
-from lit_glm.runs.job_spec import JOB_FILE, config_hash, read_job_json
+from lit_glm.runs.job_spec import JOB_FILE, config_hash, ensure_same_config, read_job_json
 from lit_glm.runs.result import is_complete, read_result
-from lit_glm.runs.run_folder import is_running
+from lit_glm.runs.run_folder import ensure_available, is_running
 
 log = logging.getLogger(__name__)
 
@@ -19,11 +21,26 @@ SearchPaths = Sequence[Tuple[Path, int]]
 """Folders, each with the number of levels below it at which run folders are searched."""
 
 
-def resolve_resume(resume: str, config: TrainConfig, run_dir: Path, is_dir_given: bool = False) -> Optional[Path]:
+def find_run_dir(config: TrainConfig, run_dir: Path) -> Tuple[Path, bool]:
+    """Return the run folder of a command, and whether its run is resumed.
+
+    Raises:
+        InputError: if a new run must not begin there.
+    """
+    is_dir_given = any(str(override).startswith("hydra.run.dir=") for override in HydraConfig.get().overrides.hydra)
+    find = find_requeued_run if config.run.resume is None else resolve_resume
+    folder = find(config, run_dir, is_dir_given)
+    if folder is None:
+        ensure_available(run_dir, config.run.overwrite)
+        return run_dir.resolve(), False
+    ensure_same_config(config, folder)
+    return folder.resolve(), True
+
+
+def resolve_resume(config: TrainConfig, run_dir: Path, is_dir_given: bool = False) -> Optional[Path]:
     """Return the run folder that `run.resume` refers to.
 
     Args:
-        resume: a run folder, or auto.
         config: configuration of the command line.
         run_dir: folder for a new run.
         is_dir_given: whether the user gave that folder, in which case `auto` searches nowhere else.
@@ -34,15 +51,16 @@ def resolve_resume(resume: str, config: TrainConfig, run_dir: Path, is_dir_given
     Raises:
         InputError: if the folder is not a run folder.
     """
-    if resume != "auto":
-        folder = Path(resume)
+    if config.run.resume != "auto":
+        folder = Path(str(config.run.resume))
         if not (folder / JOB_FILE).is_file():
-            raise InputError(f"run.resume={resume}: is not a run folder (no {JOB_FILE})")
+            raise InputError(f"run.resume={config.run.resume}: is not a run folder (no {JOB_FILE})")
         return folder
     same = runs_by_config_hash(default_search_paths(run_dir, is_dir_given)).get(config_hash(config), [])
     # A complete run in a folder that the user gave is no error: a restarted pod repeats the command.
     complete = next((run for run in same if is_dir_given and is_complete(run)), None)
-    return newest_unfinished(same) or complete
+    unfinished = [run for run in same if not is_complete(run) and not is_running(run)]
+    return max(unfinished, key=_job_mtime, default=complete)
 
 
 def find_requeued_run(config: TrainConfig, run_dir: Path, is_dir_given: bool) -> Optional[Path]:
@@ -52,11 +70,6 @@ def find_requeued_run(config: TrainConfig, run_dir: Path, is_dir_given: bool) ->
     runs = runs_by_config_hash(default_search_paths(run_dir, is_dir_given)).get(config_hash(config), [])
     runs_of_job = [run for run in runs if (read_job_json(run) or {}).get("slurm_job") == os.environ.get("SLURM_JOB_ID")]
     return max(runs_of_job, key=_job_mtime, default=None)
-
-
-def newest_unfinished(runs: List[Path]) -> Optional[Path]:
-    """Return the newest run that is neither complete nor running."""
-    return max((run for run in runs if not is_complete(run) and not is_running(run)), key=_job_mtime, default=None)
 
 
 def best_run(runs: List[Path]) -> Optional[Path]:
@@ -93,7 +106,7 @@ def _changed_input(config: TrainConfig, run: Path) -> Optional[str]:
     if max(_newest_mtime(data.train_file), _newest_mtime(data.eval_file)) > start:
         recorded = (read_result(run) or {}).get("data_fingerprint")
         try:
-            same = recorded is not None and are_same_data(open_datasets(data, config.model), recorded)
+            same = recorded == join_fingerprints(open_datasets(data, config.model))
         except InputError:  # reported when the job starts
             same = False
         if not same:

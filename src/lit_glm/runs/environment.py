@@ -4,7 +4,7 @@ import os
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 from lit_glm.atomic_files import make_folder, read_json, write_json
 from lit_glm.check_result import CheckResult
@@ -131,13 +131,6 @@ def is_verification(folder: Path) -> bool:
     return {"schema_version", "precisions", "checks"} <= set(read_json(folder / VERIFY_FILE) or {})
 
 
-def _search_dirs(starts: Iterable[Path]) -> Iterator[Path]:
-    for start in starts:
-        for folder in [start, *list(start.resolve().parents)[:_ABOVE]]:
-            yield folder / "outputs" / FOLDER
-            yield folder / FOLDER
-
-
 def latest_verification(
     starts: Iterable[Path], hardware: str, driver: Optional[str], precision: str, runtime: Optional[str] = None
 ) -> Optional[Dict[str, Any]]:
@@ -153,7 +146,8 @@ def latest_verification(
         runtime: name of the runtime; None: any.
     """
     verifications = []
-    for place in dict.fromkeys(_search_dirs(starts)):
+    above = [folder for start in starts for folder in (start, *list(start.resolve().parents)[:_ABOVE])]
+    for place in dict.fromkeys(folder / name for folder in above for name in (f"outputs/{FOLDER}", FOLDER)):
         for file in (file for depth in _DEPTHS for file in place.glob(f"{depth}{VERIFY_FILE}")):
             content = read_json(file) or {}
             fits = (content.get("hardware"), content.get("driver")) == (hardware, driver)

@@ -15,7 +15,7 @@ import lit_glm
 from lit_glm.atomic_files import read_json, write_json
 from lit_glm.config.key_aliases import migrate_job
 from lit_glm.config.schema import TrainConfig, iter_keys
-from lit_glm.config.secrets import find_secrets, mask_config, mask_override, restore_secrets
+from lit_glm.config.secrets import mask_config, mask_override
 from lit_glm.errors import InputError, first_line
 
 JOB_FILE = "job.json"
@@ -52,9 +52,9 @@ class JobSpec:
         write_json(folder / JOB_FILE, {**origin, **content})
 
     def secrets_variable(self) -> Dict[str, str]:
-        """Return the environment variable that passes the secrets masked by `write` to the ranks; {} without any."""
-        secrets = find_secrets(dataclasses.asdict(self.config))
-        return {_SECRETS_VARIABLE: json.dumps(secrets)} if secrets else {}
+        """Return the variable that passes a configuration with secrets to the ranks; {} if `write` masks nothing."""
+        config = dataclasses.asdict(self.config)
+        return {} if mask_config(config) == config else {_SECRETS_VARIABLE: json.dumps(config)}
 
     @classmethod
     def read(cls, folder: Path) -> "JobSpec":
@@ -68,8 +68,8 @@ class JobSpec:
             raise InputError(f"{folder / JOB_FILE}: damaged or not written by lit_glm; this folder cannot be resumed")
         names = {field.name for field in dataclasses.fields(cls)}
         try:
-            restore_secrets(content["config"], json.loads(os.environ.get(_SECRETS_VARIABLE, "[]")))
-            plain = _escape_interpolations(content["config"])
+            given = json.loads(os.environ.get(_SECRETS_VARIABLE, "null"))  # in a rank of this job
+            plain = _escape_interpolations(given or content["config"])
             config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), plain))
             return cls(**{**{key: value for key, value in content.items() if key in names}, "config": config})
         except (OmegaConfBaseException, KeyError, TypeError, ValueError) as error:

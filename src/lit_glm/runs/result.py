@@ -9,7 +9,7 @@ import traceback
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-from lit_glm.atomic_files import atomic_write, read_json, write_json
+from lit_glm.atomic_files import read_json, write_json
 from lit_glm.config.key_aliases import migrate_names
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError
@@ -132,7 +132,7 @@ def settle_status(run_dir: Path) -> Optional[Dict[str, Any]]:
     result = _read_file(run_dir)
     if result is None or "outcome" not in result:
         return None
-    _replace_result(run_dir, settled(result))
+    replace_result(run_dir, settled(result))
     return settled(result)
 
 
@@ -181,30 +181,14 @@ def release_reserved_disk_space(run_dir: Path) -> None:
 
 
 def update_result(run_dir: Path, **changes: Any) -> None:
-    """Change entries of an existing result; a failed write is ignored, so that it does not hide how the run ended."""
+    """Change entries of an existing result."""
     result = _read_file(run_dir)
     if result is not None:
-        _replace_result(run_dir, {**result, **changes})
+        replace_result(run_dir, {**result, **changes})
 
 
-def read_result_bytes(run_dir: Path) -> Optional[bytes]:
-    """Read result.json as it is; None without one."""
-    try:
-        return (run_dir / RESULT_FILE).read_bytes()
-    except OSError:
-        return None
-
-
-def restore_result(run_dir: Path, content: bytes) -> None:
-    """Write an earlier content of result.json back; a failed write is ignored, so that it does not hide the error."""
-    try:
-        with atomic_write(run_dir / RESULT_FILE) as temporary:
-            temporary.write_bytes(content)
-    except OSError:
-        pass
-
-
-def _replace_result(run_dir: Path, result: Dict[str, Any]) -> None:
+def replace_result(run_dir: Path, result: Dict[str, Any]) -> None:
+    """Write result.json; a failed write is ignored, so that it does not hide how the run ended."""
     for _ in range(2):
         try:
             write_json(run_dir / RESULT_FILE, result)
@@ -287,35 +271,25 @@ def text_list(value: Any) -> List[str]:
 
 def annotations(result: Dict[str, Any]) -> List[str]:
     """Return the annotations of a table row."""
-    notes = []
-    if result.get("simulated"):
-        notes.append("simulated")
-    if result.get("computed_on_cpu"):
-        notes.append("computed on the CPU")
-    if result.get("mem_total_source") == "hardware file":
-        notes.append("device memory from the hardware file")
-    if result.get("profiled"):
-        notes.append("profiled")
-    if result.get("status") not in COMPLETE:
-        notes.append(str(result.get("status")))
-    if result.get("interruptions"):
-        repeated = result.get("repeated_steps")
-        again = f", {repeated} steps repeated" if repeated else ""
-        notes.append(f"resumed {result['interruptions']}x{again}")
-    if has_many_skipped_steps(result):
-        notes.append(f"{result['skipped_steps']} of {result['global_steps']} steps skipped")
-    if contending_cpu_load(result):
-        notes.append(f"contention: other processes used {contending_cpu_load(result):.0%} of the CPUs")
-    if has_shared_devices(result):
-        notes.append("contention: other processes used the devices")
+    repeated, load = result.get("repeated_steps"), contending_cpu_load(result)
     changes, missing = text_list(result.get("environment_changes")), text_list(result.get("missing_data"))
-    if changes:
-        notes.append(f"on several machines: {'; '.join(changes)}")
-    if missing:
-        notes.append("; ".join(missing))
-    if result.get("reused_from"):
-        notes.append(f"reused from {result['reused_from']}")
-    return notes
+    again = f", {repeated} steps repeated" if repeated else ""
+    skipped = f"{result.get('skipped_steps')} of {result.get('global_steps')} steps skipped"
+    notes = [
+        (result.get("simulated"), "simulated"),
+        (result.get("computed_on_cpu"), "computed on the CPU"),
+        (result.get("mem_total_source") == "hardware file", "device memory from the hardware file"),
+        (result.get("profiled"), "profiled"),
+        (result.get("status") not in COMPLETE, str(result.get("status"))),
+        (result.get("interruptions"), f"resumed {result.get('interruptions')}x{again}"),
+        (has_many_skipped_steps(result), skipped),
+        (load, f"contention: other processes used {load:.0%} of the CPUs"),
+        (has_shared_devices(result), "contention: other processes used the devices"),
+        (changes, f"on several machines: {'; '.join(changes)}"),
+        (missing, "; ".join(missing)),
+        (result.get("reused_from"), f"reused from {result.get('reused_from')}"),
+    ]
+    return [text for applies, text in notes if applies]
 
 
 def table_cells(result: Dict[str, Any]) -> List[str]:
@@ -361,21 +335,21 @@ def final_summary(result: Dict[str, Any], config: TrainConfig, run_dir: Path) ->
     run, step, samples = config.run, result["global_steps"], result["num_trained_samples"]
     train_s = result.get("raw_train_time")
     when = f"at step {step} ({samples:,} samples, {'unknown' if train_s is None else f'{train_s:.1f} s'} of training)"
-    accuracy, target = result.get("acc"), f"{100 * run.target_accuracy:g}%"
-    accuracy_text = _format_percent(accuracy)
+    target = f"{100 * run.target_accuracy:g}%"
+    accuracy = cell_text(METRICS["acc"], result.get("acc")) or "unknown"
     if result["status"] == "success":
-        summary = f"REACHED: accuracy {accuracy_text}, target {target}, {when}"
+        summary = f"REACHED: accuracy {accuracy}, target {target}, {when}"
     elif result["status"] == "interrupted":
         saved = run.checkpoint_interval_steps is not None
         on = f"resume with run.resume={run_dir}" if saved else "no checkpoint (run.checkpoint_interval_steps=null)"
-        summary = f"STOPPED {when}: accuracy {accuracy_text}, target {target}; {on}"
+        summary = f"STOPPED {when}: accuracy {accuracy}, target {target}; {on}"
     else:
         limit = f"run.max_samples={run.max_samples}"
         if run.max_steps is not None and step >= run.max_steps:
             limit = f"run.max_steps={run.max_steps}"
         elif step * config.global_batch <= run.max_samples:
             limit = "a callback"
-        state = f"accuracy {accuracy_text}, target {target}" if run.evaluate else "no evaluation (run.evaluate=false)"
+        state = f"accuracy {accuracy}, target {target}" if run.evaluate else "no evaluation (run.evaluate=false)"
         summary = f"NOT REACHED: {state}; stopped by {limit} {when}"
     skipped = result.get("skipped_steps") or 0
     summary += f"; {skipped} steps without an update" if skipped else ""
@@ -392,7 +366,3 @@ def _warmup_message(start: Optional[Dict[str, float]]) -> str:
         f"\nwarm-up: the first {which} took {start['seconds']:.1f} s, {start['slowdown']:.1f}x a steady-state step of "
         "the same work; included in p_core, p_train and p_whole"
     )
-
-
-def _format_percent(share: Optional[float]) -> str:
-    return "unknown" if share is None else f"{100 * share:.2f}%"

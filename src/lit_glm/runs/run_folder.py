@@ -167,7 +167,10 @@ def acquire_run_dir(job: JobSpec, run_dir: Path, config_files: Dict[str, str]) -
         _ensure_weights_are_elsewhere(run_dir, job.config)
     with lock_directory(run_dir) as lock, ExitStack() as keep:
         if not job.is_resume:
-            ensure_no_new_run(run_dir, job)
+            if (run_dir / jobs.JOB_FILE).is_file() and not job.config.run.overwrite:  # since it was checked
+                raise InputError(
+                    f"{run_dir}: another process has started a run in this folder; resume it with run.resume={run_dir}"
+                )
             keep.enter_context(_replaced_run(run_dir))
         try:
             _prepare(job, run_dir, config_files)
@@ -196,14 +199,6 @@ def _prepare(job: JobSpec, run_dir: Path, config_files: Dict[str, str]) -> None:
         for name, text in config_files.items():
             write_text(run_dir / ".hydra" / name, text)
     reserve_disk_space(run_dir)
-
-
-def ensure_no_new_run(run_dir: Path, job: JobSpec) -> None:
-    """Reject a folder in which another process has run since it was checked."""
-    if (run_dir / jobs.JOB_FILE).is_file() and not job.config.run.overwrite:
-        raise InputError(
-            f"{run_dir}: another process has started a run in this folder; resume it with run.resume={run_dir}"
-        )
 
 
 def _ensure_weights_are_elsewhere(run_dir: Path, config: TrainConfig) -> None:
