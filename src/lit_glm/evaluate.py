@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
-from hydra.errors import HydraException
-
 from lit_glm.config.command_line import CommandLine, quote
 from lit_glm.config.hydra_main import is_sweep_job, output_dir, run_command
 from lit_glm.config.schema import TrainConfig
@@ -179,18 +177,18 @@ def _hardware_of_run(run: TrainConfig, config: TrainConfig, overrides: List[str]
     It is looked up by name in the files of this installation or of the user, because a run folder may be foreign, and
     its configuration names classes and environment variables.
     """
-    from lit_glm.config.hydra_main import compose_config, validate_config
+    from lit_glm.config.hydra_main import load_config
     from lit_glm.hardware.env import set_hardware_env
 
     chosen = [f"hardware={run.hardware.name}"]
     chosen += ["hardware.runtime=simulated"] if run.hardware.runtime == "simulated" else []
     try:
-        hardware = validate_config(compose_config("evaluate", [*overrides, *chosen]), TrainConfig).hardware
+        hardware = load_config("evaluate", [*overrides, *chosen], TrainConfig).hardware
         set_hardware_env(hardware)  # before anything imports torch
         from lit_glm.hardware.runtimes.selection import check_runtime_available
 
         check_runtime_available(hardware, config.topology)
-    except (InputError, HydraException) as error:
+    except InputError as error:
         reason = str(error).splitlines()[0]
         log.warning(f"device {run.hardware.name} of the run is unavailable ({reason}); using {config.hardware.name}")
         return config.hardware
@@ -264,7 +262,7 @@ def _check_data_of_run(split: Any, run_dir: Path) -> None:
     from lit_glm.runs.result import read_result
 
     _, _, before = str((read_result(run_dir) or {}).get("data_fingerprint") or "").partition("-")
-    if before and not split.has_fingerprint(before):
+    if before not in ("", split.fingerprint):
         raise InputError(
             f"{split.source}: these are not the evaluation data of {run_dir} (data_fingerprint {split.fingerprint} "
             f"here, {before} there); to score other data, give data.eval_file="
@@ -323,9 +321,7 @@ def _write_results(
 ) -> None:
     from lit_glm.atomic_files import write_json, write_text
 
-    lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in predictions)
-    write_text(out / "predictions.jsonl", "".join(lines))
-    write_json(
+    write_json(  # first: it marks the folder as written by this command
         out / "evaluation.json",
         {
             **report,
@@ -339,6 +335,8 @@ def _write_results(
             "simulated": runtime.simulated,
         },
     )
+    lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in predictions)
+    write_text(out / "predictions.jsonl", "".join(lines))
 
 
 def _scores_text(out: Path, report: Dict[str, Any], config: TrainConfig, runtime: Any, has_predictions: bool) -> str:

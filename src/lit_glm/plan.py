@@ -6,14 +6,10 @@ import math
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, List, Optional, Tuple, Union
-
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
+from typing import Any, List, Tuple
 
 from lit_glm.config.command_line import CommandLine
-from lit_glm.config.hydra_errors import explain_hydra_error
-from lit_glm.config.hydra_main import CONF_DIR, compose_config, run_command, validate_config
+from lit_glm.config.hydra_main import load_config, run_command
 from lit_glm.config.schema import TrainConfig
 from lit_glm.console import set_up_console
 from lit_glm.errors import InputError
@@ -36,11 +32,6 @@ class PlanConfig(TrainConfig):
     plan: PlanOptions = field(default_factory=PlanOptions)
 
 
-def _parse_run_dirs(given: Optional[Union[str, List[str]]]) -> List[Path]:
-    texts = given.split(",") if isinstance(given, str) else given or []
-    return [Path(str(text)) for text in texts if str(text)]
-
-
 def _combinations(line: CommandLine) -> List[List[str]]:
     """Return the overrides of each combination of the lists; `plan.*` overrides apply to all of them.
 
@@ -59,18 +50,6 @@ def _combinations(line: CommandLine) -> List[List[str]]:
     return [[*overrides, *plan_overrides, *line.searchpath] for _, overrides in CommandLine(rest).combinations()]
 
 
-def _validate_combination(overrides: List[str]) -> Any:
-    """Compose and validate one combination.
-
-    Raises:
-        InputError: if a name does not exist or a value is invalid.
-    """
-    try:
-        return validate_config(compose_config("plan", overrides), PlanConfig)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise InputError(explain_hydra_error(error, PlanConfig, CONF_DIR)) from error
-
-
 def _with_limits(configs: List[Any], combinations: List[List[str]]) -> Tuple[List[Any], List[int], str]:
     """Return the combinations, the number of samples that each prediction is for, and a description.
 
@@ -83,13 +62,10 @@ def _with_limits(configs: List[Any], combinations: List[List[str]]) -> Tuple[Lis
     limits = [
         int(min(config.run.max_samples, (config.run.max_steps or math.inf) * config.global_batch)) for config in configs
     ]
-    if {"run.max_samples", "run.max_steps"} & given or (len(set(limits)) == 1 and "experiment" in given):
-        same = f"a run of {limits[0]:,} samples, the configured limit"
-        return (
-            configs,
-            limits,
-            same if len(set(limits)) == 1 else "the limit of each row (run.max_samples, run.max_steps)",
-        )
+    are_equal = len(set(limits)) == 1
+    if {"run.max_samples", "run.max_steps"} & given or (are_equal and "experiment" in given):
+        several = "the limit of each row (run.max_samples, run.max_steps)"
+        return configs, limits, f"a run of {limits[0]:,} samples, the configured limit" if are_equal else several
     samples, run = load_published_run_length()
     configs = [replace(config, run=replace(config.run, max_samples=samples, max_steps=None)) for config in configs]
     reason = f"a run of {samples:,} samples, as in {run}; set run.max_samples= for another"
@@ -107,12 +83,14 @@ def _make_task(combinations: List[List[str]], as_json: bool) -> Any:
         from lit_glm.planning.workload import Workload, load_examples
         from lit_glm.reporting.published_rows import load_published_rows
 
-        configs = [_validate_combination(overrides) for overrides in combinations]
+        configs: List[Any] = [load_config("plan", overrides, PlanConfig) for overrides in combinations]
         configs, limits, reason = _with_limits(configs, combinations)
         if min(config.plan.device_counts, default=1) < 1:
             raise InputError(f"plan.device_counts={config.plan.device_counts}: must be at least 1")
         folder = Path(str(HydraConfig.get().run.dir)).resolve()
-        measured = [MeasuredRun.read(path) for path in _parse_run_dirs(config.plan.runs)]
+        given = config.plan.runs or []
+        run_dirs = given.split(",") if isinstance(given, str) else map(str, given)
+        measured = [MeasuredRun.read(Path(run_dir)) for run_dir in run_dirs if run_dir]
         published = load_published_rows()
         predictions, left_out = [], ignored_runs(measured, configs)
         for row_config, limit in zip(configs, limits):
@@ -123,9 +101,8 @@ def _make_task(combinations: List[List[str]], as_json: bool) -> Any:
                 left_out.append(f"{row_config.topology.name}, bs={row_config.bs}: {shortage}")
                 continue
             try:
-                predictions.append(
-                    predict(row_config, rank_speed(row_config, measured, published, work), work, data, limit)
-                )
+                speed = rank_speed(row_config, measured, published)
+                predictions.append(predict(row_config, speed, work, data, limit))
             except InputError as error:  # no speed is known; other rows may be predicted
                 left_out.append(str(error))
         if not predictions:

@@ -21,23 +21,19 @@ def prepare(config: PrepareConfig, _composed: Any) -> int:
         ensure_synthetic_data(data)
         print(f"{data.train_file}\n{data.eval_file}")
         return 0
-    for key in ("raw_dir", "vocab_file"):
-        if getattr(data, key) is None:
-            raise InputError(
-                f"data.{key} is not set: python -m lit_glm.prepare data.raw_dir=DIR data.vocab_file=FILE "
-                "data.out_dir=DIR"
-            )
+    if data.raw_dir is None or data.vocab_file is None:
+        missing, usage = (
+            "vocab_file" if data.raw_dir else "raw_dir",
+            "data.raw_dir=DIR data.vocab_file=FILE data.out_dir=DIR",
+        )
+        raise InputError(f"data.{missing} is not set: python -m lit_glm.prepare {usage}")
     from lit_glm.data.prepare_hdf5 import prepare_files
-
-    assert data.raw_dir is not None
-    assert data.vocab_file is not None
     from lit_glm.preflight import check_vocabulary
 
     if Path(data.vocab_file).is_file():
         log.info(f"{check_vocabulary(Path(data.vocab_file))[1]}")
-    for built in prepare_files(
-        Path(data.raw_dir), Path(data.out_dir), data.vocab_file, data.max_seq_length, data.num_workers
-    ):
+    raw_dir, out_dir = Path(data.raw_dir), Path(data.out_dir)
+    for built in prepare_files(raw_dir, out_dir, data.vocab_file, data.max_seq_length, data.num_workers):
         print(built.report())
     return 0
 

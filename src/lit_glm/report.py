@@ -98,8 +98,10 @@ def report(args: argparse.Namespace) -> int:
         return _compare(args)
     if args.max_loss_diff is not None:
         raise InputError(f"--max-loss-diff {args.max_loss_diff:g}: needs --compare A B")
-    if args.best and args.out is not None:
-        raise InputError(f"--best prints one run; leave out --out {args.out}")
+    given = {"--out": args.out, "--check": args.check, "--format": args.format != "md", "--lang": args.lang != "en"}
+    if args.best and any(given.values()):
+        option = next(name for name, value in given.items() if value)
+        raise InputError(f"--best prints one run in English; leave out {option}")
     kinds = _parse_choices(args.format, FORMATS, "--format")
     languages = _parse_choices(args.lang, LANGUAGES, "--lang")
     environment = _environment_overrides(places)

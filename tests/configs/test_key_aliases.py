@@ -8,7 +8,7 @@ from typing import Any, List
 import pytest
 
 from conftest import lit_glm_here
-from lit_glm.config.hydra_main import CONF_DIR, compose_config, key_help, validate_config
+from lit_glm.config.hydra_main import CONF_DIR, compose_config, validate_config
 from lit_glm.config.key_aliases import _KEYS
 from lit_glm.config.schema import TrainConfig, iter_keys
 
@@ -68,8 +68,10 @@ def test_loggers_are_chosen_in_any_number(loggers: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["train", "prepare", "evaluate", "doctor", "verify", "plan", "tune"])
-def test_help_has_the_comments_of_the_keys(command: str) -> None:
-    text = key_help(command)
+def test_help_has_the_comments_of_the_keys(command: str, capfd: Any) -> None:
+    assert lit_glm_here(command, "--help", *(["hardware=r300"] if command == "tune" else [])) == 0
+    text = capfd.readouterr().out.partition("== What the keys mean ==")[2]
+    assert ("# conf/hardware/r300.yaml" in text) == (command == "tune")
     assert "# tokens of context and candidate together" in text
     assert ("# seconds between readings of the device monitor" in text) == (command != "prepare")
     assert ("# time limit of the search" in text) == (command == "tune")

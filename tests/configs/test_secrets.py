@@ -2,39 +2,44 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from conftest import lit_glm, lit_glm_here
-from lit_glm.config.secrets import MASK, find_secrets, mask_config, mask_override, restore_secrets
+from lit_glm.config.hydra_main import compose_config, validate_config
+from lit_glm.config.schema import TrainConfig
+from lit_glm.config.secrets import MASK, mask_override
+from lit_glm.runs.job_spec import JobSpec
 
 SECRET = "hf_verysecret"
 DEBUG = ["experiment=debug", "run.max_steps=1", "run.evaluate=false"]
 
 
-def test_what_is_masked_can_be_put_back() -> None:
-    config = {
-        "hardware": {"env": {"HF_TOKEN": SECRET, "BKCL_RING": "1"}},
-        "logger": {"mlflow": {"tracking_uri": "https://me:word@host/x"}},
-        "callbacks": {"mine": {"credentials": {"user": "me", "words": ["one", "two"]}}},
-        "tokens_per_batch": "4",
-    }
-    masked = mask_config(config)
-    assert masked["hardware"]["env"] == {"HF_TOKEN": MASK, "BKCL_RING": "1"}
-    assert masked["logger"]["mlflow"]["tracking_uri"] == "https://...@host/x"
-    secrets = find_secrets(config)
-    assert len(secrets) == 5
-    restore_secrets(masked, json.loads(json.dumps(secrets)))
-    assert masked == config
-    other = {"hardware": {"env": {}}, "callbacks": None}
-    restore_secrets(other, secrets)
-    assert other == {"hardware": {"env": {}}, "callbacks": None}
+def test_what_is_masked_reaches_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain: Any = validate_config(compose_config("train", ["experiment=debug"]), TrainConfig)
+    assert JobSpec(plain, 0.0, []).secrets_variable() == {}
+    secret = replace(plain, hardware=replace(plain.hardware, env={"HF_TOKEN": SECRET, "BKCL_RING": "1"}))
+    secret.logger = {"mlflow": {"_target_": "a.B", "tracking_uri": "https://me:word@host/x"}}
+    secret.callbacks = {"mine": {"_target_": "a.B", "credentials": {"user": "me", "words": ["one", "two"]}}}
+    job = JobSpec(secret, 0.0, [])
+    job.write(tmp_path)
+    masked = JobSpec.read(tmp_path).config
+    assert masked.hardware.env == {"HF_TOKEN": MASK, "BKCL_RING": "1"}
+    assert masked.logger["mlflow"]["tracking_uri"] == "https://...@host/x"
+    assert masked.callbacks["mine"]["credentials"] == {"user": MASK, "words": [MASK, MASK]}
+    for name, value in job.secrets_variable().items():
+        monkeypatch.setenv(name, value)
+    assert JobSpec.read(tmp_path).config == secret
     assert mask_override("+hardware.env.HF_TOKEN=abc") == "+hardware.env.HF_TOKEN=..."
 
 
-@pytest.mark.parametrize("how", [[], ["-m", "bs=2,4"], ["topology=1x2"]])
+@pytest.mark.parametrize(
+    "how",
+    [[], *(pytest.param(how, marks=pytest.mark.slow) for how in (["-m", "bs=2,4"], ["topology=1x2"]))],
+)
 @pytest.mark.process
 def test_no_file_of_a_run_holds_a_secret(how: Any, tmp_path: Path) -> None:
     done = lit_glm("train", *DEBUG, *how, f"+hardware.env.HF_TOKEN={SECRET}", cwd=tmp_path)

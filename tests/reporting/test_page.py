@@ -58,7 +58,7 @@ def test_nothing_is_loaded_from_elsewhere(page: Path, language: str) -> None:
     assert text.count("<svg") == 8
 
 
-@pytest.mark.process
+@pytest.mark.slow
 @needs_browser
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_a_browser_shows_it(page: Path, language: str) -> None:

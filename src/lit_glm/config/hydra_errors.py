@@ -58,10 +58,8 @@ def explain_hydra_error(error: BaseException, schema: Any, conf: Path) -> str:
     groups = sorted(entry.name for entry in conf.iterdir() if entry.is_dir() and any(entry.glob("*.yaml")))
     if isinstance(cause, (ConfigKeyError, AttributeError)) and name and name not in keys:
         if name in groups and name not in nodes:
-            return (
-                f"{name}: the chosen file of this group sets top-level keys; add `# @package _global_` as its first "
-                "line"
-            )
+            advice = "add `# @package _global_` as its first line"
+            return f"{name}: the chosen file of this group sets top-level keys; {advice}"
         close = ", ".join(closest_names(name, keys + nodes + groups))
         known = "(`--cfg job` prints all keys, `--help` all groups)"
         return f"{name}: unknown key or group; did you mean {close}? {known}"
@@ -92,17 +90,10 @@ def check_overrides(line: CommandLine, schema: Any, conf: Path, command: str = "
             errors.append(f"{text}: not KEY=VALUE (no spaces around =); {meant}")
             continue
         key, value = override.key_or_group, text.partition("=")[2]
-        renamed = old_key_message(key, value)
-        if renamed is not None:
-            errors.append(renamed)
-            continue
-        relabelled = _set_group_name(key, override, conf)
-        if relabelled is not None:
-            errors.append(f"{text}: {relabelled}")
-            continue
-        wrong = _wrong_choice(key, override, conf)
+        wrong = _set_group_name(key, override, conf) or _wrong_choice(key, override, conf)
+        wrong = old_key_message(key, value) or (f"{text}: {wrong}" if wrong else None)
         if wrong is not None:
-            errors.append(f"{text}: {wrong}")
+            errors.append(wrong)
             continue
         inside = any(key.startswith(f"{name}.") for name in keys)  # entry of a mapping such as hardware.peak_tflops
         is_change = not (override.is_add() or override.is_delete() or override.is_sweep_override())
@@ -126,9 +117,7 @@ _LISTS = ("logger", "callbacks")
 
 def _wrong_choice(key: str, override: Override, conf: Path) -> Optional[str]:
     """Return why a value is invalid for a group (null, or a list where one name is required), or None."""
-    names = (
-        sorted(file.stem for file in (conf / key).glob("*.yaml")) if "." not in key and (conf / key).is_dir() else []
-    )
+    names = sorted(file.stem for file in (conf / key).glob("*.yaml")) if "." not in key else []
     if not names or override.is_delete() or override.is_sweep_override():
         return None
     value, choices = override.value(), ", ".join(names)

@@ -37,9 +37,11 @@ from lit_glm.openmp import limit_spinning
 log = logging.getLogger(__name__)
 
 _NOT_KEYS = ("defaults:", "hydra:")
+_COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError)
+"""Errors of an invalid configuration; Hydra raises a bare ValueError for some overrides."""
 
 
-def command_help(config_name: str, composed: DictConfig, line: CommandLine) -> str:
+def command_help(composed: DictConfig, line: CommandLine) -> str:
     """Return the help of a command: Hydra's template filled in, then the comments of the keys.
 
     Hydra's own `--help` copies its whole repository of configurations for every group, which takes several seconds.
@@ -53,34 +55,21 @@ def command_help(config_name: str, composed: DictConfig, line: CommandLine) -> s
         APP_CONFIG_GROUPS="".join(f"{group}: {options}\n" for group, options in names.items()),
         CONFIG=OmegaConf.to_yaml(_without_hydra(composed), resolve="--resolve" in line.flags),
     )
-    return f"{text}\n{key_help(config_name)}"
+    return f"{text}\n{key_help(composed)}"
 
 
-def key_help(config_name: str) -> str:
-    """Return the keys of a command's files in conf/ with their comments."""
-    files: List[Path] = [CONF_DIR / f"{config_name}.yaml"]
-    groups: Dict[str, Path] = {}
-    defaults = _defaults_list(files[0])
-    if "train" in defaults:
-        files.insert(0, CONF_DIR / "train.yaml")
-        defaults += _defaults_list(files[0])
-    for entry in defaults:
-        for group, name in entry.items() if isinstance(entry, dict) else []:
-            file = CONF_DIR / str(group) / f"{name}.yaml"
-            if file.is_file() and group != "hydra_settings":
-                groups[str(group)] = file
+def key_help(composed: DictConfig) -> str:
+    """Return the keys of a composed configuration's files in conf/ with their comments."""
+    choices, command = composed.hydra.runtime.choices, composed.hydra.job.config_name
+    names = ["train"] * ("topology" in choices) + [command] * (command != "train")
+    names += [f"{group}/{name}" for group, name in reversed(choices.items()) if group != "hydra_settings"]
     parts = ["== What the keys mean =="]
-    for file in [*files, *groups.values()]:
+    for file in filter(Path.is_file, (CONF_DIR / f"{name}.yaml" for name in names)):
         lines = _key_lines(file)
         if lines:
             inside = "" if file.parent == CONF_DIR else f", below {file.parent.name}:"
             parts += ["", f"# conf/{file.relative_to(CONF_DIR)}{inside}", *lines]
     return "\n".join(parts)
-
-
-def _defaults_list(file: Path) -> List[Any]:
-    content: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    return list(content.get("defaults") or [])
 
 
 def _key_lines(file: Path) -> List[str]:
@@ -155,10 +144,8 @@ def _reject_old_keys(cfg: DictConfig) -> None:
     """
     messages = []
     for key in (*RENAMED["config"], *REMOVED_KEYS):
-        *parents, name = key.split(".")
-        node: Any = cfg
-        for parent in parents:
-            node = node.get(parent) if isinstance(node, DictConfig) and parent in node else None
+        group, _, name = key.rpartition(".")
+        node = OmegaConf.select(cfg, group) if group else cfg
         if isinstance(node, DictConfig) and name in node.keys():  # noqa: SIM118 (`in` hides values that are missing)
             messages.append(f"{_find_user_file_setting(name)}{old_key_message(key)}")
     if messages:
@@ -199,6 +186,18 @@ _store_schema()
 def compose_config(config_name: str, overrides: Sequence[str]) -> DictConfig:
     """Compose a configuration in this process, as the command line would."""
     return _without_hydra(_compose_with_hydra(config_name, overrides)[0])
+
+
+def load_config(config_name: str, overrides: Sequence[str], schema: "type[Config]") -> Config:
+    """Compose and validate a configuration in this process.
+
+    Raises:
+        InputError: as the command line would reject these overrides.
+    """
+    try:
+        return validate_config(compose_config(config_name, overrides), schema)
+    except _COMPOSE_ERRORS as error:
+        raise InputError(explain_hydra_error(error, schema, CONF_DIR)) from error
 
 
 def _without_hydra(composed: DictConfig) -> DictConfig:
@@ -295,7 +294,7 @@ def _run_command(
             composed_with_hydra, _ = _compose_with_hydra(
                 config_name, [*line.sample_combinations(lambda _: False)[0], *line.searchpath]
             )
-            print(command_help(config_name, composed_with_hydra, line))
+            print(command_help(composed_with_hydra, line))
             return 0
         if not line.is_help:
             check_overrides(line, schema, CONF_DIR, config_name)
@@ -312,10 +311,8 @@ def _run_command(
                 extra_overrides = [] if before_sweep is None or line.cfg else before_sweep(composed_with_hydra, line)
     except InputError as error:
         return _print_error(str(error), 2)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
-        return _print_error(
-            explain_hydra_error(error, schema, CONF_DIR), 2
-        )  # Hydra raises a bare ValueError for some invalid overrides
+    except _COMPOSE_ERRORS as error:
+        return _print_error(explain_hydra_error(error, schema, CONF_DIR), 2)
     if line.is_help or line.cfg or line.multirun:
         return _delegate_to_hydra(config_name, schema, task, line, extra_overrides)
     HydraConfig.instance().set_config(composed_with_hydra)

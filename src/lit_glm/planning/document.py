@@ -186,26 +186,18 @@ def _scaling_curve(
     name = config.hardware.name
     per_node = max(8, config.topology.devices_per_node)
     rows: List[Prediction] = []
-    own_scoring = config.scoring.name == scoring
-    scorings = config.scoring if own_scoring else ScoringConfig(scoring, scoring == "published", scoring != "published")
+    if config.scoring.name != scoring:
+        other = ScoringConfig(scoring, scoring == "published", scoring != "published")
+        model = replace(config.model, activation_checkpointing=other.activation_checkpointing)
+        config = replace(config, scoring=other, model=model)
+    data = replace(config.data, balance_ranks=config.scoring.balance_ranks)
+    config = replace(config, run=replace(config.run, max_samples=samples, max_steps=None), data=data)
     for num_devices in config.plan.device_counts:
-        row_config = replace(
-            config,
-            run=replace(config.run, max_samples=samples, max_steps=None),
-            topology=even_topology(num_devices, per_node),
-            scoring=scorings,
-            model=replace(
-                config.model,
-                activation_checkpointing=config.model.activation_checkpointing
-                if own_scoring
-                else scorings.activation_checkpointing,
-            ),
-            data=replace(config.data, balance_ranks=scorings.balance_ranks),
-        )
-        train, held, data = load_examples(row_config)
+        row_config = replace(config, topology=even_topology(num_devices, per_node))
+        train, held, evidence = load_examples(row_config)
         work = Workload(row_config, train, held)
         if work.has_enough_examples:
-            rows.append(predict(row_config, rank_speed(row_config, measured, published, work), work, data, samples))
+            rows.append(predict(row_config, rank_speed(row_config, measured, published), work, evidence, samples))
     if not rows:
         return None
     points = []

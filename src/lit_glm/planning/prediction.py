@@ -6,6 +6,7 @@ from typing import Any, Dict, List, Optional
 
 import numpy as np
 
+from lit_glm.atomic_files import read_csv_rows
 from lit_glm.config.schema import DataConfig, ModelConfig, TrainConfig
 from lit_glm.data.memmap_dataset import open_dataset
 from lit_glm.errors import InputError
@@ -16,7 +17,7 @@ from lit_glm.metrics.registry import METRICS
 from lit_glm.planning.workload import Workload
 from lit_glm.runs.job_spec import JOB_FILE, read_run_config
 from lit_glm.runs.result import read_result, was_contended
-from lit_glm.runs.run_writer import STEP_COLUMNS, is_intact, read_csv_rows
+from lit_glm.runs.run_writer import STEP_COLUMNS, is_intact
 
 
 @dataclass(frozen=True)
@@ -212,9 +213,7 @@ def ignored_runs(runs: List[MeasuredRun], configs: List[Any]) -> List[str]:
     return messages
 
 
-def rank_speed(
-    config: TrainConfig, runs: List[MeasuredRun], published: List[Dict[str, Any]], work: Workload
-) -> RankSpeed:
+def rank_speed(config: TrainConfig, runs: List[MeasuredRun], published: List[Dict[str, Any]]) -> RankSpeed:
     """Build the cost model of a rank for a configuration."""
     matching = [run for run in runs if run.is_usable and is_same_device_type(run.config, config)]
     if matching:

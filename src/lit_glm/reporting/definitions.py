@@ -95,12 +95,12 @@ def metric_definitions(name: str, rows: List[ReportRow], words: Translations) ->
 @functools.lru_cache(maxsize=None)
 def published_settings() -> Dict[str, Any]:
     """Return the flat configuration of the published case, experiment=flagperf; {} if its files cannot be read."""
-    from lit_glm.config.hydra_main import compose_config, validate_config
+    from lit_glm.config.hydra_main import load_config
     from lit_glm.config.schema import TrainConfig, iter_keys
     from lit_glm.errors import InputError
 
     try:
-        flagperf = validate_config(compose_config("train", ["experiment=flagperf"]), TrainConfig)
+        flagperf = load_config("train", ["experiment=flagperf"], TrainConfig)
     except InputError:
         return {}
     return {key: value for key, value, _ in iter_keys(flagperf)}

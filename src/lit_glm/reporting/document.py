@@ -2,8 +2,9 @@
 
 import shlex
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import yaml
 
@@ -33,8 +34,7 @@ _OVERRIDABLE = ("machine", "device_name", "network", "driver", "image")
 """Environment entries that can be given as `report.*`."""
 
 
-@dataclass
-class EnvironmentEntry:
+class EnvironmentEntry(NamedTuple):
     """One line of the environment; several values if runs differ, "" if unknown."""
 
     key: str
@@ -42,13 +42,11 @@ class EnvironmentEntry:
     text: str
 
 
-@dataclass
-class Environment:
-    """Environment of one device type, as lists of entries."""
+class Environment(NamedTuple):
+    """Environment of one device type: entries by the key of their heading."""
 
     name: str
-    hardware: List[EnvironmentEntry]
-    software: List[EnvironmentEntry]
+    sections: Dict[str, List[EnvironmentEntry]]
 
 
 @dataclass
@@ -141,10 +139,11 @@ def _describe_environment(name: str, runs: List[ReportRun], given: Dict[str, str
     def device(environment: Dict[str, Any]) -> Any:
         return environment.get("device_name") or next(iter(environment.get("devices") or []), None)
 
-    dependencies = entry("dependencies", lambda environment: packages(environment, _DEPENDENCIES))
+    hardware = [entry("machine"), entry("device_name", device), entry("network")]
     software = [entry("os"), entry("kernel"), entry("driver", driver), entry("image", image)]
-    software += [entry("framework", framework), entry("compiler", compiler), dependencies]
-    return Environment(name, [entry("machine"), entry("device_name", device), entry("network")], software)
+    software += [entry("framework", framework), entry("compiler", compiler)]
+    software += [entry("dependencies", lambda environment: packages(environment, _DEPENDENCIES))]
+    return Environment(name, {"hardware_environment": hardware, "software_environment": software})
 
 
 # -- figures -------------------------------------------------------------------------------------------------------
@@ -154,12 +153,9 @@ def _performance_tables(rows: List[ReportRow], words: Translations) -> List[Repo
     other_rows = [row for row in rows if not row.runs[0].is_measurement]
     rows = [row for row in rows if row.runs[0].is_measurement]
     tables = []
-    scorings = [name for name in _SCORINGS if any(row["scoring"] == name for row in rows)]
-    scorings += sorted({str(row["scoring"]) for row in rows} - set(_SCORINGS))
-    for scoring in scorings:
-        rows_of_scoring = [row for row in rows if str(row["scoring"]) == scoring]
+    for scoring in sorted({str(row["scoring"]) for row in rows}, key=lambda name: (name not in _SCORINGS, name)):
         heading = words(f"scoring_{scoring}") if scoring in _SCORINGS else f"scoring={scoring}"
-        tables.append(_rows_table(rows_of_scoring, heading, words))
+        tables.append(_rows_table([row for row in rows if str(row["scoring"]) == scoring], heading, words))
     return [*tables, *([_rows_table(other_rows, words("other_runs"), words)] if other_rows else [])]
 
 
@@ -183,33 +179,19 @@ def _rows_table(rows: List[ReportRow], heading: str, words: Translations) -> Rep
 
 
 def _source_runs_table(rows: List[ReportRow], words: Translations) -> ReportTable:
+    """Build the table of runs; with energy if that of any run is known."""
     has_energy = any(run.number("energy_j") is not None for row in rows for run in row.runs)
-    lines = [
-        [
-            unique_row_label(row, words),
-            str(run.result.get("scoring")),
-            words.state(run.result["status"]),
-            str(run.result.get("seed", "")),
-            str(run.environment.get("host", "")),
-            *_energy_cells(run, has_energy),
-            str(run.path),
-        ]
-        for row in rows
-        for run in row.runs
-    ]
-    return ReportTable(
-        [words("row"), "scoring", *map(words, ("status", "seed", "host"))]
-        + [words(key) for key in ("energy", "samples_per_joule") if has_energy]
-        + [words("folder")],
-        lines,
-    )
-
-
-def _energy_cells(run: ReportRun, has_energy: bool) -> List[str]:
-    """Return two cells, empty if the power of a device is unknown; no cells if no run of the document has any."""
-    joules, rate = run.number("energy_j"), run.number("samples_per_joule")
-    cells = ["" if joules is None else in_kilojoules(joules), cell_text(METRICS["samples_per_joule"], rate)]
-    return cells if has_energy else []
+    head = [words("row"), "scoring", *map(words, ("status", "seed", "host"))]
+    head += [words("energy"), words("samples_per_joule")] if has_energy else []
+    lines = []
+    for row in rows:
+        for run in row.runs:
+            joules, rate = run.number("energy_j"), run.number("samples_per_joule")
+            energy = ["" if joules is None else in_kilojoules(joules), cell_text(METRICS["samples_per_joule"], rate)]
+            line = [unique_row_label(row, words), str(run.result.get("scoring")), words.state(run.result["status"])]
+            line += [str(run.result.get("seed", "")), str(run.environment.get("host", ""))]
+            lines.append([*line, *(energy if has_energy else []), str(run.path)])
+    return ReportTable([*head, words("folder")], lines)
 
 
 # -- what is missing -------------------------------------------------------------------------------------------------
@@ -218,45 +200,39 @@ def _energy_cells(run: ReportRun, has_energy: bool) -> List[str]:
 def _list_missing(rows: List[ReportRow], environments: List[Environment], words: Translations) -> List[str]:
     lines: List[str] = []
     notes: List[Note] = []
-    for environment in environments:
-        rows_of_hardware = [row for row in rows if row["hardware"] == environment.name]
-        measured_rows = [row for row in rows_of_hardware if not row["simulated"]]
-        if not measured_rows:
-            lines.append(words("missing_simulated", environment.name))
-        for scoring in dict.fromkeys(str(row["scoring"]) for row in rows_of_hardware):
-            measured = {
-                str(row["topology"]) for row in measured_rows if row.runs[0].complete and str(row["scoring"]) == scoring
-            }
-            lines += [
-                words("missing_topology", environment.name, topology, scoring)
-                for topology in TOPOLOGIES
-                if topology not in measured
-            ]
-        for run in (run for row in rows_of_hardware for run in row.runs if not run.environment):
-            lines.append(words("missing_environment_file", environment.name, run.path))
-        for entry in (*environment.hardware, *environment.software):
-            needs_no_network = entry.key == "network" and all(row.nodes[0] <= 1 for row in rows_of_hardware)
-            if entry.text or needs_no_network:
-                continue
-            key = "missing_environment" if entry.key in _OVERRIDABLE else "missing_environment_plain"
-            lines.append(words(key, environment.name, entry.label, entry.key))
+    for hardware, sections in environments:
+        own = [row for row in rows if row["hardware"] == hardware]
+        complete = [row for row in own if row.runs[0].complete and not row["simulated"]]
+        measured = {(row["topology"], row["scoring"]) for row in complete}
+        if all(row["simulated"] for row in own):
+            lines.append(words("missing_simulated", hardware))
+        for scoring in dict.fromkeys(row["scoring"] for row in own):
+            missing = [topology for topology in TOPOLOGIES if (topology, scoring) not in measured]
+            lines += [words("missing_topology", hardware, topology, scoring) for topology in missing]
+        for run in (run for row in own for run in row.runs if not run.environment):
+            lines.append(words("missing_environment_file", hardware, run.path))
+        has_network = any(row.nodes[0] > 1 for row in own)
+        for entry in chain(*sections.values()):
+            if not entry.text and (entry.key != "network" or has_network):
+                key = "missing_environment" if entry.key in _OVERRIDABLE else "missing_environment_plain"
+                lines.append(words(key, hardware, entry.label, entry.key))
     for row in rows:
+        name = unique_row_label(row, words)
         empty = [column for column in PUBLISHED_COLUMNS[1:] if not format_cell(row, column)]
         if empty:
-            notes.append(Note("missing_cell", unique_row_label(row, words), (", ".join(empty),)))
+            notes.append(Note("missing_cell", name, (", ".join(empty),)))
         if not row["simulated"] and any(run.complete and not run.result.get("converged") for run in row.runs):
-            notes.append(Note("missing_target", unique_row_label(row, words)))
+            notes.append(Note("missing_target", name))
         if row.machine_differs:
-            machine = ", ".join(f"{name}: {value}" for name, value in row.machine_differs.items())
-            notes.append(Note("missing_same_machine", unique_row_label(row, words), (machine,)))
+            machine = ", ".join(f"{field}: {value}" for field, value in row.machine_differs.items())
+            notes.append(Note("missing_same_machine", name, (machine,)))
         for run in row.runs:
             changes = text_list(run.result.get("environment_changes"))
-            notes += [Note("machines_changed", unique_row_label(row, words), ("; ".join(changes),))] if changes else []
-            reasons = text_list(run.result.get("missing_data"))
-            notes += [Note("missing_data", unique_row_label(row, words), (reason,)) for reason in reasons]
-        for run in (run for run in row.runs if has_many_skipped_steps(run.result)):
-            counts = (str(run.result["skipped_steps"]), str(run.result["global_steps"]))
-            notes.append(Note("missing_steps", unique_row_label(row, words), counts))
+            notes += [Note("machines_changed", name, ("; ".join(changes),))] if changes else []
+            notes += [Note("missing_data", name, (reason,)) for reason in text_list(run.result.get("missing_data"))]
+            if has_many_skipped_steps(run.result):
+                counts = (str(run.result["skipped_steps"]), str(run.result["global_steps"]))
+                notes.append(Note("missing_steps", name, counts))
     return list(dict.fromkeys([*lines, *note_texts(notes, words)]))
 
 
@@ -275,13 +251,8 @@ class SummaryTile:
     """Command, commit and machine."""
 
 
-def make_tiles(rows: List[ReportRow], words: Translations) -> List[SummaryTile]:
-    """Create one tile per row, in their order."""
-    published = load_published_rows()
-    return [_make_tile(row, published, words) for row in rows]
-
-
-def _make_tile(row: ReportRow, published: List[Dict[str, Any]], words: Translations) -> SummaryTile:
+def make_tile(row: ReportRow, words: Translations) -> SummaryTile:
+    """Create the tile of a row."""
     reached = [run for run in row.runs if run.complete and run.result.get("converged")]
     complete = [run for run in row.runs if run.complete]
     accuracy = format_cell(row, "acc") or "–"
@@ -292,14 +263,11 @@ def _make_tile(row: ReportRow, published: List[Dict[str, Any]], words: Translati
     else:
         state, outcome = "other", words.state(str(row["status"]))
     items = [
-        (
-            words("card_time"),
-            format_cell(row, "e2e_time") + " s" if state == "reached" and format_cell(row, "e2e_time") else "",
-        ),
+        (words("card_time"), _with_unit(row, "e2e_time") if state == "reached" else ""),
         *((METRICS[name].column, _with_unit(row, name)) for name in ("p_core", "p_train", "p_whole", "step_p99_s")),
         (METRICS["mem_actual_gib"].label(words.language), _with_unit(row, "mem_actual_gib")),
         ("mfu", "" if row["simulated"] else cell_text(METRICS["mfu"], row.median("mfu"))),
-        (words("card_ratio"), _published_ratio(row, published, words)),
+        (words("card_ratio"), _published_ratio(row, words)),
         (words("energy"), _format_energy(row)),
         (words("card_verified"), "" if row["simulated"] else verification_summary(row, words)),
     ]
@@ -350,8 +318,8 @@ def _format_energy(row: ReportRow) -> str:
     return "" if joules is None else f"{in_kilojoules(joules)} kJ" + ("" if rate is None else f", {rate:.3g} samples/J")
 
 
-def _published_ratio(row: ReportRow, published: List[Dict[str, Any]], words: Translations) -> str:
+def _published_ratio(row: ReportRow, words: Translations) -> str:
     """Return p_core relative to the comparable published row; "" without one."""
-    p_core, (lines, _) = row.median("p_core"), matching_rows(row, published, words)
+    p_core, (lines, _) = row.median("p_core"), matching_rows(row, words)
     same = next((line for line in lines if line.get("p_core")), None)
     return "" if p_core is None or same is None else f"{p_core / same['p_core']:.2f}x ({same['fix_hp']})"

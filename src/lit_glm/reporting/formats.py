@@ -38,10 +38,7 @@ def markdown(document: Document, generated: str) -> str:
     several = len(document.environments) > 1
     for environment in document.environments:
         out += ["", f"### {_escape_markdown(environment.name)}"] if several else []
-        for heading, entries in (
-            ("hardware_environment", environment.hardware),
-            ("software_environment", environment.software),
-        ):
+        for heading, entries in environment.sections.items():
             out += ["", f"{'####' if several else '###'} {words(heading)}", ""]
             out += [f"- {entry.label}: {_escape_markdown(entry.text)}".rstrip() for entry in entries]
     out += ["", f"## {words('runs')}", "", f"### {words('general')}"]
@@ -77,9 +74,8 @@ def csv_text(document: Document) -> str:
     writer.writerow([words("config"), *TABLE_COLUMNS[1:], *more, *ends])
     for row in document.rows:
         shown = [format_cell(row, column).partition(" [")[0] for column in TABLE_COLUMNS[1:]]
-        converged = all(run.result.get("converged") for run in row.runs)
         statuses = ", ".join(dict.fromkeys(str(run.result.get("status")) for run in row.runs))
-        state = [row["scoring"], statuses, converged, bool(row["simulated"]), len(row.runs)]
+        state = [row["scoring"], statuses, row.converged, bool(row["simulated"]), len(row.runs)]
         folders = ";".join(str(run.path) for run in row.runs)
         numbers = [
             "" if value is None else value
@@ -87,13 +83,8 @@ def csv_text(document: Document) -> str:
             for value in (row.median(name), *(row.spread(name) or (row.median(name), row.median(name))))
         ]
         marks = "; ".join(row_annotations(row, words))
-        writer.writerow(
-            [
-                _escape_formula(value)
-                for value in (row_label(row, words), *shown, *state, marks, folders, not row.runs[0].is_measurement)
-            ]
-            + numbers
-        )
+        cells = (row_label(row, words), *shown, *state, marks, folders, not row.runs[0].is_measurement)
+        writer.writerow([*map(_escape_formula, cells), *numbers])
     return out.getvalue()
 
 
@@ -107,7 +98,7 @@ def html(document: Document, generated: str) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    from lit_glm.reporting.document import make_tiles
+    from lit_glm.reporting.document import make_tile
     from lit_glm.reporting.plots import draw_plots
 
     folder = Path(__file__).parent
@@ -122,7 +113,7 @@ def html(document: Document, generated: str) -> str:
         generated=generated,
         figures=figures,
         figure_notes=notes,
-        tiles=make_tiles(document.rows, document.words),
+        tiles=[make_tile(row, document.words) for row in document.rows],
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),  # the policy allows only this
     )

@@ -3,6 +3,7 @@
 import io
 import re
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import matplotlib
@@ -29,28 +30,24 @@ def run_phases(run: ReportRun) -> List[Tuple[str, List[Span]]]:
     init, e2e = run.number("init_time"), run.number("e2e_time")
     if init is None or e2e is None or run.result.get("interruptions"):
         return []
-    spans: List[Span] = []
-    steps = [_parse_seconds(row.get("step_s")) for row in run.table("steps.csv")]
-    done = np.concatenate([[0.0], np.cumsum(steps)])
-    earlier = 0.0
-    for row in run.table("evals.csv"):
-        step, seconds = _parse_seconds(row.get("step")), _parse_seconds(row.get("seconds"))
-        if not 0 < step < len(done):
-            continue
-        begin = init + float(done[int(step)]) + earlier
-        spans.append((begin, begin + seconds))
-        earlier += seconds
+    step, _, _, ends, seconds = _evaluations(run)
+    spans = [(end - taken, end) for at, end, taken in zip(step, ends, seconds) if at > 0 and np.isfinite(end)]
     return [("part_init", [(0.0, init)]), ("part_training", [(init, e2e)]), ("part_eval", spans)]
 
 
-def _parse_seconds(text: Any) -> float:
-    try:
-        return float(text or 0.0)
-    except ValueError:
-        return 0.0
+def _evaluations(run: ReportRun) -> Tuple[Any, Any, Any, Any, Any]:
+    """Return step, samples and accuracy of the evaluations, when each ended, and the seconds that it took.
+
+    An end is in seconds since the entry of `train`, and nan if no step was recorded.
+    """
+    step, accuracy, samples, seconds = _numeric_columns(run.table("evals.csv"), "step", "acc", "samples", "seconds")
+    done, step_s = _numeric_columns(run.table("steps.csv"), "step", "step_s")
+    clock = np.concatenate([[0.0 if len(done) else np.nan], np.cumsum(step_s)])
+    ends = clock[np.searchsorted(done, step, side="right")] + np.cumsum(np.where(step > 0, seconds, 0.0))
+    return step, samples, accuracy, (run.number("init_time") or 0.0) + ends, seconds
 
 
-def plot_devices(shown: Sequence[Tuple[str, ReportRun]], words: Translations) -> Optional[Canvas]:
+def _plot_devices(shown: Sequence[Tuple[str, ReportRun]], words: Translations) -> "Panels":
     """Plot the readings of the first run that has any, one line per device and kind; None without readings."""
     for name, run in shown:
         readings_of_device = load_readings(run.path / "devices.csv")
@@ -78,7 +75,7 @@ def plot_devices(shown: Sequence[Tuple[str, ReportRun]], words: Translations) ->
         axes[-1].set_xlabel(words("seconds"))
         handles, labels = axes[0].get_legend_handles_labels()
         canvas.legend(handles, labels, loc="outside lower left", ncols=4)
-        return canvas
+        return [canvas]
     return None
 
 
@@ -128,42 +125,37 @@ Series = Tuple[str, ReportRun]
 Panels = Optional[List[Canvas]]
 
 
-def _as_panels(canvas: Optional[Canvas]) -> Panels:
-    return None if canvas is None else [canvas]
-
-
 def draw_plots(rows: List[ReportRow], words: Translations) -> Tuple[List[Plot], List[str]]:
     """Draw all plots that the runs have data for, with at most eight rows each, and list what is missing."""
-    names = legend_labels(rows, words)
+    names, grid = legend_labels(rows, words), _grid_rows(rows)
     shown: List[Series] = [(name, row.typical) for name, row in zip(names, rows)][:_MAX_LINES]
     drawn: List[Plot] = []
+    missing: List[str] = []
     kinds: List[Tuple[str, Callable[[List[Series], Translations], Panels]]] = [
         ("fig_loss", _plot_loss),
         ("fig_acc", _plot_accuracy),
         ("fig_throughput", _plot_throughput),
         ("fig_time", _plot_time),
-        ("fig_devices", lambda shown, words: _as_panels(plot_devices(shown, words))),
+        ("fig_devices", _plot_devices),
         ("fig_memory", _plot_memory),
-        ("fig_grid", lambda _, words: _plot_grid(rows, words)),
+        ("fig_grid", lambda _, words: _plot_grid(grid, words)),
     ]
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "lit_glm"}):
         for key, make in kinds:
-            if key == "fig_memory" and any(figure.key == "fig_devices" for figure in drawn):
+            if key == "fig_memory" and drawn and drawn[-1].key == "fig_devices":
                 continue  # the readings of the devices contain their memory
-            panels = make(shown, words) or []
-            drawn_rows = _grid_rows(rows) if key == "fig_grid" else rows[:_MAX_LINES]
-            caption = words(key)
-            if key == "fig_grid" and drawn_rows:
-                caption = words.with_note(caption, row_label(drawn_rows[0], words))
-            if any(row["simulated"] for row in drawn_rows):
+            if key == "fig_grid" and not grid:
+                continue
+            panels, caption = make(shown, words), words(key)
+            if panels is None:
+                missing.append(caption)
+                continue
+            if key == "fig_grid":
+                caption = words.with_note(caption, row_label(grid[0], words))
+            if any(row["simulated"] for row in (grid if key == "fig_grid" else rows[:_MAX_LINES])):
                 caption = words.with_note(caption, words("simulated"))
             svgs = [_render_svg(canvas, caption, f"{key}{number}") for number, canvas in enumerate(panels)]
-            if svgs:
-                drawn.append(Plot(key, caption, svgs, _legend(panels[0])))
-    drawn_keys = {figure.key for figure in drawn}
-    drawn_keys |= {"fig_memory"} if "fig_devices" in drawn_keys else set()
-    drawn_keys |= {"fig_grid"} if not _grid_rows(rows) else set()
-    missing = [words(key) for key, _ in kinds if key not in drawn_keys]
+            drawn.append(Plot(key, caption, svgs, _legend(panels[0])))
     notes = [words("fig_more", _MAX_LINES, len(rows) - _MAX_LINES)] if len(rows) > _MAX_LINES else []
     notes += [words("fig_missing", "; ".join(missing))] if missing else []
     return drawn, notes
@@ -175,15 +167,13 @@ def legend_labels(rows: List[ReportRow], words: Translations) -> List[str]:
         [row_label(row, words), str(row["precision"]), *str(row["fix_hp"]).split(","), str(row["scoring"])]
         for row in rows
     ]
-    longest = max((len(part) for part in parts), default=0)
-    parts = [[*part, *[""] * (longest - len(part))] for part in parts]
-    differ = [place for place in range(longest) if len({part[place] for part in parts}) > 1]
-    names = [" ".join(part[place] for place in differ if part[place]) for part in parts]
-    several = [f"{name} #{row.number}".strip() if row.number else name for name, row in zip(names, rows)]
-    labels = [name or row_label(row, words) for name, row in zip(several, rows)]
-    return [
-        words.with_note(label, words("simulated")) if row["simulated"] else label for label, row in zip(labels, rows)
-    ]
+    differing = [column for column in zip_longest(*parts, fillvalue="") if len(set(column)) > 1]
+    labels = []
+    for number, row in enumerate(rows):
+        words_of_row = [column[number] for column in differing] + ([f"#{row.number}"] if row.number else [])
+        label = " ".join(filter(None, words_of_row)) or row_label(row, words)
+        labels.append(words.with_note(label, words("simulated")) if row["simulated"] else label)
+    return labels
 
 
 def _render_svg(canvas: Canvas, title: str, key: str) -> Markup:
@@ -213,9 +203,9 @@ def _start_at_zero(axes: Any) -> None:
     axes.set_ylim(0, 1.06 * highest if np.isfinite(highest) and highest > 0 else 1.0)
 
 
-def _scale_time(seconds: Any, longest: float, axes: Any, words: Translations) -> Any:
-    """Return times in the unit of an axis, minutes for runs of more than three, and label the axis."""
-    in_minutes = longest > 180
+def _scale_time(seconds: Any, shown: Sequence[Series], axes: Any, words: Translations) -> Any:
+    """Return times in the unit of an axis, minutes if any run takes more than three, and label the axis."""
+    in_minutes = any((run.number("e2e_time") or 0.0) > 180 for _, run in shown)
     axes.set_xlabel(words("minutes" if in_minutes else "seconds_since_start"))
     axes.xaxis.set_major_locator(MaxNLocator(_MAX_TICKS))
     return seconds / 60 if in_minutes else seconds
@@ -242,7 +232,10 @@ def _downsample(*arrays: Any) -> List[Any]:
 
 
 def _legend(panel: Canvas) -> List[Tuple[str, str]]:
-    """Return (colour, text) of the labelled lines and bars; empty where the panel has a legend of its own."""
+    """Return (colour, text) of the labelled lines and bars; empty where the panel has a legend of its own.
+
+    Labels begin with a space: matplotlib leaves out those that begin with an underscore.
+    """
     if panel.legends or not panel.axes:
         return []
     found: Dict[str, str] = {}
@@ -259,17 +252,13 @@ def _moving_average(values: Any, width: int) -> Any:
     return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
 
 
-def _escape_legend_name(name: str) -> str:
-    return " " + name  # a legend leaves out names that begin with an underscore
-
-
 def _plot_loss(shown: Sequence[Series], words: Translations) -> Panels:
     tables = [(name, _numeric_columns(run.table("steps.csv"), "step", "loss", "lr")) for name, run in shown]
     tables = [(name, columns) for name, columns in tables if len(columns[0])]
     panels, axes = _make_panels(2 if _spread_widely([rate for _, (_, _, rate) in tables]) else 1)
     for name, (steps, loss, rate) in tables:
         smooth = _moving_average(loss, max(1, len(loss) // _SMOOTHED))
-        (line,) = axes[0].plot(*_downsample(steps, smooth), lw=1.4, label=_escape_legend_name(name))
+        (line,) = axes[0].plot(*_downsample(steps, smooth), lw=1.4, label=f" {name}")
         axes[0].plot(*_downsample(steps, loss), lw=0.8, alpha=0.25, color=line.get_color())
         if len(axes) > 1:
             axes[1].plot(*_downsample(steps, rate), lw=1.2)
@@ -289,21 +278,13 @@ def _spread_widely(rates: List[Any]) -> bool:
 
 def _plot_accuracy(shown: Sequence[Series], words: Translations) -> Panels:
     panels, (left, right) = _make_panels(2)
-    lines, longest = 0, max((run.number("e2e_time") or 0.0 for _, run in shown), default=0.0)
     for name, run in shown:
-        step, accuracy, samples = _numeric_columns(run.table("evals.csv"), "step", "acc", "samples")
-        if not len(step):
-            continue
-        left.plot(samples, 100 * accuracy, marker="o", ms=3, lw=1.2, label=_escape_legend_name(name))
-        done, seconds = _numeric_columns(run.table("steps.csv"), "step", "step_s")
-        (eval_seconds,) = _numeric_columns(run.table("evals.csv"), "step", "seconds")[1:]
-        if len(done) and len(eval_seconds) == len(step):
-            clock = np.concatenate([[0.0], np.cumsum(seconds)])[np.searchsorted(done, step, side="right")]
-            before = np.cumsum(np.where(step > 0, eval_seconds, 0.0))  # an evaluation's point stands at its end
-            start = run.number("init_time") or 0.0
-            times = _scale_time(start + clock + before, longest, right, words)
-            right.plot(times, 100 * accuracy, marker="o", ms=3, lw=1.2)
-        lines += 1
+        step, samples, accuracy, ends, _ = _evaluations(run)
+        if len(step):
+            left.plot(samples, 100 * accuracy, marker="o", ms=3, lw=1.2, label=f" {name}")
+            right.plot(_scale_time(ends, shown, right, words), 100 * accuracy, marker="o", ms=3, lw=1.2)
+    if not left.lines:
+        return None
     targets = {as_number(run.settings.get("run.target_accuracy")) for _, run in shown} - {None}
     for target in sorted(value for value in targets if value is not None):
         for axes in (left, right):
@@ -312,7 +293,7 @@ def _plot_accuracy(shown: Sequence[Series], words: Translations) -> Panels:
     left.set(xlabel=words("samples"), ylabel=words("accuracy"))
     left.xaxis.set_major_locator(MaxNLocator(_MAX_TICKS))
     right.set_ylabel(words("accuracy"))
-    return panels if lines else None
+    return panels
 
 
 def throughput_percentiles(seconds: Any, samples: float) -> Tuple[float, float, float]:
@@ -323,7 +304,6 @@ def throughput_percentiles(seconds: Any, samples: float) -> Tuple[float, float, 
 
 def _plot_throughput(shown: Sequence[Series], words: Translations) -> Panels:
     panels, (axes,) = _make_panels(1)
-    lines = 0
     for name, run in shown:
         steps, seconds, samples = _numeric_columns(run.table("steps.csv"), "step", "step_s", "samples")
         if not len(steps) or not (seconds > 0).all():
@@ -336,13 +316,12 @@ def _plot_throughput(shown: Sequence[Series], words: Translations) -> Panels:
         parts = [part for part in np.array_split(np.arange(first, len(steps)), _SMOOTHED) if len(part)]
         low, middle, high = (np.array([np.percentile(rate[part], share) for part in parts]) for share in (10, 50, 90))
         centres = np.array([steps[part].mean() for part in parts])
-        (line,) = axes.plot(centres, middle, lw=1.4, label=_escape_legend_name(text))
+        (line,) = axes.plot(centres, middle, lw=1.4, label=f" {text}")
         axes.fill_between(centres, low, high, color=line.get_color(), alpha=0.18, lw=0)
         axes.plot(steps[:first], rate[:first], ".", ms=3, color="0.6")
-        lines += 1
     axes.set(xlabel=words("step"), ylabel=words("rate"))
     _start_at_zero(axes)
-    return panels if lines else None
+    return panels if axes.lines else None
 
 
 def _plot_time(shown: Sequence[Series], words: Translations) -> Panels:
@@ -379,16 +358,13 @@ def _plot_time(shown: Sequence[Series], words: Translations) -> Panels:
 
 def _plot_memory(shown: Sequence[Series], words: Translations) -> Panels:
     panels, (axes,) = _make_panels(1)
-    lines, longest = 0, max((run.number("e2e_time") or 0.0 for _, run in shown), default=0.0)
     for name, run in shown:
         seconds, used = _numeric_columns(run.table("memory.csv"), "seconds", "gib")
         if len(seconds):
-            times = _scale_time(seconds, longest, axes, words)
-            axes.plot(*_downsample(times, used), lw=1.2, label=_escape_legend_name(name))
-            lines += 1
+            axes.plot(*_downsample(_scale_time(seconds, shown, axes, words), used), lw=1.2, label=f" {name}")
     axes.set_ylabel(words("mem_gib"))
     _start_at_zero(axes)
-    return panels if lines else None
+    return panels if axes.lines else None
 
 
 def plot_trials(rates: Dict[int, List[float]], too_large: Iterable[int], title: str) -> str:
@@ -396,17 +372,14 @@ def plot_trials(rates: Dict[int, List[float]], too_large: Iterable[int], title: 
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "lit_glm"}):
         canvas = Canvas(figsize=(6.0, 3.4))
         axes = canvas.subplots()
-        axes.plot(
-            *zip(*((bs, rate) for bs, samples in rates.items() for rate in samples)), "o", alpha=0.6, label="trials"
-        )
+        points = [(bs, rate) for bs, samples in rates.items() for rate in samples]
+        axes.plot(*zip(*points), "o", alpha=0.6, label="trials")
         axes.plot(list(rates), [np.median(samples) for samples in rates.values()], linewidth=1, label="median")
         for bs in too_large:
             axes.axvline(bs, color="tab:red", linestyle=":", linewidth=1)
         axes.set_xscale("log", base=2)
         use_plain_numbers(axes.xaxis)
-        axes.set_xlabel("bs (dotted: did not fit)")
-        axes.set_ylabel(METRICS["p_core"].axis_label())
-        axes.set_title(title)
+        axes.set(xlabel="bs (dotted: did not fit)", ylabel=METRICS["p_core"].axis_label(), title=title)
         axes.legend()
         out = io.StringIO()
         canvas.savefig(out, format="svg", metadata={"Date": None})
@@ -426,11 +399,8 @@ def _grid_rows(rows: List[ReportRow]) -> List[ReportRow]:
     return largest if len({(row["bs"], row["lr"]) for row in largest}) > 1 else []
 
 
-def _plot_grid(rows: List[ReportRow], words: Translations) -> Panels:
+def _plot_grid(group: List[ReportRow], words: Translations) -> Panels:
     """Plot p_core and accuracy of rows that differ only in bs and lr."""
-    group = _grid_rows(rows)
-    if not group:
-        return None
     sizes, rates = sorted({row["bs"] for row in group}), sorted({row["lr"] for row in group})
     panels, axes = _make_panels(2, 1.2 + 0.5 * len(sizes))
     titles = (f"p_core: {words('rate')}", words("accuracy"))

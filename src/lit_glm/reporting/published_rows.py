@@ -1,5 +1,6 @@
 """Published rows next to the measured ones, with ratios only for comparable rows."""
 
+import functools
 from typing import Any, Dict, List, Optional, Tuple
 
 from omegaconf import OmegaConf
@@ -20,6 +21,7 @@ _DOUBT = " †"
 """Mark after a precision that the case files of the row contradict."""
 
 
+@functools.lru_cache(maxsize=None)
 def load_published_rows() -> List[Dict[str, Any]]:
     """Load the rows of conf/published.yaml in the format of result.json."""
     content: Any = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "published.yaml"))
@@ -34,9 +36,8 @@ def load_published_run_length() -> Tuple[int, str]:
 
 def published_tables(rows: List[ReportRow], words: Translations) -> Tuple[ReportTable, ReportTable]:
     """Build the table of published rows, those of the report's hardware first, and the table of ratios."""
-    published = load_published_rows()
     measured_hardware = {str(row["hardware"]) for row in rows}
-    published.sort(key=lambda line: line["hardware"] not in measured_hardware)
+    published = sorted(load_published_rows(), key=lambda line: line["hardware"] not in measured_hardware)
     wrapped = [
         ReportRow([ReportRun(CONF_DIR, line, settings={"hardware.product_name": line["hardware"].upper()})])
         for line in published
@@ -58,27 +59,19 @@ def published_tables(rows: List[ReportRow], words: Translations) -> Tuple[Report
     notes: List[Note] = []
     published_target = published_settings().get("run.target_accuracy")
     for row in rows:
-        matches, note = matching_rows(row, published, words)
-        if note:
-            notes.append(note)
-        is_e2e_comparable = row.converged
-        target = row.runs[0].settings.get("run.target_accuracy")
-        if matches and not is_e2e_comparable:
-            notes.append(Note("no_ratio_e2e", unique_row_label(row, words)))
+        matches, note = matching_rows(row, words)
+        name, target = unique_row_label(row, words), row.runs[0].settings.get("run.target_accuracy")
+        if matches and not row.converged:
+            note = Note("no_ratio_e2e", name)
         elif matches and target != published_target:
-            is_e2e_comparable = False
-            notes.append(Note("no_ratio_target", unique_row_label(row, words), (str(target), str(published_target))))
-        has_ratio = False
-        for line in matches:
-            measured = {
-                key: None if key == "e2e_time" and not is_e2e_comparable else row.median(key) for key in _RATIOS
-            }
-            values = [_format_ratio(measured[key], line.get(key)) for key in _RATIOS]
-            if any(values):
-                ratios.append([label_with_annotations(row, words), str(row["fix_hp"]), str(line["fix_hp"]), *values])
-                has_ratio = True
-        if matches and not has_ratio:
-            notes.append(Note("no_ratio_figures", unique_row_label(row, words)))
+            note = Note("no_ratio_target", name, (str(target), str(published_target)))
+        measured = {key: row.median(key) for key in _RATIOS if note is None or key != "e2e_time"}
+        values = [[_format_ratio(measured.get(key), line.get(key)) for key in _RATIOS] for line in matches]
+        known = [(line, texts) for line, texts in zip(matches, values) if any(texts)]
+        label, fix_hp = label_with_annotations(row, words), str(row["fix_hp"])
+        ratios += [[label, fix_hp, str(line["fix_hp"]), *texts] for line, texts in known]
+        notes += [note] if note is not None else []
+        notes += [Note("no_ratio_figures", name)] if matches and not known else []
     head = [words("config"), "fix_hp", words.with_note("fix_hp", words("source")), *_RATIOS]
     return table, ReportTable(head, ratios, note_texts(notes, words))
 
@@ -93,11 +86,9 @@ def _format_ratio(measured: Any, published: Any) -> str:
     return f"{measured / published:.2f}x" if measured and published else ""
 
 
-def matching_rows(
-    row: ReportRow, published: List[Dict[str, Any]], words: Translations
-) -> "Tuple[List[Dict[str, Any]], Optional[Note]]":
+def matching_rows(row: ReportRow, words: Translations) -> "Tuple[List[Dict[str, Any]], Optional[Note]]":
     """Return the published rows that are comparable to a row, or the reason why there are none."""
-    name, left = unique_row_label(row, words), published
+    name, left = unique_row_label(row, words), load_published_rows()
     for key, applies in (
         ("no_ratio_simulated", row["simulated"]),
         ("no_ratio_profiled", row["profiled"]),

@@ -5,7 +5,7 @@ from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tu
 
 from lit_glm.metrics.registry import TABLE_COLUMNS, TABLE_METRICS, cell_text
 from lit_glm.reporting.definitions import Translations
-from lit_glm.reporting.run_reader import ReportRow, ReportRun
+from lit_glm.reporting.run_reader import ReportRow
 from lit_glm.runs.environment import latest_verification
 from lit_glm.runs.result import contending_cpu_load, has_many_skipped_steps, has_shared_devices, text_list
 
@@ -35,50 +35,36 @@ def label_with_annotations(row: ReportRow, words: Translations, more: Sequence[s
 
 def row_annotations(row: ReportRow, words: Translations) -> List[str]:
     """List what a reader must know before comparing the row."""
-    notes: List[str] = [f"#{row.number}"] if row.number else []
-    if row["simulated"]:
-        notes.append(words("simulated"))
-    if row["computed_on_cpu"]:
-        notes.append(words("computed_on_cpu"))
-    if row["mem_total_source"] == "hardware file":
-        notes.append(words("mem_of_file"))
-    if row["profiled"]:
-        notes.append(words("profiled"))
-    status = str(row["status"])
-    if not row.runs[0].complete:
-        notes.append(words.state(status))
-    open_ended = [run for run in row.runs if run.complete and not run.result.get("converged")]
-    if open_ended:
-        several = len(row.runs) > 1
-        notes.append(words("some_unconverged", len(open_ended), len(row.runs)) if several else words("unconverged"))
-    resumed = sum(_num_interruptions(run) for run in row.runs)
-    if resumed:
-        notes.append(words("resumed", resumed))
-    repeated = sum(int(run.number("repeated_steps") or 0) for run in row.runs)
-    if repeated:
-        notes.append(words("repeated", repeated))
-    results = [run.result for run in row.runs if has_many_skipped_steps(run.result)]
-    notes += [words("skipped", result["skipped_steps"], result["global_steps"]) for result in results]
-    load = max(contending_cpu_load(run.result) for run in row.runs)
-    notes += [words("not_alone", f"{100 * load:.0f} %")] if load else []
-    notes += [words("devices_shared")] if any(has_shared_devices(run.result) for run in row.runs) else []
-    notes += [f"{name}: {value}" for name, value in row.machine_differs.items()]
-    if any(run.result.get("environment_changes") for run in row.runs):
-        notes.append(words("several_machines"))
-    if any(run.result.get("missing_data") for run in row.runs):
-        notes.append(words("incomplete_data"))
-    if len(row.runs) > 1:
-        notes.append(words("n_runs", len(row.runs)))
-    data = row.runs[0].settings.get("data.name")
-    if data not in (None, "record"):
-        lengths = row.runs[0].settings.get("data.synthetic.lengths")
-        notes.append(words("data_with_real_lengths" if lengths == "record" else "not_default_data", data))
-    return notes
-
-
-def _num_interruptions(run: ReportRun) -> int:
-    interruptions = run.result.get("interruptions")
-    return interruptions if isinstance(interruptions, int) else 0
+    runs, data = row.runs, row.runs[0].settings.get("data.name")
+    has_real_lengths = runs[0].settings.get("data.synthetic.lengths") == "record"
+    open_ended = sum(run.complete and not run.result.get("converged") for run in runs)
+    resumed, repeated = (sum(int(run.number(key) or 0) for run in runs) for key in ("interruptions", "repeated_steps"))
+    skipped = [run.result for run in runs if has_many_skipped_steps(run.result)]
+    load = max(contending_cpu_load(run.result) for run in runs)
+    notes = [
+        (row.number, f"#{row.number}"),
+        (row["simulated"], words("simulated")),
+        (row["computed_on_cpu"], words("computed_on_cpu")),
+        (row["mem_total_source"] == "hardware file", words("mem_of_file")),
+        (row["profiled"], words("profiled")),
+        (not runs[0].complete, words.state(str(row["status"]))),
+        (open_ended and len(runs) == 1, words("unconverged")),
+        (open_ended and len(runs) > 1, words("some_unconverged", open_ended, len(runs))),
+        (resumed, words("resumed", resumed)),
+        (repeated, words("repeated", repeated)),
+        *((True, words("skipped", result["skipped_steps"], result["global_steps"])) for result in skipped),
+        (load, words("not_alone", f"{100 * load:.0f} %")),
+        (any(has_shared_devices(run.result) for run in runs), words("devices_shared")),
+        *((True, f"{name}: {value}") for name, value in row.machine_differs.items()),
+        (any(run.result.get("environment_changes") for run in runs), words("several_machines")),
+        (any(run.result.get("missing_data") for run in runs), words("incomplete_data")),
+        (len(runs) > 1, words("n_runs", len(runs))),
+        (
+            data not in (None, "record"),
+            words("data_with_real_lengths" if has_real_lengths else "not_default_data", data),
+        ),
+    ]
+    return [text for applies, text in notes if applies]
 
 
 def format_cell(row: ReportRow, column: str) -> str:

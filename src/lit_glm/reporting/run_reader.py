@@ -17,17 +17,13 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 import psutil
 from omegaconf import OmegaConf
 
-from lit_glm.atomic_files import read_json
+from lit_glm.atomic_files import read_csv_rows, read_json
 from lit_glm.config.key_aliases import migrate_names
 from lit_glm.config.schema import DataConfig, SyntheticConfig, TrainConfig, iter_keys
 from lit_glm.config.secrets import mask_config, mask_override
 from lit_glm.config.tuned_values import TRIALS_FOLDER, TUNE_FILE
 from lit_glm.metrics.registry import METRICS, as_number
-from lit_glm.runs.environment import (
-    comparable_environment,
-    environment_parts,
-    read_environment,
-)
+from lit_glm.runs.environment import comparable_environment, environment_parts, read_environment
 from lit_glm.runs.result import COMPLETE, settled
 
 _TEXT_FIELDS = ("status", "hardware", "topology", "precision", "scoring", "fix_hp", "model", "error")
@@ -74,13 +70,10 @@ class ReportRun:
 
     def table(self, name: str) -> List[Dict[str, str]]:
         """Read the rows of steps.csv, evals.csv or memory.csv; empty without such a file."""
-        rows: List[Dict[str, str]] = []
         try:
-            with (self.path / name).open(encoding="utf-8", errors="replace", newline="") as file:
-                rows.extend(row for row in csv.DictReader(file) if None not in row.values() and None not in row)
+            return read_csv_rows(self.path / name)
         except (OSError, csv.Error):
-            pass  # keep the rows read so far
-        return rows
+            return []
 
 
 @dataclass
@@ -126,10 +119,8 @@ class ReportRow:
     @property
     def typical(self) -> ReportRun:
         """Run whose p_core is closest to the median; the one that plots show."""
-        middle = self.median("p_core")
-        if middle is None:
-            return self.runs[0]
-        return min(self.runs, key=lambda run: abs((run.number("p_core") or 0.0) - float(middle or 0.0)))
+        middle = self.median("p_core") or 0.0
+        return min(self.runs, key=lambda run: abs((run.number("p_core") or 0.0) - middle))
 
 
 def find_runs(patterns: List[str]) -> Tuple[List[ReportRun], List[str]]:
