@@ -106,7 +106,8 @@ TUNE: Dict[str, str] = {
     "seconds": "spent so far, all parts",
     "largest_bs, fastest_bs": "among the batch sizes that fit; null: none yet",
     "next": "the trial that runs, for the other nodes",
-    "trials": "a list: bs, status (fits, memory, limit, time), p_core, mfu, memory_gib, samples_per_joule, message",
+    "trials": "a list: bs, status (fits, out of memory, not tried, no time), p_core, mfu, memory_gib, "
+    "samples_per_joule, message",
 }
 EVALUATION: Dict[str, str] = {
     "acc": "share of examples whose best candidate is a right answer",

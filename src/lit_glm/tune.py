@@ -25,14 +25,14 @@ class TuneConfig(TrainConfig):
 
 
 def tune(config: Any, _composed: Any) -> int:
-    """Run the search on this node; return the exit status."""
+    """Run the search, or this node's part of it; return the exit status."""
     from lit_glm.hardware.env import set_hardware_env
 
     set_hardware_env(config.hardware)  # before anything imports torch
 
-    from lit_glm.batch_size_search import run_search
+    from lit_glm.batch_size_search import Search
 
-    return run_search(config, output_dir(), sys.argv)
+    return Search(config, output_dir(), sys.argv).run()
 
 
 def main() -> int:

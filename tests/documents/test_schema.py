@@ -71,9 +71,9 @@ def test_every_field_that_is_written_is_documented(
         re.findall(r"\w+", re.sub(r"^a list: |\(.*?\)", "", schema.TUNE["trials"]))
     )
     capfd.readouterr()
-    assert lit_glm_here("plan", "hardware=r300", "topology=1x1", "--json", "hydra.run.dir=plan") == 0
+    assert lit_glm_here("plan", "experiment=debug", "hardware=r300", "--json", "hydra.run.dir=plan") == 0
     (row,) = json.loads(capfd.readouterr().out)
     assert set(row) == names(schema.PLAN)
     monkeypatch.setattr(AcceptanceTest, "checks", lambda _: iter(()))
-    assert lit_glm_here("verify", "hardware=cpu", "--json", "hydra.run.dir=verify") == 0
+    assert lit_glm_here("verify", "model=glm_tiny", "--json", "hydra.run.dir=verify") == 0
     assert set(json.loads(Path("verify/verify.json").read_text())) == names(schema.VERIFY)

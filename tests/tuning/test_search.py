@@ -62,6 +62,12 @@ def test_a_batch_size_that_does_not_fit_each_time_does_not_fit(capacity: int, sh
     assert not set(rates_by_bs(tries)) & {trial.bs for trial in tries if trial.status == MEMORY}
 
 
+def test_a_size_that_did_not_fit_is_not_tried_between_two_that_fit() -> None:
+    """Else it would be proposed again and again, as its trials do not count any more."""
+    fitting = [Trial(bs, FITS, float(bs)) for bs in (1, 2, 3, 3)]
+    assert next_bs([*fitting[:2], Trial(4, MEMORY), *fitting[2:], Trial(2, MEMORY)], 100, 5) == 1
+
+
 @given(peak=st.integers(1, 400))
 def test_a_fastest_one_in_between_is_found_nearly(peak: int) -> None:
     tries = searched(512, 10_000, lambda bs, _: 1.0 - abs(bs - peak) / 1000)
