@@ -46,7 +46,7 @@ def test_lightning_leaves_signals_alone() -> None:
     assert "_signal_connector.register_signal_handlers()" in inspect.getsource(pl.Trainer)
 
 
-@pytest.mark.process
+@pytest.mark.slow
 def test_lightning_is_imported_without_packages_for_plots() -> None:
     """A new process, as these packages are imported here already; afterwards they are there for everybody."""
     lines = (
@@ -82,7 +82,7 @@ for first in ("matplotlib", "matplotlib.figure"):
 """
 
 
-@pytest.mark.process
+@pytest.mark.slow
 def test_a_program_that_plots_can_train() -> None:
     """Half of matplotlib is imported already: torchmetrics, which looks for it, finds the other half."""
     done = subprocess.run([sys.executable, "-c", PLOTS_FIRST], capture_output=True, text=True, check=False)

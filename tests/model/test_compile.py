@@ -40,7 +40,7 @@ def test_losses_are_those_of_eager_mode(precision: str, scoring: str, bound: flo
     assert compiled[0] == pytest.approx(eager[0], rel=1e-6 if precision == "fp32" else 1e-2)  # before any update
 
 
-@pytest.mark.process
+@pytest.mark.slow
 def test_without_a_compiler_the_run_is_refused_in_one_sentence(tmp_path: Path) -> None:
     done = lit_glm(
         "train",

@@ -55,8 +55,15 @@ def test_the_whole_table_at_once_as_a_card_may_take_it(monkeypatch: pytest.Monke
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("scoring", ["shared_context", "published"])
+@pytest.mark.parametrize(
+    ("precision", "scoring"),
+    [
+        ("fp32", "shared_context"),
+        ("bf16", "shared_context"),
+        ("fp32", "published"),
+        pytest.param("bf16", "published", marks=pytest.mark.slow),
+    ],
+)
 def test_training_by_slices_is_the_same(
     precision: str, scoring: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

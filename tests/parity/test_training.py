@@ -36,8 +36,15 @@ def check_trajectory(run: Path, gelu: str, ranks: int) -> None:
         assert last == pytest.approx((right - 1) / 23)  # example 0, counted twice there, is answered rightly
 
 
-@pytest.mark.parametrize("gelu", ["tanh", "erf"])
-@pytest.mark.parametrize("scoring", ["shared_context", "published"])
+@pytest.mark.parametrize(
+    ("gelu", "scoring"),
+    [
+        ("tanh", "shared_context"),
+        ("tanh", "published"),
+        ("erf", "shared_context"),
+        pytest.param("erf", "published", marks=pytest.mark.slow),
+    ],
+)
 def test_one_process(gelu: str, scoring: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = [*GOLDEN_RUN, f"model.gelu={gelu}", f"scoring={scoring}", f"hydra.run.dir={run}"]

@@ -46,7 +46,7 @@ def test_a_signal_saves_and_says_what_can_be_resumed(number: int, tmp_path: Path
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_signal_to_one_rank_is_the_one_that_is_reported(rank: int, tmp_path: Path) -> None:
     """The other rank, which stops with it, may be the first to exit."""
     process = start(tmp_path, *ENDLESS, topology="1x2")
@@ -56,6 +56,7 @@ def test_a_signal_to_one_rank_is_the_one_that_is_reported(rank: int, tmp_path: P
     assert (process.returncode, result(tmp_path / "run")["status"]) == (128 + signal.SIGUSR1, "interrupted"), said
 
 
+@pytest.mark.slow
 def test_a_stop_in_the_last_evaluation_is_no_end(tmp_path: Path) -> None:
     """The evaluation that was due was not made: the run goes on with it."""
     short = ["experiment=debug", "data.synthetic.num_eval=3000", "run.max_steps=6", "run.eval_interval_samples=1000000"]
@@ -97,11 +98,13 @@ def limited(tmp_path: Path, soft: int, hard: int, *arguments: str) -> "subproces
     return subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
 
 
+@pytest.mark.slow
 def test_a_low_limit_of_open_files_is_raised(tmp_path: Path) -> None:
     done = limited(tmp_path, 64, 4096, "experiment=debug", "run.max_steps=3", "data.num_workers=2")
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_limit_of_open_files_that_cannot_be_raised_is_named(tmp_path: Path) -> None:
     began = time.monotonic()
     done = limited(tmp_path, 64, 64, "experiment=debug", "run.max_steps=3", "data.num_workers=2")

@@ -204,6 +204,7 @@ def test_a_search_by_optuna(tmp_path: Path) -> None:
     assert f"best_value: {max(results)}" in best
 
 
+@pytest.mark.slow
 def test_a_sweep_does_not_take_results_of_another_machine(tmp_path: Path) -> None:
     sweep = [*SWEEP, "bs=2,4"]
     assert lit_glm("train", *sweep, cwd=tmp_path).returncode == 0

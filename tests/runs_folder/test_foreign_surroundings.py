@@ -179,6 +179,7 @@ def test_an_apostrophe_in_the_folder_of_own_files(tmp_path: Path, monkeypatch: p
     assert len(rows(Path("run/steps.csv"))) == 2
 
 
+@pytest.mark.slow
 def test_a_sweep_with_lists_in_a_file_runs_all_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
@@ -197,6 +198,7 @@ def test_a_sweep_with_lists_in_a_file_runs_all_of_them(
     assert os.path.isdir("multirun")
 
 
+@pytest.mark.slow
 def test_a_folder_that_looks_like_an_interpolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     (tmp_path / "\\${x:y}").mkdir()
     monkeypatch.chdir(tmp_path / "\\${x:y}")

@@ -147,6 +147,7 @@ def test_one_product_is_off_by_a_hundredth() -> None:
     assert {name for name, _ in found} == {"operators fp32: mm"}
 
 
+@pytest.mark.slow
 def test_one_row_of_one_operator_is_wrong() -> None:
     def fault(operator: Any, args: Any, kwargs: Any) -> Any:
         out = operator(*args, **kwargs)
@@ -158,6 +159,7 @@ def test_one_row_of_one_operator_is_wrong() -> None:
     assert {name for name, _ in found} == {"operators fp32: gelu"}
 
 
+@pytest.mark.slow
 def test_the_update_forgets_weight_decay() -> None:
     name = "_fused_adamw_" if not torch.__version__.startswith("1.") else "addcdiv_"
 
