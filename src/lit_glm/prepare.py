@@ -22,10 +22,8 @@ def prepare(config: PrepareConfig, _composed: Any) -> int:
         print(f"{data.train_file}\n{data.eval_file}")
         return 0
     if data.raw_dir is None or data.vocab_file is None:
-        missing, usage = (
-            "vocab_file" if data.raw_dir else "raw_dir",
-            "data.raw_dir=DIR data.vocab_file=FILE data.out_dir=DIR",
-        )
+        missing = "vocab_file" if data.raw_dir else "raw_dir"
+        usage = "data.raw_dir=DIR data.vocab_file=FILE data.out_dir=DIR"
         raise InputError(f"data.{missing} is not set: python -m lit_glm.prepare {usage}")
     from lit_glm.data.prepare_hdf5 import prepare_files
     from lit_glm.preflight import check_vocabulary
