@@ -150,7 +150,7 @@ _server = ForkServer()
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+def _session_cache_dir(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
     install_message_handler()  # for tests that call what a command calls
     _server.env = dict(os.environ)

@@ -183,7 +183,7 @@ def _send(connection: socket.socket, number: int) -> None:
         pass
 
 
-def _become(request: Dict[str, Any], descriptors: List[int]) -> None:
+def _set_up_child_process(request: Dict[str, Any], descriptors: List[int]) -> None:
     """Turn this fork into the command."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -251,7 +251,7 @@ def main(address: str) -> Optional[Dict[str, Any]]:
                         held.close()
                     os.close(wake)
                     os.close(waker)
-                    _become(request, descriptors)
+                    _set_up_child_process(request, descriptors)
                     return request
                 for descriptor in descriptors:
                     os.close(descriptor)

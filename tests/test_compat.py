@@ -23,12 +23,12 @@ PRIVATE = (
 )
 
 
-def test_private_names_stand_in_one_file() -> None:
+def test_private_dependency_names_occur_only_in_compat() -> None:
     found = [path.name for path in SRC.rglob("*.py") if re.search(PRIVATE, path.read_text(encoding="utf-8"))]
     assert found == ["compat.py"]
 
 
-def test_lightning_leaves_signals_alone() -> None:
+def test_lightning_does_not_replace_signal_handlers() -> None:
     """The names are there, and `fit` calls them: else a SIGTERM in it would end a run without a checkpoint."""
     import pytorch_lightning as pl
 
@@ -83,7 +83,7 @@ for first in ("matplotlib", "matplotlib.figure"):
 
 
 @pytest.mark.slow
-def test_a_program_that_plots_can_train() -> None:
+def test_train_works_after_importing_matplotlib() -> None:
     """Half of matplotlib is imported already: torchmetrics, which looks for it, finds the other half."""
     done = subprocess.run([sys.executable, "-c", PLOTS_FIRST], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -154,7 +154,7 @@ def test_a_compiler_that_was_postponed_is_imported_once_when_it_is_needed() -> N
     assert done.returncode == 0, done.stderr
 
 
-def test_hydras_sweeper_leaves_out_jobs() -> None:
+def test_basic_sweeper_omits_excluded_jobs() -> None:
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -175,7 +175,7 @@ def test_hydras_sweeper_leaves_out_jobs() -> None:
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
-def test_onednns_product_is_a_linear_layer() -> None:
+def test_compat_onednn_linear_matches_torch() -> None:
     product = compat.onednn_linear()
     assert (product is None) == OLD
     if product is not None:
@@ -184,7 +184,7 @@ def test_onednns_product_is_a_linear_layer() -> None:
         torch.testing.assert_close(ours, torch.nn.functional.linear(x, weight, bias), atol=1e-4, rtol=1e-5)
 
 
-def test_a_numpy_random_state_names_nothing_else() -> None:
+def test_numpy_random_state_unpickles_only_allowed_globals() -> None:
     allowed = {(thing.__module__, thing.__name__) for thing in compat._numpy_unpickle_globals()}
 
     class Listing(pickle.Unpickler):
@@ -209,7 +209,7 @@ def test_functions_for_lists_of_tensors() -> None:
     assert [part.flatten().tolist() for part in halves] == [[0.5] * 3, [1.5] * 4]
 
 
-def test_a_factor_keeps_large_products_in_range() -> None:
+def test_scaled_bmm_does_not_overflow() -> None:
     left, right = torch.full((1, 2, 3), 1e30), torch.full((1, 3, 2), 1e8)
     found = compat.scaled_bmm(left, right, 2.0**-40)
     expected = (left.double() @ right.double()) * 2.0**-40

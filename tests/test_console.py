@@ -30,7 +30,7 @@ def test_the_variable_sets_the_lowest_level(level: str, out: bool, err: bool, tm
 
 @pytest.mark.process
 @pytest.mark.parametrize("words", [["trian"], ["plan", "bs=interval(1,8)"], ["report", "--sort", "x", "."]])
-def test_each_message_says_which_program_it_is_of(words: List[str], tmp_path: Path) -> None:
+def test_each_message_starts_with_the_program_name(words: List[str], tmp_path: Path) -> None:
     done = lit_glm("__main__", *words, cwd=tmp_path)
     assert done.returncode == 2
     assert all(line.startswith("lit_glm: ") for line in done.stderr.splitlines()), done.stderr

@@ -15,7 +15,7 @@ def instructions(name: str) -> List[List[str]]:
 
 
 @pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.seed"])
-def test_what_is_copied_exists_and_is_not_ignored(name: str) -> None:
+def test_dockerfile_copy_sources_exist_and_are_not_ignored(name: str) -> None:
     ignored = (ROOT / ".dockerignore").read_text().split()
     copied = [source for words in instructions(name) if words[0] == "COPY" for source in words[1:-1]]
     assert {"conf", "src", "pyproject.toml"} <= set(copied)
@@ -29,7 +29,7 @@ def test_what_is_copied_exists_and_is_not_ignored(name: str) -> None:
     ("name", "constraints", "python", "torch"),
     [("Dockerfile", "current.txt", "python:3.11", "2.13.0"), ("Dockerfile.seed", "seed.txt", "python3.8", "1.12.1")],
 )
-def test_the_stack_is_the_tested_one(name: str, constraints: str, python: str, torch: str) -> None:
+def test_dockerfile_uses_the_tested_versions(name: str, constraints: str, python: str, torch: str) -> None:
     text = (ROOT / name).read_text()
     assert f"constraints/{constraints}" in text
     assert python in text

@@ -35,12 +35,12 @@ def failed(found: Checks) -> List[str]:
 
 
 @pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _chdir_to_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.slow
-def test_two_ranks_of_a_healthy_machine(tmp_path: Path) -> None:
+def test_doctor_passes_with_two_ranks(tmp_path: Path) -> None:
     done = lit_glm("doctor", *GOLDEN_RUN, "topology=1x2", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
@@ -51,7 +51,7 @@ def test_two_ranks_of_a_healthy_machine(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())  # it leaves nothing
 
 
-def test_a_wrong_configuration_is_not_the_doctors_business(capfd: Any) -> None:
+def test_doctor_rejects_an_invalid_configuration(capfd: Any) -> None:
     assert lit_glm_here("doctor", "bs=0") == 2
     assert "bs=0: must be at least 1" in capfd.readouterr().err
 
@@ -64,7 +64,7 @@ def test_a_missing_runtime(capfd: Any) -> None:
     assert found["data.eval_file"]["status"] == "ok"
 
 
-def test_a_rehearsal_says_that_it_is_one(capfd: Any) -> None:
+def test_doctor_reports_simulated_runtime(capfd: Any) -> None:
     status, found = doctor(capfd, *GOLDEN_RUN, "hardware=r300", "hardware.runtime=simulated")
     assert status == 0
     assert "simulated" in found["runtime"]["message"]
@@ -88,7 +88,7 @@ def test_a_busy_port(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"MASTER_PORT={port}: is in use on this machine" in found["port"]["message"]
 
 
-def test_a_folder_with_a_run_and_a_step_larger_than_generated_data(capfd: Any, tmp_path: Path) -> None:
+def test_doctor_reports_used_run_folder_and_too_large_global_batch(capfd: Any, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "steps.csv").touch()
     status, found = doctor(capfd, "experiment=debug", "bs=100", "hydra.run.dir=run")
@@ -182,7 +182,7 @@ def test_a_monitor_that_reads_no_power(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(preflight._try_monitor(config)) == problems
 
 
-def test_the_memory_of_a_file_counts_where_the_device_reports_none(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_uses_hardware_file_memory_if_device_reports_none(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SimulatedRuntime, "total_memory", lambda *_: None)
     large = [entry for entry in GOLDEN_RUN if not entry.startswith("model.")]
     chip = ["hardware=r300", "hardware.runtime=simulated", "hardware.memory_gib=4"]
@@ -190,7 +190,7 @@ def test_the_memory_of_a_file_counts_where_the_device_reports_none(capfd: Any, m
     assert (status, failed(found)) == (1, ["memory"])
 
 
-def test_words_where_the_vocabulary_is_known(capfd: Any) -> None:
+def test_doctor_shows_words_if_the_vocabulary_is_known(capfd: Any) -> None:
     assert lit_glm_here("prepare", "data=synthetic", "data.synthetic.num_train=4", "data.synthetic.num_eval=2") == 0
     few = ["data.synthetic.num_train=4", "data.synthetic.num_eval=2"]
     _, found = doctor(capfd, "experiment=debug", *few)
@@ -210,7 +210,7 @@ def test_versions_that_are_not_the_tested_ones(monkeypatch: pytest.MonkeyPatch) 
     assert preflight.check_packages().status == "fail"
 
 
-def test_a_check_that_breaks_is_a_finding() -> None:
+def test_exception_in_a_check_is_a_failed_check() -> None:
     def broken() -> CheckResult:
         raise KeyError("surprise")
 

@@ -6,7 +6,7 @@ import math
 from lit_glm.evaluate import describe_predictions, score_predictions
 
 
-def test_scores_that_are_not_finite_are_null_and_cost_no_evaluation() -> None:
+def test_non_finite_scores_are_null_in_predictions() -> None:
     names = [{"idx": 7, "candidates": ["a", "b"], "answers": ["b"], "query": "@placeholder"}] * 2
     first, second = describe_predictions(
         [(0, 0), (1, 0)], {0: [-1.0, -2.0], 1: [math.nan, -2.0]}, lambda _: (1,), names

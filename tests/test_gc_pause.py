@@ -9,7 +9,7 @@ import pytest
 from lit_glm.process_utils import paused_gc
 
 
-def test_the_collector_rests_meanwhile_and_no_longer() -> None:
+def test_gc_is_paused_only_inside_the_context() -> None:
     with paused_gc():
         assert not gc.isenabled()
     assert gc.isenabled()
@@ -22,16 +22,14 @@ def test_the_collector_rests_meanwhile_and_no_longer() -> None:
         gc.enable()
 
 
-def test_after_an_error_too() -> None:
+def test_gc_is_enabled_again_after_an_error() -> None:
     with pytest.raises(ImportError), paused_gc():
         raise ImportError("no such module")
     assert gc.isenabled()
 
 
 @pytest.mark.parametrize(("modules", "frozen"), [(150, True), (1, False)])
-def test_what_is_imported_later_is_looked_through_as_ever(
-    modules: int, frozen: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gc_freezes_only_after_many_new_imports(modules: int, frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sweep's next job imports nothing new: what the one before has left must not stay for ever."""
     done = []
     monkeypatch.setattr(gc, "freeze", lambda: done.append(True))

@@ -27,7 +27,7 @@ def refuses(path: str, _progress: ReportProgress) -> None:
     raise InputError(f"{path}: no")
 
 
-def breaks(path: str, _progress: ReportProgress) -> None:
+def raises_key_error(path: str, _progress: ReportProgress) -> None:
     raise KeyError("chalk")
 
 
@@ -35,7 +35,7 @@ def crashes(path: str, _progress: ReportProgress) -> None:
     ctypes.string_at(0)
 
 
-def finds_no_room(path: str, _progress: ReportProgress) -> None:
+def raises_disk_full(path: str, _progress: ReportProgress) -> None:
     raise OSError(28, "No space left on device")
 
 
@@ -49,30 +49,30 @@ def test_a_result_and_progress() -> None:
     ("function", "said"),
     [
         (refuses, "^a.hdf5: no$"),
-        (breaks, "a.hdf5: damaged, or not a file of this kind .KeyError: 'chalk'."),
+        (raises_key_error, "a.hdf5: damaged, or not a file of this kind .KeyError: 'chalk'."),
         (crashes, "a.hdf5: the process that read it was killed by SIGSEGV: the file is damaged"),
     ],
 )
-def test_what_goes_wrong_is_said(function: Any, said: str) -> None:
+def test_isolated_call_errors_are_reported(function: Any, said: str) -> None:
     with pytest.raises(InputError, match=said):
         call_isolated(function, "a.hdf5")
 
 
 @pytest.mark.parametrize("module", ["data.memmap_dataset"])
-def test_what_runs_apart_needs_neither_torch_nor_hydra(module: str) -> None:
+def test_isolated_modules_do_not_import_torch_or_hydra(module: str) -> None:
     """Each file that is looked at costs a process: half a second with numpy and h5py, three with torch."""
     code = f"import sys, lit_glm.{module}; print({{'torch', 'hydra', 'omegaconf'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 
 
-def test_a_full_disk_is_no_damage() -> None:
+def test_full_disk_is_not_reported_as_damaged_file() -> None:
     with pytest.raises(OSError, match="No space left"):
-        call_isolated(finds_no_room, "a.hdf5")
+        call_isolated(raises_disk_full, "a.hdf5")
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_a_damaged_file_is_refused_or_read(seed: int, tmp_path: Path) -> None:
+def test_damaged_hdf5_file_is_rejected_or_read(seed: int, tmp_path: Path) -> None:
     """A few bytes changed: whatever the library makes of it, this process lives and says which file it is."""
     source = (TRAIN_FILE, EVAL_FILE)[seed % 2]
     content = bytearray(source.read_bytes())
@@ -89,7 +89,7 @@ def test_a_damaged_file_is_refused_or_read(seed: int, tmp_path: Path) -> None:
     assert said == "" or str(damaged) in said
 
 
-def test_a_file_of_another_kind(tmp_path: Path) -> None:
+def test_hdf5_file_of_another_format_is_rejected(tmp_path: Path) -> None:
     other = tmp_path / "other.hdf5"
     with h5py.File(other, "w") as file:
         file["text"] = np.zeros(3)

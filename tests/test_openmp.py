@@ -25,14 +25,14 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def test_spinning_is_bounded_where_the_user_has_not_said_how_threads_wait(plain: pytest.MonkeyPatch) -> None:
+def test_spin_limits_are_set_by_default(plain: pytest.MonkeyPatch) -> None:
     plain.setattr(os, "environ", {})
     openmp.limit_spinning()
     assert os.environ == openmp.SPIN_LIMITS
 
 
 @pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"])
-def test_what_the_user_has_said_of_waiting_stays(plain: pytest.MonkeyPatch, name: str) -> None:
+def test_user_wait_policy_is_kept(plain: pytest.MonkeyPatch, name: str) -> None:
     plain.setattr(os, "environ", {name: "mine"})
     openmp.limit_spinning()
     assert os.environ == {name: "mine"}
@@ -50,13 +50,13 @@ def test_what_the_user_has_said_of_waiting_stays(plain: pytest.MonkeyPatch, name
         (2657, 1024, 1, 64, 8),  # on a smaller machine
     ],
 )
-def test_threads_by_work_and_share(
+def test_number_of_threads_depends_on_work_and_devices(
     plain: pytest.MonkeyPatch, rows: int, width: int, devices: int, before: Any, expected: int
 ) -> None:
     assert openmp.choose_num_threads(rows, width, devices, before) == expected
 
 
-def test_the_users_count_stays_and_the_launchers_may_be_lowered(plain: pytest.MonkeyPatch) -> None:
+def test_user_thread_count_is_kept_and_launcher_count_may_be_lowered(plain: pytest.MonkeyPatch) -> None:
     plain.setenv("OMP_NUM_THREADS", "5")
     assert openmp.choose_num_threads(150, 64, 1, None) is None
     assert openmp.omp_env_for_ranks(2) == {}
@@ -69,7 +69,7 @@ def test_ranks_share_the_cores(plain: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
-def test_affinity_counts() -> None:
+def test_available_cores_respects_cpu_affinity() -> None:
     code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
     code += "from lit_glm.openmp import available_cores; print(available_cores())"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -77,7 +77,7 @@ def test_affinity_counts() -> None:
 
 
 @pytest.mark.parametrize(("text", "expected"), [("150000 100000", 2), ("50000 100000", 1), ("max 100000", 8)])
-def test_a_quota_of_the_control_group_counts(monkeypatch: pytest.MonkeyPatch, text: str, expected: int) -> None:
+def test_available_cores_respects_cgroup_quota(monkeypatch: pytest.MonkeyPatch, text: str, expected: int) -> None:
     class File:
         def __init__(self, path: str) -> None:
             self._there = path.endswith("cpu.max")

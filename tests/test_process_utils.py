@@ -17,18 +17,18 @@ LATE = """
 import multiprocessing, os, sys, time
 from lit_glm.process_utils import set_parent_death_signal
 
-def begins_late(parent, file):
+def late_worker(parent, file):
     while os.getppid() == parent:
         time.sleep(0.01)
     set_parent_death_signal()
     open(file, "w").close()
 
-multiprocessing.get_context("fork").Process(target=begins_late, args=(os.getpid(), sys.argv[1])).start()
+multiprocessing.get_context("fork").Process(target=late_worker, args=(os.getpid(), sys.argv[1])).start()
 os.kill(os.getpid(), 9)
 """
 
 
-def test_a_worker_whose_rank_is_killed_while_it_starts_ends(tmp_path: Path) -> None:
+def test_worker_exits_if_its_rank_is_killed_during_startup(tmp_path: Path) -> None:
     """Torch's own watch of the parent begins later: it takes whoever adopted the worker for its parent."""
     file = tmp_path / "outlived"
     ended = subprocess.run([sys.executable, "-c", LATE, str(file)], stdout=subprocess.PIPE, timeout=120, check=False)
@@ -37,7 +37,7 @@ def test_a_worker_whose_rank_is_killed_while_it_starts_ends(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_parent_that_is_another_process_has_ended(number: int) -> None:
+def test_parent_death_signal_is_sent_if_the_parent_has_changed(number: int) -> None:
     pid = os.fork()
     if pid == 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -29,7 +29,7 @@ def configuration(*overrides: str) -> TrainConfig:
     return validate_config(compose_config("train", overrides), TrainConfig)
 
 
-def test_the_names_of_the_contract_exist_and_no_file_is_forgotten() -> None:
+def test_config_groups_match_the_documented_names() -> None:
     """A chip of one's own is one file more in hardware/, and values of a pair are one more in fix_hp/."""
     named = {(group, name) for group, names in GROUPS.items() for name in names}
     assert named <= set(FILES)
@@ -42,7 +42,7 @@ def test_every_file_composes(group: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("hardware", [name for group, name in FILES if group == "hardware"])
-def test_hardware_says_where_its_figures_come_from(hardware: str) -> None:
+def test_hardware_files_with_peak_tflops_name_their_source(hardware: str) -> None:
     config = configuration(f"hardware={hardware}")
     assert config.hardware.name == hardware
     assert set(config.hardware.peak_tflops) == {"fp32", "tf32", "amp", "fp16", "bf16"}
@@ -73,7 +73,7 @@ def test_r300_1x8_is_as_published() -> None:
 
 
 @pytest.mark.parametrize(("topology", "bs", "samples"), [("1x1", 4, 4000), ("1x8", 5, 5553080), ("2x8", 4, 20000)])
-def test_values_of_a_pair_are_picked_up(topology: str, bs: int, samples: int) -> None:
+def test_fix_hp_values_apply_to_hardware_and_topology(topology: str, bs: int, samples: int) -> None:
     for overrides in (
         ["hardware=r300", f"topology={topology}"],
         ["experiment=flagperf", f"topology={topology}", "hardware=r300"],
@@ -84,7 +84,7 @@ def test_values_of_a_pair_are_picked_up(topology: str, bs: int, samples: int) ->
     assert configuration("hardware=h100", f"topology={topology}").fix_hp_source == "none"
 
 
-def test_values_of_a_pair_chosen_in_an_experiment(tmp_path: Path) -> None:
+def test_fix_hp_values_apply_when_an_experiment_sets_the_pair(tmp_path: Path) -> None:
     folder = tmp_path / "experiment"
     folder.mkdir()
     (folder / "mine.yaml").write_text(
@@ -94,7 +94,7 @@ def test_values_of_a_pair_chosen_in_an_experiment(tmp_path: Path) -> None:
     assert (config.bs, config.run.max_samples) == (4, 20000)
 
 
-def test_a_chip_without_a_name_is_said(tmp_path: Path, capfd: Any) -> None:
+def test_hardware_file_without_name_is_rejected(tmp_path: Path, capfd: Any) -> None:
     (tmp_path / "hardware").mkdir()
     cpu = (CONF_DIR / "hardware" / "cpu.yaml").read_text()
     (tmp_path / "hardware" / "mine.yaml").write_text(cpu.replace("name: cpu", ""))
@@ -146,7 +146,7 @@ def test_gelu_and_checkpointing_follow_hardware_and_scoring() -> None:
         ("hydra.sweeper.params={bs:1}", "Hydra cannot apply hydra.sweeper.params={bs:1}"),
     ],
 )
-def test_wrong_input_is_one_message_and_status_2(
+def test_invalid_input_gives_one_message_and_exit_status_2(
     arguments: str, said: str, capfd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -168,7 +168,7 @@ def test_wrong_input_is_one_message_and_status_2(
         ("topology=[1x1]", "must be one name, not a list; choose one of 1x1, 1x2"),
     ],
 )
-def test_a_group_takes_one_of_its_names(override: str, said: str, capfd: Any) -> None:
+def test_invalid_group_choice_error_lists_valid_names(override: str, said: str, capfd: Any) -> None:
     assert lit_glm_here("train", "experiment=debug", override) == 2
     assert f"{override}: {said}" in capfd.readouterr().err
 
@@ -176,7 +176,7 @@ def test_a_group_takes_one_of_its_names(override: str, said: str, capfd: Any) ->
 @pytest.mark.parametrize(
     "override", ["hardware.name=h100", "model.name=glm_large", "++data.name=record", "-m hardware.name=a,b"]
 )
-def test_the_name_of_a_group_is_not_a_key(
+def test_setting_the_name_key_of_a_group_is_rejected(
     override: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -194,7 +194,7 @@ def test_an_error_that_is_its_own_cause_is_explained(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_generated_data_does_not_pass_as_the_published() -> None:
+def test_record_data_with_synthetic_settings_is_rejected() -> None:
     """The experiment sets the size of generated data, whatever `data` is chosen."""
     with pytest.raises(InputError, match="data.synthetic is set .* add data.synthetic=null"):
         validate_config(compose_config("train", ["experiment=debug", "data=record"]), TrainConfig)

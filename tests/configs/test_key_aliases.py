@@ -36,24 +36,24 @@ from lit_glm.config.schema import TrainConfig, iter_keys
         ("optimizer.wd=0.1", "write optimizer.weight_decay=0.1"),
     ],
 )
-def test_a_word_of_another_tool_leads_to_the_key(typed: str, said: str, capfd: Any) -> None:
+def test_key_alias_of_another_tool_suggests_the_key(typed: str, said: str, capfd: Any) -> None:
     assert lit_glm_here("train", typed) == 2
     error = capfd.readouterr().err
     assert said in error
     assert error.count("\n") == 1
 
 
-def test_a_key_inside_a_table_is_no_word_of_another_tool() -> None:
+def test_nested_keys_are_not_treated_as_aliases() -> None:
     how = ["hardware=cpu", "hardware.peak_tflops.fp32=1.5", "precision=amp", "precision.loss_scale.window=7"]
     assert lit_glm_here("train", *how, "--cfg", "job") == 0
 
 
-def test_all_wrong_words_are_said_at_once(capfd: Any) -> None:
+def test_all_invalid_overrides_are_reported_together(capfd: Any) -> None:
     assert lit_glm_here("train", "learning_rate=1e-4", "lr", "=", "gpus=2") == 2
     assert capfd.readouterr().err.count("\n") == 3
 
 
-def test_every_word_leads_to_something_that_exists() -> None:
+def test_key_aliases_are_unique_and_refer_to_existing_keys() -> None:
     keys = {key for key, _, _ in iter_keys(TrainConfig())}
     groups = {folder.name for folder in CONF_DIR.iterdir() if folder.is_dir()}
     assert {key for key in _KEYS if not key.startswith("hydra.")} <= keys | groups
@@ -62,7 +62,7 @@ def test_every_word_leads_to_something_that_exists() -> None:
 
 
 @pytest.mark.parametrize("loggers", ["none", "[csv,tensorboard]", "csv"])
-def test_loggers_are_chosen_in_any_number(loggers: str) -> None:
+def test_any_number_of_loggers_can_be_selected(loggers: str) -> None:
     config = validate_config(compose_config("train", [f"logger={loggers}"]), TrainConfig)
     assert set(config.logger) == set(re.findall(r"\w+", loggers)) - {"none"}
 
@@ -78,7 +78,7 @@ def test_help_has_the_comments_of_the_keys(command: str, capfd: Any) -> None:
     assert "defaults:" not in text
 
 
-def test_help_shows_them(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_lists_choices_and_key_comments(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["train"])
     assert lit_glm_here("train", "--help") == 0
     shown = capfd.readouterr().out
@@ -102,7 +102,7 @@ def test_help_begins_with_what_the_command_does_and_an_example(command: str, cap
     assert example.startswith(f"  python -m lit_glm.{command} ")
 
 
-def test_help_lists_a_users_groups_and_takes_lists(capfd: Any, tmp_path: Path) -> None:
+def test_help_lists_user_config_groups_and_accepts_value_lists(capfd: Any, tmp_path: Path) -> None:
     (tmp_path / "hardware" / "lab").mkdir(parents=True)
     (tmp_path / "hardware" / "abacus.yaml").write_text("name: abacus\n")
     (tmp_path / "hardware" / "lab" / "rack.yaml").write_text("name: rack\n")
@@ -114,6 +114,6 @@ def test_help_lists_a_users_groups_and_takes_lists(capfd: Any, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("flags", "shown"), [([], "bs: ${bs}"), (["--resolve"], "bs: 7")])
-def test_help_resolves_values_where_that_is_asked_for(flags: List[str], shown: str, capfd: Any) -> None:
+def test_help_resolves_interpolations_on_request(flags: List[str], shown: str, capfd: Any) -> None:
     assert lit_glm_here("train", "--help", *flags, "bs=7", "eval_bs=${bs}") == 0
     assert f"eval_{shown}" in capfd.readouterr().out.splitlines()

@@ -44,7 +44,7 @@ def test_an_old_key_on_the_command_line(old: str, before: str, capfd: Any) -> No
 
 
 @pytest.mark.parametrize("group", ["hardware", "fix_hp"])
-def test_an_old_key_in_a_file_of_the_users(group: str, tmp_path: Path, capfd: Any) -> None:
+def test_old_key_in_a_user_config_file_is_rejected_with_the_new_key(group: str, tmp_path: Path, capfd: Any) -> None:
     folder = tmp_path / "own" / group
     folder.mkdir(parents=True)
     if group == "hardware":
@@ -82,7 +82,7 @@ def test_files_of_an_old_run_have_new_names(old_run: Path) -> None:
     assert job.start_time > 0
 
 
-def test_names_inside_an_entry_are_replaced_too() -> None:
+def test_migration_renames_nested_keys() -> None:
     old = {"warm_up": {"steps": 2, "seconds": 1.5, "slower": 3.0}, "others_load": None}
     new = {"first_steps": {"count": 2, "seconds": 1.5, "slowdown": 3.0}, "external_cpu_load": None}
     assert migrate_names(old, "result.json") == new
@@ -90,7 +90,7 @@ def test_names_inside_an_entry_are_replaced_too() -> None:
     assert old["warm_up"] == {"steps": 2, "seconds": 1.5, "slower": 3.0}
 
 
-def test_resuming_an_old_run_is_refused_and_changes_nothing(
+def test_resuming_an_old_run_is_rejected_without_changes(
     old_run: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     monkeypatch.chdir(old_run.parent)
@@ -132,7 +132,7 @@ def test_evaluate_and_plan_read_an_old_run(
     assert tree_digest(old_run) == before
 
 
-def test_a_runtime_with_old_method_names_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runtime_with_old_method_names_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "old_runtime.py").write_text(
         "from lit_glm.hardware.runtimes.base import Runtime\n"
         "class Old(Runtime):\n    @staticmethod\n    def missing():\n        return None\n"

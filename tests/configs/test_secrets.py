@@ -18,7 +18,7 @@ SECRET = "hf_verysecret"
 DEBUG = ["experiment=debug", "run.max_steps=1", "run.evaluate=false"]
 
 
-def test_what_is_masked_reaches_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masked_secrets_are_restored_in_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain: Any = validate_config(compose_config("train", ["experiment=debug"]), TrainConfig)
     assert JobSpec(plain, 0.0, []).secrets_variable() == {}
     secret = replace(plain, hardware=replace(plain.hardware, env={"HF_TOKEN": SECRET, "BKCL_RING": "1"}))
@@ -57,7 +57,9 @@ def test_no_file_of_a_run_holds_a_secret(how: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.process
-def test_a_foreign_folder_is_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+def test_run_folder_content_is_neither_resolved_nor_executed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("REPORTERS_SECRET", SECRET)
     assert lit_glm_here("train", *DEBUG, "hydra.run.dir=run") == 0

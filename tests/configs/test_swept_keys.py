@@ -29,7 +29,7 @@ def sweep(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> Lis
     return jobs
 
 
-def text_of(value: Any) -> str:
+def override_text(value: Any) -> str:
     return f"'{value}'" if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -43,7 +43,7 @@ def test_every_key_can_be_swept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         if key != "seed" and not key.endswith(".name")  # which says which file of a group is taken
     }
     assert {"run.shutdown_timeout_s", "topology.devices_per_node", "data.synthetic.num_train", "bs"} <= set(keys)
-    swept = [f"{key}=choice({text_of(value)})" for key, value in keys.items()]
+    swept = [f"{key}=choice({override_text(value)})" for key, value in keys.items()]
     jobs = sweep(monkeypatch, tmp_path, "experiment=debug", "seed=1,2", *swept)
     assert [job.seed for job in jobs] == [1, 2]
 
@@ -53,12 +53,12 @@ def test_every_group_can_be_swept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert len(sweep(monkeypatch, tmp_path, "experiment=debug,quickstart", *swept)) == 2
 
 
-def test_a_topology_of_ones_own_in_a_sweep(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_sweep_with_custom_topology(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its published values are another pair's: each job is composed again, within Hydra."""
     jobs = sweep(monkeypatch, tmp_path, "experiment=debug", "topology.devices_per_node=2", "bs=4,8")
     assert [(job.bs, job.topology.name) for job in jobs] == [(4, "1x2"), (8, "1x2")]
 
 
-def test_a_key_that_only_the_swept_groups_have(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_sweep_with_key_defined_only_by_swept_groups(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     jobs = sweep(monkeypatch, tmp_path, "experiment=debug,quickstart", "data.synthetic.num_train=64")
     assert [job.data.synthetic.num_train for job in jobs if job.data.synthetic is not None] == [64, 64]

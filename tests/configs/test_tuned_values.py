@@ -43,12 +43,12 @@ def composed(*overrides: str) -> Any:
     return validate_config(compose_config("train", list(overrides)), TrainConfig)
 
 
-def test_every_pair_has_a_file_and_no_file_is_of_no_pair() -> None:
+def test_fix_hp_files_match_the_published_pairs() -> None:
     assert {file.stem for file in (CONF_DIR / "fix_hp").glob("*.yaml")} == set(PUBLISHED)
 
 
 @pytest.mark.parametrize("pair", PUBLISHED)
-def test_a_pair_is_as_published(pair: str) -> None:
+def test_fix_hp_file_matches_published_values(pair: str) -> None:
     hardware, _, topology = pair.rpartition("_")
     config = composed("experiment=flagperf", f"hardware={hardware}", f"topology={topology}")
     bs, most, lr, seed = PUBLISHED[pair]
@@ -62,9 +62,7 @@ def test_a_pair_is_as_published(pair: str) -> None:
     assert {key: value for key, value in config.hardware.env.items() if key in own or "HSA" in key} == own
 
 
-def test_without_published_values_it_says_none_and_takes_the_nearest_only_if_asked(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_pair_without_fix_hp_values_uses_nearest_only_on_request(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     how = ["experiment=debug", "hardware=a100", "topology=4x8"]
     config = composed(*how)
     assert (config.fix_hp_source, config.bs) == ("none", 4)
@@ -78,12 +76,12 @@ def test_without_published_values_it_says_none_and_takes_the_nearest_only_if_ask
     assert "fix_hp values: none published (nearest: bi_v100_1x1; use fix_hp=bi_v100_1x1)" in said
 
 
-def test_a_chip_is_no_part_of_anothers_name() -> None:
+def test_fix_hp_lookup_matches_whole_hardware_names() -> None:
     assert set(topologies_with_fix_hp("bi_v100")) == {"1x1", "1x8", "2x8"}
     assert topologies_with_fix_hp("bi") == {}
 
 
-def a_search(folder: Path, age_s: float, **changes: Any) -> Path:
+def write_search(folder: Path, age_s: float, **changes: Any) -> Path:
     """A tune.json as `tune` leaves it for the debug configuration."""
     config: Any = compose_config("train", ["experiment=debug"])
     content = search_key(config)
@@ -94,10 +92,10 @@ def a_search(folder: Path, age_s: float, **changes: Any) -> Path:
     return folder
 
 
-def test_a_search_on_simulated_devices_is_for_these(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bs_auto_separates_simulated_and_real_searches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    a_search(Path("outputs/tune/a/real"), 100.0, fastest_bs=8)
-    a_search(Path("outputs/tune/a/simulated"), 50.0, fastest_bs=16, simulated=True)
+    write_search(Path("outputs/tune/a/real"), 100.0, fastest_bs=8)
+    write_search(Path("outputs/tune/a/simulated"), 50.0, fastest_bs=16, simulated=True)
     for more, bs in (([], 8), (["hardware.runtime=simulated"], 16)):
         config = validate_config(compose_config("train", ["experiment=debug", "bs=auto", *more]), TrainConfig)
         assert config.bs == bs
@@ -105,17 +103,17 @@ def test_a_search_on_simulated_devices_is_for_these(tmp_path: Path, monkeypatch:
 
 def test_auto_takes_the_newest_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    a_search(Path("outputs/tune/a/old"), 100.0, fastest_bs=8)
-    new = a_search(Path("outputs/tune/a/new"), 50.0, fastest_bs=16)
-    torn = a_search(Path("outputs/tune/a/torn"), 10.0, fastest_bs=32)
+    write_search(Path("outputs/tune/a/old"), 100.0, fastest_bs=8)
+    new = write_search(Path("outputs/tune/a/new"), 50.0, fastest_bs=16)
+    torn = write_search(Path("outputs/tune/a/torn"), 10.0, fastest_bs=32)
     (torn / "tune.json").write_text('{"fastest')
     config = validate_config(compose_config("train", ["experiment=debug", "bs=auto"]), TrainConfig)
     assert config.bs == 16
     assert f"bs=auto: 16, fastest in {new}" in capfd.readouterr().err
-    a_search(Path("outputs/tune/a/sweep/0"), 5.0, fastest_bs=12)
+    write_search(Path("outputs/tune/a/sweep/0"), 5.0, fastest_bs=12)
     assert validate_config(compose_config("train", ["experiment=debug", "bs=auto"]), TrainConfig).bs == 12
     capfd.readouterr()
-    part = a_search(Path("outputs/tune/a/part"), 1.0, fastest_bs=4, complete=False, largest_bs=8)
+    part = write_search(Path("outputs/tune/a/part"), 1.0, fastest_bs=4, complete=False, largest_bs=8)
     assert validate_config(compose_config("train", ["experiment=debug", "bs=auto"]), TrainConfig).bs == 4
     said = capfd.readouterr().err
     assert "WARNING: fastest so far in an incomplete search" in said

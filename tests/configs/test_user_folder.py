@@ -37,7 +37,7 @@ def _own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.process
 @pytest.mark.parametrize("resume", ["'a=b/run'", "auto"])
-def test_a_run_of_the_users_experiment_goes_on(resume: str, tmp_path: Path, capfd: Any) -> None:
+def test_run_of_a_user_experiment_is_resumed(resume: str, tmp_path: Path, capfd: Any) -> None:
     mine = ["--config-dir", "own", "experiment=mine", "hydra.run.dir='a=b/run'"]
     assert lit_glm_here("train", *mine) == 0
     file = tmp_path / "a=b" / "run" / "result.json"
@@ -46,7 +46,7 @@ def test_a_run_of_the_users_experiment_goes_on(resume: str, tmp_path: Path, capf
     assert json.loads(file.read_text())["interruptions"] == 1
 
 
-def test_a_slip_in_a_file_of_the_users_is_said_with_its_line(tmp_path: Path, capfd: Any) -> None:
+def test_yaml_error_in_a_user_file_is_reported_with_its_line(tmp_path: Path, capfd: Any) -> None:
     (tmp_path / "own" / "hardware" / "mine.yaml").write_text('name: mine\nsource: "a" b: c\n')
     assert lit_glm_here("train", "--config-dir", "own", "hardware=mine") == 2
     said = capfd.readouterr().err
@@ -54,7 +54,7 @@ def test_a_slip_in_a_file_of_the_users_is_said_with_its_line(tmp_path: Path, cap
     assert said.count("\n") == 1
 
 
-def test_a_pairs_file_without_its_first_line_is_said(tmp_path: Path, capfd: Any) -> None:
+def test_fix_hp_file_without_package_directive_is_rejected(tmp_path: Path, capfd: Any) -> None:
     (tmp_path / "own" / "fix_hp" / "cpu_1x1.yaml").write_text("bs: 2\n")
     assert lit_glm_here("train", "--config-dir", "own", "experiment=mine") == 2
     assert "fix_hp: the chosen file of this group sets top-level keys; add `# @package" in capfd.readouterr().err
@@ -71,12 +71,12 @@ def test_a_pairs_file_without_its_first_line_is_said(tmp_path: Path, capfd: Any)
         (["topology.devices_per_node=3", "fix_hp=r300_1x8"], "r300_1x8", 5),
     ],
 )
-def test_the_published_values_are_those_of_what_runs(overrides: Any, pair: str, bs: int) -> None:
+def test_fix_hp_values_match_the_effective_topology(overrides: Any, pair: str, bs: int) -> None:
     config = validate_config(compose_config("train", ["hardware=r300", *overrides]), TrainConfig)
     assert (config.fix_hp_source, config.bs) == (pair, bs)
 
 
-def test_what_is_printed_is_what_would_run(capfd: Any) -> None:
+def test_cfg_job_prints_the_effective_config(capfd: Any) -> None:
     for place in (0, 2):
         arguments = ["hardware=r300", "topology.devices_per_node=8"]
         arguments[place:place] = ["--cfg", "job"]
@@ -92,7 +92,7 @@ def test_a_flag_that_does_not_exist(flag: str, said: str, capfd: Any) -> None:
     assert said in capfd.readouterr().err
 
 
-def test_a_glob_is_each_file_of_the_group(tmp_path: Path) -> None:
+def test_glob_expands_to_all_files_of_a_group(tmp_path: Path) -> None:
     (tmp_path / "scoring").mkdir()
     (tmp_path / "scoring" / "mine.yaml").write_text("name: published\n")
     line = CommandLine(["scoring=glob(*)", "bs=4"], multirun=True, config_dir=str(tmp_path))
@@ -100,7 +100,7 @@ def test_a_glob_is_each_file_of_the_group(tmp_path: Path) -> None:
     assert names == ["scoring=mine", "scoring=published", "scoring=shared_context"]
 
 
-def test_a_file_that_asks_for_a_sweep_is_told_how(tmp_path: Path, capfd: Any) -> None:
+def test_multirun_mode_in_a_config_file_is_rejected(tmp_path: Path, capfd: Any) -> None:
     (tmp_path / "own" / "experiment").mkdir(parents=True, exist_ok=True)
     mode = "# @package _global_\ndefaults:\n  - debug\nhydra: {mode: MULTIRUN}\n"
     (tmp_path / "own" / "experiment" / "mine.yaml").write_text(mode)
@@ -126,7 +126,7 @@ def test_combinations_of_a_command_line() -> None:
         ("runtimes: [cpu]\naccelerator: own", "own"),
     ],
 )
-def test_a_device_is_of_a_kind_of_its_own_unless_it_runs_on_the_cpu(
+def test_accelerator_defaults_to_hardware_name_unless_runtime_is_cpu(
     content: str, accelerator: str, tmp_path: Path
 ) -> None:
     (tmp_path / "hardware").mkdir()
@@ -136,6 +136,6 @@ def test_a_device_is_of_a_kind_of_its_own_unless_it_runs_on_the_cpu(
 
 
 @given(st.text(alphabet="ab'\\\"$ {}=,[]#:", min_size=1))
-def test_a_quoted_text_stands_for_itself(text: str) -> None:
+def test_quoted_text_is_parsed_unchanged(text: str) -> None:
     value = OverridesParser.create().parse_override(f"key={quote(text)}").value()
     assert OmegaConf.create({"key": str(value)}).key == text

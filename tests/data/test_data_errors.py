@@ -65,7 +65,7 @@ def rewrite(group: str, dense: Any) -> Callable[[Any], None]:
         (EVAL_FILE, lambda f: f.__delitem__("answer_idx"), "group answer_idx is missing"),
     ],
 )
-def test_wrong_layout(source: Path, change: Any, said: str, tmp_path: Path) -> None:
+def test_invalid_hdf5_layout_is_rejected(source: Path, change: Any, said: str, tmp_path: Path) -> None:
     path = broken(tmp_path, source, change)
     with pytest.raises(InputError) as raised:
         open_dataset(path, source is EVAL_FILE, None)
@@ -73,7 +73,7 @@ def test_wrong_layout(source: Path, change: Any, said: str, tmp_path: Path) -> N
     assert said in str(raised.value)
 
 
-def test_truncated_missing_and_foreign_files(tmp_path: Path) -> None:
+def test_truncated_missing_and_non_hdf5_files_are_rejected(tmp_path: Path) -> None:
     cut = tmp_path / "cut.hdf5"
     cut.write_bytes(TRAIN_FILE.read_bytes()[:50_000])
     text = tmp_path / "text.hdf5"
@@ -92,7 +92,7 @@ def test_truncated_missing_and_foreign_files(tmp_path: Path) -> None:
         ("data.train_file=nowhere.hdf5", "nowhere.hdf5: no such file"),
     ],
 )
-def test_train_says_what_does_not_fit(override: str, said: str, tmp_path: Path, capfd: Any) -> None:
+def test_train_rejects_data_that_does_not_fit_the_model(override: str, said: str, tmp_path: Path, capfd: Any) -> None:
     assert lit_glm_here("train", *GOLDEN_RUN, override, f"hydra.run.dir={tmp_path / 'run'}") == 2
     output = capfd.readouterr()
     assert said in output.err
@@ -125,7 +125,7 @@ def test_other_integer_widths_and_unsorted_columns(tmp_path: Path) -> None:
 
 
 class TestCache:
-    def test_is_made_once_and_remade_when_stale_or_damaged(self, tmp_path: Path) -> None:
+    def test_cache_is_built_once_and_rebuilt_when_stale_or_damaged(self, tmp_path: Path) -> None:
         source = broken(tmp_path, TRAIN_FILE, lambda file: None)
         cache = tmp_path / "cache"
         conversions = []
@@ -146,7 +146,7 @@ class TestCache:
         assert len(conversions) == 3
         assert not list(cache.glob("*.part-*"))
 
-    def test_two_runs_at_once_make_it_once(self, tmp_path: Path) -> None:
+    def test_concurrent_runs_build_the_cache_once(self, tmp_path: Path) -> None:
         cache, conversions, second = str(tmp_path / "cache"), [], []
 
         def first_converts(done: int, total: int) -> None:
@@ -165,7 +165,7 @@ class TestCache:
         assert len(conversions) == 1
         np.testing.assert_array_equal(opened[0].context_tokens, first.context_tokens)
 
-    def test_a_place_that_cannot_be_written_is_no_obstacle(self, tmp_path: Path) -> None:
+    def test_unwritable_cache_dir_is_ignored(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         assert len(open_dataset(TRAIN_FILE, False, str(tmp_path / "file" / "cache"))) == 37
 

@@ -14,13 +14,13 @@ from lit_glm.data.datamodule import PrefetchIterator, batch_by_token_budget
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 16, 49, 50, 99])
-def test_all_of_it_in_order_again_and_again(depth: int) -> None:
+def test_prefetch_yields_all_items_in_order_on_every_iteration(depth: int) -> None:
     ahead = PrefetchIterator(range(50), depth)
     assert list(ahead) == list(range(50))
     assert list(ahead) == list(range(50))
 
 
-def test_it_is_ahead_but_not_by_much() -> None:
+def test_prefetch_depth_is_bounded() -> None:
     made: List[int] = []
 
     def source() -> Iterator[int]:
@@ -38,7 +38,7 @@ def test_it_is_ahead_but_not_by_much() -> None:
     items.close()  # type: ignore[attr-defined]
 
 
-def test_the_thread_ends_with_the_iterator() -> None:
+def test_prefetch_thread_exits_with_its_iterator() -> None:
     before = set(threading.enumerate())
     items = iter(PrefetchIterator(count()))
     next(items)
@@ -48,7 +48,7 @@ def test_the_thread_ends_with_the_iterator() -> None:
     assert not ours.is_alive()
 
 
-def test_an_error_is_raised_where_the_item_would_have_been() -> None:
+def test_prefetch_raises_a_source_error_at_its_position() -> None:
     def source() -> Iterator[int]:
         yield 1
         raise ValueError("broken")
@@ -60,7 +60,7 @@ def test_an_error_is_raised_where_the_item_would_have_been() -> None:
 
 
 @given(rows=st.lists(st.integers(1, 50), min_size=1, max_size=40), most=st.integers(1, 120))
-def test_evaluation_batches_by_rows(rows: Any, most: int) -> None:
+def test_evaluation_batches_respect_the_token_budget(rows: Any, most: int) -> None:
     batches = batch_by_token_budget(list(range(len(rows))), np.asarray(rows), most)
     assert [example for batch in batches for example in batch] == list(range(len(rows)))
     sizes = [sum(rows[example] for example in batch) for batch in batches]

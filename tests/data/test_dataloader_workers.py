@@ -24,7 +24,7 @@ class _Numbers(Dataset):
         return index
 
 
-def _slowly(worker: int) -> None:
+def _slow_worker_init(worker: int) -> None:
     time.sleep(0.3)  # a signal finds the process before it has been told to leave signals to its rank
     worker_init_fn(worker)
 
@@ -41,9 +41,9 @@ def signals() -> Iterator[List[int]]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("started", [False, True])
-def test_a_signal_to_the_group_leaves_the_loader_to_its_rank(number: int, started: bool, signals: List[int]) -> None:
+def test_dataloader_workers_ignore_signals_to_the_process_group(number: int, started: bool, signals: List[int]) -> None:
     others = psutil.Process().children()  # of earlier tests, such as the fork server
-    loader: Any = DataLoader(_Numbers(), batch_size=None, num_workers=1, worker_init_fn=_slowly)
+    loader: Any = DataLoader(_Numbers(), batch_size=None, num_workers=1, worker_init_fn=_slow_worker_init)
     items = iter(WorkerBatches(lambda done, timeout_s: loader))
     seen = [next(items)] if started else []
     for process in [*(child for child in psutil.Process().children() if child not in others), psutil.Process()]:
@@ -67,7 +67,7 @@ class _Hanging(_Numbers):
 
 @pytest.mark.parametrize("at", [0, 2])
 @pytest.mark.slow  # torch waits 5 s for a worker before it gives up on it
-def test_a_worker_that_hangs_is_replaced_and_no_batch_is_lost(
+def test_hanging_dataloader_worker_is_replaced_without_lost_batches(
     at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(datamodule, "_SILENT_S", 1.0)
@@ -84,7 +84,7 @@ def test_a_worker_that_hangs_is_replaced_and_no_batch_is_lost(
     assert set(multiprocessing.active_children()) == others  # nothing is left
 
 
-def test_another_error_of_a_worker_is_raised() -> None:
+def test_dataloader_worker_error_is_raised() -> None:
     class Wrong(_Numbers):
         def __getitem__(self, index: int) -> int:
             raise ValueError("wrong example")
@@ -97,7 +97,7 @@ def test_another_error_of_a_worker_is_raised() -> None:
 
 
 @pytest.mark.slow
-def test_a_process_ends_although_an_error_keeps_a_loader_open(tmp_path: Path) -> None:
+def test_process_exits_while_an_error_references_the_dataloader(tmp_path: Path) -> None:
     script = tmp_path / "keeps.py"
     script.write_text("""
 from torch.utils.data import DataLoader, Dataset

@@ -15,7 +15,7 @@ def take(batches: InfiniteDistributedBatchSampler, count: int) -> List[List[int]
 
 
 @given(st.integers(1, 40), st.integers(1, 7), st.integers(1, 5), st.integers(0, 2))
-def test_order_is_that_of_torch(examples: int, batch_size: int, world: int, seed: int) -> None:
+def test_sampler_order_matches_torch_distributed_sampler(examples: int, batch_size: int, world: int, seed: int) -> None:
     for rank in range(world):
         ours = InfiniteDistributedBatchSampler(examples, batch_size, rank, world, seed)
         expected = []
@@ -28,7 +28,7 @@ def test_order_is_that_of_torch(examples: int, batch_size: int, world: int, seed
 
 
 @given(st.integers(1, 30), st.integers(0, 60))
-def test_any_start_continues_the_order(examples: int, start: int) -> None:
+def test_sampler_continues_the_order_from_any_start(examples: int, start: int) -> None:
     whole = take(InfiniteDistributedBatchSampler(examples, 4, 0, 1, 0), start + 5)
     assert take(InfiniteDistributedBatchSampler(examples, 4, 0, 1, 0, start=start), 5) == whole[start:]
 

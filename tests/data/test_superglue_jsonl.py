@@ -44,7 +44,7 @@ LINES = [
 ]
 
 
-def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_on_a_full_disk_gives_one_error_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """HDF5 would end the process."""
     write(tmp_path, [record()])
     monkeypatch.setattr(h5sparse.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
@@ -54,14 +54,14 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
-def test_wide_characters_are_named(encoding: str, tmp_path: Path) -> None:
+def test_non_utf8_jsonl_error_names_the_encoding(encoding: str, tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text(record() + "\n", encoding=encoding)
     with pytest.raises(InputError, match=f"it is {encoding[:6].upper()}.* iconv -f {encoding[:6].upper()} -t UTF-8"):
         list(read_questions(tmp_path / "x.jsonl", True, SkippedRecords()))
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_reasons_and_line_numbers(train: bool, tmp_path: Path) -> None:
+def test_skipped_records_have_reasons_and_line_numbers(train: bool, tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text("\n".join(LINES) + "\n")
     skipped = SkippedRecords()
@@ -78,7 +78,7 @@ def test_reasons_and_line_numbers(train: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_prepare_reports_them(workers: int, tmp_path: Path, capfd: Any) -> None:
+def test_prepare_reports_skipped_records(workers: int, tmp_path: Path, capfd: Any) -> None:
     raw = tmp_path / "raw"
     raw.mkdir()
     (raw / "val.jsonl").write_text("\n".join(LINES) + "\n")
@@ -100,7 +100,7 @@ def test_prepare_reports_them(workers: int, tmp_path: Path, capfd: Any) -> None:
 
 
 @pytest.mark.process
-def test_a_worker_that_is_killed_ends_the_command(tmp_path: Path) -> None:
+def test_killed_prepare_worker_raises(tmp_path: Path) -> None:
     others = psutil.Process().children()
     questions = [found for _, found in read_questions(write(tmp_path, LINES[:1]), False, SkippedRecords())]
 
@@ -128,7 +128,7 @@ def test_a_worker_that_is_killed_ends_the_command(tmp_path: Path) -> None:
         (["data.raw_dir=.", "data.vocab_file=nowhere.txt"], "data.vocab_file=nowhere.txt: cannot be read"),
     ],
 )
-def test_wrong_folders(overrides: "list[str]", said: str, capfd: Any) -> None:
+def test_prepare_rejects_invalid_folders(overrides: "list[str]", said: str, capfd: Any) -> None:
     assert lit_glm_here("prepare", *overrides) == 2
     output = capfd.readouterr()
     assert said in output.err
@@ -144,7 +144,7 @@ def test_wrong_folders(overrides: "list[str]", said: str, capfd: Any) -> None:
         ("prepared.json", "prepared.json"),
     ],
 )
-def test_files_that_prepare_has_not_written_stay(mine: str, said: str, tmp_path: Path, capfd: Any) -> None:
+def test_prepare_does_not_overwrite_user_files(mine: str, said: str, tmp_path: Path, capfd: Any) -> None:
     """Also where it has written the training file there before: somebody's evaluation file may lie beside it."""
     out, raw = tmp_path / "out", tmp_path / "raw"
     how = [f"data.vocab_file={VOCAB}", f"data.out_dir={out}"]

@@ -27,7 +27,7 @@ def records(folder: Path, name: str) -> List[Dict[str, Any]]:
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
-def names_of(record: Dict[str, Any]) -> List[str]:
+def entity_names(record: Dict[str, Any]) -> List[str]:
     text = record["passage"]["text"]
     return [text[span["start"] : span["end"] + 1] for span in record["passage"]["entities"]]
 
@@ -47,7 +47,7 @@ def test_baselines_that_ignore_the_passage_stay_near_chance(corpus: Path) -> Non
         for word in record["qas"][0]["query"].split():
             by_words[word, record["qas"][0]["answers"][0]["text"]] += 1
     generator = random.Random(0)
-    chance = sum(1 / len(names_of(record)) for record in held_out) / len(held_out)
+    chance = sum(1 / len(entity_names(record)) for record in held_out) / len(held_out)
     baselines = {
         "most often right in training": lambda names, query: max(names, key=lambda name: how_often[name]),
         "goes best with the words of the query": lambda names, query: max(
@@ -59,17 +59,17 @@ def test_baselines_that_ignore_the_passage_stay_near_chance(corpus: Path) -> Non
     }
     for name, choose in baselines.items():
         right = sum(
-            choose(names_of(record), record["qas"][0]["query"]) == record["qas"][0]["answers"][0]["text"]
+            choose(entity_names(record), record["qas"][0]["query"]) == record["qas"][0]["answers"][0]["text"]
             for record in held_out
         )
         assert abs(right / len(held_out) - chance) < 0.06, name
 
 
-def test_everybody_is_named_once_and_words_are_in_the_vocabulary(corpus: Path) -> None:
+def test_entity_names_are_unique_and_words_are_in_the_vocabulary(corpus: Path) -> None:
     pieces = WordPieceTokenizer(corpus / "vocab.txt")
     unknown = synthetic_vocabulary().index("[UNK]")
     for record in records(corpus, "val.jsonl"):
-        names = names_of(record)
+        names = entity_names(record)
         assert len(set(names)) == len(names)
         assert all(record["passage"]["text"].count(name) == 1 for name in names)
         assert not any(name in record["qas"][0]["query"] for name in names)
@@ -77,7 +77,7 @@ def test_everybody_is_named_once_and_words_are_in_the_vocabulary(corpus: Path) -
         assert unknown not in pieces.encode(text.replace("@placeholder", ""))
 
 
-def test_is_made_once_and_anew_for_other_settings(tmp_path: Path) -> None:
+def test_synthetic_data_is_regenerated_only_for_other_settings(tmp_path: Path) -> None:
     def data(seed: int) -> DataConfig:
         return DataConfig(
             "synthetic", out_dir=str(tmp_path / "out"), max_seq_length=64, synthetic=SyntheticConfig(seed, 20, 10)
@@ -92,7 +92,7 @@ def test_is_made_once_and_anew_for_other_settings(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*.part-*"))
 
 
-def test_lengths_of_real_news(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_synthetic_record_lengths_follow_the_real_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     how = [
         "data=synthetic",

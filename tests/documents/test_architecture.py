@@ -13,7 +13,7 @@ PAGE = Path(__file__).parent.parent.parent / "docs" / "architecture.md"
 
 
 @pytest.mark.unit
-def test_the_modules_that_handle_a_job_are_those_of_the_page() -> None:
+def test_architecture_page_lists_modules_that_import_job_spec() -> None:
     importing = {
         ".".join(file.relative_to(SRC).with_suffix("").parts)
         for file in SRC.rglob("*.py")
@@ -26,7 +26,7 @@ def test_the_modules_that_handle_a_job_are_those_of_the_page() -> None:
 
 
 @pytest.mark.unit
-def test_nothing_below_the_entries_reads_the_command_line() -> None:
+def test_launch_modules_do_not_read_sys_argv() -> None:
     """Except the entry of each process, under `if __name__`."""
     for file in (SRC / "launch").glob("*.py"):
         body = file.read_text(encoding="utf-8").split('if __name__ == "__main__"')[0]
@@ -34,7 +34,7 @@ def test_nothing_below_the_entries_reads_the_command_line() -> None:
 
 
 @pytest.mark.unit
-def test_files_and_functions_are_of_a_size_to_read() -> None:
+def test_file_and_function_lengths_are_limited() -> None:
     for file in SRC.rglob("*.py"):
         text = file.read_text(encoding="utf-8")
         assert text.count("\n") <= 500, file

@@ -9,6 +9,6 @@ FOLDER = Path(__file__).parent.parent.parent / "benchmarks"
 
 
 @pytest.mark.parametrize("file", sorted(FOLDER.glob("*.py")), ids=lambda file: file.stem)
-def test_what_a_benchmark_imports_exists(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_benchmark_imports_exist(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
     assert "main" in runpy.run_path(str(file), run_name="benchmark") or file.stem == "reference"

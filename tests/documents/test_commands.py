@@ -54,7 +54,7 @@ def commands() -> List[Tuple[str, str]]:
 RUN = sorted({(page, text) for page, text in commands() if re.match(r"(python -m lit_glm\.|lit-glm )", text)})
 
 
-def test_every_line_is_run_or_known_not_to_be() -> None:
+def test_every_documented_command_is_run_or_listed_as_not_run() -> None:
     assert len(RUN) > 25
     for page, text in commands():
         assert (page, text) in RUN or text.startswith(NOT_RUN), f"{page}: {text}"
@@ -66,7 +66,7 @@ def test_scripts_that_are_named_exist() -> None:
             assert (ROOT / script).is_file(), f"{page.name}: {script}"
 
 
-def test_what_launchers_hand_to_train_composes(capfd: Any) -> None:
+def test_overrides_of_documented_launcher_commands_compose(capfd: Any) -> None:
     launched = [text for _, text in commands() if re.match(r"(torchrun|srun|sbatch|bash scripts/launch)", text)]
     assert len(launched) >= 5
     for text in launched:
@@ -75,7 +75,7 @@ def test_what_launchers_hand_to_train_composes(capfd: Any) -> None:
         assert "topology:" in capfd.readouterr().out
 
 
-def test_the_kubernetes_manifest_starts_as_many_ranks_as_the_topology_has() -> None:
+def test_kubernetes_manifest_matches_the_topology() -> None:
     (block,) = re.findall(r"```yaml\n(apiVersion.*?)```", (ROOT / "docs" / "clusters.md").read_text(), flags=re.DOTALL)
     job = yaml.safe_load(block)
     specs = job["spec"]["pytorchReplicaSpecs"]
@@ -110,7 +110,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def adapted(command: str, arguments: List[str], place: Path) -> List[str]:
+def adapt_arguments(command: str, arguments: List[str], place: Path) -> List[str]:
     """The same command, with small things in place of what is not here."""
     if command in ("report", "export", "prepare") or "--cfg" in arguments:
         return [argument.replace("RUN_DIR", "outputs/laptop") for argument in arguments]
@@ -138,13 +138,15 @@ def adapted(command: str, arguments: List[str], place: Path) -> List[str]:
 
 
 @pytest.mark.parametrize(("page", "text"), RUN)
-def test_a_command_of_the_pages(page: str, text: str, place: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+def test_documented_command_runs(
+    page: str, text: str, place: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
     monkeypatch.chdir(place)
     monkeypatch.setattr(timing_check, "_AT_LEAST_S", 0.02)  # of verify: its figures are not looked at here
     monkeypatch.setattr(timing_check, "_BYTES", (2**20, 2**20))
     words = shlex.split(text)
     command, arguments = (words[2].split(".")[1], words[3:]) if words[0] == "python" else (words[1], words[2:])
-    run = adapted(command, arguments, place)
+    run = adapt_arguments(command, arguments, place)
     status = lit_glm_here(command, *run)
     said = capfd.readouterr()
     allowed = {0, 1} if command in ("doctor", "verify", "tune") or "--check" in run else {0}

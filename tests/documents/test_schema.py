@@ -35,7 +35,7 @@ def in_order(rows: Any) -> List[str]:
 
 
 @pytest.mark.unit
-def test_the_page_is_written_from_the_registry() -> None:
+def test_schema_page_matches_the_registry() -> None:
     assert schema.PAGE.read_text(encoding="utf-8") == schema.page()
 
 

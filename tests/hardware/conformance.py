@@ -39,13 +39,13 @@ def x(runtime: Runtime) -> torch.Tensor:
     return torch.randn(64, 32).to(runtime.device(0))
 
 
-def test_it_has_a_name_and_a_known_backend(runtime: Runtime) -> None:
+def test_runtime_has_name_backend_and_device_name(runtime: Runtime) -> None:
     assert runtime.name
     assert isinstance(runtime.backend, str)
     assert isinstance(runtime.device_name(0), str)
 
 
-def test_it_counts_its_devices_and_each_holds_tensors(runtime: Runtime) -> None:
+def test_every_counted_device_holds_tensors(runtime: Runtime) -> None:
     assert isinstance(runtime.device_count(), int)
     assert runtime.device_count() >= 1
     try:
@@ -60,7 +60,7 @@ def test_it_counts_its_devices_and_each_holds_tensors(runtime: Runtime) -> None:
         runtime.set_device(0)
 
 
-def test_its_monitor_reads_the_devices(runtime: Runtime) -> None:
+def test_runtime_monitor_returns_readings(runtime: Runtime) -> None:
     if not runtime.monitor:
         pytest.skip("it has no monitor of its own")
     assert monitor_of_name(runtime.monitor).read(None), "no readings"
@@ -72,7 +72,7 @@ def test_synchronize_returns_when_the_work_is_done(runtime: Runtime) -> None:
     assert check.status != "fail", check.message
 
 
-def test_tensors_of_the_device_are_not_the_hosts(runtime: Runtime, x: torch.Tensor) -> None:
+def test_device_tensors_do_not_mix_with_host_tensors(runtime: Runtime, x: torch.Tensor) -> None:
     assert x.device.type == runtime.device(0).type
     assert (x + x).device == x.device
     if x.device.type != "cpu":
@@ -80,7 +80,7 @@ def test_tensors_of_the_device_are_not_the_hosts(runtime: Runtime, x: torch.Tens
             _ = x + torch.ones(64, 32)  # a tensor of the host's takes no part without being copied
 
 
-def test_a_seed_decides_what_is_drawn(runtime: Runtime, x: torch.Tensor) -> None:
+def test_manual_seed_determines_the_dropout_mask(runtime: Runtime, x: torch.Tensor) -> None:
     def drawn(seed: int) -> torch.Tensor:
         runtime.manual_seed(seed)
         return F.dropout(x, 0.5).cpu()
@@ -89,7 +89,7 @@ def test_a_seed_decides_what_is_drawn(runtime: Runtime, x: torch.Tensor) -> None
     assert not torch.equal(drawn(3), drawn(4))
 
 
-def test_what_is_read_later_is_what_stood_there(runtime: Runtime, x: torch.Tensor) -> None:
+def test_to_host_async_returns_the_values_at_call_time(runtime: Runtime, x: torch.Tensor) -> None:
     values = x[0, :3].clone()
     expected, read = values.tolist(), runtime.to_host_async(values)
     _ = [x @ x.t() for _ in range(10)]  # asked for meanwhile
@@ -98,7 +98,7 @@ def test_what_is_read_later_is_what_stood_there(runtime: Runtime, x: torch.Tenso
     assert again() == pytest.approx([value + 1.0 for value in expected])
 
 
-def test_a_collective_that_is_pending_is_waited_for(runtime: Runtime, x: torch.Tensor) -> None:
+def test_to_host_async_waits_for_a_pending_collective(runtime: Runtime, x: torch.Tensor) -> None:
     waited = []
 
     class Pending:
@@ -109,7 +109,7 @@ def test_a_collective_that_is_pending_is_waited_for(runtime: Runtime, x: torch.T
     assert waited
 
 
-def test_fused_attention_agrees_with_products(runtime: Runtime) -> None:
+def test_fused_attention_matches_matmul_attention(runtime: Runtime) -> None:
     if not hasattr(F, "scaled_dot_product_attention"):
         pytest.skip("this torch has no fused attention")
     torch.manual_seed(2)
@@ -155,9 +155,7 @@ def test_the_collectives_of_its_backend_take_device_tensors(runtime: Runtime, tm
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_computes_in_the_type_or_says_that_it_cannot(
-    runtime: Runtime, x: torch.Tensor, dtype: torch.dtype
-) -> None:
+def test_autocast_computes_in_the_dtype_or_raises(runtime: Runtime, x: torch.Tensor, dtype: torch.dtype) -> None:
     layer = torch.nn.Linear(32, 8).to(x.device)
     try:
         with runtime.autocast(dtype):
@@ -177,13 +175,13 @@ def test_recomputation_gives_the_same_gradients(runtime: Runtime, x: torch.Tenso
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-6)
 
 
-def test_its_linear_layer_is_one(runtime: Runtime, x: torch.Tensor) -> None:
+def test_linear_op_matches_torch_on_cpu(runtime: Runtime, x: torch.Tensor) -> None:
     weight, bias = torch.randn(16, 32), torch.randn(16)
     ours = runtime.model_ops().linear(x, weight.to(x.device), bias.to(x.device))
     torch.testing.assert_close(ours.cpu(), F.linear(x.cpu(), weight, bias), rtol=1e-3, atol=1e-3)
 
 
-def test_an_update_is_the_processors(runtime: Runtime, x: torch.Tensor) -> None:
+def test_optimizer_update_matches_cpu(runtime: Runtime, x: torch.Tensor) -> None:
     found = []
     for device in (x.device, torch.device("cpu")):
         torch.manual_seed(1)
@@ -202,7 +200,7 @@ def _memory(runtime: Runtime) -> Tuple[Any, Any, Any]:
     return runtime.memory_in_use(0), runtime.peak_memory(0), runtime.total_memory(0)
 
 
-def test_memory_is_known_truthfully_or_not_at_all(runtime: Runtime, x: torch.Tensor) -> None:
+def test_memory_readings_are_consistent_or_none(runtime: Runtime, x: torch.Tensor) -> None:
     now, peak, total = _memory(runtime)
     for value in (now, peak, total):
         assert value is None or value > 0
@@ -212,7 +210,7 @@ def test_memory_is_known_truthfully_or_not_at_all(runtime: Runtime, x: torch.Ten
         assert peak >= 0.5 * now
 
 
-def test_a_loss_scaler_of_its_own_has_the_interface(runtime: Runtime, x: torch.Tensor) -> None:
+def test_runtime_loss_scaler_has_the_required_interface(runtime: Runtime, x: torch.Tensor) -> None:
     scaler = runtime.loss_scaler(LossScaleConfig(initial=8.0))
     if scaler is None:
         return  # ours serves

@@ -29,7 +29,7 @@ sys.exit(main())
 """
 
 
-def test_it_has_the_name_of_its_file() -> None:
+def test_accelerator_has_name_and_devices_of_its_runtime() -> None:
     runtime = make_runtime(HardwareConfig(name="r300", runtime="simulated", memory_gib=32.0), TopologyConfig(1, 2))
     accelerator: Any = make_accelerator(runtime, "kunlunxin")
     assert type(accelerator).name() == "kunlunxin"
@@ -39,7 +39,7 @@ def test_it_has_the_name_of_its_file() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["simulated", "auto"])
-def test_intels_names_are_never_asked_for_this_card(runtime: str, tmp_path: Path) -> None:
+def test_torch_xpu_functions_are_not_called_for_r300(runtime: str, tmp_path: Path) -> None:
     chip = ["hardware=r300", f"hardware.runtime={runtime}", "run.max_steps=1", f"hydra.run.dir={tmp_path}/run"]
     done = subprocess.run(
         [sys.executable, "-c", INTELS, *GOLDEN_RUN, *chip], cwd=tmp_path, capture_output=True, text=True, check=False
@@ -50,7 +50,7 @@ def test_intels_names_are_never_asked_for_this_card(runtime: str, tmp_path: Path
 
 @pytest.mark.process
 @pytest.mark.parametrize(("allowed", "said"), [("true", "fp32 (TF32 on)"), ("false", "fp32 (TF32 off)")])
-def test_fp32_says_whether_tf32_is_on(
+def test_fp32_run_logs_and_records_the_tf32_setting(
     allowed: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     """On a processor that is told to have TF32: a double, since no such card is here."""
@@ -65,7 +65,7 @@ def test_fp32_says_whether_tf32_is_on(
     assert set(asked) == {allowed == "true"}
 
 
-def test_no_tf32_is_said_of_a_processor(tmp_path: Path, capfd: Any) -> None:
+def test_cpu_run_logs_no_tf32_setting(tmp_path: Path, capfd: Any) -> None:
     run = tmp_path / "run"
     assert lit_glm_here("train", *GOLDEN_RUN, "run.max_steps=1", f"hydra.run.dir={run}") == 0
     assert "TF32" not in capfd.readouterr().out

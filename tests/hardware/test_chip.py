@@ -68,7 +68,7 @@ def trained(chip: Dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> C
 
 
 @pytest.mark.parametrize("topology", ["1x1", "1x2"])
-def test_it_trains_as_the_cpu_does(topology: str, trained: Callable[[str, str], Path]) -> None:
+def test_chip_training_losses_match_cpu(topology: str, trained: Callable[[str, str], Path]) -> None:
     expected = losses(trained("cpu", topology))
     for name in RUNTIMES:
         run = trained(name, topology)
@@ -79,7 +79,7 @@ def test_it_trains_as_the_cpu_does(topology: str, trained: Callable[[str, str], 
 
 
 @pytest.mark.parametrize("name", RUNTIMES)
-def test_a_stopped_run_continues_and_is_evaluated(
+def test_interrupted_chip_run_is_resumed_and_evaluated(
     name: str, chip: Dict[str, str], trained: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
     line = [*OWN, f"hardware={name}", *DEBUG]
@@ -105,7 +105,7 @@ def test_a_stopped_run_continues_and_is_evaluated(
 
 
 @pytest.mark.parametrize(("name", "topology"), [("chip", "1x2"), ("lazychip", "1x1")])
-def test_verify_finds_it_correct(name: str, topology: str, chip: Dict[str, str], tmp_path: Path) -> None:
+def test_verify_passes_on_chip(name: str, topology: str, chip: Dict[str, str], tmp_path: Path) -> None:
     line = [
         *OWN,
         f"hardware={name}",
@@ -124,13 +124,13 @@ def test_verify_finds_it_correct(name: str, topology: str, chip: Dict[str, str],
     assert set(found.values()) == {"ok"}
 
 
-def test_verify_finds_that_synchronize_does_not_wait(chip: Dict[str, str], tmp_path: Path) -> None:
+def test_verify_fails_on_chip_with_non_blocking_synchronize(chip: Dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "hasty.py").write_text(
-        "from torch_chip import LazyChip\nclass Hasty(LazyChip):\n"
+        "from torch_chip import LazyChip\nclass NonBlocking(LazyChip):\n"
         "    def synchronize(self): pass\n    def after_step(self): pass\n"
     )
     (tmp_path / "own" / "hardware").mkdir(parents=True)
-    (tmp_path / "own" / "hardware" / "hasty.yaml").write_text("name: hasty\n_target_: hasty.Hasty\n")
+    (tmp_path / "own" / "hardware" / "hasty.yaml").write_text("name: hasty\n_target_: hasty.NonBlocking\n")
     path = os.pathsep.join([str(tmp_path), chip["PYTHONPATH"]])
     line = ["--config-dir", "own", "hardware=hasty", "precision=fp32", "model=glm_tiny", "hydra.run.dir=verify"]
     line += ["verify.max_minutes=0.02"]  # the clock is checked first
@@ -140,7 +140,7 @@ def test_verify_finds_that_synchronize_does_not_wait(chip: Dict[str, str], tmp_p
 
 
 @pytest.mark.parametrize("kind", RUNTIMES.values())
-def test_it_keeps_the_promises_of_a_runtime(kind: str, chip: Dict[str, str]) -> None:
+def test_chip_passes_the_conformance_tests(kind: str, chip: Dict[str, str]) -> None:
     kit = [sys.executable, "-m", "pytest", "-q", str(Path(__file__).parent / "conformance.py")]
     done = subprocess.run(
         [*kit, f"--runtime=torch_chip.{kind}", "-p", "no:cacheprovider"],
@@ -154,7 +154,7 @@ def test_it_keeps_the_promises_of_a_runtime(kind: str, chip: Dict[str, str]) -> 
     assert " passed" in done.stdout
 
 
-def test_the_memory_is_protected_and_unread_work_is_dropped(chip: Dict[str, str]) -> None:
+def test_chip_memory_is_protected_and_unread_work_is_dropped(chip: Dict[str, str]) -> None:
     """The double behaves as documented; otherwise the tests above would prove nothing."""
     program = """
 import ctypes, sys, torch, torch_chip

@@ -37,7 +37,7 @@ gelu: tanh
 
 
 @pytest.mark.slow
-def test_a_chip_of_a_package_outside(tmp_path: Path) -> None:
+def test_runtime_of_an_external_package_runs_and_passes_conformance(tmp_path: Path) -> None:
     (tmp_path / "lib" / "beads").mkdir(parents=True)
     (tmp_path / "lib" / "beads" / "__init__.py").touch()
     (tmp_path / "lib" / "beads" / "runtime.py").write_text(RUNTIME)
@@ -64,7 +64,7 @@ def test_a_chip_of_a_package_outside(tmp_path: Path) -> None:
     assert checked.returncode == 0, checked.stdout
 
 
-def test_what_is_no_runtime_is_refused() -> None:
+def test_target_that_is_not_a_runtime_is_rejected() -> None:
     with pytest.raises(InputError, match="not a subclass of"):
         import_runtime_class("collections.OrderedDict")
     for absent in ("nowhere.At.All", "Class", "lit_glm.hardware.runtimes.cpu.NoSuch"):
@@ -108,7 +108,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_name_and_a_class_are_a_hardware_file(own: Path, capfd: Any) -> None:
+def test_hardware_file_needs_only_name_and_target(own: Path, capfd: Any) -> None:
     how = ["--config-dir", "own", "experiment=debug", "hardware=mini", "run.max_steps=2"]
     assert lit_glm_here("train", *how, "hydra.run.dir=run") == 0
     result = json.loads((own / "run" / "result.json").read_text())
@@ -130,7 +130,7 @@ def test_keys_that_a_file_lacks_can_be_set(own: Path) -> None:
 
 
 @pytest.mark.process
-def test_a_profile_of_tensors_without_storage(own: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+def test_profile_is_written_for_tensors_without_storage(own: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     from lit_glm.metrics import profiler
 
     monkeypatch.setattr(profiler, "_storage_bytes", lambda tensor: None)
@@ -177,7 +177,7 @@ class Memory(CPURuntime):
         ("NoMonitor", "monitor json.dumps of the runtime: is no lit_glm.hardware.monitors.Monitor"),
     ],
 )
-def test_mistakes_of_a_class_are_found_before_a_run(kind: str, said: str, own: Path, capfd: Any) -> None:
+def test_runtime_class_errors_are_found_before_a_run(kind: str, said: str, own: Path, capfd: Any) -> None:
     (own / "lib" / "mistakes.py").write_text(MISTAKES)
     how = ["--config-dir", "own", "experiment=debug", "hardware=mini", f"hardware._target_=mistakes.{kind}"]
     assert lit_glm_here("doctor", *how) == 1
@@ -188,7 +188,7 @@ def test_mistakes_of_a_class_are_found_before_a_run(kind: str, said: str, own: P
         assert (own / "run" / "result.json").exists() == (kind == "Raises")  # only a rank creates the runtime
 
 
-def test_memory_above_the_devices_is_no_figure(own: Path) -> None:
+def test_memory_reading_above_the_device_total_is_null(own: Path) -> None:
     (own / "lib" / "mistakes.py").write_text(MISTAKES)
     how = ["--config-dir", "own", "experiment=debug", "hardware=mini", "hardware._target_=mistakes.Memory"]
     assert lit_glm_here("train", *how, "run.max_steps=1", "hydra.run.dir=run") == 0
@@ -210,7 +210,7 @@ MONITOR = Monitor(lambda wanted: next(readings))
 """
 
 
-def test_a_monitor_that_raises_is_said(own: Path, capfd: Any) -> None:
+def test_monitor_exception_is_logged_and_the_run_continues(own: Path, capfd: Any) -> None:
     (own / "lib" / "minimonitor.py").write_text(RAISING)
     how = ["--config-dir", "own", "experiment=debug", "hardware=mini", "run.max_steps=2", "hydra.run.dir=run"]
     assert lit_glm_here("train", *how) == 0
@@ -242,7 +242,7 @@ class WaitForReading(pl.Callback):
 """
 
 
-def test_memory_is_that_of_the_monitor(own: Path) -> None:
+def test_memory_of_the_monitor_is_used_if_the_runtime_has_none(own: Path) -> None:
     """A class that says nothing of memory, with a monitor that does."""
     (own / "lib" / "bare.py").write_text(BARE)
     how = ["--config-dir", "own", "experiment=debug", "hardware=mini", "hardware._target_=bare.Bare"]

@@ -19,7 +19,7 @@ print(float((few * 1e-10).abs().max()), float((many * 1e-10).abs().max()), float
 """
 
 
-def test_numbers_too_small_to_be_normal_are_zero_in_all_threads() -> None:
+def test_denormals_are_flushed_to_zero_in_all_threads() -> None:
     """Else products of the gradients of a choice that is all but certain take thirty times as long."""
     done = subprocess.run([sys.executable, "-c", CODE], stdout=subprocess.PIPE, text=True, check=True)
     few, many, plain = map(float, done.stdout.split())
@@ -30,7 +30,7 @@ def test_numbers_too_small_to_be_normal_are_zero_in_all_threads() -> None:
 CHILD = "x = bytearray(2**27); import sys; print(flush=True); sys.stdin.read()"
 
 
-def test_memory_of_children_counts_and_they_are_looked_for_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_memory_includes_children_found_by_periodic_scans(monkeypatch: pytest.MonkeyPatch) -> None:
     """Finding them reads all processes of the machine, and a server has thousands."""
     looks: List[int] = []
     look = psutil.Process.children

@@ -29,7 +29,7 @@ def gradients(way: Any, shape: "tuple[int, int, int]", bias: bool) -> List[torch
 @needs_onednn
 @pytest.mark.parametrize("shape", [(40, 24, 8), (40, 8, 24), (3, 64, 200), (1, 5, 7)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_both_libraries_agree(shape: Any, bias: bool) -> None:
+def test_onednn_linear_and_gradients_match_torch(shape: Any, bias: bool) -> None:
     ours = gradients(cpu_ops._OneDNNLinear.apply, shape, bias)
     theirs = gradients(torch.nn.functional.linear, shape, bias)
     assert len(ours) == len(theirs) == 3 + bias
@@ -39,7 +39,7 @@ def test_both_libraries_agree(shape: Any, bias: bool) -> None:
 
 
 @needs_onednn
-def test_what_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_autocast_and_double_inputs_do_not_use_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: List[Any] = []
     monkeypatch.setattr(cpu_ops, "PREFERS_ONEDNN", True)
     monkeypatch.setattr(cpu_ops, "_MIN_MULTIPLY_ADDS", 4096)
@@ -64,7 +64,7 @@ def test_frozen_weights_need_no_gradient(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_share_and_mean(p: float, dtype: torch.dtype) -> None:
+def test_dropout_rate_and_scale(p: float, dtype: torch.dtype) -> None:
     torch.manual_seed(3)
     x = torch.ones(1000, 1001, dtype=dtype)
     out = dropout(x, p)
@@ -79,14 +79,14 @@ def test_share_and_mean(p: float, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("p", [0.02, 0.1, 0.6])
-def test_every_element_of_a_small_tensor_is_as_likely(p: float) -> None:
+def test_dropout_is_uniform_over_a_small_tensor(p: float) -> None:
     torch.manual_seed(11)
     draws, x = 4000, torch.ones(2, 9)
     share = sum((dropout(x, p) == 0).double() for _ in range(draws)) / draws
     assert float((share - p).abs().max()) < 5 * (p * (1 - p) / draws) ** 0.5
 
 
-def test_a_seed_repeats_it_and_the_next_mask_is_another() -> None:
+def test_dropout_mask_repeats_with_the_seed_and_changes_per_call() -> None:
     x = torch.ones(64, 7)
     torch.manual_seed(5)
     first, second = dropout(x, 0.3), dropout(x, 0.3)
@@ -98,7 +98,7 @@ def test_a_seed_repeats_it_and_the_next_mask_is_another() -> None:
 @given(
     rows=st.integers(1, 9), columns=st.integers(1, 9), p=st.floats(0.0, 0.99, allow_subnormal=False)
 )  # the process may flush them
-def test_gradients_pass_where_values_did(rows: int, columns: int, p: float) -> None:
+def test_dropout_gradient_uses_the_mask_of_the_forward_pass(rows: int, columns: int, p: float) -> None:
     x = torch.rand(rows, columns).add_(1.0).requires_grad_()
     out = dropout(x, p)
     out.sum().backward()
@@ -106,11 +106,11 @@ def test_gradients_pass_where_values_did(rows: int, columns: int, p: float) -> N
     torch.testing.assert_close(x.grad * x.detach(), out.detach())
 
 
-def test_a_share_of_nearly_one_leaves_finite_numbers() -> None:
+def test_dropout_with_rate_near_one_is_finite() -> None:
     assert dropout(torch.ones(1000, 100), 0.9999999).isfinite().all()
 
 
-def test_nothing_outside_training() -> None:
+def test_dropout_is_identity_in_eval_mode() -> None:
     layer, x = Dropout(0.5, RuntimeOps(dropout=dropout)), torch.ones(8, 8)
     assert torch.equal(layer.eval()(x), x)
     assert not torch.equal(layer.train()(x), x)
@@ -119,7 +119,7 @@ def test_nothing_outside_training() -> None:
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("onto_type", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("x_type", [torch.float32, torch.bfloat16])
-def test_added_to_something_it_is_a_sum(p: float, onto_type: torch.dtype, x_type: torch.dtype) -> None:
+def test_fused_dropout_add_matches_separate_operations(p: float, onto_type: torch.dtype, x_type: torch.dtype) -> None:
     """A residual stays in fp32 where what is added to it is a half."""
     x, onto = torch.rand(40, 9).to(x_type).requires_grad_(), torch.rand(40, 9).to(onto_type).requires_grad_()
     found = []

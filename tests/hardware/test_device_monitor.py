@@ -48,7 +48,7 @@ def hardware(runtime: str = "xmlir", every: float = 0.1) -> HardwareConfig:
     return HardwareConfig(name="x", runtimes=[runtime], monitor_interval_s=every)
 
 
-def test_the_cards_of_the_job_are_read_until_the_end(
+def test_monitor_reads_the_devices_of_the_job_until_it_ends(
     tool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XPU_VISIBLE_DEVICES", "3,1,0")
@@ -74,7 +74,7 @@ def test_the_cards_of_the_job_are_read_until_the_end(
     assert (longer[-1]["time_s"] or 0) > 100
 
 
-def test_a_watch_ends_with_the_run_that_started_it(tool: Path, tmp_path: Path) -> None:
+def test_monitor_process_exits_with_its_run(tool: Path, tmp_path: Path) -> None:
     code = (
         "import os, time\nfrom pathlib import Path\nfrom lit_glm.config.schema import HardwareConfig\n"
         "from lit_glm.hardware.device_monitor import monitor_devices\n"
@@ -90,14 +90,14 @@ def test_a_watch_ends_with_the_run_that_started_it(tool: Path, tmp_path: Path) -
     assert (tmp_path / "devices.csv").stat().st_size == before
 
 
-def test_pretended_cards_have_no_monitor() -> None:
+def test_simulated_devices_have_no_monitor() -> None:
     pretended = hardware()
     pretended.runtime = "simulated"
     assert monitor_for(pretended) is None
     assert monitor_for(hardware("cpu")) is not None
 
 
-def test_torn_and_foreign_lines_are_left_out(tmp_path: Path) -> None:
+def test_incomplete_and_invalid_reading_lines_are_skipped(tmp_path: Path) -> None:
     file = tmp_path / "devices.csv"
     file.write_text(",".join(COLUMNS) + "\n1,0,0,2,100,,\nx,0,0,2,1,1,1\n2,0,0,2\n3,0,0,2,110,,\n4,0,0,2,10")
     assert [reading["time_s"] for reading in load_readings(file)["0", "0"]] == [1, 3]
@@ -127,7 +127,9 @@ def test_energy_is_the_integral_over_the_training_time(tmp_path: Path) -> None:
     assert resumed["energy_j"] == pytest.approx(5 * 125 + 5 * 200 + 10 * 50)
 
 
-def test_without_a_variable_the_first_devices_are_the_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_devices_are_monitored_without_visibility_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     package = tmp_path / "own_monitor.py"
     package.write_text(
         "from lit_glm.hardware.monitors import DeviceReading, Monitor\n"
@@ -146,7 +148,7 @@ def test_without_a_variable_the_first_devices_are_the_jobs(tmp_path: Path, monke
     assert energy_metrics(tmp_path, config(1, 1), [[[5.0, 15.0]]], 1.0)["energy_j"] == 1000.0
 
 
-def test_energy_is_unknown_where_any_card_is_silent(tmp_path: Path) -> None:
+def test_energy_is_null_if_any_device_has_no_readings(tmp_path: Path) -> None:
     table(tmp_path, ["0,0,0,1,100,40,", "20,0,0,1,100,40,", "0,0,1,1,,30,"])
     assert energy_metrics(tmp_path, config(1, 2), [[[5.0, 15.0]]], 1.0)["energy_j"] is None
     table(tmp_path, ["0,0,0,1,100,40,", "20,0,0,1,100,40,"])
@@ -163,7 +165,7 @@ def test_energy_is_unknown_where_any_card_is_silent(tmp_path: Path) -> None:
     assert integrate_power([], [[0.0, 1.0]], 5.0) is None
 
 
-def test_beyond_the_readings_the_nearest_one_holds() -> None:
+def test_power_outside_the_readings_uses_the_nearest_reading() -> None:
     readings = [{"time_s": 4.0, "power_w": 10.0}, {"time_s": 6.0, "power_w": 20.0}]
     found = integrate_power(readings, [[0.0, 10.0]], 2.0)
     assert found is not None
@@ -189,7 +191,7 @@ def test_missing_readings_are_bridged_and_longer_gaps_are_not(tmp_path: Path) ->
     assert took([time_s for time_s in seconds if not 475 < time_s < 510])["energy_j"] is None
 
 
-def test_the_time_between_the_parts_of_a_run_is_no_gap(tmp_path: Path) -> None:
+def test_time_between_run_parts_is_not_a_reading_gap(tmp_path: Path) -> None:
     times = [*range(0, 101, 5), *range(400, 501, 5)]
     table(tmp_path, [f"{time_s},0,0,1,{100 if time_s < 200 else 300},," for time_s in times])
     spans = [[[10.0, 102.0], [404.0, 490.0]]]
@@ -222,7 +224,7 @@ def test_each_node_has_its_own_training_time(tmp_path: Path) -> None:
     assert found["power_mean_w"] == pytest.approx(200)
 
 
-def test_readings_of_a_card_are_not_those_of_its_slice(tmp_path: Path) -> None:
+def test_device_readings_are_not_used_for_a_mig_slice(tmp_path: Path) -> None:
     one = TrainConfig(hardware=HardwareConfig(name="x", runtimes=["cuda"]))
     table(tmp_path, [f"{time_s},0,0,1,700,," for time_s in range(0, 31, 5)])
     assert energy_metrics(tmp_path, one, [[[5.0, 25.0]]], 10.0)["energy_j"] == pytest.approx(14_000)
@@ -231,7 +233,7 @@ def test_readings_of_a_card_are_not_those_of_its_slice(tmp_path: Path) -> None:
     assert energy_metrics(tmp_path, one, [[[5.0, 25.0]]], 10.0, sliced=True)["energy_j"] == pytest.approx(1000)
 
 
-def test_a_run_that_was_stopped_before_it_trained_has_an_energy_but_no_mean(
+def test_run_stopped_before_training_has_no_mean_power(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In its first evaluation: no sample, no second of training, and no error on the way out."""
@@ -256,7 +258,7 @@ def test_readings_after_the_last_record_of_a_killed_part_do_not_count(tmp_path: 
     assert [reading["time_s"] for reading in readings] == [0.0, 5.0, 10.0, 15.0, 20.0]
 
 
-def test_a_driver_that_the_user_names_is_that_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_driver_overrides_the_detected_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sweep compares it with environment.json, where it stands too."""
     double = Monitor(lambda _: [], "X_VISIBLE_DEVICES", lambda: {0: "card"}, lambda: "1.2")
     monkeypatch.setattr(environment, "monitor_for", lambda _: double)

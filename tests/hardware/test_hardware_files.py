@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.mark.slow
-def test_golden_steps_on_two_simulated_cards(tmp_path: Path) -> None:
+def test_golden_steps_on_two_simulated_devices(tmp_path: Path) -> None:
     run = tmp_path / "run"
     chip = ["hardware=r300", "hardware.runtime=simulated", "topology=1x2"]
     done = lit_glm("train", *chip, *GOLDEN_RUN, f"hydra.run.dir={run}", cwd=tmp_path)
@@ -38,7 +38,7 @@ def test_golden_steps_on_two_simulated_cards(tmp_path: Path) -> None:
     assert environment["devices"] == ["simulated", "simulated"]
 
 
-def test_a_missing_runtime_is_said_with_the_way_out(tmp_path: Path, capfd: Any) -> None:
+def test_missing_runtime_error_gives_alternatives(tmp_path: Path, capfd: Any) -> None:
     assert lit_glm_here("train", *GOLDEN_RUN, "hardware=r300", f"hydra.run.dir={tmp_path}") == 2
     said = capfd.readouterr().err
     assert "torch_xmlir is not installed" in said
@@ -58,7 +58,7 @@ def test_a_missing_runtime_is_said_with_the_way_out(tmp_path: Path, capfd: Any) 
         ("hardware.runtimes=[cpu]", "would report measurements of the CPU as those of"),
     ],
 )
-def test_runtimes_that_a_chip_cannot_have(override: str, said: str, tmp_path: Path, capfd: Any) -> None:
+def test_invalid_hardware_runtimes_list_is_rejected(override: str, said: str, tmp_path: Path, capfd: Any) -> None:
     assert lit_glm_here("train", *GOLDEN_RUN, "hardware=r300", override, f"hydra.run.dir={tmp_path}/run") == 2
     assert said in capfd.readouterr().err
 
@@ -72,7 +72,7 @@ def test_more_devices_than_there_are(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_variables_of_a_chip_never_replace_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hardware_env_does_not_replace_user_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIT_GLM_A", "mine")
     monkeypatch.delenv("LIT_GLM_B", raising=False)
     said = set_hardware_env(HardwareConfig(name="chip", env={"LIT_GLM_A": "theirs", "LIT_GLM_B": "theirs"}))
@@ -84,7 +84,7 @@ def test_variables_of_a_chip_never_replace_the_users(monkeypatch: pytest.MonkeyP
 ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 
-def test_a_variable_that_torch_reads_under_two_names_stays_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_allocator_variable_is_kept_under_either_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
     said = set_hardware_env(HardwareConfig(name="chip", env=ALLOCATOR))
@@ -115,20 +115,20 @@ def test_an_option_that_an_older_torch_refuses_is_left_out(
 
 
 @pytest.mark.parametrize("runtime", ["cpu", "cuda"])
-def test_no_other_runtimes_figures_under_a_chips_name(runtime: str, tmp_path: Path, capfd: Any) -> None:
+def test_runtime_not_listed_in_the_hardware_file_is_rejected(runtime: str, tmp_path: Path, capfd: Any) -> None:
     chip = ["hardware=r300", f"hardware.runtime={runtime}"]
     assert lit_glm_here("train", *GOLDEN_RUN, *chip, f"hydra.run.dir={tmp_path}/run") == 2
     assert f"hardware.runtime={runtime}: hardware=r300 runs on xmlir, xpytorch" in capfd.readouterr().err
 
 
-def test_simulated_cards_have_indices() -> None:
+def test_simulated_device_index_out_of_range_is_rejected() -> None:
     runtime = make_runtime(HardwareConfig(runtime="simulated", memory_gib=32.0), TopologyConfig(1, 2))
     assert (runtime.device_count(), runtime.total_memory(0)) == (2, 32 * 2**30)
     with pytest.raises(InputError, match="device 2 does not exist"):
         runtime.device(2)
 
 
-def test_a_chip_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+def test_new_hardware_needs_only_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     """docs/hardware.md: copy a file, change it, run; here in a copy of the checkout."""
     import shutil
 
@@ -153,7 +153,7 @@ def test_a_chip_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert json.loads((run / "environment.json").read_text())["variables"]["NEWCHIP_RING"] == "1"
 
 
-class _Card(CPURuntime):
+class _FakeDevice(CPURuntime):
     """A double of a card that calls itself what a test wants."""
 
     def device_name(self, index: int) -> str:
@@ -163,46 +163,54 @@ class _Card(CPURuntime):
         return 79.1 * 2**30
 
 
-def test_a_card_is_checked_against_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_name_and_memory_are_checked_against_the_hardware_file(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = ROOT / "conf" / "hardware"
     wrong = HardwareConfig(name="a100", device_name_pattern="A100", memory_gib=40.0)
     with pytest.raises(InputError, match="'NVIDIA H100 80GB HBM3'; use hardware=h100"):
-        validate_devices(wrong, _Card(), 1, folder)
+        validate_devices(wrong, _FakeDevice(), 1, folder)
     assert (
-        validate_devices(HardwareConfig(name="h100", device_name_pattern="H100", memory_gib=80.0), _Card(), 1, folder)
+        validate_devices(
+            HardwareConfig(name="h100", device_name_pattern="H100", memory_gib=80.0), _FakeDevice(), 1, folder
+        )
         == []
     )
-    hints = validate_devices(HardwareConfig(name="cuda"), _Card(), 1, folder)
+    hints = validate_devices(HardwareConfig(name="cuda"), _FakeDevice(), 1, folder)
     assert "hardware=h100 has its peak" in hints[0]
     with pytest.raises(InputError, match="hardware=c500, but device 0 is 'NVIDIA H100"):
-        validate_devices(HardwareConfig(name="c500", product_name="C500"), _Card(), 1, folder)
-    monkeypatch.setattr(_Card, "device_name", lambda self, index: "NVIDIA GeForce RTX 4090")
+        validate_devices(HardwareConfig(name="c500", product_name="C500"), _FakeDevice(), 1, folder)
+    monkeypatch.setattr(_FakeDevice, "device_name", lambda self, index: "NVIDIA GeForce RTX 4090")
     with pytest.raises(InputError, match="hardware=c500, but device 0 .* RTX 4090'; use the file of that device"):
-        validate_devices(HardwareConfig(name="c500", product_name="C500", vendor="MetaX"), _Card(), 1, folder)
+        validate_devices(HardwareConfig(name="c500", product_name="C500", vendor="MetaX"), _FakeDevice(), 1, folder)
     monkeypatch.undo()
-    monkeypatch.setattr(_Card, "device_name", lambda self, index: "NVIDIA H200 NVL")
+    monkeypatch.setattr(_FakeDevice, "device_name", lambda self, index: "NVIDIA H200 NVL")
     with pytest.raises(InputError, match="'NVIDIA H200 NVL'; use hardware=cuda"):
-        validate_devices(HardwareConfig(name="h200", device_name_pattern="NVIDIA H200$"), _Card(), 1, folder)
-    monkeypatch.setattr(_Card, "device_name", lambda self, index: "KUNLUN P800")
-    hints = validate_devices(HardwareConfig(name="r300", product_name="R300", vendor="Kunlunxin"), _Card(), 1, folder)
+        validate_devices(HardwareConfig(name="h200", device_name_pattern="NVIDIA H200$"), _FakeDevice(), 1, folder)
+    monkeypatch.setattr(_FakeDevice, "device_name", lambda self, index: "KUNLUN P800")
+    hints = validate_devices(
+        HardwareConfig(name="r300", product_name="R300", vendor="Kunlunxin"), _FakeDevice(), 1, folder
+    )
     assert hints == ["device 0 is 'KUNLUN P800'; hardware=r300 has the specification of R300"]
     monkeypatch.undo()
     other = validate_devices(
-        HardwareConfig(name="h100", device_name_pattern="H100", memory_gib=40.0), _Card(), 1, folder
+        HardwareConfig(name="h100", device_name_pattern="H100", memory_gib=40.0), _FakeDevice(), 1, folder
     )
     assert "device 0 has 79.1 GiB" in other[0]
 
 
-def test_a_slice_of_a_card_is_not_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mig_slice_is_rejected_under_a_device_name(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = ROOT / "conf" / "hardware"
-    monkeypatch.setattr(_Card, "device_name", lambda *_: "NVIDIA H100 80GB HBM3 MIG 1g.10gb")
-    monkeypatch.setattr(_Card, "total_memory", lambda *_: 9.75 * 2**30)
+    monkeypatch.setattr(_FakeDevice, "device_name", lambda *_: "NVIDIA H100 80GB HBM3 MIG 1g.10gb")
+    monkeypatch.setattr(_FakeDevice, "total_memory", lambda *_: 9.75 * 2**30)
     h100 = validate_config(compose_config("train", ["hardware=h100"]), TrainConfig).hardware
     with pytest.raises(InputError, match="device 0 is a MIG slice.*use hardware=cuda"):
-        validate_devices(h100, _Card(), 1, folder)
-    assert validate_devices(HardwareConfig(name="cuda"), _Card(), 1, folder) == []
+        validate_devices(h100, _FakeDevice(), 1, folder)
+    assert validate_devices(HardwareConfig(name="cuda"), _FakeDevice(), 1, folder) == []
     assert (
-        len(validate_devices(HardwareConfig(name="mine", vendor="NVIDIA", product_name="My slice"), _Card(), 1, folder))
+        len(
+            validate_devices(
+                HardwareConfig(name="mine", vendor="NVIDIA", product_name="My slice"), _FakeDevice(), 1, folder
+            )
+        )
         == 1
     )
 
@@ -221,18 +229,18 @@ def test_a_slice_of_a_card_is_not_the_card(monkeypatch: pytest.MonkeyPatch) -> N
         ("a100", "NVIDIA A100X", False),
     ],
 )
-def test_names_of_cards_match_as_a_whole(file: str, name: str, fits: bool) -> None:
+def test_device_name_patterns_match_whole_names(file: str, name: str, fits: bool) -> None:
     pattern = str(OmegaConf.load(ROOT / "conf" / "hardware" / f"{file}.yaml").device_name_pattern)
     assert (re.search(pattern, name) is not None) == fits
 
 
-def test_what_a_card_is_called_must_be_a_pattern(tmp_path: Path) -> None:
+def test_invalid_device_name_pattern_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("name: mine\ndevice_name_pattern: C500 (64G\n")
     with pytest.raises(InputError, match="mine.yaml: device_name_pattern=C500 .64G: not a regular expression"):
-        validate_devices(HardwareConfig(name="cuda"), _Card(), 1, tmp_path)
+        validate_devices(HardwareConfig(name="cuda"), _FakeDevice(), 1, tmp_path)
 
 
-def test_no_vendor_outside_its_places() -> None:
+def test_vendor_names_occur_only_in_the_hardware_package() -> None:
     names = "kunlunxin|xmlir|xpytorch|iluvatar|metax|hygon|nvidia|cuda|nvml|nccl|xccl|bkcl|xacc|xpu"
     names += "|r300|a100|h[12]00|bi_v100|k100|c500"
     found = subprocess.run(

@@ -26,7 +26,7 @@ def scales(overflows: List[bool], config: LossScaleConfig) -> List[float]:
     return found
 
 
-def test_the_first_overflow_is_forgiven_the_second_halves() -> None:
+def test_hysteresis_delays_halving_of_the_loss_scale() -> None:
     config = LossScaleConfig(initial=64, window=3, hysteresis=2, minimum=1)
     assert scales([True, True, True], config) == [64, 32, 16]
     # The allowance is renewed when the scale doubles, not by a single good step.
@@ -42,7 +42,7 @@ def test_it_never_falls_below_the_minimum() -> None:
     window=st.integers(1, 6),
     hysteresis=st.integers(1, 4),
 )
-def test_the_published_rule(overflows: List[bool], window: int, hysteresis: int) -> None:
+def test_loss_scale_matches_the_megatron_rule(overflows: List[bool], window: int, hysteresis: int) -> None:
     """Megatron's counters, as its code states them: iterations since the last overflow, and an allowance."""
     scale, allowance, last_overflow, expected = 256.0, hysteresis, -1, []
     for iteration, overflow in enumerate(overflows):
@@ -60,7 +60,7 @@ def test_the_published_rule(overflows: List[bool], window: int, hysteresis: int)
     assert scales(overflows, config) == expected
 
 
-def test_a_restored_scale_goes_on_alike() -> None:
+def test_restored_loss_scale_continues_identically() -> None:
     config = LossScaleConfig(initial=64, window=3, hysteresis=2, minimum=1)
     one, other = DynamicLossScale(config), DynamicLossScale(config)
     for overflow in (True, False, False):
@@ -72,7 +72,7 @@ def test_a_restored_scale_goes_on_alike() -> None:
         assert one.get_scale() == pytest.approx(other.get_scale())
 
 
-def test_a_runtimes_own_scaler_takes_its_place() -> None:
+def test_runtime_loss_scaler_replaces_the_default() -> None:
     """The double halves at once at an overflow and doubles after `window` good steps; a checkpoint has its state."""
     spec = importlib.util.spec_from_file_location("double", str(DOUBLE))
     assert spec is not None
@@ -105,7 +105,7 @@ def test_a_runtimes_own_scaler_takes_its_place() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp16", "amp"])
-def test_the_published_window(precision: str) -> None:
+def test_loss_scale_config_matches_published_values(precision: str) -> None:
     scaling = validate_config(compose_config("train", [f"precision={precision}"]), TrainConfig).precision.loss_scale
     assert scaling is not None
     assert (scaling.window, scaling.hysteresis, scaling.minimum) == (1000, 2, 1)

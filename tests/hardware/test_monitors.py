@@ -43,7 +43,7 @@ def old_line(used: str, total: str = "32768MiB") -> str:
     return " ".join(fields)
 
 
-def test_the_examples_in_the_documentation() -> None:
+def test_monitor_doctests_pass() -> None:
     assert doctest.testmod(monitors).failed == 0
 
 
@@ -73,18 +73,18 @@ def test_any_text_is_read_without_an_error(text: str) -> None:
     assert parse_xpu_smi(text) == [] or text
 
 
-def test_names_of_cards() -> None:
+def test_device_names_are_parsed() -> None:
     text = "\n".join(["a head line", new_line(0, 1), new_line(5, "N/A"), '"nobody"'])
     assert parse_names(text) == {0: "KUNLUN R300", 5: "KUNLUN R300"}
 
 
 @given(st.text())
-def test_names_of_any_text(text: str) -> None:
+def test_device_name_parser_accepts_any_text(text: str) -> None:
     assert all(name in text for name in parse_names(text).values())
 
 
 @pytest.mark.parametrize(("visible", "card"), [("", 1), ("4,7", 7), ("4", 1), ("4, 7 ", 7), ("GPU-a,GPU-b", None)])
-def test_a_visible_device_is_a_card_of_the_machine(
+def test_visible_device_maps_to_physical_device_index(
     visible: str, card: Optional[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOME_VISIBLE_DEVICES", visible)
@@ -100,7 +100,7 @@ def test_the_tool_is_found_on_the_path(tmp_path: Path, monkeypatch: pytest.Monke
     assert [entry.used_mib for entry in xpu_readings()] == [2048]
 
 
-def test_what_the_tool_prints_need_not_be_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_xpu_smi_output_with_invalid_utf8_is_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool = tmp_path / "xpu_smi"
     tool.write_text(f"#!/bin/sh\nprintf 'xpu_smi 4.0, 46 \\260C\\n'\necho '{old_line('2048MiB')}'\n")
     tool.chmod(0o755)
@@ -108,7 +108,7 @@ def test_what_the_tool_prints_need_not_be_text(tmp_path: Path, monkeypatch: pyte
     assert [entry.used_mib for entry in xpu_readings()] == [2048]  # the heading has the word, and is no card
 
 
-def test_the_total_of_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_xpu_total_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool = tmp_path / "xpu-smi"
     tool.write_text(f"#!/bin/sh\necho '{new_line(3, 2048)}'\n")
     tool.chmod(0o755)
@@ -116,7 +116,7 @@ def test_the_total_of_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (xpu_total_memory(3), xpu_total_memory(0), xpu_total_memory(None)) == (32768 * 2**20, None, None)
 
 
-def test_nvml_by_a_double_of_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvml_readings_with_a_fake_package(monkeypatch: pytest.MonkeyPatch) -> None:
     """No card was in reach: the double has the functions of nvidia-ml-py that are called."""
 
     def memory(handle: int, version: int = 1) -> SimpleNamespace:
@@ -152,7 +152,7 @@ def test_nvml_by_a_double_of_its_package(monkeypatch: pytest.MonkeyPatch) -> Non
     assert nvml_readings() == []
 
 
-def test_processors_by_files_like_the_kernels(tmp_path: Path) -> None:
+def test_cpu_monitor_reads_rapl_counters(tmp_path: Path) -> None:
     zone = tmp_path / "intel-rapl:0"
     zone.mkdir()
     (zone / "name").write_text("package-0\n")
@@ -238,7 +238,9 @@ def test_devices_by_uuid_or_mig_name_have_their_own_readings(
         "",
     ],
 )
-def test_an_error_is_no_driver_version(printed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvidia_smi_error_is_not_a_driver_version(
+    printed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tool = tmp_path / "nvidia-smi"
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     for text, version in ((printed, None), ("555.42.06\n555.42.06", "555.42.06")):
@@ -247,6 +249,6 @@ def test_an_error_is_no_driver_version(printed: str, tmp_path: Path, monkeypatch
         assert nvidia_driver_version() == version
 
 
-def test_a_card_whose_memory_is_full_is_read() -> None:
+def test_reading_of_a_device_with_full_memory_is_parsed() -> None:
     (reading,) = parse_xpu_smi_m(new_line(0, 32768))
     assert (reading.used_mib, reading.total_mib) == (32768, 32768)

@@ -12,7 +12,7 @@ from lit_glm.config.schema import LossScaleConfig
 from lit_glm.hardware.precision import FP16Precision
 from lit_glm.hardware.runtimes import cpu
 from lit_glm.model.glm import Linear
-from runs.test_runs import DEBUG, _same, _start, _wait_for_steps, result
+from runs.test_runs import DEBUG, _assert_same_results, _start, _wait_for_steps, result
 
 NEW = not torch.__version__.startswith("1.")
 needs_half = pytest.mark.skipif(not NEW, reason="torch 1.12 has no fp16 products on the processor")
@@ -24,7 +24,9 @@ WEIGHTS = {"fp32": torch.float32, "bf16": torch.float32, "amp": torch.float32, "
     "precision",
     ["fp32", "bf16", pytest.param("amp", marks=needs_half), pytest.param("fp16", marks=needs_half)],
 )
-def test_what_is_computed(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dtypes_of_compute_weights_and_moments_per_precision(
+    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     products: Set[Any] = set()
     weights: Set[Any] = set()
     moments: Set[Any] = set()
@@ -56,7 +58,7 @@ def test_what_is_computed(precision: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert list(rows(run / "steps.csv")[0])[-1] == "loss_scale"
 
 
-def test_a_processor_without_bf16_units_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_without_bf16_instructions_gives_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "bf16_instructions", lambda: ["AMX tiles"])
     monkeypatch.setattr(cpu, "accumulates_bf16_in_fp32", lambda: True)
     assert cpu.CPURuntime().precision_hint("bf16") == ""
@@ -69,12 +71,12 @@ def test_a_processor_without_bf16_units_is_said(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.skipif(NEW, reason="today's torch computes fp16 on the processor")
 @pytest.mark.parametrize("precision", ["amp", "fp16"])
-def test_a_processor_without_fp16_is_refused_at_start(precision: str, tmp_path: Path, capfd: Any) -> None:
+def test_fp16_on_unsupported_cpu_is_rejected_at_start(precision: str, tmp_path: Path, capfd: Any) -> None:
     assert lit_glm_here("train", *GOLDEN_RUN, f"precision={precision}", f"hydra.run.dir={tmp_path}") == 2
     assert f"precision={precision}: not supported by runtime cpu with torch" in capfd.readouterr().err
 
 
-def test_a_precision_that_a_chip_lacks_is_refused(tmp_path: Path, capfd: Any) -> None:
+def test_precision_not_listed_in_the_hardware_file_is_rejected(tmp_path: Path, capfd: Any) -> None:
     chip = ["hardware=r300", "hardware.runtime=simulated", "precision=bf16"]
     assert lit_glm_here("train", *GOLDEN_RUN, *chip, f"hydra.run.dir={tmp_path}") == 2
     assert "precision=bf16: not supported by R300; supported: fp32, amp, fp16" in capfd.readouterr().err
@@ -82,7 +84,7 @@ def test_a_precision_that_a_chip_lacks_is_refused(tmp_path: Path, capfd: Any) ->
 
 @needs_half
 @pytest.mark.parametrize("precision", ["amp", "fp16"])
-def test_an_overflow_is_left_out_and_the_scale_halves(precision: str, tmp_path: Path) -> None:
+def test_overflow_skips_the_step_and_halves_the_scale(precision: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     scaling = ["precision.loss_scale.initial=1e9", "precision.loss_scale.hysteresis=1", "run.max_steps=12"]
     assert lit_glm_here("train", *GOLDEN_RUN, f"precision={precision}", *scaling, f"hydra.run.dir={run}") == 0
@@ -99,7 +101,7 @@ def test_an_overflow_is_left_out_and_the_scale_halves(precision: str, tmp_path: 
 
 @needs_half
 @pytest.mark.slow
-def test_fp16_goes_on_as_if_it_had_not_been_stopped(tmp_path: Path) -> None:
+def test_resumed_fp16_run_equals_uninterrupted_run(tmp_path: Path) -> None:
     """The masters and the scale are in the checkpoint."""
     how = ["precision=fp16", "precision.loss_scale.initial=1e8", "data.num_workers=0", "run.max_steps=20"]
     whole, run = tmp_path / "whole", tmp_path / "run"
@@ -113,7 +115,7 @@ def test_fp16_goes_on_as_if_it_had_not_been_stopped(tmp_path: Path) -> None:
     assert [row["loss_scale"] for row in rows(run / "steps.csv")] == [
         row["loss_scale"] for row in rows(whole / "steps.csv")
     ]
-    _same(run, whole, tmp_path)
+    _assert_same_results(run, whole, tmp_path)
 
 
 @pytest.mark.unit

@@ -45,7 +45,7 @@ def test_golden_steps(topology: str, tmp_path: Path) -> None:
 
 @native
 @pytest.mark.parametrize("spelling", ["synchronize", "xpu_synchronize"])
-def test_the_vendors_own_ways(spelling: str, tmp_path: Path) -> None:
+def test_xmlir_run_uses_vendor_checkpointing_and_empties_the_cache(spelling: str, tmp_path: Path) -> None:
     """Switches before the import, the vendor's checkpointing and scaler, the cache emptied after each step."""
     code = (
         "import sys, json, torch_xmlir as v\n"
@@ -92,14 +92,14 @@ def test_switches_are_set_before_the_package_is_imported_in_every_rank(tmp_path:
 
 
 @native
-def test_more_cards_than_are_visible(tmp_path: Path) -> None:
+def test_more_devices_than_visible_are_rejected(tmp_path: Path) -> None:
     done = lit_glm("train", *CHIP, "topology=1x2", cwd=tmp_path, env=doubles(XPU_VISIBLE_DEVICES="3"))
     assert done.returncode == 2
     assert "topology=1x2 needs 2 devices per node; runtime xmlir finds 1" in done.stderr
 
 
 @native
-def test_a_tree_needs_pairs_of_nodes(tmp_path: Path) -> None:
+def test_bkcl_tree_with_odd_number_of_nodes_is_rejected(tmp_path: Path) -> None:
     env = doubles(MASTER_ADDR="127.0.0.1", MASTER_PORT="29999", NODE_RANK="1")
     nodes = ["topology.num_nodes=3", "topology.devices_per_node=1"]
     done = lit_glm("train", *CHIP, *nodes, cwd=tmp_path, env=env)
@@ -109,7 +109,7 @@ def test_a_tree_needs_pairs_of_nodes(tmp_path: Path) -> None:
 
 
 @native
-def test_the_runtimes_own_memory_counts_where_it_tells_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_xmlir_peak_memory_uses_runtime_statistics_if_available(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(DOUBLES))
     from lit_glm.hardware.runtimes.kunlunxin import XMLIRRuntime
 
@@ -127,7 +127,7 @@ def test_a_precision_that_the_stack_cannot_compute(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.__version__.startswith("1."), reason="about torch 2")
-def test_the_native_runtime_is_not_for_todays_torch(tmp_path: Path) -> None:
+def test_xmlir_native_runtime_rejects_current_torch(tmp_path: Path) -> None:
     done = lit_glm("train", *CHIP, cwd=tmp_path, env=doubles())
     assert done.returncode == 2
     assert "is not the 1.12.1+cpu of the native runtime" in done.stderr

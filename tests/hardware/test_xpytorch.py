@@ -56,7 +56,7 @@ def ask(env: Dict[str, str]) -> Any:
     return json.loads(done.stdout)
 
 
-def test_auto_finds_it_and_memory_is_the_monitors(env: Dict[str, str]) -> None:
+def test_auto_selects_xpytorch_with_memory_from_the_monitor(env: Dict[str, str]) -> None:
     name, backend, tf32, cards, device, names, peak, total, at_import = ask({**env, "CUDA_VISIBLE_DEVICES": "0,5"})
     assert (name, backend, tf32, cards, device) == ("xpytorch", "nccl", False, 2, "cuda:1")
     assert names == ["KUNLUN R300", "KUNLUN R300"]
@@ -64,11 +64,11 @@ def test_auto_finds_it_and_memory_is_the_monitors(env: Dict[str, str]) -> None:
     assert at_import == {"BKCL_TIMEOUT": "1800", "XACC": "1"}  # set before the import
 
 
-def test_without_a_monitor_the_allocator_is_asked(env: Dict[str, str]) -> None:
+def test_memory_comes_from_the_allocator_without_a_monitor(env: Dict[str, str]) -> None:
     assert ask({**env, "PATH": "/nowhere"})[5:7] == [["", ""], 7 * 2**30]
 
 
-def test_a_package_without_cards_is_said(env: Dict[str, str], tmp_path: Path) -> None:
+def test_vendor_package_without_devices_is_reported(env: Dict[str, str], tmp_path: Path) -> None:
     done = lit_glm("train", "hardware=r300", *GOLDEN_RUN, cwd=tmp_path, env={**env, "DOUBLE_CARDS": "0"})
     assert done.returncode == 2
     assert "xmlir: torch_xmlir is installed, but torch" in done.stderr

@@ -29,13 +29,13 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_one_node_finds_a_port_itself() -> None:
+def test_single_node_uses_a_free_port() -> None:
     node = resolve_node(TopologyConfig(1, 2))
     assert (node.rank, node.address, node.port) == (0, "127.0.0.1", 0)  # the supervisor takes a free one
     check_port(free_port())
 
 
-def test_several_nodes_need_their_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_multiple_nodes_require_rendezvous_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NODE_RANK", "1")
     with pytest.raises(InputError, match="missing here: MASTER_ADDR, MASTER_PORT"):
         resolve_node(TopologyConfig(2, 8))
@@ -45,7 +45,7 @@ def test_several_nodes_need_their_variables(monkeypatch: pytest.MonkeyPatch) -> 
     assert (node.rank, node.address, node.port) == (1, "10.0.0.1", 29500)
 
 
-def test_variables_of_a_step_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_step_with_several_tasks_error_gives_srun_options(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_STEP_NUM_NODES", "")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "")
     check_node_count(TopologyConfig(1, 2))
@@ -71,7 +71,7 @@ def test_a_variable_out_of_range(name: str, value: str, monkeypatch: pytest.Monk
         resolve_node(TopologyConfig(2, 8))
 
 
-def test_slurm_must_have_started_as_many_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_node_count_must_match_the_topology(monkeypatch: pytest.MonkeyPatch) -> None:
     for key, text in {
         "MASTER_ADDR": "h",
         "MASTER_PORT": "29500",
@@ -92,7 +92,7 @@ def test_slurm_must_have_started_as_many_nodes(monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 @pytest.mark.parametrize("devices", [1, 8])
-def test_one_node_that_is_one_of_several(
+def test_single_node_topology_on_several_nodes_is_rejected(
     name: str, value: str, said: str, devices: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, value)
@@ -100,14 +100,14 @@ def test_one_node_that_is_one_of_several(
         check_node_count(TopologyConfig(1, devices))
 
 
-def test_one_task_of_slurms_is_one_node(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_slurm_task_is_a_single_node(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_STEP_NUM_NODES", "1")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     monkeypatch.setenv("NODE_RANK", "0")
     assert resolve_node(TopologyConfig(1, 8)).rank == 0
 
 
-def test_a_busy_port_is_said() -> None:
+def test_busy_master_port_is_rejected() -> None:
     with socket.socket() as busy:
         busy.bind(("", 0))
         busy.listen(1)
@@ -135,7 +135,7 @@ def test_nodes_that_both_end_do_not_wait_for_each_other(monkeypatch: pytest.Monk
     check_port(port)
 
 
-def test_an_outer_torchrun_must_fit_the_topology(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_external_torchrun_must_match_the_topology(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not is_external_rank(TopologyConfig(1, 2))
     ranks = {"TORCHELASTIC_RUN_ID": "x", "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
     for key, text in ranks.items():
@@ -145,12 +145,12 @@ def test_an_outer_torchrun_must_fit_the_topology(monkeypatch: pytest.MonkeyPatch
         is_external_rank(TopologyConfig(1, 2))
 
 
-def test_the_way_to_this_machine_is_its_loopback() -> None:
+def test_network_interface_to_localhost_is_loopback() -> None:
     assert network_interface_to("127.0.0.1") == "lo"
     assert network_interface_to("no such host.invalid") is None
 
 
-def test_a_host_whose_own_name_is_its_loopback_is_reached_by_its_default_route(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_network_interface_for_loopback_hostname_uses_default_route(monkeypatch: pytest.MonkeyPatch) -> None:
     """As Debian and Ubuntu set a host up: 127.0.1.1 in /etc/hosts."""
     eth = SimpleNamespace(family=socket.AF_INET, address="10.0.0.5")
     lo = SimpleNamespace(family=socket.AF_INET, address="127.0.1.1")

@@ -70,7 +70,7 @@ def tied(ranks: List["subprocess.Popen[str]"]) -> None:
 
 
 @pytest.mark.parametrize("lost", [0, 2])
-def test_a_rank_that_is_killed_ends_the_others(lost: int, tmp_path: Path) -> None:
+def test_killed_rank_terminates_the_other_ranks(lost: int, tmp_path: Path) -> None:
     ranks = start(tmp_path, "waits", "waits", "waits")
     tied(ranks)
     began = time.monotonic()
@@ -82,7 +82,7 @@ def test_a_rank_that_is_killed_ends_the_others(lost: int, tmp_path: Path) -> Non
     assert time.monotonic() - began < 10
 
 
-def test_a_host_that_is_out_of_reach_ends_the_other(two_hosts: List[str], tmp_path: Path) -> None:
+def test_unreachable_host_terminates_the_other_host(two_hosts: List[str], tmp_path: Path) -> None:
     """Nothing is closed when a cable is pulled: the kernel's probes notice."""
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     command = [sys.executable, "-c", RANK, str(tmp_path)]
@@ -101,7 +101,7 @@ def test_a_host_that_is_out_of_reach_ends_the_other(two_hosts: List[str], tmp_pa
         assert f"rank {rank} exits: lost rank {1 - rank} on host{1 - rank}: killed or unreachable" in said
 
 
-def test_a_rank_that_fails_ends_the_others(tmp_path: Path) -> None:
+def test_failed_rank_terminates_the_other_ranks(tmp_path: Path) -> None:
     ranks = start(tmp_path, "waits", "fails", "waits")
     tied(ranks)
     outputs = [rank.communicate(timeout=20)[1] for rank in ranks]
@@ -110,7 +110,7 @@ def test_a_rank_that_fails_ends_the_others(tmp_path: Path) -> None:
     assert all("time.sleep(60)" in outputs[rank] or "in <module>" in outputs[rank] for rank in (0, 2))  # where it was
 
 
-def test_an_error_that_comes_from_an_interrupt_is_told_from_others(tmp_path: Path) -> None:
+def test_error_caused_by_a_peer_interrupt_exits_as_interrupted(tmp_path: Path) -> None:
     for fate, status in (("stops", 143), ("fails", 1)):
         folder = tmp_path / fate
         folder.mkdir()
@@ -130,7 +130,7 @@ def test_a_rank_that_is_interrupted_interrupts_the_others(tmp_path: Path) -> Non
     assert all("exits: rank 2" in said and "was interrupted" in said for said in outputs[:2])
 
 
-def test_ranks_that_end_well_end_nobody(tmp_path: Path) -> None:
+def test_successful_ranks_do_not_terminate_each_other(tmp_path: Path) -> None:
     ranks = start(tmp_path, "ends", "ends", "ends")
     tied(ranks)
     outputs = [rank.communicate(timeout=20)[1] for rank in ranks]
@@ -138,7 +138,7 @@ def test_ranks_that_end_well_end_nobody(tmp_path: Path) -> None:
     assert outputs == ["", "", ""]
 
 
-def test_strangers_are_sent_away(tmp_path: Path) -> None:
+def test_unauthenticated_connection_is_closed(tmp_path: Path) -> None:
     ranks = start(tmp_path, "ends")
     told = tmp_path / "told"
     while not told.exists():
@@ -153,7 +153,7 @@ def test_strangers_are_sent_away(tmp_path: Path) -> None:
         assert rank.communicate(timeout=20)[1] == ""
 
 
-def test_a_rank_that_cannot_reach_the_first_says_so(tmp_path: Path) -> None:
+def test_rank_that_cannot_reach_rank_0_raises(tmp_path: Path) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]

@@ -6,7 +6,7 @@ from lit_glm.errors import InputError
 from lit_glm.launch import process_group
 
 
-def test_a_backend_that_nobody_has_registered_is_wrong_input() -> None:
+def test_unregistered_collective_backend_is_rejected() -> None:
     process_group._check_backend("gloo", "cpu")
     process_group._check_backend("NCCL", "cuda")
     with pytest.raises(InputError, match="hardware=typo: its collective backend newccl is registered by neither torch"):

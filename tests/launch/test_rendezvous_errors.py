@@ -18,7 +18,7 @@ from runs.processes import free_port
 
 
 @pytest.mark.parametrize(("status", "kind"), [(0, NothingToDo), (1, RunError), (2, InputError), (143, Interrupted)])
-def test_a_node_ends_as_the_one_that_ended_first(status: int, kind: type) -> None:
+def test_node_exits_with_the_status_of_the_first_exited_node(status: int, kind: type) -> None:
     error = _error_of({"status": status, "node": 0, "reason": "some reason"})
     assert type(error) is kind
     assert getattr(error, "exit_status", 0) == status
@@ -26,7 +26,7 @@ def test_a_node_ends_as_the_one_that_ended_first(status: int, kind: type) -> Non
     assert not is_known_to_all(Interrupted(15) if kind is Interrupted else kind("an error of its own"))
 
 
-def test_ranks_that_have_joined_hear_of_a_signal_to_node_0(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_joined_ranks_are_notified_of_a_signal_to_node_0(monkeypatch: pytest.MonkeyPatch) -> None:
     """The store ends with rank 0; without notice they would see a lost connection."""
     port = free_port()
     heard: List[Any] = []

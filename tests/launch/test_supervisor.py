@@ -93,7 +93,7 @@ def run(folder: Path, *fates: str, when: Optional[Callable[[Path], Any]] = None,
 
 
 @pytest.fixture(autouse=True)
-def _surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _clean_environment_and_signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No PYTHONPATH of the user's, which would come before the ranks'; a signal that comes late ends no test."""
     monkeypatch.delenv("PYTHONPATH", raising=False)
     before = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
@@ -118,7 +118,7 @@ def test_without_a_signal_the_earliest_failure_decides(tmp_path: Path) -> None:
     assert (tmp_path / "asked-0").exists()
 
 
-def test_wrong_input_is_one_message(tmp_path: Path) -> None:
+def test_invalid_input_of_a_rank_raises_input_error(tmp_path: Path) -> None:
     error = run(tmp_path, "refuses", "works")
     assert isinstance(error, InputError)
     assert str(error) == "no such file"
@@ -152,7 +152,7 @@ def test_a_signal_lets_ranks_save(number: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.process
-def test_a_signal_after_the_last_step_interrupts_nothing(tmp_path: Path) -> None:
+def test_signal_after_the_last_step_is_not_an_error(tmp_path: Path) -> None:
     def when(_folder: Path) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -183,7 +183,7 @@ def test_a_second_ctrl_c_kills_at_once(tmp_path: Path) -> None:
     assert error.exit_status == 130
 
 
-def test_ranks_that_hang_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hanging_ranks_are_terminated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Stalls:
         def __init__(self, *_: Any) -> None:
             pass
@@ -198,7 +198,7 @@ def test_ranks_that_hang_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "rank 0 is stopped" in str(error)
 
 
-def test_what_a_rank_has_started_ends_with_it(tmp_path: Path) -> None:
+def test_child_processes_are_terminated_with_their_rank(tmp_path: Path) -> None:
     run(tmp_path, "has_a_child")
     pid, limit = int((tmp_path / "child").read_text()), time.monotonic() + 30
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:  # nobody reaps it here
@@ -206,7 +206,7 @@ def test_what_a_rank_has_started_ends_with_it(tmp_path: Path) -> None:
         time.sleep(0.05)
 
 
-def test_a_handler_of_somebody_elses_is_called_in_the_end(tmp_path: Path) -> None:
+def test_previous_signal_handler_is_called_after_the_ranks_stop(tmp_path: Path) -> None:
     """Submitit's puts a job back into the queue."""
     called: List[Tuple[int, bool]] = []
     before = signal.signal(signal.SIGUSR2, lambda number, _: called.append((number, (tmp_path / "asked-0").exists())))

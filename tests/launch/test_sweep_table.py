@@ -51,7 +51,7 @@ def test_each_job_has_a_row_of_its_own(tmp_path: Path) -> None:
     assert (tmp_path / "sweep.md").read_text() == text + "\n"
 
 
-def test_a_run_that_a_search_asks_for_again_is_one_row(tmp_path: Path) -> None:
+def test_combination_repeated_by_a_search_is_one_row(tmp_path: Path) -> None:
     again = left(tmp_path / "0")
     note(tmp_path, 0, again, 0, "bs=9,lr=1")
     note(tmp_path, 1, again, 0, "bs=9,lr=1", n=0)

@@ -43,7 +43,7 @@ def this_rank(tmp_path: Path) -> Iterator[Heartbeat]:
     faulthandler.unregister(signal.SIGUSR1)
 
 
-def test_silence_is_counted_from_the_last_sign_or_from_the_start(
+def test_heartbeat_age_counts_from_last_heartbeat_or_start(
     tmp_path: Path, this_rank: Heartbeat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [time.time()]
@@ -68,7 +68,7 @@ def test_silence_is_counted_from_the_last_sign_or_from_the_start(
     assert last_heartbeat(tmp_path, [7, 0]) == 0.0
 
 
-def test_a_rank_that_still_waits_for_others_to_join_has_given_no_sign(
+def test_rank_waiting_in_rendezvous_has_no_heartbeat(
     tmp_path: Path, this_rank: Heartbeat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [time.time()]
@@ -84,7 +84,7 @@ def test_a_rank_that_still_waits_for_others_to_join_has_given_no_sign(
     assert last_heartbeat(tmp_path, [0]) > 0
 
 
-def test_a_sign_is_given_at_most_once_a_second(tmp_path: Path, this_rank: Heartbeat) -> None:
+def test_heartbeat_is_written_at_most_once_per_second(tmp_path: Path, this_rank: Heartbeat) -> None:
     file = tmp_path / "ranks" / "0"
     this_rank()
     os.utime(file, (1, 1))
@@ -96,7 +96,7 @@ def test_a_sign_is_given_at_most_once_a_second(tmp_path: Path, this_rank: Heartb
     assert file.exists()  # whoever has taken it away
 
 
-def test_it_is_said_which_rank_is_where(tmp_path: Path) -> None:
+def test_stack_traces_of_all_ranks_are_collected(tmp_path: Path) -> None:
     ranks: List[Any] = [
         subprocess.Popen([sys.executable, "-c", RANK, str(tmp_path), str(rank)], stdout=subprocess.PIPE)
         for rank in range(4)
@@ -129,7 +129,7 @@ def test_it_is_said_which_rank_is_where(tmp_path: Path) -> None:
     assert collect_stack_traces(tmp_path, [1]) == ["rank 1 has exited"]
 
 
-def test_a_process_whose_work_hangs_ends(tmp_path: Path) -> None:
+def test_watchdog_terminates_a_hanging_process(tmp_path: Path) -> None:
     code = (
         "import os, sys, time, pathlib; from lit_glm.launch.heartbeat import Heartbeat\n"
         "from lit_glm.launch.heartbeat import StallWatchdog, run_watchdog\n"

@@ -13,7 +13,7 @@ from lit_glm.metrics.system_info import ContentionMonitor
 from lit_glm.runs.result import annotations
 
 
-class Cards(Runtime):
+class FakeDeviceRuntime(Runtime):
     """A double: cards of which a driver counts the processes."""
 
     def __init__(self, processes: Optional[int]) -> None:
@@ -30,8 +30,8 @@ def _spin(seconds: float) -> None:
 
 
 @pytest.mark.slow
-def test_own_work_is_not_others_and_anothers_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    others = ContentionMonitor(Cards(None), 1)
+def test_external_cpu_load_excludes_own_child_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = ContentionMonitor(FakeDeviceRuntime(None), 1)
     others.sample()
     assert others.external_cpu_load is None  # too early to tell
     child = subprocess.Popen([sys.executable, "-c", "while True: pass"])
@@ -45,7 +45,7 @@ def test_own_work_is_not_others_and_anothers_is(monkeypatch: pytest.MonkeyPatch)
     assert with_child is not None
     # As if this process were somebody else's.
     monkeypatch.setattr(ContentionMonitor, "_tree_cpu_seconds", lambda _: 0.0)
-    stranger = ContentionMonitor(Cards(None), 1)
+    stranger = ContentionMonitor(FakeDeviceRuntime(None), 1)
     _spin(2.5)
     assert stranger.sample_if_due() is None  # not every moment
     stranger.sample()
@@ -54,8 +54,8 @@ def test_own_work_is_not_others_and_anothers_is(monkeypatch: pytest.MonkeyPatch)
     assert alone >= 0.8 / (os.cpu_count() or 1)
 
 
-def test_other_processes_on_the_cards_are_said_once() -> None:
-    others = ContentionMonitor(Cards(3), 1)
+def test_other_device_processes_are_logged_once() -> None:
+    others = ContentionMonitor(FakeDeviceRuntime(3), 1)
     said = others.sample()
     assert said is not None
     assert "2 other processes" in said
@@ -63,13 +63,13 @@ def test_other_processes_on_the_cards_are_said_once() -> None:
     assert others.external_device_processes == 2
 
 
-def test_alone_on_the_cards_nothing_is_said() -> None:
-    others = ContentionMonitor(Cards(1), 1)
+def test_nothing_is_logged_without_other_device_processes() -> None:
+    others = ContentionMonitor(FakeDeviceRuntime(1), 1)
     assert others.sample() is None
     assert others.external_device_processes == 0
 
 
-def test_a_row_is_marked() -> None:
+def test_row_of_a_contended_run_is_annotated() -> None:
     row = {"status": "finished", "external_cpu_load": 0.42}
     assert annotations(row) == ["contention: other processes used 42% of the CPUs"]
     assert annotations({**row, "external_cpu_load": 0.05}) == []

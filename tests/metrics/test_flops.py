@@ -37,7 +37,7 @@ def counted(config: TrainConfig, batch: Any) -> float:
     return float(counter.get_total_flops())
 
 
-def test_shared_context_against_torchs_counter(split: MemmapDataset) -> None:
+def test_shared_context_flops_match_torch_flop_counter(split: MemmapDataset) -> None:
     config = configuration("model.attention=matmul")
     batch = collate_packed(split, list(range(6)))
     model = config.model
@@ -47,7 +47,7 @@ def test_shared_context_against_torchs_counter(split: MemmapDataset) -> None:
     assert counted(config, batch) == pytest.approx(formula + unneeded, rel=1e-9)
 
 
-def test_published_against_torchs_counter(split: MemmapDataset) -> None:
+def test_published_flops_match_torch_flop_counter(split: MemmapDataset) -> None:
     config = configuration("scoring=published", "model.attention=matmul", "model.activation_checkpointing=false")
     batch = collate_padded(split, [0, 1], 96)
     sequences = batch.score_shape[0] * batch.score_shape[1]
@@ -56,7 +56,7 @@ def test_published_against_torchs_counter(split: MemmapDataset) -> None:
 
 @pytest.mark.parametrize("scoring", ["shared_context", "published"])
 @pytest.mark.parametrize("topology", ["1x1", "1x4"])
-def test_work_of_steps_is_that_of_their_batches(split: MemmapDataset, scoring: str, topology: str) -> None:
+def test_flop_counter_totals_match_the_batches(split: MemmapDataset, scoring: str, topology: str) -> None:
     config = configuration(f"scoring={scoring}", f"topology={topology}", "bs=2")
     data = RecordDataModule(config, split, lambda: 0, False, lambda: None)
     counter = FlopCounter(config, split, data.sampler(0, 0))
@@ -80,7 +80,7 @@ def test_work_of_steps_is_that_of_their_batches(split: MemmapDataset, scoring: s
         assert (work.flops, work.rows, work.candidates) == pytest.approx((flops, rows, candidates))
 
 
-def test_no_utilisation_without_a_peak() -> None:
+def test_mfu_is_null_without_a_peak() -> None:
     rates = compute_mfu(configuration(), WorkTotals(1e12, 1000, 10), 2.0, 5.0, None)
     assert (rates["mfu"], rates["mfu_flagperf"]) == (None, None)
     assert (rates["tokens_per_s"], rates["candidates_per_s"]) == (500.0, 5.0)
@@ -90,7 +90,7 @@ def peak_of(config: TrainConfig) -> Optional[float]:
     return config.hardware.peak_tflops[peak_key(config, True)]
 
 
-def test_utilisation_by_hand() -> None:
+def test_mfu_equals_hand_computed_values() -> None:
     config = configuration("hardware=a100", "topology=1x2")
     rates = compute_mfu(config, WorkTotals(39e12, 1000, 10), 2.0, 10.0, peak_of(config))
     assert rates["mfu"] == pytest.approx(39e12 / 2 / (2 * 19.5e12))
@@ -101,14 +101,14 @@ def test_utilisation_by_hand() -> None:
     )
 
 
-def test_tf32_that_a_chip_does_not_have_costs_no_figure() -> None:
+def test_peak_of_fp32_is_used_without_tf32() -> None:
     asked = "precision.tf32=true"
     assert peak_key(configuration("hardware=a100", asked), has_tf32=False) == "fp32"
     assert peak_key(configuration("hardware=bi_v100", asked), has_tf32=True) == "fp32"
     assert peak_key(configuration("hardware=cuda", asked), has_tf32=True) == "tf32"  # a card without a file of its own
 
 
-def test_balancing_evens_out_the_ranks() -> None:
+def test_balancing_reduces_rank_imbalance() -> None:
     eval_split = open_dataset(EVAL_FILE, True, None)
     found = {}
     for balance in ("true", "false"):

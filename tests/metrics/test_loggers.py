@@ -55,7 +55,7 @@ READERS: Dict[str, Callable[[Path], Set[str]]] = {
 
 
 @pytest.fixture(scope="module")
-def with_all(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_with_all_loggers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with every logger whose package is here, all at once."""
     place = tmp_path_factory.mktemp("loggers")
     there = [name for name in sorted(READERS) if name == "csv" or importlib.util.find_spec(name) is not None]
@@ -66,13 +66,13 @@ def with_all(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("logger", sorted(READERS))
-def test_a_logger_gets_all_curves(logger: str, with_all: Path) -> None:
+def test_logger_receives_all_metrics(logger: str, run_with_all_loggers: Path) -> None:
     if logger != "csv":
         pytest.importorskip(logger)
-    assert READERS[logger](with_all) >= NAMES
+    assert READERS[logger](run_with_all_loggers) >= NAMES
 
 
-def test_a_logger_whose_package_is_missing_is_said(tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logger_with_missing_package_is_rejected(tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     monkeypatch.chdir(tmp_path)
@@ -87,7 +87,7 @@ def test_a_logger_whose_package_is_missing_is_said(tmp_path: Path, capfd: Any, m
 
 
 @pytest.mark.process
-def test_a_callback_that_cannot_be_imported_is_said(
+def test_callback_that_cannot_be_created_is_rejected(
     tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

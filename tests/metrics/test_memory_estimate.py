@@ -70,7 +70,7 @@ SHAPE = ["model.num_layers=6", "model.hidden_size=256", "model.num_attention_hea
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dropout", ["0.0", "0.1"])
-def test_the_estimate_is_near_what_the_kernel_counts(dropout: str, tmp_path: Path) -> None:
+def test_memory_estimate_is_close_to_measured_memory(dropout: str, tmp_path: Path) -> None:
     overrides = [*SHAPE, "bs=8", f"model.hidden_dropout={dropout}", f"model.attention_dropout={dropout}"]
     done = subprocess.run([sys.executable, "-c", MEASURE, *overrides], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -115,7 +115,7 @@ def test_activations_of_groups_padded_to_equal_size(groups: int, lengths: List[i
     assert guess.activations == pytest.approx(sum(saved.values()), rel=0.15 if lengths[0] == 40 or groups == 1 else 0.4)
 
 
-def test_parameters_are_those_of_the_model() -> None:
+def test_parameter_count_matches_the_model() -> None:
     for name in ("glm_tiny", "glm_large"):
         config = validate_config(compose_config("train", [f"model={name}"]), TrainConfig)
         assert count_parameters(config.model) == sum(
@@ -123,7 +123,7 @@ def test_parameters_are_those_of_the_model() -> None:
         )
 
 
-def test_lengths_from_the_file_and_from_the_compact_form() -> None:
+def test_sequence_lengths_from_hdf5_and_cache_agree() -> None:
     split = open_dataset(TRAIN_FILE, False, None)
     of_split = SequenceLengths.from_dataset(split)
     of_file = SequenceLengths.from_hdf5(TRAIN_FILE)

@@ -37,7 +37,7 @@ def test_points_at_each_tenth_step_and_each_evaluation() -> None:
     assert done == ["bs 4", "0: val/acc", f"10: {every}", f"12: {every} val/acc"]
 
 
-class Server:
+class FakeLogger:
     """A double of a logger whose server is away, or slow."""
 
     def __init__(self, fails: bool = False, slow_s: float = 0.0) -> None:
@@ -51,9 +51,9 @@ class Server:
         self.points.append((metrics, step))
 
 
-def test_a_server_that_fails_costs_a_run_its_curves_alone(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_failing_logger_does_not_stop_the_run(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(loggers, "_PAUSE_S", 0.01)
-    server = Server(fails=True)
+    server = FakeLogger(fails=True)
     logger = loggers.BackgroundLogger(server)
     for step in range(5):
         logger.log_metrics({"a": 1.0}, step)
@@ -64,7 +64,7 @@ def test_a_server_that_fails_costs_a_run_its_curves_alone(monkeypatch: pytest.Mo
 
 
 def test_a_slow_server_does_not_hold_up_steps(capsys: Any) -> None:
-    server = Server(slow_s=0.1)
+    server = FakeLogger(slow_s=0.1)
     logger, begun = loggers.BackgroundLogger(server, wait_s=0.3), time.monotonic()
     for step in range(20):
         logger.log_metrics({"a": 1.0}, step)
@@ -72,7 +72,7 @@ def test_a_slow_server_does_not_hold_up_steps(capsys: Any) -> None:
     logger.close()
     assert time.monotonic() - begun < 0.1 * 20
     assert "curves are incomplete" in capsys.readouterr().err
-    quick = Server()
+    quick = FakeLogger()
     logger = loggers.BackgroundLogger(quick)
     for step in range(20):
         logger.log_metrics({"a": 1.0}, step)

@@ -20,7 +20,7 @@ PROFILE = [*GOLDEN_RUN, "run.max_steps=8", "callbacks=profile", "callbacks.profi
 
 
 @pytest.mark.process
-def test_a_run_leaves_its_profile_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_profile_is_written_and_logged(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run = tmp_path / "run"
     assert lit_glm_here("train", *PROFILE, "callbacks.profile.steps=2", f"hydra.run.dir={run}") == 0
     assert f"profile of steps 3 to 4: {run}/profile/kernels.md" in capsys.readouterr().out
@@ -37,7 +37,7 @@ def test_a_run_leaves_its_profile_and_says_so(tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.process
-def test_its_figures_are_not_mixed_with_others(tmp_path: Path) -> None:
+def test_profiled_runs_are_not_merged_with_others(tmp_path: Path) -> None:
     plain, profiled = tmp_path / "plain", tmp_path / "profiled"
     assert lit_glm_here("train", *GOLDEN_RUN, "run.max_steps=4", f"hydra.run.dir={plain}") == 0
     how = [*GOLDEN_RUN, "run.max_steps=4", "callbacks=profile", "callbacks.profile.from_step=1"]
@@ -48,20 +48,20 @@ def test_its_figures_are_not_mixed_with_others(tmp_path: Path) -> None:
     assert "profiled" not in hashed_settings(JobSpec.read(plain).config)
 
 
-def test_a_run_that_is_too_short_says_that_nothing_was_profiled(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_run_too_short_to_profile_logs_a_message(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     how = [*GOLDEN_RUN, "run.max_steps=2", "callbacks=profile", f"hydra.run.dir={tmp_path}/run"]
     assert lit_glm_here("train", *how) == 0
     assert "no step was profiled: the run ended after step 2" in capsys.readouterr().out
     assert not (tmp_path / "run" / "profile").exists()
 
 
-def test_a_profile_from_step_nought_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_profile_from_step_zero_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     how = [*GOLDEN_RUN, "callbacks=profile", "callbacks.profile.from_step=0", f"hydra.run.dir={tmp_path}/run"]
     assert lit_glm_here("train", *how) == 2
     assert "callbacks.profile.from_step=0" in capsys.readouterr().err
 
 
-def test_the_tables_are_torchs_own_numbers() -> None:
+def test_profile_summary_matches_torch_profiler() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         for _ in range(3):
             float((torch.ones(8, 8) @ torch.ones(8, 8)).sum())
@@ -76,12 +76,12 @@ def test_the_tables_are_torchs_own_numbers() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), max_size=9))
-def test_time_that_several_cover_counts_once(spans: list) -> None:
+def test_covered_length_counts_overlaps_once(spans: list) -> None:
     covered = {moment for start, length in spans for moment in range(start, start + length)}
     assert _covered_length([(start, start + length) for start, length in spans]) == len(covered)
 
 
-def test_only_a_profiled_configuration_says_so() -> None:
+def test_profiled_flag_requires_the_profile_callback() -> None:
     for callbacks, profiled in (("default", False), ("profile", True), ("none", False)):
         config = validate_config(compose_config("train", [f"callbacks={callbacks}"]), TrainConfig)
         assert config.profiled is profiled

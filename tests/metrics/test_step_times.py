@@ -14,7 +14,7 @@ def test_percentiles_leave_the_warm_up_out() -> None:
     assert step_time_summary([2.0]) == {"p50": 2.0, "p90": 2.0, "p99": 2.0, "mean": 2.0, "count": 1}
 
 
-def test_a_long_first_batch_is_no_slow_start() -> None:
+def test_long_first_batch_is_not_a_warmup_slowdown() -> None:
     flops = np.array([8.0, 1.0, 2.0, 1.0, 4.0, 2.0])
     even = warmup_slowdown(flops * 0.5, flops)
     assert even == pytest.approx({"count": 1, "seconds": 4.0, "slowdown": 1.0})
@@ -25,5 +25,5 @@ def test_a_long_first_batch_is_no_slow_start() -> None:
 @pytest.mark.parametrize(
     ("seconds", "flops"), [([1.0] * 4, [1.0] * 4), ([1.0] * 9, [0.0] * 9), ([], []), ([1.0] * 9, [1.0] * 8)]
 )
-def test_nothing_is_said_of_what_is_not_known(seconds: "list[float]", flops: "list[float]") -> None:
+def test_warmup_slowdown_is_none_without_data(seconds: "list[float]", flops: "list[float]") -> None:
     assert warmup_slowdown(seconds, flops) is None

@@ -14,7 +14,7 @@ def _commit(folder: Path, *files: str) -> None:
     command_output("git", "-C", str(folder), *name, "commit", "-q", "-m", "x")
 
 
-def test_the_commit_is_that_of_the_packages_own_checkout(tmp_path: Path) -> None:
+def test_source_commit_is_that_of_the_package_checkout(tmp_path: Path) -> None:
     command_output("git", "init", "-q", str(tmp_path))
     own, installed = tmp_path / "src", tmp_path / ".venv" / "package"
     for folder in (own, installed):

@@ -23,7 +23,7 @@ RESULT = {
 }  # fmt: skip
 
 
-def test_definitions() -> None:
+def test_throughput_definitions() -> None:
     result = throughput_metrics(1200, PhaseDurations(pure_compute=100.0, no_eval=120.0, raw_train=150.0, init=30.0))
     assert (result["p_core"], result["p_train"], result["p_whole"]) == (12.0, 10.0, 8.0)
     assert (result["init_time"], result["raw_train_time"]) == (30.0, 150.0)
@@ -35,7 +35,7 @@ def test_no_number_without_time_or_samples(seconds: PhaseDurations) -> None:
     assert throughput_metrics(0, PhaseDurations(1.0, 1.0, 1.0))["p_core"] is None
 
 
-def test_the_slowest_rank_of_an_earlier_part_counts_after_a_resume(tmp_path: Path) -> None:
+def test_slowest_rank_of_an_earlier_part_is_kept_after_resume(tmp_path: Path) -> None:
     steps = AppendOnlyCSV(tmp_path / "steps.csv", STEP_COLUMNS)
     for step in (1, 2):  # of rank 0
         steps.add(**{**dict.fromkeys(STEP_COLUMNS, 1.0), "step": step})
@@ -114,11 +114,11 @@ def test_published_formats() -> None:
 @pytest.mark.parametrize(
     ("change", "mark"), [({"simulated": True}, "simulated"), ({"status": "interrupted"}, "interrupted")]
 )
-def test_what_is_no_measurement_is_marked(change: "dict[str, object]", mark: str) -> None:
+def test_row_that_is_not_a_measurement_is_marked(change: "dict[str, object]", mark: str) -> None:
     assert f"({mark})" in table_cells({**RESULT, **change})[0]
 
 
-def test_a_table_of_both_scorings_names_them_and_a_name_adds_no_cell() -> None:
+def test_table_of_both_scorings_names_them_and_escapes_pipes() -> None:
     one, other = {**RESULT, "reused_from": "/a|b"}, {**RESULT, "scoring": "published"}
     rows = results_table([one, other]).splitlines()
     assert len({len(row) for row in rows}) == 1

@@ -27,7 +27,7 @@ def losses(run: Path, *arguments: str) -> Any:
     ("precision", "scoring", "bound"),
     [("fp32", "shared_context", 1e-5), ("bf16", "shared_context", 0.05), ("fp32", "published", 1e-5)],
 )
-def test_losses_are_those_of_eager_mode(precision: str, scoring: str, bound: float, tmp_path: Path) -> None:
+def test_compiled_losses_match_eager_mode(precision: str, scoring: str, bound: float, tmp_path: Path) -> None:
     from torch._dynamo.utils import counters
 
     own = [f"precision={precision}", f"scoring={scoring}"]
@@ -41,7 +41,7 @@ def test_losses_are_those_of_eager_mode(precision: str, scoring: str, bound: flo
 
 
 @pytest.mark.slow
-def test_without_a_compiler_the_run_is_refused_in_one_sentence(tmp_path: Path) -> None:
+def test_compile_without_a_compiler_is_rejected(tmp_path: Path) -> None:
     done = lit_glm(
         "train",
         "experiment=debug",
@@ -56,7 +56,7 @@ def test_without_a_compiler_the_run_is_refused_in_one_sentence(tmp_path: Path) -
     assert "Traceback" not in done.stderr
 
 
-def test_a_torch_without_compile_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_with_torch_without_compile_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     from lit_glm.errors import InputError
 
     monkeypatch.delattr(torch, "compile")

@@ -29,7 +29,9 @@ def with_gradients(picked: Tensor, h: Tensor, embeddings: Tensor) -> Any:
 
 @pytest.mark.parametrize("elements", [1, 3 * V, 10 * V, T * V - 1, T * V])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_any_slices_give_torchs_numbers(elements: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunked_log_probabilities_match_torch(
+    elements: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     h, embeddings, targets = parts(dtype)
     table = (h @ embeddings.t()).float()
     expected = with_gradients(table.log_softmax(1).gather(1, targets[:, None])[:, 0], h, embeddings)
@@ -45,7 +47,7 @@ def test_any_slices_give_torchs_numbers(elements: int, dtype: torch.dtype, monke
     assert found[0].dtype is torch.float32
 
 
-def test_the_whole_table_at_once_as_a_card_may_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unchunked_log_probabilities_match_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     h, embeddings, targets = parts()
     found = with_gradients(log_probabilities(h, embeddings, targets), h, embeddings)
     h, embeddings, targets = parts()
@@ -64,7 +66,7 @@ def test_the_whole_table_at_once_as_a_card_may_take_it(monkeypatch: pytest.Monke
         pytest.param("bf16", "published", marks=pytest.mark.slow),
     ],
 )
-def test_training_by_slices_is_the_same(
+def test_training_with_chunked_lm_head_gives_same_losses(
     precision: str, scoring: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The golden vocabulary is small: without this, runs in tests would take the head in one block."""
@@ -79,7 +81,7 @@ def test_training_by_slices_is_the_same(
     assert losses[1] == pytest.approx(losses[0], abs=1e-5 if precision == "fp32" else 0.02)
 
 
-def test_a_second_backward_pass_is_refused_rather_than_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_backward_pass_of_lm_head_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     picked = log_probabilities(*parts()).sum()
     picked.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="inplace operation"):

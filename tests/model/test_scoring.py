@@ -25,7 +25,7 @@ from lit_glm.model.scoring import EVAL_MASK, TRAIN_MASK, candidate_loss, candida
 LIMIT = 48
 
 
-class Letters:
+class LetterTokenizer:
     """A tokenizer for tests: every letter a token."""
 
     eos, cls, mask, sop, eop = 0, 1, 2, 3, 4
@@ -34,8 +34,8 @@ class Letters:
         return [5 + ord(char) % 40 for char in text]
 
 
-def split_of(questions: List[Question], tmp_path: Path) -> MemmapDataset:
-    encoded = encode_questions(questions, Letters(), LIMIT)  # type: ignore[arg-type]
+def make_split(questions: List[Question], tmp_path: Path) -> MemmapDataset:
+    encoded = encode_questions(questions, LetterTokenizer(), LIMIT)  # type: ignore[arg-type]
     assert not encoded.too_long
     writer = SparseWriter(tmp_path / "some.hdf5", LIMIT)
     writer.add(encoded.columns, encoded.separators, encoded.counts, encoded.right)
@@ -73,7 +73,7 @@ def model(gelu: str = "tanh") -> GLM:
 @given(batch=st.lists(questions.filter(fits), min_size=1, max_size=4))
 @pytest.mark.slow
 def test_both_scorings_give_the_same_scores(batch: List[Question], tmp_path: Path) -> None:
-    split, glm = split_of(batch, tmp_path), model()
+    split, glm = make_split(batch, tmp_path), model()
     indices = list(range(len(batch)))
     for empty in (TRAIN_MASK, EVAL_MASK):
         flat = candidate_scores(glm, collate_packed(split, indices), empty)
@@ -94,7 +94,7 @@ SPECIAL = {
 @pytest.mark.parametrize("case", sorted(SPECIAL))
 @pytest.mark.parametrize("gelu", ["tanh", "erf"])
 def test_special_batches_with_gradients(case: str, gelu: str, tmp_path: Path) -> None:
-    split, glm = split_of([SPECIAL[case], SPECIAL["one candidate"]], tmp_path), model(gelu)
+    split, glm = make_split([SPECIAL[case], SPECIAL["one candidate"]], tmp_path), model(gelu)
     gradients: List[Any] = []
     for batch in (collate_packed(split, [0, 1]), collate_padded(split, [0, 1], LIMIT)):
         glm.zero_grad()
@@ -107,7 +107,7 @@ def test_special_batches_with_gradients(case: str, gelu: str, tmp_path: Path) ->
 
 
 def test_contexts_that_differ_make_groups(tmp_path: Path) -> None:
-    batch = collate_packed(split_of([SPECIAL["contexts that differ"]], tmp_path), [0])
+    batch = collate_packed(make_split([SPECIAL["contexts that differ"]], tmp_path), [0])
     assert len(batch.context_lengths) > 1
     assert sum(batch.context_lengths) + sum(batch.candidate_rows) == len(batch.tokens)
 
@@ -118,7 +118,7 @@ CONTEXTS, ROWS = [5, 9, 1], [4, 2, 6]
 OWNER = [0, 0, 1, 1, 2, 2, 3, 3, 3, 4, 4, 4]
 
 
-def plan_of(kind: Any, kernel: str = "auto", device: str = "cpu") -> Any:
+def make_attention_layout(kind: Any, kernel: str = "auto", device: str = "cpu") -> Any:
     if kind is PaddedAttention:
         return kind.from_index(
             build_padding_index(np.array(CONTEXTS), np.array(ROWS), np.array(OWNER)).to(device),
@@ -139,10 +139,10 @@ def outputs_and_gradients(plans: List[Any], qkv: torch.Tensor, candidates_only: 
 
 
 @pytest.mark.parametrize("candidates_only", [False, True])
-def test_ways_of_attending_are_equal(candidates_only: bool) -> None:
+def test_attention_layouts_and_kernels_agree(candidates_only: bool) -> None:
     torch.manual_seed(0)
     qkv = torch.randn(27, 3 * 16)
-    plans = [plan_of(kind, kernel) for kind in (PerGroupAttention, PaddedAttention) for kernel in KERNELS]
+    plans = [make_attention_layout(kind, kernel) for kind in (PerGroupAttention, PaddedAttention) for kernel in KERNELS]
     outputs, gradients = outputs_and_gradients(plans, qkv, candidates_only)
     for out, gradient in zip(outputs[1:], gradients[1:]):
         torch.testing.assert_close(outputs[0], out, atol=1e-5, rtol=0)
@@ -151,10 +151,10 @@ def test_ways_of_attending_are_equal(candidates_only: bool) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA card here")
 @pytest.mark.parametrize("candidates_only", [False, True])
-def test_ways_of_attending_are_equal_on_a_card(candidates_only: bool) -> None:
+def test_attention_layouts_agree_on_cuda(candidates_only: bool) -> None:
     torch.manual_seed(0)
     qkv = torch.randn(27, 3 * 64).cuda()
-    plans = [plan_of(kind, device="cuda") for kind in (PerGroupAttention, PaddedAttention)]
+    plans = [make_attention_layout(kind, device="cuda") for kind in (PerGroupAttention, PaddedAttention)]
     outputs, gradients = outputs_and_gradients(plans, qkv, candidates_only)
     for out, gradient in zip(outputs[1:], gradients[1:]):
         torch.testing.assert_close(outputs[0], out, atol=1e-4, rtol=0)
@@ -172,7 +172,7 @@ def test_padded_sequences_by_every_kernel(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_products_a_few_sequences_at_a_time_are_the_same(dropout: float) -> None:
+def test_chunked_matmul_attention_matches_unchunked(dropout: float) -> None:
     torch.manual_seed(0)
     qkv, found = torch.randn(5 * 8, 3 * 16), []
     one_by_one = lambda like, p: (torch.rand(like.shape) >= p, 1.0 / (1.0 - p))  # noqa: E731 (parts draw as the whole)
@@ -189,7 +189,7 @@ def test_products_a_few_sequences_at_a_time_are_the_same(dropout: float) -> None
         torch.testing.assert_close(gradient, found[0][1], atol=1e-6, rtol=0)
 
 
-def test_a_kernel_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unavailable_attention_kernel_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     check_attention_available("auto")
     check_attention_available("matmul")
     monkeypatch.setattr("lit_glm.model.attention.has_fused_attention", lambda: False)
@@ -201,7 +201,7 @@ def test_a_kernel_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) 
 def test_activation_checkpointing_changes_nothing(scoring: str, tmp_path: Path) -> None:
     from lit_glm.hardware.runtimes.cpu import CPURuntime
 
-    split = split_of([SPECIAL["contexts that differ"]], tmp_path)
+    split = make_split([SPECIAL["contexts that differ"]], tmp_path)
     batch = collate_packed(split, [0]) if scoring == "flat" else collate_padded(split, [0], LIMIT)
     gradients = []
     for recompute in (False, True):
@@ -220,7 +220,7 @@ def test_activation_checkpointing_changes_nothing(scoring: str, tmp_path: Path) 
 def test_padding_to_recurring_sizes_changes_no_score_and_no_gradient(
     batch: List[Question], pad_to: int, tmp_path: Path
 ) -> None:
-    split, glm, found = split_of(batch, tmp_path), model(), []
+    split, glm, found = make_split(batch, tmp_path), model(), []
     plain = collate_packed(split, list(range(len(batch))))
     for one in (plain, pad_packed(plain, pad_to)):
         glm.zero_grad()
@@ -235,11 +235,11 @@ def test_padding_to_recurring_sizes_changes_no_score_and_no_gradient(
         torch.testing.assert_close(padded_gradients[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_lengths_of_real_news_come_in_few_shapes(tmp_path: Path) -> None:
+def test_padded_batches_have_few_distinct_shapes(tmp_path: Path) -> None:
     """What a runtime that compiles for each shape would compile in 200 steps."""
     draw = np.random.Generator(np.random.PCG64(0)).integers
     entries = [question("h" * int(draw(12, LIMIT - 16)), "a", "b", ["ab"] * int(draw(2, 30))) for _ in range(200 * 4)]
-    split, shapes = split_of(entries, tmp_path), set()
+    split, shapes = make_split(entries, tmp_path), set()
     for first in range(0, len(entries), 4):
         padded = pad_packed(collate_packed(split, range(first, first + 4)), 16)
         shapes.add((len(padded.tokens), len(padded.targets), len(padded.slot), padded.padding_index.gather.shape))
@@ -247,7 +247,7 @@ def test_lengths_of_real_news_come_in_few_shapes(tmp_path: Path) -> None:
 
 
 def test_many_candidates_add_no_groups(tmp_path: Path) -> None:
-    split = split_of([question("h" * 30, "a", "b", ["ab"] * 150), question("h" * 30, "a", "b", ["ab"] * 3)], tmp_path)
+    split = make_split([question("h" * 30, "a", "b", ["ab"] * 150), question("h" * 30, "a", "b", ["ab"] * 3)], tmp_path)
     plain = collate_packed(split, [0, 1])
     padded = pad_packed(plain, 16)
     assert len(padded.context_lengths) == len(plain.context_lengths) == 2

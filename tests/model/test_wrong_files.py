@@ -38,7 +38,7 @@ def tar() -> bytes:
         (lambda: b"\x00" * 4096, "is not a torch file"),
     ],
 )
-def test_no_checkpoint(content: Callable[[], bytes], said: str, tmp_path: Path) -> None:
+def test_file_that_is_not_a_checkpoint_is_described(content: Callable[[], bytes], said: str, tmp_path: Path) -> None:
     path = tmp_path / "blocklm-large-blank.pt"
     path.write_bytes(content())
     with pytest.raises(InputError, match=said) as raised:
@@ -49,7 +49,7 @@ def test_no_checkpoint(content: Callable[[], bytes], said: str, tmp_path: Path) 
     assert "weights_only" not in text
 
 
-def test_weights_that_stand_directly_are_listed_shortly(tmp_path: Path) -> None:
+def test_bare_state_dict_error_lists_a_few_names(tmp_path: Path) -> None:
     torch.save({f"layer.{number}.weight": torch.zeros(1) for number in range(293)}, str(tmp_path / "bare.pt"))
     with pytest.raises(InputError, match="layer.0.weight, .* and 285 more; these are weights") as raised:
         read_weights(tmp_path / "bare.pt")
@@ -57,7 +57,7 @@ def test_weights_that_stand_directly_are_listed_shortly(tmp_path: Path) -> None:
 
 
 @pytest.mark.process
-def test_a_run_folder_is_evaluated_as_it_was_trained(
+def test_evaluate_uses_the_configuration_of_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -82,7 +82,7 @@ def test_a_run_folder_is_evaluated_as_it_was_trained(
 
 
 @pytest.mark.process
-def test_a_run_is_evaluated_on_its_own_device_where_that_is_present(
+def test_evaluate_uses_the_device_of_the_run_if_available(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -103,11 +103,11 @@ def test_a_run_is_evaluated_on_its_own_device_where_that_is_present(
         assert (told["hardware"], told["simulated"]) == ("cpu", False)
 
 
-def test_the_golden_checkpoint_is_one() -> None:
+def test_golden_checkpoint_is_readable() -> None:
     assert len(read_weights(CHECKPOINT)) > 20
 
 
-def test_of_a_run_the_newest_checkpoint_is_read(tmp_path: Path) -> None:
+def test_newest_valid_checkpoint_of_a_run_is_read(tmp_path: Path) -> None:
     run = tmp_path / "run"
     limits = ["run.max_steps=4", "run.checkpoint_interval_steps=2", "logger=none"]
     assert lit_glm_here("train", "experiment=debug", *limits, f"hydra.run.dir={run}") == 0

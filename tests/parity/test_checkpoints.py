@@ -67,7 +67,7 @@ def _save(tmp_path: Path, weights: Any, **more: Any) -> Path:
     return path
 
 
-def test_only_a_shorter_block_table_is_extended_too(tmp_path: Path) -> None:
+def test_shorter_block_position_table_is_extended(tmp_path: Path) -> None:
     weights = golden_weights()
     weights[POSITIONS[1]] = weights[POSITIONS[1]][:40].clone()
     load_checkpoint(GLM(TINY), _save(tmp_path, weights))
@@ -83,7 +83,7 @@ def test_only_a_shorter_block_table_is_extended_too(tmp_path: Path) -> None:
         (lambda w: (w.pop(POSITIONS[1]), w.update({POSITIONS[0]: torch.zeros(50, 64)})), "the file has [50, 64]"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name_and_shape(change: Any, said: str, tmp_path: Path) -> None:
+def test_mismatched_weights_error_gives_name_and_shape(change: Any, said: str, tmp_path: Path) -> None:
     weights = golden_weights()
     change(weights)
     with pytest.raises(InputError, match="does not fit") as raised:
@@ -91,7 +91,7 @@ def test_what_does_not_fit_is_refused_by_name_and_shape(change: Any, said: str, 
     assert said in str(raised.value)
 
 
-def test_random_states_of_the_published_writer_load(tmp_path: Path) -> None:
+def test_checkpoint_with_published_rng_states_loads(tmp_path: Path) -> None:
     path = _save(
         tmp_path,
         golden_weights(),
@@ -103,7 +103,7 @@ def test_random_states_of_the_published_writer_load(tmp_path: Path) -> None:
     load_checkpoint(GLM(TINY), path)
 
 
-class _Hostile:
+class _MaliciousPickle:
     def __init__(self, path: Path) -> None:
         self.path = path
 
@@ -111,18 +111,18 @@ class _Hostile:
         return (os.system, (f"touch {self.path}",))
 
 
-def test_a_hostile_file_is_refused_and_nothing_runs(tmp_path: Path) -> None:
+def test_malicious_pickle_is_rejected_without_execution(tmp_path: Path) -> None:
     mark = tmp_path / "was_here"
-    for path in (_save(tmp_path, golden_weights(), evil=_Hostile(mark)), tmp_path / "plain.pt"):
+    for path in (_save(tmp_path, golden_weights(), evil=_MaliciousPickle(mark)), tmp_path / "plain.pt"):
         if not path.exists():
-            path.write_bytes(pickle.dumps({"module": _Hostile(mark)}))
+            path.write_bytes(pickle.dumps({"module": _MaliciousPickle(mark)}))
         with pytest.raises(InputError, match="refused|truncated"):
             load_checkpoint(GLM(TINY), path)
         assert not mark.exists()
 
 
 @pytest.mark.parametrize("kind", ["truncated", "text", "no module", "missing", "no tensor"])
-def test_broken_files_are_said_to_be(kind: str, tmp_path: Path) -> None:
+def test_damaged_checkpoint_error_names_the_file(kind: str, tmp_path: Path) -> None:
     path = _save(tmp_path, golden_weights())
     if kind == "truncated":
         path.write_bytes(path.read_bytes()[:-2000])
@@ -138,7 +138,7 @@ def test_broken_files_are_said_to_be(kind: str, tmp_path: Path) -> None:
         load_checkpoint(GLM(TINY), path)
 
 
-def test_a_folder_without_the_named_iteration_is_said_to_be(tmp_path: Path) -> None:
+def test_checkpoint_folder_without_the_named_iteration_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
     with pytest.raises(InputError, match="names '7'"):
         load_checkpoint(GLM(TINY), tmp_path)
@@ -186,7 +186,7 @@ def test_model_parallel_sets_are_merged(tmp_path: Path) -> None:
         read_weights(tmp_path / "mp_rank_02_model_states.pt")
 
 
-def test_train_says_a_wrong_checkpoint_without_a_traceback(tmp_path: Path, capfd: Any) -> None:
+def test_train_rejects_invalid_checkpoint_without_traceback(tmp_path: Path, capfd: Any) -> None:
     from conftest import GOLDEN_RUN
 
     bad = tmp_path / "bad.pt"

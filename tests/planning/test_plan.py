@@ -36,7 +36,7 @@ def middle(interval: Interval) -> float:
 
 
 @pytest.mark.parametrize(("topology", "published"), [("1x8", 42.4), ("2x8", 84.9)])
-def test_from_one_a100_to_more(topology: str, published: float) -> None:
+def test_prediction_from_one_a100_matches_larger_topologies(topology: str, published: float) -> None:
     one = [row for row in load_published_rows() if row["hardware"] == "a100" and row["topology"] == "1x1"]
     found = planned(
         "hardware=a100", f"topology={topology}", "scoring=published", "precision.tf32=true", rows=one
@@ -45,7 +45,7 @@ def test_from_one_a100_to_more(topology: str, published: float) -> None:
     assert found.low <= published <= found.high
 
 
-def test_an_unknown_chip_gets_a_wide_range_and_one_without_a_peak_none() -> None:
+def test_unmeasured_device_gets_wide_range_or_error_without_peak() -> None:
     h100 = planned("hardware=h100")
     assert h100.p_core.high / h100.p_core.low > 5
     assert "no measurement of this device" in h100.evidence
@@ -55,7 +55,7 @@ def test_an_unknown_chip_gets_a_wide_range_and_one_without_a_peak_none() -> None
         planned("hardware=cuda")
 
 
-def test_the_ring() -> None:
+def test_ring_all_reduce_time() -> None:
     how = ["model.num_layers=2", "precision=fp32", "hardware.link_gbytes_s=100", "hardware.network_gbytes_s=10"]
 
     def seconds(topology: str) -> Interval:
@@ -69,7 +69,7 @@ def test_the_ring() -> None:
     assert seconds("2x8").low * (14 / 8) / (30 / 16) == pytest.approx(10 * seconds("1x8").low)  # the network is slowest
 
 
-def a_run(overhead: float, rate: float, noise: float = 0.0) -> MeasuredRun:
+def make_measured_run(overhead: float, rate: float, noise: float = 0.0) -> MeasuredRun:
     """A test double of a run whose steps hold to a line."""
     config: Any = validate_config(compose_config("plan", ["hardware=cpu", "bs=4"]), PlanConfig)
     work = Workload(config, TYPICAL, None)
@@ -82,21 +82,21 @@ def a_run(overhead: float, rate: float, noise: float = 0.0) -> MeasuredRun:
 
 @pytest.mark.parametrize("bs", [1, 2, 8, 32])
 @pytest.mark.parametrize("overhead", [0.0, 0.8])
-def test_from_a_run_to_other_batch_sizes(bs: int, overhead: float) -> None:
+def test_prediction_from_a_run_covers_other_batch_sizes(bs: int, overhead: float) -> None:
     rate = 3e11
-    found = planned("hardware=cpu", f"bs={bs}", runs=[a_run(overhead, rate, 0.05)]).step_s
+    found = planned("hardware=cpu", f"bs={bs}", runs=[make_measured_run(overhead, rate, 0.05)]).step_s
     config: Any = validate_config(compose_config("plan", ["hardware=cpu", f"bs={bs}"]), PlanConfig)
     truth = (overhead + Workload(config, TYPICAL, None).slowest_rank_flops / rate) * 1.025
     assert found.low <= truth <= found.high
 
 
-def test_lines_with_and_without_what_came_in_between() -> None:
-    everything, plain, line = a_run(0.5, 2e11).fit_cost_models()
+def test_cost_models_are_fitted_with_and_without_outliers() -> None:
+    everything, plain, line = make_measured_run(0.5, 2e11).fit_cost_models()
     assert (line.overhead, line.rate) == (pytest.approx(0.5, rel=0.01), pytest.approx(2e11, rel=0.01))
     assert plain.overhead == everything.overhead == 0.0
     assert everything.rate < plain.rate
-    assert [one.overhead for one in a_run(0.0, 2e11).fit_cost_models()] == [0.0, 0.0]
-    assert a_run(0.0, 2e11).fit_cost_models()[1].rate == pytest.approx(2e11, rel=0.01)
+    assert [one.overhead for one in make_measured_run(0.0, 2e11).fit_cost_models()] == [0.0, 0.0]
+    assert make_measured_run(0.0, 2e11).fit_cost_models()[1].rate == pytest.approx(2e11, rel=0.01)
 
 
 @given(st.lists(st.floats(0.1, 1e6), min_size=1), st.floats(0.1, 1e6))
@@ -108,7 +108,7 @@ def test_intervals(values: List[float], factor: float) -> None:
     assert one.widened(0.1).low < one.low <= one.high < one.widened(0.1).high
 
 
-def test_the_slowest_of_thousands_of_ranks_in_seconds() -> None:
+def test_thousands_of_ranks_are_planned_within_seconds() -> None:
     start = time.monotonic()
     found = planned("hardware=a100", "topology.num_nodes=512", "topology.devices_per_node=8", "bs=4")
     assert time.monotonic() - start < 30
@@ -120,14 +120,14 @@ def test_the_slowest_of_thousands_of_ranks_in_seconds() -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 1e3])
 def test_the_overhead_of_steps_of_any_size_is_found(scale: float) -> None:
-    run = a_run(0.5, 2e11)
+    run = make_measured_run(0.5, 2e11)
     run.flops, run.compute = scale * run.flops, run.compute
     assert run.fit_cost_models()[2].overhead == pytest.approx(0.5, rel=0.01)
 
 
-def test_a_run_whose_steps_have_equal_work_says_little_of_other_batch_sizes() -> None:
+def test_run_with_equal_steps_gives_wide_range_for_other_batch_sizes() -> None:
     """Its steps may take their time for calls, as of a small model, or for their arithmetic."""
-    run = a_run(0.0, 2e11)
+    run = make_measured_run(0.0, 2e11)
     run.flops[:] = run.flops.mean()
     run.compute[:] = 0.4
     same, twice = (planned("hardware=cpu", f"bs={bs}", runs=[run]).step_s for bs in (4, 8))
@@ -136,9 +136,9 @@ def test_a_run_whose_steps_have_equal_work_says_little_of_other_batch_sizes() ->
     assert twice.high > 1.8 * same.high
 
 
-def test_activation_checkpointing_is_converted() -> None:
+def test_prediction_is_converted_to_activation_checkpointing() -> None:
     plain, repeated = (
-        planned("hardware=cpu", "bs=4", f"model.activation_checkpointing={on}", runs=[a_run(0.1, 2e11)])
+        planned("hardware=cpu", "bs=4", f"model.activation_checkpointing={on}", runs=[make_measured_run(0.1, 2e11)])
         for on in ("false", "true")
     )
     assert middle(repeated.step_s) == pytest.approx(middle(plain.step_s) * 4 / 3, rel=0.01)
@@ -147,7 +147,7 @@ def test_activation_checkpointing_is_converted() -> None:
 
 
 def test_the_all_reduce_of_a_measured_run_is_not_added_again() -> None:
-    one, two = a_run(0.1, 2e11), a_run(0.1, 2e11)
+    one, two = make_measured_run(0.1, 2e11), make_measured_run(0.1, 2e11)
     two.config.topology.devices_per_node = 2
     for run in (one, two):
         run.config.hardware.link_gbytes_s = 0.01
@@ -158,9 +158,9 @@ def test_the_all_reduce_of_a_measured_run_is_not_added_again() -> None:
     assert both.step_s.high < 30
 
 
-def test_ranks_that_share_a_processor_share_its_speed() -> None:
+def test_ranks_on_one_cpu_share_its_speed() -> None:
     """Each of two ranks had half of the cores in one run, and would have it in a job planned from the other."""
-    one, two = a_run(0.1, 2e11), a_run(0.1, 2e11)
+    one, two = make_measured_run(0.1, 2e11), make_measured_run(0.1, 2e11)
     two.config.topology.devices_per_node = 2
     same, half, twice = (
         middle(planned("hardware=cpu", "bs=4", f"topology={topology}", runs=[run]).p_core)
@@ -170,8 +170,8 @@ def test_ranks_that_share_a_processor_share_its_speed() -> None:
     assert twice == pytest.approx(same, rel=0.1)
 
 
-def test_ranks_that_share_a_processor_share_its_power() -> None:
-    run = a_run(0.1, 2e11)
+def test_ranks_on_one_cpu_share_its_power() -> None:
+    run = make_measured_run(0.1, 2e11)
     run.result["power_mean_w"] = 100.0
     for topology in ("1x1", "1x4"):
         found = planned("hardware=cpu", "bs=4", f"topology={topology}", runs=[run])
@@ -179,14 +179,14 @@ def test_ranks_that_share_a_processor_share_its_power() -> None:
         assert found.energy_j.high / found.total_s.high == pytest.approx(105.0, rel=0.01)
 
 
-def test_the_peak_is_that_of_the_arithmetic_in_use() -> None:
+def test_plan_uses_the_peak_of_the_arithmetic_in_use() -> None:
     tf32, plain = (planned("hardware=a100", "precision=amp", f"precision.tf32={on}").p_core for on in ("true", "false"))
     assert (tf32.low, tf32.high) == (plain.low, plain.high)
     planned("hardware=r300", "precision.tf32=true", rows=())  # it lacks TF32
 
 
 @pytest.mark.slow
-def test_the_command_takes_lists_and_learns_from_runs(
+def test_plan_accepts_value_lists_and_measured_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -229,18 +229,18 @@ def test_the_command_takes_lists_and_learns_from_runs(
 @pytest.mark.parametrize(
     ("devices", "nodes", "per_node"), [(1, 1, 1), (8, 1, 8), (12, 2, 6), (13, 13, 1), (16, 2, 8), (100, 20, 5)]
 )
-def test_a_plot_over_devices_has_each_number_that_was_asked_for(devices: int, nodes: int, per_node: int) -> None:
+def test_even_topology_has_the_requested_number_of_devices(devices: int, nodes: int, per_node: int) -> None:
     topology = even_topology(devices, 8)
     assert (topology.num_nodes, topology.devices_per_node) == (nodes, per_node)
 
 
-def test_fit_and_energy_by_the_hardware_file() -> None:
+def test_fit_and_energy_use_the_hardware_file() -> None:
     small = planned("hardware=r300", "scoring=published", "bs=4")
     assert small.fits is True
     assert small.energy_j is not None
     assert small.energy_j.high == pytest.approx(small.total_s.high * 150.0)
     assert planned("hardware=r300", "scoring=published", "bs=400", "model.activation_checkpointing=false").fits is False
-    assert planned("hardware=cpu", runs=[a_run(0.0, 1e11)]).fits is None
+    assert planned("hardware=cpu", runs=[make_measured_run(0.0, 1e11)]).fits is None
 
 
 @given(
@@ -250,7 +250,7 @@ def test_fit_and_energy_by_the_hardware_file() -> None:
     start=st.integers(0, 200),
     limit=st.one_of(st.none(), st.integers(1, 50)),
 )
-def test_as_many_evaluations_are_planned_as_a_run_makes(
+def test_planned_number_of_evaluations_equals_that_of_a_run(
     batch: int, most: int, interval: int, start: int, limit: Any
 ) -> None:
     run = RunConfig(max_samples=most, max_steps=limit, eval_interval_samples=interval, eval_start_samples=start)
@@ -263,7 +263,7 @@ def test_as_many_evaluations_are_planned_as_a_run_makes(
     assert (work.steps(), work.evaluations(steps)) == (steps, made)
 
 
-def test_published_speed_is_that_of_the_published_work() -> None:
+def test_published_speed_is_scaled_to_the_workload() -> None:
     """Half the tokens take about half the time, and a small model does not take that of a large one."""
     published = ["hardware=r300", "topology=1x8", "scoring=published", "bs=5"]
     rows = load_published_rows()
@@ -275,7 +275,7 @@ def test_published_speed_is_that_of_the_published_work() -> None:
 
 
 @pytest.mark.process
-def test_a_limit_in_steps_holds_for_each_row_and_foreign_files_stay(
+def test_max_steps_applies_to_each_plan_row_and_user_files_are_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -294,7 +294,7 @@ def test_a_limit_in_steps_holds_for_each_row_and_foreign_files_stay(
 
 
 @pytest.mark.process
-def test_steps_of_lost_or_damaged_rows_are_left_out(finished_run: Any, tmp_path: Path) -> None:
+def test_steps_of_lost_or_damaged_rows_are_excluded(finished_run: Any, tmp_path: Path) -> None:
     whole = MeasuredRun.read(finished_run("1x1")[0])
     shutil.copytree(finished_run("1x1")[0], tmp_path / "run")
     head, *lines = (tmp_path / "run" / "steps.csv").read_text().splitlines()

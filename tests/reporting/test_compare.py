@@ -27,7 +27,7 @@ def test_compare(tmp_path: Path, capfd: Any) -> None:
     assert status == 2
 
 
-def test_compare_does_not_take_a_missing_or_broken_loss_for_none(tmp_path: Path, capfd: Any) -> None:
+def test_compare_reports_a_non_finite_loss_as_difference(tmp_path: Path, capfd: Any) -> None:
     a = make_run(tmp_path / "a", losses=[2.0, float("nan"), 1.0])
     b = make_run(tmp_path / "b", losses=[2.0, 1.5, 1.0])
     status, text, said = report(capfd, "--compare", a, b, "--max-loss-diff", "0.1")
@@ -35,14 +35,14 @@ def test_compare_does_not_take_a_missing_or_broken_loss_for_none(tmp_path: Path,
 
 
 @pytest.mark.parametrize("more", [["--format", "html"], ["--lang", "zh"], ["third"], ["--check"]])
-def test_compare_refuses_what_it_does_not_use(more: List[str], tmp_path: Path, capfd: Any) -> None:
+def test_compare_rejects_unused_options(more: List[str], tmp_path: Path, capfd: Any) -> None:
     sides = [str(make_run(tmp_path / name)) for name in "ab"]
     assert main(["--compare", *sides, *more]) == 2
     assert "it does not take" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("limit", ["nan", "-1"])
-def test_a_limit_that_is_none_is_refused(limit: str, tmp_path: Path, capfd: Any) -> None:
+def test_compare_rejects_invalid_max_loss_diff(limit: str, tmp_path: Path, capfd: Any) -> None:
     sides = [str(make_run(tmp_path / name)) for name in "ab"]
     assert main(["--compare", *sides, "--max-loss-diff", limit]) == 2
     assert f"--max-loss-diff {limit}: must be at least 0" in capfd.readouterr().err

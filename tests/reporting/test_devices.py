@@ -12,7 +12,7 @@ from reporting.folders import make_run
 
 
 @pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _chdir_to_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
@@ -21,7 +21,7 @@ def read(path: Path) -> str:
     return Path("out/report.en.md").read_text() + Path("out/report.en.html").read_text()
 
 
-def test_what_the_cards_did_is_a_figure_and_energy_a_column(tmp_path: Path) -> None:
+def test_report_has_device_readings_figure_and_energy_column(tmp_path: Path) -> None:
     run = make_run(tmp_path / "outputs" / "day" / "run", energy_j=7_200_000.0, samples_per_joule=0.0125)
     lines = [f"{5 * number},0,{card},31.5,{140 + card},60,98" for number in range(20) for card in range(8)]
     (run / "devices.csv").write_text(",".join(COLUMNS) + "\n" + "\n".join(lines) + "\n")
@@ -33,7 +33,7 @@ def test_what_the_cards_did_is_a_figure_and_energy_a_column(tmp_path: Path) -> N
     assert "power (W)" in text
 
 
-def test_without_readings_there_is_neither(tmp_path: Path) -> None:
+def test_report_without_readings_omits_figure_and_energy_column(tmp_path: Path) -> None:
     text = read(make_run(tmp_path / "outputs" / "day" / "run"))
     assert "energy (kJ)" not in text
     assert 'aria-label="Device readings' not in text
@@ -47,9 +47,7 @@ def test_without_readings_there_is_neither(tmp_path: Path) -> None:
         ("5.0", True, "fp32: no verification of this hardware, driver and precision"),
     ],
 )
-def test_the_verification_of_the_same_driver_stands_beside_a_row(
-    driver: str, passed: bool, said: str, tmp_path: Path
-) -> None:
+def test_report_row_shows_the_verification_of_its_driver(driver: str, passed: bool, said: str, tmp_path: Path) -> None:
     told = {"hardware": "r300", "driver": driver}
     status = "ok" if passed else "fail"
     environment.write_verification(
@@ -58,5 +56,5 @@ def test_the_verification_of_the_same_driver_stands_beside_a_row(
     assert said in read(make_run(tmp_path / "outputs" / "day" / "run"))
 
 
-def test_nothing_is_said_of_pretended_cards(tmp_path: Path) -> None:
+def test_simulated_run_has_no_verification_note(tmp_path: Path) -> None:
     assert "no verification of this hardware" not in read(make_run(tmp_path / "run", simulated=True))

@@ -66,7 +66,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Dict[str, List[str]]:
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
-def test_figures_of_a_report(language: str, drawn: Dict[str, List[str]], tmp_path: Path, capfd: Any) -> None:
+def test_report_figures_have_no_overlapping_text(
+    language: str, drawn: Dict[str, List[str]], tmp_path: Path, capfd: Any
+) -> None:
     for bs, lr in ((4, "1e-5"), (5, "1e-5"), (4, "2e-5"), (5, "2e-5")):
         run = make_run(tmp_path / f"{bs}{lr}", f"bs={bs}", f"lr={lr}", simulated=bs == 4)
         lines = [f"{time},0,{card},20.5,{300 + card},60,90" for time in range(0, 60, 5) for card in range(8)]
@@ -78,7 +80,9 @@ def test_figures_of_a_report(language: str, drawn: Dict[str, List[str]], tmp_pat
 
 
 @pytest.mark.process
-def test_figures_of_plan(drawn: Dict[str, List[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_figure_has_no_overlapping_text(
+    drawn: Dict[str, List[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert lit_glm_here("plan", "hardware=r300,a100", "topology=1x1,2x8", "hydra.run.dir=plan") == 0
     assert drawn == {"0": []}
@@ -90,7 +94,7 @@ def test_figures_of_plan(drawn: Dict[str, List[str]], tmp_path: Path, monkeypatc
     assert "76,800 samples, as in the published R300 1x8 run" in Path("plan/plan.md").read_text()
 
 
-def test_figure_of_tune(drawn: Dict[str, List[str]]) -> None:
+def test_tune_figure_has_no_overlapping_text(drawn: Dict[str, List[str]]) -> None:
     rates = {2**power: [20.0 * (power + 1)] for power in range(8)}
     plot_trials(rates, [256], "cpu 1x1 fp32 shared_context")
     assert drawn == {"0": []}

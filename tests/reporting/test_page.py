@@ -47,7 +47,7 @@ def browse(folder: Path, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
-def test_nothing_is_loaded_from_elsewhere(page: Path, language: str) -> None:
+def test_page_loads_no_external_resources(page: Path, language: str) -> None:
     text = (page / f"report.{language}.html").read_text(encoding="utf-8")
     assert all(place.startswith(("#", "data:")) for place in re.findall(r"""(?:src|href)=["']?([^"'> ]*)""", text))
     assert "@import" not in text
@@ -61,7 +61,7 @@ def test_nothing_is_loaded_from_elsewhere(page: Path, language: str) -> None:
 @pytest.mark.slow
 @needs_browser
 @pytest.mark.parametrize("language", ["en", "zh"])
-def test_a_browser_shows_it(page: Path, language: str) -> None:
+def test_page_renders_in_a_browser(page: Path, language: str) -> None:
     shown = browse(page, "--dump-dom", f"file://{page}/report.{language}.html")
     for text in ("p_whole", "bs=5,lr=2e-05", "SIMULATED" if language == "en" else "模拟", "&lt;b&gt;x"):
         assert text in shown, text
@@ -70,13 +70,13 @@ def test_a_browser_shows_it(page: Path, language: str) -> None:
 
 @needs_browser
 @pytest.mark.parametrize("size", ["1280,2000", "390,2000"])
-def test_it_has_a_picture_at_any_width(page: Path, size: str) -> None:
+def test_page_screenshot_at_any_width(page: Path, size: str) -> None:
     browse(page, f"--screenshot={page}/{size}.png", f"--window-size={size}", f"file://{page}/report.en.html")
     assert (page / f"{size}.png").stat().st_size > 20_000
 
 
 @needs_browser
-def test_on_a_phone_nothing_but_tables_is_wider_than_the_screen(page: Path) -> None:
+def test_page_is_not_wider_than_a_phone_screen(page: Path) -> None:
     """Measured in the page itself, in a frame as wide as a phone."""
     probe = page / "probe.html"
     probe.write_text(
@@ -91,6 +91,6 @@ def test_on_a_phone_nothing_but_tables_is_wider_than_the_screen(page: Path) -> N
 
 
 @needs_browser
-def test_it_prints(page: Path) -> None:
+def test_page_prints_to_pdf(page: Path) -> None:
     browse(page, f"--print-to-pdf={page}/page.pdf", f"file://{page}/report.en.html")
     assert (page / "page.pdf").read_bytes().startswith(b"%PDF")

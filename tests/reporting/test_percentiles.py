@@ -21,7 +21,7 @@ def test_legends_name_what_differs(tmp_path: Path) -> None:
     assert legend_labels(found[:1], Translations("en")) == [row_label(found[0], Translations("en"))]
 
 
-def test_warm_up_and_percentiles_by_hand() -> None:
+def test_warmup_steps_and_throughput_percentiles() -> None:
     assert [num_timing_warmup_steps(steps) for steps in (0, 1, 2, 20, 40, 5000)] == [0, 0, 1, 1, 2, 50]
     seconds = np.concatenate([[100.0], np.full(9, 2.0), np.full(10, 4.0)])  # the first step is warm-up
     p50, p90, p99 = throughput_percentiles(seconds, 8.0)

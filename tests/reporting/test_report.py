@@ -34,18 +34,18 @@ def tables(text: str) -> List[List[List[str]]]:
     return [[row for row in table if not set(row[0]) <= {"-", "|"}] for table in split]
 
 
-def performance(text: str) -> List[List[str]]:
+def result_rows(text: str) -> List[List[str]]:
     """Rows of all tables with the columns of results, up to the published rows."""
     measured = text.split("## Published rows")[0].split("## 已发布结果")[0]
     rows = [table for table in tables(measured) if len(table[0]) in (9, 10)]
     return [row for table in rows for row in table[1:]]
 
 
-def test_one_run_as_the_published_row(tmp_path: Path, capfd: Any) -> None:
+def test_single_run_has_the_published_row_format(tmp_path: Path, capfd: Any) -> None:
     make_run(tmp_path / "run", PUBLISHED)
     status, text, _ = report(capfd, tmp_path / "run")
     assert status == 0
-    assert performance(text) == [
+    assert result_rows(text) == [
         ["R300 1x8", "fp32", "bs=5,lr=1e-05", "2000.00", "3.40", "3.80", "4.00", "80.52%", "31.8/32.0", "1.06"]
     ]
     head = next(table[0] for table in tables(text) if len(table[0]) in (9, 10))
@@ -71,14 +71,14 @@ def test_the_chinese_document_has_the_published_fields_in_their_order(tmp_path: 
         place = found
     assert "机器型号: R480-X8" in text
     assert "训练框架版本: xmlir 0.0.1" in text
-    assert performance(text)[0][0] == "R300单机8卡（1x8）"
+    assert result_rows(text)[0][0] == "R300单机8卡（1x8）"
 
 
 def test_seeds_become_one_row_with_median_and_spread(tmp_path: Path, capfd: Any) -> None:
     for number, p_core in enumerate((4.0, 5.0, 4.2)):
         make_run(tmp_path / str(number), f"seed={number}", p_core=p_core, acc=0.80 + 0.01 * number)
     _, text, _ = report(capfd, tmp_path)
-    (row,) = performance(text)
+    (row,) = result_rows(text)
     assert row[0] == "R300 1x8 (3 runs)"
     assert row[6] == "4.20 [4.00, 5.00]"
     assert row[7] == "81.00% [80.00%, 82.00%]"
@@ -89,7 +89,7 @@ def test_runs_that_differ_in_more_than_the_seed_do_not_share_a_row(tmp_path: Pat
     make_run(tmp_path / "a")
     make_run(tmp_path / "b", "optimizer.weight_decay=0.2", p_core=9.0)
     _, text, _ = report(capfd, tmp_path)
-    assert [row[6] for row in performance(text)] in (["4.00", "9.00"], ["9.00", "4.00"])
+    assert [row[6] for row in result_rows(text)] in (["4.00", "9.00"], ["9.00", "4.00"])
     assert "optimizer.weight_decay=0.2" in text
 
 
@@ -104,13 +104,15 @@ def test_runs_that_differ_in_more_than_the_seed_do_not_share_a_row(tmp_path: Pat
         ({"interruptions": 2}, "resumed 2x"),
     ],
 )
-def test_what_must_be_known_stands_in_the_row(result: Dict[str, Any], mark: str, tmp_path: Path, capfd: Any) -> None:
+def test_row_label_contains_the_annotations_of_the_run(
+    result: Dict[str, Any], mark: str, tmp_path: Path, capfd: Any
+) -> None:
     make_run(tmp_path / "good")
     make_run(tmp_path / "other", environment={"host": "elsewhere"}, **result)
     for path in (tmp_path / "other").iterdir():
         os.utime(str(path), (1, 1))  # nobody has written there for long
     _, text, _ = report(capfd, tmp_path)
-    rows = performance(text)
+    rows = result_rows(text)
     assert len(rows) == (1 if mark in ("not converged", "resumed 2x") else 2)
     assert sum(mark in row[0] for row in rows) == 1
     if "error" in result:
@@ -129,14 +131,14 @@ def test_each_scoring_has_a_table_of_its_own(tmp_path: Path, capfd: Any) -> None
 def test_an_empty_cell_has_a_reason(tmp_path: Path, capfd: Any) -> None:
     make_run(tmp_path / "run", mem_actual_gib=None, status="failed", p_core=None, p_train=None, p_whole=None)
     _, text, _ = report(capfd, tmp_path)
-    (row,) = performance(text)
+    (row,) = result_rows(text)
     assert (row[4:7], row[8]) == (["", "", ""], "")
     assert "mem is empty" in text
     assert "p_whole, p_train, p_core is empty" in text
     assert "p_whole, p_train, p_core, mem has no value" in text.split("## Missing")[1]
 
 
-def test_ratios_only_where_everything_agrees(tmp_path: Path, capfd: Any) -> None:
+def test_ratios_require_matching_settings(tmp_path: Path, capfd: Any) -> None:
     make_run(tmp_path / "same", PUBLISHED, "hardware=a100", "bs=16", "precision.tf32=true", p_core=87.0)
     make_run(tmp_path / "fp32", PUBLISHED, "hardware=a100", "bs=16")
     make_run(tmp_path / "scoring", "hardware=a100", "bs=16", "precision.tf32=true")
@@ -149,7 +151,7 @@ def test_ratios_only_where_everything_agrees(tmp_path: Path, capfd: Any) -> None
     assert ratios.count("no ratio: simulated") == 1
 
 
-def test_what_is_missing_and_check(tmp_path: Path, capfd: Any) -> None:
+def test_check_option_lists_what_is_missing(tmp_path: Path, capfd: Any) -> None:
     make_run(tmp_path / "one", PUBLISHED, environment={"network": None, "driver": None})
     status, text, said = report(capfd, tmp_path, "--check")
     assert status == 1
@@ -170,7 +172,7 @@ def test_what_is_missing_and_check(tmp_path: Path, capfd: Any) -> None:
     assert "300 of 1000 steps were skipped" in text
 
 
-def test_the_best_run_and_rows_in_its_order(tmp_path: Path, capfd: Any) -> None:
+def test_best_and_sort_options(tmp_path: Path, capfd: Any) -> None:
     for bs, p_core, acc in ((4, 30.0, 0.81), (5, 40.0, 0.80), (6, 35.0, 0.83)):
         make_run(tmp_path / str(bs), f"bs={bs}", p_core=p_core, acc=acc)
     make_run(tmp_path / "failed", "bs=9", status="failed", p_core=99.0)
@@ -178,17 +180,17 @@ def test_the_best_run_and_rows_in_its_order(tmp_path: Path, capfd: Any) -> None:
     assert status == 0
     assert f"best of 3 by acc (83.00%): {tmp_path}/6" in text
     assert f"best of 3 by p_core (40.00): {tmp_path}/5" in report(capfd, tmp_path, "--best", "--sort", "p_core")[1]
-    rows = performance(report(capfd, tmp_path, "--sort", "p_core")[1])
+    rows = result_rows(report(capfd, tmp_path, "--sort", "p_core")[1])
     assert [row[2].split(",")[0] for row in rows] == ["bs=5", "bs=6", "bs=4", "bs=9"]
     make_run(tmp_path / "early", "bs=7", e2e_time=10.0, converged=False)  # its limit of steps came first
     assert f"{tmp_path}/early" not in report(capfd, tmp_path, "--best", "--sort", "e2e_time")[1]
-    assert performance(report(capfd, tmp_path, "--sort", "e2e_time")[1])[3][2].startswith("bs=7")
+    assert result_rows(report(capfd, tmp_path, "--sort", "e2e_time")[1])[3][2].startswith("bs=7")
     status, _, said = report(capfd, tmp_path, "--sort", "beauty")
     assert status == 2
     assert "--sort beauty: must be one of acc, p_core" in said
 
 
-def test_the_head_of_the_page_answers_at_a_glance(tmp_path: Path, capfd: Any) -> None:
+def test_page_starts_with_summary_tiles(tmp_path: Path, capfd: Any) -> None:
     origin = {"command": ["/somewhere/train.py", "hardware=r300"], "git_commit": "abcdef0123456789"}
     make_run(tmp_path / "one", PUBLISHED, environment=origin, mfu=0.31, energy_j=5.2e6, samples_per_joule=0.01)
     make_run(tmp_path / "two", PUBLISHED, "topology=1x1", converged=False)
@@ -207,7 +209,7 @@ def test_the_head_of_the_page_answers_at_a_glance(tmp_path: Path, capfd: Any) ->
     assert "<details><summary>Published rows of other devices" in page
 
 
-def test_broken_folders_cost_nobody_else(tmp_path: Path, capfd: Any) -> None:
+def test_damaged_run_folders_do_not_affect_other_runs(tmp_path: Path, capfd: Any) -> None:
     make_run(tmp_path / "good")
     for name, content in (("torn", '{"hardware": "r3'), ("list", "[1, 2]"), ("other", '{"a": 1}')):
         (tmp_path / name).mkdir()
@@ -226,7 +228,7 @@ def test_broken_folders_cost_nobody_else(tmp_path: Path, capfd: Any) -> None:
 HOSTILE = '<script>alert(1)</script>"&|`$x$ ]('
 
 
-def test_hostile_names_stay_text(tmp_path: Path, capfd: Any) -> None:
+def test_malicious_names_are_escaped(tmp_path: Path, capfd: Any) -> None:
     folder = tmp_path / "a<b>&'$x$"
     environment = {"host": HOSTILE, "machine": HOSTILE, "device_name": HOSTILE, "driver": "=cmd()"}
     make_run(folder, environment=environment, status="failed", error=HOSTILE, fix_hp="=1+1|<b>")
@@ -279,7 +281,7 @@ def test_no_runs_at_all(tmp_path: Path, capfd: Any) -> None:
     assert (status, "no run was found" in said) == (2, True)
 
 
-def test_published_rows_are_those_of_the_notes() -> None:
+def test_published_rows_have_known_values_and_sources() -> None:
     from lit_glm.reporting.published_rows import load_published_rows
 
     rows = {(row["hardware"], row["topology"], row["fix_hp"]): row for row in load_published_rows()}
@@ -289,12 +291,12 @@ def test_published_rows_are_those_of_the_notes() -> None:
     assert json.dumps(load_published_rows())
 
 
-def test_runs_of_unequal_machines_are_rows_of_their_own(tmp_path: Path, capfd: Any) -> None:
+def test_runs_on_different_machines_have_separate_rows(tmp_path: Path, capfd: Any) -> None:
     make_run(tmp_path / "a", PUBLISHED, environment={"cpu": "EPYC", "cores": 64})
     make_run(tmp_path / "b", PUBLISHED, environment={"cpu": "Xeon", "cores": 64}, p_core=160.0)
     make_run(tmp_path / "c", PUBLISHED, environment={"cpu": "EPYC", "cores": 64})
     _, text, _ = report(capfd, tmp_path)
-    assert [row[0].split(" (")[1].split(", e")[0] for row in performance(text)] == [
+    assert [row[0].split(" (")[1].split(", e")[0] for row in result_rows(text)] == [
         "#1, cpu: EPYC, 2 runs)",
         "#2, cpu: Xeon)",
     ]
@@ -303,7 +305,7 @@ def test_runs_of_unequal_machines_are_rows_of_their_own(tmp_path: Path, capfd: A
     assert "measured on a different machine or software than another row of the same name (cpu: Xeon)" in text
 
 
-def test_what_is_no_result_stands_in_a_second_table(tmp_path: Path, capfd: Any) -> None:
+def test_runs_that_are_not_results_are_in_a_second_table(tmp_path: Path, capfd: Any) -> None:
     make_run(tmp_path / "good", PUBLISHED)
     make_run(tmp_path / "rehearsed", PUBLISHED, simulated=True, p_core=900.0)
     make_run(tmp_path / "profiled", PUBLISHED, profiled=True)
@@ -313,12 +315,12 @@ def test_what_is_no_result_stands_in_a_second_table(tmp_path: Path, capfd: Any) 
     for language, heading in (("en", "Other runs"), ("zh", "其他运行")):
         _, text, _ = report(capfd, tmp_path, "--lang", language)
         results, others = text.split(heading)
-        assert len(performance(results)) == 1
-        assert len(performance(others)) == 3
+        assert len(result_rows(results)) == 1
+        assert len(result_rows(others)) == 3
         assert "77.0" not in text
     _, text, _ = report(capfd, tmp_path / "good", tmp_path / "rehearsed")
     assert "Other runs" not in text
-    assert [("SIMULATED" in row[0]) for row in performance(text)].count(True) == 1
+    assert [("SIMULATED" in row[0]) for row in result_rows(text)].count(True) == 1
     status, _, said = report(capfd, tmp_path / "tune" / "tries" / "bs5_0")
     assert status == 2
     assert "is a trial of tune" in said
@@ -338,7 +340,7 @@ def test_simulated_runs_are_marked_in_every_figure(tmp_path: Path, capfd: Any) -
         assert all(Translations(language).with_note("bs=5", word) in figure for figure in legends)
 
 
-def test_a_run_of_another_machine_runs_while_any_of_its_files_is_new(tmp_path: Path) -> None:
+def test_run_on_another_host_is_alive_while_a_file_is_recent(tmp_path: Path) -> None:
     for name, age_s in (("job.json", 4000.0), ("steps.csv", 5.0)):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (time.time() - age_s, time.time() - age_s))
@@ -347,7 +349,7 @@ def test_a_run_of_another_machine_runs_while_any_of_its_files_is_new(tmp_path: P
     assert not _is_process_alive(tmp_path, {"host": "elsewhere", "pid": 1})
 
 
-def test_the_command_of_a_sweeps_run_is_its_own_combination(tmp_path: Path) -> None:
+def test_command_of_a_sweep_run_has_its_own_overrides(tmp_path: Path) -> None:
     (tmp_path / ".hydra").mkdir()
     (tmp_path / ".hydra" / "overrides.yaml").write_text("- bs=8\n- 'lr=1e-3'\n")
     command = ["/somewhere/train.py", "bs=4,8", "lr=1e-3,2e-3", "--config-dir=/own", "-m"]
@@ -358,7 +360,7 @@ def test_the_command_of_a_sweeps_run_is_its_own_combination(tmp_path: Path) -> N
 def one_row(capfd: Any, *runs: Path) -> Any:
     """The row and the notes of runs that are repetitions of one measurement; None if they are several rows."""
     text = report(capfd, *map(str, runs))[1]
-    rows = performance(text)
+    rows = result_rows(text)
     return rows[0] if len(rows) == 1 else None
 
 
@@ -384,35 +386,33 @@ def with_settings(run: Path, **changes: Any) -> Path:
         {"model__compile": None},
     ],
 )
-def test_keys_that_decide_nothing_of_a_measurement_part_no_rows(
-    changes: Dict[str, Any], tmp_path: Path, capfd: Any
-) -> None:
+def test_keys_without_effect_on_results_do_not_split_rows(changes: Dict[str, Any], tmp_path: Path, capfd: Any) -> None:
     """Nor does a key that the version of a run did not have yet."""
     one = make_run(tmp_path / "one", PUBLISHED)
     other = with_settings(make_run(tmp_path / "other", PUBLISHED), **changes)
     assert "2 runs" in one_row(capfd, one, other)[0]
 
 
-def test_other_data_and_other_variables_are_other_rows(tmp_path: Path, capfd: Any) -> None:
+def test_different_data_or_variables_give_separate_rows(tmp_path: Path, capfd: Any) -> None:
     one = make_run(tmp_path / "one", PUBLISHED, data_fingerprint="a-b")
     assert one_row(capfd, one, make_run(tmp_path / "same", PUBLISHED, data_fingerprint="a-b"))
     data = make_run(tmp_path / "data", PUBLISHED, data_fingerprint="c-d")
     text = report(capfd, str(one), str(data))[1]
-    assert len(performance(text)) == 2
+    assert len(result_rows(text)) == 2
     assert "with data=a-b" in text
     name = next(iter(json.loads((one / "job.json").read_text())["config"]["hardware"]["env"]))
     kept = {"variables": {name: "mine"}}
     variable = make_run(tmp_path / "kept", PUBLISHED, environment=kept, data_fingerprint="a-b")
     text = report(capfd, str(one), str(variable))[1]
-    assert len(performance(text)) == 2
+    assert len(result_rows(text)) == 2
     assert f"with hardware.env.{name}=mine" in text
 
 
-def test_callbacks_and_peaks_of_the_users_are_other_rows(tmp_path: Path, capfd: Any) -> None:
+def test_user_callbacks_and_peaks_give_separate_rows(tmp_path: Path, capfd: Any) -> None:
     one = make_run(tmp_path / "one", PUBLISHED)
     slow = with_settings(make_run(tmp_path / "slow", PUBLISHED), callbacks__slow={"_target_": "mine.Slow"})
     text = report(capfd, str(one), str(slow))[1]
-    assert len(performance(text)) == 2
+    assert len(result_rows(text)) == 2
     assert "callbacks.slow._target_=mine.Slow" in text
     peak = with_settings(make_run(tmp_path / "peak", PUBLISHED), hardware__peak_tflops={"fp32": 1.0})
     assert "hardware.peak_tflops.fp32=1.0" in report(capfd, str(one), str(peak))[1]
@@ -423,7 +423,7 @@ def test_a_machine_that_is_unknown_is_named(tmp_path: Path, capfd: Any) -> None:
     environment = json.loads((other / "environment.json").read_text())
     del environment["driver"]
     (other / "environment.json").write_text(json.dumps(environment))
-    labels = [row[0] for row in performance(report(capfd, str(one), str(other))[1])]
+    labels = [row[0] for row in result_rows(report(capfd, str(one), str(other))[1])]
     assert any("driver: 4.0.25" in label for label in labels)
     assert any("driver: unknown" in label for label in labels)
 
@@ -431,7 +431,7 @@ def test_a_machine_that_is_unknown_is_named(tmp_path: Path, capfd: Any) -> None:
 def test_runs_of_unknown_machines_are_not_averaged(tmp_path: Path, capfd: Any) -> None:
     for name in ("one", "other"):
         (make_run(tmp_path / name, PUBLISHED) / "environment.json").unlink()
-    assert len(performance(report(capfd, tmp_path)[1])) == 2
+    assert len(result_rows(report(capfd, tmp_path)[1])) == 2
 
 
 def test_figures_that_only_some_runs_have_are_counted(tmp_path: Path, capfd: Any) -> None:
@@ -440,7 +440,7 @@ def test_figures_that_only_some_runs_have_are_counted(tmp_path: Path, capfd: Any
     assert "p_train is known of 1 of 2 runs" in text
 
 
-def test_lost_rows_are_the_reason_and_not_that_there_was_no_step(tmp_path: Path, capfd: Any) -> None:
+def test_null_throughput_is_not_reported_as_run_without_steps(tmp_path: Path, capfd: Any) -> None:
     run = make_run(tmp_path / "run", PUBLISHED, status="failed", p_train=None, p_core=None)
     text = report(capfd, str(run))[1]
     assert "no training step was measured" not in text
@@ -457,7 +457,7 @@ def test_a_page_of_runs_without_a_step(steps: Optional[str], tmp_path: Path, cap
     assert report(capfd, str(run), "--format", "html")[0] == 0
 
 
-def test_a_trial_of_a_search_is_no_row_wherever_it_lies(tmp_path: Path, capfd: Any) -> None:
+def test_copied_tune_trial_is_rejected(tmp_path: Path, capfd: Any) -> None:
     run = make_run(tmp_path / "copied", PUBLISHED)
     job = json.loads((run / "job.json").read_text())
     (run / "job.json").write_text(json.dumps({**job, "is_trial": True}))
@@ -465,7 +465,7 @@ def test_a_trial_of_a_search_is_no_row_wherever_it_lies(tmp_path: Path, capfd: A
     assert (status, "is a trial of tune" in said) == (2, True)
 
 
-def test_a_file_that_report_has_not_written_stays(tmp_path: Path, capfd: Any) -> None:
+def test_report_does_not_overwrite_user_files(tmp_path: Path, capfd: Any) -> None:
     make_run(tmp_path / "run", PUBLISHED)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "report.en.md").write_text("mine")
@@ -487,29 +487,29 @@ def test_a_target_below_the_published_one_has_no_ratio_of_e2e_time(tmp_path: Pat
     assert "no ratio of" not in text  # of two published rows of this pair, one has figures
 
 
-def test_runs_that_save_at_other_intervals_are_rows_of_their_own(tmp_path: Path, capfd: Any) -> None:
+def test_runs_with_different_checkpoint_intervals_have_separate_rows(tmp_path: Path, capfd: Any) -> None:
     """Throughput of the whole includes the time to save."""
     for every in ("1", "null"):
         make_run(tmp_path / every, PUBLISHED, f"run.checkpoint_interval_steps={every}")
     _, text, _ = report(capfd, tmp_path)
-    assert len(performance(text)) == 2
+    assert len(result_rows(text)) == 2
     assert "run.checkpoint_interval_steps=1" in text
 
 
-def test_a_pattern_names_no_run(tmp_path: Path, capfd: Any) -> None:
+def test_glob_pattern_selects_the_same_runs_as_the_folder(tmp_path: Path, capfd: Any) -> None:
     make_run(tmp_path / "runs" / "good", PUBLISHED)
     make_run(tmp_path / "runs" / "bad", PUBLISHED, status="failed", bs=7)
     by_folder, by_pattern = (report(capfd, tmp_path / place)[1] for place in ("runs", "runs/*"))
-    assert performance(by_folder) == performance(by_pattern)
+    assert result_rows(by_folder) == result_rows(by_pattern)
     by_file, named = (report(capfd, tmp_path / "runs" / place)[1] for place in ("bad/result.json", "bad"))
-    assert performance(by_file) == performance(named)
+    assert result_rows(by_file) == result_rows(named)
 
 
-def test_a_foreign_result_hides_no_run_and_a_partial_one_ends_nothing(tmp_path: Path, capfd: Any) -> None:
+def test_foreign_and_partial_result_files_are_tolerated(tmp_path: Path, capfd: Any) -> None:
     make_run(tmp_path / "top" / "run", PUBLISHED)
     (tmp_path / "top" / "result.json").write_text('{"x": 1}')
     status, text, said = report(capfd, tmp_path / "top")
-    assert (status, len(performance(text))) == (0, 1)
+    assert (status, len(result_rows(text))) == (0, 1)
     assert "not a result of train" in said
     partial = make_run(tmp_path / "partial", PUBLISHED, acc=0.9)
     content = json.loads((partial / "result.json").read_text())
@@ -534,7 +534,7 @@ def test_options_that_would_be_ignored_are_rejected(tmp_path: Path, capfd: Any) 
         ([], {"computed_on_cpu": True}, "no ratio: computed on the CPU"),
     ],
 )
-def test_another_shape_and_another_device_have_no_ratio(
+def test_different_shape_or_device_has_no_ratio(
     overrides: List[str], result: Dict[str, Any], reason: str, tmp_path: Path, capfd: Any
 ) -> None:
     make_run(tmp_path / "run", PUBLISHED, "model=glm_large", "data=record", *overrides, **result)
@@ -543,7 +543,7 @@ def test_another_shape_and_another_device_have_no_ratio(
     assert "x |" not in text.split("## Published rows")[1]
 
 
-def test_damaged_fields_cost_no_report(tmp_path: Path, capfd: Any) -> None:
+def test_report_tolerates_damaged_fields(tmp_path: Path, capfd: Any) -> None:
     make_run(tmp_path / "run", PUBLISHED, missing_data=5, environment_changes=7, e2e_time=0.0)
     for more in (["--best"], ["--format", "html"], []):
         assert report(capfd, tmp_path / "run", *more)[0] == 0

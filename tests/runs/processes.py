@@ -20,7 +20,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def on_node(rank: int, address: str, port: int) -> Dict[str, str]:
+def node_env(rank: int, address: str, port: int) -> Dict[str, str]:
     return {"MASTER_ADDR": address, "MASTER_PORT": str(port), "NODE_RANK": str(rank)}
 
 
@@ -37,7 +37,7 @@ def start(arguments: List[str], env: Dict[str, str], cwd: Path, *before: str) ->
     )
 
 
-def ranks_of(process: Process) -> List[psutil.Process]:
+def rank_processes(process: Process) -> List[psutil.Process]:
     """The worker processes of a job, first rank first."""
     children = psutil.Process(process.pid).children(recursive=True)
     found = {}

@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "bring_up.sh"
 @pytest.mark.parametrize(
     ("chip", "minutes"), [(["hardware=cpu"], "0.4"), (["hardware=r300", "hardware.runtime=simulated"], "0.2")]
 )
-def test_a_page_of_what_the_time_allows(chip: "list[str]", minutes: str, tmp_path: Path) -> None:
+def test_bring_up_page_lists_the_steps_within_the_time_limit(chip: "list[str]", minutes: str, tmp_path: Path) -> None:
     out = tmp_path / "page"
     command = ["bash", str(SCRIPT), *chip, "--minutes", minutes, "--out", str(out)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
@@ -36,7 +36,7 @@ def test_a_page_of_what_the_time_allows(chip: "list[str]", minutes: str, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_stop_ends_the_step_that_runs(tmp_path: Path) -> None:
+def test_stop_signal_terminates_the_running_bring_up_step(tmp_path: Path) -> None:
     out = tmp_path / "page"
     command = [sys.executable, str(SCRIPT.with_suffix(".py")), "hardware=cpu", "run.max_steps=1000000"]
     page = subprocess.Popen([*command, "--out", str(out)], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
@@ -51,14 +51,14 @@ def test_a_stop_ends_the_step_that_runs(tmp_path: Path) -> None:
     assert not any(step.is_running() and step.status() != psutil.STATUS_ZOMBIE for step in steps)
 
 
-def test_a_key_that_names_a_row_is_refused(tmp_path: Path) -> None:
+def test_bring_up_rejects_keys_set_by_its_steps(tmp_path: Path) -> None:
     command = ["bash", str(SCRIPT), "hardware=cpu", "bs=3", "++model.compile=true", "--out", str(tmp_path / "page")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "lit_glm: bs=3, ++model.compile=true: is set by the steps themselves; leave it out\n"
 
 
-def test_without_pytest_the_conformance_tests_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conformance_step_without_pytest_is_listed_as_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in the environment that the quickstart installs."""
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     bring_up = importlib.import_module("bring_up")
@@ -82,9 +82,7 @@ def test_losses_that_are_not_finite_are_a_failure(tmp_path: Path, monkeypatch: p
     assert bring_up._compare_losses(steps)[0].endswith("largest difference from the CPU's 0.")
 
 
-def test_files_of_the_users_are_found_from_the_folder_of_the_steps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_relative_user_paths_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     with_absolute_path = importlib.import_module("bring_up")._with_absolute_path

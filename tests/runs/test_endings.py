@@ -10,22 +10,22 @@ import pytest
 
 from conftest import lit_glm, rows
 from lit_glm.runs.run_folder import is_running
-from runs.processes import FOUR_CARDS, free_port, on_node, ranks_of, start, start_torchrun, torchrun
-from runs.test_runs import DEBUG, _nothing_left, _start, _wait_for_steps, result
+from runs.processes import FOUR_CARDS, free_port, node_env, rank_processes, start, start_torchrun, torchrun
+from runs.test_runs import DEBUG, _assert_no_process_left, _start, _wait_for_steps, result
 
 
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_a_rank_that_is_killed_ends_the_job(victim: int, tmp_path: Path) -> None:
+def test_killed_rank_terminates_the_job(victim: int, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = _start(tmp_path, run, "1x2", "run.max_steps=100000", "run.eval_interval_samples=100000")
     _wait_for_steps(run, process, 10)
     began = time.monotonic()
-    ranks_of(process)[victim].kill()
+    rank_processes(process)[victim].kill()
     said = process.communicate(timeout=60)
     assert time.monotonic() - began < 60
     assert process.returncode == 1, said
     assert f"rank {victim} was killed by SIGKILL" in said[1]
-    _nothing_left(run)
+    _assert_no_process_left(run)
     final = result(run)
     assert final["status"] == "failed"
     assert final["error"] == f"rank {victim} was killed by SIGKILL"
@@ -33,13 +33,13 @@ def test_a_rank_that_is_killed_ends_the_job(victim: int, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs_ends_the_job(tmp_path: Path) -> None:
+def test_hanging_rank_terminates_the_job(tmp_path: Path) -> None:
     run = tmp_path / "run"
     more = ["run.max_steps=100000", "run.eval_interval_samples=100000", "run.stall_timeout_s=4"]
     process = _start(tmp_path, run, "1x2", *more)
     _wait_for_steps(run, process, 10)
     began = time.monotonic()
-    hanging = ranks_of(process)[0]
+    hanging = rank_processes(process)[0]
     pid = hanging.pid
     hanging.send_signal(signal.SIGSTOP)
     said = process.communicate(timeout=80)
@@ -49,7 +49,7 @@ def test_a_rank_that_hangs_ends_the_job(tmp_path: Path) -> None:
     assert f"rank 0 (process {pid}) is stopped" in said[1]
     waits = said[1].split("rank 1, innermost call first:")[1]  # for the other: for its gradients, or at a checkpoint
     assert "backward" in waits or "distributed_c10d.py" in waits
-    _nothing_left(run)
+    _assert_no_process_left(run)
     final = result(run)
     assert final["status"] == "failed"
     assert f"rank 0 (process {pid}) is stopped" in final["error"]
@@ -61,31 +61,31 @@ TWO_NODES = [*FOUR_CARDS[:-1], "topology.num_nodes=2", "topology.devices_per_nod
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("devices", "victim", "number"), [(2, 3, signal.SIGKILL), (1, 1, signal.SIGSTOP)])
-def test_a_rank_that_ends_or_hangs_ends_both_nodes(devices: int, victim: int, number: int, tmp_path: Path) -> None:
+def test_killed_or_hanging_rank_terminates_both_nodes(devices: int, victim: int, number: int, tmp_path: Path) -> None:
     port = free_port()
     more = ["run.eval_interval_samples=100000", "run.stall_timeout_s=8", f"hydra.run.dir={tmp_path / 'run'}"]
     more += [f"topology.devices_per_node={devices}"]
-    nodes = [start([*TWO_NODES, *more], on_node(rank, "127.0.0.1", port), tmp_path) for rank in (0, 1)]
+    nodes = [start([*TWO_NODES, *more], node_env(rank, "127.0.0.1", port), tmp_path) for rank in (0, 1)]
     _wait_for_steps(tmp_path / "run", nodes[0], 5)
     began = time.monotonic()
-    ranks_of(nodes[1])[victim % devices].send_signal(number)
+    rank_processes(nodes[1])[victim % devices].send_signal(number)
     outputs = [process.communicate(timeout=75)[1] for process in nodes]
     assert time.monotonic() - began < (60 if number == signal.SIGKILL else 8 + 60)
     assert [process.returncode for process in nodes] == [1, 1], outputs
     said = f"rank {victim} was killed by SIGKILL" if number == signal.SIGKILL else f"rank {victim} (process"
     assert said in outputs[1]
-    _nothing_left(tmp_path / "run")
+    _assert_no_process_left(tmp_path / "run")
     assert result(tmp_path / "run")["status"] == "failed"
     assert len(rows(tmp_path / "run" / "steps.csv")) >= 5
 
 
 @pytest.mark.slow
-def test_an_interrupt_on_one_node_ends_both_in_order(tmp_path: Path) -> None:
+def test_interrupt_on_one_node_stops_both_nodes(tmp_path: Path) -> None:
     port = free_port()
     nodes = [
         start(
             [*TWO_NODES, "topology.devices_per_node=1", f"hydra.run.dir={tmp_path / 'run'}"],
-            on_node(rank, "127.0.0.1", port),
+            node_env(rank, "127.0.0.1", port),
             tmp_path,
         )
         for rank in (0, 1)
@@ -96,7 +96,7 @@ def test_an_interrupt_on_one_node_ends_both_in_order(tmp_path: Path) -> None:
     assert [process.returncode for process in nodes] == [143, 130], outputs
     assert result(tmp_path / "run")["status"] == "interrupted"
     assert not any("Traceback" in said for said in outputs), outputs
-    _nothing_left(tmp_path / "run")
+    _assert_no_process_left(tmp_path / "run")
 
 
 @pytest.mark.slow
@@ -104,7 +104,7 @@ def test_a_killed_command_keeps_its_folder_until_its_ranks_are_gone(tmp_path: Pa
     run = tmp_path / "run"
     process = _start(tmp_path, run, "1x2", "run.max_steps=5000")
     _wait_for_steps(run, process, 3)
-    ranks = ranks_of(process)
+    ranks = rank_processes(process)
     for rank in ranks:
         rank.suspend()
     try:
@@ -137,7 +137,7 @@ class Hangs(Callback):
 """
 
 
-def test_the_error_of_the_rank_that_failed_is_on_the_screen(tmp_path: Path) -> None:
+def test_error_of_the_failed_rank_is_printed(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(MINE)
     arguments = [*DEBUG, "topology=1x2", "+callbacks.mine._target_=mine.Raises", "hydra.run.dir=run"]
     done = lit_glm("train", *arguments, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
@@ -146,11 +146,11 @@ def test_the_error_of_the_rank_that_failed_is_on_the_screen(tmp_path: Path) -> N
     assert "ValueError: out of chalk" in done.stderr
     assert result(tmp_path / "run")["status"] == "failed"
     assert len(rows(tmp_path / "run" / "steps.csv")) >= 2
-    _nothing_left(tmp_path / "run")
+    _assert_no_process_left(tmp_path / "run")
 
 
 @pytest.mark.slow
-def test_a_hang_under_a_torchrun_of_the_users_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hang_under_external_torchrun_is_terminated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One rank: no collective notices, nor does torchrun."""
     (tmp_path / "mine.py").write_text(MINE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -164,7 +164,7 @@ def test_a_hang_under_a_torchrun_of_the_users_ends(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["rank 1", "rank 0", "torchrun"])
-def test_what_is_killed_under_a_torchrun_of_the_users_ends_all(victim: str, tmp_path: Path) -> None:
+def test_kill_under_external_torchrun_terminates_all_ranks(victim: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     more = ["topology=1x2", "run.max_steps=100000", "run.max_samples=10000000", f"hydra.run.dir={run}"]
     process = start_torchrun("experiment=debug", "run.eval_interval_samples=1000000", *more, ranks=2, cwd=tmp_path)

@@ -45,7 +45,7 @@ def test_launch_node(rank: str, tmp_path: Path) -> None:
     assert where == [rank, "10.0.0.1", "29500"]
 
 
-def test_launch_node_says_how(tmp_path: Path) -> None:
+def test_launch_node_without_arguments_prints_an_example(tmp_path: Path) -> None:
     process = script("launch_node.sh", "0", cwd=tmp_path)
     said = process.communicate(timeout=20)[1]
     assert process.returncode == 2
@@ -79,25 +79,25 @@ def test_launch_slurm(node: int, tmp_path: Path) -> None:
     assert where == [str(node), "127.0.0.1", str(20000 + 16 * 7 + 3)]
 
 
-def test_a_step_with_a_part_of_the_jobs_nodes_meets_at_its_own_first_node(tmp_path: Path) -> None:
+def test_slurm_step_on_some_nodes_uses_its_own_first_node(tmp_path: Path) -> None:
     part = {**slurm(tmp_path, 0), "SLURM_JOB_NODELIST": "node[0-3]", "SLURM_STEP_NODELIST": "node[2-3]"}
     (tmp_path / "bin" / "scontrol").write_text('#!/bin/sh\n[ "$3" = "node[2-3]" ] && printf "node2\\nnode3\\n"\n')
     assert started("launch_slurm.sh", *ARGUMENTS, cwd=tmp_path, **part)[1][1] == "node2"
 
 
-def test_a_folder_of_the_users_is_taken_under_slurm(tmp_path: Path) -> None:
+def test_launch_slurm_keeps_the_run_dir_of_the_user(tmp_path: Path) -> None:
     arguments, _ = started("launch_slurm.sh", "hydra.run.dir=mine", cwd=tmp_path, **slurm(tmp_path, 0))
     assert arguments == ["-m", "lit_glm.train", "hydra.run.dir=mine"]
 
 
-def test_launch_slurm_wants_one_task_a_node(tmp_path: Path) -> None:
+def test_launch_slurm_requires_one_task_per_node(tmp_path: Path) -> None:
     process = script("launch_slurm.sh", *ARGUMENTS, cwd=tmp_path, **slurm(tmp_path, 0, tasks=16))
     said = process.communicate(timeout=20)[1]
     assert process.returncode == 2
     assert "16 tasks on 2 nodes: one task a node" in said
 
 
-def test_launch_slurm_without_srun_is_refused_at_once(tmp_path: Path) -> None:
+def test_launch_slurm_without_srun_is_rejected(tmp_path: Path) -> None:
     """The script of `sbatch --nodes=2` runs on the first node alone."""
     alone = {**slurm(tmp_path, 0, tasks=1), "SLURM_JOB_NUM_NODES": "2", "SLURM_STEP_NUM_NODES": "", "SLURM_STEP_ID": ""}
     process = script("launch_slurm.sh", *ARGUMENTS, cwd=tmp_path, **alone)
@@ -126,7 +126,7 @@ def test_launch_slurm_outside_slurm(tmp_path: Path) -> None:
     assert process.returncode == 2
 
 
-def test_the_seed_stack_is_reported_where_it_is_not_run(tmp_path: Path) -> None:
+def test_seed_stack_that_is_not_run_is_reported(tmp_path: Path) -> None:
     bare = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYENV_ROOT": str(tmp_path), "PYTHON38": "/nowhere"}
     process = script("test_seed_stack.sh", cwd=tmp_path, **bare)
     said = process.communicate(timeout=60)[1]

@@ -13,16 +13,16 @@ import pytest
 
 from conftest import GOLDEN_RUN, Process, lit_glm, lit_glm_here, rows
 from parity.test_training import check_trajectory
-from runs.processes import FOUR_CARDS, free_port, on_node, start, torchrun
-from runs.test_runs import DEBUG, _nothing_left, result
+from runs.processes import FOUR_CARDS, free_port, node_env, start, torchrun
+from runs.test_runs import DEBUG, _assert_no_process_left, result
 
 
 @pytest.mark.slow
-def test_two_nodes_of_two_cards_equal_one_device(tmp_path: Path) -> None:
+def test_two_nodes_with_two_devices_equal_one_device(tmp_path: Path) -> None:
     port = free_port()
     two = [*FOUR_CARDS, "topology.num_nodes=2", "topology.devices_per_node=2", f"hydra.run.dir={tmp_path / 'two'}"]
-    second = start(two, on_node(1, "127.0.0.1", port), tmp_path)
-    first = start(two, on_node(0, "127.0.0.1", port), tmp_path)
+    second = start(two, node_env(1, "127.0.0.1", port), tmp_path)
+    first = start(two, node_env(0, "127.0.0.1", port), tmp_path)
     outputs = [process.communicate(timeout=240) for process in (first, second)]
     assert [first.returncode, second.returncode] == [0, 0], outputs
     alone = ["hardware.gelu=erf", "bs=8", f"hydra.run.dir={tmp_path / 'one'}"]  # the same global batch
@@ -35,11 +35,11 @@ def test_two_nodes_of_two_cards_equal_one_device(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_hosts_an_agent_each(two_hosts: List[str], tmp_path: Path) -> None:
+def test_two_hosts_match_the_golden_trajectory(two_hosts: List[str], tmp_path: Path) -> None:
     """The golden two-rank trajectory, one rank a host."""
     arguments = [*GOLDEN_RUN, "topology.num_nodes=2", "topology.devices_per_node=1", f"hydra.run.dir={tmp_path}/run"]
     processes = [
-        start(arguments, on_node(rank, "10.77.0.1", 29511), tmp_path, "ip", "netns", "exec", two_hosts[rank])
+        start(arguments, node_env(rank, "10.77.0.1", 29511), tmp_path, "ip", "netns", "exec", two_hosts[rank])
         for rank in (0, 1)
     ]
     outputs = [process.communicate(timeout=240) for process in processes]
@@ -49,10 +49,10 @@ def test_two_hosts_an_agent_each(two_hosts: List[str], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_node_that_nobody_meets_says_where_it_waited(rank: int, tmp_path: Path) -> None:
+def test_rendezvous_timeout_error_names_the_address(rank: int, tmp_path: Path) -> None:
     port = free_port()
     arguments = [*GOLDEN_RUN, "topology.num_nodes=2", "topology.devices_per_node=1", "run.rendezvous_timeout_s=4"]
-    alone = start([*arguments, f"hydra.run.dir={tmp_path}/run"], on_node(rank, "127.0.0.1", port), tmp_path)
+    alone = start([*arguments, f"hydra.run.dir={tmp_path}/run"], node_env(rank, "127.0.0.1", port), tmp_path)
     began = time.monotonic()
     said = alone.communicate(timeout=90)[1]
     assert alone.returncode == 1
@@ -60,7 +60,7 @@ def test_a_node_that_nobody_meets_says_where_it_waited(rank: int, tmp_path: Path
     assert f"2 nodes were expected at 127.0.0.1:{port} (run.rendezvous_timeout_s, 4 s)" in said
     assert "Traceback" not in said
     assert time.monotonic() - began < 60
-    _nothing_left(tmp_path / "run")
+    _assert_no_process_left(tmp_path / "run")
 
 
 TWO = ["experiment=debug", "topology.num_nodes=2", "topology.devices_per_node=1", "run.max_steps=4"]
@@ -71,10 +71,10 @@ CONNECTS, LISTENS = "rank 1 connects to", "rank 0 listens on"
 
 def start_node(rank: int, port: int, tmp_path: Path, *arguments: str, **env: str) -> Process:
     """Start a node that says when its rank looks for the others: a node that ends tells them for 20 seconds only."""
-    return start([*TWO, *arguments], {**on_node(rank, "127.0.0.1", port), "LIT_GLM_LOG": "DEBUG", **env}, tmp_path)
+    return start([*TWO, *arguments], {**node_env(rank, "127.0.0.1", port), "LIT_GLM_LOG": "DEBUG", **env}, tmp_path)
 
 
-def wait_until_it_says(process: Process, text: str) -> None:
+def wait_for_output(process: Process, text: str) -> None:
     assert process.stdout is not None
     while text not in process.stdout.readline():
         assert process.poll() is None
@@ -88,7 +88,7 @@ def both(tmp_path: Path, *arguments: str, delay_s: Optional[float] = None) -> "t
     port = free_port()
     if delay_s is None:
         second = start_node(1, port, tmp_path, *arguments)
-        wait_until_it_says(second, CONNECTS)
+        wait_for_output(second, CONNECTS)
         first = start_node(0, port, tmp_path, *arguments)
     else:
         first = start_node(0, port, tmp_path, *arguments)
@@ -116,7 +116,7 @@ def test_node_0_decides_which_run_is_resumed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_node_hears_that_the_other_has_refused(tmp_path: Path) -> None:
+def test_node_reports_the_input_error_of_the_other_node(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "steps.csv").write_text("dear")
     statuses, outputs = both(tmp_path, f"hydra.run.dir={tmp_path / 'run'}")
@@ -132,9 +132,9 @@ def test_a_node_hears_that_the_other_has_refused(tmp_path: Path) -> None:
 def test_a_node_does_not_wait_for_one_that_was_stopped(stopped: int, tmp_path: Path) -> None:
     port, folder = free_port(), f"hydra.run.dir={tmp_path / 'run'}"
     other = start_node(1 - stopped, port, tmp_path, folder)
-    wait_until_it_says(other, LISTENS if stopped else CONNECTS)
+    wait_for_output(other, LISTENS if stopped else CONNECTS)
     first = start_node(stopped, port, tmp_path, folder)
-    wait_until_it_says(first, "node")  # it waits for the other, or joins it
+    wait_for_output(first, "node")  # it waits for the other, or joins it
     first.send_signal(signal.SIGTERM)
     outputs = ["".join(node.communicate(timeout=300)) for node in (first, other)]
     assert first.returncode == 143, outputs
@@ -144,7 +144,7 @@ def test_a_node_does_not_wait_for_one_that_was_stopped(stopped: int, tmp_path: P
 
 
 @pytest.mark.slow
-def test_a_node_whose_collectives_cannot_start_ends_the_other(tmp_path: Path) -> None:
+def test_node_with_failing_collectives_terminates_the_other_node(tmp_path: Path) -> None:
     """The other waits for it inside the collective library, where it hears nothing."""
     port, folder = free_port(), f"hydra.run.dir={tmp_path / 'run'}"
     nodes = [start_node(0, port, tmp_path, folder), start_node(1, port, tmp_path, folder, GLOO_SOCKET_IFNAME="no-such")]
@@ -153,7 +153,7 @@ def test_a_node_whose_collectives_cannot_start_ends_the_other(tmp_path: Path) ->
     assert "rank 1 on " in outputs[0], outputs
 
 
-def test_a_busy_port_is_said_not_waited_for(tmp_path: Path) -> None:
+def test_busy_port_is_reported_without_waiting(tmp_path: Path) -> None:
     with socket.socket() as busy:
         busy.bind(("", 0))
         busy.listen(1)
@@ -168,7 +168,7 @@ def test_nodes_with_different_commands_do_not_train_together(tmp_path: Path) -> 
     port = free_port()
     two = [*GOLDEN_RUN, "topology.num_nodes=2", "topology.devices_per_node=1"]
     processes = [
-        start([*two, f"lr={lr}", f"hydra.run.dir={tmp_path}/{rank}"], on_node(rank, "127.0.0.1", port), tmp_path)
+        start([*two, f"lr={lr}", f"hydra.run.dir={tmp_path}/{rank}"], node_env(rank, "127.0.0.1", port), tmp_path)
         for rank, lr in ((0, "1e-3"), (1, "2e-3"))
     ]
     outputs = [process.communicate(timeout=120) for process in processes]
@@ -177,7 +177,7 @@ def test_nodes_with_different_commands_do_not_train_together(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_torchrun_whose_other_node_fails_says_where_it_waited(tmp_path: Path) -> None:
+def test_torchrun_with_a_failing_node_reports_rendezvous_timeout(tmp_path: Path) -> None:
     """The agents meet first, without end; then the command of one node is wrong."""
     port = free_port()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max_restarts=0"]
@@ -196,7 +196,7 @@ def test_a_torchrun_whose_other_node_fails_says_where_it_waited(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_under_a_torchrun_of_the_users(tmp_path: Path) -> None:
+def test_run_under_external_torchrun(tmp_path: Path) -> None:
     done = torchrun(*GOLDEN_RUN, "topology=1x2", "hydra.run.dir=run", ranks=2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     check_trajectory(tmp_path / "run", "tanh", 2)
@@ -206,7 +206,7 @@ def test_under_a_torchrun_of_the_users(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_torchrun_of_another_size_is_refused(tmp_path: Path) -> None:
+def test_external_torchrun_of_another_size_is_rejected(tmp_path: Path) -> None:
     done = torchrun(*GOLDEN_RUN, "topology=1x4", ranks=2, cwd=tmp_path)
     assert done.returncode != 0
     assert "topology=1x4 has 4 ranks, 4 per node, but torchrun started 2, 2 per node" in done.stderr

@@ -49,7 +49,7 @@ def whole(request: Any, finished_run: Any) -> Any:
     return (request.param, *finished_run(request.param))
 
 
-def test_what_a_run_leaves(whole: Any) -> None:
+def test_run_folder_files_and_results(whole: Any) -> None:
     topology, run, done = whole
     assert all((run / name).is_file() for name in FILES)
     final = result(run)
@@ -78,7 +78,7 @@ def test_what_a_run_leaves(whole: Any) -> None:
     assert "scoring=shared_context" in done.stdout
 
 
-def test_events_are_those_of_flagperf(whole: Any) -> None:
+def test_perf_log_events_match_flagperf(whole: Any) -> None:
     _, run, _ = whole
     lines = (run / "perf.log").read_text().splitlines()
     assert all(line.startswith("[PerfLog] {") for line in lines)
@@ -104,7 +104,7 @@ def _start(folder: Path, run: Path, topology: str, *more: str, cold: bool = Fals
     return start_command("train", *DEBUG, f"topology={topology}", f"hydra.run.dir={run}", *more, cwd=folder, cold=cold)
 
 
-def _same(run: Path, whole: Path, folder: Path) -> None:
+def _assert_same_results(run: Path, whole: Path, folder: Path) -> None:
     names = ("step", "epoch", "samples", "loss", "lr", "grad_norm")
     assert columns(run / "steps.csv", *names) == columns(whole / "steps.csv", *names)
     assert columns(run / "evals.csv", "step", "samples", "acc") == columns(
@@ -126,7 +126,7 @@ STOPS = [  # signal, exit status, status in result.json, steps that have been do
 ]
 
 
-def test_a_run_that_is_stopped_in_every_way_goes_on_as_if_it_had_not_been(whole: Any, folder: Path) -> None:
+def test_resumed_run_equals_uninterrupted_run(whole: Any, folder: Path) -> None:
     """Stops in a row; after the last, which is a kill, the newest checkpoint is torn too."""
     topology, unbroken, _ = whole
     run, spent, told = folder / f"stopped_{topology}", 0.0, ""
@@ -146,7 +146,7 @@ def test_a_run_that_is_stopped_in_every_way_goes_on_as_if_it_had_not_been(whole:
         assert stopped["status"] in ({status, "interrupted"} if in_order else {status})
         assert stopped["global_steps"] > 0
         assert stopped["e2e_time"] > spent
-        _nothing_left(run)
+        _assert_no_process_left(run)
         more = ["run.resume=auto"]
         told, spent = "resuming after step", stopped["e2e_time"]
     newest = sorted((run / "checkpoints").glob("*.ckpt"))[-1]
@@ -162,28 +162,28 @@ def test_a_run_that_is_stopped_in_every_way_goes_on_as_if_it_had_not_been(whole:
     final = result(run)
     assert (final["status"], final["interruptions"]) == ("finished", len(STOPS[topology != "1x1" :]))
     assert final["e2e_time"] > spent
-    _same(run, unbroken, folder)
+    _assert_same_results(run, unbroken, folder)
 
 
-def _belongs(process: psutil.Process, run: Path) -> bool:
+def _belongs_to_run(process: psutil.Process, run: Path) -> bool:
     """Whether a process is a run's: by its command line, or (what the fork server has started) by its folder."""
     named = str(run) in " ".join(process.info["cmdline"] or [])  # type: ignore[attr-defined]
     there = process.info["cwd"] == str(run.parent) and process.pid != os.getpid()  # type: ignore[attr-defined]
     return named or there
 
 
-def _nothing_left(run: Path) -> None:
+def _assert_no_process_left(run: Path) -> None:
     limit = time.monotonic() + 20
     left: List[Any] = []
     while time.monotonic() < limit:
-        left = [p for p in psutil.process_iter(["cmdline", "cwd"]) if _belongs(p, run)]
+        left = [p for p in psutil.process_iter(["cmdline", "cwd"]) if _belongs_to_run(p, run)]
         if not left:
             return
         time.sleep(0.2)
     raise AssertionError(f"still running: {left}")
 
 
-def test_going_on_under_another_configuration_is_refused(whole: Any, folder: Path, capfd: Any) -> None:
+def test_resume_with_another_configuration_is_rejected(whole: Any, folder: Path, capfd: Any) -> None:
     topology, run, _ = whole
     before = (run / "steps.csv").read_bytes(), (run / "job.json").read_bytes()
     status = lit_glm_here("train", *DEBUG, f"topology={topology}", f"run.resume={run}", "lr=5e-4", "bs=2")
@@ -228,7 +228,7 @@ def test_a_stop_in_the_first_evaluation_loses_nothing(folder: Path, monkeypatch:
     assert [row["step"] for row in rows(folder / "early" / "steps.csv")] == ["1", "2", "3", "4"]
 
 
-def test_a_disk_that_takes_no_checkpoint(folder: Path) -> None:
+def test_checkpoint_write_error_is_reported_without_traceback(folder: Path) -> None:
     """The kernel refuses more than 400 KiB a file: said in one line, and what was measured stays."""
     run = folder / "refused"
     more = [*GOLDEN_RUN, "run.checkpoint_interval_steps=3", f"hydra.run.dir={run}"]
@@ -252,7 +252,9 @@ def test_a_run_is_evaluated_into_its_folder(whole: Any, folder: Path, monkeypatc
     assert lit_glm_here("evaluate", str(own)) == 0  # again, over its own files
 
 
-def test_evaluate_names_its_predictions(whole: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluate_writes_predictions_with_scores_and_answers(
+    whole: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, run, _ = whole
     monkeypatch.chdir(folder)
     assert lit_glm_here("export", str(run), "--to", "safetensors", "--out", str(folder / "w.safetensors")) == 0
@@ -280,7 +282,7 @@ def test_evaluate_names_its_predictions(whole: Any, folder: Path, monkeypatch: p
 @pytest.mark.parametrize(
     "arguments", [["train", "--help"], ["train", "--cfg", "job"], ["prepare", "--help"], ["export", "--help"]]
 )
-def test_commands_answer_without_torch(arguments: List[str], tmp_path: Path) -> None:
+def test_help_and_cfg_do_not_import_torch(arguments: List[str], tmp_path: Path) -> None:
     code = (
         "import sys, runpy; sys.argv = sys.argv[1:]\n"
         "try: runpy.run_module('lit_glm.__main__', run_name='__main__')\n"

@@ -97,14 +97,14 @@ def test_srun_on_two_nodes(slurm: Dict[str, str], tmp_path: Path) -> None:
     assert "already contains a run" in again.stderr
 
 
-def test_sbatch_without_srun_is_refused_at_once(slurm: Dict[str, str], tmp_path: Path) -> None:
+def test_sbatch_without_srun_is_rejected(slurm: Dict[str, str], tmp_path: Path) -> None:
     line = f"bash {SCRIPT} {' '.join(TWO_NODES)}"
     done = run(["sbatch", "--wait", "--nodes=2", "--output=job.log", "--wrap", line], slurm, tmp_path)
     assert done.returncode == 2
     assert "srun is missing" in (tmp_path / "job.log").read_text()
 
 
-def test_a_job_that_is_requeued_goes_on(slurm: Dict[str, str], tmp_path: Path) -> None:
+def test_requeued_slurm_job_resumes(slurm: Dict[str, str], tmp_path: Path) -> None:
     line = " ".join([*STEP, "bash", str(SCRIPT), *TWO_NODES, *LONG])
     submit = ["sbatch", "--parsable", "--requeue", "--open-mode=append", "--nodes=2", "--ntasks-per-node=1"]
     job = run([*submit, "--output=job.log", "--wrap", line], slurm, tmp_path).stdout.strip()
@@ -132,9 +132,7 @@ def test_a_job_that_is_requeued_goes_on(slurm: Dict[str, str], tmp_path: Path) -
     assert steps == list(range(1, len(steps) + 1))
 
 
-def test_a_sweep_submits_no_complete_combination_and_names_what_stays_queued(
-    slurm: Dict[str, str], tmp_path: Path
-) -> None:
+def test_slurm_sweep_skips_complete_jobs_and_reports_queued_jobs(slurm: Dict[str, str], tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     plugin = ["hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=5", "hydra.launcher.partition=p"]
     plugin += ["hydra.launcher.mem_gb=null", "hydra.launcher.cpus_per_task=1", "hydra.launcher.array_parallelism=1"]

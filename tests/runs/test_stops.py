@@ -10,8 +10,8 @@ from typing import List
 import pytest
 
 from conftest import Process, command, lit_glm, start_command
-from runs.processes import ranks_of
-from runs.test_runs import _nothing_left, _wait_for_steps, result
+from runs.processes import rank_processes
+from runs.test_runs import _assert_no_process_left, _wait_for_steps, result
 
 ENDLESS = ["experiment=debug", "run.max_steps=100000", "run.max_samples=10000000", "run.eval_interval_samples=1000000"]
 
@@ -31,7 +31,7 @@ def start(tmp_path: Path, *arguments: str, topology: str = "1x1") -> Process:
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
-def test_a_signal_saves_and_says_what_can_be_resumed(number: int, tmp_path: Path) -> None:
+def test_stop_signal_saves_and_logs_how_to_resume(number: int, tmp_path: Path) -> None:
     process = start(tmp_path, *ENDLESS)
     _wait_for_steps(tmp_path / "run", process, 5)
     process.send_signal(number)
@@ -47,17 +47,17 @@ def test_a_signal_saves_and_says_what_can_be_resumed(number: int, tmp_path: Path
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_a_signal_to_one_rank_is_the_one_that_is_reported(rank: int, tmp_path: Path) -> None:
+def test_signal_to_one_rank_determines_the_exit_status(rank: int, tmp_path: Path) -> None:
     """The other rank, which stops with it, may be the first to exit."""
     process = start(tmp_path, *ENDLESS, topology="1x2")
     _wait_for_steps(tmp_path / "run", process, 5)
-    ranks_of(process)[rank].send_signal(signal.SIGUSR1)
+    rank_processes(process)[rank].send_signal(signal.SIGUSR1)
     said = process.communicate(timeout=100)[1]
     assert (process.returncode, result(tmp_path / "run")["status"]) == (128 + signal.SIGUSR1, "interrupted"), said
 
 
 @pytest.mark.slow
-def test_a_stop_in_the_last_evaluation_is_no_end(tmp_path: Path) -> None:
+def test_run_stopped_in_the_last_evaluation_is_interrupted(tmp_path: Path) -> None:
     """The evaluation that was due was not made: the run goes on with it."""
     short = ["experiment=debug", "data.synthetic.num_eval=3000", "run.max_steps=6", "run.eval_interval_samples=1000000"]
     process = start(tmp_path, *short, "eval_bs=1")
@@ -74,7 +74,9 @@ def test_a_stop_in_the_last_evaluation_is_no_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("topology", ["1x1", pytest.param("1x2", marks=pytest.mark.slow)])
-def test_a_save_that_takes_too_long_is_given_up(topology: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save_is_aborted_after_the_shutdown_timeout(
+    topology: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "slow.py").write_text(SLOW)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     more = ["+callbacks.slow._target_=slow.SlowSave", "run.checkpoint_interval_steps=5", "run.shutdown_timeout_s=2"]
@@ -89,7 +91,7 @@ def test_a_save_that_takes_too_long_is_given_up(topology: str, tmp_path: Path, m
     assert "resume after step 5 with run.resume=" in said
     assert result(tmp_path / "run")["status"] == "interrupted"
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000005.ckpt"]
-    _nothing_left(tmp_path / "run")
+    _assert_no_process_left(tmp_path / "run")
 
 
 def limited(tmp_path: Path, soft: int, hard: int, *arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -130,7 +132,7 @@ except Interrupted as error:
 """
 
 
-def test_an_interrupt_passes_through_a_library_that_takes_errors_for_its_own() -> None:
+def test_interrupt_passes_through_omegaconf_error_handling() -> None:
     """OmegaConf makes each `Exception` anew, from a text, while a node is read."""
     done = subprocess.run([sys.executable, "-c", INTERRUPTED_WHILE_READ], capture_output=True, text=True, check=False)
     assert done.stdout == "interrupted by SIGTERM 143\n", done.stderr
@@ -179,7 +181,7 @@ with StopRequest(float(sys.argv[1]), give_up) as stop:
 
 
 @pytest.mark.parametrize("where", ["python", "library"])
-def test_a_process_that_does_not_stop_is_ended(where: str) -> None:
+def test_process_that_does_not_stop_is_terminated(where: str) -> None:
     """Also where the main thread is inside a library that does not come back to the interpreter."""
     arguments = [sys.executable, "-c", DEAF, "0.5", where]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
@@ -190,7 +192,7 @@ def test_a_process_that_does_not_stop_is_ended(where: str) -> None:
     assert process.wait(timeout=60) == 3
 
 
-def test_a_second_ctrl_c_ends_at_once() -> None:
+def test_second_ctrl_c_terminates_a_blocked_process() -> None:
     process = subprocess.Popen([sys.executable, "-c", DEAF, "600", "python"], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"

@@ -18,7 +18,7 @@ from runs.test_sweep import SWEEP, states
 
 
 @pytest.mark.parametrize("topology", ["1x1", pytest.param("1x2", marks=pytest.mark.slow)])
-def test_a_closed_output_ends_nothing(topology: str, tmp_path: Path) -> None:
+def test_closed_stdout_does_not_stop_the_run(topology: str, tmp_path: Path) -> None:
     process = subprocess.Popen(
         command("train", "experiment=debug", f"topology={topology}", "hydra.run.dir=run"),
         cwd=tmp_path,
@@ -35,7 +35,7 @@ def test_a_closed_output_ends_nothing(topology: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ignored", [False, True])
-def test_a_hangup_is_a_stop_unless_it_is_ignored(ignored: bool, tmp_path: Path) -> None:
+def test_sighup_stops_the_run_unless_ignored(ignored: bool, tmp_path: Path) -> None:
     run = tmp_path / "run"
     if ignored:
         before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it to the command
@@ -51,7 +51,7 @@ def test_a_hangup_is_a_stop_unless_it_is_ignored(ignored: bool, tmp_path: Path) 
     assert len(list((run / "checkpoints").glob("step-*.ckpt"))) > 0
 
 
-def test_curves_go_on_where_a_killed_run_does(tmp_path: Path) -> None:
+def test_logged_metrics_continue_after_kill_and_resume(tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = _start(tmp_path, run, "1x1", "run.max_steps=60")
     _wait_for_steps(run, process, 22)
@@ -68,7 +68,7 @@ def test_curves_go_on_where_a_killed_run_does(tmp_path: Path) -> None:
     assert "(resumed 1x" in final.stdout
 
 
-def test_a_second_sweep_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+def test_second_sweep_in_the_same_folder_is_rejected(tmp_path: Path) -> None:
     with lock_directory(tmp_path / "sweep" / "jobs"):
         done = lit_glm("train", *SWEEP, "bs=2,4", cwd=tmp_path)
     assert done.returncode == 2
@@ -77,7 +77,7 @@ def test_a_second_sweep_in_the_same_folder_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_sweep_takes_nothing_from_single_runs_and_says_what_it_takes(tmp_path: Path) -> None:
+def test_sweep_reuses_only_sweep_jobs_and_logs_them(tmp_path: Path) -> None:
     debug = ["experiment=debug", "run.max_steps=2", "logger={}"]
     assert lit_glm_here("train", *debug, "bs=2", f"hydra.run.dir={tmp_path}/outputs/a/b") == 0
     first = lit_glm("train", "-m", *debug, "bs=2,4", cwd=tmp_path)
@@ -103,7 +103,7 @@ class Fails(Callback):
 
 
 @pytest.mark.slow
-def test_a_failed_trial_is_an_answer_to_a_search(tmp_path: Path) -> None:
+def test_optuna_search_continues_after_a_failed_trial(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     (tmp_path / "fails.py").write_text(FAILS)
     search = [
@@ -120,7 +120,7 @@ def test_a_failed_trial_is_an_answer_to_a_search(tmp_path: Path) -> None:
     assert (tmp_path / "sweep" / "optimization_results.yaml").is_file()
 
 
-def test_an_objective_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+def test_unknown_sweep_objective_is_rejected(tmp_path: Path) -> None:
     done = lit_glm("train", *SWEEP, "bs=2,4", "sweep.objective=nonsense", cwd=tmp_path)
     assert done.returncode == 2
     assert "sweep.objective=nonsense: must be one of acc, p_core" in done.stderr
@@ -134,7 +134,7 @@ print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.st
 
 
 @pytest.mark.slow
-def test_memory_that_runs_out_is_said(tmp_path: Path) -> None:
+def test_host_out_of_memory_is_reported(tmp_path: Path) -> None:
     """The kernel gives this process 700 MiB of addresses more than its libraries take; gradients and Adam want more."""
     taken = subprocess.run([sys.executable, "-c", ADDRESSES], stdout=subprocess.PIPE, text=True, check=True)
     shape = ["model.hidden_size=512", "model.num_layers=4", "model.vocab_size=60000", "bs=4", "run.max_steps=2"]
@@ -157,7 +157,7 @@ def test_memory_that_runs_out_is_said(tmp_path: Path) -> None:
         (["tune", "experiment=debug", "hydra.run.dir=/proc/nowhere"], "/proc/nowhere"),
     ],
 )
-def test_a_folder_that_cannot_be_made_is_wrong_input(command: List[str], what: str, tmp_path: Path) -> None:
+def test_folder_that_cannot_be_created_is_rejected(command: List[str], what: str, tmp_path: Path) -> None:
     done = lit_glm(*command, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert f"{what}: the folder cannot be created" in done.stderr
@@ -165,7 +165,7 @@ def test_a_folder_that_cannot_be_made_is_wrong_input(command: List[str], what: s
 
 
 @pytest.mark.parametrize("redirection", ["> /dev/full", pytest.param(">&-", marks=pytest.mark.slow)])
-def test_an_output_that_cannot_be_written_ends_no_run(redirection: str, tmp_path: Path) -> None:
+def test_unwritable_stdout_does_not_stop_the_run(redirection: str, tmp_path: Path) -> None:
     def shell(line: str, **variables: str) -> "subprocess.CompletedProcess[str]":
         env = {**os.environ, **variables}
         return subprocess.run(["bash", "-c", line], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
@@ -184,7 +184,7 @@ def test_an_output_that_cannot_be_written_ends_no_run(redirection: str, tmp_path
 
 
 @pytest.mark.slow
-def test_a_search_in_a_database(tmp_path: Path) -> None:
+def test_optuna_search_with_database_storage(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     how = ["-m", "hydra/sweeper=optuna", "hydra.sweeper.storage=sqlite:///study.db", "hydra.sweeper.study_name=s"]
     how += ["hydra.sweeper.n_trials=1", "hydra.sweeper.n_jobs=1", "sweep.objective=p_core", "experiment=debug"]

@@ -10,7 +10,7 @@ from typing import List
 import pytest
 
 from conftest import lit_glm, lit_glm_here, rows, start_command
-from runs.test_runs import _nothing_left
+from runs.test_runs import _assert_no_process_left
 from runs_folder.test_lost_files import edit_environment
 
 SWEEP = ["-m", "experiment=debug", "run.max_steps=3", "hydra.sweep.dir=sweep", "logger={}"]
@@ -57,7 +57,7 @@ def test_a_sweep_and_another_in_the_same_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_variables_of_one_combination_are_not_the_users_for_the_next(tmp_path: Path) -> None:
+def test_hardware_env_of_a_sweep_job_does_not_affect_the_next(tmp_path: Path) -> None:
     done = lit_glm("train", *SWEEP, "topology=1x1", "+hardware.env.BKCL_PCIE_RING=1,2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = [json.loads((tmp_path / "sweep" / number / "environment.json").read_text()) for number in "01"]
@@ -80,7 +80,7 @@ def test_a_sweep_that_is_killed_and_started_again(tmp_path: Path) -> None:
         time.sleep(0.05)
     process.kill()
     process.communicate()
-    _nothing_left(tmp_path / "sweep")
+    _assert_no_process_left(tmp_path / "sweep")
     done = tmp_path / "sweep" / "0" / "result.json"
     before = done.read_bytes()
     assert json.loads(before)["status"] == "finished"
@@ -101,7 +101,7 @@ def test_a_sweep_that_is_killed_and_started_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_topologies_in_turn_leave_nothing_behind(tmp_path: Path) -> None:
+def test_swept_topologies_do_not_affect_each_other(tmp_path: Path) -> None:
     """1x2 before 1x1: variables of its ranks do not reach that."""
     done = lit_glm("train", *SWEEP, "bs=2", "topology=1x2,1x1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -137,7 +137,7 @@ def test_skip_done_can_be_switched_off(tmp_path: Path) -> None:
     assert (tmp_path / "sweep" / "0" / "result.json").read_bytes() != before
 
 
-def test_records_that_are_not_the_sweeps_are_left_alone(tmp_path: Path) -> None:
+def test_sweep_rejects_a_folder_with_foreign_job_records(tmp_path: Path) -> None:
     """Whatever lies in a folder of that name."""
     folder = tmp_path / "sweep" / "jobs"
     folder.mkdir(parents=True)
@@ -149,7 +149,7 @@ def test_records_that_are_not_the_sweeps_are_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_jobs_side_by_side_by_joblib(tmp_path: Path) -> None:
+def test_parallel_sweep_jobs_with_joblib(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     plugin = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     done = lit_glm("train", *SWEEP, *plugin, "bs=2,4", "topology=1x1", cwd=tmp_path)
@@ -174,7 +174,7 @@ def test_jobs_by_submitit(tmp_path: Path) -> None:
         ("hydra_submitit_launcher", ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"], 130),
     ],
 )
-def test_jobs_side_by_side_save_when_their_sweep_is_stopped(
+def test_parallel_sweep_jobs_save_when_the_sweep_is_stopped(
     plugin: str, arguments: List[str], status: int, tmp_path: Path
 ) -> None:
     pytest.importorskip(f"hydra_plugins.{plugin}")

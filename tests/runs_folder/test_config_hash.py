@@ -20,7 +20,7 @@ def test_the_hash_of_a_stored_job_of_0_2_0() -> None:
     assert (read_job_json(STORED) or {})["config_hash"] == "f950a24e564fee11"
 
 
-def test_every_key_added_since_says_when_and_what_it_was_without_it() -> None:
+def test_keys_added_since_0_2_0_declare_version_and_neutral_value() -> None:
     def flat(node: Dict[str, Any], prefix: str = "") -> Any:
         for name, value in node.items():
             yield f"{prefix}{name}"
@@ -46,7 +46,7 @@ class LaterConfig(TrainConfig):
     run: LaterRun = field(default_factory=LaterRun)  # type: ignore[assignment]
 
 
-def test_a_key_of_a_later_version_leaves_the_hash_as_it_was() -> None:
+def test_neutral_key_of_a_later_version_keeps_the_config_hash() -> None:
     before = config_hash(TrainConfig())
     later: Any = LaterConfig(run=LaterRun(window=0))
     assert config_hash(later) == before

@@ -26,7 +26,7 @@ def said(status: str, *overrides: str, **more: Any) -> str:
     return final_summary(result, config, Path("outputs/a"))
 
 
-def test_reached_or_not_and_why_it_stopped() -> None:
+def test_final_summary_states_target_and_stop_reason() -> None:
     reached = said("success")
     assert reached.startswith("REACHED: accuracy 81.25%, target 80%, at step 10 (40,000 samples, 12.3 s of training)")
     assert "python -m lit_glm.report outputs/a" in reached
@@ -42,14 +42,14 @@ def test_reached_or_not_and_why_it_stopped() -> None:
     assert "3 steps without an update" in said("finished", skipped_steps=3)
 
 
-def test_a_slow_start_is_said_and_a_usual_one_is_not() -> None:
+def test_final_summary_reports_only_a_large_warmup_slowdown() -> None:
     slow = said("success", first_steps={"count": 2, "seconds": 31.2, "slowdown": 2.84})
     assert "the first 2 steps took 31.2 s, 2.8x a steady-state step of the same work" in slow
     assert "warm-up" not in said("success", first_steps={"count": 2, "seconds": 31.2, "slowdown": 1.2})
     assert "warm-up" not in said("success", first_steps=None)
 
 
-def test_the_launcher_alone_writes_how_a_run_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+def test_only_the_launcher_writes_the_final_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     """A run whose launcher was killed after the ranks had finished is complete; the next command writes that."""
     from lit_glm.launch import launcher
     from lit_glm.runs.result import read_result

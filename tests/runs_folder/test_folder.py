@@ -33,7 +33,7 @@ def result(run: Path) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _chdir_to_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("SLURM_RESTART_COUNT", "SLURM_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
@@ -41,7 +41,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["checkpoints/mine.pt", "wandb/mine", "steps.csv", ".hydra/config.yaml"])
 @pytest.mark.parametrize("more", [[], ["run.overwrite=true"]])
-def test_a_folder_with_files_of_the_users_is_refused(name: str, more: List[str], tmp_path: Path, capfd: Any) -> None:
+def test_folder_with_user_files_is_rejected(name: str, more: List[str], tmp_path: Path, capfd: Any) -> None:
     mine = tmp_path / "mine" / name
     mine.parent.mkdir(parents=True)
     mine.write_text("dear")
@@ -60,7 +60,7 @@ def test_other_files_stay(tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "dear"
 
 
-def test_a_folder_that_holds_a_run_is_refused_or_overwritten(tmp_path: Path, capfd: Any) -> None:
+def test_folder_with_a_run_is_rejected_or_overwritten(tmp_path: Path, capfd: Any) -> None:
     assert lit_glm_here("train", *DEBUG, "hydra.run.dir=run") == 0
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert lit_glm_here("train", *DEBUG, "seed=7", "hydra.run.dir=run") == 2
@@ -150,7 +150,7 @@ def test_a_run_on_other_data_or_weights_is_not_reused(tmp_path: Path, capfd: Any
     assert reusable_runs([run], config) == []
 
 
-def test_auto_takes_no_run_beside_a_folder_that_was_given(tmp_path: Path) -> None:
+def test_resume_auto_ignores_runs_outside_the_given_folder(tmp_path: Path) -> None:
     """It may be somebody else's."""
     assert lit_glm_here("train", *DEBUG, "run.checkpoint_interval_steps=1", "hydra.run.dir=scratch/alice/run1") == 0
     alice = tmp_path / "scratch" / "alice" / "run1"
@@ -162,7 +162,7 @@ def test_auto_takes_no_run_beside_a_folder_that_was_given(tmp_path: Path) -> Non
     assert result(tmp_path / "scratch" / "bob" / "run1")["interruptions"] == 0
 
 
-def test_overwriting_leaves_what_is_not_the_runs_and_follows_links(tmp_path: Path) -> None:
+def test_overwrite_keeps_user_files_and_follows_symlinks(tmp_path: Path) -> None:
     """A checkpoint of the run that was thrown away would outrank those of the new one."""
     run, scratch = tmp_path / "run", tmp_path / "scratch"
     arguments = [*DEBUG, "run.checkpoint_interval_steps=1", f"hydra.run.dir={run}"]
@@ -179,9 +179,7 @@ def test_overwriting_leaves_what_is_not_the_runs_and_follows_links(tmp_path: Pat
     assert (scratch / "mine.safetensors").read_text() == (run / "csv" / "notes.csv").read_text() == "mine"
 
 
-def test_a_checkpoint_that_is_damaged_in_its_middle_is_passed_over(
-    tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_damaged_checkpoint_is_skipped_on_resume(tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     arguments = [*DEBUG, "run.checkpoint_interval_steps=1"]
     assert lit_glm_here("train", *arguments, f"hydra.run.dir={run}") == 0
@@ -209,7 +207,7 @@ def test_a_checkpoint_that_is_damaged_in_its_middle_is_passed_over(
     assert f"resuming after step {int(before.stem[5:])}" in said.out
 
 
-def test_a_job_that_slurm_has_requeued_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_restart_resumes_the_run_of_the_same_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     assert lit_glm_here("train", *DEBUG, "run.checkpoint_interval_steps=1", "hydra.run.dir=outputs/a/first") == 0
     first = tmp_path / "outputs" / "a" / "first"
@@ -223,7 +221,7 @@ def test_a_job_that_slurm_has_requeued_goes_on(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(("content", "said"), [("{torn", "damaged"), ('{"config": {"bss": 4}}', "written by lit_glm")])
-def test_a_job_file_that_cannot_be_read_is_said(content: str, said: str, tmp_path: Path, capfd: Any) -> None:
+def test_unreadable_job_json_is_rejected(content: str, said: str, tmp_path: Path, capfd: Any) -> None:
     (tmp_path / "old=run").mkdir()
     (tmp_path / "old=run" / "job.json").write_text(content)
     assert lit_glm_here("train", *DEBUG, "run.resume='old=run'") == 2
@@ -232,7 +230,7 @@ def test_a_job_file_that_cannot_be_read_is_said(content: str, said: str, tmp_pat
     assert "Traceback" not in output
 
 
-def test_a_run_in_a_folder_with_an_equals_sign_goes_on(tmp_path: Path) -> None:
+def test_run_in_a_folder_with_an_equals_sign_is_resumed(tmp_path: Path) -> None:
     run = tmp_path / "lr=1" / "a=b"
     assert lit_glm_here("train", *DEBUG, f"hydra.run.dir='{run}'") == 0
     (run / "result.json").write_text(json.dumps({**result(run), "status": "running"}))
@@ -240,7 +238,7 @@ def test_a_run_in_a_folder_with_an_equals_sign_goes_on(tmp_path: Path) -> None:
     assert result(run)["status"] == "finished"
 
 
-def test_generated_data_leave_other_data_alone(tmp_path: Path, capfd: Any) -> None:
+def test_synthetic_data_does_not_overwrite_other_data(tmp_path: Path, capfd: Any) -> None:
     mine = tmp_path / "data" / "raw"
     mine.mkdir(parents=True)
     (mine / "train.jsonl").write_text("dear")
@@ -254,7 +252,7 @@ def test_generated_data_leave_other_data_alone(tmp_path: Path, capfd: Any) -> No
     assert (tmp_path / "more" / "notes.txt").read_text() == "dear"
 
 
-def test_files_of_the_users_between_generated_ones_stay(tmp_path: Path, capfd: Any) -> None:
+def test_user_files_between_synthetic_data_files_are_kept(tmp_path: Path, capfd: Any) -> None:
     (tmp_path / "mine" / "raw").mkdir(parents=True)
     (tmp_path / "mine" / "raw" / "corpus.jsonl").write_text("dear")
     (tmp_path / "mine" / "generated.json").write_text('{"model": "gpt"}')
@@ -267,7 +265,7 @@ def test_files_of_the_users_between_generated_ones_stay(tmp_path: Path, capfd: A
     assert (tmp_path / "ours" / "raw" / "notes.txt").read_text() == "dear"
 
 
-def test_generated_data_of_which_a_part_is_missing_are_generated_again(tmp_path: Path) -> None:
+def test_incomplete_synthetic_data_is_regenerated(tmp_path: Path) -> None:
     assert lit_glm_here("prepare", *SYNTHETIC, "data.out_dir=data") == 0
     before = tree_digest(tmp_path / "data")
     shutil.rmtree(tmp_path / "data" / "eval_hdf5")
@@ -275,9 +273,7 @@ def test_generated_data_of_which_a_part_is_missing_are_generated_again(tmp_path:
     assert set(tree_digest(tmp_path / "data")) == set(before)
 
 
-def test_a_global_batch_above_the_examples_is_refused_and_short_batches_count_what_they_hold(
-    tmp_path: Path, capfd: Any
-) -> None:
+def test_too_large_global_batch_is_rejected_and_partial_batch_is_counted(tmp_path: Path, capfd: Any) -> None:
     assert lit_glm_here("train", *DEBUG, "bs=65") == 2
     assert "needs 65 examples per step, but" in capfd.readouterr().err
     assert lit_glm_here("train", *DEBUG, "bs=40", "run.max_steps=3", "hydra.run.dir=run") == 0
@@ -295,12 +291,12 @@ def test_a_global_batch_above_the_examples_is_refused_and_short_batches_count_wh
     assert last["throughput(ips)_raw"] == pytest.approx(120 / last["raw_train_time"])
 
 
-def test_the_rate_that_trains_is_the_one_reported(tmp_path: Path) -> None:
+def test_reported_lr_is_the_effective_lr(tmp_path: Path) -> None:
     assert lit_glm_here("train", *DEBUG, "optimizer.lr=0.5", "hydra.run.dir=run") == 0
     assert (result(tmp_path / "run")["lr"], result(tmp_path / "run")["fix_hp"]) == (0.5, "bs=4,lr=0.5")
 
 
-def test_a_run_that_diverges_ends_and_says_so(tmp_path: Path, capfd: Any) -> None:
+def test_diverged_run_fails_with_a_message(tmp_path: Path, capfd: Any) -> None:
     diverge = ["lr=1e30", "run.max_steps=60", "run.max_skipped_steps=6", "run.eval_interval_samples=100000"]
     assert lit_glm_here("train", *DEBUG, *diverge, "optimizer.warmup=0", "hydra.run.dir=run") == 1
     said = capfd.readouterr().err
@@ -347,7 +343,7 @@ def test_an_error_inside_a_run(what: str, tmp_path: Path, capfd: Any, monkeypatc
     assert result(tmp_path / "run")["status"] == "failed"
 
 
-def test_folders_of_further_nodes_may_come_first(tmp_path: Path) -> None:
+def test_folders_of_secondary_nodes_may_exist_before_the_run(tmp_path: Path) -> None:
     with lock_directory(tmp_path / "run" / "nodes" / "1"):
         ensure_available(tmp_path / "run", False)
     (tmp_path / "run" / "nodes" / "thesis").mkdir()
@@ -355,7 +351,7 @@ def test_folders_of_further_nodes_may_come_first(tmp_path: Path) -> None:
         ensure_available(tmp_path / "run", False)
 
 
-def test_five_hundred_runs_are_compared_by_a_name_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_are_found_by_config_hash_without_reading_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """None of their configurations is built anew."""
     config = validate_config(compose_config("train", DEBUG), TrainConfig)
     for number in range(500):
@@ -367,7 +363,9 @@ def test_five_hundred_runs_are_compared_by_a_name_each(tmp_path: Path, monkeypat
     assert [len(runs) for runs in found.values()] == [500]
 
 
-def test_memory_that_runs_out_in_an_evaluation(tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_in_an_evaluation_is_reported(
+    tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def no_room(*_arguments: Any) -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
 
@@ -377,7 +375,7 @@ def test_memory_that_runs_out_in_an_evaluation(tmp_path: Path, capfd: Any, monke
     assert result(tmp_path / "run")["error"] == "out of memory"
 
 
-def test_runs_are_looked_for_as_deep_as_they_are_made(tmp_path: Path) -> None:
+def test_run_discovery_respects_the_search_depth(tmp_path: Path) -> None:
     for name in ("a/b/c", "a/b/c/d", "x/child"):
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
     (tmp_path / "a/b/c/d/job.json").touch()
@@ -395,7 +393,7 @@ def test_runs_are_looked_for_as_deep_as_they_are_made(tmp_path: Path) -> None:
         ({"job.json": '{"my": "slurm job"}', "result.json": "{}", "checkpoints/step-1.ckpt": "mine"}, "job.json"),
     ],
 )
-def test_a_folder_with_files_of_these_names_that_are_not_ours_is_left_alone(
+def test_folder_with_foreign_files_of_known_names_is_rejected(
     files: Dict[str, str], said: str, tmp_path: Path, capfd: Any
 ) -> None:
     for name, text in files.items():
@@ -416,7 +414,7 @@ def test_overwriting_removes_the_evaluation_of_the_run_before(tmp_path: Path) ->
     assert not (tmp_path / "run" / "evaluation").exists()
 
 
-def test_the_times_of_a_part_without_a_step_are_known(tmp_path: Path) -> None:
+def test_times_of_a_run_part_without_steps_are_kept(tmp_path: Path) -> None:
     """It wrote result.json before its first step and had no later one."""
     arguments = [*DEBUG, "run.max_steps=5", "hydra.run.dir=run"]
     assert lit_glm_here("train", *arguments) == 0
@@ -453,9 +451,7 @@ def test_a_resumed_run_is_running_until_it_ends(tmp_path: Path, monkeypatch: pyt
     assert (result(run)["status"], result(run).get("error")) == ("interrupted", None)
 
 
-def test_a_disk_that_is_full_from_the_start_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
-) -> None:
+def test_disk_full_at_start_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 

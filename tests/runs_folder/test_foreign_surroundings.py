@@ -29,7 +29,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "run"
 
 
-def test_a_single_device_takes_no_rank_of_a_launcher_around_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_device_run_ignores_launcher_rank_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a pod of a training operator, or a shell inside another launcher."""
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID"):
@@ -42,7 +42,7 @@ def test_a_single_device_takes_no_rank_of_a_launcher_around_it(tmp_path: Path, m
     assert (tmp_path / "run" / "environment.json").is_file()
 
 
-def test_files_of_the_user_in_folders_of_a_run_stay(run: Path) -> None:
+def test_user_files_in_subfolders_of_a_run_are_kept(run: Path) -> None:
     for name in ("errors/my-notes.txt", "ranks/notes.txt", "ranks/0", "ranks/0.stack", "ranks/more/file"):
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_text("dear")
@@ -55,7 +55,7 @@ def test_files_of_the_user_in_folders_of_a_run_stay(run: Path) -> None:
     assert (run / "errors" / "my-notes.txt").read_text() == "dear"
 
 
-def test_other_data_are_refused_on_resume(run: Path, capfd: Any) -> None:
+def test_resume_with_other_data_is_rejected(run: Path, capfd: Any) -> None:
     interrupt(run)
     before = (run / "result.json").read_text().replace('"data_fingerprint": "', '"data_fingerprint": "0')
     (run / "result.json").write_text(before)
@@ -74,7 +74,7 @@ def test_initial_weights_are_not_needed_to_resume(run: Path) -> None:
     assert len(rows(Path("second/steps.csv"))) == 4
 
 
-def test_a_complete_run_in_the_given_folder_is_nothing_to_do(run: Path, capfd: Any) -> None:
+def test_resume_auto_of_a_complete_run_does_nothing(run: Path, capfd: Any) -> None:
     """A pod that is restarted after its run has finished uses the same command."""
     capfd.readouterr()
     again = ["run.max_steps=3", "hydra.run.dir=run", "run.resume=auto"]
@@ -83,7 +83,7 @@ def test_a_complete_run_in_the_given_folder_is_nothing_to_do(run: Path, capfd: A
     assert lit_glm_here("train", *SHORT, "run.max_steps=4", *again[1:]) == 2  # another configuration
 
 
-def test_damaged_texts_are_refused_before_the_work(run: Path, capfd: Any) -> None:
+def test_damaged_example_metadata_is_rejected_before_evaluation(run: Path, capfd: Any) -> None:
     file = Path(json.loads((run / "job.json").read_text())["config"]["data"]["eval_file"])
     shutil.copytree(file.parent, "eval")
     texts = Path("eval/eval_examples.jsonl")
@@ -162,12 +162,12 @@ def test_a_folder_without_permission_is_named(run: Path, capfd: Any, monkeypatch
 
 
 @pytest.mark.parametrize("key", ["stall_timeout_s", "rendezvous_timeout_s", "shutdown_timeout_s"])
-def test_a_timeout_that_no_clock_can_hold_is_refused(key: str, capfd: Any) -> None:
+def test_excessive_timeout_is_rejected(key: str, capfd: Any) -> None:
     assert lit_glm_here("train", "experiment=debug", f"run.{key}=1e15") == 2
     assert "at most 1e8 (three years)" in capfd.readouterr().err
 
 
-def test_an_apostrophe_in_the_folder_of_own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+def test_config_dir_with_an_apostrophe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     monkeypatch.chdir(tmp_path)
     own = tmp_path / "it's" / "experiment"
     own.mkdir(parents=True)
@@ -180,7 +180,7 @@ def test_an_apostrophe_in_the_folder_of_own_files(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.slow
-def test_a_sweep_with_lists_in_a_file_runs_all_of_them(
+def test_sweeper_params_in_a_config_file_run_all_combinations(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -199,7 +199,9 @@ def test_a_sweep_with_lists_in_a_file_runs_all_of_them(
 
 
 @pytest.mark.slow
-def test_a_folder_that_looks_like_an_interpolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+def test_folder_name_that_looks_like_an_interpolation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
     (tmp_path / "\\${x:y}").mkdir()
     monkeypatch.chdir(tmp_path / "\\${x:y}")
     how = ["experiment=debug", "run.max_steps=1", "run.evaluate=false"]

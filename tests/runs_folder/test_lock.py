@@ -9,7 +9,7 @@ from lit_glm.errors import InputError
 from lit_glm.runs.run_folder import is_running, lock_directory
 
 
-def test_a_run_folder_is_one_process_s(tmp_path: Path) -> None:
+def test_run_folder_lock_is_exclusive(tmp_path: Path) -> None:
     with lock_directory(tmp_path / "run"):
         assert is_running(tmp_path / "run")
         with pytest.raises(InputError, match="in use by another process"), lock_directory(tmp_path / "run"):
@@ -37,7 +37,7 @@ with lock_directory(Path({str(tmp_path)!r})):
 
 
 @pytest.mark.process
-def test_train_refuses_the_folder_of_a_live_run(
+def test_train_rejects_the_folder_of_a_running_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """And leaves the live run's files alone; run.resume=auto does not take a live run for an unfinished one."""

@@ -41,7 +41,7 @@ def drop_rows(folder: Path) -> None:
     (folder / "steps.csv").write_text("".join(lines[:2] + lines[4:]))
 
 
-def flip_a_time(folder: Path) -> None:
+def corrupt_a_time(folder: Path) -> None:
     lines = (folder / "steps.csv").read_text().splitlines(keepends=True)
     (folder / "steps.csv").write_text("".join(lines).replace(lines[2], lines[2].replace("0.", "0.\x00", 9)))
 
@@ -64,11 +64,11 @@ RESULT_FIGURES = {"e2e_time", "p_whole", "init_time"}
             "result.json lacks times of the 6 steps",
         ),
         (drop_rows, STEP_FIGURES, "steps.csv has 4 of the 6 steps"),
-        (flip_a_time, STEP_FIGURES, "steps.csv has 5 of the 6 steps"),
+        (corrupt_a_time, STEP_FIGURES, "steps.csv has 5 of the 6 steps"),
         (lambda folder: (folder / "steps.csv").unlink(), STEP_FIGURES, "steps.csv has 0 of the 6 steps"),
     ],
 )
-def test_figures_of_lost_rows_are_unknown_and_the_row_gives_the_reason(
+def test_metrics_of_lost_rows_are_null_with_a_reason(
     lose: Callable[[Path], Any], unknown: Any, reason: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     folder = stopped_run(tmp_path / "run", monkeypatch)
@@ -85,7 +85,7 @@ def test_figures_of_lost_rows_are_unknown_and_the_row_gives_the_reason(
     assert bool(unknown) == bool(result["missing_data"])
 
 
-def test_what_a_checkpoint_stands_on_is_on_the_disk_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_result_and_tables_are_written_before_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each checkpoint is written after result.json of its step, and the tables of its steps."""
     from lit_glm.runs import checkpoints
 
@@ -170,7 +170,7 @@ def test_the_time_from_the_last_record_to_a_failure_is_part_of_the_run(
     assert finished["training_spans"][0] == failed["training_spans"][0]
 
 
-def test_what_happens_after_the_end_of_a_run_is_not_part_of_it(tmp_path: Path) -> None:
+def test_time_after_the_end_of_a_run_is_not_part_of_it(tmp_path: Path) -> None:
     """Another rank of a torchrun may hang when rank 0 has written how the run ended."""
     ended = {"status": "success", "earlier_e2e_time": 0.0, "e2e_time": 5.0, "raw_train_time": 4.0}
     (tmp_path / "result.json").write_text(json.dumps(ended))

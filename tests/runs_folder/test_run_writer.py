@@ -4,7 +4,7 @@ from lit_glm.atomic_files import read_csv_rows
 from lit_glm.runs.run_writer import EVAL_COLUMNS, AppendOnlyCSV
 
 
-def test_a_torn_last_line_and_later_steps_go(tmp_path: Path) -> None:
+def test_incomplete_last_line_and_later_steps_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "evals.csv"
     table = AppendOnlyCSV(path, EVAL_COLUMNS)
     for step in range(4):
@@ -19,7 +19,7 @@ def test_a_torn_last_line_and_later_steps_go(tmp_path: Path) -> None:
     assert [row["acc"] for row in read_csv_rows(path, EVAL_COLUMNS)] == ["0.5", "0.5", "0.5", ""]
 
 
-def test_the_evaluation_before_training_is_no_training_time(tmp_path: Path) -> None:
+def test_evaluation_before_training_is_not_training_time(tmp_path: Path) -> None:
     table = AppendOnlyCSV(tmp_path / "evals.csv", EVAL_COLUMNS)
     for step in range(3):
         table.add(step=step, samples=4 * step, acc=0.5, seconds=1.5)

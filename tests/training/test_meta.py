@@ -30,7 +30,7 @@ NEW = not torch.__version__.startswith("1.")
 SMALL = ["model=glm_tiny", "data=synthetic", "data.synthetic.num_train=8", "data.synthetic.num_eval=8", "bs=3"]
 
 
-class Meta(Runtime):
+class MetaRuntime(Runtime):
     """A card without memory; what is read of it is 1, and what an evaluation chose 0."""
 
     name = "meta"
@@ -52,7 +52,7 @@ class Meta(Runtime):
         return lambda: [0 if values.dtype is torch.long else 1.0] * len(values)
 
 
-class Stream:
+class UnsizedBatches:
     """Batches of no known number: Lightning would gather it as a tensor and read it."""
 
     def __init__(self, batches: List[Any]) -> None:
@@ -63,7 +63,7 @@ class Stream:
 
 
 @contextmanager
-def a_norm_that_is_finite() -> Iterator[None]:
+def finite_gradient_norm() -> Iterator[None]:
     real, LossScalingPrecision.update_scale = LossScalingPrecision.update_scale, lambda self, norm: True  # type: ignore[method-assign, assignment]
     try:
         yield
@@ -80,7 +80,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "amp", "fp16"])
 @pytest.mark.parametrize("layout", ["published", "gathered", "flat"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_nothing_is_read_and_no_devices_are_mixed(
+def test_training_step_reads_no_values_and_mixes_no_devices(
     precision: str, layout: str, accumulate: int, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scoring = "published" if layout == "published" else "shared_context"
@@ -94,7 +94,7 @@ def test_nothing_is_read_and_no_devices_are_mixed(
             batch.context_lengths, batch.candidate_rows, batch.row_candidate, attend
         )
         monkeypatch.setattr("lit_glm.model.scoring.choose_attention_layout", flat)
-    runtime = Meta()
+    runtime = MetaRuntime()
     split = open_dataset(config.data.train_file, False, str(data / "cache"))
     collate = collate_for(config)
     batches = [collate(split, [0, 1, 2]), collate(split, [3, 4])]
@@ -114,10 +114,10 @@ def test_nothing_is_read_and_no_devices_are_mixed(
         enable_model_summary=False,
     )
     seen: List[Any] = []
-    with a_norm_that_is_finite():
+    with finite_gradient_norm():
         trainer.strategy.teardown = lambda: None  # type: ignore[method-assign]  # moves everything to the processor
         module.on_train_batch_end = lambda *_: seen.append(module.pending_metrics)  # type: ignore[assignment, method-assign]
-        trainer.fit(module, Stream(batches))  # type: ignore[arg-type]
+        trainer.fit(module, UnsizedBatches(batches))  # type: ignore[arg-type]
     assert (module.steps_done, module.steps_skipped) == (2, 0)
     assert all(outcome.grad_norm.device.type == "meta" and outcome.loss == 1.0 for outcome in seen)
     module = plugin.convert_module(RecordModule(build_glm(config.model, runtime.model_ops())[0], config, runtime))

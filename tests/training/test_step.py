@@ -77,7 +77,7 @@ def test_accumulation_updates_every_nth_step(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("stop_after", [4, 5])
-def test_gradients_that_wait_for_an_update_survive_an_interruption(
+def test_accumulated_gradients_survive_an_interruption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, stop_after: int
 ) -> None:
     """Windows of two: the loss of step 4, the last of its window, is not finite; step 5 opens the next window."""
@@ -118,7 +118,7 @@ def test_parameter_groups_are_the_published_ones() -> None:
 
 
 @pytest.mark.skipif(torch.__version__.startswith("1."), reason="torch 1.12 has no fused update")
-def test_a_fused_update_that_is_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_incorrect_fused_optimizer_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cpu")
     assert fused_unavailable_reason(device) is None
     assert make_optimizer(torch.nn.Linear(2, 2), OptimizerConfig()).defaults["fused"]
@@ -133,7 +133,7 @@ def test_a_fused_update_that_is_wrong_is_not_taken(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("highest", [1.0, 1e9])
-def test_the_norm_of_many_gradients_is_exact(highest: float) -> None:
+def test_gradient_norm_of_many_elements_is_accurate(highest: float) -> None:
     """As large as the word embedding of a small model: torch's own norm is 8e-5 too low here."""
     weights = [torch.nn.Parameter(torch.empty(size)) for size in ((30592, 128), (128,))]
     for number, weight in enumerate(weights):
@@ -148,7 +148,7 @@ def test_the_norm_of_many_gradients_is_exact(highest: float) -> None:
 
 
 @pytest.mark.parametrize("score", [-torch.inf, torch.nan])
-def test_where_no_score_is_above_that_of_padding_or_one_is_none_no_candidate_is_chosen(score: float) -> None:
+def test_no_candidate_is_chosen_without_a_score_above_padding(score: float) -> None:
     config = validate_config(compose_config("train", GOLDEN_RUN), TrainConfig)
     split = open_dataset(config.data.eval_file, True, None)
 
@@ -223,7 +223,7 @@ def test_normalisation() -> None:
     assert normalise_answer(" The  U.S. - an  Answer!") == "us answer"
 
 
-def test_skipped_steps_are_counted_on_after_a_resume(tmp_path: Path) -> None:
+def test_skipped_step_count_is_restored_on_resume(tmp_path: Path) -> None:
     config = validate_config(compose_config("train", ["experiment=debug"]), TrainConfig)
     module = RecordModule(build_glm(config.model)[0], config, CPURuntime())
     module.on_load_checkpoint({"lit_glm": {"steps_done": 9, "steps_skipped": 3}})

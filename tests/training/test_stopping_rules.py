@@ -18,7 +18,7 @@ def test_evaluations_are_due_as_published() -> None:
     assert [step for step in range(1, 31) if is_evaluation_due(step, 4, early)] == [25, 26, 27, 28, 29, 30]
 
 
-def test_the_limit_is_passed_not_reached() -> None:
+def test_training_stops_when_max_samples_is_exceeded() -> None:
     """4,000 samples at bs 4 are 1,001 steps, with evaluations after the last two."""
     run = RunConfig(max_samples=4000)
     assert not has_reached_limit(1000, 4, run)
@@ -51,7 +51,7 @@ def test_the_next_evaluation_is_the_first_that_is_due(batch: int, interval: int,
     assert not any(is_evaluation_due(step, batch, run) for step in range(done + 1, min(found, done + 50)))
 
 
-def test_a_target_that_training_leaves_again_does_not_end_it(
+def test_target_reached_only_before_training_does_not_stop_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     """The target is reached before training, and not after the first step: training continues to its limit."""

@@ -17,7 +17,7 @@ from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.errors import RunError
 from lit_glm.launch.supervisor import TimeLimitExceeded
 from lit_glm.tune import TuneConfig
-from runs.processes import free_port, on_node
+from runs.processes import free_port, node_env
 
 TINY = ["hardware=cpu", "model=glm_tiny", "data=synthetic", "data.synthetic.num_train=6", "data.synthetic.num_eval=2"]
 
@@ -26,7 +26,7 @@ def fastest_bs(trials: List[Trial]) -> Any:
     return next(iter(ranking(trials)), None)
 
 
-def searched(
+def run_search(
     capacity: int, most: int, speed: Callable[[int, int], float], repeats: int = 3, again: Optional[int] = None
 ) -> List[Trial]:
     """Search on a device that holds `capacity` examples, or only `again` in the second trial of a batch size."""
@@ -42,8 +42,8 @@ def searched(
 
 
 @given(capacity=st.integers(0, 3000), most=st.integers(1, 3000), knee=st.integers(1, 500))
-def test_the_largest_that_fits_is_found_to_a_sixteenth(capacity: int, most: int, knee: int) -> None:
-    tries = searched(capacity, most, lambda bs, _: bs / (bs + knee))
+def test_largest_fitting_bs_is_found_to_one_sixteenth(capacity: int, most: int, knee: int) -> None:
+    tries = run_search(capacity, most, lambda bs, _: bs / (bs + knee))
     fitting = min(capacity, most)
     if fitting == 0:
         assert not rates_by_bs(tries)
@@ -55,9 +55,9 @@ def test_the_largest_that_fits_is_found_to_a_sixteenth(capacity: int, most: int,
 
 
 @given(capacity=st.integers(4, 3000), share=st.floats(0.3, 1.0))
-def test_a_batch_size_that_does_not_fit_each_time_does_not_fit(capacity: int, share: float) -> None:
+def test_batch_size_that_fails_on_repeat_does_not_fit(capacity: int, share: float) -> None:
     again = int(capacity * share)
-    tries = searched(capacity, 10_000, lambda bs, _: bs / (bs + 50), again=again)
+    tries = run_search(capacity, 10_000, lambda bs, _: bs / (bs + 50), again=again)
     assert fastest_bs(tries) <= again
     assert not set(rates_by_bs(tries)) & {trial.bs for trial in tries if trial.status == MEMORY}
 
@@ -69,16 +69,16 @@ def test_a_size_that_did_not_fit_is_not_tried_between_two_that_fit() -> None:
 
 
 @given(peak=st.integers(1, 400))
-def test_a_fastest_one_in_between_is_found_nearly(peak: int) -> None:
-    tries = searched(512, 10_000, lambda bs, _: 1.0 - abs(bs - peak) / 1000)
+def test_fastest_bs_between_powers_of_two_is_approximated(peak: int) -> None:
+    tries = run_search(512, 10_000, lambda bs, _: 1.0 - abs(bs - peak) / 1000)
     found = fastest_bs(tries) or 0
     assert abs(found - peak) <= max(2, peak // 3)
 
 
-def test_it_repeats_while_the_spread_hides_which_is_faster() -> None:
-    noisy = searched(2, 10, lambda bs, _: 100.0, repeats=4)
+def test_trials_repeat_while_the_rates_overlap() -> None:
+    noisy = run_search(2, 10, lambda bs, _: 100.0, repeats=4)
     assert {bs: len(own) for bs, own in rates_by_bs(noisy).items()} == {1: 4, 2: 4}
-    clear = searched(2, 10, lambda bs, number: 100.0 * bs + number % 2, repeats=4)
+    clear = run_search(2, 10, lambda bs, number: 100.0 * bs + number % 2, repeats=4)
     assert {bs: len(own) for bs, own in rates_by_bs(clear).items()} == {1: 2, 2: 2}
 
 
@@ -97,7 +97,7 @@ def tried(monkeypatch: pytest.MonkeyPatch, folder: Path, run: Callable[[Path], A
 
 
 @pytest.mark.process
-def test_memory_that_runs_out_is_an_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_out_of_memory_is_a_trial_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fails(reason: str) -> Callable[[Path], Any]:
         def run(folder: Path) -> Any:
             (folder / "result.json").write_text(json.dumps({"status": "failed", "error": reason}))
@@ -123,13 +123,13 @@ def test_memory_that_runs_out_is_an_answer(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 @pytest.mark.slow
-def test_the_time_of_a_search_ends_a_trial(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_search_time_limit_terminates_a_trial(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     config: Any = validate_config(compose_config("tune", [*TINY, "tune.steps=1000000"]), TuneConfig)
     (tmp_path / "search").mkdir()
     search, output = Search(config, tmp_path / "search", []), tmp_path / "search" / "tries" / "bs1_0.txt"
 
-    class OnceItTrains(threading.Thread):
+    class TimerFromTrainingStart(threading.Thread):
         """Instead of a timer, whose seconds may be over before a busy machine has started the trial."""
 
         def __init__(self, _seconds: float, call: Callable[..., None], arguments: Any) -> None:
@@ -144,7 +144,7 @@ def test_the_time_of_a_search_ends_a_trial(monkeypatch: pytest.MonkeyPatch, tmp_
         def cancel(self) -> None:
             pass
 
-    monkeypatch.setattr(threading, "Timer", OnceItTrains)
+    monkeypatch.setattr(threading, "Timer", TimerFromTrainingStart)
     trial = search._run_trial(1, 12.0)
     assert (trial.status, trial.message) == (OUT_OF_TIME, "exceeded the remaining 12 s")
     assert json.loads((tmp_path / "search" / "tries" / "bs1_0" / "result.json").read_text())["status"] != "running"
@@ -155,7 +155,7 @@ def test_two_nodes_search_together(tmp_path: Path) -> None:
     port = free_port()
     line = [*TINY, "data.synthetic.num_train=6", "topology.num_nodes=2", "topology.devices_per_node=1", "tune.steps=4"]
     line += ["tune.repeats=1", f"hydra.run.dir={tmp_path}/search"]
-    nodes = [start_command("tune", *line, cwd=tmp_path, env=on_node(rank, "127.0.0.1", port)) for rank in (1, 0)]
+    nodes = [start_command("tune", *line, cwd=tmp_path, env=node_env(rank, "127.0.0.1", port)) for rank in (1, 0)]
     ended = [node.communicate(timeout=240) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], ended
     found = json.loads((tmp_path / "search" / "tune.json").read_text())
@@ -164,7 +164,7 @@ def test_two_nodes_search_together(tmp_path: Path) -> None:
     assert len(list((tmp_path / "search" / "tries").glob("*.node1.txt"))) == len(found["trials"])
 
 
-def test_a_further_node_of_a_complete_search_has_nothing_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_secondary_node_of_a_complete_search_exits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     config: Any = validate_config(compose_config("tune", [*TINY, "run.stall_timeout_s=30"]), TuneConfig)
     (tmp_path / "search").mkdir()
@@ -176,7 +176,7 @@ def test_a_further_node_of_a_complete_search_has_nothing_to_do(monkeypatch: pyte
     assert time.monotonic() - begun < 10
 
 
-def test_a_further_node_of_a_search_that_is_extended_waits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_secondary_node_of_an_extended_search_waits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Node 0 may not have begun to write when it reads that the search was complete, with fewer repeats."""
     monkeypatch.chdir(tmp_path)
     more = ["run.stall_timeout_s=2", "tune.repeats=2"]
@@ -196,5 +196,5 @@ def test_fewer_examples_than_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert "4 training examples: a step of topology=1x8 needs 8" in capfd.readouterr().err
 
 
-def test_of_equals_the_smaller_batch_is_the_fastest() -> None:
+def test_smaller_batch_size_wins_at_equal_throughput() -> None:
     assert fastest_bs([Trial(4, FITS, 10.0), Trial(8, FITS, 10.0)]) == 4

@@ -13,9 +13,7 @@ TINY = ["hardware=cpu", "model=glm_tiny", "data=synthetic", "data.synthetic.num_
 
 
 @pytest.mark.slow
-def test_a_search_leaves_its_files_and_auto_takes_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
-) -> None:
+def test_tune_writes_files_that_bs_auto_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "outputs" / "tune" / "day" / "time"
     how = [*TINY, "tune.steps=4", "tune.repeats=1"]
@@ -52,7 +50,7 @@ def test_a_search_leaves_its_files_and_auto_takes_them(
     assert f"\nbs: {found['fastest_bs']}\n" in "\n" + capfd.readouterr().out
 
 
-def test_auto_without_a_search_says_how_to_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+def test_bs_auto_without_a_search_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     monkeypatch.chdir(tmp_path)
     assert lit_glm_here("train", *TINY, "bs=auto") == 2
     assert "bs=auto: no batch size is known for cpu 1x1 fp32 shared_context glm_tiny" in capfd.readouterr().err

@@ -27,7 +27,7 @@ Failed = List[Tuple[str, str]]
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing_check, "_AT_LEAST_S", 0.02)
     monkeypatch.setattr(timing_check, "_BYTES", (2**20, 2**20))
     monkeypatch.setattr(timing_check, "_SIZES", (256,))
@@ -59,20 +59,20 @@ def with_fault(name: str, fault: Callable[[Any, Any, Any], Any]) -> Iterator[Non
         yield
 
 
-def test_the_processor_passes() -> None:
+def test_verify_passes_on_cpu() -> None:
     assert failed() == []
 
 
 @pytest.mark.skipif(
     not accumulates_bf16_in_fp32(), reason="its products are wrong here, which takes minutes to be told"
 )
-def test_the_processor_passes_in_bf16() -> None:
+def test_verify_passes_on_cpu_in_bf16() -> None:
     assert failed(None, "precision=bf16") == []
 
 
 @pytest.mark.skipif(not accumulates_bf16_in_fp32(), reason="its products are wrong here")
 @pytest.mark.parametrize("precision", ["bf16", "amp", "fp16"])
-def test_the_loss_of_a_small_model_is_as_inexact_as_its_scores(precision: str) -> None:
+def test_layer_checks_pass_for_a_small_model(precision: str) -> None:
     overrides = ["model=glm_tiny", "data=synthetic", f"precision={precision}"]
     config = validate_config(compose_config("train", overrides), TrainConfig)
     checks = model_check.check_layers(config, make_fixture(config), CPURuntime(), tf32=False)
@@ -81,7 +81,7 @@ def test_the_loss_of_a_small_model_is_as_inexact_as_its_scores(precision: str) -
 
 @pytest.mark.skipif(torch.__version__.startswith("1."), reason="torch 1.12 has no fused attention")
 @pytest.mark.parametrize(("factor", "status"), [(1.0, "ok"), (1.2, "differs")])
-def test_gradients_of_attention_to_similar_values(factor: float, status: str) -> None:
+def test_attention_gradient_check_with_similar_values(factor: float, status: str) -> None:
     """They are small differences of numbers that were rounded to bf16; nevertheless a wrong kernel is found."""
     generator = torch.Generator().manual_seed(0)
     q, k, noise = (torch.randn(2, 4, 200, 64, generator=generator).bfloat16() for _ in range(3))
@@ -101,7 +101,7 @@ def test_gradients_of_attention_to_similar_values(factor: float, status: str) ->
 
 @pytest.mark.parametrize(("factor", "status"), [(1.0, "ok"), (1.2, "differs")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_of_a_layer_norm_that_sums_row_after_row(dtype: torch.dtype, factor: float, status: str) -> None:
+def test_layer_norm_gradient_check_with_sequential_sums(dtype: torch.dtype, factor: float, status: str) -> None:
     """One thread of torch's kernel adds the gradients of the weights in their dtype."""
     threads = torch.get_num_threads()
     generator = torch.Generator().manual_seed(0)
@@ -122,7 +122,7 @@ def test_gradients_of_a_layer_norm_that_sums_row_after_row(dtype: torch.dtype, f
     assert [call.status for call in recorder.results.values() if call.name == name] == [status]
 
 
-def test_a_product_in_a_librarys_own_layout_is_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matmul_in_onednn_layout_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("PREFERS_ONEDNN", True), ("_MIN_MULTIPLY_ADDS", 0), ("_ONEDNN_LINEAR", None)):
         monkeypatch.setattr(cpu_ops, name, value)  # what torch 1.12 does on a processor that is not Intel's
     x, weight, bias = torch.randn(12, 8, requires_grad=True), torch.randn(6, 8), torch.randn(6)
@@ -137,18 +137,18 @@ def test_a_product_in_a_librarys_own_layout_is_compared_too(monkeypatch: pytest.
 @pytest.mark.slow
 @pytest.mark.skipif(torch.__version__.startswith("1."), reason="torch 1.12 has no fp16 on processors")
 @pytest.mark.parametrize("precision", ["amp", "fp16"])
-def test_the_processor_passes_in_halves_with_loss_scaling(precision: str) -> None:
+def test_verify_passes_on_cpu_with_loss_scaling(precision: str) -> None:
     assert failed(None, f"precision={precision}") == []
 
 
-def test_one_product_is_off_by_a_hundredth() -> None:
+def test_verify_detects_one_percent_error_in_matmul() -> None:
     with with_fault("mm", lambda operator, args, kwargs: operator(*args, **kwargs) * 1.01):
         found = failed()
     assert {name for name, _ in found} == {"operators fp32: mm"}
 
 
 @pytest.mark.slow
-def test_one_row_of_one_operator_is_wrong() -> None:
+def test_verify_detects_one_wrong_row() -> None:
     def fault(operator: Any, args: Any, kwargs: Any) -> Any:
         out = operator(*args, **kwargs)
         out[-1] = 0.0
@@ -160,7 +160,7 @@ def test_one_row_of_one_operator_is_wrong() -> None:
 
 
 @pytest.mark.slow
-def test_the_update_forgets_weight_decay() -> None:
+def test_verify_detects_missing_weight_decay() -> None:
     name = "_fused_adamw_" if not torch.__version__.startswith("1.") else "addcdiv_"
 
     def fault(operator: Any, args: Any, kwargs: Any) -> Any:
@@ -177,7 +177,7 @@ def test_the_update_forgets_weight_decay() -> None:
     assert {name for name, _ in found} == {f"operators fp32: {name}"}
 
 
-def test_one_operator_is_missing() -> None:
+def test_verify_detects_missing_operator() -> None:
     def fault(operator: Any, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError("Could not run 'aten::gelu' with arguments from the 'XPU' backend")
 
@@ -187,7 +187,7 @@ def test_one_operator_is_missing() -> None:
     assert all("missing: Could not run" in said for _, said in found)
 
 
-def test_one_operator_silently_runs_on_the_processor() -> None:
+def test_verify_detects_silent_cpu_fallback() -> None:
     def fault(operator: Any, args: Any, kwargs: Any) -> Any:
         torch.ops.aten._to_cpu(tensors_in(args))  # what torch's own fall-back does first
         return operator(*args, **kwargs)
@@ -197,15 +197,15 @@ def test_one_operator_silently_runs_on_the_processor() -> None:
     assert found == [("operators fp32: native_layer_norm", "falls back: its inputs are copied to the CPU")]
 
 
-def test_dropout_ignores_its_seed() -> None:
-    class Forgetful(CPURuntime):
+def test_verify_detects_ignored_dropout_seed() -> None:
+    class IgnoresSeed(CPURuntime):
         def manual_seed(self, seed: int) -> None:
             pass
 
-    assert failed(Forgetful()) == [("dropout", "the same seed gives different masks")]
+    assert failed(IgnoresSeed()) == [("dropout", "the same seed gives different masks")]
 
 
-def test_dropout_does_not_scale_what_it_keeps() -> None:
+def test_verify_detects_unscaled_dropout() -> None:
     class Unscaled(CPURuntime):
         def model_ops(self) -> RuntimeOps:
             return RuntimeOps(dropout=lambda x, share: F.dropout(x, share) * (1 - share))
@@ -214,7 +214,7 @@ def test_dropout_does_not_scale_what_it_keeps() -> None:
     assert failed(Unscaled(), until="collectives") == [("dropout", message)]
 
 
-class _OtherMask(torch.autograd.Function):
+class _DifferentBackwardMask(torch.autograd.Function):
     """Dropout whose backward pass draws zeros of its own."""
 
     @staticmethod
@@ -226,16 +226,16 @@ class _OtherMask(torch.autograd.Function):
         return F.dropout(gradients[0], 0.1)
 
 
-def test_dropout_in_the_backward_pass_has_other_zeros() -> None:
+def test_verify_detects_different_dropout_mask_in_backward() -> None:
     class Other(CPURuntime):
         def model_ops(self) -> RuntimeOps:
-            return RuntimeOps(dropout=lambda x, share: _OtherMask.apply(x))
+            return RuntimeOps(dropout=lambda x, share: _DifferentBackwardMask.apply(x))
 
     message = "dropout: the gradient has other zeros than the output"
     assert failed(Other(), until="collectives") == [("dropout", message)]
 
 
-def test_a_checkpoint_that_draws_other_zeros_when_it_repeats() -> None:
+def test_verify_detects_different_dropout_mask_in_recomputation() -> None:
     class Other(CPURuntime):
         def model_ops(self) -> RuntimeOps:
             def checkpoint(function: Any, *args: Any) -> Any:
@@ -249,7 +249,7 @@ def test_a_checkpoint_that_draws_other_zeros_when_it_repeats() -> None:
     assert failed(Other(), until="collectives") == [("dropout", message)]
 
 
-def test_attention_whose_backward_pass_has_other_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_detects_different_attention_dropout_in_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     computed = DotProductAttention.__call__
 
     def other(self: Any, q: Any, k: Any, v: Any, mask: Any, share: float) -> torch.Tensor:
@@ -266,13 +266,13 @@ def test_attention_whose_backward_pass_has_other_zeros(monkeypatch: pytest.Monke
     )
 
 
-def test_the_choice_of_the_best_candidate_is_wrong() -> None:
+def test_verify_detects_wrong_argmax() -> None:
     with with_fault("argmax", lambda operator, args, kwargs: (operator(*args, **kwargs) + 1) % 3):
         found = failed(until="model")
     assert {name for name, _ in found} == {"operators fp32: argmax"}
 
 
-def test_a_wrong_softmax_is_not_taken_for_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_softmax_does_not_fail_the_dropout_check(monkeypatch: pytest.MonkeyPatch) -> None:
     computed = DotProductAttention.__call__
     means = []
 
@@ -286,11 +286,11 @@ def test_a_wrong_softmax_is_not_taken_for_dropout(monkeypatch: pytest.MonkeyPatc
     assert means[:4] == pytest.approx([1.1] * 4, abs=0.01)
 
 
-def test_synchronize_returns_at_once() -> None:
+def test_verify_detects_non_blocking_synchronize() -> None:
     """An asynchronous device: a product is done some time after its call has come back; who reads waits for it."""
     done_at = [0.0]
 
-    class Hasty(CPURuntime):
+    class NonBlocking(CPURuntime):
         def model_ops(self) -> RuntimeOps:
             def linear(x: Any, weight: Any, bias: Any) -> Any:
                 if bias is None and x.shape == weight.shape:  # the square products of the clock
@@ -308,11 +308,11 @@ def test_synchronize_returns_at_once() -> None:
         return operator(*args, **kwargs)
 
     with with_fault("_local_scalar_dense", reading):
-        found = failed(Hasty())
+        found = failed(NonBlocking())
     assert [name for name, _ in found] == ["clock"]
 
 
-def test_a_product_is_faster_than_the_files_peak() -> None:
+def test_verify_detects_matmul_above_the_stated_peak() -> None:
     found = failed(None, "hardware.peak_tflops.fp32=0.001")
     assert [name for name, _ in found] == ["speed fp32"]
 

@@ -16,72 +16,72 @@ from lit_glm.verification import acceptance, timing_check
 from lit_glm.verification.operator_check import OperatorRecorder, find_cpu_fallbacks, reference_result
 
 
-class Later:
+class LazyTensor:
     """A double of a lazy device's tensor: a product that is computed when it is asked for, or never."""
 
-    live: "weakref.WeakSet[Later]" = weakref.WeakSet()
+    live: "weakref.WeakSet[LazyTensor]" = weakref.WeakSet()
     computed = 0
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments: Any = arguments
         self.value: Any = None
-        Later.live.add(self)
+        LazyTensor.live.add(self)
 
     def now(self) -> torch.Tensor:
         if self.value is None:
             chain, node = [], self
-            while isinstance(node, Later) and node.value is None:
+            while isinstance(node, LazyTensor) and node.value is None:
                 chain.append(node)
                 node = node.arguments[0]
-            value: Any = node.value if isinstance(node, Later) else node
+            value: Any = node.value if isinstance(node, LazyTensor) else node
             for one in reversed(chain):
                 value = one.value = F.linear(value, *one.arguments[1:])
-                Later.computed += 1
+                LazyTensor.computed += 1
         return torch.as_tensor(self.value)
 
     def __getitem__(self, place: Any) -> Any:
         return self.now()[place]
 
 
-class Lazy(CPURuntime):
+class LazyRuntime(CPURuntime):
     name = "lazy"
 
     def model_ops(self) -> RuntimeOps:
-        return RuntimeOps(checkpoint=self.checkpoint(), linear=Later)  # type: ignore[arg-type]
+        return RuntimeOps(checkpoint=self.checkpoint(), linear=LazyTensor)  # type: ignore[arg-type]
 
     def synchronize(self) -> None:
-        for one in list(Later.live):
+        for one in list(LazyTensor.live):
             one.now()
 
 
-class Dishonest(Lazy):
+class NonBlockingRuntime(LazyRuntime):
     """Its synchronize does nothing: work is done when a value is read."""
 
     def synchronize(self) -> None: ...
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing_check, "_AT_LEAST_S", 0.05)
     monkeypatch.setattr(timing_check, "_SIZES", (256, 512))
     monkeypatch.setattr(timing_check, "_BYTES", (2**20, 2**20))
 
 
 @pytest.mark.process
-def test_the_clock_of_a_lazy_device_is_checked_by_work_that_is_done() -> None:
-    assert timing_check.check_clock(Lazy()).status in ("ok", "warn")  # warn: beside other work
-    wrong = timing_check.check_clock(Dishonest())
+def test_clock_check_of_a_lazy_device_uses_completed_work() -> None:
+    assert timing_check.check_clock(LazyRuntime()).status in ("ok", "warn")  # warn: beside other work
+    wrong = timing_check.check_clock(NonBlockingRuntime())
     assert wrong.status == "fail"
     assert "passes after synchronize" in wrong.message
 
 
-def test_the_speed_of_a_lazy_device_is_of_products_that_were_computed() -> None:
+def test_speed_of_a_lazy_device_counts_only_computed_matmuls() -> None:
     config = validate_config(compose_config("train", ["precision=fp32"]), TrainConfig)
-    Later.computed, begun = 0, time.perf_counter()
-    (check,) = timing_check.check_speed(config, Lazy(), torch.float32, None, "fp32")
+    LazyTensor.computed, begun = 0, time.perf_counter()
+    (check,) = timing_check.check_speed(config, LazyRuntime(), torch.float32, None, "fp32")
     took = time.perf_counter() - begun
     assert check.value is not None
-    assert check.value * 1e12 <= 2.0 * 512**3 * Later.computed / took * 20
+    assert check.value * 1e12 <= 2.0 * 512**3 * LazyTensor.computed / took * 20
     assert check.value < 20  # no processor computes fp32 faster
 
 
@@ -92,7 +92,7 @@ def seen(operator: Any, *arguments: Any) -> List[str]:
 
 
 @pytest.mark.skipif(torch.__version__.startswith("1."), reason="torch 1.12 has no library of operators for this")
-def test_states_on_the_host_are_no_fall_back() -> None:
+def test_rng_state_outputs_on_host_are_not_a_cpu_fallback() -> None:
     library = torch.library.Library("lit_glm_demo", "DEF")
     schema = "(Tensor q, Tensor k, Tensor v, Tensor? b, bool c) -> (Tensor, Tensor, Tensor, Tensor)"
     library.define(f"_scaled_dot_product_efficient_attention{schema}")
@@ -150,7 +150,7 @@ class Other:
         return str(self.real)
 
 
-def test_what_a_loss_leaves_for_its_own_backward_is_not_compared() -> None:
+def test_loss_output_saved_for_backward_is_not_compared() -> None:
     arguments = (torch.randn(2, 3).log_softmax(1), torch.tensor([0, 2]), None, 1, -100)
     assert seen(Other("nll_loss_forward", lambda out: (out[0], torch.ones_like(out[1]))), *arguments) == ["ok"]
     assert seen(Other("nll_loss_forward", lambda out: (out[0] * 1.1, out[1])), *arguments) == ["differs"]
@@ -180,7 +180,7 @@ def test_a_fall_back_does_not_hide_a_wrong_result() -> None:
     assert sorted(seen(Other("relu", elsewhere), torch.randn(9))) == ["differs", "falls back"]
 
 
-def test_reading_a_number_is_no_fall_back() -> None:
+def test_reading_a_scalar_is_not_a_cpu_fallback() -> None:
     def read() -> None:
         with torch.profiler.record_function("aten::_local_scalar_dense"):
             torch.ops.aten._to_cpu([torch.ones(1)])
@@ -192,7 +192,7 @@ def test_reading_a_number_is_no_fall_back() -> None:
     assert len(find_cpu_fallbacks(other)) == 1
 
 
-def test_no_check_begins_when_the_time_is_over() -> None:
+def test_checks_after_the_time_limit_are_skipped() -> None:
     config = validate_config(compose_config("train", ["precision=fp32"]), TrainConfig)
     late = acceptance.AcceptanceTest([config], CPURuntime(), full_model=False, limit_s=0.0)
     checks = list(late.checks())

@@ -20,7 +20,7 @@ from lit_glm.verification.error_bounds import operator_bound, relative_error
 
 
 @pytest.mark.slow
-def test_the_command_leaves_its_file_and_says_a_line_a_check(tmp_path: Path) -> None:
+def test_verify_writes_json_and_prints_one_line_per_check(tmp_path: Path) -> None:
     done = lit_glm("verify", "topology=1x2", "precision=fp32", "model=glm_tiny", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     (file,) = tmp_path.glob("outputs/verify/*/*/verify.json")
@@ -35,7 +35,9 @@ def test_the_command_leaves_its_file_and_says_a_line_a_check(tmp_path: Path) -> 
     assert "contains no run" in report.stderr  # a verification is none
 
 
-def test_a_wrong_peak_is_status_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+def test_verify_with_wrong_peak_exits_with_status_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
     monkeypatch.setattr(timing_check, "_AT_LEAST_S", 0.01)
     monkeypatch.chdir(tmp_path)
     own = ["precision=fp32", "hardware.peak_tflops.fp32=0.001", "model=glm_tiny", "data.max_seq_length=64", "--json"]
@@ -45,7 +47,7 @@ def test_a_wrong_peak_is_status_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [check["name"] for check in content["checks"] if check["status"] == "fail"] == ["speed fp32"]
 
 
-def test_a_sweep_keeps_the_file_of_each_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_sweep_writes_one_file_per_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert lit_glm_here("verify", "-m", "precision=fp32,fp16", "verify.max_minutes=0.0001") == 0
     tables = [json.loads(file.read_text())["checks"] for file in sorted(tmp_path.glob("outputs/verify/*/*/?/*.json"))]
@@ -57,7 +59,7 @@ def test_a_sweep_keeps_the_file_of_each_job(tmp_path: Path, monkeypatch: pytest.
     ("hardware", "driver", "precision", "found"),
     [("a", "1", "fp32", "new"), ("a", "2", "fp32", None), ("b", "1", "fp32", None), ("a", "1", "bf16", None)],
 )
-def test_the_newest_of_the_same_hardware_driver_and_precision(
+def test_latest_verification_matches_hardware_driver_and_precision(
     hardware: str, driver: str, precision: str, found: Optional[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, moment in (("new", "2026-02-01T00:00:00"), ("old", "2026-01-01T00:00:00")):
@@ -88,7 +90,7 @@ def test_a_precision_that_cannot_be_tried_is_not_recorded_as_verified(monkeypatc
 
 
 @pytest.mark.parametrize("mark", ["simulated", "computed_on_cpu"])
-def test_pretended_cards_verify_nothing(mark: str, tmp_path: Path) -> None:
+def test_verification_of_simulated_devices_is_ignored(mark: str, tmp_path: Path) -> None:
     told = {"hardware": "a", "driver": None, mark: True}
     environment.write_verification(
         tmp_path / "verify" / "x", told, [CheckResult("clock", "ok", "waits")], {"fp32": True}
@@ -96,7 +98,7 @@ def test_pretended_cards_verify_nothing(mark: str, tmp_path: Path) -> None:
     assert environment.latest_verification([tmp_path], "a", None, "fp32") is None
 
 
-def test_a_shape_that_was_asked_for_is_taken_on_a_processor_too(
+def test_verify_uses_the_requested_model_shape_on_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -106,7 +108,7 @@ def test_a_shape_that_was_asked_for_is_taken_on_a_processor_too(
     assert "glm_large 3 x 128" in capfd.readouterr().out
 
 
-def test_distances() -> None:
+def test_relative_error() -> None:
     exact = torch.tensor([1.0, -2.0, math.inf, math.nan], dtype=torch.float64)
     assert relative_error(exact.float(), exact).typical == 0.0
     assert relative_error(torch.tensor([1.0, -2.0, 3.0, math.nan]), exact).typical == math.inf
@@ -120,7 +122,7 @@ def test_distances() -> None:
     )  # more than the type holds
 
 
-def test_below_the_smallest_half_one_step_is_no_error() -> None:
+def test_relative_error_ignores_one_subnormal_fp16_step() -> None:
     step = 2.0**-24
     found = relative_error(torch.tensor([5 * step], dtype=torch.float16), torch.tensor([3 * step], dtype=torch.float64))
     assert found.typical == pytest.approx(1 / 3)
