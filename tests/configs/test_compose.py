@@ -143,6 +143,10 @@ def test_gelu_and_checkpointing_follow_hardware_and_scoring() -> None:
         ("precision.tf32=maybe", "precision.tf32=maybe"),
         ("bs==", "bs=="),
         ("-m bs=1,x hydra.sweep.dir=sweep", "bs=x: must be a whole number"),
+        ("-m topology=glob(zz*) hydra.sweep.dir=sweep", "topology=glob(zz*): matches no file of conf/topology/"),
+        ("run.max_sample=3", "run.max_sample: unknown key (nearest: run.max_samples); the keys are run.max_samples, "),
+        ("precision.tf33=true", "(nearest: precision.tf32); the keys are precision.tf32, precision.loss_scale"),
+        ("data.synthetic.lengths=foo", "data.synthetic.lengths=foo: must be one of short, record"),
         ("hydra.sweeper.params={bs:1}", "Hydra cannot apply hydra.sweeper.params={bs:1}"),
     ],
 )
@@ -166,6 +170,10 @@ def test_invalid_input_gives_one_message_and_exit_status_2(
         ("model=[glm_tiny,glm_small]", "must be one name, not a list; choose one of glm_base, glm_large"),
         ("hardware=null", "choose one of a100, bi_v100"),
         ("topology=[1x1]", "must be one name, not a list; choose one of 1x1, 1x2"),
+        ("fix_hp=nope", "unknown fix_hp; choose one of a100_1x1"),
+        ("precision=16", "unknown precision; choose one of amp, bf16"),
+        ("run=5", "is a group of keys; set run.KEY=VALUE"),
+        ("~optimizer", "a run needs these keys"),
     ],
 )
 def test_invalid_group_choice_error_lists_valid_names(override: str, said: str, capfd: Any) -> None:

@@ -44,6 +44,7 @@ def test_masked_secrets_are_restored_in_ranks(tmp_path: Path, monkeypatch: pytes
 def test_no_file_of_a_run_holds_a_secret(how: Any, tmp_path: Path) -> None:
     done = lit_glm("train", *DEBUG, *how, f"+hardware.env.HF_TOKEN={SECRET}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert SECRET not in done.stdout + done.stderr
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 5
     assert [str(path) for path in files if SECRET.encode() in path.read_bytes()] == []
@@ -52,6 +53,7 @@ def test_no_file_of_a_run_holds_a_secret(how: Any, tmp_path: Path) -> None:
     run = next(path.parent for path in files if path.name == "job.json")
     resume = [] if "-m" in how else [f"run.resume={run}"]  # a sweep looks for its complete combinations by itself
     again = lit_glm("train", *DEBUG, *how, f"+hardware.env.HF_TOKEN={SECRET}", *resume, cwd=tmp_path)
+    assert SECRET not in again.stdout + again.stderr
     assert again.returncode == 0, again.stderr  # the same configuration, though its secret is not there to compare
     assert ("complete, reused from" if "-m" in how else "the run is complete; nothing to do") in again.stdout
 

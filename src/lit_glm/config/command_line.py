@@ -143,8 +143,10 @@ class CommandLine:
             elif override.is_discrete_sweep():
                 if isinstance(override.value(), Glob):
                     override.config_loader = config_loader(CONF_DIR, self.config_dir)
-                values = override.sweep_string_iterator()
-                sweeps[override.key_or_group] = [f"{text.split('=', 1)[0]}={value}" for value in values]
+                values = [f"{text.split('=', 1)[0]}={value}" for value in override.sweep_string_iterator()]
+                if not values:
+                    raise InputError(f"{text}: matches no file of conf/{override.key_or_group}/ or of --config-dir")
+                sweeps[override.key_or_group] = values
         return plain, sweeps
 
 

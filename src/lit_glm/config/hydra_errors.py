@@ -1,8 +1,9 @@
 """User-facing messages for errors of Hydra and OmegaConf, with the closest valid names."""
 
 import difflib
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, List, Optional, Sequence
+from typing import Any, Iterable, List, Optional, Sequence
 
 import yaml
 from hydra.core.override_parser.types import Override
@@ -11,7 +12,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, ValidationEr
 
 from lit_glm.config.command_line import CommandLine
 from lit_glm.config.key_aliases import old_key_message, suggest_key
-from lit_glm.config.schema import iter_keys
+from lit_glm.config.schema import Range, SyntheticConfig, iter_keys
 from lit_glm.errors import InputError, exception_chain, first_line
 
 _TYPES = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
@@ -60,12 +61,23 @@ def explain_hydra_error(error: BaseException, schema: Any, conf: Path) -> str:
         if name in groups and name not in nodes:
             advice = "add `# @package _global_` as its first line"
             return f"{name}: the chosen file of this group sets top-level keys; {advice}"
+        siblings = [key for key in keys if "." in name and key.rpartition(".")[0] == name.rpartition(".")[0]]
+        siblings = [key for key in siblings if not key.endswith(".name")]  # the group's file sets it
+        if siblings:
+            nearest = closest_names(name, siblings)[0]
+            return f"{name}: unknown key (nearest: {nearest}); the keys are {', '.join(siblings)}"
         close = ", ".join(closest_names(name, keys + nodes + groups))
         known = "(`--cfg job` prints all keys, `--help` all groups)"
         return f"{name}: unknown key or group; did you mean {close}? {known}"
     return first_line(error) if error is cause else f"{first_line(error)}\n{first_line(cause)}"
 
 
+_CHOICES = {
+    f"data.synthetic.{entry.name}": entry.metadata["allowed"]
+    for entry in fields(SyntheticConfig)
+    if isinstance(entry.metadata.get("allowed"), tuple) and not isinstance(entry.metadata["allowed"], Range)
+}
+"""Choices of keys that an interpolation of conf/ reads before the schema checks them."""
 _FREE = ("hydra", "logger.", "callbacks.")
 """Prefixes of keys that the schema does not define one by one."""
 
@@ -90,7 +102,9 @@ def check_overrides(line: CommandLine, schema: Any, conf: Path, command: str = "
             errors.append(f"{text}: not KEY=VALUE (no spaces around =); {meant}")
             continue
         key, value = override.key_or_group, text.partition("=")[2]
-        wrong = _set_group_name(key, override, conf) or _wrong_choice(key, override, conf)
+        wrong = _set_group_name(key, override, conf) or _wrong_choice(key, override, conf, line.config_dir, nodes)
+        if key in _CHOICES and not override.is_sweep_override() and override.value() not in _CHOICES[key]:
+            wrong = f"must be one of {', '.join(_CHOICES[key])}"
         wrong = old_key_message(key, value) or (f"{text}: {wrong}" if wrong else None)
         if wrong is not None:
             errors.append(wrong)
@@ -115,12 +129,21 @@ _LISTS = ("logger", "callbacks")
 """Groups of which several files can be chosen at once."""
 
 
-def _wrong_choice(key: str, override: Override, conf: Path) -> Optional[str]:
-    """Return why a value is invalid for a group (null, or a list where one name is required), or None."""
-    names = sorted(file.stem for file in (conf / key).glob("*.yaml")) if "." not in key else []
-    if not names or override.is_delete() or override.is_sweep_override():
+def _wrong_choice(
+    key: str, override: Override, conf: Path, config_dir: Optional[str], nodes: Iterable[str]
+) -> Optional[str]:
+    """Return why a value is invalid for a group of files or of keys (`nodes`); None if it is valid."""
+    folders = [conf, *([Path(config_dir)] if config_dir is not None else [])]
+    names = sorted({file.stem for folder in folders for file in (folder / key).glob("*.yaml") if "." not in key})
+    if key in nodes and override.is_delete():
+        return "a run needs these keys; choose another file or value instead"
+    if (not names and key not in nodes) or override.is_delete() or override.is_sweep_override():
         return None
     value, choices = override.value(), ", ".join(names)
+    if not names:
+        return None if isinstance(value, (dict, type(None))) else f"is a group of keys; set {key}.KEY=VALUE"
+    if isinstance(value, (bool, int, float)) or (key == "fix_hp" and isinstance(value, str) and value not in names):
+        return f"unknown {key}; choose one of {choices}"
     if value is None:
         return f"choose one of {choices}" + ("; `none` is one of the names" if "none" in names else "")
     if isinstance(value, list) and key not in _LISTS:

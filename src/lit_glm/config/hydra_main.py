@@ -62,7 +62,9 @@ def key_help(composed: DictConfig) -> str:
     """Return the keys of a composed configuration's files in conf/ with their comments."""
     choices, command = composed.hydra.runtime.choices, composed.hydra.job.config_name
     names = ["train"] * ("topology" in choices) + [command] * (command != "train")
-    names += [f"{group}/{name}" for group, name in reversed(choices.items()) if group != "hydra_settings"]
+    for group, chosen in reversed(choices.items()):  # a list such as [csv,tensorboard] is text there
+        if group != "hydra_settings":
+            names += [f"{group}/{name.strip()}" for name in str(chosen).strip("[]").split(",")]
     parts = ["== What the keys mean =="]
     for file in filter(Path.is_file, (CONF_DIR / f"{name}.yaml" for name in names)):
         lines = _key_lines(file)
@@ -79,7 +81,7 @@ def _key_lines(file: Path) -> List[str]:
     for line in file.read_text(encoding="utf-8").splitlines():
         if line and not line[0].isspace() and not line.startswith("#"):
             inside = not line.startswith(_NOT_KEYS)
-        if inside and line.strip() and not line.startswith("#"):
+        if inside and line.strip() and not line.startswith(("#", "{}")):
             kept.append(line.rstrip())
     return kept
 
