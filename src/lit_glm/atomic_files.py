@@ -8,7 +8,7 @@ import os
 import platform
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
@@ -83,7 +83,9 @@ def read_csv_rows(path: Path, columns: Sequence[str] = ()) -> List[Dict[str, str
     text = path.read_text(encoding="utf-8", errors="replace")
     # A power loss can leave lines with NUL bytes, on which the csv module of Python 3.8 raises.
     complete = [line for line in text[: text.rfind("\n") + 1].splitlines() if "\0" not in line]
-    rows = [row for row in csv.DictReader(complete) if None not in row and None not in row.values()]
+    rows: List[Dict[str, str]] = []
+    with suppress(csv.Error):  # a field is too long: the rows before it are kept
+        rows.extend(row for row in csv.DictReader(complete) if None not in row and None not in row.values())
     return [row for row in rows if set(columns) <= set(row)]
 
 

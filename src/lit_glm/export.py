@@ -56,7 +56,8 @@ def export(run_dir: Path, layout: str, out: Path) -> str:
                 save_safetensors(weights, temporary)
     except Exception as error:  # torch and safetensors raise errors of their own, which may hide the cause
         size = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
-        if out.parent.is_dir() and shutil.disk_usage(str(out.parent)).free < size:
+        usage = shutil.disk_usage(str(out.parent)) if out.parent.is_dir() else None
+        if usage is not None and usage.free < min(size, usage.total):  # /proc has no space at all
             message = f"--out {out}: cannot be written: less than {size / 2**20:.0f} MiB are free on this disk"
             raise RunError(message) from error
         raise InputError(f"--out {out}: cannot be written ({first_line(error)})") from error

@@ -15,7 +15,6 @@ from typing import Any, Dict, List, Optional  # noqa: E402
 from lit_glm.config.command_line import CommandLine  # noqa: E402
 from lit_glm.config.hydra_main import TaskOutcome, is_sweep_job, output_dir, run_command  # noqa: E402
 from lit_glm.config.schema import TrainConfig  # noqa: E402
-from lit_glm.errors import InputError  # noqa: E402
 from lit_glm.launch.signals import Interrupted, ignore_stop_signals  # noqa: E402
 from lit_glm.process_utils import paused_gc  # noqa: E402
 
@@ -45,8 +44,6 @@ def train(config: TrainConfig, composed: Any, start_time: float) -> TaskOutcome:
     if is_sweep:
         from lit_glm.launch.sweep import run_sweep_job
 
-        if is_external:
-            raise InputError("-m under torchrun: a sweep starts the ranks of its jobs itself; leave torchrun out")
         return run_sweep_job(config, run_dir, files, sys.argv, started)
     if is_external:
         from lit_glm.launch.worker import run_under_torchrun

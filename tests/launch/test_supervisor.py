@@ -38,6 +38,7 @@ def finishes(): ready()
 def fails():
     ready(); time.sleep(0.3)
     note(RuntimeError("card is broken")); sys.exit(1)
+def exits_silently(): ready(); os._exit(7)
 def refuses(): ready(); note(InputError("no such file")); sys.exit(2)
 def is_killed():
     signal.signal(signal.SIGTERM, signal.SIG_IGN); ready(); time.sleep(0.3); os.kill(os.getpid(), signal.SIGKILL)
@@ -122,6 +123,12 @@ def test_invalid_input_of_a_rank_raises_input_error(tmp_path: Path) -> None:
     error = run(tmp_path, "refuses", "works")
     assert isinstance(error, InputError)
     assert str(error) == "no such file"
+
+
+def test_rank_that_exits_without_a_reason_is_named(tmp_path: Path) -> None:
+    error = run(tmp_path, "works", "exits_silently")
+    assert isinstance(error, RunError)
+    assert error.summary == "rank 1 exited with status 7 and gave no reason"
 
 
 def test_a_killed_rank_is_the_cause_of_its_peers_errors(tmp_path: Path) -> None:

@@ -87,6 +87,17 @@ def test_logger_with_missing_package_is_rejected(tmp_path: Path, capfd: Any, mon
 
 
 @pytest.mark.process
+@pytest.mark.parametrize(("group", "kind"), [("callbacks", "Callback"), ("logger", "loggers.Logger")])
+def test_object_of_another_type_is_rejected(
+    group: str, kind: str, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mine = [f"+{group}.mine._target_=types.SimpleNamespace", f"hydra.run.dir={tmp_path}/run"]
+    assert lit_glm_here("train", "experiment=debug", *mine) == 2
+    assert f"{group}.mine: SimpleNamespace is not a pytorch_lightning.{kind}" in capfd.readouterr().err
+
+
+@pytest.mark.process
 def test_callback_that_cannot_be_created_is_rejected(
     tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

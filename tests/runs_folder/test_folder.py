@@ -73,6 +73,14 @@ def test_folder_with_a_run_is_rejected_or_overwritten(tmp_path: Path, capfd: Any
     assert "seed: 7" in (tmp_path / "run" / ".hydra" / "config.yaml").read_text()
 
 
+def test_folder_of_a_rejected_run_can_be_used_again(tmp_path: Path) -> None:
+    wrong = "+callbacks.x._target_=nowhere.Callback"
+    assert lit_glm_here("train", *DEBUG, wrong, "hydra.run.dir=run") == 2
+    assert result(tmp_path / "run")["status"] == "failed"
+    assert lit_glm_here("train", *DEBUG, "seed=7", "hydra.run.dir=run") == 0
+    assert (result(tmp_path / "run")["status"], result(tmp_path / "run")["seed"]) == ("finished", 7)
+
+
 def test_an_overwritten_run_comes_back_if_the_new_input_is_rejected(tmp_path: Path, capfd: Any) -> None:
     arguments = [*DEBUG, "run.checkpoint_interval_steps=1", "hydra.run.dir=run", "logger=csv"]
     assert lit_glm_here("train", *arguments) == 0
@@ -196,7 +204,7 @@ def test_damaged_checkpoint_is_skipped_on_resume(tmp_path: Path, capfd: Any, mon
     assert lit_glm_here("export", str(run), "--to", "published", "--out", "w.safetensors") == 2
     assert "write --to safetensors" in capfd.readouterr().err
     with monkeypatch.context() as disk:
-        disk.setattr("lit_glm.export.shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+        disk.setattr("lit_glm.export.shutil.disk_usage", lambda _: SimpleNamespace(free=0, total=2**40))
         disk.setattr("torch.save", lambda *_: exec("raise RuntimeError('unexpected pos 64 vs 0')"))
         assert lit_glm_here("export", str(run), "--to", "published", "--out", "full.pt") == 1
     assert "MiB are free on this disk" in capfd.readouterr().err
@@ -319,11 +327,16 @@ class Raises(Callback):
     def __init__(self, what):
         self.what = what
     def on_train_batch_end(self, trainer, module, *rest):
-        raise {"value": ValueError("out of chalk"), "memory": RuntimeError("CUDA out of memory: tried to")}[self.what]
+        errors = {
+            "value": ValueError("out of chalk"),
+            "memory": RuntimeError("CUDA out of memory: tried to"),
+            "exit": SystemExit(0),
+        }
+        raise errors[self.what]
 """
 
 
-@pytest.mark.parametrize("what", ["value", "memory"])
+@pytest.mark.parametrize("what", ["value", "memory", "exit"])
 def test_an_error_inside_a_run(what: str, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / f"mine_{what}.py").write_text(MINE)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -335,6 +348,10 @@ def test_an_error_inside_a_run(what: str, tmp_path: Path, capfd: Any, monkeypatc
         assert "Traceback" in said
         assert "Traceback" in note
         assert result(tmp_path / "run")["error"] == "ValueError: out of chalk"
+    elif what == "exit":
+        assert "SystemExit: 0 was raised inside the run" in said
+        assert "SystemExit" in note
+        assert result(tmp_path / "run")["error"] == "SystemExit: 0"
     else:
         assert "Traceback" not in said
         for part in ("out of memory in step 1 (bs=4): estimated", "peak", "largest bs estimated to fit:"):

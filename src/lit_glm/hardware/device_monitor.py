@@ -5,7 +5,6 @@ Each query by a rank itself would fork a large process, so the ranks read the fi
 standard input is closed, and once more after that.
 """
 
-import csv
 import importlib
 import logging
 import math
@@ -238,7 +237,7 @@ def load_readings(file: Path) -> Dict[Tuple[str, str], List[Dict[str, Optional[f
     readings_of_device: Dict[Tuple[str, str], List[Dict[str, Optional[float]]]] = {}
     try:
         rows = read_csv_rows(file, COLUMNS)
-    except (OSError, csv.Error):
+    except OSError:
         rows = []
     for row in rows:
         reading = {name: _parse_number(row[name]) for name in COLUMNS if name not in ("node", "device")}

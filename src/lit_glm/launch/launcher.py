@@ -186,7 +186,7 @@ def write_failure_status(run_dir: Path, before: Optional[Dict[str, Any]]) -> Ite
         remove_partial(run_dir)
         mark_interrupted(run_dir)
         raise
-    except Exception as error:
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
         if isinstance(error, InputError) and before is not None:
             replace_result(run_dir, before)
             raise
@@ -194,6 +194,8 @@ def write_failure_status(run_dir: Path, before: Optional[Dict[str, Any]]) -> Ite
         if cause is None:
             write_error_file(run_dir, 0, error)
         mark_failed(run_dir, getattr(error, "summary", "") or cause or error_reason(error))
+        if not isinstance(error, Exception):  # of a callback or a library; signals raise `Interrupted`
+            raise RunError(f"{error_reason(error)} was raised inside the run; see {run_dir}/errors/") from error
         raise
 
 

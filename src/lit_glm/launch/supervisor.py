@@ -26,7 +26,7 @@ from lit_glm.launch.signals import INTERRUPTED_STATUSES, SECOND_SIGINT_S, STOP_S
 from lit_glm.openmp import LAUNCHER_THREADS_VARIABLE, omp_env_for_ranks
 from lit_glm.process_utils import kill_session, oom_kill_count, set_parent_death_signal
 from lit_glm.runs.job_spec import JobSpec
-from lit_glm.runs.result import error_folder, report_killed_rank, root_cause
+from lit_glm.runs.result import error_folder, report_killed_rank, report_silent_exit, root_cause
 
 log = logging.getLogger(__name__)
 
@@ -187,6 +187,8 @@ class Supervisor(StopSignals):
         )
         if killed_by_other:
             report_killed_rank(error_folder(self._spec_dir), event.rank, -event.status)
+        elif event.status > 0 and self._cause is None and event.status not in INTERRUPTED_STATUSES:
+            report_silent_exit(error_folder(self._spec_dir), event.rank, event.status)
         if self._cause is None:
             stopped = event.status in INTERRUPTED_STATUSES or -event.status in STOP_SIGNALS
             self._stop(event, self._job.config.run.shutdown_timeout_s if stopped else _FAILURE_GRACE_S)

@@ -23,7 +23,7 @@ from lit_glm.compat import leave_out_jobs
 from lit_glm.config.command_line import CommandLine
 from lit_glm.config.hydra_main import TaskOutcome, load_config
 from lit_glm.config.schema import TrainConfig
-from lit_glm.config.secrets import mask_override
+from lit_glm.config.secrets import mask_override, mask_overrides
 from lit_glm.data.memmap_dataset import prepare_data
 from lit_glm.errors import InputError, RunError
 from lit_glm.launch.rendezvous import Node
@@ -237,7 +237,7 @@ def run_sweep_job(
     hydra = HydraConfig.get()
     sweep_dir, status, result, folder = Path(hydra.sweep.dir), 1, None, run_dir
     of = "" if SweepCallback.total is None else f" of {SweepCallback.total}"
-    changes = hydra.job.override_dirname or "the only combination"
+    changes = mask_overrides(hydra.job.override_dirname) or "the only combination"
     log.info(f"job {int(hydra.job.num) + 1}{of}: {changes}")
     _mask_multirun_file(sweep_dir)
     reason, reused_from, is_resume = "", "", False
@@ -255,8 +255,8 @@ def run_sweep_job(
                 folder, is_resume = run_dir.resolve() if earlier is None else earlier.resolve(), earlier is not None
                 if earlier is None and (run_dir / JOB_FILE).exists() and config.sweep.skip_done:
                     folder = _free_folder(run_dir.resolve(), config_hash(config))
-                reused_from = str(folder) if is_resume else ""
                 result = _reusable_result(config, folder, is_resume, node)
+                reused_from = "" if result is None else str(folder)
             if result is None:
                 prepare_data(config)
         stopped = worker_stop_signal()
@@ -394,6 +394,8 @@ def prepare_sweep(composed: Any, line: CommandLine) -> List[str]:
     Raises:
         InputError: if the folder is not a sweep folder, or another process runs a sweep there.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise InputError("-m under torchrun: a sweep starts the ranks of its jobs itself; leave torchrun out")
     if composed.sweep.objective not in OBJECTIVES:
         raise InputError(f"sweep.objective={composed.sweep.objective}: must be one of {', '.join(OBJECTIVES)}")
     extra_overrides = _search_direction(composed, line)
@@ -427,7 +429,7 @@ def prepare_sweep(composed: Any, line: CommandLine) -> List[str]:
     if is_grid and not adds_lists:
         SweepCallback.total = len(line.combinations())
     complete: Dict[int, CompleteRun] = {}
-    if composed.sweep.skip_done and not adds_lists and _is_first_node():
+    if composed.sweep.skip_done and composed.run.resume is None and not adds_lists and _is_first_node():
         runs_by_hash = discovery.runs_by_config_hash(search_paths(sweep_dir, is_dir_given))
         complete = _find_complete_runs(runs_by_hash, line, composed.hydra)
     if SweepCallback.total is not None and not is_shuffled:
@@ -456,8 +458,10 @@ def _find_complete_runs(runs_by_hash: Dict[str, List[Path]], line: CommandLine, 
         if run is None:
             continue
         action = "complete, reused from" if is_complete(run) else "resumed in"
-        log.info(f"sweep: {' '.join(changes) or 'the only combination'}: {action} {run}")
+        log.info(f"sweep: {' '.join(map(mask_override, changes)) or 'the only combination'}: {action} {run}")
         if is_complete(run) and config.topology.num_nodes == 1:  # the nodes of a job agree on it when it starts
-            task = [text for text in overrides if not text.startswith("hydra")]
+            parsed = CommandLine([text for text in overrides if not text.startswith("hydra")]).parse()
+            # As Hydra writes the overrides of a job.
+            task = [f"{entry.get_key_element()}={entry.get_value_element_as_str()}" for entry in parsed]
             complete[number] = (run, task, config)
     return complete

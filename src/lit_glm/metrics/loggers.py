@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
 from omegaconf import OmegaConf
+from pytorch_lightning import Callback
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
@@ -136,6 +137,8 @@ def make_callbacks(config: TrainConfig) -> List[Any]:
     """
     made = {name: _instantiate("callbacks", name, entry, {}) for name, entry in config.callbacks.items()}
     for name, callback in made.items():
+        if not isinstance(callback, Callback):
+            raise InputError(f"callbacks.{name}: {type(callback).__name__} is not a pytorch_lightning.Callback")
         for kind in type(callback).__mro__:
             if kind.__module__.startswith("pytorch_lightning") and kind.__name__ in _REFUSED_CALLBACKS:
                 raise InputError(f"callbacks.{name}: {kind.__name__} {_REFUSED_CALLBACKS[kind.__name__]}")
@@ -151,12 +154,13 @@ def make_loggers(job: JobSpec, run_dir: Path, steps_done: int) -> List[Any]:
     made = []
     for name, entry in job.config.logger.items():
         defaults = _logger_arguments(str(entry.get("_target_", "")), job, run_dir, steps_done)
-        logger = _instantiate(
-            "logger", name, entry, {key: value for key, value in defaults.items() if key not in entry}
-        )
+        missing = {key: value for key, value in defaults.items() if key not in entry}
+        logger: Any = _instantiate("logger", name, entry, missing)
+        if not isinstance(logger, Logger):
+            raise InputError(f"logger.{name}: {type(logger).__name__} is not a pytorch_lightning.loggers.Logger")
         made.append(logger if isinstance(logger, ResumableCSVLogger) else BackgroundLogger(logger))
         if "MLFlow" in type(logger).__name__ and os.environ.get("RANK", "0") == "0":
-            write_text(_mlflow_id(run_dir), str(logger.run_id))
+            write_text(_mlflow_id(run_dir), str(logger.run_id))  # type: ignore[attr-defined]
     return made
 
 

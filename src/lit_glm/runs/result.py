@@ -72,6 +72,14 @@ def report_killed_rank(folder: Path, rank: int, number: int) -> None:
         _write_error_text(folder, f"{_KILLED}{rank}.txt", f"rank {rank} was killed by {name}\n")
 
 
+def report_silent_exit(folder: Path, rank: int, status: int) -> None:
+    """Write the error file of a rank that has exited without one, as where a library ends the process."""
+    if not (folder / _FOLDER / f"rank-{rank}.txt").exists():
+        text = f"rank {rank} exited with status {status} and gave no reason"
+        log.error(text)
+        _write_error_text(folder, f"{_KILLED}{rank}.txt", f"{text}\n")
+
+
 def clear_error_files(folder: Path) -> None:
     """Delete the error files of an earlier attempt."""
     for note in _error_files(folder):

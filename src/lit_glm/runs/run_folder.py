@@ -135,7 +135,7 @@ def ensure_available(run_dir: Path, overwrite: bool) -> None:
             raise InputError(
                 f"{run_dir}: contains a {jobs.JOB_FILE} that is damaged or not lit_glm's; give another hydra.run.dir="
             )
-        if not overwrite:
+        if not overwrite and not _failed_before_training(run_dir):
             status = (read_result(run_dir) or {}).get("status", "unknown")
             raise InputError(
                 f"{run_dir}: already contains a run (status {status}); resume it with run.resume={run_dir}, replace it "
@@ -150,6 +150,14 @@ def ensure_available(run_dir: Path, overwrite: bool) -> None:
             f"{run_dir}: is not a run folder (no {jobs.JOB_FILE}) but contains {', '.join(foreign)}, which a run would "
             "overwrite; give another hydra.run.dir="
         )
+
+
+def _failed_before_training(run_dir: Path) -> bool:
+    """Return whether a folder has no run, or one that was rejected or failed before anything was measured."""
+    if not (run_dir / jobs.JOB_FILE).is_file():
+        return True
+    is_failed = (read_result(run_dir) or {}).get("status") == "failed"
+    return is_failed and not (run_dir / "steps.csv").exists() and not (run_dir / "checkpoints").exists()
 
 
 @contextmanager
@@ -167,7 +175,8 @@ def acquire_run_dir(job: JobSpec, run_dir: Path, config_files: Dict[str, str]) -
         _ensure_weights_are_elsewhere(run_dir, job.config)
     with lock_directory(run_dir) as lock, ExitStack() as keep:
         if not job.is_resume:
-            if (run_dir / jobs.JOB_FILE).is_file() and not job.config.run.overwrite:  # since it was checked
+            # Again, since another process may have run there meanwhile; its lock has just been released.
+            if not job.config.run.overwrite and not _failed_before_training(run_dir):
                 raise InputError(
                     f"{run_dir}: another process has started a run in this folder; resume it with run.resume={run_dir}"
                 )
