@@ -8,7 +8,7 @@ import datetime
 import logging
 import statistics
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Set
 
@@ -67,7 +67,9 @@ class Trial:
 
 def _trials_of(search: Dict[str, Any]) -> List[Trial]:
     """Return the trials of a tune.json, without those that exceeded the time limit, which a resumed search repeats."""
-    return [Trial(**entry) for entry in search.get("trials", []) if entry["status"] != OUT_OF_TIME]
+    names = {field.name for field in fields(Trial)}
+    entries = [{name: entry[name] for name in names & set(entry)} for entry in search.get("trials", [])]
+    return [Trial(**entry) for entry in entries if entry.get("status", OUT_OF_TIME) != OUT_OF_TIME and "bs" in entry]
 
 
 def too_large(trials: List[Trial]) -> Set[int]:

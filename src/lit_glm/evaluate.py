@@ -128,21 +128,19 @@ def _scored_run(config: TrainConfig) -> Optional[Path]:
     return run_dir if (run_dir / JOB_FILE).is_file() else None
 
 
-def inherit_run_config(config: TrainConfig, given: List[str], overrides: List[str]) -> TrainConfig:
-    """Use model, data and device of the run whose checkpoint is scored; the command line takes precedence.
+def inherit_run_config(run_dir: Path, config: TrainConfig, given: List[str], overrides: List[str]) -> TrainConfig:
+    """Use model, data and device of a run; the command line takes precedence.
 
     If the run's device is not present, the command line's is used, with a message.
 
     Args:
+        run_dir: folder of the run.
         config: configuration of the command line.
         given: keys and groups that the command line sets.
         overrides: overrides of the command line.
     """
     from lit_glm.runs.job_spec import read_run_config
 
-    run_dir = _scored_run(config)
-    if run_dir is None:
-        return config
     run: Any = read_run_config(run_dir)
     if any(key.startswith(("data.out_dir", "data.synthetic")) for key in given):  # these decide which files are meant
         given = [*given, "data.out_dir", "data.synthetic", "data.train_file", "data.eval_file"]
@@ -195,8 +193,13 @@ def _hardware_of_run(run: TrainConfig, config: TrainConfig, overrides: List[str]
     return hardware
 
 
-def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
-    """Score one checkpoint on one device."""
+def evaluate_checkpoint(config: TrainConfig, _composed: Any, run_dir: Optional[Path] = None) -> int:
+    """Score one checkpoint on one device.
+
+    Args:
+        config: configuration of the command line.
+        run_dir: run whose model and data are used with the weights of another file; None: those of the checkpoint's.
+    """
     from hydra.core.hydra_config import HydraConfig
 
     from lit_glm.atomic_files import make_folder
@@ -206,14 +209,17 @@ def evaluate_checkpoint(config: TrainConfig, _composed: Any) -> int:
         raise InputError(f"topology={config.topology.name}: evaluate runs on one device; leave topology out")
     if config.model.init_checkpoint is None:
         raise InputError("model.init_checkpoint is not set: give the checkpoint or run folder to score")
+    if not os.path.exists(config.model.init_checkpoint):
+        raise InputError(f"{config.model.init_checkpoint}: no such file or folder to score")
+    run_dir = run_dir or _scored_run(config)
     hydra = HydraConfig.get()
     given = [override.key_or_group for override in CommandLine(list(hydra.overrides.task)).parse()]
     out = _folder_for(config, hydra)
     _check_not_foreign(out)
     make_folder(out)
     overrides = [*hydra.overrides.task, *CommandLine.read(sys.argv[1:]).searchpath]
-    run_with_same_data = None if any(key.split(".")[0] == "data" for key in given) else _scored_run(config)
-    config = inherit_run_config(config, given, overrides)
+    run_with_same_data = None if any(key.split(".")[0] == "data" for key in given) else run_dir
+    config = config if run_dir is None else inherit_run_config(run_dir, config, given, overrides)
     for line in set_hardware_env(config.hardware):
         log.warning(line)
     scores: Dict[int, List[float]] = {}
@@ -294,10 +300,12 @@ def _score_checkpoint(
         from lit_glm.data.memmap_dataset import open_dataset
         from lit_glm.hardware.precision import make_precision
         from lit_glm.model.attention import check_attention_available
-        from lit_glm.model.checkpoint import build_glm
+        from lit_glm.model.checkpoint import build_glm, find_checkpoints_in
         from lit_glm.training.evaluation import evaluate
         from lit_glm.training.module import RecordModule
 
+    if Path(str(config.model.init_checkpoint)).is_dir():
+        find_checkpoints_in(Path(str(config.model.init_checkpoint)))  # raises if it holds none, such as a sweep's
     split = open_dataset(config.data.eval_file, True, config.data.cache_dir)
     split.check_fits_model(config.model.vocab_size, config.model.max_sequence_length, config.data.max_seq_length)
     if run_with_same_data is not None:
@@ -355,14 +363,29 @@ def _scores_text(out: Path, report: Dict[str, Any], config: TrainConfig, runtime
 
 
 def main() -> int:
-    """Run the command; a first argument that is a path sets model.init_checkpoint; return the exit status."""
-    arguments = sys.argv[1:]
-    flagged = {place + 1 for place, word in enumerate(arguments) if word in ("--config-dir", "-cd")}
+    """Run the command; return the exit status.
+
+    A first argument that is a path sets model.init_checkpoint; beside that key it gives the run's model and data.
+    """
+    arguments, run_dir = sys.argv[1:], None
+    flags = ("--config-dir", "-cd", "--cfg", "-c", "--package", "-p", "--info", "-i", "--shell-completion", "-sc")
+    flagged = {place + 1 for place, word in enumerate(arguments) if word in flags}
     for place, word in enumerate(arguments):
-        if place not in flagged and os.path.exists(word):
+        is_path = os.path.exists(word) or ("=" not in word and word[:1] not in "-+~")
+        if place in flagged or not is_path:
+            continue
+        if any(other.startswith("model.init_checkpoint=") for other in arguments):
+            run_dir = Path(arguments.pop(place))
+        else:
             arguments[place] = f"model.init_checkpoint={quote(word)}"
-            break
-    return run_command("evaluate", TrainConfig, evaluate_checkpoint, arguments=arguments)
+        break
+
+    def task(config: TrainConfig, composed: Any) -> int:
+        if run_dir is not None and not (run_dir / "job.json").is_file():
+            raise InputError(f"{run_dir}: is not a run folder (no job.json), whose model and data could be used")
+        return evaluate_checkpoint(config, composed, run_dir)
+
+    return run_command("evaluate", TrainConfig, task, arguments=arguments)
 
 
 if __name__ == "__main__":

@@ -354,7 +354,7 @@ def check_provenance(config: TrainConfig) -> CheckResult:
     comparisons: List[Tuple[bool, str]] = []
     for file, compare in files:
         if file is not None and Path(file).exists():
-            with suppress(InputError):  # another check reports a file that cannot be read
+            with suppress(InputError, OSError):  # another check reports a file that cannot be read
                 comparisons.append(compare(Path(file)))
     if not comparisons:
         return CheckResult("", "skip", "no files to compare with the published ones (sources: docs/data.md)")

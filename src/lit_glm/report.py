@@ -55,6 +55,7 @@ def _compare(args: argparse.Namespace) -> int:
     refused = [f"--format {args.format}"] if args.format != "md" else []
     refused += [f"--lang {args.lang}"] if args.lang != "en" else []
     refused += [f"a third run ({path})" for path in args.runs] + (["--check"] if args.check else [])
+    refused += (["--best"] if args.best else []) + ([f"--sort {args.sort}"] if args.sort else [])
     if limit is not None and not limit >= 0:
         raise InputError(f"--max-loss-diff {limit:g}: must be at least 0")
     if refused:

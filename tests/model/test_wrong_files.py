@@ -72,6 +72,14 @@ def test_evaluate_uses_the_configuration_of_the_run(
     other = ["model.init_checkpoint=run", "model.hidden_size=32"]
     assert lit_glm_here("evaluate", *other, "hydra.run.dir=other") == 2
     assert "the file has [1024, 64], the model [1024, 32]" in capfd.readouterr().err
+    # The model and data of a run with the weights of another file; the model of the command line would not fit.
+    weights = "model.init_checkpoint=run/checkpoints/step-00000002.ckpt"
+    assert lit_glm_here("train", "experiment=debug", "seed=9", "run.max_steps=1", "hydra.run.dir=second") == 0
+    capfd.readouterr()
+    assert lit_glm_here("evaluate", "second", weights, "hydra.run.dir=swapped") == 0
+    swapped = json.loads(Path("swapped/evaluation.json").read_text())
+    assert swapped["checkpoint"].endswith("run/checkpoints/step-00000002.ckpt")
+    assert swapped["acc"] == json.loads(Path("scores/evaluation.json").read_text())["acc"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "predictions.jsonl").write_text("dear")
     assert lit_glm_here("evaluate", "model.init_checkpoint=run", "hydra.run.dir=mine") == 2
@@ -79,6 +87,19 @@ def test_evaluate_uses_the_configuration_of_the_run(
     assert lit_glm_here("evaluate", "-m", "run", "scoring=published,shared_context", "hydra.run.dir=both") == 0
     for number, scoring in enumerate(("published", "shared_context")):
         assert json.loads(Path(f"both/{number}/evaluation.json").read_text())["scoring"] == scoring
+
+
+def test_evaluate_of_what_is_no_run_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sweep").mkdir()
+    weights = "model.init_checkpoint=sweep"
+    for arguments, message in (
+        (["/nowhere"], "/nowhere: no such file or folder to score"),
+        (["sweep", "experiment=debug"], "model.init_checkpoint=sweep: contains no latest_checkpointed_iteration.txt"),
+        (["sweep", weights], "sweep: is not a run folder (no job.json), whose model and data could be used"),
+    ):
+        assert lit_glm_here("evaluate", *arguments) == 2
+        assert message in capfd.readouterr().err
 
 
 @pytest.mark.process

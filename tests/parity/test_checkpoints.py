@@ -116,7 +116,7 @@ def test_malicious_pickle_is_rejected_without_execution(tmp_path: Path) -> None:
     for path in (_save(tmp_path, golden_weights(), evil=_MaliciousPickle(mark)), tmp_path / "plain.pt"):
         if not path.exists():
             path.write_bytes(pickle.dumps({"module": _MaliciousPickle(mark)}))
-        with pytest.raises(InputError, match="refused|truncated"):
+        with pytest.raises(InputError, match=": (refused|is not a torch file)"):
             load_checkpoint(GLM(TINY), path)
         assert not mark.exists()
 

@@ -115,4 +115,9 @@ def test_prepare_leaves_nothing_behind_when_it_fails(tmp_path: Path) -> None:
         "prepare", f"data.raw_dir={raw}", f"data.vocab_file={VOCAB}", f"data.out_dir={tmp_path / 'out'}"
     )
     assert status == 2
-    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "mine").mkdir()  # a folder of the user's stays
+    status = lit_glm_here(
+        "prepare", f"data.raw_dir={raw}", f"data.vocab_file={VOCAB}", f"data.out_dir={tmp_path / 'mine'}"
+    )
+    assert (status, list((tmp_path / "mine").iterdir())) == (2, [])

@@ -34,7 +34,9 @@ def test_compare_reports_a_non_finite_loss_as_difference(tmp_path: Path, capfd: 
     assert (status, "step 2" in text) == (1, True), said
 
 
-@pytest.mark.parametrize("more", [["--format", "html"], ["--lang", "zh"], ["third"], ["--check"]])
+@pytest.mark.parametrize(
+    "more", [["--format", "html"], ["--lang", "zh"], ["third"], ["--check"], ["--best"], ["--sort", "acc"]]
+)
 def test_compare_rejects_unused_options(more: List[str], tmp_path: Path, capfd: Any) -> None:
     sides = [str(make_run(tmp_path / name)) for name in "ab"]
     assert main(["--compare", *sides, *more]) == 2

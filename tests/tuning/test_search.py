@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 
 from conftest import lit_glm_here, start_command
 from lit_glm import batch_size_search
-from lit_glm.batch_size_search import FITS, MEMORY, OUT_OF_TIME, Search, Trial, next_bs, ranking, rates_by_bs
+from lit_glm.batch_size_search import (
+    FITS,
+    MEMORY,
+    OUT_OF_TIME,
+    Search,
+    Trial,
+    _trials_of,
+    next_bs,
+    ranking,
+    rates_by_bs,
+)
 from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.errors import RunError
 from lit_glm.launch.supervisor import TimeLimitExceeded
@@ -187,6 +197,12 @@ def test_secondary_node_of_an_extended_search_waits(monkeypatch: pytest.MonkeyPa
     search._write(complete=True)
     with pytest.raises(RunError, match="node 0 started no trial for 2 s"):
         search.run_follower()
+
+
+def test_trials_of_another_version_are_read() -> None:
+    known = {"bs": 4, "status": FITS, "p_core": 10.0}
+    entries = [{**known, "of_a_later_version": 1}, {"status": FITS}, {"bs": 8, "status": OUT_OF_TIME}]
+    assert _trials_of({"trials": entries}) == [Trial(**known)]
 
 
 def test_fewer_examples_than_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: Any) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Tuple
@@ -131,6 +132,7 @@ def prepare_file(raw: Path, out: Path, train: bool, vocab_file: str, max_seq_len
     """
     skipped, bytes_read = SkippedRecords(), [0]
     built = PreparedFile(out, 0, 0, 0, skipped)
+    new_folders = [folder for folder in out.parents if not folder.exists()]
     writer = SparseWriter(out, max_seq_length)
     metadata_path = out.parent / EXAMPLE_METADATA_FILE
     temporary = metadata_path.with_name(f".{metadata_path.name}.{os.getpid()}.part")
@@ -165,6 +167,9 @@ def prepare_file(raw: Path, out: Path, train: bool, vocab_file: str, max_seq_len
     finally:
         if temporary.exists():
             temporary.unlink()
+        with suppress(OSError):  # files are in them
+            for folder in new_folders:
+                folder.rmdir()
     return built
 
 

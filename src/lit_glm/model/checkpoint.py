@@ -105,7 +105,7 @@ def read_weights(path: Path) -> Dict[str, Tensor]:
     if not path.exists():
         raise InputError(f"model.init_checkpoint={path}: no such file or folder")
     if path.is_dir():
-        path, *older = _find_checkpoints_in(path)
+        path, *older = find_checkpoints_in(path)
         while older:  # of a run: a damaged one is skipped, as when it is resumed
             try:
                 return _read_module(path)
@@ -148,8 +148,12 @@ def is_exported(path: Path) -> bool:
         return False
 
 
-def _find_checkpoints_in(folder: Path) -> List[Path]:
-    """Return the checkpoint of a published folder, or those of a run, the newest first."""
+def find_checkpoints_in(folder: Path) -> List[Path]:
+    """Return the checkpoint of a published folder, or those of a run, the newest first.
+
+    Raises:
+        InputError: if it holds none.
+    """
     latest = folder / _LATEST
     if not latest.is_file():
         direct = folder / "mp_rank_00_model_states.pt"

@@ -9,6 +9,7 @@ import numpy as np
 from lit_glm.atomic_files import read_csv_rows
 from lit_glm.config.schema import DataConfig, ModelConfig, TrainConfig
 from lit_glm.data.memmap_dataset import open_dataset
+from lit_glm.data.synthetic import ensure_synthetic_data
 from lit_glm.errors import InputError
 from lit_glm.hardware.env import hardware_file
 from lit_glm.metrics.flops import peak_key, published_flops
@@ -154,6 +155,8 @@ class MeasuredRun:
         if len(usable) < 5:
             raise InputError(f"plan.runs={path}: has {len(rows)} steps, too few to learn from (minimum: {first + 5})")
         usable = usable[:_MAX_STEPS]
+        if config.data.synthetic is not None:
+            ensure_synthetic_data(config.data)
         split = open_dataset(config.data.train_file, False, config.data.cache_dir)
         work = Workload(config, split, None)
         flops = np.array([float(work.counter.flops_by_rank(int(row["step"])).max()) for row in usable])

@@ -282,7 +282,9 @@ def _plot_accuracy(shown: Sequence[Series], words: Translations) -> Panels:
         step, samples, accuracy, ends, _ = _evaluations(run)
         if len(step):
             left.plot(samples, 100 * accuracy, marker="o", ms=3, lw=1.2, label=f" {name}")
-            right.plot(_scale_time(ends, shown, right, words), 100 * accuracy, marker="o", ms=3, lw=1.2)
+            if np.isfinite(ends).any():
+                right.plot(_scale_time(ends, shown, right, words), 100 * accuracy, marker="o", ms=3, lw=1.2)
+    has_times = bool(right.lines)
     if not left.lines:
         return None
     targets = {as_number(run.settings.get("run.target_accuracy")) for _, run in shown} - {None}
@@ -293,7 +295,7 @@ def _plot_accuracy(shown: Sequence[Series], words: Translations) -> Panels:
     left.set(xlabel=words("samples"), ylabel=words("accuracy"))
     left.xaxis.set_major_locator(MaxNLocator(_MAX_TICKS))
     right.set_ylabel(words("accuracy"))
-    return panels
+    return panels if has_times else panels[:1]
 
 
 def throughput_percentiles(seconds: Any, samples: float) -> Tuple[float, float, float]:
