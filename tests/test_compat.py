@@ -110,7 +110,7 @@ print("torch._dynamo.eval_frame" in sys.modules)
 """
 
 
-@pytest.mark.process
+@pytest.mark.slow
 @pytest.mark.skipif(OLD, reason="torch 1.12 has no compiler")
 def test_a_rank_on_the_cpu_imports_no_compiler() -> None:
     done = subprocess.run([sys.executable, "-c", DISTRIBUTED_STEP], capture_output=True, text=True, check=False)
@@ -143,7 +143,7 @@ for need in sys.argv[1:]:
 """
 
 
-@pytest.mark.process
+@pytest.mark.slow
 @pytest.mark.skipif(OLD, reason="torch 1.12 has no compiler")
 def test_a_compiler_that_was_postponed_is_imported_once_when_it_is_needed() -> None:
     needs = [

@@ -77,7 +77,7 @@ def test_an_unknown_level_is_named(tmp_path: Path) -> None:
     assert "lit_glm: LIT_GLM_LOG=LOUD: must be one of DEBUG, INFO, WARNING, ERROR; using INFO" in done.stderr
 
 
-@pytest.mark.process
+@pytest.mark.slow
 def test_a_program_that_imports_the_package_captures_messages() -> None:
     code = (
         "import logging\n"

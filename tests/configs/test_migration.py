@@ -117,7 +117,7 @@ def test_report_compare_and_export_read_an_old_run(old_run: Path, tmp_path: Path
     assert tree_digest(old_run) == before
 
 
-@pytest.mark.process
+@pytest.mark.slow
 def test_evaluate_and_plan_read_an_old_run(
     old_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:

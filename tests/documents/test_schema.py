@@ -39,7 +39,6 @@ def test_schema_page_matches_the_registry() -> None:
     assert schema.PAGE.read_text(encoding="utf-8") == schema.page()
 
 
-@pytest.mark.process
 def test_every_field_that_is_written_is_documented(
     tmp_path: Path, finished_run: Any, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:

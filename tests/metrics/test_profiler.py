@@ -36,7 +36,7 @@ def test_profile_is_written_and_logged(tmp_path: Path, capsys: pytest.CaptureFix
     assert json.loads((run / "result.json").read_text())["profiled"] is True
 
 
-@pytest.mark.process
+@pytest.mark.slow
 def test_profiled_runs_are_not_merged_with_others(tmp_path: Path) -> None:
     plain, profiled = tmp_path / "plain", tmp_path / "profiled"
     assert lit_glm_here("train", *GOLDEN_RUN, "run.max_steps=4", f"hydra.run.dir={plain}") == 0

@@ -102,7 +102,7 @@ def test_evaluate_of_what_is_no_run_is_rejected(tmp_path: Path, monkeypatch: pyt
         assert message in capfd.readouterr().err
 
 
-@pytest.mark.process
+@pytest.mark.slow
 def test_evaluate_uses_the_device_of_the_run_if_available(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:

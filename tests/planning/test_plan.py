@@ -274,7 +274,7 @@ def test_published_speed_is_scaled_to_the_workload() -> None:
     assert "of a larger model" in tiny.evidence
 
 
-@pytest.mark.process
+@pytest.mark.slow
 def test_max_steps_applies_to_each_plan_row_and_user_files_are_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ def read(path: Path) -> str:
     return Path("out/report.en.md").read_text() + Path("out/report.en.html").read_text()
 
 
+@pytest.mark.slow
 def test_report_has_device_readings_figure_and_energy_column(tmp_path: Path) -> None:
     run = make_run(tmp_path / "outputs" / "day" / "run", energy_j=7_200_000.0, samples_per_joule=0.0125)
     lines = [f"{5 * number},0,{card},31.5,{140 + card},60,98" for number in range(20) for card in range(8)]

@@ -79,7 +79,7 @@ def test_report_figures_have_no_overlapping_text(
     assert [text for texts in drawn.values() for text in texts] == []
 
 
-@pytest.mark.process
+@pytest.mark.slow
 def test_plan_figure_has_no_overlapping_text(
     drawn: Dict[str, List[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

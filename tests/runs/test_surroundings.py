@@ -164,7 +164,8 @@ def test_folder_that_cannot_be_created_is_rejected(command: List[str], what: str
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("redirection", ["> /dev/full", pytest.param(">&-", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("redirection", ["> /dev/full", ">&-"])
 def test_unwritable_stdout_does_not_stop_the_run(redirection: str, tmp_path: Path) -> None:
     def shell(line: str, **variables: str) -> "subprocess.CompletedProcess[str]":
         env = {**os.environ, **variables}

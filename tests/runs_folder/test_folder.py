@@ -158,6 +158,7 @@ def test_a_run_on_other_data_or_weights_is_not_reused(tmp_path: Path, capfd: Any
     assert reusable_runs([run], config) == []
 
 
+@pytest.mark.slow
 def test_resume_auto_ignores_runs_outside_the_given_folder(tmp_path: Path) -> None:
     """It may be somebody else's."""
     assert lit_glm_here("train", *DEBUG, "run.checkpoint_interval_steps=1", "hydra.run.dir=scratch/alice/run1") == 0
@@ -215,6 +216,7 @@ def test_damaged_checkpoint_is_skipped_on_resume(tmp_path: Path, capfd: Any, mon
     assert f"resuming after step {int(before.stem[5:])}" in said.out
 
 
+@pytest.mark.slow
 def test_slurm_restart_resumes_the_run_of_the_same_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     assert lit_glm_here("train", *DEBUG, "run.checkpoint_interval_steps=1", "hydra.run.dir=outputs/a/first") == 0

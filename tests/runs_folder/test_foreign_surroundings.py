@@ -100,6 +100,7 @@ def test_damaged_example_metadata_is_rejected_before_evaluation(run: Path, capfd
         assert message in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_is_scored_on_its_own_data_from_any_folder(
     run: Path, capfd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,7 +72,10 @@ def test_accumulation_updates_every_nth_step(tmp_path: Path) -> None:
         "fp32",
         pytest.param(
             "fp16",
-            marks=pytest.mark.skipif(torch.__version__.startswith("1."), reason="torch 1.12 has no fp16 on processors"),
+            marks=[
+                pytest.mark.skipif(torch.__version__.startswith("1."), reason="torch 1.12 has no fp16 on processors"),
+                pytest.mark.slow,
+            ],
         ),
     ],
 )

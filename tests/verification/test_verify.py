@@ -47,6 +47,7 @@ def test_verify_with_wrong_peak_exits_with_status_1(
     assert [check["name"] for check in content["checks"] if check["status"] == "fail"] == ["speed fp32"]
 
 
+@pytest.mark.slow
 def test_verify_sweep_writes_one_file_per_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert lit_glm_here("verify", "-m", "precision=fp32,fp16", "verify.max_minutes=0.0001") == 0
