@@ -369,15 +369,15 @@ def main() -> int:
     """
     arguments, run_dir = sys.argv[1:], None
     flags = ("--config-dir", "-cd", "--cfg", "-c", "--package", "-p", "--info", "-i", "--shell-completion", "-sc")
-    flagged = {place + 1 for place, word in enumerate(arguments) if word in flags}
-    for place, word in enumerate(arguments):
-        is_path = os.path.exists(word) or ("=" not in word and word[:1] not in "-+~")
-        if place in flagged or not is_path:
+    flagged = {index + 1 for index, argument in enumerate(arguments) if argument in flags}
+    for index, argument in enumerate(arguments):
+        is_path = os.path.exists(argument) or ("=" not in argument and argument[:1] not in "-+~")
+        if index in flagged or not is_path:
             continue
         if any(other.startswith("model.init_checkpoint=") for other in arguments):
-            run_dir = Path(arguments.pop(place))
+            run_dir = Path(arguments.pop(index))
         else:
-            arguments[place] = f"model.init_checkpoint={quote(word)}"
+            arguments[index] = f"model.init_checkpoint={quote(argument)}"
         break
 
     def task(config: TrainConfig, composed: Any) -> int:

@@ -69,7 +69,7 @@ def _small_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.process
 def test_clock_check_of_a_lazy_device_uses_completed_work() -> None:
-    assert timing_check.check_clock(LazyRuntime()).status in ("ok", "warn")  # warn: beside other work
+    assert timing_check.check_clock(LazyRuntime()).status in ("ok", "warn")  # warn: while other processes run
     wrong = timing_check.check_clock(NonBlockingRuntime())
     assert wrong.status == "fail"
     assert "passes after synchronize" in wrong.message

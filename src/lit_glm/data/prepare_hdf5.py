@@ -167,7 +167,7 @@ def prepare_file(raw: Path, out: Path, train: bool, vocab_file: str, max_seq_len
     finally:
         if temporary.exists():
             temporary.unlink()
-        with suppress(OSError):  # files are in them
+        with suppress(OSError):  # not empty
             for folder in new_folders:
                 folder.rmdir()
     return built
@@ -189,11 +189,11 @@ def prepare_files(
     ]
     if not jobs:
         raise InputError(f"data.raw_dir={raw_dir}: contains neither train.jsonl nor val.jsonl")
-    written = _files_written(out_dir, [place for _, out, train in jobs for place in _outputs(out, train)])
+    written = _files_written(out_dir, [path for _, out, train in jobs for path in _outputs(out, train)])
     built = []
     for raw, out, train in jobs:
         built.append(prepare_file(raw, out, train, vocab_file, max_seq_length, workers))
-        written.update({str(place.relative_to(out_dir)): place.stat().st_size for place in _outputs(out, train)})
+        written.update({str(path.relative_to(out_dir)): path.stat().st_size for path in _outputs(out, train)})
         marker = {"lit_glm": lit_glm.__version__, "max_seq_length": max_seq_length, "files": written}
         write_json(out_dir / PREPARED_MARKER, marker)
     return built
