@@ -219,12 +219,11 @@ class BringUp:
 def hardware_of(overrides: List[str]) -> Any:
     """Return the configuration of the device, as `train` composes it."""
     from lit_glm.config.command_line import CommandLine
-    from lit_glm.config.hydra_main import compose_config, validate_config
+    from lit_glm.config.hydra_main import load_config
     from lit_glm.config.schema import TrainConfig
 
     line = CommandLine.read(overrides)
-    composed = compose_config("train", ["experiment=debug", *line.overrides, *line.searchpath])
-    return validate_config(composed, TrainConfig).hardware
+    return load_config("train", ["experiment=debug", *line.overrides, *line.searchpath], TrainConfig).hardware
 
 
 def _environment(step: Step) -> Dict[str, Any]:

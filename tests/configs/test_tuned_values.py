@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import pytest
 
 from conftest import lit_glm_here
-from lit_glm.config.hydra_main import CONF_DIR, compose_config, validate_config
+from lit_glm.config.hydra_main import CONF_DIR, compose_config, load_config, validate_config
 from lit_glm.config.schema import TrainConfig
 from lit_glm.config.tuned_values import nearest_pair_hint, search_key, topologies_with_fix_hp
+from lit_glm.errors import InputError
 
 MOST = 5553080
 # FlagPerf training/VENDOR/glm-pytorch/config, commit 1b5a030: pair -> bs, max_samples, lr, seed
@@ -99,6 +101,20 @@ def test_bs_auto_separates_simulated_and_real_searches(tmp_path: Path, monkeypat
     for more, bs in (([], 8), (["hardware.runtime=simulated"], 16)):
         config = validate_config(compose_config("train", ["experiment=debug", "bs=auto", *more]), TrainConfig)
         assert config.bs == bs
+
+
+def test_composition_in_a_program_does_not_read_its_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder of the user's files comes from the composition; the words are those of a program around it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["program", "-q", "--config-dir", "none"])
+    (tmp_path / "own" / "fix_hp").mkdir(parents=True)
+    (tmp_path / "own" / "fix_hp" / "mine.yaml").write_text("# @package _global_\nbs: 3\nfix_hp_source: mine\n")
+    line = ["experiment=debug", "fix_hp=mine", "bs=auto", f"hydra.searchpath=[file://{tmp_path / 'own'}]"]
+    assert load_config("train", line, TrainConfig).bs == 3
+    with pytest.raises(InputError, match="bs=auto: no batch size is known"):
+        load_config("train", ["experiment=debug", "bs=auto"], TrainConfig)
 
 
 def test_auto_takes_the_newest_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:

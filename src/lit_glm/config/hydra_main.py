@@ -47,7 +47,7 @@ def command_help(composed: DictConfig, line: CommandLine) -> str:
     Hydra's own `--help` copies its whole repository of configurations for every group, which takes several seconds.
     """
     groups: Dict[str, List[str]] = {}
-    for place in (CONF_DIR, *(Path(text[7:]) for text in composed.hydra.searchpath if text.startswith("file://"))):
+    for place in (CONF_DIR, *_user_folders(composed)):
         for file in place.glob("*/**/*.yaml"):
             groups.setdefault(file.parent.relative_to(place).as_posix(), []).append(file.stem)
     names = {group: ", ".join(sorted(set(options))) for group, options in sorted(groups.items())}
@@ -101,8 +101,18 @@ Task = Callable[[Any, DictConfig], Union[int, TaskOutcome]]
 BeforeSweep = Callable[[DictConfig, CommandLine], List[str]]
 
 
-def validate_config(cfg: DictConfig, schema: "type[Config]") -> Config:
+def _user_folders(composed: DictConfig) -> List[Path]:
+    """Return the folders of the user's configuration files (--config-dir) of a composition with the `hydra` node."""
+    return [Path(text[7:]) for text in composed.hydra.searchpath if text.startswith("file://")]
+
+
+def validate_config(cfg: DictConfig, schema: "type[Config]", user_folders: Sequence[Path] = ()) -> Config:
     """Check names, types and ranges of a composed configuration.
+
+    Args:
+        cfg: the composed configuration, without the `hydra` node; the value of `bs=auto` is set in it.
+        schema: the dataclass that it must match.
+        user_folders: folders of the user's configuration files (--config-dir).
 
     Returns:
         The configuration as that dataclass, all interpolations resolved.
@@ -111,9 +121,9 @@ def validate_config(cfg: DictConfig, schema: "type[Config]") -> Config:
         InputError: on an unknown key, a wrong type or a value out of range; names all that are out of range.
     """
     if cfg.get("bs") == "auto":
-        cfg.bs, source = resolve_auto_bs(cfg, _fix_hp_bs(cfg))
+        cfg.bs, source = resolve_auto_bs(cfg, _fix_hp_bs(cfg, user_folders))
         log.warning(f"bs=auto: {cfg.bs}, {source}")
-    _reject_old_keys(cfg)
+    _reject_old_keys(cfg, user_folders)
     try:
         # Merging the plain content enforces the schema, which `+typo=1` and `++typo=1` bypass in Hydra.
         # merge rejects unknown names and wrong types, to_object rejects missing values.
@@ -138,7 +148,7 @@ def validate_config(cfg: DictConfig, schema: "type[Config]") -> Config:
     return config
 
 
-def _reject_old_keys(cfg: DictConfig) -> None:
+def _reject_old_keys(cfg: DictConfig, user_folders: Sequence[Path]) -> None:
     """Reject keys of older versions that a configuration file sets.
 
     Raises:
@@ -149,24 +159,22 @@ def _reject_old_keys(cfg: DictConfig) -> None:
         group, _, name = key.rpartition(".")
         node = OmegaConf.select(cfg, group) if group else cfg
         if isinstance(node, DictConfig) and name in node.keys():  # noqa: SIM118 (`in` hides values that are missing)
-            messages.append(f"{_find_user_file_setting(name)}{old_key_message(key)}")
+            messages.append(f"{_find_user_file_setting(name, user_folders)}{old_key_message(key)}")
     if messages:
         raise InputError("\n".join(messages))
 
 
-def _find_user_file_setting(name: str) -> str:
+def _find_user_file_setting(name: str, user_folders: Sequence[Path]) -> str:
     """Return the first of the user's configuration files that sets a key of this name, as the start of a message."""
-    folder = CommandLine.read(sys.argv[1:]).config_dir
-    for file in sorted(Path(folder).rglob("*.yaml")) if folder is not None else []:
+    for file in (file for folder in user_folders for file in sorted(folder.rglob("*.yaml"))):
         if re.search(rf"^\s*{name}\s*:", file.read_text(encoding="utf-8", errors="replace"), re.MULTILINE):
             return f"{file}: "
     return ""
 
 
-def _fix_hp_bs(cfg: DictConfig) -> Optional[int]:
+def _fix_hp_bs(cfg: DictConfig, user_folders: Sequence[Path]) -> Optional[int]:
     """Return bs of the selected fix_hp file, which `bs=auto` has overridden in `cfg`; None if there is none."""
-    user_config_dir = CommandLine.read(sys.argv[1:]).config_dir
-    for place in (CONF_DIR, *([Path(user_config_dir)] if user_config_dir is not None else [])):
+    for place in (CONF_DIR, *user_folders):
         file = place / "fix_hp" / f"{cfg.get('fix_hp_source', 'none')}.yaml"
         if file.is_file():
             content: Any = OmegaConf.load(file)
@@ -197,7 +205,8 @@ def load_config(config_name: str, overrides: Sequence[str], schema: "type[Config
         InputError: as the command line would reject these overrides.
     """
     try:
-        return validate_config(compose_config(config_name, overrides), schema)
+        composed = _compose_with_hydra(config_name, overrides)[0]
+        return validate_config(_without_hydra(composed), schema, _user_folders(composed))
     except _COMPOSE_ERRORS as error:
         raise InputError(explain_hydra_error(error, schema, CONF_DIR)) from error
 
@@ -308,7 +317,7 @@ def _run_command(
                 raise InputError("hydra.mode=MULTIRUN (of a configuration file): start a sweep with -m instead")
             if not line.multirun:
                 composed = _without_hydra(composed_with_hydra)
-                config = validate_config(composed, schema)  # sets the value of bs=auto in `composed` too
+                config = validate_config(composed, schema, _user_folders(composed_with_hydra))  # replaces bs=auto
             else:
                 extra_overrides = [] if before_sweep is None or line.cfg else before_sweep(composed_with_hydra, line)
     except InputError as error:
@@ -385,10 +394,13 @@ def _delegate_to_hydra(
         extra_overrides: further overrides that are not on the command line.
     """
     statuses: List[int] = []
+    user_folders = [] if line.config_dir is None else [Path(line.config_dir).absolute()]
 
     def job(cfg: DictConfig) -> Optional[float]:
         cfg = _recompose_for_topology(config_name, cfg, line.searchpath)
-        outcome = _run_task(lambda _, composed: task(validate_config(composed, schema), composed), None, cfg)
+        outcome = _run_task(
+            lambda _, composed: task(validate_config(composed, schema, user_folders), composed), None, cfg
+        )
         statuses.append(outcome.status)
         return outcome.objective
 
