@@ -167,7 +167,8 @@ _shared_data: List[Path] = []
 
 def share_generated_data(name: str, arguments: Tuple[str, ...], cwd: Path) -> None:
     """Let a debug run take the generated corpus of the session; tests of the generation itself use no debug run."""
-    if name == "train" and "experiment=debug" in arguments and not (cwd / "data").exists() and _shared_data:
+    is_debug_run = name in ("train", "tune") and "experiment=debug" in arguments
+    if is_debug_run and cwd != TESTS.parent and not (cwd / "data").exists() and _shared_data:
         (cwd / "data").symlink_to(_shared_data[-1])
 
 
@@ -229,6 +230,7 @@ def lit_glm(
 def lit_glm_here(name: str, *arguments: str) -> int:
     """Run a command in this process: the same entry, without a second import of torch."""
     before = list(sys.argv)
+    share_generated_data(name, arguments, Path.cwd())
     sys.argv = [f"lit_glm.{name}", *arguments]
     try:
         status: int = importlib.import_module(f"lit_glm.{name}").main()

@@ -1,6 +1,5 @@
 """A function elsewhere: its result, its refusal, its progress; and its death is said, not shared."""
 
-import ctypes
 import os
 import subprocess
 import sys
@@ -9,34 +8,14 @@ from typing import Any, List
 
 import h5py
 import numpy as np
+import psutil
 import pytest
 
 from conftest import EVAL_FILE, TRAIN_FILE
+from isolated_functions import adds, crashes, process_id, raises_disk_full, raises_key_error, refuses
 from lit_glm.data.memmap_dataset import open_dataset
 from lit_glm.errors import InputError
-from lit_glm.isolated_process import ReportProgress, call_isolated
-
-
-def adds(a: int, b: int, progress: ReportProgress) -> int:
-    print("a library's word")  # is no answer
-    progress(1, 2)
-    return a + b
-
-
-def refuses(path: str, _progress: ReportProgress) -> None:
-    raise InputError(f"{path}: no")
-
-
-def raises_key_error(path: str, _progress: ReportProgress) -> None:
-    raise KeyError("chalk")
-
-
-def crashes(path: str, _progress: ReportProgress) -> None:
-    ctypes.string_at(0)
-
-
-def raises_disk_full(path: str, _progress: ReportProgress) -> None:
-    raise OSError(28, "No space left on device")
+from lit_glm.isolated_process import call_isolated, share_isolated_process
 
 
 def test_a_result_and_progress() -> None:
@@ -56,6 +35,19 @@ def test_a_result_and_progress() -> None:
 def test_isolated_call_errors_are_reported(function: Any, said: str) -> None:
     with pytest.raises(InputError, match=said):
         call_isolated(function, "a.hdf5")
+
+
+def test_calls_share_a_process_until_one_fails() -> None:
+    with share_isolated_process():
+        first = call_isolated(process_id, "a.hdf5")
+        with share_isolated_process():
+            assert call_isolated(process_id, "b.hdf5") == first
+        assert call_isolated(process_id, "c.hdf5") == first
+        with pytest.raises(InputError):
+            call_isolated(crashes, "d.hdf5")
+        second = call_isolated(process_id, "e.hdf5")
+    assert len({first, second, os.getpid()}) == 3
+    assert not any(map(psutil.pid_exists, (first, second)))
 
 
 @pytest.mark.parametrize("module", ["data.memmap_dataset"])

@@ -14,6 +14,7 @@ from lit_glm.config.hydra_main import run_command
 from lit_glm.config.schema import TrainConfig
 from lit_glm.errors import InputError, RunError
 from lit_glm.hardware.env import set_hardware_env
+from lit_glm.isolated_process import share_isolated_process
 from lit_glm.launch.signals import reraise_interruption
 from lit_glm.process_utils import fast_imports
 
@@ -94,10 +95,11 @@ def main() -> int:
     def task(config: TrainConfig, _composed: Any) -> int:
         given = str(HydraConfig.get().run.dir)
         results = []
-        for result in run_checks(config, Path("outputs" if given == "." else given)):
-            results.append(result)
-            if not as_json:
-                print(result.line(), flush=True)
+        with share_isolated_process():  # several checks read the data files
+            for result in run_checks(config, Path("outputs" if given == "." else given)):
+                results.append(result)
+                if not as_json:
+                    print(result.line(), flush=True)
         failed = [result.name for result in results if result.status == "fail"]
         if as_json:
             names = ("name", "status", "message", "advice")

@@ -21,7 +21,7 @@ import numpy as np
 from lit_glm.atomic_files import file_lock
 from lit_glm.data.h5sparse import SparseReader, require_file
 from lit_glm.errors import InputError
-from lit_glm.isolated_process import ReportProgress, call_isolated
+from lit_glm.isolated_process import ReportProgress, call_isolated, share_isolated_process
 
 if TYPE_CHECKING:  # the isolated process that builds a cache imports no more than numpy and h5py
     from lit_glm.config.schema import DataConfig, ModelConfig, TrainConfig
@@ -159,17 +159,18 @@ def open_datasets(data: "DataConfig", model: "ModelConfig") -> Tuple[MemmapDatas
     from lit_glm.console import progress_bar
 
     splits = []
-    for source, needs_answers in ((data.train_file, False), (data.eval_file, True)):
-        with progress_bar(f"reading {Path(source).name}", transient=True) as bar:
-            task = bar.add_task("")
-            split = open_dataset(
-                source,
-                needs_answers,
-                data.cache_dir,
-                lambda done, total, bar=bar, task=task: bar.update(task, completed=done, total=total),  # type: ignore[misc]
-            )
-        split.check_fits_model(model.vocab_size, model.max_sequence_length, data.max_seq_length)
-        splits.append(split)
+    with share_isolated_process():
+        for source, needs_answers in ((data.train_file, False), (data.eval_file, True)):
+            with progress_bar(f"reading {Path(source).name}", transient=True) as bar:
+                task = bar.add_task("")
+                split = open_dataset(
+                    source,
+                    needs_answers,
+                    data.cache_dir,
+                    lambda done, total, bar=bar, task=task: bar.update(task, completed=done, total=total),  # type: ignore[misc]
+                )
+            split.check_fits_model(model.vocab_size, model.max_sequence_length, data.max_seq_length)
+            splits.append(split)
     return splits[0], splits[1]
 
 

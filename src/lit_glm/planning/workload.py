@@ -9,6 +9,7 @@ import numpy as np
 from lit_glm.config.schema import TrainConfig
 from lit_glm.data.memmap_dataset import SequenceLengths, open_dataset
 from lit_glm.data.sampler import InfiniteDistributedBatchSampler, build_train_sampler
+from lit_glm.isolated_process import share_isolated_process
 from lit_glm.metrics.flops import FlopCounter
 
 _MAX_SAMPLED_STEPS = 200
@@ -66,7 +67,8 @@ def load_examples(config: TrainConfig) -> "Tuple[Any, Any, str]":
         ensure_synthetic_data(config.data)
     files = config.data.train_file, config.data.eval_file
     if all(Path(file).is_file() for file in files):
-        train, eval_examples = (open_dataset(file, False, config.data.cache_dir) for file in files)
+        with share_isolated_process():
+            train, eval_examples = (open_dataset(file, False, config.data.cache_dir) for file in files)
         return train, eval_examples, "lengths of the data"
     typical, few = (
         TypicalExamples.like_record(count, config.data.max_seq_length) for count in (_TYPICAL_TRAIN, _TYPICAL_EVAL)
