@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 import pytest
 from hypothesis import settings
 
-from fork_server import ForkedProcess, ForkServer, can_fork
+from fork_server import ForkedProcess, ForkServer, can_fork, fork_only_ranks
 from lit_glm.compat import without_plotting
 from lit_glm.console import install_message_handler
 from lit_glm.process_utils import paused_gc
@@ -154,6 +154,7 @@ def _session_cache_dir(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
     install_message_handler()  # for tests that call what a command calls
     _server.env = dict(os.environ)
+    fork_only_ranks(_server)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -202,7 +203,7 @@ def start_command(
             start_new_session=True,
         )
     else:
-        process = ForkedProcess(_server, f"lit_glm.{name}", list(arguments), cwd, whole, session=True)
+        process = ForkedProcess(_server, f"lit_glm.{name}", list(arguments), cwd, whole)
     _started.append((process.args, cwd, lambda: (process.poll(), "", "")))
     return process
 

@@ -2,13 +2,15 @@
 
 A command under test costs three seconds of imports otherwise. The server imports what `train` imports, starts no
 thread and computes nothing; a fork gets its arguments, environment, folder, import path and standard streams from the
-test and runs the command's module as `python -m` does. Ranks are started by the command itself, as a user's are. The
-workers of pytest-xdist share one server, which their controller starts.
+test and runs the command's module as `python -m` does. The only rank of a job that a sweep or a search starts comes
+from the server too; the ranks of all other jobs are started by the command itself, as a user's are. The workers of
+pytest-xdist share one server, which their controller starts.
 
     python tests/fork_server.py lit_glm SOCKET     (the word lit_glm: `report` knows a running command by it)
 """
 
 import array
+import fcntl
 import json
 import os
 import runpy
@@ -18,9 +20,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
-from typing import IO, Any, Dict, List, Optional, Tuple
+from types import SimpleNamespace
+from typing import IO, Any, Dict, List, Optional, Sequence, Tuple
 
 import psutil
 
@@ -43,35 +47,52 @@ def can_fork(env: Optional[Dict[str, str]]) -> bool:
 class ForkedProcess:
     """What tests use of `subprocess.Popen`, for a process that the server has forked."""
 
-    def __init__(
-        self, server: "ForkServer", module: str, arguments: List[str], cwd: Path, env: Dict[str, str], session: bool
-    ) -> None:
-        self.args = [module, *arguments]
-        self.returncode: Optional[int] = None
+    def __init__(self, server: "ForkServer", module: str, arguments: List[str], cwd: Path, env: Dict[str, str]) -> None:
         (out, out_end), (err, err_end) = os.pipe(), os.pipe()
         self.stdout, self.stderr = (os.fdopen(end, encoding="utf-8", errors="replace") for end in (out, err))
-        self._connection = server.connect()
-        request = {"module": module, "arguments": arguments, "cwd": str(cwd), "env": env, "session": session}
-        descriptors = array.array("i", [out_end, err_end])
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)]
-        self._connection.sendmsg([json.dumps(request).encode() + b"\n"], rights)
+        self._start(server, module, arguments, str(cwd), env, {out_end: 1, err_end: 2})
         os.close(out_end)
         os.close(err_end)
+
+    def _start(
+        self,
+        server: "ForkServer",
+        module: str,
+        arguments: List[str],
+        cwd: str,
+        env: Dict[str, str],
+        descriptors: Dict[int, int],
+        ends_with_parent: bool = False,
+    ) -> None:
+        """Send the request; `descriptors`: number here -> number in the process."""
+        self.args = [module, *arguments]
+        self.returncode: Optional[int] = None
+        self._lock = threading.Lock()
+        self._connection = server.connect()
+        request = {"module": module, "arguments": arguments, "cwd": cwd, "env": env}
+        request.update(numbers=list(descriptors.values()), ends_with_parent=ends_with_parent)
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
+        self._connection.sendmsg([json.dumps(request).encode() + b"\n"], rights)
         self._answers = self._connection.makefile("r")
         self.pid = int(self._answers.readline())
 
     def poll(self) -> Optional[int]:
         """Return the exit status; None while the process runs."""
-        if self.returncode is None and select.select([self._connection], [], [], 0)[0]:
-            self._read_status()
+        if self.returncode is None and self._lock.acquire(blocking=False):  # else another thread waits for the end
+            try:
+                if self.returncode is None and select.select([self._connection], [], [], 0)[0]:
+                    self._read_status()
+            finally:
+                self._lock.release()
         return self.returncode
 
     def wait(self, timeout: Optional[float] = None) -> int:
         """Wait for the end."""
-        if self.returncode is None:
-            if not select.select([self._connection], [], [], timeout)[0]:
-                raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
-            self._read_status()
+        with self._lock:
+            if self.returncode is None:
+                if not select.select([self._connection], [], [], timeout)[0]:
+                    raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+                self._read_status()
         assert self.returncode is not None
         return self.returncode
 
@@ -114,12 +135,50 @@ class ForkedProcess:
         self.send_signal(signal.SIGTERM)
 
 
+class ForkedRank(ForkedProcess):
+    """The only rank of a job, forked by the server with what the supervisor gives to `subprocess.Popen`."""
+
+    def __init__(
+        self,
+        server: "ForkServer",
+        command: Sequence[str],
+        *,
+        env: Dict[str, str],
+        stdout: Optional[IO[str]],
+        stderr: Optional[int],
+        pass_fds: Sequence[int],
+        **_others: Any,
+    ) -> None:
+        out = os.dup(1 if stdout is None else stdout.fileno())
+        err = os.dup(2 if stderr is None else out)
+        module, *arguments = command[2:]  # after `python -m`
+        descriptors = {out: 1, err: 2, **{number: number for number in pass_fds}}
+        self._start(server, module, arguments, os.getcwd(), env, descriptors, ends_with_parent=True)
+        os.close(out)
+        os.close(err)
+
+
+def fork_only_ranks(server: "ForkServer") -> None:
+    """Let supervisors of this process start the only rank of a job from the server."""
+    from lit_glm.launch import supervisor
+
+    def start(command: Sequence[str], **how: Any) -> Any:
+        env = how["env"]
+        same_threads = env.get("OMP_NUM_THREADS") == server.num_threads
+        if env["WORLD_SIZE"] == "1" and command[2] == "lit_glm.launch.worker" and same_threads:
+            return ForkedRank(server, command, **how)
+        return subprocess.Popen(command, **how)
+
+    supervisor.subprocess = SimpleNamespace(Popen=start, STDOUT=subprocess.STDOUT)  # type: ignore[assignment]
+
+
 class ForkServer:
     """The server of a pytest process and its workers."""
 
     def __init__(self) -> None:
         self.env: Dict[str, str] = {}
         """Of the server itself, whatever the first test that needs it has changed."""
+        self.num_threads = os.environ.get("OMP_NUM_THREADS")
         self._process: Optional[subprocess.Popen[bytes]] = None
         self._own: Optional[tempfile.TemporaryDirectory[str]] = None
 
@@ -167,7 +226,7 @@ class ForkServer:
 
 def _receive(connection: socket.socket) -> Tuple[Dict[str, Any], List[int]]:
     descriptors = array.array("i")
-    data, ancillary, _, _ = connection.recvmsg(_MAX_REQUEST, socket.CMSG_SPACE(2 * descriptors.itemsize))
+    data, ancillary, _, _ = connection.recvmsg(_MAX_REQUEST, socket.CMSG_SPACE(8 * descriptors.itemsize))
     for _, _, content in ancillary:
         descriptors.frombytes(content[: len(content) - len(content) % descriptors.itemsize])
     while not data.endswith(b"\n"):
@@ -183,25 +242,31 @@ def _send(connection: socket.socket, number: int) -> None:
         pass
 
 
-def _set_up_child_process(request: Dict[str, Any], descriptors: List[int]) -> None:
+_FIRST_FREE = 900  # a number that no process of the tests wants a descriptor to have
+
+
+def _set_up_child_process(request: Dict[str, Any], descriptors: List[int], address: str) -> None:
     """Turn this fork into the command."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    if request["session"]:
-        os.setsid()
-    null = os.open(os.devnull, os.O_RDONLY)
-    for source, target in ((null, 0), (descriptors[0], 1), (descriptors[1], 2)):
-        os.dup2(source, target)
-    for descriptor in (null, *descriptors):
+    os.setsid()
+    given = [os.open(os.devnull, os.O_RDONLY), *descriptors]
+    sources = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, _FIRST_FREE) for descriptor in given]
+    for descriptor in given:
         os.close(descriptor)
+    for source, target in zip(sources, [0, *request["numbers"]]):
+        os.dup2(source, target)
+        os.close(source)
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
+    os.environ[_ADDRESS_VARIABLE] = str(Path(address).parent)
     sys.path[:1] = [request["cwd"], *filter(None, request["env"].get("PYTHONPATH", "").split(os.pathsep))]
     sys.argv = [request["module"], *request["arguments"]]
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests under nohup
+    fork_only_ranks(ForkServer())
 
 
 def main(address: str) -> Optional[Dict[str, Any]]:
@@ -229,11 +294,13 @@ def main(address: str) -> Optional[Dict[str, Any]]:
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     signal.set_wakeup_fd(waker)
     children: Dict[int, socket.socket] = {}
+    watched: Dict[socket.socket, int] = {}
+    """Connection of each process that ends with its parent, which then closes it."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen(8)
         while True:
-            ready = select.select([listener, wake, sys.stdin], [], [])[0]
+            ready = select.select([listener, wake, sys.stdin, *watched], [], [])[0]
             if sys.stdin in ready:
                 return None
             if wake in ready:
@@ -241,7 +308,10 @@ def main(address: str) -> Optional[Dict[str, Any]]:
             for pid in list(children):
                 ended, status = os.waitpid(pid, os.WNOHANG)
                 if ended:
+                    watched.pop(children[pid], None)
                     _send(children.pop(pid), status)
+            for connection in [connection for connection in ready if connection in watched]:
+                os.kill(watched.pop(connection), signal.SIGTERM)
             if listener in ready:
                 connection, _ = listener.accept()
                 request, descriptors = _receive(connection)
@@ -251,11 +321,13 @@ def main(address: str) -> Optional[Dict[str, Any]]:
                         held.close()
                     os.close(wake)
                     os.close(waker)
-                    _set_up_child_process(request, descriptors)
+                    _set_up_child_process(request, descriptors, address)
                     return request
                 for descriptor in descriptors:
                     os.close(descriptor)
                 children[pid] = connection
+                if request["ends_with_parent"]:
+                    watched[connection] = pid
                 _send(connection, pid)
 
 

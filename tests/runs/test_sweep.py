@@ -71,7 +71,7 @@ THREE = ["bs=2,3,4", "topology=1x1", "run.max_steps=40", "run.checkpoint_interva
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_and_started_again(tmp_path: Path) -> None:
     """The killed sweep leaves one run complete and one unfinished; the next start runs what is left, nothing twice."""
-    process = start_command("train", *SWEEP, *THREE, cwd=tmp_path)
+    process = start_command("train", *SWEEP, *THREE, cwd=tmp_path, cold=True)
     second = tmp_path / "sweep" / "1" / "steps.csv"
     limit = time.monotonic() + 120
     while not (second.is_file() and second.read_bytes().count(b"\n") > 8):
