@@ -112,6 +112,7 @@ def test_verify_passes_on_chip(name: str, topology: str, chip: Dict[str, str], t
         f"topology={topology}",
         "precision=fp32",
         "model=glm_tiny",
+        "model.num_layers=1",
         "hydra.run.dir=verify",
     ]
     done = lit_glm("verify", *line, cwd=tmp_path, env=chip)

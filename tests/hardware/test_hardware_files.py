@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent.parent
 @pytest.mark.slow
 def test_golden_steps_on_two_simulated_devices(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    chip = ["hardware=r300", "hardware.runtime=simulated", "topology=1x2"]
+    chip = ["hardware=r300", "hardware.runtime=simulated", "topology=1x2", "scoring=published"]
     done = lit_glm("train", *chip, *GOLDEN_RUN, f"hydra.run.dir={run}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     check_trajectory(run, "erf", 2)

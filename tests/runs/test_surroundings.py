@@ -11,7 +11,7 @@ from typing import Any, List
 
 import pytest
 
-from conftest import command, lit_glm, lit_glm_here, rows
+from conftest import command, lit_glm, lit_glm_here, rows, start_command
 from lit_glm.runs.run_folder import lock_directory
 from runs.test_runs import DEBUG, _start, _wait_for_steps, result
 from runs.test_sweep import SWEEP, states
@@ -19,19 +19,14 @@ from runs.test_sweep import SWEEP, states
 
 @pytest.mark.parametrize("topology", ["1x1", pytest.param("1x2", marks=pytest.mark.slow)])
 def test_closed_stdout_does_not_stop_the_run(topology: str, tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        command("train", "experiment=debug", f"topology={topology}", "hydra.run.dir=run"),
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    process = start_command("train", "experiment=debug", f"topology={topology}", "hydra.run.dir=run", cwd=tmp_path)
     assert process.stdout is not None
     process.stdout.readline()
     process.stdout.close()
     said = process.communicate(timeout=120)[1]
     assert process.returncode == 0, said
     assert result(tmp_path / "run")["status"] == "finished"
-    assert b"BrokenPipe" not in said
+    assert "BrokenPipe" not in said
 
 
 @pytest.mark.parametrize("ignored", [False, True])

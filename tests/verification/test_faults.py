@@ -3,15 +3,17 @@
 Test doubles: the processor, with a fault put in below autograd, where a chip's own software would have it.
 """
 
-import itertools
+import functools
 import time
 from contextlib import contextmanager
-from typing import Any, Callable, Iterator, List, Tuple
+from dataclasses import replace
+from typing import Any, Callable, Iterable, Iterator, List, Tuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from lit_glm.check_result import CheckResult
 from lit_glm.compat import dispatch_mode
 from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
@@ -21,9 +23,12 @@ from lit_glm.model.attention import DotProductAttention
 from lit_glm.model.runtime_ops import RuntimeOps
 from lit_glm.verification import acceptance, collectives_check, model_check, timing_check
 from lit_glm.verification.operator_check import OperatorRecorder, operator_name, tensors_in
-from lit_glm.verification.stepper import make_fixture
+from lit_glm.verification.stepper import VerifyFixture, make_fixture
 
 Failed = List[Tuple[str, str]]
+
+
+_SMALL = {**acceptance._NARROW, "num_layers": 2, "hidden_size": 32, "vocab_size": 128, "max_sequence_length": 48}
 
 
 @pytest.fixture(autouse=True)
@@ -31,19 +36,39 @@ def _small_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing_check, "_AT_LEAST_S", 0.02)
     monkeypatch.setattr(timing_check, "_BYTES", (2**20, 2**20))
     monkeypatch.setattr(timing_check, "_SIZES", (256,))
-    small = {"num_layers": 2, "hidden_size": 32, "vocab_size": 128, "max_sequence_length": 48}
-    monkeypatch.setattr(acceptance, "_NARROW", {**acceptance._NARROW, **small})
+    monkeypatch.setattr(acceptance, "_NARROW", _SMALL)
 
 
-def failed(runtime: Any = None, *overrides: str, until: str = "") -> Failed:
-    """Names and words of the checks that fail; those behind the first of a name that begins with `until` are not made.
+@functools.lru_cache(maxsize=None)
+def configuration(*overrides: str) -> TrainConfig:
+    return validate_config(compose_config("train", ["precision=fp32", *overrides]), TrainConfig)
 
-    Checks are made one by one, as they are asked for.
-    """
-    config = validate_config(compose_config("train", ["precision=fp32", *overrides]), TrainConfig)
-    checks = acceptance.AcceptanceTest([config], runtime or CPURuntime(), full_model=False).checks()
-    made = itertools.takewhile(lambda check: not until or not check.name.startswith(until), checks)
-    return [(check.name, check.message) for check in made if check.status == "fail"]
+
+@functools.lru_cache(maxsize=None)
+def small_configuration(*overrides: str) -> Tuple[TrainConfig, VerifyFixture]:
+    """What `verify` makes of a configuration on a slow device."""
+    full = configuration(*overrides)
+    model: Any = _SMALL
+    config = replace(
+        full, model=replace(full.model, **model), data=replace(full.data, max_seq_length=model["max_sequence_length"])
+    )
+    return config, make_fixture(config)
+
+
+def failed(runtime: Any = None, *overrides: str) -> Failed:
+    """Names and messages of the checks that fail in a whole verification."""
+    checks = acceptance.AcceptanceTest([configuration(*overrides)], runtime or CPURuntime(), full_model=False).checks()
+    return failures(checks)
+
+
+def failed_operators(*overrides: str) -> Failed:
+    """The same of the check of the operators alone."""
+    config, fixture = small_configuration(*overrides)
+    return failures(acceptance._check_operators(config, fixture, CPURuntime(), False, []))
+
+
+def failures(checks: Iterable[CheckResult]) -> Failed:
+    return [(check.name, check.message) for check in checks if check.status == "fail"]
 
 
 @contextmanager
@@ -51,9 +76,11 @@ def with_fault(name: str, fault: Callable[[Any, Any, Any], Any]) -> Iterator[Non
     """An operator's calls in anything but float64 go to `fault`."""
 
     def see(operator: Any, args: Any, kwargs: Any) -> Any:
-        exact = any(tensor.dtype is torch.float64 for tensor in tensors_in([args, kwargs]))
-        wrong = operator_name(operator) == name and not exact
-        return fault(operator, args, kwargs) if wrong else operator(*args, **kwargs)
+        if operator_name(operator) != name or any(
+            tensor.dtype is torch.float64 for tensor in tensors_in([args, kwargs])
+        ):
+            return operator(*args, **kwargs)
+        return fault(operator, args, kwargs)
 
     with dispatch_mode(see):
         yield
@@ -73,8 +100,7 @@ def test_verify_passes_on_cpu_in_bf16() -> None:
 @pytest.mark.skipif(not accumulates_bf16_in_fp32(), reason="its products are wrong here")
 @pytest.mark.parametrize("precision", ["bf16", "amp", "fp16"])
 def test_layer_checks_pass_for_a_small_model(precision: str) -> None:
-    overrides = ["model=glm_tiny", "data=synthetic", f"precision={precision}"]
-    config = validate_config(compose_config("train", overrides), TrainConfig)
+    config = configuration("model=glm_tiny", "data=synthetic", f"precision={precision}")
     checks = model_check.check_layers(config, make_fixture(config), CPURuntime(), tf32=False)
     assert [(check.status, check.message) for check in checks if check.status != "ok"] == []
 
@@ -155,7 +181,7 @@ def test_verify_detects_one_wrong_row() -> None:
         return out
 
     with with_fault("gelu", fault):
-        found = failed(until="speed")
+        found = failed_operators()
     assert {name for name, _ in found} == {"operators fp32: gelu"}
 
 
@@ -173,7 +199,7 @@ def test_verify_detects_missing_weight_decay() -> None:
         return operator(*args, **{**kwargs, "weight_decay": 0.0})
 
     with with_fault(name, fault):
-        found = failed(None, "optimizer.weight_decay=0.5", "lr=1e-2", until="speed")
+        found = failed_operators("optimizer.weight_decay=0.5", "lr=1e-2")
     assert {name for name, _ in found} == {f"operators fp32: {name}"}
 
 
@@ -182,7 +208,7 @@ def test_verify_detects_missing_operator() -> None:
         raise NotImplementedError("Could not run 'aten::gelu' with arguments from the 'XPU' backend")
 
     with with_fault("gelu", fault):
-        found = failed(until="speed")
+        found = failed_operators()
     assert {name for name, _ in found} == {"operators fp32: gelu"}
     assert all("missing: Could not run" in said for _, said in found)
 
@@ -193,7 +219,7 @@ def test_verify_detects_silent_cpu_fallback() -> None:
         return operator(*args, **kwargs)
 
     with with_fault("native_layer_norm", fault):
-        found = failed(until="model")
+        found = failed_operators()
     assert found == [("operators fp32: native_layer_norm", "falls back: its inputs are copied to the CPU")]
 
 
@@ -202,7 +228,7 @@ def test_verify_detects_ignored_dropout_seed() -> None:
         def manual_seed(self, seed: int) -> None:
             pass
 
-    assert failed(IgnoresSeed()) == [("dropout", "the same seed gives different masks")]
+    assert failures([model_check.check_dropout(IgnoresSeed())]) == [("dropout", "the same seed gives different masks")]
 
 
 def test_verify_detects_unscaled_dropout() -> None:
@@ -211,7 +237,7 @@ def test_verify_detects_unscaled_dropout() -> None:
             return RuntimeOps(dropout=lambda x, share: F.dropout(x, share) * (1 - share))
 
     message = "elements that it keeps are multiplied by 1.0000 instead of 1 / (1 - 0.1)"
-    assert failed(Unscaled(), until="collectives") == [("dropout", message)]
+    assert failures([model_check.check_dropout(Unscaled())]) == [("dropout", message)]
 
 
 class _DifferentBackwardMask(torch.autograd.Function):
@@ -232,7 +258,7 @@ def test_verify_detects_different_dropout_mask_in_backward() -> None:
             return RuntimeOps(dropout=lambda x, share: _DifferentBackwardMask.apply(x))
 
     message = "dropout: the gradient has other zeros than the output"
-    assert failed(Other(), until="collectives") == [("dropout", message)]
+    assert failures([model_check.check_dropout(Other())]) == [("dropout", message)]
 
 
 def test_verify_detects_different_dropout_mask_in_recomputation() -> None:
@@ -246,7 +272,7 @@ def test_verify_detects_different_dropout_mask_in_recomputation() -> None:
     message = (
         "activation checkpointing: dropout in the repeated forward pass: the gradient has other zeros than the output"
     )
-    assert failed(Other(), until="collectives") == [("dropout", message)]
+    assert failures([model_check.check_dropout(Other())]) == [("dropout", message)]
 
 
 def test_verify_detects_different_attention_dropout_in_backward(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,7 +294,7 @@ def test_verify_detects_different_attention_dropout_in_backward(monkeypatch: pyt
 
 def test_verify_detects_wrong_argmax() -> None:
     with with_fault("argmax", lambda operator, args, kwargs: (operator(*args, **kwargs) + 1) % 3):
-        found = failed(until="model")
+        found = failed_operators()
     assert {name for name, _ in found} == {"operators fp32: argmax"}
 
 
@@ -308,13 +334,14 @@ def test_verify_detects_non_blocking_synchronize() -> None:
         return operator(*args, **kwargs)
 
     with with_fault("_local_scalar_dense", reading):
-        found = failed(NonBlocking())
-    assert [name for name, _ in found] == ["clock"]
+        found = timing_check.check_clock(NonBlocking())
+    assert (found.name, found.status) == ("clock", "fail")
 
 
 def test_verify_detects_matmul_above_the_stated_peak() -> None:
-    found = failed(None, "hardware.peak_tflops.fp32=0.001")
-    assert [name for name, _ in found] == ["speed fp32"]
+    config, _ = small_configuration()
+    found = timing_check.check_speed(config, CPURuntime(), torch.float32, 0.001, "fp32")
+    assert [(check.name, check.status) for check in found] == [("speed fp32", "fail")]
 
 
 def test_a_wrong_layer_is_named_where_each_operator_is_right() -> None:
@@ -322,9 +349,10 @@ def test_a_wrong_layer_is_named_where_each_operator_is_right() -> None:
         def model_ops(self) -> RuntimeOps:
             return RuntimeOps(linear=lambda x, weight, bias: F.linear(x, weight, bias) * 1.01)
 
-    found = failed(Scaled(), until="speed")
+    config, fixture = small_configuration()
+    assert failures(acceptance._check_operators(config, fixture, Scaled(), False, [])) == []
+    found = failures(model_check.check_layers(config, fixture, Scaled(), tf32=False))
     assert ("model fp32", "first deviation: layer 0") in found
-    assert not [name for name, _ in found if name.startswith("operators")]
 
 
 _SUM_FAULTS = ["sum drops a rank", "sum rounds to bf16", "sum of many is wrong at its end"]

@@ -5,6 +5,7 @@ one comes with new shapes or types its inputs are copied to the CPU, the device 
 computed in float64 there.
 """
 
+import functools
 import math
 import warnings
 from contextlib import contextmanager
@@ -132,6 +133,7 @@ class OperatorResult:
     message: str = ""
 
 
+@functools.lru_cache(maxsize=None)
 def operator_name(operator: Any) -> str:
     """Return an operator's name without the overload: `addmm`; with the namespace for others than aten."""
     parts = str(operator).split(".")  # aten.addmm.default
