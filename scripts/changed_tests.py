@@ -1,19 +1,20 @@
 """Print the test folders and files that a change can have broken: python scripts/changed_tests.py [REVISION].
 
-A module of src/ is tested by the folder of its name in tests/ (and `tests/test_MODULE.py`); whatever imports it,
-directly or not, is tested too. Real processes (tests/runs) and golden numbers (tests/parity) belong to every change of
-what `train` imports; a change of conf/ belongs to tests/configs and tests/parity.
+A module of src/ is tested by the folder of its name in tests/ (and `tests/test_MODULE.py`), and by each test that
+imports it; whatever imports it, directly or not, is tested too. Real processes (tests/runs) and golden numbers
+(tests/parity) belong to every change of what `train` imports; a change of conf/ belongs to tests/configs and
+tests/parity.
 """
 
 import ast
 import subprocess
 import sys
 from pathlib import Path
-from typing import Dict, List, Set
+from typing import List, Set
 
 ROOT = Path(__file__).resolve().parent.parent
 SRC, TESTS = ROOT / "src" / "lit_glm", ROOT / "tests"
-_FOLDER_OF = {"runs": "runs_folder"}
+_FOLDER_OF = {"runs": "runs_folder", "config": "configs"}
 """Packages whose tests have another name: tests/runs starts real processes."""
 _COMMANDS = {
     "verify": "verification",
@@ -29,22 +30,22 @@ def changed_files(revision: str) -> List[str]:
     return [line for command in commands for line in subprocess.check_output(command, cwd=ROOT, text=True).splitlines()]
 
 
-def imports() -> Dict[str, Set[str]]:
-    """Return for each module of src/ the modules that it imports, by dotted names below lit_glm."""
-    names_of_module: Dict[str, Set[str]] = {}
-    for file in SRC.rglob("*.py"):
-        names: Set[str] = set()
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lit_glm"):
-                base = (node.module or "")[len("lit_glm.") :]
-                names |= {base, *(f"{base}.{alias.name}".lstrip(".") for alias in node.names)}
-        names_of_module[".".join(file.relative_to(SRC).with_suffix("").parts)] = names
-    return names_of_module
+def imported_modules(file: Path) -> Set[str]:
+    """Return the modules that a file imports, by dotted names below lit_glm."""
+    names: Set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lit_glm"):
+            base = (node.module or "")[len("lit_glm.") :]
+            names |= {base, *(f"{base}.{alias.name}".lstrip(".") for alias in node.names)}
+    return names
 
 
 def dependents(changed: Set[str]) -> Set[str]:
     """Return the changed modules and all that import them, directly or not."""
-    graph, reached = imports(), set(changed)
+    graph = {
+        ".".join(file.relative_to(SRC).with_suffix("").parts): imported_modules(file) for file in SRC.rglob("*.py")
+    }
+    reached = set(changed)
     while True:
         more = {module for module, used in graph.items() if used & reached} - reached
         if not more:
@@ -75,6 +76,9 @@ def main(revision: str = "HEAD") -> int:
         if "src/lit_glm/" in file
     }
     tests = tests_of(dependents(modules)) if modules else set()
+    tests |= {
+        str(file.relative_to(ROOT)) for file in TESTS.rglob("test_*.py") if modules and imported_modules(file) & modules
+    }
     if modules:  # what pages say of the code
         tests |= {f"tests/documents/test_{page}.py" for page in ("architecture", "schema")}
     for file in files:
@@ -85,7 +89,8 @@ def main(revision: str = "HEAD") -> int:
         if file.startswith(("docs/", "README")):
             tests.add("tests/documents")
     for entry in sorted(entry for entry in tests if (ROOT / entry).exists()):
-        print(entry)
+        if str(Path(entry).parent) not in tests:
+            print(entry)
     return 0
 
 

@@ -33,6 +33,14 @@ def test_sampler_continues_the_order_from_any_start(examples: int, start: int) -
     assert take(InfiniteDistributedBatchSampler(examples, 4, 0, 1, 0, start=start), 5) == whole[start:]
 
 
+@given(examples=st.integers(1, 40), batch_size=st.integers(1, 9), world=st.integers(1, 4), step=st.integers(0, 30))
+def test_number_of_samples_is_that_of_the_batches(examples: int, batch_size: int, world: int, step: int) -> None:
+    """From which throughput is computed: partial batches count as what they hold."""
+    sampler = InfiniteDistributedBatchSampler(examples, batch_size, 0, world, seed=3)
+    computed = sum(len(batch) for done in range(1, step + 1) for batch in sampler.rank_batches(done))
+    assert sampler.samples_until(step) == computed
+
+
 def test_epochs() -> None:
     batches = InfiniteDistributedBatchSampler(10, 4, 0, 1, 0)
     assert [batches.epoch_of(step) for step in (1, 3, 4, 7)] == [0, 0, 1, 2]
