@@ -31,6 +31,12 @@ def planned(*overrides: str, runs: Any = (), rows: Any = None) -> Prediction:
     return predict(config, speed, work, "", 1000)
 
 
+@pytest.mark.parametrize(("examples", "is_enough"), [(8, True), (7, False)])
+def test_a_plan_needs_the_examples_of_one_step(examples: int, is_enough: bool) -> None:
+    config: Any = validate_config(compose_config("plan", ["experiment=debug", "bs=8"]), PlanConfig)
+    assert Workload(config, TypicalExamples.like_record(examples, 512), None).has_enough_examples == is_enough
+
+
 def middle(interval: Interval) -> float:
     return (interval.low * interval.high) ** 0.5
 
