@@ -10,7 +10,7 @@ from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
 from lit_glm.data.collate import collate_packed, collate_padded
 from lit_glm.data.datamodule import RecordDataModule
-from lit_glm.data.memmap_dataset import MemmapDataset, open_dataset
+from lit_glm.data.memmap_dataset import MemmapDataset, SequenceLengths, open_dataset
 from lit_glm.metrics.flops import FlopCounter, WorkTotals, compute_mfu, peak_key, published_flops, shared_context_flops
 from lit_glm.model.checkpoint import build_glm
 from lit_glm.model.runtime_ops import RuntimeOps
@@ -116,6 +116,9 @@ def test_balancing_reduces_rank_imbalance() -> None:
         data = RecordDataModule(config, eval_split, lambda: 0, False, lambda: None)
         found[balance] = FlopCounter(config, eval_split, data.sampler(0, 0)).rank_imbalance(20)
     assert 0 <= found["true"] < found["false"]
+    rows = SequenceLengths.from_dataset(eval_split).rows
+    work = [[rows[batch].sum() for batch in data.sampler(0, 0).rank_batches(step)] for step in range(1, 21)]
+    assert found["false"] == pytest.approx(np.mean([max(ranks) / np.mean(ranks) - 1 for ranks in work]))
     config = configuration()
     one = RecordDataModule(config, eval_split, lambda: 0, False, lambda: None)
     assert FlopCounter(config, eval_split, one.sampler(0, 0)).rank_imbalance(20) is None

@@ -16,6 +16,7 @@ from lit_glm.config.schema import HardwareConfig, TopologyConfig, TrainConfig
 from lit_glm.data.collate import PackedBatch, build_padding_index
 from lit_glm.data.memmap_dataset import SequenceLengths, open_dataset
 from lit_glm.hardware.runtimes.selection import make_runtime
+from lit_glm.metrics import memory_estimate
 from lit_glm.metrics.memory_estimate import (
     check_memory,
     count_parameters,
@@ -113,6 +114,28 @@ def test_activations_of_groups_padded_to_equal_size(groups: int, lengths: List[i
     lengths_of = SequenceLengths(np.full(bs, each), rows, predicting, pairs)
     guess = estimate_memory(config, lengths_of, 0.0, saves_attention_probs=attention == "matmul")
     assert guess.activations == pytest.approx(sum(saved.values()), rel=0.15 if lengths[0] == 40 or groups == 1 else 0.4)
+
+
+def test_saved_attention_probabilities_of_padded_rows() -> None:
+    """`published` pads each candidate's row, with its context, to the sequence length."""
+    line = [*GOLDEN_RUN, "scoring=published", "model.activation_checkpointing=false"]
+    config = validate_config(compose_config("train", [*line, "bs=2"]), TrainConfig)
+    lengths = SequenceLengths(*(np.array(values) for values in ([3, 5, 2], [90, 120, 60], [9, 15, 6], [1, 1, 1])))
+    saved, recomputed = (estimate_memory(config, lengths, 0.0, saves).total for saves in (True, False))
+    length, model = config.data.max_seq_length, config.model
+    assert saved - recomputed == 2 * 5 * length * length * model.num_attention_heads * model.num_layers * 4
+
+
+def test_last_layer_that_predicts_in_all_rows_is_as_large_as_the_others() -> None:
+    rows = np.array([40, 60])
+    lengths = SequenceLengths(np.array([4, 6]), rows, rows, rows)
+    totals = []
+    for layers in (1, 2, 3):
+        line = [*GOLDEN_RUN, f"model.num_layers={layers}", "model.activation_checkpointing=false", "bs=2"]
+        config = validate_config(compose_config("train", line), TrainConfig)
+        totals.append(memory_estimate._activation_bytes(config, lengths, 2, saves_attention_probs=False))
+    head = 100 * config.model.vocab_size * 4 * memory_estimate._HEAD_COPIES
+    assert totals[0] - head == totals[1] - totals[0] == totals[2] - totals[1] > 0
 
 
 def test_parameter_count_matches_the_model() -> None:

@@ -12,7 +12,7 @@ from conftest import GOLDEN_RUN, lit_glm_here
 from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
 from lit_glm.metrics.memory_estimate import count_parameters
-from lit_glm.metrics.profiler import ProfileSummary, _covered_length
+from lit_glm.metrics.profiler import ProfileEntry, ProfileSummary, _covered_length, _profile_table
 from lit_glm.reporting.run_reader import find_runs, group_into_rows
 from lit_glm.runs.job_spec import JobSpec, config_hash, hashed_settings
 
@@ -73,6 +73,15 @@ def test_profile_summary_matches_torch_profiler() -> None:
     assert [(entry.name, entry.calls) for entry in found.waits] == [("aten::_local_scalar_dense", 3)]
     assert found.count == 3
     assert 0 < found.busy <= found.window
+
+
+def test_profile_table_is_per_step() -> None:
+    entries = [ProfileEntry("mm", 4, 0.03), ProfileEntry("add", 1, 0.01)]
+    lines = "\n".join(_profile_table("Device", entries, 2)).splitlines()
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "`" in line] == [
+        ["`mm`", "75.0%", "15.000", "2", "7500.0"],
+        ["`add`", "25.0%", "5.000", "0.5", "10000.0"],
+    ]
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), max_size=9))
