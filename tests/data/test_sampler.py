@@ -41,6 +41,17 @@ def test_number_of_samples_is_that_of_the_batches(examples: int, batch_size: int
     assert sampler.samples_until(step) == computed
 
 
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=40), st.integers(1, 5), st.integers(1, 3))
+def test_longest_examples_are_those_of_the_first_step(rows: List[int], batch_size: int, world: int) -> None:
+    """As a search for the largest bs needs it; the first epoch still has each example once."""
+    lengths = np.array(rows)
+    sampler = InfiniteDistributedBatchSampler(len(rows), batch_size, 0, world, seed=3, longest_first_rows=lengths)
+    first = [example for batch in sampler.rank_batches(1) for example in batch]
+    of_longest = sorted(rows, reverse=True)[: batch_size * world]
+    assert sorted(lengths[np.unique(first)], reverse=True) == of_longest
+    assert sorted(np.unique(sampler.epoch_order(0))) == list(range(len(rows)))
+
+
 def test_epochs() -> None:
     batches = InfiniteDistributedBatchSampler(10, 4, 0, 1, 0)
     assert [batches.epoch_of(step) for step in (1, 3, 4, 7)] == [0, 0, 1, 2]

@@ -2,8 +2,11 @@ from pathlib import Path
 
 import pytest
 
+from lit_glm.config.hydra_main import compose_config, validate_config
+from lit_glm.config.schema import TrainConfig
 from lit_glm.hardware.monitors import command_output
-from lit_glm.metrics.system_info import source_commit
+from lit_glm.hardware.runtimes.cpu import CPURuntime
+from lit_glm.metrics.system_info import describe_system, source_commit
 
 pytestmark = pytest.mark.skipif(command_output("git", "--version") == "", reason="needs git")
 
@@ -33,3 +36,18 @@ def test_source_commit_is_that_of_the_package_checkout(tmp_path: Path) -> None:
 def test_there_is_no_commit_outside_a_checkout(tmp_path: Path) -> None:
     (tmp_path / "__init__.py").write_text("")
     assert source_commit(tmp_path) == (None, None)
+
+
+def test_report_keys_take_precedence_over_what_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIT_GLM_CONTAINER_IMAGE", "image:found")
+    keys = {"machine": "R480-X8", "image": "image:v1", "driver": "4.0", "device_name": "R300", "network": "200 Gb/s"}
+    detected, overridden = (
+        describe_system(
+            validate_config(compose_config("train", ["experiment=debug", *given]), TrainConfig), CPURuntime(), ["train"]
+        )
+        for given in ([], [f"report.{key}='{value}'" for key, value in keys.items()])
+    )
+    names = [{"image": "container_image"}.get(key, key) for key in keys]
+    assert [overridden[name] for name in names] == list(keys.values())
+    assert detected["container_image"] == "image:found"
+    assert not set(keys.values()) & set(map(str, detected.values()))
