@@ -4,9 +4,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import List
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -155,6 +157,17 @@ def test_sequence_lengths_from_hdf5_and_cache_agree() -> None:
     alike = np.diff(split.example_group_end) == 1  # contexts of the others differ by truncation
     np.testing.assert_array_equal(of_split.rows[alike], of_file.rows[alike])
     assert (of_split.rows >= of_file.rows).all()
+
+
+def test_dry_run_of_more_than_the_machine_has_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=3 * 2**30))
+    line = ["hardware=r300", "hardware.runtime=simulated", "topology=1x2"]
+    config = validate_config(compose_config("train", line), TrainConfig)
+    lengths = SequenceLengths(*(np.full(9, value) for value in (10, 300, 50, 9e4)))
+    checked = check_memory(config, lengths, make_runtime(config.hardware, config.topology))
+    needed = 2 * checked.estimate.total / 2**30
+    assert needed > 2 * 5  # two models of 335 million parameters with their gradients and Adam's moments
+    assert f"dry run: 2 ranks need about {needed:.1f} GiB, this machine has 3.0 GiB; " in checked.host_message
 
 
 def test_the_largest_bs_is_named_where_it_does_not_fit() -> None:
