@@ -266,3 +266,16 @@ def test_report_driver_overrides_the_detected_driver(monkeypatch: pytest.MonkeyP
     assert environment.local_environment(one)["driver"] == "1.2"
     one.report.driver = "1.2 LTS"
     assert environment.local_environment(one)["driver"] == "1.2 LTS"
+
+
+def test_row_that_is_being_written_is_read_when_it_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, memory = tmp_path / "devices.csv", MonitoredMemory()
+    monkeypatch.delenv("X_VISIBLE_DEVICES", raising=False)
+    memory.start(file, 0, Monitor(lambda _: [], "X_VISIBLE_DEVICES", lambda: {0: "card"}, lambda: None))
+    file.write_text(",".join(COLUMNS) + "\n0.0,0,0,1.5,,,\n1.0,0,0,2")
+    memory.update()
+    assert memory.last == 1.5 * 2**30
+    with file.open("a") as rest:
+        rest.write("0.5,,,\n")
+    memory.update()
+    assert (memory.last, memory.peak()) == (20.5 * 2**30, 20.5 * 2**30)

@@ -27,6 +27,14 @@ def test_compare(tmp_path: Path, capfd: Any) -> None:
     assert status == 2
 
 
+def test_compare_without_common_steps(tmp_path: Path, capfd: Any) -> None:
+    a, b = make_run(tmp_path / "a", losses=[2.0, 1.5]), make_run(tmp_path / "b")
+    (b / "steps.csv").write_text("step,loss\n")
+    status, text, _ = report(capfd, "--compare", a, b)
+    assert status == 0
+    assert "No common steps." in text
+
+
 def test_compare_reports_a_non_finite_loss_as_difference(tmp_path: Path, capfd: Any) -> None:
     a = make_run(tmp_path / "a", losses=[2.0, float("nan"), 1.0])
     b = make_run(tmp_path / "b", losses=[2.0, 1.5, 1.0])

@@ -21,7 +21,6 @@ def states(folder: Path) -> List[List[str]]:
         return [[row["fix_hp"], row["status"]] for row in csv.DictReader(file)]
 
 
-@pytest.mark.slow
 def test_a_sweep_and_another_in_the_same_folder(tmp_path: Path) -> None:
     """One value asks for more nodes than there are, one is no number: what they make fails, the others run.
 
