@@ -166,6 +166,16 @@ def _generated_data(tmp_path_factory: pytest.TempPathFactory) -> None:
 _shared_data: List[Path] = []
 
 
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """Undo what a test leaves in the environment, such as the variables of a hardware file, which later tests keep."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 def share_generated_data(name: str, arguments: Tuple[str, ...], cwd: Path) -> None:
     """Let a debug run take the generated corpus of the session; tests of the generation itself use no debug run."""
     is_debug_run = name in ("train", "tune") and "experiment=debug" in arguments
