@@ -76,9 +76,7 @@ def main(revision: str = "HEAD") -> int:
         if "src/lit_glm/" in file
     }
     tests = tests_of(dependents(modules)) if modules else set()
-    tests |= {
-        str(file.relative_to(ROOT)) for file in TESTS.rglob("test_*.py") if modules and imported_modules(file) & modules
-    }
+    tests |= {str(file.relative_to(ROOT)) for file in TESTS.rglob("test_*.py") if imported_modules(file) & modules}
     if modules:  # what pages say of the code
         tests |= {f"tests/documents/test_{page}.py" for page in ("architecture", "schema")}
     for file in files:
@@ -89,7 +87,7 @@ def main(revision: str = "HEAD") -> int:
         if file.startswith(("docs/", "README")):
             tests.add("tests/documents")
     for entry in sorted(entry for entry in tests if (ROOT / entry).exists()):
-        if str(Path(entry).parent) not in tests:
+        if not any(str(parent) in tests for parent in Path(entry).parents):
             print(entry)
     return 0
 

@@ -168,7 +168,7 @@ _shared_data: List[Path] = []
 
 @pytest.fixture(autouse=True)
 def _environment() -> Iterator[None]:
-    """Undo what a test leaves in the environment, such as the variables of a hardware file, which later tests keep."""
+    """Restore the environment after each test: later runs would keep the variables of a hardware file as the user's."""
     before = dict(os.environ)
     yield
     for name in os.environ.keys() - before.keys():

@@ -1,4 +1,4 @@
-"""What `test_isolated_process.py` calls in a child process, which imports this module: it imports nothing large."""
+"""Functions that `test_isolated_process.py` calls in a child process, which imports nothing larger."""
 
 import ctypes
 import os

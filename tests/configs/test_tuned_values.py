@@ -106,7 +106,7 @@ def test_bs_auto_separates_simulated_and_real_searches(tmp_path: Path, monkeypat
 def test_composition_in_a_program_does_not_read_its_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The folder of the user's files comes from the composition; the words are those of a program around it."""
+    """The folder of the user's files comes from the composition; `sys.argv` belongs to another program."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["program", "-q", "--config-dir", "none"])
     (tmp_path / "own" / "fix_hp").mkdir(parents=True)

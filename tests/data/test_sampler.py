@@ -35,7 +35,7 @@ def test_sampler_continues_the_order_from_any_start(examples: int, start: int) -
 
 @given(examples=st.integers(1, 40), batch_size=st.integers(1, 9), world=st.integers(1, 4), step=st.integers(0, 30))
 def test_number_of_samples_is_that_of_the_batches(examples: int, batch_size: int, world: int, step: int) -> None:
-    """From which throughput is computed: partial batches count as what they hold."""
+    """Throughput is computed from it; a partial batch counts with the examples that it has."""
     sampler = InfiniteDistributedBatchSampler(examples, batch_size, 0, world, seed=3)
     computed = sum(len(batch) for done in range(1, step + 1) for batch in sampler.rank_batches(done))
     assert sampler.samples_until(step) == computed
@@ -43,7 +43,7 @@ def test_number_of_samples_is_that_of_the_batches(examples: int, batch_size: int
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=40), st.integers(1, 5), st.integers(1, 3))
 def test_longest_examples_are_those_of_the_first_step(rows: List[int], batch_size: int, world: int) -> None:
-    """As a search for the largest bs needs it; the first epoch still has each example once."""
+    """A search for the largest bs needs them first; the first epoch still has each example."""
     lengths = np.array(rows)
     sampler = InfiniteDistributedBatchSampler(len(rows), batch_size, 0, world, seed=3, longest_first_rows=lengths)
     first = [example for batch in sampler.rank_batches(1) for example in batch]

@@ -1,4 +1,4 @@
-"""Runtimes that are wrong in one way each: it is named, and nothing else fails.
+"""Runtimes with one fault each: the check concerned names it, and a whole verification fails in nothing else.
 
 Test doubles: the processor, with a fault put in below autograd, where a chip's own software would have it.
 """
