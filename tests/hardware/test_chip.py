@@ -67,10 +67,11 @@ def trained(chip: Dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> C
     return train
 
 
-@pytest.mark.parametrize("topology", ["1x1", "1x2"])
-def test_chip_training_losses_match_cpu(topology: str, trained: Callable[[str, str], Path]) -> None:
+@pytest.mark.parametrize(("topology", "names"), [("1x1", ["chip", "lazychip"]), ("1x2", ["lazychip"])])
+def test_chip_training_losses_match_cpu(topology: str, names: List[str], trained: Callable[[str, str], Path]) -> None:
+    """Two ranks of the lazy one: what its collectives read must have been computed. `verify` runs two of the other."""
     expected = losses(trained("cpu", topology))
-    for name in RUNTIMES:
+    for name in names:
         run = trained(name, topology)
         assert losses(run) == pytest.approx(expected, rel=1e-5)
         result = json.loads((run / "result.json").read_text())

@@ -41,6 +41,7 @@ def test_a_sweep_and_another_in_the_same_folder(tmp_path: Path) -> None:
     assert "topology=4x8 has 4 nodes" in first.stderr
     assert first.stdout.count("cpu 1x1") >= 4  # each run's own row, then the table over all
     assert "bs=abc: must be a whole number" in first.stderr
+    assert "lit_glm: failed: bs=abc topology=1x1: bs=abc: must be a whole number" in first.stdout
     assert [first.stdout.count(f"| cpu {shape} (failed) | fp32 ") for shape in ("1x1", "4x8")] == [1, 3]
     assert (tmp_path / "sweep" / "sweep.md").read_text() in first.stdout
     results = [tmp_path / "sweep" / number / "result.json" for number in "04"]
@@ -125,10 +126,13 @@ def test_skip_done_can_be_switched_off(tmp_path: Path) -> None:
     run = ["experiment=debug", "run.max_steps=3", "logger={}", "bs=2", f"hydra.run.dir={tmp_path}/sweep/0"]
     assert lit_glm_here("train", *run) == 0
     before = (tmp_path / "sweep" / "0" / "result.json").read_bytes()
+    (tmp_path / "sweep" / "jobs").mkdir()
+    (tmp_path / "sweep" / "sweep.md").write_text("the table of an earlier sweep")
     again = lit_glm("train", *SWEEP, "bs=2", "topology=1x1", "sweep.skip_done=false", cwd=tmp_path)
     assert again.returncode == 2, again.stderr
     assert "sweep/0: already contains a run (status finished)" in again.stderr
     assert (tmp_path / "sweep" / "0" / "result.json").read_bytes() == before
+    assert (tmp_path / "sweep" / "sweep.md").read_text() == "the table of an earlier sweep"
     over = ["sweep.skip_done=false", "run.overwrite=true"]
     third = lit_glm("train", *SWEEP, "bs=2", "topology=1x1", *over, cwd=tmp_path)
     assert third.returncode == 0, third.stderr

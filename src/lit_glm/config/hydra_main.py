@@ -53,7 +53,7 @@ def command_help(composed: DictConfig, line: CommandLine) -> str:
     names = {group: ", ".join(sorted(set(options))) for group, options in sorted(groups.items())}
     text = string.Template(composed.hydra.help.template).safe_substitute(
         APP_CONFIG_GROUPS="".join(f"{group}: {options}\n" for group, options in names.items()),
-        CONFIG=OmegaConf.to_yaml(_without_hydra(composed), resolve="--resolve" in line.flags),
+        CONFIG=OmegaConf.to_yaml(without_hydra(composed), resolve="--resolve" in line.flags),
     )
     return f"{text}\n{key_help(composed)}"
 
@@ -195,7 +195,7 @@ _store_schema()
 
 def compose_config(config_name: str, overrides: Sequence[str]) -> DictConfig:
     """Compose a configuration in this process, as the command line would."""
-    return _without_hydra(_compose_with_hydra(config_name, overrides)[0])
+    return without_hydra(_compose_with_hydra(config_name, overrides)[0])
 
 
 def load_config(config_name: str, overrides: Sequence[str], schema: "type[Config]") -> Config:
@@ -206,12 +206,13 @@ def load_config(config_name: str, overrides: Sequence[str], schema: "type[Config
     """
     try:
         composed = _compose_with_hydra(config_name, overrides)[0]
-        return validate_config(_without_hydra(composed), schema, _user_folders(composed))
+        return validate_config(without_hydra(composed), schema, _user_folders(composed))
     except _COMPOSE_ERRORS as error:
         raise InputError(explain_hydra_error(error, schema, CONF_DIR)) from error
 
 
-def _without_hydra(composed: DictConfig) -> DictConfig:
+def without_hydra(composed: DictConfig) -> DictConfig:
+    """Return a composed configuration without the `hydra` node."""
     return OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
 
 
@@ -316,7 +317,7 @@ def _run_command(
             if not line.multirun and mode is not None and mode.name == "MULTIRUN":
                 raise InputError("hydra.mode=MULTIRUN (of a configuration file): start a sweep with -m instead")
             if not line.multirun:
-                composed = _without_hydra(composed_with_hydra)
+                composed = without_hydra(composed_with_hydra)
                 config = validate_config(composed, schema, _user_folders(composed_with_hydra))  # replaces bs=auto
             else:
                 extra_overrides = [] if before_sweep is None or line.cfg else before_sweep(composed_with_hydra, line)

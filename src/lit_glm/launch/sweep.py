@@ -21,11 +21,11 @@ from omegaconf.errors import OmegaConfBaseException
 from lit_glm.atomic_files import atomic_write, read_json, write_json, write_text
 from lit_glm.compat import leave_out_jobs
 from lit_glm.config.command_line import CommandLine
-from lit_glm.config.hydra_main import TaskOutcome, load_config
+from lit_glm.config.hydra_main import TaskOutcome, load_config, validate_config, without_hydra
 from lit_glm.config.schema import TrainConfig
 from lit_glm.config.secrets import mask_override, mask_overrides
 from lit_glm.data.memmap_dataset import prepare_data
-from lit_glm.errors import InputError, RunError
+from lit_glm.errors import InputError, RunError, first_line
 from lit_glm.launch.rendezvous import Node
 from lit_glm.launch.signals import Interrupted, call_before_stop
 from lit_glm.launch.sweep_processes import (
@@ -46,7 +46,7 @@ from lit_glm.runs.result import (
     results_table,
     table_cells,
 )
-from lit_glm.runs.run_folder import LOCK_FILE, is_running, lock_directory, masked_yaml
+from lit_glm.runs.run_folder import LOCK_FILE, ensure_available, is_running, lock_directory, masked_yaml
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ class SweepCallback(Callback):
             return
         sweep_dir, number = Path(config.hydra.sweep.dir), int(config.hydra.job.num)
         if not _job_record_file(sweep_dir, number).exists() and worker_stop_signal() is None:
-            overrides = list(config.hydra.overrides.task)  # its own process printed the error
+            overrides = list(config.hydra.overrides.task)
             _write_job_record(sweep_dir, number, None, RunError.exit_status, _rejected_row(config), overrides)
 
 
@@ -195,7 +195,12 @@ def _rejected_row(config: Any) -> Dict[str, Any]:
 
     row: Dict[str, Any] = {name: text(f"{name}.name") for name in ("hardware", "precision", "scoring")}
     row["topology"] = "x".join(text(f"topology.{key}") for key in ("num_nodes", "devices_per_node"))
-    return {**row, "fix_hp": f"bs={text('bs')},lr={text('lr')}", "status": "failed"}
+    row.update(fix_hp=f"bs={text('bs')},lr={text('lr')}", status="failed")
+    try:
+        validate_config(without_hydra(config), TrainConfig)
+    except (InputError, OmegaConfBaseException) as error:
+        row["error"] = first_line(error)
+    return row
 
 
 def _write_job_record(
@@ -297,7 +302,7 @@ def _reusable_result(config: TrainConfig, folder: Path, is_resume: bool, node: N
         RunError: if another process is running it.
     """
     from lit_glm.launch.launcher import report_complete_run
-    from lit_glm.runs.run_folder import complete_result, ensure_available
+    from lit_glm.runs.run_folder import complete_result
 
     if not is_resume:
         ensure_available(folder, config.run.overwrite)
@@ -392,7 +397,8 @@ def prepare_sweep(composed: Any, line: CommandLine) -> List[str]:
         Further overrides for the sweep.
 
     Raises:
-        InputError: if the folder is not a sweep folder, or another process runs a sweep there.
+        InputError: if the folder is not a sweep folder, another process runs a sweep there, or it contains runs that
+            the sweep would neither reuse nor overwrite.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise InputError("-m under torchrun: a sweep starts the ranks of its jobs itself; leave torchrun out")
@@ -432,11 +438,16 @@ def prepare_sweep(composed: Any, line: CommandLine) -> List[str]:
     if composed.sweep.skip_done and composed.run.resume is None and not adds_lists and _is_first_node():
         runs_by_hash = discovery.runs_by_config_hash(search_paths(sweep_dir, is_dir_given))
         complete = _find_complete_runs(runs_by_hash, line, composed.hydra)
+    folders: Any = OmegaConf.to_container(composed.hydra.sweep, resolve=False)
+    is_numbered = folders["subdir"] == "${hydra.job.num}"
+    if is_numbered and not composed.sweep.skip_done and composed.run.resume is None and _is_first_node():
+        # Before the sweep starts: afterwards its table would show rejected jobs instead of the runs that are there.
+        for number in range(SweepCallback.total or 1):
+            ensure_available(sweep_dir / str(number), composed.run.overwrite)
     if SweepCallback.total is not None and not is_shuffled:
         SweepCallback.complete = list(complete.values())
         SweepCallback.total -= len(complete)
-        folders: Any = OmegaConf.to_container(composed.hydra.sweep, resolve=False)
-        leave_out_jobs(list(complete), bool(complete) and folders["subdir"] == "${hydra.job.num}")
+        leave_out_jobs(list(complete), bool(complete) and is_numbered)
     return extra_overrides
 
 
