@@ -78,14 +78,18 @@ def test_more_devices_than_there_are(capfd: Any) -> None:
 
 
 def test_a_busy_port(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = validate_config(compose_config("train", ["topology=1x1"]), TrainConfig)
     with socket.socket() as busy:
         busy.bind(("", 0))
         busy.listen(1)
         port = busy.getsockname()[1]
         monkeypatch.setenv("MASTER_PORT", str(port))
         status, found = doctor(capfd, *GOLDEN_RUN, "topology=1x2")
+        alone = preflight.check_rendezvous_port(config, SimulatedRuntime(1, None))
     assert (status, failed(found)) == (1, ["port"])
     assert f"MASTER_PORT={port}: is in use on this machine" in found["port"]["message"]
+    assert (alone.status, alone.advice) == ("warn", "a single device needs none")
+    assert preflight.check_rendezvous_port(config, SimulatedRuntime(1, None)).status == "skip"
 
 
 def test_doctor_reports_used_run_folder_and_too_large_global_batch(capfd: Any, tmp_path: Path) -> None:

@@ -49,6 +49,28 @@ def test_file_that_is_not_a_checkpoint_is_described(content: Callable[[], bytes]
     assert "weights_only" not in text
 
 
+def test_damaged_safetensors_file_is_rejected(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    (tmp_path / "w.safetensors").write_bytes(b"\x10")
+    with pytest.raises(InputError, match="w.safetensors: is not a complete safetensors file"):
+        read_weights(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("name", ["", "..", "../200000", "two words"])
+def test_published_folder_that_names_no_folder_is_rejected(name: str, tmp_path: Path) -> None:
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text(name)
+    with pytest.raises(InputError, match=f"iteration.txt: names '{name}', which is not a folder name"):
+        read_weights(tmp_path)
+
+
+def test_model_parallel_set_without_a_tensor_is_rejected(tmp_path: Path) -> None:
+    for number, names in enumerate((["a", "b"], ["a"])):
+        weights = {name: torch.zeros(2) for name in names}
+        torch.save({"module": weights}, str(tmp_path / f"mp_rank_{number:02d}_model_states.pt"))
+    with pytest.raises(InputError, match="tensor b is missing from some of the model-parallel files"):
+        read_weights(tmp_path)
+
+
 def test_bare_state_dict_error_lists_a_few_names(tmp_path: Path) -> None:
     torch.save({f"layer.{number}.weight": torch.zeros(1) for number in range(293)}, str(tmp_path / "bare.pt"))
     with pytest.raises(InputError, match="layer.0.weight, .* and 285 more; these are weights") as raised:

@@ -37,6 +37,22 @@ def test_a_plan_needs_the_examples_of_one_step(examples: int, is_enough: bool) -
     assert Workload(config, TypicalExamples.like_record(examples, 512), None).has_enough_examples == is_enough
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["plan.device_counts=[4,0]"], "plan.device_counts=[4, 0]: must be at least 1"),
+        (["bs=65"], "nothing to predict: 1x1, bs=65: 65 examples per step, 64 available"),
+    ],
+)
+def test_a_plan_without_a_row_is_rejected(
+    overrides: List[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert lit_glm_here("plan", "experiment=debug", *overrides) == 2
+    assert message in capfd.readouterr().err
+    assert not list(tmp_path.rglob("plan.md"))
+
+
 def middle(interval: Interval) -> float:
     return (interval.low * interval.high) ** 0.5
 

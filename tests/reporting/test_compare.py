@@ -33,6 +33,8 @@ def test_compare_without_common_steps(tmp_path: Path, capfd: Any) -> None:
     status, text, _ = report(capfd, "--compare", a, b)
     assert status == 0
     assert "No common steps." in text
+    status, _, said = report(capfd, "--compare", a, b, "--max-loss-diff", "9")
+    assert (status, "--max-loss-diff 9: no step in common, nothing was compared" in said) == (1, True)
 
 
 def test_compare_reports_a_non_finite_loss_as_difference(tmp_path: Path, capfd: Any) -> None:

@@ -268,6 +268,8 @@ def test_all_formats_and_languages_into_a_folder(tmp_path: Path, capfd: Any) -> 
         (["--lang", "fr"], "--lang fr: must be"),
         (["--format", "md,csv"], "several files need --out DIR"),
         (["report.colour=red"], "report.colour: unknown key"),
+        (["--best", "--sort", "mfu"], "--sort mfu: no complete run has this metric"),
+        (["--out", "/proc/nowhere"], "--out /proc/nowhere: cannot be written"),
     ],
 )
 def test_wrong_arguments(arguments: List[str], message: str, tmp_path: Path, capfd: Any) -> None:
@@ -276,7 +278,20 @@ def test_wrong_arguments(arguments: List[str], message: str, tmp_path: Path, cap
     assert (status, message in said, "Traceback" in said) == (2, True, False)
 
 
+def test_a_sweep_folder_includes_the_runs_that_it_reused(tmp_path: Path, capfd: Any) -> None:
+    reused = make_run(tmp_path / "earlier" / "0", "bs=4")
+    make_run(tmp_path / "sweep" / "0", "bs=5")
+    (tmp_path / "sweep" / "jobs").mkdir()
+    for number, run_dir in enumerate([str(reused), str(tmp_path / "deleted"), None]):
+        (tmp_path / "sweep" / "jobs" / f"{number:05d}.json").write_text(json.dumps({"run_dir": run_dir}))
+    status, text, _ = report(capfd, tmp_path / "sweep", "--format", "csv")
+    found = [row["fix_hp"].split(",")[0] for row in csv.DictReader(text.splitlines()) if row.get("fix_hp")]
+    assert (status, sorted(found)) == (0, ["bs=4", "bs=5"])
+
+
 def test_no_runs_at_all(tmp_path: Path, capfd: Any) -> None:
+    status, _, said = report(capfd)
+    assert (status, "no runs given: give run folders, sweep folders" in said) == (2, True)
     status, _, said = report(capfd, tmp_path)
     assert (status, "no run was found" in said) == (2, True)
 

@@ -5,7 +5,7 @@ import json
 import signal
 import time
 from pathlib import Path
-from typing import List
+from typing import Any, List
 
 import pytest
 
@@ -149,6 +149,25 @@ def test_sweep_rejects_a_folder_with_foreign_job_records(tmp_path: Path) -> None
     done = lit_glm("train", *SWEEP, "bs=2,4", cwd=tmp_path)
     assert (done.returncode, "contains files that are not job records" in done.stderr) == (2, True)
     assert {path.read_text() for path in folder.glob("*.json")} == {'{"mine": 1}'}
+
+
+def test_sweep_rejects_a_folder_that_is_no_sweep_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "sweep.csv").write_text("dear")
+    assert lit_glm_here("train", *SWEEP, "bs=2,4") == 2
+    assert "sweep: is not a sweep folder (no jobs/) but contains sweep.csv" in capfd.readouterr().err
+    assert [path.name for path in (tmp_path / "sweep").iterdir()] == ["sweep.csv"]
+
+
+def test_sweep_under_torchrun_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert lit_glm_here("train", *SWEEP, "bs=2,4") == 2
+    assert "-m under torchrun: a sweep starts the ranks of its jobs itself" in capfd.readouterr().err
+    assert not (tmp_path / "sweep").exists()
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """The search itself, over chips that exist only as functions, and what it makes of a try that fails."""
 
 import json
+import logging
+import signal
 import threading
 import time
 from pathlib import Path
@@ -24,7 +26,8 @@ from lit_glm.batch_size_search import (
     rates_by_bs,
 )
 from lit_glm.config.hydra_main import compose_config, validate_config
-from lit_glm.errors import RunError
+from lit_glm.errors import InputError, RunError
+from lit_glm.launch.signals import Interrupted
 from lit_glm.launch.supervisor import TimeLimitExceeded
 from lit_glm.tune import TuneConfig
 from runs.processes import free_port, node_env
@@ -130,6 +133,63 @@ def test_out_of_memory_is_a_trial_result(monkeypatch: pytest.MonkeyPatch, tmp_pa
     (tmp_path / "other").mkdir()
     with pytest.raises(RunError, match=r"bs=1: the disk is full \(full output: .*tries/bs1_0.txt\)"):
         tried(monkeypatch, tmp_path / "other", fails("the disk is full"))
+
+
+def make_search(folder: Path, *overrides: str) -> Search:
+    config: Any = validate_config(compose_config("tune", [*TINY, *overrides]), TuneConfig)
+    return Search(config, folder, ["tune"])
+
+
+def test_an_interrupted_search_is_resumed_with_its_trials(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A chip that exists only as a function: one example fits; SIGTERM arrives in the second trial."""
+    monkeypatch.chdir(tmp_path)
+    tries: List[int] = []
+
+    def run_trial(_self: Search, bs: int, _limit_s: float) -> Trial:
+        tries.append(bs)
+        if len(tries) == 2:
+            raise Interrupted(signal.SIGTERM)
+        return Trial(bs, FITS, 3.0) if bs == 1 else Trial(bs, MEMORY)
+
+    monkeypatch.setattr(Search, "_run_trial", run_trial)
+    caplog.set_level(logging.INFO, logger="lit_glm")
+    folder = tmp_path / "outputs" / "tune" / "day" / "time"
+    assert make_search(folder, "run.resume=auto").run() == 128 + signal.SIGTERM
+    assert "run.resume=auto: no unfinished search of this configuration; starting a new one" in caplog.text
+    assert f"resume with run.resume={folder}" in caplog.text
+    assert json.loads((folder / "tune.json").read_text())["complete"] is False
+    for resume in (str(folder), "auto"):
+        (folder / "tune.json").write_text(
+            json.dumps({**json.loads((folder / "tune.json").read_text()), "complete": False})
+        )
+        caplog.clear()
+        assert make_search(tmp_path / "elsewhere", f"run.resume={resume}").run() == 0
+        assert "resuming after " in caplog.text
+    assert tries[:3] == [1, 2, 2]
+    found = json.loads((folder / "tune.json").read_text())
+    assert (found["complete"], found["largest_bs"], found["fastest_bs"]) == (True, 1, 1)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_search_in_which_nothing_fits_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Search, "_run_trial", lambda _self, bs, _limit_s: Trial(bs, MEMORY))
+    assert make_search(tmp_path / "search").run() == 1
+    assert "no batch size fits: use a smaller model, activation checkpointing, or more memory" in capfd.readouterr().out
+    assert not list((tmp_path / "search").glob("*.yaml"))
+
+
+def test_a_folder_that_is_no_search_is_rejected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("dear")
+    with pytest.raises(InputError, match="mine: contains files that are not a search"):
+        make_search(tmp_path / "mine")
+    with pytest.raises(InputError, match=r"run.resume=mine: is not a search folder \(no tune.json\)"):
+        make_search(tmp_path / "search", "run.resume=mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.slow

@@ -17,12 +17,13 @@ from lit_glm.check_result import CheckResult
 from lit_glm.compat import dispatch_mode
 from lit_glm.config.hydra_main import compose_config, validate_config
 from lit_glm.config.schema import TrainConfig
+from lit_glm.errors import RunError
 from lit_glm.hardware.runtimes import cpu_ops
 from lit_glm.hardware.runtimes.cpu import CPURuntime, accumulates_bf16_in_fp32
 from lit_glm.model.attention import DotProductAttention
 from lit_glm.model.runtime_ops import RuntimeOps
 from lit_glm.verification import acceptance, collectives_check, model_check, timing_check
-from lit_glm.verification.operator_check import OperatorRecorder, operator_name, tensors_in
+from lit_glm.verification.operator_check import OperatorRecorder, OperatorResult, operator_name, tensors_in
 from lit_glm.verification.stepper import VerifyFixture, make_fixture
 
 Failed = List[Tuple[str, str]]
@@ -240,6 +241,37 @@ def test_verify_detects_unscaled_dropout() -> None:
     assert failures([model_check.check_dropout(Unscaled())]) == [("dropout", message)]
 
 
+def test_verify_detects_a_different_share_of_zeros() -> None:
+    class DropsMore(CPURuntime):
+        def model_ops(self) -> RuntimeOps:
+            return RuntimeOps(dropout=lambda x, share: F.dropout(x, 2 * share))
+
+    found = model_check.check_dropout(DropsMore())
+    assert (found.status, found.message[:9], found.message[-14:]) == ("fail", "drops 0.2", "instead of 0.1")
+    assert (found.value, found.bound) == (pytest.approx(0.1, abs=0.003), pytest.approx(0.0018, abs=1e-4))
+
+
+def test_verify_detects_a_seed_that_is_replaced_by_another() -> None:
+    class OneSeed(CPURuntime):
+        def manual_seed(self, seed: int) -> None:
+            super().manual_seed(4)
+
+    assert failures([model_check.check_dropout(OneSeed())]) == [("dropout", "different seeds give the same mask")]
+
+
+def test_verify_detects_attention_that_drops_a_different_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = DotProductAttention.__call__
+
+    def drops_more(self: Any, q: Any, k: Any, v: Any, mask: Any, share: float) -> torch.Tensor:
+        out: torch.Tensor = computed(self, q, k, v, mask, 2 * share)
+        return out * (1 - 2 * share) / (1 - share)  # scaled for the share that was requested
+
+    monkeypatch.setattr(DotProductAttention, "__call__", drops_more)
+    found = model_check.check_dropout(CPURuntime())
+    assert found.status == "fail"
+    assert found.message.startswith("attention in float32: its mean with dropout 0.1 is 0.8")
+
+
 class _DifferentBackwardMask(torch.autograd.Function):
     """Dropout whose backward pass draws zeros of its own."""
 
@@ -338,10 +370,65 @@ def test_verify_detects_non_blocking_synchronize() -> None:
     assert (found.name, found.status) == ("clock", "fail")
 
 
-def test_verify_detects_matmul_above_the_stated_peak() -> None:
+@pytest.mark.parametrize(
+    ("peak", "status", "share"), [(10.0, "fail", "500%"), (100.0, "ok", "50%"), (1000.0, "warn", "5%")]
+)
+def test_speed_is_compared_with_the_stated_peak(
+    peak: float, status: str, share: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing_check, "measure_matmul", lambda *_: (50.0, 256))
+    (found,) = timing_check.check_speed(configuration(), CPURuntime(), torch.float32, peak, "fp32")
+    message = f"50 TFLOP/s (256 x 256), {share} of hardware.peak_tflops.fp32={peak:g}"
+    assert (found.name, found.status, found.message) == ("speed fp32", status, message)
+
+
+def test_speed_counts_the_operations_of_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A millisecond for each product of two matrices of 256 x 256, the only size that the fixture leaves."""
+    monkeypatch.setattr(timing_check.ChainedMatmuls, "seconds", lambda _self, count: (0.0008 * count, 0.0002 * count))
+    fastest, size = timing_check.measure_matmul(CPURuntime(), torch.float32)
+    assert (fastest, size) == (pytest.approx(2 * 256**3 / 0.001 / 1e12), 256)
+
+
+def test_a_clock_that_does_not_count_the_work_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing_check.ChainedMatmuls, "seconds", lambda _self, _count: (0.5, 0.0))
+    found = timing_check.check_clock(CPURuntime())
+    assert (found.status, found.message) == ("warn", "time does not scale with work (2x work: 1.00x time)")
+
+
+def test_a_check_that_raises_fails_the_verification(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_runtime: Any) -> CheckResult:
+        raise ValueError("the driver\nis gone")
+
+    monkeypatch.setattr(timing_check, "check_clock", broken)
+    monkeypatch.setattr(timing_check, "check_bandwidth", lambda _: [])
+    monkeypatch.setattr(model_check, "check_dropout", lambda _: CheckResult("dropout", "ok", ""))
+    test = acceptance.AcceptanceTest([configuration()], CPURuntime(), full_model=False)
+    monkeypatch.setattr(test, "_check_precision", lambda _: iter([CheckResult("operators fp32", "ok", "")]))
+    assert failures(test.checks()) == [("clock", "ValueError: the driver is gone")]
+    assert test.passed == {"fp32": False}
+
+
+def test_a_missing_operator_leaves_the_model_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     config, _ = small_configuration()
-    found = timing_check.check_speed(config, CPURuntime(), torch.float32, 0.001, "fp32")
-    assert [(check.name, check.status) for check in found] == [("speed fp32", "fail")]
+
+    def gelu_is_missing(*arguments: Any) -> List[CheckResult]:
+        arguments[-1].append(OperatorResult("gelu", "", "missing"))
+        return [CheckResult("operators fp32: gelu", "fail", "missing")]
+
+    monkeypatch.setattr(acceptance, "_check_operators", gelu_is_missing)
+    test = acceptance.AcceptanceTest([config], CPURuntime(), full_model=False)
+    found = [(check.name, check.status, check.message) for check in test._check_precision(config)][:2]
+    assert found[0][:2] == ("operators fp32: gelu", "fail")
+    assert found[1] == ("model fp32", "skip", "not checked: it needs gelu")
+
+
+def test_collectives_that_fail_on_a_rank_fail_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rank_1_is_wrong(*_: Any) -> None:
+        raise RunError("rank 1 failed: ...", summary="all-reduce of 7 float32 over 2 ranks is wrong on rank 1")
+
+    monkeypatch.setattr(collectives_check, "run_on_all_ranks", rank_1_is_wrong)
+    found = collectives_check.check_collectives(configuration("topology=1x2"))
+    assert (found.status, found.message) == ("fail", "all-reduce of 7 float32 over 2 ranks is wrong on rank 1")
 
 
 def test_a_wrong_layer_is_named_where_each_operator_is_right() -> None:
