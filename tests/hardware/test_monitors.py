@@ -3,7 +3,6 @@
 import doctest
 import shlex
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, List, Optional
@@ -152,7 +151,12 @@ def test_nvml_readings_with_a_fake_package(monkeypatch: pytest.MonkeyPatch) -> N
     assert nvml_readings() == []
 
 
-def test_cpu_monitor_reads_rapl_counters(tmp_path: Path) -> None:
+def test_cpu_monitor_reads_rapl_counters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.append(now.pop() + seconds))
+    memory = SimpleNamespace(total=8 * 2**30, available=6 * 2**30)
+    monkeypatch.setattr(monitors, "time", clock)
+    monkeypatch.setattr(monitors.psutil, "virtual_memory", lambda: memory)
     zone = tmp_path / "intel-rapl:0"
     zone.mkdir()
     (zone / "name").write_text("package-0\n")
@@ -160,16 +164,15 @@ def test_cpu_monitor_reads_rapl_counters(tmp_path: Path) -> None:
     (zone / "max_energy_range_uj").write_text("9000000\n")
     processors = CPUMonitor(tmp_path)
     (first,) = processors.readings()
-    assert first.power_w == 0.0  # the counter stands
-    before = time.monotonic()
+    assert (first.index, first.power_w) == (0, 0.0)  # the counter stands
+    assert (first.used_mib, first.total_mib) == (2048.0, 8192.0)
+    now[0] += 2.0
     (zone / "energy_uj").write_text("1000000\n")  # it has begun anew: 5 J further
-    time.sleep(0.1)
-    (second,) = processors.readings()
-    assert second.power_w is not None
-    assert 0.0 < second.power_w <= 5.0 / (time.monotonic() - before) + 50.0
-    assert first.used_mib is not None
-    (none,) = CPUMonitor(tmp_path / "nothing").readings()
-    assert none.power_w is None
+    assert [reading.power_w for reading in processors.readings()] == [2.5]
+    now[0] += 0.5
+    (zone / "energy_uj").write_text("7000000\n")
+    assert [reading.power_w for reading in processors.readings()] == [12.0]
+    assert [reading.power_w for reading in CPUMonitor(tmp_path / "nothing").readings()] == [None]
 
 
 class _Nvml:

@@ -4,13 +4,13 @@ import os
 import subprocess
 import sys
 import time
-from typing import Optional
+from typing import Any, Optional
 
 import pytest
 
 from lit_glm.hardware.runtimes.base import Runtime
 from lit_glm.metrics.system_info import ContentionMonitor
-from lit_glm.runs.result import annotations
+from lit_glm.runs.result import annotations, was_contended
 
 
 class FakeDeviceRuntime(Runtime):
@@ -27,6 +27,16 @@ def _spin(seconds: float) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         pass
+
+
+@pytest.mark.parametrize(
+    ("load", "on_devices", "contended"),
+    [(None, None, False), (0.1, 0, False), (0.11, 0, True), (0.0, 1, True), ("0.5", "1", False)],
+)
+def test_contention_is_a_tenth_of_the_cpus_or_any_process_on_the_devices(
+    load: Any, on_devices: Any, contended: bool
+) -> None:
+    assert was_contended({"external_cpu_load": load, "external_device_processes": on_devices}) == contended
 
 
 @pytest.mark.slow

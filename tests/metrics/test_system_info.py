@@ -1,5 +1,7 @@
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from lit_glm.config.hydra_main import compose_config, validate_config
@@ -40,6 +42,7 @@ def test_there_is_no_commit_outside_a_checkout(tmp_path: Path) -> None:
 
 def test_report_keys_take_precedence_over_what_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIT_GLM_CONTAINER_IMAGE", "image:found")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=int(23.47 * 2**30)))
     keys = {"machine": "R480-X8", "image": "image:v1", "driver": "4.0", "device_name": "R300", "network": "200 Gb/s"}
     detected, overridden = (
         describe_system(
@@ -51,3 +54,4 @@ def test_report_keys_take_precedence_over_what_is_detected(monkeypatch: pytest.M
     assert [overridden[name] for name in names] == list(keys.values())
     assert detected["container_image"] == "image:found"
     assert not set(keys.values()) & set(map(str, detected.values()))
+    assert (detected["memory_gib"], overridden["memory_gib"]) == (23.5, 23.5)
