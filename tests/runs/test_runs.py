@@ -72,6 +72,8 @@ def test_run_folder_files_and_results(whole: Any) -> None:
     assert evaluated == sorted({0, STEPS, *range(every, STEPS + 1, every)})
     assert final["acc"] == float(rows(run / "evals.csv")[-1]["acc"])
     assert final["mem_actual_gib"] < final["mem_total_gib"]
+    in_use = [float(row["gib"]) for row in rows(run / "memory.csv")]
+    assert 0.01 < min(in_use) <= max(in_use) <= final["mem_actual_gib"] + 0.01
     assert final["mfu"] is None  # no peak is known of a processor
     row = done.stdout.strip().splitlines()[-1]
     assert f"cpu {topology}" in row
