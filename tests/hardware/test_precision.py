@@ -22,7 +22,7 @@ WEIGHTS = {"fp32": torch.float32, "bf16": torch.float32, "amp": torch.float32, "
 
 @pytest.mark.parametrize(
     "precision",
-    ["fp32", "bf16", pytest.param("amp", marks=needs_half), pytest.param("fp16", marks=needs_half)],
+    ["fp32", "bf16", pytest.param("amp", marks=[needs_half, pytest.mark.slow]), pytest.param("fp16", marks=needs_half)],
 )
 def test_dtypes_of_compute_weights_and_moments_per_precision(
     precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -83,7 +83,7 @@ def test_precision_not_listed_in_the_hardware_file_is_rejected(tmp_path: Path, c
 
 
 @needs_half
-@pytest.mark.parametrize("precision", ["amp", "fp16"])
+@pytest.mark.parametrize("precision", [pytest.param("amp", marks=pytest.mark.slow), "fp16"])
 def test_overflow_skips_the_step_and_halves_the_scale(precision: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     scaling = ["precision.loss_scale.initial=1e9", "precision.loss_scale.hysteresis=1", "run.max_steps=12"]

@@ -61,7 +61,7 @@ def test_unchunked_log_probabilities_match_torch(monkeypatch: pytest.MonkeyPatch
     ("precision", "scoring"),
     [
         ("fp32", "shared_context"),
-        ("bf16", "shared_context"),
+        pytest.param("bf16", "shared_context", marks=pytest.mark.slow),
         ("fp32", "published"),
         pytest.param("bf16", "published", marks=pytest.mark.slow),
     ],

@@ -1,10 +1,12 @@
 """Predictions: against published rows, against runs that hold to a line, and as the command says them."""
 
+import copy
+import functools
 import json
 import shutil
 import time
 from pathlib import Path
-from typing import Any, List
+from typing import Any, List, Tuple
 
 import numpy as np
 import pytest
@@ -24,8 +26,18 @@ from lit_glm.training.evaluation import has_reached_limit, is_evaluation_due
 TYPICAL = TypicalExamples.like_record(20_000, 512)
 
 
+@functools.lru_cache(maxsize=None)
+def _composed(overrides: Tuple[str, ...]) -> Any:
+    return validate_config(compose_config("plan", list(overrides)), PlanConfig)
+
+
+def plan_config(*overrides: str) -> Any:
+    """A configuration that the test may change."""
+    return copy.deepcopy(_composed(overrides))
+
+
 def planned(*overrides: str, runs: Any = (), rows: Any = None) -> Prediction:
-    config: Any = validate_config(compose_config("plan", list(overrides)), PlanConfig)
+    config = plan_config(*overrides)
     work = Workload(config, TYPICAL, TYPICAL)
     speed = rank_speed(config, list(runs), load_published_rows() if rows is None else rows)
     return predict(config, speed, work, "", 1000)
@@ -33,7 +45,7 @@ def planned(*overrides: str, runs: Any = (), rows: Any = None) -> Prediction:
 
 @pytest.mark.parametrize(("examples", "is_enough"), [(8, True), (7, False)])
 def test_a_plan_needs_the_examples_of_one_step(examples: int, is_enough: bool) -> None:
-    config: Any = validate_config(compose_config("plan", ["experiment=debug", "bs=8"]), PlanConfig)
+    config = plan_config("experiment=debug", "bs=8")
     assert Workload(config, TypicalExamples.like_record(examples, 512), None).has_enough_examples == is_enough
 
 
@@ -93,7 +105,7 @@ def test_ring_all_reduce_time() -> None:
 
 def make_measured_run(overhead: float, rate: float, noise: float = 0.0) -> MeasuredRun:
     """A test double of a run whose steps hold to a line."""
-    config: Any = validate_config(compose_config("plan", ["hardware=cpu", "bs=4"]), PlanConfig)
+    config = plan_config("hardware=cpu", "bs=4")
     work = Workload(config, TYPICAL, None)
     flops = np.array([float(work.counter.flops_by_rank(step).max()) for step in range(1, 61)])
     draw = np.random.default_rng(0)
@@ -107,7 +119,7 @@ def make_measured_run(overhead: float, rate: float, noise: float = 0.0) -> Measu
 def test_prediction_from_a_run_covers_other_batch_sizes(bs: int, overhead: float) -> None:
     rate = 3e11
     found = planned("hardware=cpu", f"bs={bs}", runs=[make_measured_run(overhead, rate, 0.05)]).step_s
-    config: Any = validate_config(compose_config("plan", ["hardware=cpu", f"bs={bs}"]), PlanConfig)
+    config = plan_config("hardware=cpu", f"bs={bs}")
     truth = (overhead + Workload(config, TYPICAL, None).slowest_rank_flops / rate) * 1.025
     assert found.low <= truth <= found.high
 
@@ -135,7 +147,7 @@ def test_thousands_of_ranks_are_planned_within_seconds() -> None:
     found = planned("hardware=a100", "topology.num_nodes=512", "topology.devices_per_node=8", "bs=4")
     assert time.monotonic() - start < 30
     assert found.steps == 5553080 // (4096 * 4) + 1
-    config: Any = validate_config(compose_config("plan", ["topology=4x8", "data.balance_ranks=false"]), PlanConfig)
+    config = plan_config("topology=4x8", "data.balance_ranks=false")
     work = Workload(config, TYPICAL, None)
     assert work.slowest_rank_flops > work.mean_rank_flops
 

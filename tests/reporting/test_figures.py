@@ -65,7 +65,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Dict[str, List[str]]:
     return found
 
 
-@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("language", ["en", pytest.param("zh", marks=pytest.mark.slow)])
 def test_report_figures_have_no_overlapping_text(
     language: str, drawn: Dict[str, List[str]], tmp_path: Path, capfd: Any
 ) -> None:

@@ -56,14 +56,24 @@ RESULT_FIGURES = {"e2e_time", "p_whole", "init_time"}
     [
         (lambda folder: None, set(), None),
         (lambda folder: (folder / "result.json").unlink(), RESULT_FIGURES, "result.json of the 6 steps"),
-        (lambda folder: (folder / "result.json").write_text("{"), RESULT_FIGURES, "result.json of the 6 steps"),
-        (lambda folder: edit_result(folder, global_steps=3), RESULT_FIGURES, "result.json of the 6 steps"),
+        pytest.param(
+            lambda folder: (folder / "result.json").write_text("{"),
+            RESULT_FIGURES,
+            "result.json of the 6 steps",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            lambda folder: edit_result(folder, global_steps=3),
+            RESULT_FIGURES,
+            "result.json of the 6 steps",
+            marks=pytest.mark.slow,
+        ),
         (
             lambda folder: edit_result(folder, raw_train_time="long"),
             {"p_whole"},
             "result.json lacks times of the 6 steps",
         ),
-        (drop_rows, STEP_FIGURES, "steps.csv has 4 of the 6 steps"),
+        pytest.param(drop_rows, STEP_FIGURES, "steps.csv has 4 of the 6 steps", marks=pytest.mark.slow),
         (corrupt_a_time, STEP_FIGURES, "steps.csv has 5 of the 6 steps"),
         (lambda folder: (folder / "steps.csv").unlink(), STEP_FIGURES, "steps.csv has 0 of the 6 steps"),
     ],

@@ -91,6 +91,7 @@ def test_verify_passes_on_cpu() -> None:
     assert failed() == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not accumulates_bf16_in_fp32(), reason="its products are wrong here, which takes minutes to be told"
 )
