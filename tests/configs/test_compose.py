@@ -1,5 +1,6 @@
 """Every shipped file composes and fits the schema; wrong names, keys, types and ranges are said in one message."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,17 @@ def test_fix_hp_values_apply_when_an_experiment_sets_the_pair(tmp_path: Path) ->
     )
     config = configuration(f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine")
     assert (config.bs, config.run.max_samples) == (4, 20000)
+
+
+def test_messages_are_the_same_under_a_debugger(capfd: Any) -> None:
+    """OmegaConf asks whether there is one, and then gives other exceptions."""
+    tracer = sys.gettrace()
+    sys.settrace(lambda *_: None)
+    try:
+        assert lit_glm_here("train", "model.hiden_size=4", "--cfg", "job") == 2
+    finally:
+        sys.settrace(tracer)
+    assert "model.hiden_size: unknown key (nearest: model.hidden_size)" in capfd.readouterr().err
 
 
 def test_hardware_file_without_name_is_rejected(tmp_path: Path, capfd: Any) -> None:

@@ -131,6 +131,7 @@ def test_skip_done_can_be_switched_off(tmp_path: Path) -> None:
     again = lit_glm("train", *SWEEP, "bs=2", "topology=1x1", "sweep.skip_done=false", cwd=tmp_path)
     assert again.returncode == 2, again.stderr
     assert "sweep/0: already contains a run (status finished)" in again.stderr
+    assert "or give another hydra.sweep.dir=\n" in again.stderr
     assert (tmp_path / "sweep" / "0" / "result.json").read_bytes() == before
     assert (tmp_path / "sweep" / "sweep.md").read_text() == "the table of an earlier sweep"
     over = ["sweep.skip_done=false", "run.overwrite=true"]

@@ -34,7 +34,9 @@ def explain_hydra_error(error: BaseException, schema: Any, conf: Path) -> str:
     Returns:
         The message: what is wrong, and the closest valid names.
     """
-    cause = exception_chain(error)[-1]
+    chain = exception_chain(error)
+    # Under a debugger OmegaConf also gives the cause of its own error, which does not know the key.
+    cause = next((one for one in reversed(chain) if getattr(one, "full_key", None)), chain[-1])
     name = str(getattr(cause, "full_key", None) or "")
     if isinstance(cause, yaml.YAMLError):
         return _yaml_error_message(cause)

@@ -305,7 +305,7 @@ def _reusable_result(config: TrainConfig, folder: Path, is_resume: bool, node: N
     from lit_glm.runs.run_folder import complete_result
 
     if not is_resume:
-        ensure_available(folder, config.run.overwrite)
+        ensure_available(folder, config.run.overwrite, "hydra.sweep.dir")
         return None
     result = complete_result(folder)
     if result is not None:
@@ -443,7 +443,7 @@ def prepare_sweep(composed: Any, line: CommandLine) -> List[str]:
     if is_numbered and not composed.sweep.skip_done and composed.run.resume is None and _is_first_node():
         # Before the sweep starts: afterwards its table would show rejected jobs instead of the runs that are there.
         for number in range(SweepCallback.total or 1):
-            ensure_available(sweep_dir / str(number), composed.run.overwrite)
+            ensure_available(sweep_dir / str(number), composed.run.overwrite, "hydra.sweep.dir")
     if SweepCallback.total is not None and not is_shuffled:
         SweepCallback.complete = list(complete.values())
         SweepCallback.total -= len(complete)

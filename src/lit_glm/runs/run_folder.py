@@ -121,8 +121,13 @@ def complete_result(run_dir: Path) -> Optional[Dict[str, Any]]:
     return read_result(run_dir)
 
 
-def ensure_available(run_dir: Path, overwrite: bool) -> None:
+def ensure_available(run_dir: Path, overwrite: bool, key: str = "hydra.run.dir") -> None:
     """Check that a new run may begin in a folder.
+
+    Args:
+        run_dir: the folder.
+        overwrite: whether it may contain a run.
+        key: the key that selects another folder, for messages.
 
     Raises:
         InputError: if it contains a run (unless that may be overwritten), or files that a run would overwrite or
@@ -130,16 +135,16 @@ def ensure_available(run_dir: Path, overwrite: bool) -> None:
     """
     if (run_dir / jobs.JOB_FILE).is_file():
         if is_running(run_dir):
-            raise InputError(f"{run_dir}: in use by another run; wait until it exits, or give another hydra.run.dir=")
+            raise InputError(f"{run_dir}: in use by another run; wait until it exits, or give another {key}=")
         if "config_hash" not in (jobs.read_job_json(run_dir) or {}):
             raise InputError(
-                f"{run_dir}: contains a {jobs.JOB_FILE} that is damaged or not lit_glm's; give another hydra.run.dir="
+                f"{run_dir}: contains a {jobs.JOB_FILE} that is damaged or not lit_glm's; give another {key}="
             )
         if not overwrite and not _failed_before_training(run_dir):
             status = (read_result(run_dir) or {}).get("status", "unknown")
             raise InputError(
                 f"{run_dir}: already contains a run (status {status}); resume it with run.resume={run_dir}, replace it "
-                "with run.overwrite=true, or give another hydra.run.dir="
+                f"with run.overwrite=true, or give another {key}="
             )
         return
     foreign = [name for name in (*_FILES, *_FOLDERS, RESERVE_FILE) if (run_dir / name).exists()]
@@ -148,7 +153,7 @@ def ensure_available(run_dir: Path, overwrite: bool) -> None:
     if foreign:
         raise InputError(
             f"{run_dir}: is not a run folder (no {jobs.JOB_FILE}) but contains {', '.join(foreign)}, which a run would "
-            "overwrite; give another hydra.run.dir="
+            f"overwrite; give another {key}="
         )
 
 
