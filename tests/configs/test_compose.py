@@ -96,7 +96,7 @@ def test_fix_hp_values_apply_when_an_experiment_sets_the_pair(tmp_path: Path) ->
 
 
 def test_messages_are_the_same_under_a_debugger(capfd: Any) -> None:
-    """OmegaConf asks whether there is one, and then gives other exceptions."""
+    """OmegaConf raises other exceptions while a trace function is set."""
     tracer = sys.gettrace()
     sys.settrace(lambda *_: None)
     try:

@@ -69,7 +69,7 @@ def trained(chip: Dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> C
 
 @pytest.mark.parametrize(("topology", "names"), [("1x1", ["chip", "lazychip"]), ("1x2", ["lazychip"])])
 def test_chip_training_losses_match_cpu(topology: str, names: List[str], trained: Callable[[str, str], Path]) -> None:
-    """Two ranks of the lazy one: what its collectives read must have been computed. `verify` runs two of the other."""
+    """Two ranks of the lazy device only, whose collectives need computed values; `verify` runs two of the other."""
     expected = losses(trained("cpu", topology))
     for name in names:
         run = trained(name, topology)

@@ -47,7 +47,7 @@ def command_help(composed: DictConfig, line: CommandLine) -> str:
     Hydra's own `--help` copies its whole repository of configurations for every group, which takes several seconds.
     """
     groups: Dict[str, List[str]] = {}
-    for place in (CONF_DIR, *_user_folders(composed)):
+    for place in (CONF_DIR, *find_user_folders(composed.hydra)):
         for file in place.glob("*/**/*.yaml"):
             groups.setdefault(file.parent.relative_to(place).as_posix(), []).append(file.stem)
     names = {group: ", ".join(sorted(set(options))) for group, options in sorted(groups.items())}
@@ -101,9 +101,10 @@ Task = Callable[[Any, DictConfig], Union[int, TaskOutcome]]
 BeforeSweep = Callable[[DictConfig, CommandLine], List[str]]
 
 
-def _user_folders(composed: DictConfig) -> List[Path]:
-    """Return the folders of the user's configuration files (--config-dir) of a composition with the `hydra` node."""
-    return [Path(text[7:]) for text in composed.hydra.searchpath if text.startswith("file://")]
+def find_user_folders(hydra_node: Any) -> List[Path]:
+    """Return the folders of the user's configuration files (--config-dir), as the `hydra` node lists them."""
+    sources = [Path(source.path) for source in hydra_node.runtime.config_sources if source.schema == "file"]
+    return [folder for folder in sources if folder != CONF_DIR]
 
 
 def validate_config(cfg: DictConfig, schema: "type[Config]", user_folders: Sequence[Path] = ()) -> Config:
@@ -206,7 +207,7 @@ def load_config(config_name: str, overrides: Sequence[str], schema: "type[Config
     """
     try:
         composed = _compose_with_hydra(config_name, overrides)[0]
-        return validate_config(without_hydra(composed), schema, _user_folders(composed))
+        return validate_config(without_hydra(composed), schema, find_user_folders(composed.hydra))
     except _COMPOSE_ERRORS as error:
         raise InputError(explain_hydra_error(error, schema, CONF_DIR)) from error
 
@@ -318,7 +319,8 @@ def _run_command(
                 raise InputError("hydra.mode=MULTIRUN (of a configuration file): start a sweep with -m instead")
             if not line.multirun:
                 composed = without_hydra(composed_with_hydra)
-                config = validate_config(composed, schema, _user_folders(composed_with_hydra))  # replaces bs=auto
+                user_folders = find_user_folders(composed_with_hydra.hydra)
+                config = validate_config(composed, schema, user_folders)  # replaces bs=auto
             else:
                 extra_overrides = [] if before_sweep is None or line.cfg else before_sweep(composed_with_hydra, line)
     except InputError as error:
@@ -395,9 +397,9 @@ def _delegate_to_hydra(
         extra_overrides: further overrides that are not on the command line.
     """
     statuses: List[int] = []
-    user_folders = [] if line.config_dir is None else [Path(line.config_dir).absolute()]
 
     def job(cfg: DictConfig) -> Optional[float]:
+        user_folders = find_user_folders(HydraConfig.get())
         cfg = _recompose_for_topology(config_name, cfg, line.searchpath)
         outcome = _run_task(
             lambda _, composed: task(validate_config(composed, schema, user_folders), composed), None, cfg

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lit_glm.atomic_files import atomic_write, read_json, write_json, write_text
 from lit_glm.compat import leave_out_jobs
 from lit_glm.config.command_line import CommandLine
-from lit_glm.config.hydra_main import TaskOutcome, load_config, validate_config, without_hydra
+from lit_glm.config.hydra_main import TaskOutcome, find_user_folders, load_config, validate_config, without_hydra
 from lit_glm.config.schema import TrainConfig
 from lit_glm.config.secrets import mask_override, mask_overrides
 from lit_glm.data.memmap_dataset import prepare_data
@@ -46,7 +46,14 @@ from lit_glm.runs.result import (
     results_table,
     table_cells,
 )
-from lit_glm.runs.run_folder import LOCK_FILE, ensure_available, is_running, lock_directory, masked_yaml
+from lit_glm.runs.run_folder import (
+    LOCK_FILE,
+    complete_result,
+    ensure_available,
+    is_running,
+    lock_directory,
+    masked_yaml,
+)
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +191,7 @@ def _is_job_record(file: Path) -> bool:
 
 
 def _rejected_row(config: Any) -> Dict[str, Any]:
-    """Return the table row of a rejected combination, any key of which may be missing."""
+    """Return the table row of a rejected combination, with the reason; any key of `config` may be missing."""
 
     def text(key: str) -> str:
         try:
@@ -197,7 +204,7 @@ def _rejected_row(config: Any) -> Dict[str, Any]:
     row["topology"] = "x".join(text(f"topology.{key}") for key in ("num_nodes", "devices_per_node"))
     row.update(fix_hp=f"bs={text('bs')},lr={text('lr')}", status="failed")
     try:
-        validate_config(without_hydra(config), TrainConfig)
+        validate_config(without_hydra(config), TrainConfig, find_user_folders(config.hydra))
     except (InputError, OmegaConfBaseException) as error:
         row["error"] = first_line(error)
     return row
@@ -302,7 +309,6 @@ def _reusable_result(config: TrainConfig, folder: Path, is_resume: bool, node: N
         RunError: if another process is running it.
     """
     from lit_glm.launch.launcher import report_complete_run
-    from lit_glm.runs.run_folder import complete_result
 
     if not is_resume:
         ensure_available(folder, config.run.overwrite, "hydra.sweep.dir")
